@@ -1,0 +1,1 @@
+"""The lean runtime: networks, model folders, sampling and media. Imports nothing from convert, quant or bench."""

@@ -1,0 +1,100 @@
+"""Strict configuration classes: a key is a field, a checked constant, or listed as having no effect on inference.
+
+Checkpoints describe themselves, so an unknown key means a network we would compute wrongly; it is an error that
+names the key. Field defaults are the behaviour of the oldest release, which did not write the key yet."""
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+
+from ltx2.runtime.errors import ConfigError, UnsupportedError
+
+# Keys that describe storage, not the network; they may stand in every component's config.json.
+STORAGE_KEYS = frozenset({"quantization", "quantization_config"})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of every network configuration.
+
+    `FIXED` maps keys to the values this code implements; another value raises UnsupportedError.
+    `IGNORED` lists keys without effect on inference.
+    """
+
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    IGNORED: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build from a checkpoint's own configuration section.
+
+        Raises ConfigError for an unknown, missing or wrongly typed key, UnsupportedError for a constant
+        this code does not implement.
+        """
+        hints = get_type_hints(cls)
+        known = {f.name: f for f in fields(cls)}
+        kwargs: dict[str, Any] = {}
+        for key, value in data.items():
+            if key in known:
+                kwargs[key] = _checked(cls.__name__, key, _freeze(value), hints[key])
+            elif key in cls.FIXED:
+                _check_constant(cls.__name__, key, value, cls.FIXED[key])
+            elif key not in cls.IGNORED and key not in STORAGE_KEYS:
+                raise ConfigError(
+                    f"{cls.__name__}: unknown configuration key {key!r}",
+                    "a key this version does not know may change what the network computes",
+                    "update ltx2, or check that the file is an LTX-2 checkpoint of a supported release",
+                )
+        missing = [n for n, f in known.items() if n not in kwargs and f.default is MISSING]
+        if missing:
+            raise ConfigError(
+                f"{cls.__name__}: configuration key {missing[0]!r} is missing",
+                f"the file's configuration lacks {', '.join(missing)}",
+                "use the checkpoint as published; its metadata holds the configuration",
+            )
+        return cls(**kwargs)
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _check_constant(owner: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if _freeze(value) not in allowed:
+        raise UnsupportedError(
+            f"{owner}: {key} = {value!r} is not supported",
+            f"this version implements {key} = {' or '.join(repr(a) for a in allowed)} only",
+            "use a published LTX-2 checkpoint of a supported release",
+        )
+
+
+def _checked(owner: str, key: str, value: Any, hint: Any) -> Any:
+    if not _matches(value, hint):
+        name = getattr(hint, "__name__", str(hint))
+        raise ConfigError(
+            f"{owner}: configuration key {key!r} has the wrong type",
+            f"expected {name}, got {value!r}",
+            "use the checkpoint as published; its metadata holds the configuration",
+        )
+    return float(value) if hint is float else value
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_matches(value, arg) for arg in get_args(hint))
+    if origin is tuple:
+        args = get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(_matches(v, args[0]) for v in value)
+        return len(args) == len(value) and all(map(_matches, value, args))
+    if hint is Any:
+        return True
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)

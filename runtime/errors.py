@@ -1,0 +1,70 @@
+"""Expected failures. Each says what went wrong, why, and how to fix it; the command line prints the three parts
+and exits with the class's code. Anything else that is raised is a bug and keeps its traceback."""
+
+from typing import ClassVar
+
+
+class Ltx2Error(Exception):
+    """An expected failure: `what` happened, `why`, and the `fix` the user can apply."""
+
+    kind: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, why: str, fix: str) -> None:
+        super().__init__(f"{what}: {why} ({fix})")
+        self.what = what
+        self.why = why
+        self.fix = fix
+
+    def to_dict(self) -> dict[str, str]:
+        """The `error` object of `--json`."""
+        return {"kind": self.kind, "what": self.what, "why": self.why, "fix": self.fix}
+
+
+class InputError(Ltx2Error):
+    """A request or file that cannot be used as given."""
+
+    kind = "input"
+
+
+class CheckpointError(Ltx2Error):
+    """A source file that is malformed, incomplete or not what it should be."""
+
+    kind = "checkpoint"
+
+
+class ConfigError(Ltx2Error):
+    """A network configuration with an unknown, missing or wrongly typed key."""
+
+    kind = "config"
+
+
+class UnsupportedError(Ltx2Error):
+    """Valid input that this version does not implement."""
+
+    kind = "unsupported"
+
+
+class ModelFolderError(Ltx2Error):
+    """A model folder that is incomplete, damaged or not a model folder."""
+
+    kind = "model"
+
+
+class VerificationError(Ltx2Error):
+    """A model folder that does not hold what it claims."""
+
+    kind = "verification"
+
+
+class NumericsError(Ltx2Error):
+    """NaN, infinite or constant values where a picture or sound should be."""
+
+    kind = "numerics"
+
+
+class DoesNotFitError(Ltx2Error):
+    """Not enough memory or disk, decided before the work starts."""
+
+    kind = "does-not-fit"
+    exit_code = 3

@@ -1,0 +1,77 @@
+"""Typed progress events. Generating, converting and quantizing are generators of these; whoever drives them
+decides what to show."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ltx2.runtime.clip import Clip
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base class of all events."""
+
+
+@dataclass(frozen=True)
+class PhaseStarted(Event):
+    """One network is about to be loaded and used. `steps` is 0 where the phase is not counted."""
+
+    name: str
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One counted unit of the running phase (a denoise step, a layer, a tile)."""
+
+    phase: str
+    step: int
+    steps: int
+    seconds: float
+    active_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class PhaseDone(Event):
+    """The phase's network is freed. Peaks are bytes during this phase."""
+
+    name: str
+    seconds: float
+    load_seconds: float
+    step_seconds: tuple[float, ...]
+    mlx_peak_bytes: int
+    process_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something the user should know that does not stop the work."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class BytesDone(Event):
+    """Progress of a conversion: bytes of output written so far, of the total."""
+
+    file: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Generated(Event):
+    """Last event of a generation."""
+
+    clip: "Clip"
+
+
+@dataclass(frozen=True)
+class Written(Event):
+    """Last event of a conversion or quantization: the finished model folder. `reused` says it was already there."""
+
+    path: str
+    bytes: int
+    seconds: float
+    reused: bool = False

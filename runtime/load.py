@@ -1,0 +1,116 @@
+"""From a model folder's component to an MLX module: configuration decides the class, the files decide the
+quantization, and every tensor must fit."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, TypeVar, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ltx2.runtime.errors import ModelFolderError, UnsupportedError
+from ltx2.runtime.layout import ModelFolder
+
+# Class name in ltx2.json -> module with `build(config) -> nn.Module`. Imported on demand.
+NETWORKS: Mapping[str, str] = {
+    "AVTransformer3DModel": "ltx2.runtime.transformer.model",
+    "EmbeddingsConnectors": "ltx2.runtime.connectors",
+    "Gemma3ForCausalLM": "ltx2.runtime.text_encoder.gemma3",
+    "CausalVideoAutoencoder": "ltx2.runtime.video_vae.model",
+    "AudioAutoencoder": "ltx2.runtime.audio_vae",
+    "Vocoder": "ltx2.runtime.vocoder",
+    "LatentUpsampler": "ltx2.runtime.upsampler",
+}
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def build_network(class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    """An uninitialised network. Raises UnsupportedError for an unknown class, ConfigError for a bad config.
+
+    Parameters are lazy: nothing is allocated until they are evaluated.
+    """
+    if class_name not in NETWORKS:
+        raise UnsupportedError(
+            f"network class {class_name!r} is not supported",
+            f"this version implements {', '.join(sorted(NETWORKS))}",
+            "update ltx2",
+        )
+    build = cast(Callable[[Mapping[str, Any]], nn.Module], import_module(NETWORKS[class_name]).build)
+    return build(config)
+
+
+def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter, in our layout."""
+    return {name: tuple(value.shape) for name, value in tree_flatten(network.parameters())}
+
+
+def load_weights(folder: ModelFolder, component: str) -> dict[str, mx.array]:
+    """The component's tensors as lazy arrays: data are read when they are first used."""
+    weights: dict[str, mx.array] = {}
+    for path in folder.weight_files(component):
+        weights.update(cast(dict[str, mx.array], mx.load(str(path))))
+    return weights
+
+
+def load_network(folder: ModelFolder, component: str, expected: type[Module]) -> Module:
+    """Load one component strictly.
+
+    Raises ModelFolderError naming the first missing, extra or misshapen tensor.
+    """
+    config = folder.config(component)
+    network = build_network(folder.record(component).cls, config)
+    if not isinstance(network, expected):
+        raise ModelFolderError(
+            f"{component} of {folder.path} is a {type(network).__name__}",
+            f"a {expected.__name__} is needed here",
+            "convert the checkpoint again",
+        )
+    weights = load_weights(folder, component)
+    quantize_like(network, config.get("quantization"), weights)
+    _check_fit(folder, component, parameter_shapes(network), weights)
+    network.load_weights(list(weights.items()), strict=True)
+    network.eval()
+    return network
+
+
+def quantize_like(
+    network: nn.Module, quantization: Mapping[str, Any] | None, weights: Mapping[str, mx.array]
+) -> None:
+    """Replace the layers whose `.scales` are in the files by quantized ones (config as mlx-lm writes it)."""
+    if quantization is None:
+        return
+
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
+            return False
+        override = quantization.get(path)
+        return dict(override) if isinstance(override, Mapping) else True
+
+    nn.quantize(
+        network,
+        group_size=quantization["group_size"],
+        bits=quantization["bits"],
+        mode=quantization.get("mode", "affine"),
+        class_predicate=settings,
+    )
+
+
+def _check_fit(
+    folder: ModelFolder, component: str, wanted: Mapping[str, tuple[int, ...]], weights: Mapping[str, mx.array]
+) -> None:
+    def fail(why: str) -> None:
+        raise ModelFolderError(
+            f"{component} of {folder.path} does not fit its configuration",
+            why,
+            "convert the checkpoint again; ltx2 verify MODEL lists every difference",
+        )
+
+    for name in sorted(wanted.keys() - weights.keys()):
+        fail(f"tensor {name} is missing")
+    for name in sorted(weights.keys() - wanted.keys()):
+        fail(f"tensor {name} is not part of the network")
+    for name, shape in wanted.items():
+        if tuple(weights[name].shape) != shape:
+            fail(f"tensor {name} has shape {list(weights[name].shape)}, the network needs {list(shape)}")

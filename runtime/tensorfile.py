@@ -1,0 +1,191 @@
+"""safetensors files with numpy only: read headers, map tensors, and write a file as a stream of row chunks.
+
+Memory stays bounded whatever the file's size: tensors are memory-mapped for reading, and a file's header is known
+before its data, so output is written (and hashed) chunk by chunk under a temporary name."""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ltx2.runtime.errors import CheckpointError
+
+# numpy has no bfloat16 or float8: their codes travel as unsigned integers of the same width.
+NUMPY_DTYPES: Mapping[str, str] = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1", "F8_E5M2": "|u1", "F8_E8M0": "|u1",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
+    "BOOL": "|b1",
+}  # fmt: skip
+CHUNK_BYTES = 16 << 20  # rows are grouped into chunks of about this size
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: safetensors dtype name, shape, and its byte range from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file's header. Data are read on demand with `array`."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+    size: int = field(default=0)
+
+    @cached_property
+    def _map(self) -> Array:
+        return np.memmap(self.path, dtype=np.uint8, mode="r")
+
+    def array(self, name: str) -> Array:
+        """The tensor as a read-only memory map; BF16 and FP8 as their integer codes (see NUMPY_DTYPES)."""
+        info = self.tensors[name]
+        return self._map[info.start : info.end].view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+
+
+def open_tensorfile(path: Path) -> TensorFile:
+    """Read a safetensors header.
+
+    Raises CheckpointError for what the safetensors library rejects and for duplicate tensor names.
+    """
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            header = json.loads(f.read(length), object_pairs_hook=_no_duplicates)
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name} is not a valid safetensors file",
+            str(error),
+            "download it again; an interrupted download leaves a truncated file",
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}", str(error), "check the path and its permissions") from error
+    metadata = header.pop("__metadata__", {})
+    base = 8 + length
+    tensors = {
+        name: TensorInfo(name, t["dtype"], tuple(t["shape"]), base + t["data_offsets"][0], base + t["data_offsets"][1])
+        for name, t in header.items()
+    }
+    return TensorFile(path, metadata, tensors, path.stat().st_size)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} occurs twice in the header")
+    return result
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write. `chunks` yields its bytes in order, as C-contiguous arrays."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[Array]]
+
+    @property
+    def nbytes(self) -> int:
+        return np.dtype(NUMPY_DTYPES[self.dtype]).itemsize * prod(self.shape)
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A finished file: base name, size in bytes, SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def write_tensorfile(path: Path, outputs: list[Output], metadata: Mapping[str, str]) -> Iterator[int]:
+    """Stream `outputs` into `path`, yielding the bytes written after each chunk; returns a WrittenFile.
+
+    The file appears under its name only when complete and synced. Same outputs, same bytes.
+    """
+    partial = path.with_name(path.name + ".partial")
+    digest = hashlib.sha256()
+    size = 0
+    with partial.open("wb") as f:
+        for block in _file_blocks(outputs, metadata):
+            f.write(block)
+            digest.update(block)
+            size += block.nbytes
+            yield block.nbytes
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(path)
+    return WrittenFile(path.name, size, digest.hexdigest())
+
+
+def _file_blocks(outputs: list[Output], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for out in outputs:
+        header[out.key] = {"dtype": out.dtype, "shape": list(out.shape), "data_offsets": [offset, offset + out.nbytes]}
+        offset += out.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data start 8-byte aligned, as the safetensors library writes them
+    yield memoryview(struct.pack("<Q", len(text)) + text)
+    for out in outputs:
+        written = 0
+        for chunk in out.chunks():
+            block = memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
+            written += block.nbytes
+            yield block
+        if written != out.nbytes:
+            raise RuntimeError(f"{out.key}: {written} bytes produced, {out.nbytes} declared")
+
+
+def row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
+    """Slices of axis 0 that hold about CHUNK_BYTES each (one slice for scalars)."""
+    if not shape:
+        yield slice(None)
+        return
+    rows = max(1, CHUNK_BYTES // max(1, itemsize * prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(shape[0], start + rows))
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def bf16_to_f32(codes: Array) -> Array:
+    """bfloat16 codes (uint16) to float32, exact."""
+    return (codes.astype(np.uint32) << 16).view(np.float32)
+
+
+def f32_to_bf16(values: Array) -> Array:
+    """float32 to bfloat16 codes (uint16), rounding half to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
