@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests: random checkpoints, the same converted, and the record of measured figures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.official import Official, random_official
+
+FIGURES: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Official:
+    """A random checkpoint set in the official layout, float32."""
+    return random_official(tmp_path_factory.mktemp("official"))
+
+
+@pytest.fixture(scope="session")
+def model(official: Official, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`official` converted by our converter, as users would."""
+    import ltx2
+
+    out = tmp_path_factory.mktemp("converted") / "model"
+    ltx2.convert([str(path) for path in official.sources], str(out))
+    return out
+
+
+@pytest.fixture
+def figure() -> Callable[..., None]:
+    """`figure(name, value, limit=...)`: assert value <= limit and list the reached figure at the end of the run."""
+
+    def record(name: str, value: float, *, limit: float) -> None:
+        FIGURES.append(f"{name}: {value:.3g} (limit {limit:.3g})")
+        assert value <= limit, FIGURES[-1]
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if FIGURES:
+        terminalreporter.section("measured figures")
+        for line in FIGURES:
+            terminalreporter.write_line(line)
