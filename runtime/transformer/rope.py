@@ -1,0 +1,62 @@
+"""Rotary position embedding over real-valued coordinates (seconds, pixels), in the split layout of the published
+checkpoints. Frequencies are generated in float64 and angles kept in float32: the largest frequency is 15,708 rad,
+where a 16-bit table destroys the positions."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+Positions = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Rope(NamedTuple):
+    """Rotation tables, float32, both (1, tokens, heads, head_dim / 2)."""
+
+    cos: mx.array
+    sin: mx.array
+
+
+def rope_tables(
+    positions: Positions, max_positions: tuple[float, ...], dim: int, heads: int, theta: float = 10000.0
+) -> Rope:
+    """Tables for tokens at `positions` (axes, tokens), for an attention of inner width `dim`.
+
+    Each axis has n = dim // (2 * axes) frequencies theta^(j/(n-1)) * pi/2, applied to 2 * position / max - 1;
+    angles run frequency-major, axis-minor, behind front padding that does not rotate (MODEL.md 2.4).
+    """
+    axes, tokens = positions.shape
+    count = dim // (2 * axes)
+    frequencies = (theta ** np.linspace(0.0, 1.0, count, dtype=np.float64) * (np.pi / 2)).astype(np.float32)
+    cos, sin = [], []
+    for axis in range(axes):
+        # Few distinct coordinates per axis: evaluate those, then spread them over the tokens.
+        values, token_value = np.unique(positions[axis], return_inverse=True)
+        fraction = values.astype(np.float32) / np.float32(max_positions[axis])
+        angles = frequencies * (2 * fraction - 1)[:, None]
+        index = mx.array(token_value.reshape(-1).astype(np.int32))
+        cos.append(mx.array(np.cos(angles))[index])
+        sin.append(mx.array(np.sin(angles))[index])
+    pad = dim // 2 - axes * count
+    shape = (1, tokens, heads, dim // heads // 2)
+    return Rope(_interleave(cos, pad, 1.0).reshape(shape), _interleave(sin, pad, 0.0).reshape(shape))
+
+
+def _interleave(per_axis: list[mx.array], pad: int, fill: float) -> mx.array:
+    """(tokens, n) per axis -> (tokens, pad + axes * n), frequency-major."""
+    tokens = per_axis[0].shape[0]
+    flat = mx.stack(per_axis, axis=-1).reshape(tokens, -1)
+    return mx.pad(flat, [(0, 0), (pad, 0)], constant_values=fill)
+
+
+@partial(mx.compile, shapeless=True)
+def _rotate(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
+    x, y = a.astype(mx.float32), b.astype(mx.float32)
+    return (x * cos - y * sin).astype(a.dtype), (y * cos + x * sin).astype(a.dtype)
+
+
+def apply_rope(x: mx.array, rope: Rope) -> mx.array:
+    """Rotate the two halves of every head of `x` (batch, tokens, heads, head_dim) in float32; keeps x's dtype."""
+    first, second = _rotate(*mx.split(x, 2, axis=-1), rope.cos, rope.sin)
+    return mx.concatenate([first, second], axis=-1)
