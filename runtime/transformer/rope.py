@@ -58,5 +58,6 @@ def _rotate(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.
 
 def apply_rope(x: mx.array, rope: Rope) -> mx.array:
     """Rotate the two halves of every head of `x` (batch, tokens, heads, head_dim) in float32; keeps x's dtype."""
-    first, second = _rotate(*mx.split(x, 2, axis=-1), rope.cos, rope.sin)
+    first, second = mx.split(x, 2, axis=-1)
+    first, second = _rotate(first, second, rope.cos, rope.sin)
     return mx.concatenate([first, second], axis=-1)
