@@ -19,7 +19,7 @@ class Config:
     """Base of every network configuration.
 
     `FIXED` maps keys to the values this code implements; another value raises UnsupportedError.
-    `IGNORED` lists keys without effect on inference.
+    `IGNORED` lists keys without effect on inference. A field of a Config type is a nested section.
     """
 
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -70,6 +70,8 @@ def _check_constant(owner: str, key: str, value: Any, allowed: tuple[Any, ...]) 
 
 
 def _checked(owner: str, key: str, value: Any, hint: Any) -> Any:
+    if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
+        return hint.from_dict(value)
     if not _matches(value, hint):
         name = getattr(hint, "__name__", str(hint))
         raise ConfigError(
