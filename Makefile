@@ -1,0 +1,66 @@
+# Set-up, tests and checks. Needs Python >= 3.11 and make (3.81, as macOS ships it, is enough).
+# The first run creates .venv, with uv if it is on PATH, else with venv and pip; it is renewed when pyproject.toml changes.
+
+VENV := .venv
+PYTHON ?=# the Python to make .venv with; empty: the first suitable one
+MODEL ?= demo/model# model folder for `make bench`
+PYTEST_ARGS ?=# for example PYTEST_ARGS="-k rope -x"
+
+# The parity tests' reference. On Linux the default index has CUDA builds of several GB; for the CPU build:
+# make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+
+UV := $(shell command -v uv 2>/dev/null)
+INSTALL = $(if $(UV),$(UV) pip install --python $(VENV)/bin/python,$(VENV)/bin/python -m pip install --disable-pip-version-check)
+
+# MLX's CPU wheel for Linux brings the slow reference BLAS; an installed OpenBLAS takes its place in the test process.
+OPENBLAS := $(firstword $(wildcard $(foreach d,/usr/lib/$(shell uname -m)-linux-gnu /usr/lib64 /usr/lib,$(d)/libopenblas.so.0)))
+PYTEST = $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(VENV)/bin/python -m pytest
+
+.NOTPARALLEL:
+.PHONY: help demo test check bench test-fullsize clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.runtime ## the whole chain on an embedded tiny model, into demo/: convert, quantize, generate, bench
+	$(VENV)/bin/ltx2 demo demo
+
+test: $(VENV)/.test ## all tests, those against the reference implementations included
+	LTX2_REQUIRE_PARITY=1 $(PYTEST) $(PYTEST_ARGS)
+
+check: $(VENV)/.check ## linter, types, architecture
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(PYTEST) -q tests/test_architecture.py
+
+bench: $(VENV)/.runtime ## time and memory of MODEL=folder, phase by phase (default: the demo model)
+	@test -d $(MODEL) || { echo "$(MODEL) is missing: run 'make demo' first, or name a model folder: make bench MODEL=..." >&2; exit 1; }
+	$(VENV)/bin/ltx2 bench $(MODEL)
+
+test-fullsize: $(VENV)/.test ## full-size checks with random weights; needs a GPU
+	$(PYTEST) -m fullsize $(PYTEST_ARGS)
+
+clean: ## remove .venv, caches, builds and demo/ (never weights/)
+	rm -rf $(VENV) build dist ltx2.egg-info demo .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	find ltx2 convert runtime quant bench tests -name __pycache__ -prune -exec rm -rf {} +
+
+# Stamps: what .venv holds.
+
+$(VENV)/.runtime: pyproject.toml $(VENV)/.created
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.created
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(INSTALL) -e '.[test,parity]'
+	@touch $(VENV)/.runtime $@
+
+$(VENV)/.check: $(VENV)/.test
+	$(INSTALL) -e '.[test,parity,dev]'
+	@touch $@
+
+$(VENV)/.created:
+	@PYTHON="$(PYTHON)" .ci/venv $(VENV)
+	@touch $@
