@@ -1,0 +1,1 @@
+"""Text encoders: a prompt to token ids, and those to the hidden states of every layer."""
