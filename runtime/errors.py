@@ -63,6 +63,12 @@ class NumericsError(Ltx2Error):
     kind = "numerics"
 
 
+class MediaError(Ltx2Error):
+    """A picture, sound or video file that could not be read or written."""
+
+    kind = "media"
+
+
 class DoesNotFitError(Ltx2Error):
     """Not enough memory or disk, decided before the work starts."""
 
