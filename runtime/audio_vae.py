@@ -85,7 +85,7 @@ class AudioVAEConfig(Config):
     preprocessing: PreprocessingConfig
 
     def __post_init__(self) -> None:
-        if self.network.mel_bins % self.compression:
+        if self.network.mel_bins % self.temporal_scale:
             raise ConfigError(
                 "AudioVAEConfig: mel_bins does not fit ch_mult",
                 f"{self.network.mel_bins} bins cannot be halved {len(self.network.ch_mult) - 1} times",
@@ -97,9 +97,31 @@ class AudioVAEConfig(Config):
         return self.model.params.ddconfig
 
     @property
-    def compression(self) -> int:
+    def temporal_scale(self) -> int:
         """Mel frames per latent frame, and mel bins per latent frequency."""
         return 2 ** (len(self.network.ch_mult) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.network.z_channels
+
+    @property
+    def latent_frequencies(self) -> int:
+        return self.network.mel_bins // self.temporal_scale
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the sound that spectrograms are made from, in Hz; the vocoder's output has its own."""
+        return self.model.params.sampling_rate
+
+    @property
+    def hop(self) -> int:
+        """Samples per mel frame."""
+        return self.preprocessing.stft.hop_length
+
+    @property
+    def latents_per_second(self) -> float:
+        return self.sample_rate / self.hop / self.temporal_scale
 
 
 class CausalConv2d(nn.Module):
@@ -256,29 +278,7 @@ class AudioAutoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config.network)
         self.decoder = Decoder(config.network)
-        self.per_channel_statistics = Statistics(self.latent_channels * self.latent_frequencies)
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.network.z_channels
-
-    @property
-    def latent_frequencies(self) -> int:
-        return self.config.network.mel_bins // self.config.compression
-
-    @property
-    def sample_rate(self) -> int:
-        """Of the sound that spectrograms are made from, in Hz; the vocoder's output has its own."""
-        return self.config.model.params.sampling_rate
-
-    @property
-    def hop(self) -> int:
-        """Samples per mel frame."""
-        return self.config.preprocessing.stft.hop_length
-
-    @property
-    def latents_per_second(self) -> float:
-        return self.sample_rate / self.hop / self.config.compression
+        self.per_channel_statistics = Statistics(config.latent_channels * config.latent_frequencies)
 
     def decode(self, latents: mx.array) -> mx.array:
         """Normalised latents (B, A, t, frequencies) -> log-mel spectrogram (B, 2, 4t-3, mel bins)."""
@@ -288,7 +288,7 @@ class AudioAutoencoder(nn.Module):
     def encode(self, mel: mx.array) -> mx.array:
         """Log-mel spectrogram (B, 2, T, mel bins) -> normalised latents (B, A, ceil(T/4), frequencies), the means."""
         x = self.encoder(mel.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-        return self.per_channel_statistics.normalise(x[:, : self.latent_channels])
+        return self.per_channel_statistics.normalise(x[:, : self.config.latent_channels])
 
 
 def build(config: Mapping[str, Any]) -> AudioAutoencoder:

@@ -38,24 +38,42 @@ class Encoding:
 DELIVERY = Encoding()
 
 
+@dataclass(frozen=True)
+class AudioTrack:
+    """Sound: float (channels, samples) in [-1, 1], and its samples per second."""
+
+    samples: Array
+    sample_rate: int
+
+
+def check_target(path: Path) -> None:
+    """Find out before a clip is made what would prevent writing it to `path`. Raises InputError."""
+    what = f"cannot write {path}"
+    if path.is_dir():
+        raise InputError(what, "it is a folder", f"name a file in it: {path / 'clip.mp4'}")
+    if path.suffix.lower() != ".mp4":
+        raise InputError(what, "clips are written as mp4", f"use {path.with_suffix('.mp4')}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(what, f"the folder {path.parent} does not exist", "create it, or write elsewhere")
+
+
 def write_video(
     path: Path,
     frames: Iterable[Array],
     *,
     fps: float,
-    audio: Array | None = None,
-    sample_rate: int = 0,
+    audio: AudioTrack | None = None,
     encoding: Encoding = DELIVERY,
 ) -> None:
     """Write an mp4 file: H.264 in BT.709 4:2:0, with stereo AAC when there is sound.
 
-    `frames` yields uint8 pictures (H, W, 3) or groups of them (F, H, W, 3), height and width even; `audio` is float
-    (channels, samples) in [-1, 1] at `sample_rate` Hz. All frames and samples are kept, whichever ends first.
+    `frames` yields uint8 pictures (H, W, 3) or groups of them (F, H, W, 3), height and width even. All frames and all
+    samples are kept, whichever ends first.
 
     Raises InputError for unusable arguments, NumericsError for sound that is not finite, MediaError when writing
     fails. What `frames` raises passes through. A file that was there is replaced at the end, or not at all.
     """
-    _check_target(path)
+    check_target(path)
     rate = _rate(fps)
     pictures = _pictures(frames)
     first = next(pictures, None)
@@ -69,7 +87,7 @@ def write_video(
         options += ["-framerate", str(rate), "-i", "pipe:0"]
         if audio is not None:
             with _explained(path):
-                _write_wav(sound, audio, sample_rate)
+                _write_wav(sound, audio)
             options += ["-i", str(sound), "-c:a", "aac", "-b:a", "192k", "-ac", "2"]
         options += ["-c:v", "libx264", "-crf", str(encoding.crf), "-preset", encoding.preset, "-vf", COLOUR]
         # No -shortest: sound is often a little shorter than the picture, which must not lose frames.
@@ -95,15 +113,6 @@ def read_video(path: Path) -> tuple[Array, float]:
         raise MediaError(f"cannot read {path}", why, "check that it is a picture or video") from error
     width, height = about["size"]
     return np.stack(frames).reshape(-1, height, width, 3), about["fps"]
-
-
-def _check_target(path: Path) -> None:
-    """Find out before frames are computed what would fail after."""
-    what = f"cannot write {path}"
-    if path.is_dir():
-        raise InputError(what, "it is a folder", "name a file in it, such as clip.mp4")
-    if not path.absolute().parent.is_dir():
-        raise InputError(what, f"the folder {path.parent} does not exist", "create it, or write elsewhere")
 
 
 def _rate(fps: float) -> Fraction:
@@ -134,23 +143,24 @@ def _pictures(frames: Iterable[Array]) -> Iterator[Array]:
             yield np.ascontiguousarray(picture)
 
 
-def _write_wav(path: Path, audio: Array, sample_rate: int) -> None:
-    """Float sound (channels, samples) as 16-bit WAV; what is louder than 1 is clipped."""
-    if audio.ndim != 2 or audio.shape[0] not in (1, 2) or sample_rate <= 0:
+def _write_wav(path: Path, audio: AudioTrack) -> None:
+    """16-bit WAV; what is louder than 1 is clipped."""
+    samples = audio.samples
+    if samples.ndim != 2 or samples.shape[0] not in (1, 2) or audio.sample_rate <= 0:
         raise InputError(
             "the sound cannot be encoded",
-            f"it has shape {audio.shape} at {sample_rate} Hz",
+            f"it has shape {samples.shape} at {audio.sample_rate} Hz",
             "give float sound (1 or 2 channels, samples) and its sample rate",
         )
-    if not np.isfinite(audio).all():
+    if not np.isfinite(samples).all():
         raise NumericsError(
             "the sound is damaged", "it has NaN or infinite samples", "check the model: ltx2 verify MODEL"
         )
     with wave.open(str(path), "wb") as f:
-        f.setnchannels(audio.shape[0])
+        f.setnchannels(samples.shape[0])
         f.setsampwidth(2)
-        f.setframerate(sample_rate)
-        f.writeframes(np.rint(audio.T.clip(-1, 1) * 32767).astype("<i2").tobytes())
+        f.setframerate(audio.sample_rate)
+        f.writeframes(np.rint(samples.T.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
 
 def _encode(path: Path, options: list[str], pictures: Iterable[Array]) -> None:

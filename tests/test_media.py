@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ltx2.runtime.errors import InputError, MediaError, NumericsError
-from ltx2.runtime.media import Encoding, read_video, write_video
+from ltx2.runtime.media import AudioTrack, Encoding, read_video, write_video
 
 RATE = 24000
 
@@ -54,7 +54,7 @@ def tone(seconds: float, hertz: tuple[int, int] = (400, 1000)) -> np.ndarray:
 @pytest.mark.parametrize("seconds", [0.3, 1.01, 1.5])
 def test_every_frame_and_sample_is_kept(tmp_path: Path, seconds: float) -> None:
     frames, sound = movie(25), tone(seconds)
-    write_video(tmp_path / "a.mp4", frames, fps=24, audio=sound, sample_rate=RATE)
+    write_video(tmp_path / "a.mp4", frames, fps=24, audio=AudioTrack(sound, RATE))
     got, fps = read_video(tmp_path / "a.mp4")
     assert fps == 24 and got.shape == frames.shape
     assert np.abs(got.astype(int) - frames).max() <= 3
@@ -75,7 +75,7 @@ def test_frame_rate_is_exact(tmp_path: Path, fps: float) -> None:
 def test_picture_and_sound_start_together(tmp_path: Path) -> None:
     sound = np.zeros((2, RATE), np.float32)
     sound[:, RATE // 2 :] = tone(0.5)
-    write_video(tmp_path / "a.mp4", movie(24), fps=24, audio=sound, sample_rate=RATE)
+    write_video(tmp_path / "a.mp4", movie(24), fps=24, audio=AudioTrack(sound, RATE))
     heard, _ = read_audio(tmp_path / "a.mp4", tmp_path)
     onset = int(np.argmax(np.abs(heard[0]) > 0.1))
     assert abs(onset - RATE // 2) < RATE // 24
@@ -83,7 +83,7 @@ def test_picture_and_sound_start_together(tmp_path: Path) -> None:
 
 def test_sound_keeps_its_values_and_sides(tmp_path: Path) -> None:
     sound = tone(1.0)
-    write_video(tmp_path / "a.mp4", movie(24), fps=24, audio=sound, sample_rate=RATE)
+    write_video(tmp_path / "a.mp4", movie(24), fps=24, audio=AudioTrack(sound, RATE))
     heard, _ = read_audio(tmp_path / "a.mp4", tmp_path)
     inner = slice(2048, RATE - 2048)  # without the codec's ramps at both ends
     assert np.corrcoef(heard[0, inner], sound[0, inner])[0, 1] > 0.99
@@ -92,14 +92,14 @@ def test_sound_keeps_its_values_and_sides(tmp_path: Path) -> None:
 
 
 def test_loud_sound_is_clipped_not_wrapped(tmp_path: Path) -> None:
-    write_video(tmp_path / "a.mp4", movie(24), fps=24, audio=3 * tone(1.0), sample_rate=RATE)
+    write_video(tmp_path / "a.mp4", movie(24), fps=24, audio=AudioTrack(3 * tone(1.0), RATE))
     heard, _ = read_audio(tmp_path / "a.mp4", tmp_path)
     inner = slice(2048, RATE - 2048)
     assert np.corrcoef(heard[0, inner], np.clip(3 * tone(1.0)[0, inner], -1, 1))[0, 1] > 0.98
 
 
 def test_one_channel_becomes_stereo(tmp_path: Path) -> None:
-    write_video(tmp_path / "a.mp4", movie(24), fps=24, audio=tone(1.0)[:1], sample_rate=RATE)
+    write_video(tmp_path / "a.mp4", movie(24), fps=24, audio=AudioTrack(tone(1.0)[:1], RATE))
     heard, _ = read_audio(tmp_path / "a.mp4", tmp_path)
     assert heard.shape[0] == 2
     assert np.abs(heard[0] - heard[1]).max() < 0.02
@@ -131,7 +131,7 @@ def test_groups_and_single_frames_give_the_same_file(tmp_path: Path) -> None:
 def test_no_sound_no_audio_stream(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", movie(5), fps=24)
     assert "Audio:" not in ffmpeg("-i", tmp_path / "a.mp4")
-    write_video(tmp_path / "a.mp4", movie(5), fps=24, audio=tone(0.2), sample_rate=RATE)
+    write_video(tmp_path / "a.mp4", movie(5), fps=24, audio=AudioTrack(tone(0.2), RATE))
     assert re.search(r"Audio: aac.*24000 Hz, stereo", ffmpeg("-i", tmp_path / "a.mp4"))
 
 
@@ -141,12 +141,12 @@ def test_players_can_start_before_the_end_of_the_download(tmp_path: Path) -> Non
     assert data.index(b"moov") < data.index(b"mdat")
 
 
-@pytest.mark.parametrize("name", ["a b.mp4", "紅い凧 é.mp4", "-y.mp4", "a:b%03d.mp4", "no-extension", "it's \"x\".mp4"])
+@pytest.mark.parametrize("name", ["a b.mp4", "紅い凧 é.mp4", "-y.mp4", "a:b%03d.MP4", "it's \"x\".mp4"])
 def test_any_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     folder = tmp_path / "a folder:ü"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    write_video(Path(name), movie(3), fps=24, audio=tone(0.1), sample_rate=RATE)
+    write_video(Path(name), movie(3), fps=24, audio=AudioTrack(tone(0.1), RATE))
     assert [p.name for p in folder.iterdir()] == [name]
     assert read_video(Path(name))[0].shape[0] == 3
 
@@ -212,10 +212,10 @@ def test_unusable_sound(tmp_path: Path) -> None:
     damaged = tone(0.1)
     damaged[0, 7] = np.nan
     with pytest.raises(NumericsError):
-        write_video(tmp_path / "a.mp4", movie(2), fps=24, audio=damaged, sample_rate=RATE)
+        write_video(tmp_path / "a.mp4", movie(2), fps=24, audio=AudioTrack(damaged, RATE))
     for sound, rate in ((tone(0.1)[0], RATE), (tone(0.1).T, RATE), (tone(0.1), 0)):
         with pytest.raises(InputError, match="sound"):
-            write_video(tmp_path / "a.mp4", movie(2), fps=24, audio=sound, sample_rate=rate)
+            write_video(tmp_path / "a.mp4", movie(2), fps=24, audio=AudioTrack(sound, rate))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,6 +228,8 @@ def test_unusable_target(tmp_path: Path) -> None:
         write_video(tmp_path / "absent" / "a.mp4", never(), fps=24)
     with pytest.raises(InputError, match="is a folder"):
         write_video(tmp_path, never(), fps=24)
+    with pytest.raises(InputError, match=r"use .*a\.mp4"):
+        write_video(tmp_path / "a.json", never(), fps=24)  # would be overwritten by the sidecar
 
 
 def test_read_picture(tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def test_read_errors(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("not a video")
     with pytest.raises(MediaError):
         read_video(tmp_path / "text.mp4")
-    write_video(tmp_path / "a.mp4", movie(5), fps=24, audio=tone(0.2), sample_rate=RATE)
+    write_video(tmp_path / "a.mp4", movie(5), fps=24, audio=AudioTrack(tone(0.2), RATE))
     ffmpeg("-i", tmp_path / "a.mp4", "-vn", tmp_path / "sound.wav")
     with pytest.raises(MediaError):
         read_video(tmp_path / "sound.wav")
