@@ -52,7 +52,7 @@ def random_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
         return 0.3 * x
     if len(shape) <= 1 or "learnable_registers" in name or "embed_tokens" in name:
         return x
-    return x / np.sqrt(np.prod(shape[1:]))
+    return x / np.float32(np.sqrt(np.prod(shape[1:])))
 
 
 def randomize(source: Path, target: Path, seed: int) -> Path:
