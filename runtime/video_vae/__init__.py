@@ -1,0 +1,1 @@
+"""Video VAE: configuration, encoder, decoder, and decoding in tiles."""

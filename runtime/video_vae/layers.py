@@ -1,0 +1,132 @@
+"""Building blocks of the video VAE, channels last: (batch, frames, height, width, channels).
+
+Every convolution is 3x3x3 over a clip extended by one position per side (in time by copies of the edge frames), and
+every normalisation is a weightless one over the channels of a position. Blocks evaluate their result, which bounds
+the work of one evaluation (a GPU watchdog ends long ones) and frees activations as early as possible."""
+
+from dataclasses import dataclass
+from math import prod
+
+import mlx.core as mx
+import mlx.nn as nn
+
+NORM_EPS = 1e-8
+Stride = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Border:
+    """How a network's convolutions extend the clip: in time before it only (causal) or on both sides, in space by
+    zeros or by reflection."""
+
+    causal: bool
+    reflect: bool
+
+
+def activate(x: mx.array) -> mx.array:
+    """Divide by the root mean square over channels (in float32 inside the kernel), then SiLU."""
+    return nn.silu(mx.fast.rms_norm(x, None, NORM_EPS))
+
+
+class CausalConv3d(nn.Module):
+    """3x3x3 convolution that keeps the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, border: Border) -> None:
+        super().__init__()
+        padding = 0 if border.reflect else (0, 1, 1)
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=padding)
+        self.border = border
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv(_extend(x, self.border))
+
+
+def _extend(x: mx.array, border: Border) -> mx.array:
+    """Copies of the edge frames; with reflection, also one row and column per side."""
+    first, last = x[:, :1], x[:, -1:]
+    x = mx.concatenate([first, first, x] if border.causal else [first, x, last], axis=1)
+    if border.reflect:
+        x = mx.concatenate([x[:, :, 1:2], x, x[:, :, -2:-1]], axis=2)
+        x = mx.concatenate([x[:, :, :, 1:2], x, x[:, :, :, -2:-1]], axis=3)
+    return x
+
+
+class ResBlock(nn.Module):
+    """Two normalised, activated convolutions added to their input."""
+
+    def __init__(self, channels: int, border: Border) -> None:
+        super().__init__()
+        self.conv1 = CausalConv3d(channels, channels, border)
+        self.conv2 = CausalConv3d(channels, channels, border)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x + self.conv2(activate(self.conv1(activate(x))))
+
+
+class ResBlocks(nn.Module):
+    """Residual blocks at one size, evaluated one by one."""
+
+    def __init__(self, channels: int, layers: int, border: Border) -> None:
+        super().__init__()
+        self.res_blocks = [ResBlock(channels, border) for _ in range(layers)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for block in self.res_blocks:
+            x = block(x)
+            mx.eval(x)
+        return x
+
+
+class Downsample(nn.Module):
+    """Divide the size by `stride`: convolution and space-to-depth, plus space-to-depth averaged over channel groups."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: Stride, border: Border) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(in_channels, out_channels // prod(stride), border)
+        self.stride = stride
+        self.out_channels = out_channels
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.stride[0] > 1:
+            x = mx.concatenate([x[:, :1], x], axis=1)  # the first latent frame stands for one frame only
+        skip = space_to_depth(x, self.stride)
+        skip = skip.reshape(*skip.shape[:-1], self.out_channels, -1).mean(axis=-1)
+        x = space_to_depth(self.conv(x), self.stride) + skip
+        mx.eval(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Multiply the size by `stride` and divide the width by `divisor`: convolution and depth-to-space, plus, where
+    residual, the input's depth-to-space with its channels repeated to that width."""
+
+    def __init__(self, channels: int, divisor: int, stride: Stride, residual: bool, border: Border) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, channels * prod(stride) // divisor, border)
+        self.stride = stride
+        self.repeats = prod(stride) // divisor if residual else 0
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = depth_to_space(self.conv(x), self.stride)
+        if self.repeats:
+            y = y + mx.tile(depth_to_space(x, self.stride), (1, 1, 1, 1, self.repeats))
+        if self.stride[0] > 1:
+            y = y[:, 1:]  # the first latent frame stands for one frame only
+        mx.eval(y)
+        return y
+
+
+def space_to_depth(x: mx.array, stride: Stride) -> mx.array:
+    """(B, F, H, W, C) -> (B, F/t, H/h, W/w, C·t·h·w); channels ordered (channel, t, h, w)."""
+    batch, frames, height, width, channels = x.shape
+    t, h, w = stride
+    x = x.reshape(batch, frames // t, t, height // h, h, width // w, w, channels)
+    return x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(batch, frames // t, height // h, width // w, -1)
+
+
+def depth_to_space(x: mx.array, stride: Stride) -> mx.array:
+    """(B, F, H, W, C·t·h·w) -> (B, F·t, H·h, W·w, C); channels ordered (channel, t, h, w)."""
+    batch, frames, height, width, _ = x.shape
+    t, h, w = stride
+    x = x.reshape(batch, frames, height, width, -1, t, h, w)
+    return x.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(batch, frames * t, height * h, width * w, -1)

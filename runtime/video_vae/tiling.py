@@ -1,0 +1,183 @@
+"""Decoding in overlapping tiles, streamed over time, so that memory stays bounded for any clip.
+
+Tiles overlap by whole latents and are blended with linear ramps whose weights sum to one at every pixel. Along time,
+every tile after the first starts one latent early: a tile's first latent yields a single frame, which gets weight 0."""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.video_vae.model import VideoAutoencoder
+
+FRAMES_PER_GROUP = 16  # bounds the float32 frames handed out at a time
+LONG_SIDE, OVERLAP = 768, 64  # pixels
+FRAMES, FRAME_OVERLAP = 80, 24
+Weights = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Largest tile and the overlap of neighbours, in pixels and frames; multiples of the latents' scale."""
+
+    height: int
+    width: int
+    overlap: int
+    frames: int
+    frame_overlap: int
+
+    def __post_init__(self) -> None:
+        spatial = 0 <= self.overlap < min(self.height, self.width)
+        if not (spatial and 0 <= 2 * self.frame_overlap < self.frames):
+            raise InputError(
+                f"{self} cannot be used",
+                "tiles must be larger than their overlap, and hold more than two overlaps of frames",
+                "choose larger tiles or smaller overlaps",
+            )
+
+
+def auto_tiling(
+    height: int, width: int, frames: int, *, spatial_scale: int = 32, temporal_scale: int = 8
+) -> Tiling | None:
+    """Tiles of Lightricks' choice for a clip in pixels and frames: 768 along the longer side, the other in proportion,
+    80 frames. None when one tile covers the clip."""
+    longest = max(height, width)
+    if longest <= LONG_SIDE:
+        tile_height, tile_width = height, width
+    else:
+        limit, overlap = LONG_SIDE // spatial_scale, OVERLAP // spatial_scale
+        tile_height, tile_width = (
+            spatial_scale * max(2, overlap + 1, round(limit * side / longest)) for side in (height, width)
+        )
+    if longest <= LONG_SIDE and frames <= 1 + FRAMES - temporal_scale:
+        return None
+    return Tiling(tile_height, tile_width, OVERLAP, FRAMES, FRAME_OVERLAP)
+
+
+@dataclass(frozen=True)
+class Span:
+    """One tile along one axis: the latents it reads, the pixels or frames it covers, and their weights."""
+
+    source: slice
+    target: slice
+    weights: Weights
+
+
+def intervals(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
+    """Cover `length` with intervals of `size` whose neighbours share `overlap`; the last one may be shorter."""
+    step = size - overlap
+    count = max(1, -(-(length - overlap) // step))
+    return [(i * step, min(i * step + size, length)) for i in range(count)]
+
+
+def spatial_spans(length: int, size: int, overlap: int, scale: int) -> list[Span]:
+    """Tiles of `size` latents over an axis of `length` latents, `scale` pixels each."""
+    up = np.arange(1, overlap * scale + 1, dtype=np.float32) / np.float32(overlap * scale + 1)
+    spans = []
+    for start, stop in intervals(length, size, overlap):
+        weights = np.ones((stop - start) * scale, np.float32)
+        if start > 0:
+            weights[: up.size] *= up
+        if stop < length:
+            weights[weights.size - up.size :] *= up[::-1]
+        spans.append(Span(slice(start, stop), slice(start * scale, stop * scale), weights))
+    return _normalised(spans)
+
+
+def temporal_spans(length: int, size: int, overlap: int, scale: int) -> list[Span]:
+    """Tiles of `size` latents over `length` latents: latents [a, b) cover frames [a·scale, (b - 1)·scale + 1)."""
+    rise = np.arange(overlap * scale + 1, dtype=np.float32) / np.float32(overlap * scale + 1)
+    fall = 1 - np.arange(1, overlap * scale + 1, dtype=np.float32) / np.float32(overlap * scale + 1)
+    spans = []
+    for start, stop in intervals(length, size, overlap):
+        first = max(0, start - 1)
+        weights = np.ones((stop - first - 1) * scale + 1, np.float32)
+        if start > 0:
+            weights[: rise.size] = rise
+        if stop < length:
+            weights[weights.size - fall.size :] *= fall
+        spans.append(Span(slice(first, stop), slice(first * scale, (stop - 1) * scale + 1), weights))
+    return _normalised(spans)
+
+
+def _normalised(spans: list[Span]) -> list[Span]:
+    """Divide by the sum of weights at every position, which is one already unless three tiles meet."""
+    total: Weights = np.zeros(spans[-1].target.stop, np.float32)
+    for span in spans:
+        total[span.target] += span.weights
+    return [replace(span, weights=span.weights / total[span.target]) for span in spans]
+
+
+def decode_frames(vae: VideoAutoencoder, latents: mx.array, tiling: Tiling | None = None) -> Iterator[mx.array]:
+    """Decode normalised latents (1, C, f, h, w) to groups of frames (n, H, W, 3) in [0, 1], float32, in order.
+
+    Without `tiling` the clip is decoded in one piece. Raises InputError for tiles that do not fit the latents' scale
+    or are too large to decode.
+    """
+    times, rows, columns = _plan(vae, latents, tiling)
+    starts = [time.target.start for time in times[1:]] + [times[-1].target.stop]
+    pending: mx.array | None = None
+    for time, following in zip(times, starts, strict=True):
+        part = latents[:, :, time.source]
+        final = following - time.target.start
+        pending = yield from _finished(_decode_tiles(vae, part, rows, columns), time.weights, pending, final)
+
+
+def _plan(vae: VideoAutoencoder, latents: mx.array, tiling: Tiling | None) -> tuple[list[Span], ...]:
+    frames, height, width = latents.shape[2:]
+    space, time = vae.spatial_scale, vae.temporal_scale
+    t = tiling or Tiling(height * space, width * space, 0, frames * time, 0)
+    if any(pixels % space for pixels in (t.height, t.width, t.overlap)) or t.frames % time or t.frame_overlap % time:
+        raise InputError(
+            f"{t} cannot be used",
+            f"tiles and overlaps must be multiples of {space} pixels and {time} frames",
+            "round them up",
+        )
+    return (
+        temporal_spans(frames, t.frames // time, t.frame_overlap // time, time),
+        spatial_spans(height, t.height // space, t.overlap // space, space),
+        spatial_spans(width, t.width // space, t.overlap // space, space),
+    )
+
+
+def _decode_tiles(vae: VideoAutoencoder, latents: mx.array, rows: list[Span], columns: list[Span]) -> mx.array:
+    """All frames of some latents, blended over space."""
+    if len(rows) == len(columns) == 1:
+        return vae.decode(latents)
+    frames = (latents.shape[2] - 1) * vae.temporal_scale + 1
+    picture = mx.zeros((frames, rows[-1].target.stop, columns[-1].target.stop, 3))
+    for row in rows:
+        for column in columns:
+            weights = mx.array(row.weights)[:, None, None] * mx.array(column.weights)[:, None]
+            tile = vae.decode(latents[..., row.source, column.source]) * weights
+            tile = tile + picture[:, row.target, column.target]
+            mx.eval(tile)  # ends the view into `picture`, which then is updated in place
+            picture[:, row.target, column.target] = tile
+            mx.eval(picture)
+    return picture
+
+
+def _finished(
+    frames: mx.array, ramp: Weights, pending: mx.array | None, final: int
+) -> Generator[mx.array, None, mx.array]:
+    """Yield the first `final` frames in groups; return the others, to which the next tile will add."""
+    weights = mx.array(ramp)[:, None, None, None]
+    start = 0
+    if pending is not None:
+        start = pending.shape[0]
+        yield _to_unit(frames[:start] * weights[:start] + pending)
+    for first in range(start, final, FRAMES_PER_GROUP):
+        group = slice(first, min(first + FRAMES_PER_GROUP, final))
+        yield _to_unit(frames[group] * weights[group])
+    rest = frames[final:] * weights[final:]
+    mx.eval(rest)
+    return rest
+
+
+def _to_unit(frames: mx.array) -> mx.array:
+    """[-1, 1] -> [0, 1], clamped."""
+    frames = mx.clip((frames + 1) / 2, 0, 1)
+    mx.eval(frames)
+    return frames
