@@ -1,0 +1,23 @@
+"""Reference implementations for the parity tests: optional on a developer's machine, obligatory in `make test` and CI, where
+a test that silently did not compare anything would count as passed."""
+
+import os
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+
+REQUIRE = "LTX2_REQUIRE_PARITY"  # set by `make test`
+
+
+def required() -> bool:
+    """Whether a missing reference package is an error."""
+    return any(os.environ.get(name, "").lower() not in ("", "0", "false") for name in (REQUIRE, "CI"))
+
+
+def require(name: str) -> ModuleType:
+    """Import a reference module, or skip the test (the whole file when called at its top) without it.
+
+    Raises ImportError instead of skipping when `required()`.
+    """
+    return import_module(name) if required() else pytest.importorskip(name)
