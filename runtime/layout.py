@@ -45,7 +45,7 @@ class ComponentRecord:
 class Manifest:
     """ltx2.json."""
 
-    release: str
+    release: str | None
     variant: str | None
     tool_version: str
     components: Mapping[str, ComponentRecord]

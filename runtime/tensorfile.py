@@ -5,9 +5,10 @@ before its data, so output is written (and hashed) chunk by chunk under a tempor
 
 import hashlib
 import json
+import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.errors import CheckpointError, UnsupportedError
 
 # numpy has no bfloat16 or float8: their codes travel as unsigned integers of the same width.
 NUMPY_DTYPES: Mapping[str, str] = {
@@ -55,13 +56,30 @@ class TensorFile:
     size: int = field(default=0)
 
     @cached_property
-    def _map(self) -> Array:
-        return np.memmap(self.path, dtype=np.uint8, mode="r")
+    def _map(self) -> mmap.mmap:
+        with self.path.open("rb") as f:
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
     def array(self, name: str) -> Array:
-        """The tensor as a read-only memory map; BF16 and FP8 as their integer codes (see NUMPY_DTYPES)."""
+        """The tensor as a read-only memory map; BF16 and FP8 as their integer codes (see NUMPY_DTYPES).
+
+        Raises UnsupportedError for a dtype that no published file uses.
+        """
         info = self.tensors[name]
-        return self._map[info.start : info.end].view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+        if info.dtype not in NUMPY_DTYPES:
+            raise UnsupportedError(
+                f"tensor {name} of {self.path.name} cannot be read",
+                f"its dtype is {info.dtype}",
+                f"use a file with {', '.join(NUMPY_DTYPES)}",
+            )
+        dtype = np.dtype(NUMPY_DTYPES[info.dtype])
+        return np.frombuffer(self._map, dtype, prod(info.shape), info.start).reshape(info.shape)
+
+    def release(self, name: str) -> None:
+        """Give the tensor's mapped pages back; reading it again maps them anew. Call it after streaming past."""
+        info = self.tensors[name]
+        start = info.start - info.start % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
 
 def open_tensorfile(path: Path) -> TensorFile:
@@ -83,7 +101,7 @@ def open_tensorfile(path: Path) -> TensorFile:
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}", str(error), "check the path and its permissions") from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     base = 8 + length
     tensors = {
         name: TensorInfo(name, t["dtype"], tuple(t["shape"]), base + t["data_offsets"][0], base + t["data_offsets"][1])
@@ -124,27 +142,40 @@ class WrittenFile:
     sha256: str
 
 
-def write_tensorfile(path: Path, outputs: list[Output], metadata: Mapping[str, str]) -> Iterator[int]:
+Writing = Generator[int, None, WrittenFile]  # yields bytes written, returns the finished file
+
+
+def write_tensorfile(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> Writing:
     """Stream `outputs` into `path`, yielding the bytes written after each chunk; returns a WrittenFile.
 
     The file appears under its name only when complete and synced. Same outputs, same bytes.
     """
+    return (yield from write_blocks(path, _file_blocks(outputs, metadata)))
+
+
+def write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> Writing:
+    """Write any file as `write_tensorfile` does: hashed, synced, and under its name only when complete."""
     partial = path.with_name(path.name + ".partial")
     digest = hashlib.sha256()
     size = 0
     with partial.open("wb") as f:
-        for block in _file_blocks(outputs, metadata):
+        for block in blocks:
             f.write(block)
             digest.update(block)
-            size += block.nbytes
-            yield block.nbytes
+            size += len(block)
+            yield len(block)
         f.flush()
         os.fsync(f.fileno())
     partial.replace(path)
     return WrittenFile(path.name, size, digest.hexdigest())
 
 
-def _file_blocks(outputs: list[Output], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+def tensorfile_size(outputs: Sequence[Output], metadata: Mapping[str, str]) -> int:
+    """Size in bytes of the file that `write_tensorfile` would write."""
+    return len(_header(outputs, metadata)) + sum(out.nbytes for out in outputs)
+
+
+def _header(outputs: Sequence[Output], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for out in outputs:
@@ -152,11 +183,15 @@ def _file_blocks(outputs: list[Output], metadata: Mapping[str, str]) -> Iterator
         offset += out.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data start 8-byte aligned, as the safetensors library writes them
-    yield memoryview(struct.pack("<Q", len(text)) + text)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _file_blocks(outputs: Sequence[Output], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    yield _header(outputs, metadata)
     for out in outputs:
         written = 0
         for chunk in out.chunks():
-            block = memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
+            block = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
             written += block.nbytes
             yield block
         if written != out.nbytes:
@@ -186,6 +221,6 @@ def bf16_to_f32(codes: Array) -> Array:
 
 def f32_to_bf16(values: Array) -> Array:
     """float32 to bfloat16 codes (uint16), rounding half to even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    bits = np.asarray(values, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)

@@ -1,0 +1,237 @@
+"""Sources: published files and folders, opened and recognised by their content, never by their name alone."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltx2.convert.release import Release, recognise_release, releases
+from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError
+from ltx2.runtime.layout import MANIFEST
+from ltx2.runtime.tensorfile import TensorFile, open_tensorfile
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+)  # fmt: skip
+# A name that contains the pattern makes the file one of this kind; first match wins.
+KINDS = (
+    (r"\.lora_|^lora_unet_|\.lora_magnitude_vector|\.dora_scale$", "lora"),
+    (r"^language_model\.model\.|^model\.language_model\.|^vision_tower\.", "gemma"),
+    (r"^(model\.diffusion_model|text_embedding_projection|vae|audio_vae|vocoder)\.", "checkpoint"),
+    (r"^upsampler\.", "upscaler"),
+)
+VARIANTS = ("dev", "distilled")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One recognised source. `kind` names its rules (convert/rules.py); `companions` are files copied along."""
+
+    path: Path
+    kind: str
+    files: tuple[TensorFile, ...]
+    config: Mapping[str, Any]
+    release: Release | None = None
+    companions: tuple[Path, ...] = ()
+
+    def tensor_count(self) -> int:
+        """Number of tensors in all its files."""
+        return sum(len(file.tensors) for file in self.files)
+
+
+def open_sources(paths: Iterable[Path]) -> list[Source]:
+    """Open files and folders (headers only).
+
+    Raises CheckpointError for malformed, incomplete or unknown files, UnsupportedError for published formats that
+    this version does not convert, InputError when a path cannot be a source.
+    """
+    sources: list[Source] = []
+    for path in paths:
+        found = _open_folder(path) if path.is_dir() else [_open_file(path)]
+        for source in found:
+            if any(source.path.resolve() == other.path.resolve() for other in sources):
+                raise InputError(f"{source.path} is given twice", "each source is converted once", "name it once")
+            sources.append(source)
+    if not sources:
+        raise InputError("no source is given", "there is nothing to convert", "name a checkpoint file or folder")
+    return sources
+
+
+def variant_in_name(name: str) -> str | None:
+    """`dev` or `distilled` when exactly one of them is a word of the file's name."""
+    words = re.split(r"[^a-z]+", name.lower())
+    found = [variant for variant in VARIANTS if variant in words]
+    return found[0] if len(found) == 1 else None
+
+
+def _open_folder(path: Path) -> list[Source]:
+    if (path / MANIFEST).is_file():
+        raise InputError(
+            f"{path} is already a model folder",
+            f"it has an {MANIFEST}",
+            "use it with ltx2 generate, or shrink it with ltx2 quantize",
+        )
+    if (path / "config.json").is_file():
+        return [_open_gemma(path)]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{path} holds no checkpoint",
+            "it has neither safetensors files nor a config.json",
+            "name the file, or the folder that holds it",
+        )
+    return [_open_file(file) for file in files]
+
+
+def _open_file(path: Path) -> Source:
+    file = open_tensorfile(path)
+    config = _embedded_config(file)
+    _check_storage(file)
+    release = recognise_release(file, config)
+    if release is not None and not release.supported:
+        able = ", ".join(r.title for r in releases() if r.supported)
+        raise UnsupportedError(
+            f"{path.name} belongs to {release.title}",
+            f"this version of ltx2 converts {able} only",
+            f"use the files of {able}, or a newer ltx2",
+        )
+    return Source(path, _kind(file, config), (file,), config, release)
+
+
+def _embedded_config(file: TensorFile) -> dict[str, Any]:
+    """The `config` of the file's metadata; empty where there is none (LoRAs, Gemma shards)."""
+    try:
+        config = json.loads(file.metadata.get("config", "{}"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file.path.name} has an unreadable configuration", str(error), "download the file again"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{file.path.name} has an unreadable configuration", "it is not a JSON object", "download the file again"
+        )
+    return config
+
+
+def _check_storage(file: TensorFile) -> None:
+    """Refuse by name what is stored in fewer than 16 bits."""
+    name = _quantized_storage(file)
+    if name is not None:
+        raise UnsupportedError(
+            f"{file.path.name} holds {name} weights",
+            "this version of ltx2 converts bf16, f16 and f32 checkpoints",
+            "use the bf16 file of the same model, or a newer ltx2",
+        )
+
+
+def _quantized_storage(file: TensorFile) -> str | None:
+    dtypes = {t.dtype for t in file.tensors.values()}
+    if "F8_E5M2" in dtypes:
+        return "FP8 (E5M2)"
+    if any(name.endswith(".weight_scale_2") for name in file.tensors):
+        return "NVFP4"
+    if "F8_E4M3" in dtypes:
+        return "FP8 (E4M3)"
+    if "I8" in dtypes or any(name.endswith(".comfy_quant") for name in file.tensors):
+        return "int8"
+    if any(name.endswith(".scales") for name in file.tensors):
+        return "MLX-quantized"
+    other = dtypes - {"BF16", "F16", "F32"}
+    return f"{', '.join(sorted(other))}" if other else None
+
+
+def _kind(file: TensorFile, config: Mapping[str, Any]) -> str:
+    kind = next((kind for pattern, kind in KINDS if any(re.search(pattern, name) for name in file.tensors)), None)
+    if kind == "gemma":
+        raise InputError(
+            f"{file.path.name} is a part of a Gemma text encoder",
+            "its configuration and tokenizer are separate files",
+            f"name its folder instead: {file.path.parent}",
+        )
+    if kind == "upscaler":
+        return _upscaler_kind(file, config)
+    if kind is None:
+        names = ", ".join(sorted(file.tensors)[:3]) or "none"
+        raise CheckpointError(
+            f"{file.path.name} is not an LTX-2 file",
+            f"its {len(file.tensors)} tensors ({names}, ...) belong to no known network",
+            "name an LTX-2 checkpoint, upscaler or LoRA, or a Gemma 3 folder",
+        )
+    return kind
+
+
+def _upscaler_kind(file: TensorFile, config: Mapping[str, Any]) -> str:
+    directions = (bool(config.get("spatial_upsample")), bool(config.get("temporal_upsample")))
+    if config.get("_class_name") != "LatentUpsampler" or directions[0] == directions[1]:
+        raise CheckpointError(
+            f"{file.path.name} is not a usable upscaler",
+            "its metadata does not say whether it upscales space or time",
+            "use the upscaler as published; its metadata holds the configuration",
+        )
+    return "spatial_upscaler" if directions[0] else "temporal_upscaler"
+
+
+def _open_gemma(folder: Path) -> Source:
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if model_type not in ("gemma3", "gemma3_text"):
+        raise UnsupportedError(
+            f"{folder} holds a {model_type or 'nameless'} model",
+            "the text encoder of the supported releases is Gemma 3",
+            "name a folder of gemma-3-12b-it",
+        )
+    files = tuple(open_tensorfile(path) for path in _shards(folder))
+    for file in files:
+        _check_storage(file)
+    _check_index(folder, files)
+    companions = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    return Source(folder, "gemma", files, config, companions=companions)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The weight files of a Gemma folder. Raises CheckpointError that names a missing one."""
+    if (folder / INDEX).is_file():
+        names = set(read_json(folder / INDEX).get("weight_map", {}).values())
+    else:
+        names = {path.name for path in folder.glob("model*.safetensors")}
+        for name in tuple(names):
+            if match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name):
+                stem, count = match.groups()
+                names |= {f"{stem}-{n:05d}-of-{count}.safetensors" for n in range(1, int(count) + 1)}
+    if not names:
+        raise CheckpointError(f"{folder} has no weights", "it has no model*.safetensors", "download the whole folder")
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder / name} is missing", f"the model consists of {len(names)} files", "download the missing file"
+            )
+    return [folder / name for name in sorted(names)]
+
+
+def _check_index(folder: Path, files: tuple[TensorFile, ...]) -> None:
+    if not (folder / INDEX).is_file():
+        return
+    listed: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
+    stored = {name: file.path.name for file in files for name in file.tensors}
+    wrong = sorted(name for name in listed.keys() | stored.keys() if listed.get(name) != stored.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{folder / INDEX} does not fit the files",
+            f"{len(wrong)} tensors are elsewhere than it says, the first is {wrong[0]}",
+            "download the whole folder again",
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError when the file cannot be read or holds something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read", str(error), "download the file again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} cannot be read", "it is not a JSON object", "download the file again")
+    return data

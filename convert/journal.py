@@ -1,0 +1,134 @@
+"""The unfinished model folder `<name>.partial`: which of its files are complete, and for which conversion.
+
+Its journal holds one JSON line per finished file and hashed source, after a first line with the conversion's
+fingerprint. The same conversion continues; another one starts anew."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from ltx2.runtime.errors import InputError, ModelFolderError
+from ltx2.runtime.layout import FileRecord
+from ltx2.runtime.tensorfile import WrittenFile
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclass
+class Partial:
+    """An open unfinished folder; `files` by path inside the folder, `sources` by the source's path."""
+
+    path: Path
+    _journal: IO[str]
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    sources: dict[str, FileRecord] = field(default_factory=dict)
+
+    def add_file(self, path: str, written: WrittenFile) -> None:
+        """Record a finished file."""
+        self.files[path] = FileRecord(written.name, written.size, written.sha256)
+        self._append({"file": path, **asdict(written)})
+
+    def add_source(self, path: str, record: FileRecord) -> None:
+        """Record a source's hash."""
+        self.sources[path] = record
+        self._append({"source": path, **asdict(record)})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._journal.write(json.dumps(line) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def finish(self, target: Path) -> None:
+        """Turn the folder into the finished one at `target`."""
+        (self.path / JOURNAL).unlink()
+        for folder in [path for path in self.path.rglob("*") if path.is_dir()]:
+            _sync(folder)
+        _sync(self.path)
+        self.path.rename(target)
+        _sync(target.parent)
+
+
+@contextmanager
+def open_partial(path: Path, fingerprint: str) -> Iterator[Partial]:
+    """Open or create the unfinished folder and hold it for this process.
+
+    Raises ModelFolderError when something else stands at `path`, InputError while another process writes there.
+    """
+    journal = path / JOURNAL
+    if path.exists() and not journal.is_file() and not _is_empty_folder(path):
+        raise ModelFolderError(
+            f"{path} is in the way", "it is not an unfinished conversion of ours", "move it away, or write elsewhere"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    with journal.open("a+", encoding="utf-8") as f:
+        _lock(f, path)
+        lines = _read(f)
+        if not lines or lines[0] != {"fingerprint": fingerprint}:
+            _empty(path)
+            lines = [{"fingerprint": fingerprint}]
+        partial = Partial(path, f)
+        f.truncate(0)  # a crash may have left half a line at its end
+        for line in lines:
+            partial._append(line)
+        _restore(partial, lines)
+        yield partial
+
+
+def _lock(f: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(
+            f"{path} is being written", "another ltx2 process holds it", "wait for it, or write elsewhere"
+        ) from error
+
+
+def _read(f: IO[str]) -> list[dict[str, Any]]:
+    """The journal's lines up to the first incomplete one, which a crash may leave."""
+    f.seek(0)
+    lines = []
+    for line in f:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _restore(partial: Partial, lines: list[dict[str, Any]]) -> None:
+    for line in lines[1:]:
+        record = FileRecord(line["name"], line["size"], line["sha256"])
+        if "source" in line:
+            partial.sources[line["source"]] = record
+        elif _size(partial.path / line["file"]) == record.size:
+            partial.files[line["file"]] = record
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _empty(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != JOURNAL:
+            entry.unlink()
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

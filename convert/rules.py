@@ -1,0 +1,131 @@
+"""Names and axes as data: which component a source's tensor belongs to, its key there, and how its axes turn.
+
+Keys are the checkpoint's own names without the component's prefix, except where RENAMES says otherwise; convolution
+kernels get MLX's channels-last layout. What is dropped is dropped by a row that gives the reason."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+UNUSED_STATISTIC = "a statistic no network uses"
+VISION = "the vision tower and its projector are not part of the text encoder"
+CONSTANT = "a constant buffer, computed where it is used"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors whose whole name matches `pattern` go to `component` as `key` (a match template) or are dropped."""
+
+    pattern: str
+    component: str = ""
+    key: str = r"\1"
+    dropped: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a tensor goes; `dropped` holds the reason when it goes nowhere."""
+
+    component: str
+    key: str
+    dropped: str = ""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Tensors of `component` with this key pattern and rank are transposed by `axes`."""
+
+    component: str
+    pattern: str
+    axes: tuple[int, ...]
+
+
+CHECKPOINT = (
+    Rule(r"model\.diffusion_model\.(video|audio)_embeddings_connector\.(.+)", "connectors", r"\1_connector.\2"),
+    Rule(r"model\.diffusion_model\.(.+)", "transformer"),
+    Rule(r"text_embedding_projection\.(.+)", "connectors", r"text_projection.\1"),
+    Rule(
+        r"vae\.per_channel_statistics\.(channel|mean-of-stds|mean-of-stds_over_std-of-means)",
+        dropped=UNUSED_STATISTIC,
+    ),
+    Rule(r"vae\.(.+)", "video_vae"),
+    Rule(r"audio_vae\.(.+)", "audio_vae"),
+    Rule(r"vocoder\.(.+)", "vocoder"),
+)
+SPATIAL_UPSCALER = (
+    Rule(r"upsampler\.blur_down\.kernel", dropped=CONSTANT),
+    Rule(r"(.+)", "spatial_upscaler"),
+)
+TEMPORAL_UPSCALER = (Rule(r"(.+)", "temporal_upscaler"),)
+GEMMA = (
+    Rule(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.(.+)", dropped=VISION),
+    Rule(r"language_model\.model\.(.+)", "text_encoder", r"model.\1"),  # as published
+    Rule(r"model\.language_model\.(.+)", "text_encoder", r"model.\1"),  # as newer transformers write it
+)
+LORA = (
+    Rule(
+        r"diffusion_model\.(video|audio)_embeddings_connector\.(.+\.lora_[AB]\.weight)",
+        "connectors",
+        r"\1_connector.\2",
+    ),
+    Rule(r"diffusion_model\.(.+\.lora_[AB]\.weight)", "transformer"),
+    Rule(r"text_embedding_projection\.(.+\.lora_[AB]\.weight)", "connectors", r"text_projection.\1"),
+)
+# The kinds of source that convert/checkpoint.py tells apart -> their rules, first match wins.
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "checkpoint": CHECKPOINT,
+    "spatial_upscaler": SPATIAL_UPSCALER,
+    "temporal_upscaler": TEMPORAL_UPSCALER,
+    "gemma": GEMMA,
+    "lora": LORA,
+}
+
+_ATTENTION = (("to_out.0.", "to_out."), ("ff.net.0.proj.", "ff.proj_in."), ("ff.net.2.", "ff.proj_out."))
+_STATISTICS = (
+    ("per_channel_statistics.mean-of-means", "per_channel_statistics.mean"),
+    ("per_channel_statistics.std-of-means", "per_channel_statistics.std"),
+)
+RENAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "transformer": _ATTENTION,
+    "connectors": _ATTENTION,
+    "video_vae": _STATISTICS,
+    "audio_vae": _STATISTICS,
+}
+
+# PyTorch (out, in, *kernel) -> MLX (out, *kernel, in); transposed convolutions are (in, out, kernel) in PyTorch.
+TRANSPOSES = (
+    Axes("video_vae", r".+\.weight", (0, 2, 3, 4, 1)),
+    Axes("audio_vae", r".+\.weight", (0, 2, 3, 1)),
+    Axes("vocoder", r"ups\.\d+\.weight", (1, 2, 0)),
+    Axes("vocoder", r".+\.weight", (0, 2, 1)),
+    Axes("spatial_upscaler", r".+\.weight", (0, 2, 3, 4, 1)),
+    Axes("spatial_upscaler", r".+\.weight", (0, 2, 3, 1)),
+    Axes("temporal_upscaler", r".+\.weight", (0, 2, 3, 4, 1)),
+)
+
+# Modulation tables that a checkpoint keeps in float32 stay float32 whatever --dtype says.
+FLOAT32_TABLES = re.compile(r"(.+\.)?(audio_)?scale_shift_table(_\w+)?")
+
+
+def target(kind: str, name: str) -> Target | None:
+    """Where a tensor of a source of this kind goes; None when no rule knows it."""
+    for rule in RULES[kind]:
+        if match := re.fullmatch(rule.pattern, name):
+            if rule.dropped:
+                return Target("", "", rule.dropped)
+            return Target(rule.component, _renamed(rule.component, match.expand(rule.key)))
+    return None
+
+
+def _renamed(component: str, key: str) -> str:
+    for old, new in RENAMES.get(component, ()):
+        key = key.replace(old, new)
+    return key
+
+
+def axes(component: str, key: str, rank: int) -> tuple[int, ...] | None:
+    """The permutation that turns this tensor into MLX's layout; None when it stays."""
+    for row in TRANSPOSES:
+        if row.component == component and len(row.axes) == rank and re.fullmatch(row.pattern, key):
+            return row.axes
+    return None

@@ -1,0 +1,116 @@
+"""What happens to a tensor on its way from a source into a model folder.
+
+A step changes the view of the whole tensor (no data are read) or the values of some of its rows, so a tensor of any
+size passes through in chunks. Values travel as numpy arrays; BF16 as uint16 codes (see runtime/tensorfile.py)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from ltx2.runtime.errors import NumericsError
+from ltx2.runtime.tensorfile import NUMPY_DTYPES, Array, bf16_to_f32, f32_to_bf16
+
+FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}  # the spelling of --dtype -> of safetensors
+
+
+@dataclass(frozen=True)
+class Form:
+    """A tensor's shape and safetensors dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(NUMPY_DTYPES[self.dtype]).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.itemsize * prod(self.shape)
+
+
+class Step(ABC):
+    """One transformation. `str(step)` is its name in the plan."""
+
+    @abstractmethod
+    def form(self, form: Form) -> Form:
+        """Shape and dtype after the step."""
+
+    def view(self, array: Array) -> Array:
+        """The whole tensor, rearranged without reading it."""
+        return array
+
+    def rows(self, rows: Array, dtype: str) -> Array:
+        """New values of some rows (axis 0 of the output) that have safetensors dtype `dtype`."""
+        return rows
+
+
+@dataclass(frozen=True)
+class Transpose(Step):
+    """Permute the axes, e.g. a convolution kernel into MLX's channels-last layout."""
+
+    axes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"transpose({','.join(map(str, self.axes))})"
+
+    def form(self, form: Form) -> Form:
+        return Form(tuple(form.shape[axis] for axis in self.axes), form.dtype)
+
+    def view(self, array: Array) -> Array:
+        return array.transpose(self.axes)
+
+
+@dataclass(frozen=True)
+class Cast(Step):
+    """Convert between floating-point types with one rounding (half to even). `dtype` is spelt as in --dtype."""
+
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"cast({self.dtype})"
+
+    def form(self, form: Form) -> Form:
+        return Form(form.shape, FLOATS[self.dtype])
+
+    def rows(self, rows: Array, dtype: str) -> Array:
+        values = to_float32(rows, dtype)
+        return from_float32(values, FLOATS[self.dtype])
+
+
+class Packing(ABC):
+    """The last step where one tensor becomes several: a quantized layer's codes with their scales and biases."""
+
+    @abstractmethod
+    def forms(self, form: Form) -> Mapping[str, Form]:
+        """Last name part -> shape and dtype, `weight` first. `weight` is streamed, the others are held in memory."""
+
+    @abstractmethod
+    def rows(self, rows: Array, dtype: str) -> Mapping[str, Array]:
+        """The rows of every output for these rows of the input, which have safetensors dtype `dtype`."""
+
+
+def to_float32(values: Array, dtype: str) -> Array:
+    """Values of a safetensors float dtype (BF16 as codes) as float32, exact."""
+    return bf16_to_f32(values) if dtype == "BF16" else values.astype(np.float32, copy=False)
+
+
+def from_float32(values: Array, dtype: str) -> Array:
+    """float32 to a safetensors float dtype, rounding half to even. Raises NumericsError when F16 is too narrow."""
+    if dtype == "BF16":
+        return f32_to_bf16(values)
+    if dtype == "F32":
+        return values
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float16)
+    if (np.isinf(narrow) & np.isfinite(values)).any():
+        largest = float(np.abs(values[np.isfinite(values)]).max())
+        raise NumericsError(
+            f"a value of {largest:.6g} does not fit f16",
+            "float16 ends at 65504",
+            "use --dtype bf16, or leave --dtype out",
+        )
+    return narrow

@@ -1,0 +1,205 @@
+"""Execute a plan: stream every tensor into a new model folder.
+
+The folder grows under `<name>.partial` and takes its name when complete, so a killed run leaves nothing under the
+final name and the same command continues it. Peak memory does not depend on the size of the files."""
+
+import errno
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ltx2 import __version__
+from ltx2.convert.check import check_plan
+from ltx2.convert.files import PlannedFile, TextFile, component_files, main_dtype
+from ltx2.convert.hashing import SourceHashes
+from ltx2.convert.journal import Partial, open_partial
+from ltx2.convert.plan import Plan, plan_json
+from ltx2.runtime.errors import DoesNotFitError, InputError, ModelFolderError
+from ltx2.runtime.events import BytesDone, Event, Written
+from ltx2.runtime.layout import MANIFEST, ComponentRecord, FileRecord, Manifest, ModelFolder
+
+SHARD_GB = 5.0
+RESERVE_BYTES = 16 << 20  # for folders, journal and manifest
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How to write: the largest weight file in GB (10^9 bytes), and whether a finished model may be replaced."""
+
+    shard_gb: float = SHARD_GB
+    force: bool = False
+
+
+def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> Iterator[Event]:
+    """Write the planned model folder to `out`; the last event is Written.
+
+    Raises ModelFolderError when `out` holds something else, DoesNotFitError when the disk is too small, and what
+    `check_plan` raises for a plan that does not fill its networks.
+    """
+    started = time.monotonic()
+    options = options or WriteOptions()
+    _check_options(plan, out, options)
+    check_plan(plan)
+    files = [
+        f for c in plan.components.values() for f in component_files(plan, c, int(options.shard_gb * 10**9))
+    ]
+    if out.exists() and (yield from _already_there(plan, files, out, options)):
+        yield Written(str(out), _total(files), time.monotonic() - started, reused=True)
+        return
+    try:
+        with open_partial(out.with_name(out.name + ".partial"), _fingerprint(plan, files)) as partial:
+            _check_space(files, partial)
+            yield from _fill(plan, files, partial)
+            _publish(partial, out)
+    except OSError as error:
+        raise _disk_error(error, out) from error
+    yield Written(str(out), _total(files), time.monotonic() - started)
+
+
+def _check_options(plan: Plan, out: Path, options: WriteOptions) -> None:
+    if options.shard_gb <= 0:
+        raise InputError(
+            f"a shard size of {options.shard_gb:g} GB is not possible", "files hold data", "use --shard-size 5"
+        )
+    target = out.resolve()
+    for path in {entry.file.path.resolve() for entry in plan.entries}:
+        if target == path or target in path.parents:
+            raise InputError(f"{out} holds the source {path.name}", "sources are never modified", "choose another -o")
+
+
+def _already_there(
+    plan: Plan, files: list[PlannedFile], out: Path, options: WriteOptions
+) -> Generator[Event, None, bool]:
+    """Whether `out` is this very model. Raises ModelFolderError when it is something else that must stay."""
+    if out.is_dir() and not any(out.iterdir()):
+        return False
+    if not (out / MANIFEST).is_file():
+        raise ModelFolderError(
+            f"{out} exists and is not a model folder", f"it has no {MANIFEST}", "choose another -o; it is not touched"
+        )
+    if options.force:
+        return False
+    difference = yield from _difference(plan, files, ModelFolder.open(out))
+    if difference:
+        raise ModelFolderError(
+            f"{out} already holds a different model", difference, "choose another -o, or replace it with --force"
+        )
+    return True
+
+
+def _difference(plan: Plan, files: list[PlannedFile], folder: ModelFolder) -> Generator[Event, None, str]:
+    """What tells the folder from the plan, or an empty text. Sources are hashed only when all else is equal."""
+    have = folder.manifest
+    stored = {f"{name}/{f.name}": f for name, record in have.components.items() for f in record.files}
+    if stored.keys() != {f.path for f in files}:
+        return "it has other files"
+    for file in files:
+        path = folder.path / file.path
+        if stored[file.path].size != file.size or not path.is_file() or path.stat().st_size != file.size:
+            return f"{file.path} is another one or damaged"
+        if isinstance(file, TextFile) and stored[file.path].sha256 != hashlib.sha256(file.content).hexdigest():
+            return f"{file.path} is another one"
+    return (yield from _manifest_difference(plan, files, have))
+
+
+def _manifest_difference(plan: Plan, files: list[PlannedFile], have: Manifest) -> Generator[Event, None, str]:
+    records = {f"{name}/{f.name}": f for name, record in have.components.items() for f in record.files}
+    if _manifest(plan, files, records, have.sources) != have:
+        return "it was made with other options or another version of ltx2"
+    if [(s.name, s.size) for s in _named(plan)] != [(s.name, s.size) for s in have.sources]:
+        return "it was made from other sources"
+    with SourceHashes(plan.sources) as hashes:
+        yield from hashes.wait()
+        return "" if hashes.records() == have.sources else "it was made from other sources"
+
+
+def _named(plan: Plan) -> list[FileRecord]:
+    return [s if isinstance(s, FileRecord) else FileRecord(s.path.name, s.size, "") for s in plan.sources]
+
+
+def _fill(plan: Plan, files: list[PlannedFile], partial: Partial) -> Iterator[Event]:
+    """Write what is missing, hashing the sources at the same time."""
+    total, done = _total(files), sum(record.size for record in partial.files.values())
+    with SourceHashes(plan.sources, partial.sources) as hashes:
+        for file in files:
+            if file.path in partial.files:
+                continue
+            for written in _write(file, partial):
+                done += written
+                yield BytesDone(file.path, done, total)
+            for source, record in hashes.collect():
+                partial.add_source(source, record)
+        yield from hashes.wait()
+        records = hashes.records()
+    manifest = _manifest(plan, files, partial.files, records)
+    (partial.path / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _write(file: PlannedFile, partial: Partial) -> Iterator[int]:
+    path = partial.path / file.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.add_file(file.path, (yield from file.write(path)))
+
+
+def _manifest(
+    plan: Plan, files: list[PlannedFile], records: dict[str, FileRecord], sources: tuple[FileRecord, ...]
+) -> Manifest:
+    components = {
+        name: ComponentRecord(
+            component.cls,
+            tuple(records[f.path] for f in files if f.component == name),
+            main_dtype(plan.moves(name)),
+            component.quantization,
+        )
+        for name, component in plan.components.items()
+    }
+    return Manifest(plan.release, plan.variant, __version__, components, sources)
+
+
+def _publish(partial: Partial, out: Path) -> None:
+    """Give the finished folder its name; a model that is replaced disappears only then."""
+    old = out.with_name(out.name + ".replaced")
+    if out.exists():
+        out.rename(old)
+    partial.finish(out)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _check_space(files: list[PlannedFile], partial: Partial) -> None:
+    needed = sum(f.size for f in files if f.path not in partial.files) + RESERVE_BYTES
+    free = shutil.disk_usage(partial.path).free
+    if needed > free:
+        raise DoesNotFitError(
+            "the disk is too small",
+            f"the model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            "free some space, write to another disk, or convert with --bits 4",
+        )
+
+
+def _fingerprint(plan: Plan, files: list[PlannedFile]) -> str:
+    """Identifies a conversion: its plan, its files, and the state of its sources."""
+    sources = {entry.file.path: entry.file for entry in plan.entries}
+    facts = [
+        __version__, plan.release, plan.variant, plan_json(plan),
+        [(f.path, f.size, f.content.hex() if isinstance(f, TextFile) else "") for f in files],
+        [(str(path), f.size, path.stat().st_mtime_ns) for path, f in sources.items()],
+        [asdict(s) for s in plan.sources if isinstance(s, FileRecord)],
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _total(files: list[PlannedFile]) -> int:
+    return sum(f.size for f in files)
+
+
+def _disk_error(error: OSError, out: Path) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DoesNotFitError(
+            "the disk is full", str(error), f"free some space and run the same command again; {out}.partial is kept"
+        )
+    return InputError(f"cannot write {out}", str(error), "check the folder and its permissions")
