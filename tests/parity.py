@@ -1,5 +1,5 @@
-"""Reference implementations for the parity tests: optional on a developer's machine, obligatory in `make test` and CI, where
-a test that silently did not compare anything would count as passed."""
+"""Reference implementations for the parity tests: optional on a developer's machine, obligatory in `make test` and CI,
+where a test that silently compared nothing would count as passed."""
 
 import os
 from importlib import import_module
