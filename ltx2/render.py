@@ -1,0 +1,116 @@
+"""What people see of a run: one live line on a terminal, plain lines elsewhere, all on stderr.
+
+A file or pipe is never silent for more than five seconds: a heartbeat repeats where the work stands."""
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ltx2.runtime.events import BytesDone, Event, PhaseDone, PhaseStarted, StepDone, Warned
+
+HEARTBEAT_SECONDS = 5.0
+GIB = 1 << 30
+
+
+class Progress:
+    """Shows events; use as a context manager."""
+
+    def __init__(self, silent: bool = False) -> None:
+        self.silent = silent
+        self.console = Console(stderr=True, highlight=False)
+        self._line = ""
+        self._since = time.monotonic()
+        self._printed = time.monotonic()
+        self._steps: list[float] = []
+        self._live: Live | None = None
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        if not self.silent:
+            if self.console.is_terminal:
+                self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
+                self._live.__enter__()
+            else:
+                self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._live is not None:
+            self._live.__exit__(kind, error, trace)
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        if self.silent:
+            return
+        match event:
+            case PhaseStarted(name=name):
+                self._steps = []
+                self._set(f"{name}: loading")
+            case StepDone():
+                self._steps.append(event.seconds)
+                self._set(_step_line(event, self._steps))
+                self._plain(self._line)
+            case PhaseDone():
+                self._print(_phase_line(event))
+            case BytesDone():
+                share = 100 * event.done / max(1, event.total)
+                self._set(f"{event.file}: {share:.0f} % of {event.total / GIB:.2f} GiB")
+                if time.monotonic() - self._printed > 1:
+                    self._plain(self._line)
+            case Warned(message=message):
+                self._print(f"warning: {message}")
+
+    def _set(self, line: str) -> None:
+        self._line = line
+        self._since = time.monotonic()
+
+    def _print(self, line: str) -> None:
+        self._printed = time.monotonic()
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def _plain(self, line: str) -> None:
+        if self._live is None:
+            self._print(line)
+
+    def _render(self) -> Text:
+        return Text(f"{self._line}  {time.monotonic() - self._since:.0f} s")
+
+    def _beat(self) -> None:
+        while not self._stop.wait(0.5):
+            if self._line and time.monotonic() - self._printed >= HEARTBEAT_SECONDS - 0.5:
+                self._print(f"{self._line} ... {time.monotonic() - self._since:.0f} s")
+
+
+def _step_line(event: StepDone, seconds: list[float]) -> str:
+    memory = f"{event.active_bytes / GIB:.1f} GiB"
+    if not event.steps:
+        return f"{event.phase}: {event.step}  {event.seconds:.2f} s  {memory}"
+    # The first step also reads the weights: leave it out of the estimate as soon as another is known.
+    known = seconds[1:] or seconds
+    eta = (event.steps - event.step) * sum(known) / len(known)
+    return f"{event.phase}: step {event.step}/{event.steps}  {event.seconds:.2f} s/step  ETA {eta:.0f} s  {memory}"
+
+
+def _phase_line(event: PhaseDone) -> str:
+    steps = f"  {len(event.step_seconds)} steps" if len(event.step_seconds) > 1 else ""
+    return f"{event.name}: done in {event.seconds:.1f} s{steps}  peak {event.mlx_peak_bytes / GIB:.2f} GiB"
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stderr; all columns but the first are right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=sys.stderr).print(table)

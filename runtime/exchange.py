@@ -1,0 +1,101 @@
+"""The tensor files users exchange with other engines: noise, latents, embeddings. All float32 safetensors, channels
+first, batch 1."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from safetensors.numpy import save_file
+
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.latents import Grid, Latents
+from ltx2.runtime.tensorfile import open_tensorfile
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """The connectors' outputs for one prompt: (1, tokens, width) each."""
+
+    video: mx.array
+    audio: mx.array
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, mx.array | np.ndarray]) -> None:
+    """Write float32 tensors; the file appears under its name only when complete."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise InputError(f"cannot write {target}", f"the folder {target.parent} does not exist", "create it first")
+    partial = target.with_name(target.name + ".partial")
+    save_file({name: np.array(value, dtype=np.float32) for name, value in tensors.items()}, partial)
+    partial.replace(target)
+
+
+def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array]:
+    """The named float32 tensors. Raises InputError when one is missing or of another dtype."""
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"cannot read {file}", "there is no such file", "check the path")
+    tensors = open_tensorfile(file)
+    result = {}
+    for name in names:
+        if name not in tensors.tensors:
+            have = ", ".join(sorted(tensors.tensors)) or "nothing"
+            raise InputError(f"{file.name} has no tensor {name!r}", f"it holds {have}", "use a file of the right kind")
+        if tensors.tensors[name].dtype != "F32":
+            why = f"it is {tensors.tensors[name].dtype}"
+            raise InputError(f"{name} in {file.name} is not float32", why, "save the tensors as float32")
+        result[name] = mx.array(np.array(tensors.array(name)))
+    return result
+
+
+def read_noise(path: str | Path, grids: list[Grid]) -> list[Latents]:
+    """`stageN.video`, `stageN.audio` for every stage, checked against the stages' grids."""
+    result = []
+    for number, grid in enumerate(grids, start=1):
+        video, audio = f"stage{number}.video", f"stage{number}.audio"
+        tensors = read_tensors(path, (video, audio))
+        _check_shape(path, video, tensors[video], grid.video_shape)
+        _check_shape(path, audio, tensors[audio], grid.audio_shape)
+        result.append(Latents(tensors[video], tensors[audio]))
+    return result
+
+
+def read_latents(path: str | Path, channels: int, audio_channels: int) -> Latents:
+    """`video` (1, channels, F, H, W) and `audio` (1, audio_channels, T, 16)."""
+    tensors = read_tensors(path, ("video", "audio"))
+    video, audio = tensors["video"], tensors["audio"]
+    _check_shape(path, "video", video, (1, channels, *video.shape[2:5]) if video.ndim == 5 else (1, channels, 1, 1, 1))
+    _check_shape(path, "audio", audio, (1, audio_channels, audio.shape[2] if audio.ndim == 4 else 1, 16))
+    return Latents(video, audio)
+
+
+def write_latents(path: str | Path, latents: Latents) -> None:
+    write_tensors(path, {"video": latents.video, "audio": latents.audio})
+
+
+def read_embeddings(path: str | Path) -> Contexts:
+    """`video_context` and `audio_context`, (1, tokens, width)."""
+    tensors = read_tensors(path, ("video_context", "audio_context"))
+    for name, value in tensors.items():
+        if value.ndim != 3 or value.shape[0] != 1:
+            why = f"its shape is {list(value.shape)}, not (1, tokens, width)"
+            raise InputError(f"{name} in {Path(path).name} cannot be used", why, "use a file from --save-embeddings")
+    return Contexts(tensors["video_context"], tensors["audio_context"])
+
+
+def write_embeddings(path: str | Path, contexts: Contexts) -> None:
+    write_tensors(
+        path,
+        {"video_context": contexts.video.astype(mx.float32), "audio_context": contexts.audio.astype(mx.float32)},
+    )
+
+
+def _check_shape(path: str | Path, name: str, value: mx.array, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise InputError(
+            f"{name} in {Path(path).name} has the wrong shape",
+            f"it is {list(value.shape)}, this model and size need {list(shape)}",
+            "use a file made for the same model, size, frame count and frame rate",
+        )

@@ -1,0 +1,54 @@
+"""Facts about this computer, for sidecars, receipts and memory limits."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import mlx.core as mx
+
+
+def device_memory() -> int:
+    """Bytes the GPU can use: the recommended working set on a Mac, else the device's or the computer's memory."""
+    info = mx.device_info()
+    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if key in info:
+            return int(info[key])
+    return total_memory()
+
+
+def total_memory() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def process_peak_memory() -> int:
+    """The most bytes of memory this process has held so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
+
+
+def chip_name() -> str:
+    """The processor's name, e.g. "Apple M4 Max"."""
+    if sys.platform == "darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return str(mx.device_info(mx.cpu).get("device_name", platform.processor() or platform.machine()))
+
+
+def machine_facts() -> dict[str, Any]:
+    """Chip, GPU, memory, system and library versions."""
+    return {
+        "chip": chip_name(),
+        "device": str(mx.device_info().get("device_name", mx.default_device())),
+        "memory_bytes": total_memory(),
+        "device_memory_bytes": device_memory(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
+        "python": platform.python_version(),
+        "mlx": metadata.version("mlx"),
+    }

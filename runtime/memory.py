@@ -1,0 +1,55 @@
+"""Phases: one network is loaded, used and freed before the next. Each phase's time and peak memory is recorded once,
+for progress, sidecars and benchmarks alike."""
+
+import gc
+import time
+
+import mlx.core as mx
+
+from ltx2.runtime.events import PhaseDone, StepDone
+from ltx2.runtime.machine import device_memory, process_peak_memory
+
+# MLX keeps freed buffers for reuse, without a limit of its own; a sixteenth of the memory is enough to reuse a step's.
+CACHE_FRACTION = 1 / 16
+
+
+def limit_cache() -> None:
+    """Bound MLX's cache of freed buffers."""
+    mx.set_cache_limit(int(device_memory() * CACHE_FRACTION))
+
+
+class Phase:
+    """Stopwatch and memory meter of one phase, from construction to `finish`."""
+
+    def __init__(self, name: str, steps: int = 0) -> None:
+        self.name = name
+        self.steps = steps
+        self._step_seconds: list[float] = []
+        self._load_seconds = 0.0
+        mx.reset_peak_memory()
+        self._start = self._mark = time.perf_counter()
+
+    def loaded(self) -> None:
+        """The network is built and its files are open; what follows is its use (weights are read at first use)."""
+        self._mark = time.perf_counter()
+        self._load_seconds = self._mark - self._start
+
+    def step(self) -> StepDone:
+        """One counted unit is done."""
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self._step_seconds.append(seconds)
+        return StepDone(self.name, len(self._step_seconds), self.steps, seconds, mx.get_active_memory())
+
+    def finish(self) -> PhaseDone:
+        """The network is out of scope: return its memory to the system and report."""
+        gc.collect()
+        mx.clear_cache()
+        return PhaseDone(
+            self.name,
+            time.perf_counter() - self._start,
+            self._load_seconds,
+            tuple(self._step_seconds),
+            mx.get_peak_memory(),
+            process_peak_memory(),
+        )

@@ -1,0 +1,293 @@
+"""The only loop: a request becomes a clip, phase by phase, as a stream of events.
+
+Text encoder, connectors, transformer, upscaler and decoders are never in memory together: each phase loads its network,
+uses it and frees it. Whoever consumes the events decides what to show."""
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from ltx2.runtime.audio_vae import AudioAutoencoder, AudioVAEConfig
+from ltx2.runtime.clip import Clip
+from ltx2.runtime.connectors import EmbeddingsConnectors
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.events import Event, Generated, PhaseDone, PhaseStarted, Warned
+from ltx2.runtime.exchange import (
+    Contexts,
+    read_embeddings,
+    read_latents,
+    read_noise,
+    write_embeddings,
+    write_latents,
+)
+from ltx2.runtime.latents import Grid, Latents, Scales, audio_positions, video_positions
+from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.load import load_network
+from ltx2.runtime.machine import machine_facts
+from ltx2.runtime.memory import Phase, limit_cache
+from ltx2.runtime.presets import Preset, Stage, load_preset
+from ltx2.runtime.request import Request, Sizes
+from ltx2.runtime.sampling import check_latents, denoise, mix_noise
+from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
+from ltx2.runtime.text_encoder.tokenizer import Tokenizer
+from ltx2.runtime.transformer.config import TransformerConfig
+from ltx2.runtime.transformer.model import Transformer
+from ltx2.runtime.upsampler import LatentUpsampler
+from ltx2.runtime.video_vae.config import VideoVAEConfig
+from ltx2.runtime.video_vae.model import VideoAutoencoder
+from ltx2.runtime.video_vae.tiling import auto_tiling, decode_frames
+from ltx2.runtime.vocoder import Vocoder
+
+Result = TypeVar("Result")
+Work = Generator[Event, None, Result]
+
+
+class Pipeline:
+    """A model folder, ready to generate. Headers are read here; weights are read phase by phase."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = ModelFolder.open(Path(path))
+
+    def generate(self, prompt: str | None = None, **options: Any) -> Clip:
+        """Run `stream` to its end and return the clip."""
+        for event in self.stream(prompt, **options):
+            if isinstance(event, Generated):
+                return event.clip
+        raise RuntimeError("the generation ended without a clip")
+
+    def stream(self, prompt: str | None = None, **options: Any) -> Iterator[Event]:
+        """Typed progress events; the last one is Generated with the clip. Options are the command's, underscored.
+
+        The request is checked before this returns; raises InputError, UnsupportedError or ModelFolderError.
+        """
+        run = Run(self.folder, Request.from_options({"prompt": prompt, **options}))
+        return run.events()
+
+
+class Run:
+    """One generation: the checked request, its geometry, and what the sidecar records."""
+
+    def __init__(self, folder: ModelFolder, request: Request) -> None:
+        self.folder = folder
+        preset = load_preset(folder.manifest.release, folder.manifest.variant)
+        self.request = request.with_defaults(preset)
+        self.preset: Preset = preset.single_stage() if request.no_upscale else preset
+        self.video_config = VideoVAEConfig.from_dict(folder.config("video_vae"))
+        self.audio_config = AudioVAEConfig.from_dict(folder.config("audio_vae"))
+        self.scales = Scales(
+            self.video_config.spatial_scale,
+            self.video_config.temporal_scale,
+            self.audio_config.hop / self.audio_config.sample_rate,
+            self.audio_config.temporal_scale,
+        )
+        self.phases: list[PhaseDone] = []
+        self._check()
+
+    def _check(self) -> None:
+        """Everything that can be known to be wrong before the work starts."""
+        needed = ["video_vae"] if self.request.no_audio else ["video_vae", "audio_vae", "vocoder"]
+        if self.request.latents is None:
+            Sizes.of(self.request).check(self.scales, self.preset.stages)
+            needed.append("transformer")
+            if len(self.preset.stages) > 1 and not self.folder.has("spatial_upscaler"):
+                raise InputError(
+                    f"{self.folder.path} has no spatial_upscaler",
+                    "the second stage needs it",
+                    "convert again with the spatial upscaler file among the sources, or use --no-upscale",
+                )
+            if self.request.embeddings is None:
+                needed += ["text_encoder", "connectors"]
+        for component in needed:
+            self.folder.weight_files(component)
+
+    def events(self) -> Iterator[Event]:
+        """All phases, then Generated."""
+        started = time.perf_counter()
+        limit_cache()
+        latents = yield from self._latents()
+        check_latents(latents, "sampling")
+        if self.request.save_latents:
+            write_latents(self.request.save_latents, latents)
+        frames = yield from self._phase("video_vae", lambda phase: self._decode_video(phase, latents.video))
+        audio, sample_rate = None, 0
+        if not self.request.no_audio:
+            mel = yield from self._phase("audio_vae", lambda phase: self._decode_audio(phase, latents.audio))
+            audio, sample_rate = yield from self._phase("vocoder", lambda phase: self._vocode(phase, mel))
+        record = self._record(time.perf_counter() - started)
+        fps = Sizes.of(self.request).fps
+        yield Generated(Clip(frames, audio, sample_rate, fps, latents.as_numpy(), record))
+
+    def _phase(self, name: str, work: Callable[[Phase], Work[Result]]) -> Work[Result]:
+        """Run one phase; its network is a local of `work`, so it is free when `work` returns."""
+        phase = Phase(name)
+        yield PhaseStarted(name)
+        result = yield from work(phase)
+        done = phase.finish()
+        self.phases.append(done)
+        yield done
+        return result
+
+    def _latents(self) -> Work[Latents]:
+        if self.request.latents is not None:
+            config = self.video_config, self.audio_config
+            return read_latents(self.request.latents, config[0].latent_channels, config[1].latent_channels)
+        contexts = yield from self._contexts()
+        if self.request.save_embeddings:
+            write_embeddings(self.request.save_embeddings, contexts)
+        return (yield from self._sample(contexts))
+
+    # Text
+
+    def _contexts(self) -> Work[Contexts]:
+        if self.request.embeddings is not None:
+            return read_embeddings(self.request.embeddings)
+        hidden = yield from self._phase("text_encoder", self._encode_text)
+        return (yield from self._phase("connectors", lambda phase: self._connect(phase, hidden)))
+
+    def _encode_text(self, phase: Phase) -> Work[list[mx.array]]:
+        assert self.request.prompt is not None, "checked in with_defaults"
+        tokenizer = Tokenizer.load(self.folder.component_path("text_encoder"))
+        tokens = tokenizer.encode(self.request.prompt, self.preset.text_tokens)
+        if tokens.truncated:
+            yield Warned(f"the prompt is {tokens.truncated} tokens too long; its end is ignored")
+        network = load_network(self.folder, "text_encoder", Gemma3TextEncoder)
+        phase.steps = network.layer_count
+        phase.loaded()
+        states = []
+        # Only the prompt's own tokens: pads are replaced by registers, and positions are relative.
+        for state in network.hidden_states(mx.array(tokens.valid_ids), release=True):
+            states.append(state)
+            if len(states) > 1:
+                yield phase.step()
+        return states
+
+    def _connect(self, phase: Phase, hidden: list[mx.array]) -> Work[Contexts]:
+        network = load_network(self.folder, "connectors", EmbeddingsConnectors)
+        phase.loaded()
+        video, audio = network(hidden, self.preset.text_tokens)
+        mx.eval(video, audio)
+        yield phase.step()
+        return Contexts(video, audio)
+
+    # Sampling
+
+    def _sample(self, contexts: Contexts) -> Work[Latents]:
+        grids = [self._grid(stage) for stage in self.preset.stages]
+        noises = self._noises(grids)
+        latents: Latents | None = None
+        for number, (stage, grid, noise) in enumerate(zip(self.preset.stages, grids, noises, strict=True), start=1):
+            if latents is not None:
+                latents = yield from self._phase("spatial_upscaler", lambda p, x=latents: self._upscale(p, x))
+            start = mix_noise(latents, noise, stage.sigmas[0])
+            latents = yield from self._phase(
+                f"stage{number}", lambda p, s=stage, g=grid, x=start: self._denoise(p, s, g, x, contexts)
+            )
+            check_latents(latents, f"stage {number}")
+        assert latents is not None, "a preset has at least one stage"
+        return latents
+
+    def _grid(self, stage: Stage) -> Grid:
+        sizes = Sizes.of(self.request)
+        return sizes.grid(stage, self.scales, self.video_config.latent_channels, self.audio_config.latent_channels)
+
+    def _noises(self, grids: list[Grid]) -> list[Latents]:
+        """Unit Gaussian noise of every stage; one key per tensor, so that no draw depends on another's size."""
+        if self.request.noise is not None:
+            return read_noise(self.request.noise, grids)
+        keys = mx.random.split(mx.random.key(self.request.seed), 2 * len(grids))
+        return [
+            Latents(
+                mx.random.normal(grid.video_shape, key=keys[2 * i]),
+                mx.random.normal(grid.audio_shape, key=keys[2 * i + 1]),
+            )
+            for i, grid in enumerate(grids)
+        ]
+
+    def _denoise(self, phase: Phase, stage: Stage, grid: Grid, start: Latents, contexts: Contexts) -> Work[Latents]:
+        transformer = load_network(self.folder, "transformer", Transformer)
+        phase.steps = stage.steps
+        prepared = (
+            transformer.prepare_video(contexts.video, video_positions(grid, Sizes.of(self.request).fps, self.scales)),
+            transformer.prepare_audio(contexts.audio, audio_positions(grid, self.scales)),
+        )
+        phase.loaded()
+        tokens = start.to_tokens()
+        for tokens in denoise(transformer, tokens, stage.sigmas, prepared):
+            yield phase.step()
+        return tokens.from_tokens(grid)
+
+    def _upscale(self, phase: Phase, latents: Latents) -> Work[Latents]:
+        """x2 in both picture directions, on latents without the VAE's normalisation; the audio passes through."""
+        statistics = load_network(self.folder, "video_vae", VideoAutoencoder)  # lazy: only the statistics are read
+        network = load_network(self.folder, "spatial_upscaler", LatentUpsampler)
+        phase.loaded()
+        video = statistics.normalise(network(statistics.unnormalise(latents.video)))
+        mx.eval(video)
+        yield phase.step()
+        return Latents(video.astype(mx.float32), latents.audio)
+
+    # Decoding
+
+    def _decode_video(self, phase: Phase, latents: mx.array) -> Work[np.ndarray]:
+        network = load_network(self.folder, "video_vae", VideoAutoencoder)
+        phase.loaded()
+        scales, (frames, height, width) = self.scales, latents.shape[2:]
+        tiling = auto_tiling(height * scales.spatial, width * scales.spatial, (frames - 1) * scales.temporal + 1)
+        groups = []
+        for group in decode_frames(network, latents, tiling):
+            groups.append(np.array(mx.round(group * 255).astype(mx.uint8)))
+            yield phase.step()
+        return np.concatenate(groups)
+
+    def _decode_audio(self, phase: Phase, latents: mx.array) -> Work[mx.array]:
+        network = load_network(self.folder, "audio_vae", AudioAutoencoder)
+        phase.loaded()
+        mel = network.decode(latents)
+        mx.eval(mel)
+        yield phase.step()
+        return mel
+
+    def _vocode(self, phase: Phase, mel: mx.array) -> Work[tuple[np.ndarray, int]]:
+        network = load_network(self.folder, "vocoder", Vocoder)
+        phase.loaded()
+        waveform = network(mel)
+        mx.eval(waveform)
+        yield phase.step()
+        return np.array(waveform[0]), network.sample_rate(1 / self.scales.audio_hop)
+
+    def _record(self, seconds: float) -> dict[str, Any]:
+        """The sidecar: enough to repeat the clip and to know what made it."""
+        manifest = self.folder.manifest
+        return {
+            "request": self.request.to_dict(),
+            "model": {
+                "path": str(self.folder.path),
+                "release": manifest.release,
+                "variant": manifest.variant,
+                "files": {n: [f.sha256 for f in c.files] for n, c in manifest.components.items()},
+                "quantization": {n: c.quantization for n, c in manifest.components.items() if c.quantization},
+                "sources": [{"name": s.name, "sha256": s.sha256} for s in manifest.sources],
+            },
+            "versions": {"ltx2": manifest.tool_version},
+            "machine": machine_facts(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 3),
+            "phases": [phase_record(p) for p in self.phases],
+        }
+
+
+def phase_record(phase: PhaseDone) -> dict[str, Any]:
+    """One phase as the sidecar and the benchmark receipt write it."""
+    return {
+        "name": phase.name,
+        "seconds": round(phase.seconds, 3),
+        "load_seconds": round(phase.load_seconds, 3),
+        "step_seconds": [round(s, 4) for s in phase.step_seconds],
+        "mlx_peak_bytes": phase.mlx_peak_bytes,
+        "process_peak_bytes": phase.process_peak_bytes,
+    }

@@ -1,0 +1,53 @@
+"""Sampling defaults of each release and variant, as data: sizes, noise levels, stages."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from ltx2.runtime.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pass of the sampler: the output size divided by `downscale`, denoised along `sigmas` (last one 0)."""
+
+    downscale: int
+    sigmas: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How one variant of a release samples. `defaults` are request options."""
+
+    defaults: Mapping[str, Any]
+    text_tokens: int
+    stages: tuple[Stage, ...]
+
+    def single_stage(self) -> "Preset":
+        """The first stage's noise levels at full size, without the upscaler."""
+        return Preset(self.defaults, self.text_tokens, (Stage(1, self.stages[0].sigmas),))
+
+
+def load_preset(release: str, variant: str | None) -> Preset:
+    """Raises UnsupportedError for a release or variant without sampling defaults."""
+    for entry in resources.files(__name__).iterdir():
+        if not entry.name.endswith(".json"):
+            continue
+        data = json.loads(entry.read_text())
+        if data["release"] != release:
+            continue
+        if variant not in data["variants"]:
+            raise UnsupportedError(
+                f"the {variant or 'unnamed'} variant of LTX-{release} cannot be sampled",
+                f"this version samples {', '.join(data['variants'])}; other variants need guidance",
+                "convert the distilled checkpoint, or give --variant distilled to convert if the file is one",
+            )
+        stages = tuple(Stage(s["downscale"], tuple(s["sigmas"])) for s in data["variants"][variant]["stages"])
+        return Preset(data["defaults"], data["text_tokens"], stages)
+    raise UnsupportedError(f"release {release} cannot be sampled", "it has no sampling defaults", "update ltx2")
