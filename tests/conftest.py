@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.official import Official, random_official
+from tests.official import GEMMA, MONOLITH, UPSCALER, Official, random_official
 
 FIGURES: list[str] = []
 
@@ -23,6 +23,16 @@ def model(official: Official, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("converted") / "model"
     ltx2.convert([str(path) for path in official.sources], str(out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded demo checkpoint converted; what the golden tensors were computed with."""
+    import ltx2
+
+    out = tmp_path_factory.mktemp("demo") / "model"
+    ltx2.convert([str(MONOLITH), str(UPSCALER), str(GEMMA)], str(out), variant="distilled")
     return out
 
 

@@ -5,6 +5,7 @@ import os
 from importlib import import_module
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 REQUIRE = "LTX2_REQUIRE_PARITY"  # set by `make test`
@@ -21,3 +22,10 @@ def require(name: str) -> ModuleType:
     Raises ImportError instead of skipping when `required()`.
     """
     return import_module(name) if required() else pytest.importorskip(name)
+
+
+def relative_l2(ours: object, theirs: object) -> float:
+    """|ours - theirs| / |theirs| in float64, of anything numpy reads. Shapes must agree: broadcasting hides errors."""
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

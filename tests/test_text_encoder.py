@@ -1,0 +1,381 @@
+"""Gemma 3 against transformers and mlx-lm, its weights' release, its configuration's spellings, and the tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from ltx2.convert.gemma import text_config
+from ltx2.runtime.errors import CheckpointError, ConfigError, ModelFolderError, UnsupportedError
+from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.load import load_network
+from ltx2.runtime.text_encoder import gemma3
+from ltx2.runtime.text_encoder.config import Gemma3Config
+from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
+from ltx2.runtime.text_encoder.tokenizer import Tokenizer
+from tests.official import GEMMA, Official, random_values
+from tests.parity import relative_l2, require
+
+GOLDEN = Path(__file__).parent / "golden.safetensors"
+TINY = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "query_pre_attn_scalar": 24, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+def left_padded(tokens: int, length: int, vocabulary: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask (1, length) whose last `tokens` are text."""
+    ids = np.random.default_rng(seed).integers(3, vocabulary, (1, length)).astype(np.int32)
+    mask = (np.arange(length)[None] >= length - tokens).astype(np.int32)
+    return np.where(mask, ids, 0).astype(np.int32), mask
+
+
+def run(encoder: Gemma3TextEncoder, ids: np.ndarray, mask: np.ndarray, release: bool = False) -> list[np.ndarray]:
+    states = encoder.hidden_states(mx.array(ids), mx.array(mask), release=release)
+    return [np.array(state.astype(mx.float32)) for state in states]
+
+
+def tiny(layer_types: list[str], window: int, seed: int = 0):
+    """A tiny random encoder and transformers' model with the same weights and configuration."""
+    require("torch"), require("transformers")
+    import torch
+    from transformers import Gemma3TextConfig, Gemma3TextModel
+
+    config = Gemma3TextConfig(
+        **TINY, num_hidden_layers=len(layer_types), layer_types=layer_types, sliding_window=window, rope_parameters=ROPE
+    )
+    reference = Gemma3TextModel(config).eval()
+    rng = np.random.default_rng(seed)
+    weights = {n: random_values(f"model.{n}", tuple(p.shape), rng) for n, p in reference.named_parameters()}
+    reference.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    ours = gemma3.build(text_config(config.to_dict()))
+    ours.load_weights([(f"model.{name}", mx.array(value)) for name, value in weights.items()])
+    return ours, reference
+
+
+@pytest.fixture
+def encoder(model: Path) -> Gemma3TextEncoder:
+    return load_network(ModelFolder.open(model), "text_encoder", Gemma3TextEncoder)
+
+
+@pytest.fixture(scope="module")
+def reference(official: Official):
+    require("torch"), require("transformers")
+    from tests.reference_text import gemma
+
+    config = json.loads((official.gemma / "config.json").read_text())["text_config"]
+    return gemma(config, official.tensors(official.gemma / "model.safetensors"))
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(40, 64), (48, 48), (1, 16)])
+def test_hidden_states_equal_transformers(encoder, reference, figure, tokens, length):
+    from tests.reference_text import gemma_states
+
+    ids, mask = left_padded(tokens, length, vocabulary=480)
+    ours, theirs = run(encoder, ids, mask), gemma_states(reference, ids, mask)
+    assert len(ours) == len(theirs) == 7
+    assert ours[0].shape == (1, tokens, 64)
+    worst = max(relative_l2(a, b[:, -tokens:]) for a, b in zip(ours, theirs, strict=True))
+    figure(f"gemma3 hidden states, {tokens} of {length} tokens, rel L2 vs transformers", worst, limit=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "window"),
+    [
+        (["full_attention"], 4),
+        (["sliding_attention"], 4),
+        (["sliding_attention"], 64),
+        ((["sliding_attention"] * 2 + ["full_attention"]) * 2, 4),
+    ],
+)
+def test_layer_kinds_equal_transformers(figure, layer_types, window):
+    """Each kind of layer has its own rotation and mask; the window is shorter than the text."""
+    from tests.reference_text import gemma_states
+
+    ours, reference = tiny(layer_types, window)
+    ids, mask = left_padded(24, 32, TINY["vocab_size"])
+    worst = max(
+        relative_l2(a, b[:, -24:])
+        for a, b in zip(run(ours, ids, mask), gemma_states(reference, ids, mask), strict=True)
+    )
+    kinds = "+".join(kind.split("_")[0] for kind in layer_types)
+    figure(f"gemma3 layers {kinds}, window {window}, rel L2 vs transformers", worst, limit=1e-4)
+
+
+def test_golden_hidden_states(demo_model, figure):
+    encoder = load_network(ModelFolder.open(demo_model), "text_encoder", Gemma3TextEncoder)
+    encoder.set_dtype(mx.float32)
+    golden = load_file(GOLDEN)
+    for prompt in "ab":
+        last = run(encoder, golden[f"{prompt}.input_ids"], golden[f"{prompt}.attention_mask"])[-1]
+        error = relative_l2(last, golden[f"{prompt}.gemma_last_hidden_valid"])
+        figure(f"gemma3 last hidden state, golden prompt {prompt}, rel L2", error, limit=1e-4)
+
+
+def test_prompts_of_a_batch_do_not_touch_each_other(encoder):
+    """Rows of different lengths keep padding inside the batch; each row must equal its own run."""
+    long, long_mask = left_padded(20, 32, 480, seed=1)
+    short, short_mask = left_padded(5, 32, 480, seed=2)
+    both = run(encoder, np.concatenate([long, short]), np.concatenate([long_mask, short_mask]))
+    for batch, a, b in zip(both, run(encoder, long, long_mask), run(encoder, short, short_mask), strict=True):
+        assert batch.shape == (2, 20, 64)
+        assert relative_l2(batch[:1], a) < 1e-5
+        assert relative_l2(batch[1:, -5:], b) < 1e-5
+
+
+def test_padding_stays_finite_in_bf16(encoder):
+    """Queries that may see no token at all are where NaN comes from."""
+    encoder.set_dtype(mx.bfloat16)
+    rows = [left_padded(tokens, 32, 480) for tokens in (32, 1)]
+    states = run(encoder, *(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+    assert all(np.isfinite(state).all() for state in states)
+
+
+def test_float16_weights_are_computed_with_in_float32(encoder):
+    """Gemma's residual stream does not fit float16."""
+    for layer in encoder.model.layers:
+        layer.post_feedforward_layernorm.weight = mx.full((64,), 3e4)
+    encoder.set_dtype(mx.float16)
+    states = list(encoder.hidden_states(*map(mx.array, left_padded(8, 8, 480))))
+    assert {state.dtype for state in states} == {mx.float32}
+    assert float(mx.abs(states[-2]).max()) > 65504
+    assert all(bool(mx.isfinite(state).all()) for state in states)
+
+
+def test_bf16_is_not_promoted(encoder):
+    encoder.set_dtype(mx.bfloat16)
+    states = encoder.hidden_states(*map(mx.array, left_padded(8, 8, 480)))
+    assert {state.dtype for state in states} == {mx.bfloat16}
+
+
+def test_released_run_equals_a_kept_one(model, encoder):
+    ids, mask = left_padded(12, 16, 480)
+    kept = run(encoder, ids, mask)
+    streamed = load_network(ModelFolder.open(model), "text_encoder", Gemma3TextEncoder)
+    for a, b in zip(run(streamed, ids, mask, release=True), kept, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [name for name, _ in tree_flatten(streamed.parameters())] == ["model.norm.weight"]
+    with pytest.raises(RuntimeError, match="released"):
+        run(streamed, ids, mask)
+
+
+def test_released_run_holds_one_layer_at_a_time(tmp_path):
+    config = {"model_type": "gemma3_text", **TINY, "num_hidden_layers": 12, "intermediate_size": 4096}
+    encoder = gemma3.build(text_config(config))
+    total = sum(value.nbytes for _, value in tree_flatten(encoder.parameters()))
+    mx.save_safetensors(str(tmp_path / "w.safetensors"), dict(tree_flatten(encoder.parameters())))
+    peaks = {}
+    for name, release in {"kept": False, "released": True}.items():
+        encoder.load_weights(str(tmp_path / "w.safetensors"))
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        run(encoder, *left_padded(4, 4, 96), release=release)
+        peaks[name] = mx.get_peak_memory() - before
+    assert peaks["kept"] > 0.9 * total
+    assert peaks["released"] < 0.3 * total
+
+
+def test_quantized_embedding_and_layers(encoder, figure):
+    """A quantized encoder computes what its dequantized weights would."""
+    ids, mask = left_padded(12, 12, 480)
+    nn.quantize(encoder, group_size=32, bits=4)
+    assert isinstance(encoder.model.embed_tokens, nn.QuantizedEmbedding)
+    assert isinstance(encoder.model.layers[0].mlp.up_proj, nn.QuantizedLinear)
+    quantized = run(encoder, ids, mask)
+    plain = gemma3.build(vars(encoder.config))
+    weights = {
+        f"{name}.weight": mx.dequantize(m.weight, m.scales, m.biases, group_size=32, bits=4)
+        for name, m in encoder.named_modules()
+        if hasattr(m, "scales")
+    }
+    norms = {n: v for n, v in tree_flatten(encoder.parameters()) if "norm" in n}
+    plain.load_weights(list((weights | norms).items()))
+    error = max(relative_l2(a, b) for a, b in zip(quantized, run(plain, ids, mask), strict=True))
+    figure("gemma3 quantized, rel L2 vs dequantized weights", error, limit=1e-5)
+
+
+def test_mlx_lm_loads_the_folder(model, encoder, figure):
+    require("mlx_lm")
+    from mlx_lm.utils import load
+
+    theirs, tokenizer = load(str(model / "text_encoder"))
+    prompt = "a red square moves left"
+    ids = Tokenizer.load(model / "text_encoder").encode(prompt, 24)
+    text = ids.ids[ids.mask.astype(bool)]
+    assert tokenizer.encode(prompt) == text.tolist()
+    embedded = theirs.model.embed_tokens(mx.array(text[None])) * 64**0.5
+    states = run(encoder, ids.ids, ids.mask)
+    figure("gemma3 embeddings, rel L2 vs mlx-lm", relative_l2(states[0], np.array(embedded)), limit=1e-6)
+    last = np.array(theirs.model(mx.array(text[None])))
+    figure("gemma3 last hidden state, rel L2 vs mlx-lm", relative_l2(states[-1], last), limit=1e-4)
+
+
+def test_transformers_loads_the_folder(model, encoder, figure):
+    require("torch"), require("transformers")
+    from transformers import AutoModelForCausalLM
+
+    from tests.reference_text import gemma_states
+
+    theirs = AutoModelForCausalLM.from_pretrained(model / "text_encoder").eval()
+    ids, mask = left_padded(20, 20, 480)
+    error = relative_l2(run(encoder, ids, mask)[-1], gemma_states(theirs.model, ids, mask)[-1])
+    figure("gemma3 folder in transformers, last hidden state, rel L2", error, limit=1e-4)
+
+
+# Configuration
+
+
+PUBLISHED = {  # google/gemma-3-12b-it writes no more than this
+    "model_type": "gemma3",
+    "eos_token_id": [1, 106],
+    "text_config": {
+        "model_type": "gemma3_text", "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16,
+        "num_hidden_layers": 48, "num_key_value_heads": 8, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+}  # fmt: skip
+
+
+def test_config_of_the_published_model():
+    config = Gemma3Config.from_dict(text_config(PUBLISHED))
+    assert (config.vocab_size, config.head_dim, config.query_pre_attn_scalar) == (262208, 256, 256)
+    assert [i for i in range(48) if config.is_global(i)] == [5, 11, 17, 23, 29, 35, 41, 47]
+    assert (config.rope_theta, config.rope_local_base_freq, config.rope_scale) == (1e6, 1e4, 1 / 8)
+    assert text_config(PUBLISHED)["eos_token_id"] == [1, 106]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_config_as_newer_transformers_write_it(full):
+    """rope_parameters and layer_types instead of rope_scaling and sliding_window_pattern."""
+    require("transformers")
+    from transformers import Gemma3Config as Theirs
+
+    written = Theirs(**PUBLISHED)
+    data = json.loads(json.dumps(written.to_dict() if full else written.to_diff_dict()))
+    assert "rope_parameters" in data["text_config"]
+    assert Gemma3Config.from_dict(text_config(data)) == Gemma3Config.from_dict(text_config(PUBLISHED))
+
+
+def test_config_of_a_converted_folder_is_a_fixed_point():
+    once = text_config(PUBLISHED)
+    assert text_config(once) == once
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "gemma4"},
+        {"text_config": None},
+        {"text_config": {**PUBLISHED["text_config"], "layer_types": ["full_attention", "sliding_attention"] * 24}},
+        {"text_config": {**PUBLISHED["text_config"], "rope_parameters": {"full_attention": {"rope_theta": 1e6}}}},
+    ],
+)
+def test_config_of_another_model_is_refused(change):
+    with pytest.raises(CheckpointError):
+        text_config({**PUBLISHED, **change})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("attn_logit_softcapping", 50.0, UnsupportedError),
+        ("use_bidirectional_attention", True, UnsupportedError),
+        ("hidden_activation", "silu", UnsupportedError),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 8.0}, UnsupportedError),
+        ("num_kv_shared_layers", 20, ConfigError),
+    ],
+)
+def test_config_that_would_compute_something_else_is_refused(key, value, error):
+    config = text_config({**PUBLISHED, "text_config": {**PUBLISHED["text_config"], key: value}})
+    with pytest.raises(error, match=key):
+        assert Gemma3Config.from_dict(config).rope_scale
+
+
+# Tokenizer
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(GEMMA)
+
+
+def test_golden_tokens(tokenizer):
+    golden = load_file(GOLDEN)
+    with safe_open(GOLDEN, "numpy") as f:
+        prompts = {name: f.metadata()[f"{name}.prompt"] for name in "ab"}
+    for name, prompt in prompts.items():
+        encoded = tokenizer.encode(f"  {prompt}\n", 1024)
+        np.testing.assert_array_equal(encoded.ids, golden[f"{name}.input_ids"])
+        np.testing.assert_array_equal(encoded.mask, golden[f"{name}.attention_mask"])
+        assert (encoded.ids.dtype, encoded.mask.dtype, encoded.truncated) == (np.int32, np.int32, 0)
+
+
+def test_empty_prompt_is_one_token(tokenizer):
+    encoded = tokenizer.encode(" \n", 16)
+    assert encoded.ids[0].tolist() == [0] * 15 + [2]
+    assert encoded.mask[0].tolist() == [0] * 15 + [1]
+
+
+def test_long_prompt_keeps_its_beginning(tokenizer):
+    prompt = "a red square moves left on a white background"
+    whole = tokenizer.encode(prompt, 64)
+    text = whole.ids[whole.mask.astype(bool)].tolist()
+    cut = tokenizer.encode(prompt, 4)
+    assert cut.ids[0].tolist() == text[:4]
+    assert cut.mask.all()
+    assert cut.truncated == len(text) - 4
+
+
+def edited(folder: Path, **changes) -> Path:
+    """A copy of the tokenizer in which top-level entries of both files are replaced."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        data = json.loads((GEMMA / name).read_text())
+        data |= {key: value for key, value in changes.items() if key in data}
+        (folder / name).write_text(json.dumps({k: v for k, v in data.items() if v is not ...}))
+    return folder
+
+
+def test_first_token_does_not_depend_on_the_files_post_processor(tokenizer, tmp_path):
+    """Gemma 3's adds it, others do not."""
+    without = Tokenizer.load(edited(tmp_path, post_processor=None))
+    np.testing.assert_array_equal(without.encode("a red square", 8).ids, tokenizer.encode("a red square", 8).ids)
+
+
+def test_saved_truncation_and_padding_have_no_effect(tokenizer, tmp_path):
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    padding = {
+        "strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>",
+    }  # fmt: skip
+    saved = Tokenizer.load(edited(tmp_path, truncation=truncation, padding=padding))
+    np.testing.assert_array_equal(saved.encode("a red square", 8).ids, tokenizer.encode("a red square", 8).ids)
+
+
+def test_padding_token_falls_back_to_the_end_token(tmp_path):
+    loaded = Tokenizer.load(edited(tmp_path, pad_token=..., eos_token={"content": "<eos>"}))
+    assert (loaded.pad, loaded.bos) == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", [None, "", "{}"])
+def test_unusable_files_are_named(tmp_path, name, damage):
+    shutil.copy(GEMMA / "tokenizer.json", tmp_path)
+    shutil.copy(GEMMA / "tokenizer_config.json", tmp_path)
+    if damage is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(damage)
+    with pytest.raises(ModelFolderError, match=name) as error:
+        Tokenizer.load(tmp_path)
+    assert "Gemma" in error.value.fix
