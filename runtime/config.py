@@ -46,7 +46,7 @@ class Config:
                     "a key this version does not know may change what the network computes",
                     "update ltx2, or check that the file is an LTX-2 checkpoint of a supported release",
                 )
-        missing = [n for n, f in known.items() if n not in kwargs and f.default is MISSING]
+        missing = [n for n, f in known.items() if n not in kwargs and f.default is f.default_factory is MISSING]
         if missing:
             raise ConfigError(
                 f"{cls.__name__}: configuration key {missing[0]!r} is missing",

@@ -103,7 +103,7 @@ class ModelFolder:
             )
         try:
             return cls(path, Manifest.from_json(manifest.read_text()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelFolderError(
                 f"{manifest} cannot be read", f"{type(error).__name__}: {error}", "convert the checkpoint again"
             ) from error

@@ -212,4 +212,3 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise MediaError(f"cannot write {path}", str(error), "check permissions and free space") from error
-

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -198,10 +199,10 @@ def _file_blocks(outputs: Sequence[Output], metadata: Mapping[str, str]) -> Iter
             raise RuntimeError(f"{out.key}: {written} bytes produced, {out.nbytes} declared")
 
 
-def row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
-    """Slices of axis 0 that hold about CHUNK_BYTES each (one slice for scalars)."""
+def row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice | EllipsisType]:
+    """Slices of axis 0 that hold about CHUNK_BYTES each; `...` for a scalar, which has no axis to slice."""
     if not shape:
-        yield slice(None)
+        yield ...
         return
     rows = max(1, CHUNK_BYTES // max(1, itemsize * prod(shape[1:])))
     for start in range(0, shape[0], rows):
