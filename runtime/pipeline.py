@@ -34,8 +34,7 @@ from ltx2.runtime.presets import Preset, Stage, load_preset
 from ltx2.runtime.request import Request, Sizes
 from ltx2.runtime.sampling import check_latents, denoise, mix_noise
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
-from ltx2.runtime.text_encoder.tokenizer import Tokenizer
-from ltx2.runtime.transformer.config import TransformerConfig
+from ltx2.runtime.text_encoder.tokenizer import Encoded, Tokenizer
 from ltx2.runtime.transformer.model import Transformer
 from ltx2.runtime.upsampler import LatentUpsampler
 from ltx2.runtime.video_vae.config import VideoVAEConfig
@@ -146,33 +145,33 @@ class Run:
     def _contexts(self) -> Work[Contexts]:
         if self.request.embeddings is not None:
             return read_embeddings(self.request.embeddings)
-        hidden = yield from self._phase("text_encoder", self._encode_text)
-        return (yield from self._phase("connectors", lambda phase: self._connect(phase, hidden)))
-
-    def _encode_text(self, phase: Phase) -> Work[list[mx.array]]:
-        assert self.request.prompt is not None, "checked in with_defaults"
-        tokenizer = Tokenizer.load(self.folder.component_path("text_encoder"))
-        tokens = tokenizer.encode(self.request.prompt, self.preset.text_tokens)
+        tokens = self._tokenize()
         if tokens.truncated:
             yield Warned(f"the prompt is {tokens.truncated} tokens too long; its end is ignored")
+        hidden = yield from self._phase("text_encoder", lambda phase: self._encode_text(phase, tokens))
+        return (yield from self._phase("connectors", lambda phase: self._connect(phase, hidden, tokens)))
+
+    def _tokenize(self) -> Encoded:
+        assert self.request.prompt is not None, "checked in with_defaults"
+        tokenizer = Tokenizer.load(self.folder.component_path("text_encoder"))
+        return tokenizer.encode(self.request.prompt, self.preset.text_tokens)
+
+    def _encode_text(self, phase: Phase, tokens: Encoded) -> Work[list[mx.array]]:
         network = load_network(self.folder, "text_encoder", Gemma3TextEncoder)
-        phase.steps = network.layer_count
+        phase.steps = network.config.num_hidden_layers + 1
         phase.loaded()
         states = []
-        # Only the prompt's own tokens: pads are replaced by registers, and positions are relative.
-        for state in network.hidden_states(mx.array(tokens.valid_ids), release=True):
+        for state in network.hidden_states(mx.array(tokens.ids), mx.array(tokens.mask), release=True):
             states.append(state)
-            if len(states) > 1:
-                yield phase.step()
+            yield phase.step()
         return states
 
-    def _connect(self, phase: Phase, hidden: list[mx.array]) -> Work[Contexts]:
+    def _connect(self, phase: Phase, hidden: list[mx.array], tokens: Encoded) -> Work[Contexts]:
         network = load_network(self.folder, "connectors", EmbeddingsConnectors)
         phase.loaded()
-        video, audio = network(hidden, self.preset.text_tokens)
-        mx.eval(video, audio)
+        contexts = Contexts(*network(hidden, mx.array(tokens.mask)))
         yield phase.step()
-        return Contexts(video, audio)
+        return contexts
 
     # Sampling
 

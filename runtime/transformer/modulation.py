@@ -1,7 +1,6 @@
 """Adaptive layer norm: from noise levels to the shifts, scales and gates that steer every block."""
 
 import math
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -69,12 +68,12 @@ def rms_modulate(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> m
     return _scale_shift(mx.fast.rms_norm(x, None, eps), scale, shift)
 
 
-@partial(mx.compile, shapeless=True)
+@mx.compile
 def _scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     return x * (1 + scale) + shift
 
 
-@partial(mx.compile, shapeless=True)
+@mx.compile
 def gated_add(x: mx.array, update: mx.array, gate: mx.array) -> mx.array:
     """x + update * gate"""
     return x + update * gate
