@@ -149,7 +149,8 @@ def test_bf16_is_not_promoted(connectors):
 
 
 def test_states_are_consumed_one_by_one(connectors):
-    """With a generator as its source, no more than one state is alive beside the normalised copies."""
+    """What stays of a state is its normalised copy in the weights' dtype, not the state."""
+    connectors.set_dtype(mx.bfloat16)
     states, mask = hidden_states(10, 128)
     produced = []
 
@@ -162,8 +163,7 @@ def test_states_are_consumed_one_by_one(connectors):
 
     mx.clear_cache()
     connectors(produce(), mx.array(mask))
-    per_state = np.diff(produced)
-    assert per_state[1:].max() <= 1.5 * states[0].nbytes
+    assert np.diff(produced)[1:].max() < 0.75 * states[0].nbytes
 
 
 @pytest.mark.parametrize(("count", "width"), [(6, 64), (8, 64), (7, 32)])

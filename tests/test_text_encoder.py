@@ -18,7 +18,7 @@ from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network
 from ltx2.runtime.text_encoder import gemma3
 from ltx2.runtime.text_encoder.config import Gemma3Config
-from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
+from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder, attention_masks
 from ltx2.runtime.text_encoder.tokenizer import Tokenizer
 from tests.official import GEMMA, Official, random_values
 from tests.parity import relative_l2, require
@@ -132,6 +132,15 @@ def test_prompts_of_a_batch_do_not_touch_each_other(encoder):
         assert batch.shape == (2, 20, 64)
         assert relative_l2(batch[:1], a) < 1e-5
         assert relative_l2(batch[1:, -5:], b) < 1e-5
+
+
+def test_masks():
+    """Row: query, column: key; the first token is padding, the window two tokens long."""
+    masks = attention_masks(mx.array([[False, True, True, True]]), window=2)
+    whole = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
+    window = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    np.testing.assert_array_equal(np.array(masks.whole)[0, 0], whole)
+    np.testing.assert_array_equal(np.array(masks.window)[0, 0], window)
 
 
 def test_padding_stays_finite_in_bf16(encoder):
