@@ -1,0 +1,135 @@
+"""Quantizing as a change of the plan: the same tensors, written by the same code, some of them packed. That is why
+`convert --bits` gives the bytes of convert and quantize in turn, in the same bounded memory."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ltx2.convert.components import ComponentPlan
+from ltx2.convert.plan import Move, Plan, folder_plan
+from ltx2.convert.write import WriteOptions, write_plan
+from ltx2.quant.pack import BITS, DTYPES, GROUP_SIZES, Affine
+from ltx2.quant.recipe import DEFAULT, load_recipe
+from ltx2.quant.report import Quantized, make_report
+from ltx2.quant.step import AffinePacking, layer_of, packings, quantization_config
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.events import Event, Warned, Written
+from ltx2.runtime.layout import ModelFolder
+
+Bits = Mapping[str, Mapping[str, int]]  # component -> path of a layer -> bits
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose: bits of the layers that the recipe does not raise, values per scale, recipe (a name or a
+    file), and the components to quantize (none: all that the recipe names)."""
+
+    bits: int = 4
+    group_size: int = 64
+    recipe: str = DEFAULT
+    only: tuple[str, ...] = ()
+
+
+def quantize(
+    model: Path, out: Path, settings: Settings | None = None, options: WriteOptions | None = None
+) -> Iterator[Event]:
+    """Write a quantized copy of the model folder `model` to `out`; see `write_quantized`.
+
+    Raises ModelFolderError when `model` is not a model folder, InputError when it is quantized already.
+    """
+    yield from write_quantized(folder_plan(ModelFolder.open(model)), out, settings, options)
+
+
+def write_quantized(
+    plan: Plan, out: Path, settings: Settings | None = None, options: WriteOptions | None = None
+) -> Iterator[Event]:
+    """Write `plan` quantized. The last two events are Quantized, with the report, and Written.
+
+    Raises what `quantize_plan` and `write_plan` raise.
+    """
+    settings = settings or Settings()
+    quantized = quantize_plan(plan, settings)
+    unfit = _unfit(quantized, recipe_bits(plan, settings))
+    if unfit:
+        width = f"their width is no multiple of {settings.group_size}"
+        yield Warned(f"{len(unfit)} layers are not quantized, {width}; the first is {unfit[0]}")
+    for event in write_plan(quantized, out, options):
+        if isinstance(event, Written):
+            yield Quantized((yield from make_report(quantized, ModelFolder.open(out), unfit)))
+        yield event
+
+
+def quantize_plan(plan: Plan, settings: Settings) -> Plan:
+    """The plan with every layer packed that the recipe names and whose width is a multiple of the group size.
+
+    Raises InputError for settings that are not possible or do not fit the plan, and for what is quantized already.
+    """
+    _check(plan, settings)
+    bits = recipe_bits(plan, settings)
+    entries = tuple(
+        _packed(entry, bits.get(entry.component, {}), settings.group_size) if isinstance(entry, Move) else entry
+        for entry in plan.entries
+    )
+    quantized = replace(plan, entries=entries)
+    components = {
+        name: replace(component, quantization=quantization_config(quantized.moves(name)))
+        for name, component in plan.components.items()
+    }
+    _check_effect(components, settings)
+    return replace(quantized, components=components)
+
+
+def recipe_bits(plan: Plan, settings: Settings) -> Bits:
+    """Bits of every layer that the recipe names in the chosen components."""
+    recipe = load_recipe(settings.recipe)
+    chosen = [name for name in plan.components if name in settings.only or not settings.only]
+    return {name: recipe.bits(name, [layer_of(m) for m in plan.moves(name)], settings.bits) for name in chosen}
+
+
+def _packed(move: Move, bits: Mapping[str, int], group_size: int) -> Move:
+    layer, form = layer_of(move), move.form
+    is_weight = move.keys[0] == f"{layer}.weight" and len(form.shape) == 2 and form.dtype in DTYPES
+    if layer not in bits or not is_weight or form.shape[1] % group_size:
+        return move
+    return replace(move, packing=AffinePacking(Affine(bits[layer], group_size), move.tensor.name))
+
+
+def _unfit(quantized: Plan, bits: Bits) -> list[str]:
+    """Layers that the recipe names and that are not packed."""
+    packed = {name: packings(quantized.moves(name)) for name in bits}
+    return [f"{name}.{layer}" for name in bits for layer in bits[name] if layer not in packed[name]]
+
+
+def _check(plan: Plan, settings: Settings) -> None:
+    if settings.bits not in BITS:
+        raise _not_possible("--bits", settings.bits, BITS)
+    if settings.group_size not in GROUP_SIZES:
+        raise _not_possible("--group-size", settings.group_size, GROUP_SIZES)
+    for name in settings.only:
+        if name not in plan.components:
+            raise InputError(f"there is no {name}", f"the model holds {', '.join(plan.components)}", "check --only")
+    for name, component in plan.components.items():
+        if component.quantization is not None:
+            raise InputError(
+                f"the {name} is quantized already",
+                "quantizing twice loses more than once, and what is lost cannot be regained",
+                "quantize the model folder it was made from",
+            )
+
+
+def _not_possible(option: str, value: int, values: Iterable[int]) -> InputError:
+    allowed = [str(v) for v in values]
+    return InputError(
+        f"{option} {value} is not possible", f"it is one of {', '.join(allowed)}", f"use {option} {'|'.join(allowed)}"
+    )
+
+
+def _check_effect(components: Mapping[str, ComponentPlan], settings: Settings) -> None:
+    quantized = [name for name, component in components.items() if component.quantization is not None]
+    idle = [name for name in settings.only if name not in quantized]
+    if idle or not quantized:
+        raise InputError(
+            f"there is nothing to quantize in {', '.join(idle or components)}",
+            f"recipe {settings.recipe} names none of its layers, or no width is a multiple of {settings.group_size}",
+            "choose other components, another recipe or a smaller --group-size, or leave the model as it is",
+        )

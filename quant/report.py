@@ -1,0 +1,156 @@
+"""What quantizing has done: per layer its form, size and error, and the sizes before and after."""
+
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ltx2.convert.files import outputs
+from ltx2.convert.plan import Move, Plan, packed_key
+from ltx2.convert.steps import to_float32
+from ltx2.quant.pack import BLOCK_VALUES, Loss, Packed, dequantize_rows
+from ltx2.quant.step import AffinePacking, packings
+from ltx2.runtime.events import BytesDone, Event
+from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.tensorfile import Array, TensorFile
+
+DIGITS = 4  # significant digits of an error; fewer than differ between the ways it is summed
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer. `bytes` counts codes, scales and biases; `relative_error` is ||W' - W|| / ||W||, which is
+    the relative error to expect in the layer's output for inputs without structure."""
+
+    component: str
+    layer: str
+    bits: int
+    group_size: int
+    bytes: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Total:
+    """Tensor bytes of one component, or of all; `bits_per_weight` counts every tensor, quantized or not."""
+
+    bytes_before: int
+    bytes_after: int
+    weights: int
+
+    def __add__(self, other: "Total") -> "Total":
+        return Total(
+            self.bytes_before + other.bytes_before,
+            self.bytes_after + other.bytes_after,
+            self.weights + other.weights,
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average size of a weight after quantizing."""
+        return round(8 * self.bytes_after / self.weights, 3) if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """`unfit` are layers of the recipe that stay as they are, because their width is no multiple of the group size."""
+
+    layers: tuple[LayerReport, ...]
+    totals: Mapping[str, Total]
+    unfit: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> Total:
+        """The whole model folder."""
+        return sum(self.totals.values(), Total(0, 0, 0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `ltx2 quantize --report` writes it."""
+        totals = {**self.totals, "all": self.total}
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "unfit": list(self.unfit),
+            "totals": {n: asdict(t) | {"bits_per_weight": t.bits_per_weight} for n, t in totals.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Quantized(Event):
+    """The model is quantized; comes right before Written."""
+
+    report: Report
+
+
+def make_report(plan: Plan, folder: ModelFolder, unfit: Iterable[str] = ()) -> Generator[Event, None, Report]:
+    """Returns the report on a quantized plan that was written to `folder`.
+
+    Errors are those met while packing; layers that an earlier, interrupted run wrote are read back and compared, with
+    progress events.
+    """
+    layers: list[LayerReport] = []
+    for name in plan.components:
+        packed = packings(plan.moves(name))
+        unknown = {layer: move for layer, (move, packing) in packed.items() if packing.tally.loss is None}
+        losses = yield from _read_back(unknown, folder.tensor_files(name))
+        for layer, (move, packing) in packed.items():
+            loss = packing.tally.loss or losses[layer]
+            layers.append(_layer_report(name, layer, move, packing, loss))
+    totals = {name: _total(plan.moves(name)) for name in plan.components}
+    return Report(tuple(layers), totals, tuple(unfit))
+
+
+def _layer_report(component: str, layer: str, move: Move, packing: AffinePacking, loss: Loss) -> LayerReport:
+    size = sum(form.nbytes for form in packing.forms(move.form).values())
+    error = float(f"{loss.relative:.{DIGITS}g}")
+    return LayerReport(component, layer, packing.affine.bits, packing.affine.group_size, size, error)
+
+
+def _read_back(moves: Mapping[str, Move], files: Iterable[TensorFile]) -> Generator[Event, None, dict[str, Loss]]:
+    where = {key: file for file in files for key in file.tensors}
+    total = sum(move.form.nbytes for move in moves.values())
+    losses, done = {}, 0
+    for layer, move in moves.items():
+        losses[layer] = measured_loss(move, where)
+        done += move.form.nbytes
+        yield BytesDone("report (reading back)", done, total)
+    return losses
+
+
+def _total(moves: Iterable[Move]) -> Total:
+    total = Total(0, 0, 0)
+    for move in moves:
+        after = sum(form.nbytes for form in move.stored().values())
+        count = len(move.keys)
+        total += Total(count * move.form.nbytes, after, count * prod(move.form.shape))
+    return total
+
+
+def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
+    """Compare a written layer with its source. `files` holds the file of every tensor of the component."""
+    assert isinstance(move.packing, AffinePacking)
+    keys = [packed_key(move.keys[0], part) for part in ("weight", "scales", "biases")]
+    stored = [files[key].array(key) for key in keys]
+    dtype, affine = move.form.dtype, move.packing.affine
+    loss, start = Loss(), 0
+    for rows in _few_rows(move):
+        packed = Packed(*(array[start : start + len(rows)] for array in stored))
+        values = to_float32(rows, dtype)
+        loss += Loss(_squares(dequantize_rows(packed, dtype, affine) - values), _squares(values))
+        start += len(rows)
+    for key in keys:
+        files[key].release(key)
+    return loss
+
+
+def _few_rows(move: Move) -> Iterator[Array]:
+    """The tensor before packing, in pieces that are small also when unpacked."""
+    step = max(1, BLOCK_VALUES // move.form.shape[1])
+    for chunk in outputs(replace(move, packing=None))[0].chunks():
+        for start in range(0, len(chunk), step):
+            yield chunk[start : start + step]
+
+
+def _squares(values: Array) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
