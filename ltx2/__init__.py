@@ -10,4 +10,6 @@ def __getattr__(name: str) -> Any:
     """Sub-packages on first use; `ltx2.convert` is a package and can be called."""
     if name == "convert":
         return import_module("ltx2.convert")
+    if name == "quantize":
+        return import_module("ltx2.api").quantize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

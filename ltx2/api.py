@@ -7,6 +7,10 @@ from pathlib import Path
 from ltx2.convert.checkpoint import open_sources
 from ltx2.convert.plan import Options, Plan, make_plan
 from ltx2.convert.write import SHARD_GB, WriteOptions, write_plan
+from ltx2.quant.apply import Settings, write_quantized
+from ltx2.quant.apply import quantize as quantize_folder
+from ltx2.quant.recipe import DEFAULT
+from ltx2.quant.report import Quantized, Report
 
 StrPath = str | PathLike[str]
 
@@ -25,11 +29,36 @@ def convert(
     variant: str | None = None,
     dtype: str | None = None,
     only: Sequence[str] = (),
+    bits: int | None = None,
+    group_size: int = 64,
+    recipe: str = DEFAULT,
     shard_size: float = SHARD_GB,
     force: bool = False,
 ) -> Path:
-    """Convert published checkpoints into a model folder; returns its path."""
+    """Convert published checkpoints into a model folder; returns its path. With `bits` the folder is quantized, with
+    the bytes of converting and quantizing in turn."""
     plan = plan_conversion(sources, variant=variant, dtype=dtype, only=only)
-    for _ in write_plan(plan, Path(out), WriteOptions(shard_size, force)):
+    options = WriteOptions(shard_size, force)
+    if bits is None:
+        events = write_plan(plan, Path(out), options)
+    else:
+        events = write_quantized(plan, Path(out), Settings(bits, group_size, recipe), options)
+    for _ in events:
         pass
     return Path(out)
+
+
+def quantize(
+    model: StrPath,
+    out: StrPath,
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    recipe: str = DEFAULT,
+    only: Sequence[str] = (),
+    force: bool = False,
+) -> Report:
+    """Write a smaller copy of a model folder; returns what became of every layer."""
+    settings = Settings(bits, group_size, recipe, tuple(only))
+    events = quantize_folder(Path(model), Path(out), settings, WriteOptions(force=force))
+    return next(event.report for event in list(events) if isinstance(event, Quantized))
