@@ -1,15 +1,31 @@
-"""LTX-2 audio-video models on Apple Silicon with MLX: convert, quantize, generate, bench."""
+"""LTX-2 audio-video models on Apple Silicon with MLX: convert, quantize, generate, bench.
+
+    pipe = ltx2.load("weights/ltx-2-distilled-q4")
+    pipe.generate("a red kite over dunes").save("kite.mp4")
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ltx2.api import load as load
+    from ltx2.api import quantize as quantize
+    from ltx2.runtime.clip import Clip as Clip
 
 __version__ = "0.1.0"
 
+# Name -> module that has it. Imported on first use, so that `import ltx2` and `ltx2 --help` stay instant.
+_LAZY = {"load": "ltx2.api", "quantize": "ltx2.api", "Clip": "ltx2.runtime.clip"}
+
 
 def __getattr__(name: str) -> Any:
-    """Sub-packages on first use; `ltx2.convert` is a package and can be called."""
+    """The public names on first use. `ltx2.convert` is a sub-package that can be called."""
     if name == "convert":
         return import_module("ltx2.convert")
-    if name == "quantize":
-        return import_module("ltx2.api").quantize
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY, "convert"])

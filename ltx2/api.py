@@ -11,8 +11,14 @@ from ltx2.quant.apply import Settings, write_quantized
 from ltx2.quant.apply import quantize as quantize_folder
 from ltx2.quant.recipe import DEFAULT
 from ltx2.quant.report import Quantized, Report
+from ltx2.runtime.pipeline import Pipeline
 
 StrPath = str | PathLike[str]
+
+
+def load(model: StrPath) -> Pipeline:
+    """Open a model folder. Headers are read now, weights phase by phase when generating."""
+    return Pipeline(Path(model))
 
 
 def plan_conversion(

@@ -1,0 +1,188 @@
+"""The embedded demo model: reference outputs of Lightricks' own modules, and prompts that must be followed.
+
+If the architecture is implemented correctly a clip shows what its prompt says; most mistakes destroy it."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import ltx2
+from ltx2.runtime.exchange import Contexts
+from ltx2.runtime.latents import Latents, audio_positions, video_positions
+from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.load import load_network
+from ltx2.runtime.pipeline import Pipeline, Run
+from ltx2.runtime.request import Request
+from ltx2.runtime.sampling import denoise
+from ltx2.runtime.transformer.model import StreamInput, Transformer
+from ltx2.runtime.upsampler import LatentUpsampler
+from ltx2.runtime.video_vae.model import VideoAutoencoder
+from tests.classify import classify
+from tests.official import GEMMA, MONOLITH, UPSCALER
+from tests.parity import relative_l2
+
+GOLDEN = Path(__file__).parent / "golden.safetensors"
+SIZE = {"width": 192, "height": 128, "frames": 25}
+PROMPTS = {
+    "a": "a red square moves left on a white background with a low tone",
+    "b": "a yellow triangle moves up on a black background with a high tone",
+}
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    from ltx2.runtime.tensorfile import open_tensorfile
+
+    file = open_tensorfile(GOLDEN)
+    return {name: np.array(file.array(name)) for name in file.tensors}
+
+
+@pytest.fixture(scope="session")
+def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model converted to float32: the CPU computes bf16 slowly and imprecisely."""
+    out = tmp_path_factory.mktemp("demo") / "f32"
+    ltx2.convert([MONOLITH, UPSCALER, GEMMA], out, variant="distilled", dtype="f32")
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo_quantized(demo_f32: Path) -> dict[int, Path]:
+    """The float32 model at 8 and 4 bits."""
+    folders = {bits: demo_f32.with_name(f"q{bits}") for bits in (8, 4)}
+    for bits, folder in folders.items():
+        ltx2.quantize(demo_f32, folder, bits=bits)
+    return folders
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_networks_reproduce_the_reference(demo_f32, golden, figure, which):
+    """One transformer call, stage 1, the upscaler and stage 2, each from the reference's own inputs."""
+    folder = ModelFolder.open(demo_f32)
+    run = Run(folder, Request(prompt=PROMPTS[which], **SIZE))
+    want = {name[2:]: mx.array(value) for name, value in golden.items() if name.startswith(which + ".")}
+    transformer = load_network(folder, "transformer", Transformer)
+    contexts = Contexts(want["video_context"], want["audio_context"])
+    stage1, stage2 = run.preset.stages
+    grid1, grid2 = run._grid(stage1), run._grid(stage2)
+
+    def prepared(grid):
+        return (
+            transformer.prepare_video(contexts.video, video_positions(grid, 24.0, run.scales)),
+            transformer.prepare_audio(contexts.audio, audio_positions(grid, run.scales)),
+        )
+
+    noise = Latents(want["stage1.video"], want["stage1.audio"]).to_tokens()
+    level = mx.array([[0.725]])
+    velocity = transformer(
+        StreamInput(noise.video, level, level), StreamInput(noise.audio, level, level), *prepared(grid1)
+    )
+    for name, value in zip(("video", "audio"), velocity, strict=True):
+        error = relative_l2(value, want[f"velocity_at_0.725.{name}"])
+        figure(f"golden {which}: velocity {name}, rel L2", error, limit=1e-4)
+
+    *_, tokens = denoise(transformer, noise, stage1.sigmas, prepared(grid1))
+    done = tokens.from_tokens(grid1)
+    figure(f"golden {which}: stage 1 video, rel L2", relative_l2(done.video, want["stage1.video_latent"]), limit=1e-3)
+    figure(f"golden {which}: stage 1 audio, rel L2", relative_l2(done.audio, want["stage1.audio_latent"]), limit=1e-3)
+
+    vae = load_network(folder, "video_vae", VideoAutoencoder)
+    upscaler = load_network(folder, "spatial_upscaler", LatentUpsampler)
+    upscaled = vae.normalise(upscaler(vae.unnormalise(want["stage1.video_latent"])))
+    figure(f"golden {which}: upscaler, rel L2", relative_l2(upscaled, want["upsampled.video_latent"]), limit=1e-4)
+
+    sigma = stage2.sigmas[0]
+    start = Latents(
+        sigma * want["stage2.video"] + (1 - sigma) * want["upsampled.video_latent"],
+        sigma * want["stage2.audio"] + (1 - sigma) * want["stage1.audio_latent"],
+    )
+    *_, tokens = denoise(transformer, start.to_tokens(), stage2.sigmas, prepared(grid2))
+    done = tokens.from_tokens(grid2)
+    figure(f"golden {which}: stage 2 video, rel L2", relative_l2(done.video, want["stage2.video_latent"]), limit=1e-3)
+    figure(f"golden {which}: stage 2 audio, rel L2", relative_l2(done.audio, want["stage2.audio_latent"]), limit=1e-3)
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_pipeline_reproduces_the_reference_clip(demo_f32, golden, figure, tmp_path, which):
+    """Prompt and injected noise in, latents, frames and sound out, through the public interface."""
+    noise = tmp_path / "noise.safetensors"
+    save_file(
+        {f"stage{n}.{s}": golden[f"{which}.stage{n}.{s}"] for n in (1, 2) for s in ("video", "audio")}, noise
+    )
+    clip = ltx2.load(demo_f32).generate(PROMPTS[which], noise=str(noise), **SIZE)
+    for name in ("video", "audio"):
+        error = relative_l2(clip.latents[name], golden[f"{which}.stage2.{name}_latent"])
+        figure(f"golden {which}: pipeline's final {name} latents, rel L2", error, limit=1e-3)
+    frames = golden[f"{which}.frames"]
+    assert clip.frames.shape == frames.shape and clip.frames.dtype == np.uint8
+    levels = np.abs(clip.frames.astype(int) - frames.astype(int))
+    figure(f"golden {which}: frames, share off by more than 1 level", float((levels > 1).mean()), limit=1e-4)
+    audio = golden[f"{which}.audio"]
+    assert (clip.sample_rate, clip.fps) == (24000, 24.0)
+    figure(f"golden {which}: sound, rel L2", relative_l2(clip.audio, audio), limit=1e-3)
+
+
+def random_prompts(count: int, seed: int) -> list[tuple[str, dict[str, str]]]:
+    """Prompts of the demo model's grammar with the attributes they ask for."""
+    rng = np.random.default_rng(seed)
+    motions = {"left": "moves left", "right": "moves right", "up": "moves up", "down": "moves down", "still": "stands still"}
+    sounds = {
+        "low": "with a low tone", "middle": "with a middle tone", "high": "with a high tone", "silence": "in silence"
+    }  # fmt: skip
+    prompts = []
+    for _ in range(count):
+        want = {
+            "shape": str(rng.choice(["circle", "square", "triangle", "star"])),
+            "colour": str(rng.choice(["red", "green", "blue", "yellow", "orange", "purple"])),
+            "background": str(rng.choice(["white", "black", "gray", "cyan"])),
+            "motion": str(rng.choice(list(motions))),
+            "tone": str(rng.choice(list(sounds))),
+        }
+        article = "an" if want["colour"] == "orange" else "a"
+        text = f"{article} {want['colour']} {want['shape']} {motions[want['motion']]} on a {want['background']} background"
+        prompts.append((f"{text} {sounds[want['tone']]}", want))
+    return prompts
+
+
+def followed(model: Path, prompts: list[tuple[str, dict[str, str]]]) -> tuple[int, list[str]]:
+    """How many clips show all five attributes, and what the others got wrong."""
+    pipeline, misses = Pipeline(model), []
+    for seed, (prompt, want) in enumerate(prompts):
+        clip = pipeline.generate(prompt, seed=seed, **SIZE)
+        seen = classify(clip.frames, clip.audio, clip.sample_rate)
+        wrong = {name: seen[name] for name in want if seen[name] != want[name]}
+        if wrong:
+            misses.append(f"{prompt}: {wrong}")
+    return len(prompts) - len(misses), misses
+
+
+# Lightricks' modules follow 61 of 64 prompts (ltx2/demo/README.md): at that rate fewer than 20 of 24 happens in 0.3 %
+# of all draws, and every miss of theirs is a shape.
+LEAST_OF_24 = 20
+
+
+def test_24_prompts_are_followed(demo_f32):
+    right, misses = followed(demo_f32, random_prompts(24, seed=0))
+    _report("float32", right, misses)
+    assert right >= LEAST_OF_24, misses
+
+
+def test_24_prompts_are_followed_at_8_bits(demo_quantized):
+    right, misses = followed(demo_quantized[8], random_prompts(24, seed=0))
+    _report("8 bits", right, misses)
+    assert right >= LEAST_OF_24, misses
+
+
+def test_prompts_at_4_bits_are_reported(demo_quantized):
+    """4 bits lose something at this width; what is asserted is only that most clips still show their prompt."""
+    right, misses = followed(demo_quantized[4], random_prompts(24, seed=0))
+    _report("4 bits", right, misses)
+    assert right >= 12, misses
+
+
+def _report(name: str, right: int, misses: list[str]) -> None:
+    from tests.conftest import FIGURES
+
+    FIGURES.append(f"demo prompts followed, {name}: {right} of 24 {misses}")
