@@ -9,6 +9,7 @@ from typing import Any
 from ltx2.convert.checkpoint import Source
 from ltx2.convert.gemma import text_config
 from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.text_encoder.config import ConnectorsConfig
 
 # Component -> section of a checkpoint's configuration, and the class where the section does not name it.
 SECTIONS: Mapping[str, tuple[str, str]] = {
@@ -18,12 +19,6 @@ SECTIONS: Mapping[str, tuple[str, str]] = {
     "audio_vae": ("audio_vae", "AudioAutoencoder"),
     "vocoder": ("vocoder", "Vocoder"),
 }
-# The connectors are configured by these keys of the transformer's section.
-CONNECTOR_KEYS = (
-    "caption_channels", "connector_attention_head_dim", "connector_num_attention_heads", "connector_num_layers",
-    "connector_positional_embedding_max_pos", "connector_num_learnable_registers", "connector_norm_output",
-    "positional_embedding_theta", "rope_type", "frequencies_precision", "norm_eps",
-)  # fmt: skip
 TEXT_PROJECTION = "text_embedding_projection.aggregate_embed.weight"
 
 
@@ -60,7 +55,7 @@ def component_plan(name: str, source: Source) -> ComponentPlan:
 
 
 def _connectors_config(section: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    config = {key: section[key] for key in CONNECTOR_KEYS if key in section}
+    config = ConnectorsConfig.select(section)
     for file in source.files:
         if TEXT_PROJECTION in file.tensors:
             config["text_projection_in_features"] = file.tensors[TEXT_PROJECTION].shape[-1]

@@ -177,8 +177,8 @@ def test_another_text_encoder_is_refused(connectors, count, width):
 
 
 def test_config_takes_what_concerns_the_connectors(transformer_section):
-    config = ConnectorsConfig.select(transformer_section, 448)
-    parsed = ConnectorsConfig.from_dict(config)
+    config = ConnectorsConfig.select(transformer_section)
+    parsed = ConnectorsConfig.from_dict(config | {"text_projection_in_features": 448})
     assert (parsed.dim, parsed.num_hidden_states, parsed.connector_positional_embedding_max_pos) == (64, 7, (4096,))
     assert "num_layers" not in config
 
@@ -199,4 +199,4 @@ def test_config_takes_what_concerns_the_connectors(transformer_section):
 )
 def test_config_of_later_releases_is_refused(transformer_section, key, value, error):
     with pytest.raises(error):
-        build(ConnectorsConfig.select({**transformer_section, key: value}, 448))
+        build(ConnectorsConfig.select({**transformer_section, key: value}) | {"text_projection_in_features": 448})

@@ -77,7 +77,7 @@ class ConnectorsConfig(Config):
     connector_num_learnable_registers: int
     connector_positional_embedding_max_pos: tuple[float]
     caption_channels: int  # width of one hidden state, and of the projection of them all
-    text_projection_in_features: int  # our own key: caption_channels * hidden states
+    text_projection_in_features: int  # our own key, from the tensor: caption_channels * hidden states
     norm_eps: float = 1e-6
     positional_embedding_theta: float = 10000.0
 
@@ -102,14 +102,13 @@ class ConnectorsConfig(Config):
     SECTION_PREFIXES: ClassVar[tuple[str, ...]] = ("connector_", "audio_connector_", "caption_", "text_encoder_")
 
     @classmethod
-    def select(cls, transformer: Mapping[str, Any], in_features: int) -> dict[str, Any]:
-        """The connectors' config.json from a checkpoint's `transformer` section and the text projection's width."""
-        chosen = {
+    def select(cls, transformer: Mapping[str, Any]) -> dict[str, Any]:
+        """The connectors' part of a checkpoint's `transformer` section: config.json but for the projection's width."""
+        return {
             key: value
             for key, value in transformer.items()
             if key in cls.SECTION_KEYS or key.startswith(cls.SECTION_PREFIXES)
         }
-        return {**chosen, "text_projection_in_features": in_features}
 
     def __post_init__(self) -> None:
         """Raises ConfigError when the widths contradict each other."""
