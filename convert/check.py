@@ -1,11 +1,10 @@
 """A plan against the networks it fills: every parameter once, with the right shape, and nothing else."""
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 
 from ltx2.convert.plan import LORAS, Plan
-from ltx2.runtime.errors import CheckpointError, ConfigError
+from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.load import build_network, parameter_shapes
 
 LISTED = 5  # tensors named in an error
@@ -18,16 +17,12 @@ def check_plan(plan: Plan) -> None:
     Raises CheckpointError naming missing, unknown and misshapen tensors; ConfigError or UnsupportedError when the
     configuration is not one this version computes.
     """
+    planned = {name: planned_shapes(plan, name) for name in plan.components}
     for name, component in plan.components.items():
-        planned = planned_shapes(plan, name)
         if name.startswith(f"{LORAS}/"):
-            continue
-        try:
-            wanted = parameter_shapes(build_network(component.cls, component.config))
-        except (ModuleNotFoundError, ConfigError) as error:  # TEMPORARY: until every network has landed
-            warnings.warn(f"{name} is not checked: {error}", stacklevel=2)
-            continue
-        _compare(name, wanted, planned)
+            _check_lora(name, planned)
+        else:
+            _compare(name, parameter_shapes(build_network(component.cls, component.config)), planned[name])
 
 
 def planned_shapes(plan: Plan, component: str) -> Shapes:
@@ -42,6 +37,27 @@ def planned_shapes(plan: Plan, component: str) -> Shapes:
             "use the checkpoint as published",
         )
     return {key: move.form.shape for move in moves for key in move.keys}
+
+
+def _check_lora(lora: str, planned: Mapping[str, Shapes]) -> None:
+    """Every A has its B of the same rank, and both fit the layer they change where that is planned too."""
+    factors = planned[lora]
+    layers = sorted({key.rpartition(".lora_")[0] for key in factors})
+    wrong = [layer for layer in layers if not _fits(layer, factors, planned)]
+    if wrong:
+        raise CheckpointError(
+            f"{lora} does not fit the model",
+            f"{len(layers) - len(wrong)} of {len(layers)} layers match; {_listed('do not', wrong)}",
+            "use a LoRA made for this release",
+        )
+
+
+def _fits(layer: str, factors: Shapes, planned: Mapping[str, Shapes]) -> bool:
+    down, up = factors.get(f"{layer}.lora_A.weight", ()), factors.get(f"{layer}.lora_B.weight", ())
+    if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+        return False
+    component, _, path = layer.partition(".")
+    return component not in planned or planned[component].get(f"{path}.weight") == (up[0], down[1])
 
 
 def _compare(component: str, wanted: Shapes, planned: Shapes) -> None:

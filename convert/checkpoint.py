@@ -24,6 +24,15 @@ KINDS = (
     (r"^(model\.diffusion_model|text_embedding_projection|vae|audio_vae|vocoder)\.", "checkpoint"),
     (r"^upsampler\.", "upscaler"),
 )
+# Special storage: name, a dtype that only it has, a pattern in tensor names; first match wins.
+STORAGES = (
+    ("FP8 (E5M2)", "F8_E5M2", ""),
+    ("NVFP4", "F4", r"\.weight_scale_2$"),
+    ("FP8 (E4M3)", "F8_E4M3", r"\.scale_weight$"),
+    ("int8", "I8", r"\.comfy_quant$"),
+    ("MLX-quantized", "U32", r"\.scales$"),
+    ("DoRA", "", r"\.dora_scale$|\.lora_magnitude_vector"),
+)
 VARIANTS = ("dev", "distilled")
 
 
@@ -88,18 +97,27 @@ def _open_folder(path: Path) -> list[Source]:
 
 
 def _open_file(path: Path) -> Source:
-    file = open_tensorfile(path)
-    config = _embedded_config(file)
-    _check_storage(file)
-    release = recognise_release(file, config)
-    if release is not None and not release.supported:
+    source = recognise_file(path)
+    if source.release is not None and not source.release.supported:
         able = ", ".join(r.title for r in releases() if r.supported)
         raise UnsupportedError(
-            f"{path.name} belongs to {release.title}",
+            f"{path.name} belongs to {source.release.title}",
             f"this version of ltx2 converts {able} only",
             f"use the files of {able}, or a newer ltx2",
         )
-    return Source(path, _kind(file, config), (file,), config, release)
+    _check_storage(source.files[0])
+    _check_kind(source)
+    return source
+
+
+def recognise_file(path: Path) -> Source:
+    """One file's kind and release, whether this version converts them or not. `kind` is empty for a foreign file.
+
+    Raises CheckpointError for a malformed file.
+    """
+    file = open_tensorfile(path)
+    config = _embedded_config(file)
+    return Source(path, _kind(file, config), (file,), config, recognise_release(file, config))
 
 
 def _embedded_config(file: TensorFile) -> dict[str, Any]:
@@ -118,8 +136,8 @@ def _embedded_config(file: TensorFile) -> dict[str, Any]:
 
 
 def _check_storage(file: TensorFile) -> None:
-    """Refuse by name what is stored in fewer than 16 bits."""
-    name = _quantized_storage(file)
+    """Refuse by name weights that are not plain 16 or 32 bit floats."""
+    name = special_storage(file)
     if name is not None:
         raise UnsupportedError(
             f"{file.path.name} holds {name} weights",
@@ -128,51 +146,46 @@ def _check_storage(file: TensorFile) -> None:
         )
 
 
-def _quantized_storage(file: TensorFile) -> str | None:
+def special_storage(file: TensorFile) -> str | None:
+    """The name of a file's quantized or otherwise special storage; None for plain bf16, f16 and f32."""
     dtypes = {t.dtype for t in file.tensors.values()}
-    if "F8_E5M2" in dtypes:
-        return "FP8 (E5M2)"
-    if any(name.endswith(".weight_scale_2") for name in file.tensors):
-        return "NVFP4"
-    if "F8_E4M3" in dtypes:
-        return "FP8 (E4M3)"
-    if "I8" in dtypes or any(name.endswith(".comfy_quant") for name in file.tensors):
-        return "int8"
-    if any(name.endswith(".scales") for name in file.tensors):
-        return "MLX-quantized"
-    other = dtypes - {"BF16", "F16", "F32"}
-    return f"{', '.join(sorted(other))}" if other else None
+    for name, dtype, pattern in STORAGES:
+        if dtype in dtypes or (pattern and any(re.search(pattern, tensor) for tensor in file.tensors)):
+            return name
+    return ", ".join(sorted(dtypes - {"BF16", "F16", "F32"})) or None
 
 
 def _kind(file: TensorFile, config: Mapping[str, Any]) -> str:
-    kind = next((kind for pattern, kind in KINDS if any(re.search(pattern, name) for name in file.tensors)), None)
-    if kind == "gemma":
+    kind = next((kind for pattern, kind in KINDS if any(re.search(pattern, name) for name in file.tensors)), "")
+    if kind != "upscaler":
+        return kind
+    spatial, temporal = bool(config.get("spatial_upsample")), bool(config.get("temporal_upsample"))
+    if spatial == temporal:
+        return kind
+    return "spatial_upscaler" if spatial else "temporal_upscaler"
+
+
+def _check_kind(source: Source) -> None:
+    name = source.path.name
+    if source.kind == "gemma":
         raise InputError(
-            f"{file.path.name} is a part of a Gemma text encoder",
+            f"{name} is a part of a Gemma text encoder",
             "its configuration and tokenizer are separate files",
-            f"name its folder instead: {file.path.parent}",
+            f"name its folder instead: {source.path.parent}",
         )
-    if kind == "upscaler":
-        return _upscaler_kind(file, config)
-    if kind is None:
-        names = ", ".join(sorted(file.tensors)[:3]) or "none"
+    if source.kind == "upscaler":
         raise CheckpointError(
-            f"{file.path.name} is not an LTX-2 file",
-            f"its {len(file.tensors)} tensors ({names}, ...) belong to no known network",
-            "name an LTX-2 checkpoint, upscaler or LoRA, or a Gemma 3 folder",
-        )
-    return kind
-
-
-def _upscaler_kind(file: TensorFile, config: Mapping[str, Any]) -> str:
-    directions = (bool(config.get("spatial_upsample")), bool(config.get("temporal_upsample")))
-    if config.get("_class_name") != "LatentUpsampler" or directions[0] == directions[1]:
-        raise CheckpointError(
-            f"{file.path.name} is not a usable upscaler",
+            f"{name} is not a usable upscaler",
             "its metadata does not say whether it upscales space or time",
             "use the upscaler as published; its metadata holds the configuration",
         )
-    return "spatial_upscaler" if directions[0] else "temporal_upscaler"
+    if not source.kind:
+        tensors = sorted(source.files[0].tensors)
+        raise CheckpointError(
+            f"{name} is not an LTX-2 file",
+            f"its {len(tensors)} tensors ({', '.join(tensors[:3])}, ...) belong to no known network",
+            "name an LTX-2 checkpoint, upscaler or LoRA, or a Gemma 3 folder",
+        )
 
 
 def _open_gemma(folder: Path) -> Source:

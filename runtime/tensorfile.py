@@ -9,8 +9,10 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import FileIO
 from math import prod
 from pathlib import Path
 from types import EllipsisType
@@ -27,6 +29,7 @@ NUMPY_DTYPES: Mapping[str, str] = {
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
     "BOOL": "|b1",
 }  # fmt: skip
+SYNC_BYTES = 256 << 20  # written data reach the disk in portions, so that no single sync takes long
 CHUNK_BYTES = 16 << 20  # rows are grouped into chunks of about this size
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -59,7 +62,9 @@ class TensorFile:
     @cached_property
     def _map(self) -> mmap.mmap:
         with self.path.open("rb") as f:
-            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_SEQUENTIAL)  # longer read-ahead
+        return mapped
 
     def array(self, name: str) -> Array:
         """The tensor as a read-only memory map; BF16 and FP8 as their integer codes (see NUMPY_DTYPES).
@@ -158,17 +163,26 @@ def write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> Writing:
     """Write any file as `write_tensorfile` does: hashed, synced, and under its name only when complete."""
     partial = path.with_name(path.name + ".partial")
     digest = hashlib.sha256()
-    size = 0
-    with partial.open("wb") as f:
+    size = synced = 0
+    with partial.open("wb", buffering=0) as f, ThreadPoolExecutor(1) as hasher:
         for block in blocks:
-            f.write(block)
-            digest.update(block)
+            hashed = hasher.submit(digest.update, block)
+            _write_all(f, block)
+            hashed.result()
             size += len(block)
+            if size - synced >= SYNC_BYTES:
+                os.fsync(f.fileno())
+                synced = size
             yield len(block)
-        f.flush()
         os.fsync(f.fileno())
     partial.replace(path)
     return WrittenFile(path.name, size, digest.hexdigest())
+
+
+def _write_all(f: FileIO, block: bytes | memoryview) -> None:
+    rest = memoryview(block)
+    while rest:
+        rest = rest[f.write(rest) :]
 
 
 def tensorfile_size(outputs: Sequence[Output], metadata: Mapping[str, str]) -> int:
