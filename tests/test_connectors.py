@@ -1,5 +1,6 @@
 """Feature extractor and connectors against diffusers on random weights, and against the demo model's golden tensors."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from ltx2.convert import rules
 from ltx2.runtime.connectors import EmbeddingsConnectors, build, fill_with_registers, normalized
 from ltx2.runtime.errors import ConfigError, ModelFolderError, UnsupportedError
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.load import load_network
+from ltx2.runtime.load import load_network, parameter_shapes
 from ltx2.runtime.text_encoder.config import ConnectorsConfig
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
 from ltx2.runtime.text_encoder.tokenizer import Tokenizer
+from tests import published
 from tests.official import MONOLITH, Official
 from tests.parity import relative_l2, require
 
@@ -174,6 +177,14 @@ def test_another_text_encoder_is_refused(connectors, count, width):
 
 
 # Configuration
+
+
+def test_published_tensors_fit():
+    _, metadata, tensors = published.read_header(published.MONOLITH)
+    moved = {rules.target("checkpoint", name): shape for name, (_, shape) in tensors.items()}
+    theirs = {target.key: shape for target, shape in moved.items() if target and target.component == "connectors"}
+    config = ConnectorsConfig.select(json.loads(metadata["config"])["transformer"])
+    assert parameter_shapes(build(config | {"text_projection_in_features": 188160})) == theirs
 
 
 def test_config_takes_what_concerns_the_connectors(transformer_section):

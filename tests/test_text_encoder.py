@@ -15,11 +15,12 @@ from safetensors.numpy import load_file
 from ltx2.convert.gemma import text_config
 from ltx2.runtime.errors import CheckpointError, ConfigError, ModelFolderError, UnsupportedError
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.load import load_network
+from ltx2.runtime.load import load_network, parameter_shapes
 from ltx2.runtime.text_encoder import gemma3
 from ltx2.runtime.text_encoder.config import Gemma3Config
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder, attention_masks
 from ltx2.runtime.text_encoder.tokenizer import Tokenizer
+from tests import published
 from tests.official import GEMMA, Official, random_values
 from tests.parity import relative_l2, require
 
@@ -254,6 +255,15 @@ PUBLISHED = {  # google/gemma-3-12b-it writes no more than this
         "sliding_window": 1024,
     },
 }  # fmt: skip
+
+
+def test_published_tensors_fit():
+    """Names and shapes of the network and of the five published shards."""
+    config = json.loads((published.HEADERS / "gemma-3-12b-it-config.json").read_text())
+    ours = parameter_shapes(gemma3.build(text_config(config)))
+    prefix = "language_model."
+    theirs = {name: shape for file in published.GEMMA for name, (_, shape) in published.read_header(file)[2].items()}
+    assert ours == {n.removeprefix(prefix): shape for n, shape in theirs.items() if n.startswith(prefix)}
 
 
 def test_config_of_the_published_model():
