@@ -1,9 +1,13 @@
 """The text path's official counterparts: transformers' Gemma 3 and diffusers' connectors with given weights."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from transformers import Gemma3TextConfig, Gemma3TextModel
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 CONNECTOR_NAMES = (
     ("model.diffusion_model.video_embeddings_connector.", "video_connector."),
@@ -15,7 +19,7 @@ CONNECTOR_NAMES = (
 )
 
 
-def gemma(config: dict, tensors: dict[str, np.ndarray]) -> Gemma3TextModel:
+def gemma(config: dict[str, Any], tensors: dict[str, Array]) -> Gemma3TextModel:
     """`tensors` by the names of a published Gemma folder; other tensors are passed over."""
     model = Gemma3TextModel(Gemma3TextConfig(**config)).eval()
     prefix = "language_model.model."
@@ -25,13 +29,13 @@ def gemma(config: dict, tensors: dict[str, np.ndarray]) -> Gemma3TextModel:
 
 
 @torch.no_grad()
-def gemma_states(model: Gemma3TextModel, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+def gemma_states(model: Gemma3TextModel, ids: Array, mask: Array) -> list[Array]:
     """All hidden states, as the pipelines collect them."""
     out = model(torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True)
     return [state.numpy() for state in out.hidden_states]
 
 
-def connectors(transformer: dict, tensors: dict[str, np.ndarray]) -> LTX2TextConnectors:
+def connectors(transformer: dict[str, Any], tensors: dict[str, Array]) -> LTX2TextConnectors:
     """From a checkpoint's `transformer` section and its tensors by their official names."""
     heads, head_dim = transformer["connector_num_attention_heads"], transformer["connector_attention_head_dim"]
     layers, registers = transformer["connector_num_layers"], transformer["connector_num_learnable_registers"]
@@ -62,7 +66,7 @@ def connectors(transformer: dict, tensors: dict[str, np.ndarray]) -> LTX2TextCon
 
 
 @torch.no_grad()
-def contexts(model: LTX2TextConnectors, states: list[np.ndarray], mask: np.ndarray) -> tuple[np.ndarray, ...]:
+def contexts(model: LTX2TextConnectors, states: list[Array], mask: Array) -> tuple[Array, Array]:
     """Video and audio context from left-padded hidden states."""
     stacked = torch.stack([torch.tensor(state) for state in states], dim=-1)
     video, audio, _ = model(stacked, torch.tensor(mask))

@@ -1,8 +1,9 @@
 """Feature extractor and connectors against diffusers on random weights, and against the demo model's golden tensors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,9 @@ from tests import published
 from tests.official import MONOLITH, Official
 from tests.parity import relative_l2, require
 
+Array = np.ndarray[Any, np.dtype[Any]]
+Figure = Callable[..., None]
+
 GOLDEN = Path(__file__).parent / "golden.safetensors"
 STATES, WIDTH = 7, 64
 
@@ -32,19 +36,19 @@ def connectors(model: Path) -> EmbeddingsConnectors:
 
 
 @pytest.fixture(scope="module")
-def transformer_section() -> dict:
+def transformer_section() -> dict[str, Any]:
     return Official(MONOLITH, MONOLITH, MONOLITH).config(MONOLITH)["transformer"]
 
 
 @pytest.fixture(scope="module")
-def reference(official: Official, transformer_section):
+def reference(official: Official, transformer_section: dict[str, Any]) -> Any:
     require("torch"), require("diffusers")
     from tests.reference_text import connectors
 
     return connectors(transformer_section, official.tensors(official.monolith))
 
 
-def hidden_states(tokens: int, length: int, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
+def hidden_states(tokens: int, length: int, seed: int = 0) -> tuple[list[Array], Array]:
     """Hidden states (1, length, WIDTH) of very different sizes, and the mask of `tokens` left-padded tokens.
 
     Padding holds large values: they must not reach the result.
@@ -57,12 +61,14 @@ def hidden_states(tokens: int, length: int, seed: int = 0) -> tuple[list[np.ndar
     return [np.where(mask[..., None], state, 1e6).astype(np.float32) for state in states], mask
 
 
-def run(connectors: EmbeddingsConnectors, states: list[np.ndarray], mask: np.ndarray) -> list[np.ndarray]:
+def run(connectors: EmbeddingsConnectors, states: list[Array], mask: Array) -> list[Array]:
     return [np.array(c.astype(mx.float32)) for c in connectors(map(mx.array, states), mx.array(mask))]
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(1, 128), (37, 256), (128, 128), (200, 256)])
-def test_contexts_equal_diffusers(connectors, reference, figure, tokens, length):
+def test_contexts_equal_diffusers(
+    connectors: EmbeddingsConnectors, reference: Any, figure: Figure, tokens: int, length: int
+) -> None:
     """One token is the empty prompt."""
     from tests.reference_text import contexts
 
@@ -74,7 +80,7 @@ def test_contexts_equal_diffusers(connectors, reference, figure, tokens, length)
         figure(f"connectors, {name} context, {tokens} of {length} tokens, rel L2 vs diffusers", error, limit=1e-4)
 
 
-def test_features_equal_diffusers(connectors, reference, figure):
+def test_features_equal_diffusers(connectors: EmbeddingsConnectors, reference: Any, figure: Figure) -> None:
     require("torch")
     import torch
     from diffusers.pipelines.ltx2.connectors import per_layer_masked_mean_norm
@@ -89,7 +95,7 @@ def test_features_equal_diffusers(connectors, reference, figure):
     figure("text features, rel L2 vs diffusers", relative_l2(np.array(features)[:, -37:], theirs), limit=1e-4)
 
 
-def test_golden_contexts(demo_model, figure):
+def test_golden_contexts(demo_model: Path, figure: Figure) -> None:
     """Prompt text to what the transformer attends to."""
     folder = ModelFolder.open(demo_model)
     connectors = load_network(folder, "connectors", EmbeddingsConnectors)
@@ -108,14 +114,14 @@ def test_golden_contexts(demo_model, figure):
             figure(f"{stream} context, golden prompt {name}, rel L2", error, limit=1e-4)
 
 
-def test_left_out_padding_changes_nothing(connectors):
+def test_left_out_padding_changes_nothing(connectors: EmbeddingsConnectors) -> None:
     """The text encoder does not compute padding that comes before every prompt of a batch."""
     states, mask = hidden_states(20, 128)
     for a, b in zip(run(connectors, states, mask), run(connectors, [s[:, -20:] for s in states], mask), strict=True):
         assert relative_l2(a, b) < 1e-6
 
 
-def test_prompts_of_a_batch_do_not_touch_each_other(connectors):
+def test_prompts_of_a_batch_do_not_touch_each_other(connectors: EmbeddingsConnectors) -> None:
     long, long_mask = hidden_states(50, 128, seed=1)
     short, short_mask = hidden_states(3, 128, seed=2)
     states = [np.concatenate(pair)[:, -50:] for pair in zip(long, short, strict=True)]
@@ -125,7 +131,7 @@ def test_prompts_of_a_batch_do_not_touch_each_other(connectors):
         assert relative_l2(batch, np.concatenate([a, b])) < 1e-6
 
 
-def test_normalisation_is_per_layer_over_text_only():
+def test_normalisation_is_per_layer_over_text_only() -> None:
     states, mask = hidden_states(5, 8)
     text = states[3][:, 3:]
     expected = 8 * (text - text.mean()) / (text.max() - text.min())
@@ -134,7 +140,7 @@ def test_normalisation_is_per_layer_over_text_only():
     assert not ours[:, :3].any()
 
 
-def test_registers_follow_the_text_by_position():
+def test_registers_follow_the_text_by_position() -> None:
     features = mx.arange(8.0).reshape(1, 4, 2)
     registers = mx.array([[10.0, 10.0], [11.0, 11.0], [12.0, 12.0]])
     valid = mx.array([[False, True, False, True]])
@@ -142,7 +148,7 @@ def test_registers_follow_the_text_by_position():
     np.testing.assert_array_equal(filled[0, :, 0], [2, 6, 12, 10, 11, 12])
 
 
-def test_bf16_is_not_promoted(connectors):
+def test_bf16_is_not_promoted(connectors: EmbeddingsConnectors) -> None:
     """float32 statistics and rotation tables stay inside."""
     connectors.set_dtype(mx.bfloat16)
     states, mask = hidden_states(10, 128)
@@ -151,7 +157,7 @@ def test_bf16_is_not_promoted(connectors):
     assert all(bool(mx.isfinite(c).all()) for c in contexts)
 
 
-def test_states_are_consumed_one_by_one(connectors):
+def test_states_are_consumed_one_by_one(connectors: EmbeddingsConnectors) -> None:
     """What stays of a state is its normalised copy in the weights' dtype, not the state."""
     connectors.set_dtype(mx.bfloat16)
     states, mask = hidden_states(10, 128)
@@ -170,7 +176,7 @@ def test_states_are_consumed_one_by_one(connectors):
 
 
 @pytest.mark.parametrize(("count", "width"), [(6, 64), (8, 64), (7, 32)])
-def test_another_text_encoder_is_refused(connectors, count, width):
+def test_another_text_encoder_is_refused(connectors: EmbeddingsConnectors, count: int, width: int) -> None:
     states = [mx.ones((1, 4, width))] * count
     with pytest.raises(ModelFolderError, match="does not fit"):
         connectors(states, mx.ones((1, 128), dtype=mx.int32))
@@ -179,7 +185,7 @@ def test_another_text_encoder_is_refused(connectors, count, width):
 # Configuration
 
 
-def test_published_tensors_fit():
+def test_published_tensors_fit() -> None:
     _, metadata, tensors = published.read_header(published.MONOLITH)
     moved = {rules.target("checkpoint", name): shape for name, (_, shape) in tensors.items()}
     theirs = {target.key: shape for target, shape in moved.items() if target and target.component == "connectors"}
@@ -187,7 +193,7 @@ def test_published_tensors_fit():
     assert parameter_shapes(build(config | {"text_projection_in_features": 188160})) == theirs
 
 
-def test_config_takes_what_concerns_the_connectors(transformer_section):
+def test_config_takes_what_concerns_the_connectors(transformer_section: dict[str, Any]) -> None:
     config = ConnectorsConfig.select(transformer_section)
     parsed = ConnectorsConfig.from_dict(config | {"text_projection_in_features": 448})
     assert (parsed.dim, parsed.num_hidden_states, parsed.connector_positional_embedding_max_pos) == (64, 7, (4096,))
@@ -208,6 +214,8 @@ def test_config_takes_what_concerns_the_connectors(transformer_section):
         ("connector_num_attention_heads", 3, ConfigError),
     ],
 )
-def test_config_of_later_releases_is_refused(transformer_section, key, value, error):
+def test_config_of_later_releases_is_refused(
+    transformer_section: dict[str, Any], key: str, value: Any, error: type[Exception]
+) -> None:
     with pytest.raises(error):
         build(ConnectorsConfig.select({**transformer_section, key: value}) | {"text_projection_in_features": 448})
