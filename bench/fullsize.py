@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from ltx2.bench.stats import Timing, write_receipt
-from ltx2.runtime.latents import Grid, Latents, Scales, audio_positions, video_positions
-from ltx2.runtime.load import build_network
+from ltx2.runtime.latents import AUDIO_FREQUENCIES, Grid, Latents, Scales, audio_positions, video_positions
+from ltx2.runtime.load import build_network, parameter_shapes
 from ltx2.runtime.machine import machine_facts, process_peak_memory
 from ltx2.runtime.sampling import denoise
 from ltx2.runtime.transformer.model import Transformer
@@ -31,14 +32,14 @@ def random_network(class_name: str, config: dict[str, Any], dtype: mx.Dtype = mx
     """A network whose weights keep activations near one; tables that published files keep in float32 stay so."""
     network = build_network(class_name, config)
     parameters = []
-    for index, (name, value) in enumerate(tree_flatten(network.parameters())):
+    for index, (name, shape) in enumerate(parameter_shapes(network).items()):
         key = mx.random.key(index)
         kind = mx.float32 if "scale_shift_table" in name else dtype
-        if value.ndim == 1:
-            tensor = mx.ones(value.shape, kind) if "norm" in name or name.endswith(".std") else mx.zeros(value.shape, kind)
+        if len(shape) == 1:
+            ones = "norm" in name or name.endswith(".std")
+            tensor = mx.ones(shape, kind) if ones else mx.zeros(shape, kind)
         else:
-            fan_in = value.size // value.shape[0]
-            tensor = mx.random.normal(value.shape, dtype=kind, scale=fan_in**-0.5, key=key)
+            tensor = mx.random.normal(shape, dtype=kind, scale=prod(shape[1:]) ** -0.5, key=key)
         mx.eval(tensor)
         parameters.append((name, tensor))
     network.update(tree_unflatten(parameters))
@@ -77,15 +78,16 @@ def denoise_case(transformer: Transformer, case: dict[str, Any]) -> dict[str, An
     """One denoise step at the case's size: the transformer's forward and the Euler step."""
     config = transformer.config
     scales = Scales(**case["scales"])
-    grid = Grid(config.in_channels, *case["latent"], config.audio_in_channels // 16, case["audio_latents"])
+    frames, height, width = case["latent"]
+    audio_channels = config.audio_in_channels // AUDIO_FREQUENCIES
+    grid = Grid(config.in_channels, frames, height, width, audio_channels, case["audio_latents"])
     text = mx.random.normal((1, TEXT_TOKENS, config.caption_channels), key=mx.random.key(1)).astype(transformer.dtype)
     prepared = (
         transformer.prepare_video(text, video_positions(grid, case["fps"], scales)),
         transformer.prepare_audio(text, audio_positions(grid, scales)),
     )
-    noise = Latents(
-        mx.random.normal(grid.video_shape, key=mx.random.key(2)), mx.random.normal(grid.audio_shape, key=mx.random.key(3))
-    ).to_tokens()
+    video = mx.random.normal(grid.video_shape, key=mx.random.key(2))
+    noise = Latents(video, mx.random.normal(grid.audio_shape, key=mx.random.key(3))).to_tokens()
     mx.eval(text, noise.video, noise.audio, [tuple(p.rope) + tuple(p.cross_rope) + (p.text,) for p in prepared])
 
     def step() -> Latents:

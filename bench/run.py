@@ -1,6 +1,6 @@
 """Benchmark a model folder through the same pipeline that generates: warm-up excluded, repeated, every phase timed."""
 
-from collections.abc import Generator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 from ltx2.bench.stats import Timing
 from ltx2.runtime.clip import Clip
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.events import Event, Generated, PhaseDone, StepDone
+from ltx2.runtime.events import Event, Generated, PhaseDone
 from ltx2.runtime.machine import machine_facts
 from ltx2.runtime.pipeline import Pipeline
 
@@ -26,10 +26,18 @@ class Case:
     warmup: int = 1
 
 
-def bench(case: Case) -> Generator[Event, None, dict[str, Any]]:
-    """Yield the pipeline's events; returns the receipt (see README.md, "bench")."""
+@dataclass(frozen=True)
+class Benched(Event):
+    """Last event of a benchmark: the receipt, as it is written to a file."""
+
+    receipt: dict[str, Any]
+
+
+def run_bench(case: Case) -> Iterator[Event]:
+    """The events of every run; the last one is Benched. Raises InputError and what the pipeline raises."""
     if case.repetitions < 1 or case.warmup < 0:
-        raise InputError("nothing to measure", "repetitions must be at least 1, warm-up runs 0 or more", "use --repeat 3")
+        why = "measured runs must be at least 1, warm-up runs 0 or more"
+        raise InputError("nothing to measure", why, "use --repeat 3 --warmup 1")
     pipeline = Pipeline(case.model)
     runs: list[list[PhaseDone]] = []
     clip: Clip | None = None
@@ -40,23 +48,23 @@ def bench(case: Case) -> Generator[Event, None, dict[str, Any]]:
                 phases.append(event)
             if isinstance(event, Generated):
                 clip = event.clip
-            elif not isinstance(event, StepDone) or number == 0:
+            else:
                 yield event
         if number >= case.warmup:
             runs.append(phases)
     assert clip is not None, "a generation ends with its clip"
-    return _receipt(case, runs, clip)
+    yield Benched(_receipt(case, runs, clip))
 
 
 def _receipt(case: Case, runs: list[list[PhaseDone]], clip: Clip) -> dict[str, Any]:
     request = clip.record["request"]
+    sizes = ("width", "height", "frames", "fps", "seed", "no_audio", "no_upscale")
     return {
         "kind": "bench",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_facts(),
         "model": clip.record["model"],
-        "versions": clip.record["versions"],
-        "case": {name: request[name] for name in ("width", "height", "frames", "fps", "seed", "no_audio", "no_upscale")},
+        "case": {name: request[name] for name in sizes},
         "warmup": case.warmup,
         "repetitions": case.repetitions,
         "total_seconds": Timing.of([sum(p.seconds for p in phases) for phases in runs]).to_dict(),

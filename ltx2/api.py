@@ -1,6 +1,6 @@
 """The Python interface: every function is a command, its arguments the command's options."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from ltx2.quant.apply import Settings, write_quantized
 from ltx2.quant.apply import quantize as quantize_folder
 from ltx2.quant.recipe import DEFAULT
 from ltx2.quant.report import Quantized, Report
+from ltx2.runtime.events import Event
 from ltx2.runtime.pipeline import Pipeline
 
 StrPath = str | PathLike[str]
@@ -44,14 +45,15 @@ def convert(
     """Convert published checkpoints into a model folder; returns its path. With `bits` the folder is quantized, with
     the bytes of converting and quantizing in turn."""
     plan = plan_conversion(sources, variant=variant, dtype=dtype, only=only)
-    options = WriteOptions(shard_size, force)
-    if bits is None:
-        events = write_plan(plan, Path(out), options)
-    else:
-        events = write_quantized(plan, Path(out), Settings(bits, group_size, recipe), options)
-    for _ in events:
+    settings = Settings(bits, group_size, recipe) if bits is not None else None
+    for _ in conversion(plan, Path(out), settings, WriteOptions(shard_size, force)):
         pass
     return Path(out)
+
+
+def conversion(plan: Plan, out: Path, settings: Settings | None, options: WriteOptions) -> Iterator[Event]:
+    """The events of writing a plan, quantized when there are settings."""
+    return write_plan(plan, out, options) if settings is None else write_quantized(plan, out, settings, options)
 
 
 def quantize(
@@ -62,9 +64,10 @@ def quantize(
     group_size: int = 64,
     recipe: str = DEFAULT,
     only: Sequence[str] = (),
+    shard_size: float = SHARD_GB,
     force: bool = False,
 ) -> Report:
     """Write a smaller copy of a model folder; returns what became of every layer."""
     settings = Settings(bits, group_size, recipe, tuple(only))
-    events = quantize_folder(Path(model), Path(out), settings, WriteOptions(force=force))
+    events = quantize_folder(Path(model), Path(out), settings, WriteOptions(shard_size, force))
     return next(event.report for event in list(events) if isinstance(event, Quantized))

@@ -16,6 +16,7 @@ from ltx2 import __version__
 from ltx2.runtime.errors import Ltx2Error
 
 if TYPE_CHECKING:
+    from ltx2.convert.plan import Plan
     from ltx2.runtime.events import Event
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -100,8 +101,104 @@ def cli() -> None:
 
 
 @cli.command()
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
+@click.option("--variant", type=click.Choice(["dev", "distilled"]), help="Where the file name does not say it.")
+@click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Cast weights; default: as published.")
+@click.option("--only", multiple=True, metavar="COMPONENT", help="Convert this component only; repeatable.")
+@click.option("--bits", type=int, help="Quantize on the way, without a 16-bit copy on disk.")
+@click.option("--group-size", type=int, default=64, show_default=True, help="Weights per scale, with --bits.")
+@click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer, with --bits.")
+@click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
+@click.option("--dry-run", is_flag=True, help="Read headers only; --json prints the plan.")
+@click.option("--force", is_flag=True, help="Replace a different model folder.")
+@common
+def convert(output: Output, sources: tuple[Path, ...], dry_run: bool, **options: Any) -> None:
+    """Turn published checkpoints into one MLX model folder.
+
+    SOURCES are recognised by content: an LTX-2 checkpoint, upscalers, LoRAs, a Gemma folder. Run the same command
+    again to continue after an interruption.
+    """
+    from ltx2.api import conversion, plan_conversion
+    from ltx2.convert.plan import plan_json
+    from ltx2.convert.write import WriteOptions
+    from ltx2.quant.apply import Settings, quantize_plan
+
+    out = options.pop("output")
+    written = WriteOptions(options.pop("shard_size"), options.pop("force"))
+    bits, group_size, recipe = (options.pop(name) for name in ("bits", "group_size", "recipe"))
+    settings = Settings(bits, group_size, recipe) if bits is not None else None
+    plan = plan_conversion(sources, **options)
+    if dry_run:
+        plan = quantize_plan(plan, settings) if settings else plan
+        output.result(plan_json(plan), _plan_summary(plan))
+        return
+    _finish_model(output, conversion(plan, out, settings, written))
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
+@click.option("--bits", type=int, default=4, show_default=True, help="2, 3, 4, 5, 6 or 8.")
+@click.option("--group-size", type=int, default=64, show_default=True, help="Weights per scale: 32, 64 or 128.")
+@click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer.")
+@click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write bits, bytes and error of every layer (JSON).")
+@click.option("--force", is_flag=True, help="Replace a different model folder.")
+@common
+def quantize(output: Output, model: Path, report: Path | None, **options: Any) -> None:
+    """Write a smaller copy of a model folder.
+
+    Sensitive layers get more bits than --bits (recipe "mixed"); "uniform" gives all layers the same.
+    """
+    from ltx2.convert.write import WriteOptions
+    from ltx2.quant.apply import Settings
+    from ltx2.quant.apply import quantize as quantize_folder
+
+    out, written = options.pop("output"), WriteOptions(force=options.pop("force"))
+    _finish_model(output, quantize_folder(model, out, Settings(**options), written), report)
+
+
+def _finish_model(output: Output, events: "Iterable[Event]", report: Path | None = None) -> None:
+    """Follow a conversion or quantization and show the finished folder."""
+    from ltx2.quant.report import Quantized
+    from ltx2.runtime.events import Written
+
+    quantized: dict[str, Any] = {}
+
+    def watched() -> "Iterable[Event]":
+        for event in events:
+            if isinstance(event, Quantized):
+                quantized.update(event.report.to_dict())
+            yield event
+
+    done = output.follow(watched())
+    assert isinstance(done, Written), "a conversion ends with its folder"
+    if report is not None:
+        report.write_text(json.dumps(quantized, indent=2) + "\n")
+    size = f"{done.bytes / 1e9:.2f} GB"
+    text = f"{done.path} is already there ({size})" if done.reused else f"{done.path}  ({size}, {done.seconds:.1f} s)"
+    if quantized:
+        total = quantized["totals"]["all"]
+        text += f"\n{total['bits_per_weight']:.2f} bits per weight, {total['bytes_before'] / 1e9:.2f} GB before"
+    data = {"model": done.path, "bytes": done.bytes, "seconds": round(done.seconds, 3), "reused": done.reused}
+    output.result(data | ({"report": quantized} if quantized else {}), text)
+
+
+def _plan_summary(plan: "Plan") -> str:
+    """What a conversion would do, per component."""
+    moves = [(name, plan.moves(name)) for name in plan.components]
+    lines = [
+        f"{name:18s} {len(group):5d} tensors  {sum(f.nbytes for m in group for f in m.stored().values()) / 1e9:8.2f} GB"
+        for name, group in moves
+    ]
+    kept = sum(len(group) for _, group in moves)
+    return "\n".join([*lines, f"{'dropped':18s} {len(plan.entries) - kept:5d} tensors"])
+
+
+@cli.command()
 @click.argument("prompt", required=False)
-@click.option("-m", "--model", type=click.Path(path_type=Path), required=True, help="Model folder.")
+@click.option("-m", "--model", type=click.Path(path_type=Path), help="Model folder (with --from: that run's).")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The clip, e.g. clip.mp4.")
 @click.option("--width", type=int, help="Pixels; a multiple of 64 (32 with --no-upscale).")
 @click.option("--height", type=int, help="Pixels; a multiple of 64 (32 with --no-upscale).")
@@ -117,23 +214,80 @@ def cli() -> None:
 @click.option("--latents", metavar="FILE", help="Decode these latents only.")
 @click.option("--from", "sidecar", metavar="CLIP.json", type=click.Path(path_type=Path), help="Repeat a run.")
 @common
-def generate(output: Output, model: Path, sidecar: Path | None, **options: Any) -> None:
+def generate(output: Output, model: Path | None, sidecar: Path | None, **options: Any) -> None:
     """Make a video with sound from PROMPT.
 
     PROMPT is not needed with --latents, --embeddings or --from. Beside clip.mp4, clip.json records the run.
     """
-    from ltx2.runtime.clip import read_request, sidecar_path
+    from ltx2.runtime.clip import read_sidecar, sidecar_path
     from ltx2.runtime.events import Generated
     from ltx2.runtime.media import check_target
     from ltx2.runtime.pipeline import Pipeline
 
     target = options.pop("output")
-    given = {name: value for name, value in options.items() if value is not None}
-    request = {**(read_request(sidecar) if sidecar else {}), **given}
     check_target(target)
-    done = output.follow(Pipeline(model).stream(**request))
-    assert isinstance(done, Generated)
+    earlier, path = read_sidecar(sidecar) if sidecar else ({}, None)
+    model = model or path
+    if model is None:
+        raise click.UsageError("Missing option '-m' / '--model'.")
+    given = {name: value for name, value in options.items() if value is not None}
+    done = output.follow(Pipeline(model).stream(**{**earlier, **given}))
+    assert isinstance(done, Generated), "a generation ends with its clip"
     done.clip.save(target)
-    seconds = done.clip.record["seconds"]
     data = {"clip": str(target), "sidecar": str(sidecar_path(target)), **done.clip.record}
-    output.result(data, f"{target}  ({len(done.clip.frames)} frames, {seconds:.1f} s)")
+    output.result(data, f"{target}  ({len(done.clip.frames)} frames, {done.clip.record['seconds']:.1f} s)")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--width", type=int, help="As for generate.")
+@click.option("--height", type=int, help="As for generate.")
+@click.option("--frames", type=int, help="As for generate.")
+@click.option("--fps", type=float, help="As for generate.")
+@click.option("--no-audio", is_flag=True, default=None, help="Leave out the sound's decoding.")
+@click.option("--no-upscale", is_flag=True, default=None, help="One stage at full size.")
+@click.option("--repeat", type=int, default=3, show_default=True, help="Measured runs.")
+@click.option("--warmup", type=int, default=1, show_default=True, help="Runs before, not measured.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the receipt (JSON).")
+@common
+def bench(output: Output, model: Path, repeat: int, warmup: int, out: Path | None, **options: Any) -> None:
+    """Measure time and memory, phase by phase and per denoise step.
+
+    Runs whole generations: the median and the spread ((slowest - fastest) / median) of --repeat runs.
+    """
+    from ltx2.bench.run import Benched, Case, run_bench, table
+    from ltx2.bench.stats import write_receipt
+    from ltx2.render import print_table
+
+    given = {name: value for name, value in options.items() if value is not None}
+    done = output.follow(run_bench(Case(model, given, repeat, warmup)))
+    assert isinstance(done, Benched), "a benchmark ends with its receipt"
+    if out is not None:
+        write_receipt(out, done.receipt)
+    if not output.quiet and not output.as_json:
+        facts = done.receipt["machine"]
+        print_table(f"{model} on {facts['device']}, mlx {facts['mlx']}", *table(done.receipt))
+    output.result(done.receipt)
+
+
+@cli.command()
+@click.argument("folder", metavar="[DIR]", default="ltx2-demo", type=click.Path(path_type=Path))
+@common
+def demo(output: Output, folder: Path) -> None:
+    """Run the whole chain on an embedded tiny model, in DIR (default: ltx2-demo). No network.
+
+    The model draws coloured shapes that move, with tones: convert, quantize to 8 and 4 bits, generate, bench.
+    """
+    from dataclasses import asdict
+
+    from ltx2.bench.run import table
+    from ltx2.demo import Demonstrated, run_demo
+    from ltx2.render import print_table
+
+    done = output.follow(run_demo(folder))
+    assert isinstance(done, Demonstrated), "a demo ends with its summary"
+    if not output.quiet and not output.as_json:
+        print_table("bench", *table(done.receipt))
+    made = [f"model {name:5s} {path}" for name, path in done.models.items()]
+    made += [f"clip  {name:5s} {path}" for name, path in done.clips.items()]
+    output.result(asdict(done), "\n".join([f'"{done.prompt}"', *made]))

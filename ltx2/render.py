@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ltx2.runtime.events import BytesDone, Event, PhaseDone, PhaseStarted, StepDone, Warned
+from ltx2.runtime.events import BytesDone, Event, PhaseDone, PhaseStarted, Section, StepDone, Warned
 
 HEARTBEAT_SECONDS = 5.0
 GIB = 1 << 30
@@ -35,7 +35,8 @@ class Progress:
     def __enter__(self) -> "Progress":
         if not self.silent:
             if self.console.is_terminal:
-                self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
+                live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
+                self._live = live
                 self._live.__enter__()
             else:
                 self._heart.start()
@@ -59,16 +60,17 @@ class Progress:
             case StepDone():
                 self._steps.append(event.seconds)
                 self._set(_step_line(event, self._steps))
-                self._plain(self._line)
+                self._plain()
             case PhaseDone():
                 self._print(_phase_line(event))
             case BytesDone():
                 share = 100 * event.done / max(1, event.total)
-                self._set(f"{event.file}: {share:.0f} % of {event.total / GIB:.2f} GiB")
-                if time.monotonic() - self._printed > 1:
-                    self._plain(self._line)
+                self._set(f"{event.file}: {share:.0f} % of {_size(event.total)}")
+                self._plain()
             case Warned(message=message):
                 self._print(f"warning: {message}")
+            case Section(title=title, command=command):
+                self._print(f"\n{title}\n$ {command}")
 
     def _set(self, line: str) -> None:
         self._line = line
@@ -78,9 +80,10 @@ class Progress:
         self._printed = time.monotonic()
         self.console.print(line, markup=False, soft_wrap=True)
 
-    def _plain(self, line: str) -> None:
-        if self._live is None:
-            self._print(line)
+    def _plain(self) -> None:
+        """Print the line where there is no live one, once a second at most."""
+        if self._live is None and time.monotonic() - self._printed > 1:
+            self._print(self._line)
 
     def _render(self) -> Text:
         return Text(f"{self._line}  {time.monotonic() - self._since:.0f} s")
@@ -92,7 +95,7 @@ class Progress:
 
 
 def _step_line(event: StepDone, seconds: list[float]) -> str:
-    memory = f"{event.active_bytes / GIB:.1f} GiB"
+    memory = _size(event.active_bytes)
     if not event.steps:
         return f"{event.phase}: {event.step}  {event.seconds:.2f} s  {memory}"
     # The first step also reads the weights: leave it out of the estimate as soon as another is known.
@@ -103,7 +106,11 @@ def _step_line(event: StepDone, seconds: list[float]) -> str:
 
 def _phase_line(event: PhaseDone) -> str:
     steps = f"  {len(event.step_seconds)} steps" if len(event.step_seconds) > 1 else ""
-    return f"{event.name}: done in {event.seconds:.1f} s{steps}  peak {event.mlx_peak_bytes / GIB:.2f} GiB"
+    return f"{event.name}: done in {event.seconds:.1f} s{steps}  peak {_size(event.mlx_peak_bytes)}"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / (1 << 20):.0f} MiB"
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

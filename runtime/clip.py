@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ltx2.runtime.errors import InputError
 from ltx2.runtime.media import AudioTrack, write_video
 
 
@@ -34,3 +35,19 @@ class Clip:
 def sidecar_path(video: Path) -> Path:
     """clip.mp4 -> clip.json"""
     return video.with_suffix(".json")
+
+
+def read_sidecar(path: Path) -> tuple[dict[str, Any], Path]:
+    """The request recorded in a clip's sidecar, less what it saved, and the model folder it used.
+
+    Raises InputError when the file is not a sidecar.
+    """
+    try:
+        record = json.loads(path.read_text())
+        request, model = dict(record["request"]), Path(record["model"]["path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"cannot repeat {path}", why, "use the .json that was written beside a clip") from error
+    for name in ("save_embeddings", "save_latents"):
+        request.pop(name, None)
+    return {name: value for name, value in request.items() if value is not None}, model

@@ -45,6 +45,14 @@ class PhaseDone(Event):
 
 
 @dataclass(frozen=True)
+class Section(Event):
+    """One part of several begins; `command` is what a user would type for it."""
+
+    title: str
+    command: str
+
+
+@dataclass(frozen=True)
 class Warned(Event):
     """Something the user should know that does not stop the work."""
 

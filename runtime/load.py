@@ -43,7 +43,8 @@ def build_network(class_name: str, config: Mapping[str, Any]) -> nn.Module:
 
 def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in our layout."""
-    return {name: tuple(value.shape) for name, value in tree_flatten(network.parameters())}
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(network.parameters()))
+    return {name: tuple(value.shape) for name, value in parameters}
 
 
 def load_weights(folder: ModelFolder, component: str) -> dict[str, mx.array]:

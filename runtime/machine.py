@@ -9,6 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ltx2 import __version__
+
 
 def device_memory() -> int:
     """Bytes the GPU can use: the recommended working set on a Mac, else the device's or the computer's memory."""
@@ -41,7 +43,7 @@ def chip_name() -> str:
 
 
 def machine_facts() -> dict[str, Any]:
-    """Chip, GPU, memory, system and library versions."""
+    """Chip, GPU, memory, system and versions."""
     return {
         "chip": chip_name(),
         "device": str(mx.device_info().get("device_name", mx.default_device())),
@@ -51,4 +53,5 @@ def machine_facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
         "python": platform.python_version(),
         "mlx": metadata.version("mlx"),
+        "ltx2": __version__,
     }

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -42,6 +42,7 @@ from ltx2.runtime.video_vae.model import VideoAutoencoder
 from ltx2.runtime.video_vae.tiling import auto_tiling, decode_frames
 from ltx2.runtime.vocoder import Vocoder
 
+Params = ParamSpec("Params")
 Result = TypeVar("Result")
 Work = Generator[Event, None, Result]
 
@@ -112,20 +113,26 @@ class Run:
         check_latents(latents, "sampling")
         if self.request.save_latents:
             write_latents(self.request.save_latents, latents)
-        frames = yield from self._phase("video_vae", lambda phase: self._decode_video(phase, latents.video))
+        frames = yield from self._phase("video_vae", self._decode_video, latents.video)
         audio, sample_rate = None, 0
         if not self.request.no_audio:
-            mel = yield from self._phase("audio_vae", lambda phase: self._decode_audio(phase, latents.audio))
-            audio, sample_rate = yield from self._phase("vocoder", lambda phase: self._vocode(phase, mel))
+            mel = yield from self._phase("audio_vae", self._decode_audio, latents.audio)
+            audio, sample_rate = yield from self._phase("vocoder", self._vocode, mel)
         record = self._record(time.perf_counter() - started)
         fps = Sizes.of(self.request).fps
         yield Generated(Clip(frames, audio, sample_rate, fps, latents.as_numpy(), record))
 
-    def _phase(self, name: str, work: Callable[[Phase], Work[Result]]) -> Work[Result]:
+    def _phase(
+        self,
+        name: str,
+        work: Callable[Concatenate[Phase, Params], Work[Result]],
+        *args: Params.args,
+        **kwargs: Params.kwargs,
+    ) -> Work[Result]:
         """Run one phase; its network is a local of `work`, so it is free when `work` returns."""
         phase = Phase(name)
         yield PhaseStarted(name)
-        result = yield from work(phase)
+        result = yield from work(phase, *args, **kwargs)
         done = phase.finish()
         self.phases.append(done)
         yield done
@@ -148,8 +155,8 @@ class Run:
         tokens = self._tokenize()
         if tokens.truncated:
             yield Warned(f"the prompt is {tokens.truncated} tokens too long; its end is ignored")
-        hidden = yield from self._phase("text_encoder", lambda phase: self._encode_text(phase, tokens))
-        return (yield from self._phase("connectors", lambda phase: self._connect(phase, hidden, tokens)))
+        hidden = yield from self._phase("text_encoder", self._encode_text, tokens)
+        return (yield from self._phase("connectors", self._connect, hidden, tokens))
 
     def _tokenize(self) -> Encoded:
         assert self.request.prompt is not None, "checked in with_defaults"
@@ -181,11 +188,10 @@ class Run:
         latents: Latents | None = None
         for number, (stage, grid, noise) in enumerate(zip(self.preset.stages, grids, noises, strict=True), start=1):
             if latents is not None:
-                latents = yield from self._phase("spatial_upscaler", lambda p, x=latents: self._upscale(p, x))
+                latents = yield from self._phase("spatial_upscaler", self._upscale, latents)
             start = mix_noise(latents, noise, stage.sigmas[0])
-            latents = yield from self._phase(
-                f"stage{number}", lambda p, s=stage, g=grid, x=start: self._denoise(p, s, g, x, contexts)
-            )
+            name = f"stage{number}"
+            latents = yield from self._phase(name, self._denoise, stage, grid, start, contexts)
             check_latents(latents, f"stage {number}")
         assert latents is not None, "a preset has at least one stage"
         return latents
@@ -198,7 +204,7 @@ class Run:
         """Unit Gaussian noise of every stage; one key per tensor, so that no draw depends on another's size."""
         if self.request.noise is not None:
             return read_noise(self.request.noise, grids)
-        keys = mx.random.split(mx.random.key(self.request.seed), 2 * len(grids))
+        keys = mx.random.split(mx.random.key(self.request.seed or 0), 2 * len(grids))
         return [
             Latents(
                 mx.random.normal(grid.video_shape, key=keys[2 * i]),
@@ -216,7 +222,8 @@ class Run:
         )
         phase.loaded()
         tokens = start.to_tokens()
-        for tokens in denoise(transformer, tokens, stage.sigmas, prepared):
+        for denoised in denoise(transformer, tokens, stage.sigmas, prepared):
+            tokens = denoised
             yield phase.step()
         return tokens.from_tokens(grid)
 
@@ -271,8 +278,8 @@ class Run:
                 "files": {n: [f.sha256 for f in c.files] for n, c in manifest.components.items()},
                 "quantization": {n: c.quantization for n, c in manifest.components.items() if c.quantization},
                 "sources": [{"name": s.name, "sha256": s.sha256} for s in manifest.sources],
+                "converted_by": manifest.tool_version,
             },
-            "versions": {"ltx2": manifest.tool_version},
             "machine": machine_facts(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),

@@ -42,9 +42,8 @@ class Request:
     def with_defaults(self, preset: Preset) -> "Request":
         """Fill what was not asked for. Raises InputError without a prompt, embeddings or latents."""
         if self.prompt is None and self.embeddings is None and self.latents is None:
-            raise InputError(
-                "there is no prompt", "nothing says what the clip should show", "give a PROMPT, --embeddings or --latents"
-            )
+            why = "nothing says what the clip should show"
+            raise InputError("there is no prompt", why, "give a PROMPT, --embeddings or --latents")
         missing = {name: value for name, value in preset.defaults.items() if getattr(self, name) is None}
         return replace(self, **missing)
 

@@ -1,6 +1,7 @@
 """The sampler: noise in, latents out, one yield per step. Knows nothing of prompts, files or progress bars."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import mlx.core as mx
 
@@ -27,7 +28,7 @@ def denoise(
     State and arithmetic are float32 whatever the transformer's dtype: a step is a difference of near-equal numbers.
     """
     video, audio = tokens.video.astype(mx.float32), tokens.audio.astype(mx.float32)
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in pairwise(sigmas):
         level = mx.full((1, 1), sigma, dtype=mx.float32)
         velocity = transformer(StreamInput(video, level, level), StreamInput(audio, level, level), *prepared)
         video = euler_step(video, velocity[0], sigma, following)
@@ -47,7 +48,7 @@ def check_latents(latents: Latents, where: str) -> None:
     for name, value in (("video", latents.video), ("audio", latents.audio)):
         if not mx.isfinite(value).all().item():
             problem = "contain NaN or infinite values"
-        elif mx.std(value).item() < 1e-6:
+        elif float(mx.std(value)) < 1e-6:
             problem = "are constant"
         else:
             continue

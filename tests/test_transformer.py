@@ -35,7 +35,9 @@ def inputs(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def run_ours(model: Transformer, data: dict[str, np.ndarray], video_t: np.ndarray, audio_t: np.ndarray) -> list[np.ndarray]:
+def run_ours(
+    model: Transformer, data: dict[str, np.ndarray], video_t: np.ndarray, audio_t: np.ndarray
+) -> list[np.ndarray]:
     prepared = (
         model.prepare_video(mx.array(data["video_text"]), video_positions(GRID, FPS, SCALES)),
         model.prepare_audio(mx.array(data["audio_text"]), audio_positions(GRID, SCALES)),
@@ -84,8 +86,8 @@ def test_velocity_equals_diffusers(transformer, reference, figure, sigma):
             audio_num_frames=GRID.audio_frames,
             return_dict=False,
         )
-    figure(f"transformer video velocity, sigma {sigma}, rel L2 vs diffusers", relative_l2(ours[0], theirs[0]), limit=1e-4)
-    figure(f"transformer audio velocity, sigma {sigma}, rel L2 vs diffusers", relative_l2(ours[1], theirs[1]), limit=1e-4)
+    for name, a, b in zip(("video", "audio"), ours, theirs, strict=True):
+        figure(f"transformer {name} velocity, sigma {sigma}, rel L2 vs diffusers", relative_l2(a, b), limit=1e-4)
 
 
 def test_rope_tables_and_positions_equal_diffusers(reference, figure):
@@ -96,7 +98,8 @@ def test_rope_tables_and_positions_equal_diffusers(reference, figure):
     figure("video positions, max abs difference", float((coords.mean(-1)[0] - video).abs().max()), limit=1e-6)
     audio_coords = reference.audio_rope.prepare_audio_coords(1, GRID.audio_frames, "cpu")
     audio = audio_positions(GRID, SCALES)
-    figure("audio positions, max abs difference", float(np.abs(audio_coords.mean(-1)[0].numpy() - audio).max()), limit=1e-6)
+    difference = np.abs(audio_coords.mean(-1)[0].numpy() - audio).max()
+    figure("audio positions, max abs difference", float(difference), limit=1e-6)
     for name, module, positions, limits, dim in (
         ("video", reference.rope, video.numpy(), (20, 2048, 2048), 128),
         ("audio", reference.audio_rope, audio, (20,), 64),

@@ -34,7 +34,7 @@ class Preset:
         return Preset(self.defaults, self.text_tokens, (Stage(1, self.stages[0].sigmas),))
 
 
-def load_preset(release: str, variant: str | None) -> Preset:
+def load_preset(release: str | None, variant: str | None) -> Preset:
     """Raises UnsupportedError for a release or variant without sampling defaults."""
     for entry in resources.files(__name__).iterdir():
         if not entry.name.endswith(".json"):
@@ -50,4 +50,8 @@ def load_preset(release: str, variant: str | None) -> Preset:
             )
         stages = tuple(Stage(s["downscale"], tuple(s["sigmas"])) for s in data["variants"][variant]["stages"])
         return Preset(data["defaults"], data["text_tokens"], stages)
-    raise UnsupportedError(f"release {release} cannot be sampled", "it has no sampling defaults", "update ltx2")
+    raise UnsupportedError(
+        f"release {release or '(unknown)'} cannot be sampled",
+        "the model folder was made without a transformer, or by a newer ltx2",
+        "convert an LTX-2 checkpoint, or update ltx2",
+    )

@@ -1,0 +1,88 @@
+"""The whole chain on the embedded tiny model: convert, quantize, generate, bench. No network, no downloads."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ltx2.api import plan_conversion
+from ltx2.bench.run import Benched, Case, run_bench
+from ltx2.bench.stats import write_receipt
+from ltx2.convert.write import write_plan
+from ltx2.quant.apply import Settings, quantize
+from ltx2.quant.report import Quantized
+from ltx2.runtime.events import Event, Generated, Section
+from ltx2.runtime.pipeline import Pipeline
+
+SOURCES = Path(__file__).parent / "model"
+PROMPT = "a yellow star moves right on a black background with a high tone"
+SIZE = {"width": 192, "height": 128, "frames": 25, "seed": 7}  # what the model was trained for
+BITS = (8, 4)
+
+
+@dataclass(frozen=True)
+class Demonstrated(Event):
+    """Last event: what was made. `clips` and `models` map a name to a path."""
+
+    prompt: str
+    models: dict[str, str]
+    clips: dict[str, str]
+    quantization: dict[str, Any]
+    receipt: dict[str, Any]
+
+
+def run_demo(folder: Path) -> Iterator[Event]:
+    """Run the chain in `folder` (made if needed); parts that are there already are not written again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {"full": folder / "model", **{f"q{bits}": folder / f"model-q{bits}" for bits in BITS}}
+    yield from _convert(models["full"])
+    reports: dict[str, Any] = {}
+    for bits in BITS:
+        name = f"q{bits}"
+        yield Section(f"quantize to {bits} bits", f"ltx2 quantize {models['full']} -o {models[name]} --bits {bits}")
+        for event in quantize(models["full"], models[name], Settings(bits=bits)):
+            if isinstance(event, Quantized):
+                reports[name] = event.report.to_dict()["totals"]["all"]
+            yield event
+    clips = {}
+    for name, suffix in (("full", ""), ("q4", "-q4")):
+        clips[name] = folder / f"clip{suffix}.mp4"
+        yield from _generate(models[name], clips[name])
+    receipt: dict[str, Any] = {}
+    command = f"ltx2 bench {models['full']} {_options(seed=False)} --repeat 2 --warmup 0 --out {folder / 'bench.json'}"
+    yield Section("bench", command)
+    for event in run_bench(Case(models["full"], SIZE, repetitions=2, warmup=0)):
+        if isinstance(event, Benched):
+            receipt = event.receipt
+        yield event
+    write_receipt(folder / "bench.json", receipt)
+    yield Demonstrated(PROMPT, _texts(models), _texts(clips), reports, receipt)
+
+
+def _convert(model: Path) -> Iterator[Event]:
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix == ".safetensors" or path.is_dir())
+    # MLX computes 16-bit floats slowly and coarsely on a CPU.
+    dtype = "f32" if mx.default_device() == mx.Device(mx.cpu) else None
+    cast = f" --dtype {dtype}" if dtype else ""
+    names = " ".join(str(source) for source in sources)
+    yield Section("convert", f"ltx2 convert {names} -o {model} --variant distilled{cast}")
+    yield from write_plan(plan_conversion(sources, variant="distilled", dtype=dtype), model)
+
+
+def _generate(model: Path, clip: Path) -> Iterator[Event]:
+    yield Section("generate", f'ltx2 generate "{PROMPT}" -m {model} -o {clip} {_options()}')
+    for event in Pipeline(model).stream(PROMPT, **SIZE):
+        if isinstance(event, Generated):
+            event.clip.save(clip)
+        yield event
+
+
+def _options(*, seed: bool = True) -> str:
+    """SIZE as the command line spells it; `bench` has no seed."""
+    return " ".join(f"--{name} {value}" for name, value in SIZE.items() if seed or name != "seed")
+
+
+def _texts(paths: dict[str, Path]) -> dict[str, str]:
+    return {name: str(path) for name, path in paths.items()}
