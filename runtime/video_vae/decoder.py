@@ -54,4 +54,4 @@ def largest_activation(config: VideoVAEConfig, frames: int, height: int, width: 
             frames, height, width = (n * s for n, s in zip((frames, height, width), stage.stride, strict=True))
             frames -= stage.stride[0] - 1
             largest = max(largest, conv, (frames + 2) * (height + 2) * (width + 2) * channels)
-    return largest
+    return max(largest, frames * height * width * 3 * config.patch_size**2)

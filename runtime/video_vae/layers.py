@@ -43,12 +43,28 @@ class CausalConv3d(nn.Module):
 
 def _extend(x: mx.array, border: Border) -> mx.array:
     """Copies of the edge frames; with reflection, also one row and column per side."""
+    before, after = (2, 0) if border.causal else (1, 1)
     first, last = x[:, :1], x[:, -1:]
-    x = mx.concatenate([first, first, x] if border.causal else [first, x, last], axis=1)
-    if border.reflect:
-        x = mx.concatenate([x[:, :, 1:2], x, x[:, :, -2:-1]], axis=2)
-        x = mx.concatenate([x[:, :, :, 1:2], x, x[:, :, :, -2:-1]], axis=3)
-    return x
+    if not border.reflect:
+        return mx.concatenate([first] * before + [x] + [last] * after, axis=1)
+    # One padded copy, its edges then written in place from `x`: concatenating axis by axis takes three copies.
+    y = mx.pad(x, [(0, 0), (before, after), (1, 1), (1, 1), (0, 0)])
+    inner = slice(before, before + x.shape[1])
+    y[:, inner, 1:-1, :1] = x[:, :, :, 1:2]
+    y[:, inner, 1:-1, -1:] = x[:, :, :, -2:-1]
+    y[:, inner, :1] = _reflect(x[:, :, 1:2], axis=3)
+    y[:, inner, -1:] = _reflect(x[:, :, -2:-1], axis=3)
+    for frame in range(before):
+        y[:, frame : frame + 1] = _reflect(_reflect(first, axis=2), axis=3)
+    for frame in range(inner.stop, inner.stop + after):
+        y[:, frame : frame + 1] = _reflect(_reflect(last, axis=2), axis=3)
+    return y
+
+
+def _reflect(x: mx.array, axis: int) -> mx.array:
+    """One position more on both ends of `axis`, mirrored without repeating the edge."""
+    second, last_but_one = mx.split(x, [1, 2], axis)[1], mx.split(x, [-2, -1], axis)[1]
+    return mx.concatenate([second, x, last_but_one], axis)
 
 
 class ResBlock(nn.Module):
@@ -104,12 +120,14 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels * prod(stride) // divisor, border)
         self.stride = stride
-        self.repeats = prod(stride) // divisor if residual else 0
+        self.residual = residual
 
     def __call__(self, x: mx.array) -> mx.array:
         y = depth_to_space(self.conv(x), self.stride)
-        if self.repeats:
-            y = y + mx.tile(depth_to_space(x, self.stride), (1, 1, 1, 1, self.repeats))
+        if self.residual:
+            skip = depth_to_space(x, self.stride)
+            # The input has fewer channels than the output: its whole block of channels repeats.
+            y = (y.reshape(*skip.shape[:-1], -1, skip.shape[-1]) + skip[..., None, :]).reshape(y.shape)
         if self.stride[0] > 1:
             y = y[:, 1:]  # the first latent frame stands for one frame only
         mx.eval(y)
