@@ -74,6 +74,23 @@ def _same_conv(channels: int, kernel: int, dilation: int) -> nn.Conv1d:
     return nn.Conv1d(channels, channels, kernel, padding=dilation * (kernel - 1) // 2, dilation=dilation)
 
 
+class Upsample(nn.ConvTranspose1d):
+    """Transposed convolution computed as a convolution whose output channels hold the `stride` samples of each frame.
+
+    The same sums without the zeros that a transposed convolution inserts between frames: a `stride`-th of the work, and
+    the fast path of backends that have none for transposed convolutions.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:  # (B, T, C)
+        channels, kernel, _ = self.weight.shape
+        taps = -(-kernel // self.stride)  # frames that each sample depends on
+        weight = mx.pad(self.weight, [(0, 0), (0, taps * self.stride - kernel), (0, 0)])
+        weight = weight.reshape(channels, taps, self.stride, -1)[:, ::-1].transpose(2, 0, 1, 3)
+        y = mx.conv1d(x, weight.reshape(self.stride * channels, taps, -1), padding=taps - 1)
+        length = (x.shape[1] - 1) * self.stride + kernel - 2 * self.padding
+        return y.reshape(x.shape[0], -1, channels)[:, self.padding :][:, :length] + self.bias
+
+
 class Vocoder(nn.Module):
     """Upsampling stages, each followed by the mean of residual blocks of different kernel sizes."""
 
@@ -82,10 +99,10 @@ class Vocoder(nn.Module):
         self.config = config
         width = config.upsample_initial_channel
         self.conv_pre = nn.Conv1d(CHANNELS * MEL_BINS, width, 7, padding=3)
-        self.ups: list[nn.ConvTranspose1d] = []
+        self.ups: list[Upsample] = []
         self.resblocks: list[ResBlock] = []
         for rate, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
-            self.ups.append(nn.ConvTranspose1d(width, width // 2, kernel, rate, padding=(kernel - rate) // 2))
+            self.ups.append(Upsample(width, width // 2, kernel, rate, padding=(kernel - rate) // 2))
             width //= 2
             sizes = zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True)
             self.resblocks += [ResBlock(width, size, dilations) for size, dilations in sizes]

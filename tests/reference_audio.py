@@ -1,6 +1,6 @@
 """diffusers' LTX-2 audio VAE and vocoder, built from tensors by their official names."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ class ReferenceAudioVAE:
         network = config["model"]["params"]["ddconfig"]
         self.mean = tensors["per_channel_statistics.mean-of-means"]
         self.std = tensors["per_channel_statistics.std-of-means"]
-        self.module: Any = AutoencoderKLLTX2Audio(
+        module = cast(Any, AutoencoderKLLTX2Audio)(
             base_channels=network["ch"],
             ch_mult=tuple(network["ch_mult"]),
             num_res_blocks=network["num_res_blocks"],
@@ -26,7 +26,8 @@ class ReferenceAudioVAE:
         )
         state = {k: torch.tensor(v) for k, v in tensors.items() if not k.startswith("per_channel_statistics.")}
         statistics = {"latents_mean": torch.tensor(self.mean), "latents_std": torch.tensor(self.std)}
-        self.module.load_state_dict(state | statistics, strict=True)
+        module.load_state_dict(state | statistics, strict=True)
+        self.module = module
 
     @torch.no_grad()
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -48,7 +49,7 @@ class ReferenceVocoder:
 
     def __init__(self, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
         """`tensors` by official names without `vocoder.`, `config` the checkpoint's `vocoder` section. Strict."""
-        self.module: Any = LTX2Vocoder(
+        module = cast(Any, LTX2Vocoder)(
             hidden_channels=config["upsample_initial_channel"],
             upsample_factors=config["upsample_rates"],
             upsample_kernel_sizes=config["upsample_kernel_sizes"],
@@ -56,7 +57,8 @@ class ReferenceVocoder:
             resnet_dilations=config["resblock_dilation_sizes"],
         )
         state = {_vocoder_name(name): torch.tensor(value) for name, value in tensors.items()}
-        self.module.load_state_dict(state, strict=True)
+        module.load_state_dict(state, strict=True)
+        self.module = module
 
     @torch.no_grad()
     def __call__(self, mel: np.ndarray) -> np.ndarray:

@@ -141,6 +141,16 @@ def test_vocoder_computes_in_float32_whatever_the_weights(voice: Vocoder) -> Non
     assert relative_l2(sound, voice(mel)) < 0.02
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(16, 6), (15, 5), (8, 2), (4, 4), (3, 4), (5, 1), (11, 4)])
+@pytest.mark.parametrize("frames", [1, 2, 7])
+def test_upsampling_is_the_transposed_convolution(kernel: int, stride: int, frames: int) -> None:
+    padding = max(kernel - stride, 0) // 2
+    layer = vocoder.Upsample(6, 3, kernel, stride, padding=padding)
+    layer.bias = mx.array(normal(3))
+    x = mx.array(normal(2, frames, 6))
+    assert relative_l2(layer(x), mx.conv_transpose1d(x, layer.weight, stride, padding) + layer.bias) < 1e-6
+
+
 def test_sizes_come_from_the_configuration(voice: Vocoder) -> None:
     config = AudioVAEConfig.from_dict(CONFIG["audio_vae"])
     assert (config.latent_channels, config.latent_frequencies, config.temporal_scale) == (2, 16, 4)
