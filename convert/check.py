@@ -39,11 +39,17 @@ def planned_shapes(plan: Plan, component: str) -> Shapes:
     return {key: move.form.shape for move in moves for key in move.keys}
 
 
+def lora_misfits(lora: str, shapes: Mapping[str, Shapes]) -> tuple[list[str], list[str]]:
+    """All layers a LoRA changes, and those where it cannot.
+
+    Every A needs its B of the same rank, and both must fit the layer where its component is among `shapes`.
+    """
+    layers = sorted({key.rpartition(".lora_")[0] for key in shapes[lora]})
+    return layers, [layer for layer in layers if not _fits(layer, shapes[lora], shapes)]
+
+
 def _check_lora(lora: str, planned: Mapping[str, Shapes]) -> None:
-    """Every A has its B of the same rank, and both fit the layer they change where that is planned too."""
-    factors = planned[lora]
-    layers = sorted({key.rpartition(".lora_")[0] for key in factors})
-    wrong = [layer for layer in layers if not _fits(layer, factors, planned)]
+    layers, wrong = lora_misfits(lora, planned)
     if wrong:
         raise CheckpointError(
             f"{lora} does not fit the model",
@@ -61,21 +67,27 @@ def _fits(layer: str, factors: Shapes, planned: Mapping[str, Shapes]) -> bool:
 
 
 def _compare(component: str, wanted: Shapes, planned: Shapes) -> None:
-    wrong = {
-        "missing": sorted(wanted.keys() - planned.keys()),
-        "not part of the network": sorted(planned.keys() - wanted.keys()),
-        "of the wrong shape": [
-            f"{key} {list(planned[key])} for {list(shape)}"
-            for key, shape in wanted.items()
-            if key in planned and planned[key] != shape
-        ],
-    }
-    if any(wrong.values()):
+    wrong = shape_differences(wanted, planned)
+    if wrong:
         raise CheckpointError(
             f"the source does not fit its {component}",
-            "; ".join(_listed(kind, keys) for kind, keys in wrong.items() if keys),
+            "; ".join(_listed(kind, keys) for kind, keys in wrong.items()),
             "use the checkpoint as published, complete and unchanged",
         )
+
+
+def shape_differences(wanted: Shapes, given: Shapes) -> dict[str, list[str]]:
+    """Kind of difference -> the tensors concerned; empty when `given` is exactly what is wanted."""
+    differences = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "not part of the network": sorted(given.keys() - wanted.keys()),
+        "of the wrong shape": [
+            f"{key} {list(given[key])} for {list(shape)}"
+            for key, shape in wanted.items()
+            if key in given and given[key] != shape
+        ],
+    }
+    return {kind: keys for kind, keys in differences.items() if keys}
 
 
 def _listed(kind: str, keys: list[str]) -> str:

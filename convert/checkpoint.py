@@ -84,8 +84,11 @@ def _open_folder(path: Path) -> list[Source]:
             f"it has an {MANIFEST}",
             "use it with ltx2 generate, or shrink it with ltx2 quantize",
         )
-    if (path / "config.json").is_file():
-        return [_open_gemma(path)]
+    if is_gemma_folder(path):
+        source = gemma_source(path)
+        for file in source.files:
+            _check_storage(file)
+        return [source]
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(
@@ -188,7 +191,16 @@ def _check_kind(source: Source) -> None:
         )
 
 
-def _open_gemma(folder: Path) -> Source:
+def is_gemma_folder(path: Path) -> bool:
+    """Whether the folder is laid out like a transformers model: weights beside a config.json."""
+    return (path / "config.json").is_file()
+
+
+def gemma_source(folder: Path) -> Source:
+    """Open a Gemma 3 folder.
+
+    Raises CheckpointError when a file is missing or malformed, UnsupportedError for another model.
+    """
     config = read_json(folder / "config.json")
     model_type = config.get("model_type")
     if model_type not in ("gemma3", "gemma3_text"):
@@ -198,8 +210,6 @@ def _open_gemma(folder: Path) -> Source:
             "name a folder of gemma-3-12b-it",
         )
     files = tuple(open_tensorfile(path) for path in _shards(folder))
-    for file in files:
-        _check_storage(file)
     _check_index(folder, files)
     companions = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     return Source(folder, "gemma", files, config, companions=companions)

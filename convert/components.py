@@ -40,7 +40,7 @@ def component_plan(name: str, source: Source) -> ComponentPlan:
     if source.kind == "gemma":
         return ComponentPlan(name, "Gemma3ForCausalLM", text_config(source.config), source.companions)
     if source.kind != "checkpoint":
-        return ComponentPlan(name, str(source.config["_class_name"]), dict(source.config))
+        return ComponentPlan(name, str(source.config.get("_class_name", "LatentUpsampler")), dict(source.config))
     section, cls = SECTIONS[name]
     config = source.config.get(section)
     if not isinstance(config, Mapping):
@@ -65,4 +65,4 @@ def _connectors_config(section: Mapping[str, Any], source: Source) -> dict[str, 
 def _lora_config(source: Source) -> dict[str, Any]:
     """Rank facts: delta = scale * B @ A; without alpha in the file the scale is 1."""
     ranks = [t.shape[0] for f in source.files for n, t in f.tensors.items() if n.endswith(".lora_A.weight")]
-    return {"rank": max(ranks), "scale": 1.0, "modules": len(ranks)}
+    return {"rank": max(ranks, default=0), "scale": 1.0, "modules": len(ranks)}

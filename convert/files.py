@@ -15,16 +15,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ltx2.convert.checkpoint import INDEX
 from ltx2.convert.components import ComponentPlan
 from ltx2.convert.plan import Move, Plan, packed_key
 from ltx2.convert.steps import Form
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.layout import CONFIG, FORMAT_METADATA
 from ltx2.runtime.tensorfile import (
-    CHUNK_BYTES,
     Array,
     Output,
     Writing,
+    read_blocks,
     row_chunks,
     tensorfile_size,
     write_blocks,
@@ -82,8 +83,7 @@ class CopiedFile(PlannedFile):
         return self.source.stat().st_size
 
     def write(self, path: Path) -> Writing:
-        with self.source.open("rb") as f:
-            return (yield from write_blocks(path, iter(partial(f.read, CHUNK_BYTES), b"")))
+        return write_blocks(path, read_blocks(self.source))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def component_files(plan: Plan, component: ComponentPlan, shard_bytes: int) -> l
         for n, shard in enumerate(shards, 1)
     ]
     if len(weights) > 1:
-        files.append(TextFile(component.name, f"{WEIGHTS}.index.json", _index(moves, weights)))
+        files.append(TextFile(component.name, INDEX, _index(moves, weights)))
     return files + weights
 
 

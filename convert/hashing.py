@@ -10,9 +10,8 @@ from typing import Self
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.layout import FileRecord
-from ltx2.runtime.tensorfile import TensorFile
+from ltx2.runtime.tensorfile import TensorFile, read_blocks
 
-BUFFER_BYTES = 8 << 20
 THREADS = 2
 POLL_SECONDS = 1.0
 
@@ -66,10 +65,11 @@ class SourceHashes:
     def _hash(self, source: TensorFile) -> FileRecord:
         before = source.path.stat()
         digest = hashlib.sha256()
-        with source.path.open("rb", buffering=0) as f:
-            while not self._stop.is_set() and (block := f.read(BUFFER_BYTES)):
-                digest.update(block)
-                self._done += len(block)
+        for block in read_blocks(source.path):
+            if self._stop.is_set():
+                break
+            digest.update(block)
+            self._done += len(block)
         after = source.path.stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise CheckpointError(

@@ -1,7 +1,7 @@
 """From a model folder's component to an MLX module: configuration decides the class, the files decide the
 quantization, and every tensor must fit."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
@@ -77,9 +77,10 @@ def load_network(folder: ModelFolder, component: str, expected: type[Module]) ->
 
 
 def quantize_like(
-    network: nn.Module, quantization: Mapping[str, Any] | None, weights: Mapping[str, mx.array]
+    network: nn.Module, quantization: Mapping[str, Any] | None, weights: Container[str]
 ) -> None:
-    """Replace the layers whose `.scales` are in the files by quantized ones (config as mlx-lm writes it)."""
+    """Replace the layers whose `.scales` are among the names of `weights` by quantized ones (config as mlx-lm writes
+    it)."""
     if quantization is None:
         return
 

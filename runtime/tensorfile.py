@@ -223,6 +223,13 @@ def row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice | Ellips
         yield slice(start, min(shape[0], start + rows))
 
 
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes in blocks of CHUNK_BYTES."""
+    with path.open("rb", buffering=0) as f:
+        while block := f.read(CHUNK_BYTES):
+            yield block
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as f:

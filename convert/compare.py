@@ -1,0 +1,115 @@
+"""The values of a model folder against the checkpoints it was made from: the conversion is repeated as a stream and
+compared with what is stored, in the memory that converting takes."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ltx2.convert.checkpoint import VARIANTS, Source
+from ltx2.convert.files import outputs
+from ltx2.convert.plan import Move, Options, Plan, make_plan, packed_key
+from ltx2.convert.steps import FLOATS, Cast
+from ltx2.runtime.errors import UnsupportedError
+from ltx2.runtime.events import BytesDone, Event
+from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.tensorfile import Array, Output, TensorFile
+
+# Packs the layers of a plan as the folder's layers are packed; quantization supplies it.
+Repack = Callable[[Plan, ModelFolder], Plan]
+SPELLINGS = {dtype: option for option, dtype in FLOATS.items()}
+Stored = dict[str, TensorFile]  # tensor name -> its file
+
+
+def compare_values(
+    model: ModelFolder, sources: Sequence[Source], repack: Repack | None
+) -> Generator[Event, None, tuple[int, list[str]]]:
+    """Compare every stored tensor of the components the sources fill.
+
+    Returns how many tensors are equal, and the differences. Raises UnsupportedError for quantized layers without
+    `repack`.
+    """
+    components = model.manifest.components
+    plan = make_plan(sources, Options(model.manifest.variant or VARIANTS[0]))  # no value depends on the variant
+    differences = [
+        f"{source.path.name} holds nothing of this model"
+        for source in sources
+        if not any(isinstance(e, Move) and e.file in source.files and e.component in components for e in plan.entries)
+    ]
+    stored = {name: {t: f for f in model.tensor_files(name) for t in f.tensors} for name in components}
+    plan = _packed_alike(replace(plan, entries=tuple(_cast_alike(plan, stored))), model, repack)
+    moves = [e for e in plan.entries if isinstance(e, Move)]
+    streams = [(move.component, output) for move in moves for output in outputs(move)]
+    total, done, equal = sum(output.nbytes for _, output in streams), 0, 0
+    for component, output in streams:
+        comparison = _Comparison(output, stored[component].pop(output.key, None))
+        for position in comparison.run():
+            yield BytesDone(f"{component}/{output.key}", done + position, total)
+        done += output.nbytes
+        equal += not comparison.difference
+        differences += [f"{component}: {comparison.difference}"] if comparison.difference else []
+    filled = {component for component, _ in streams}
+    left = [f"{name}: tensor {key} is not in the sources" for name in sorted(filled) for key in sorted(stored[name])]
+    return equal, differences + left
+
+
+def _cast_alike(plan: Plan, stored: dict[str, Stored]) -> Iterator[Move]:
+    """The moves into components of the folder, with the float type that is stored (--dtype is not recorded)."""
+    for move in plan.entries:
+        if not isinstance(move, Move) or move.component not in stored:
+            continue
+        names = (packed_key(move.keys[0], "scales"), move.keys[0])  # scales keep the float type of packed weights
+        found = [(stored[move.component][name], name) for name in names if name in stored[move.component]]
+        dtype = found[0][0].tensors[found[0][1]].dtype if found else move.form.dtype
+        casts = dtype != move.form.dtype and dtype in SPELLINGS
+        yield replace(move, steps=(*move.steps, Cast(SPELLINGS[dtype]))) if casts else move
+
+
+def _packed_alike(plan: Plan, model: ModelFolder, repack: Repack | None) -> Plan:
+    quantized = [name for name, record in model.manifest.components.items() if record.quantization is not None]
+    if not quantized:
+        return plan
+    if repack is None:
+        raise UnsupportedError(
+            f"{model.path} is quantized",
+            f"the values of {', '.join(quantized)} cannot be compared without quantizing again",
+            "verify without sources",
+        )
+    return repack(plan, model)
+
+
+@dataclass
+class _Comparison:
+    """One tensor's stream against its stored bytes; `difference` is empty when they are the same."""
+
+    output: Output
+    file: TensorFile | None
+    difference: str = ""
+
+    def run(self) -> Iterator[int]:
+        """Compare chunk by chunk, yielding the bytes done."""
+        key = self.output.key
+        if self.file is None:
+            self.difference = f"tensor {key} is not stored"
+            return
+        info = self.file.tensors[key]
+        if (info.shape, info.dtype) != (self.output.shape, self.output.dtype):
+            wanted = f"{self.output.dtype} {list(self.output.shape)}"
+            self.difference = f"tensor {key} is {info.dtype} {list(info.shape)}, not {wanted}"
+            return
+        values = self.file.array(key).reshape(-1)
+        position = wrong = 0
+        for chunk in self.output.chunks():
+            end = position + chunk.size
+            wrong += _unequal(values[position:end], chunk.reshape(-1))
+            position = end
+            self.file.release(key)
+            yield position * values.itemsize
+        if wrong:
+            self.difference = f"{wrong} of {position} values of tensor {key} differ from the source"
+
+
+def _unequal(stored: Array, expected: Array) -> int:
+    """Number of values whose bits differ (NaN equals itself)."""
+    bits = np.dtype(f"u{stored.itemsize}")
+    return int(np.count_nonzero(stored.view(bits) != expected.view(bits)))

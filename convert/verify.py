@@ -1,0 +1,149 @@
+"""Whether a model folder holds what it claims: every file, hash, tensor and shape; given the sources, every value.
+
+All differences are collected before the verdict."""
+
+import hashlib
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ltx2.convert.check import lora_misfits, shape_differences
+from ltx2.convert.checkpoint import INDEX, open_sources, read_json
+from ltx2.convert.compare import Repack, compare_values
+from ltx2.convert.plan import LORAS
+from ltx2.runtime.errors import Ltx2Error, VerificationError
+from ltx2.runtime.events import BytesDone, Event
+from ltx2.runtime.layout import MANIFEST, ModelFolder
+from ltx2.runtime.load import build_network, parameter_shapes, quantize_like
+from ltx2.runtime.tensorfile import read_blocks
+
+LISTED = 20  # differences named in the error
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found right: components, files and their bytes, tensors, and how many of those equal the sources."""
+
+    components: tuple[str, ...]
+    files: int
+    bytes: int
+    tensors: int
+    compared: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The command's JSON result."""
+        return {"verified": True} | asdict(self) | {"components": list(self.components)}
+
+
+def verify(folder: Path, sources: Sequence[Path] = (), repack: Repack | None = None) -> Report:
+    """Check a model folder without reporting progress; see `verify_events`."""
+    checking = verify_events(folder, sources, repack)
+    while True:
+        try:
+            next(checking)
+        except StopIteration as finished:
+            report: Report = finished.value
+            return report
+
+
+def verify_events(
+    folder: Path, sources: Sequence[Path] = (), repack: Repack | None = None
+) -> Generator[Event, None, Report]:
+    """Check a model folder, reporting progress; returns a Report.
+
+    `sources` are the checkpoints it was converted from; `repack` quantizes their plan as the folder is quantized.
+    Raises VerificationError listing the differences, ModelFolderError when `folder` is no model folder.
+    """
+    model = ModelFolder.open(folder)
+    differences = yield from _file_differences(model)
+    shapes: dict[str, Shapes] = {}
+    for component in model.manifest.components:
+        differences += _tensor_differences(model, component, shapes)
+    compared = 0
+    if sources and not differences:
+        compared, differences = yield from compare_values(model, open_sources(sources), repack)
+    if differences:
+        raise _failed(folder, differences)
+    files = [file for record in model.manifest.components.values() for file in record.files]
+    tensors = sum(map(len, shapes.values()))
+    return Report(tuple(sorted(shapes)), len(files), sum(file.size for file in files), tensors, compared)
+
+
+def _failed(folder: Path, differences: list[str]) -> VerificationError:
+    more = len(differences) - LISTED
+    return VerificationError(
+        f"{folder} does not hold what it should",
+        "; ".join(differences[:LISTED]) + (f"; and {more} more differences" if more > 0 else ""),
+        "convert again with --force, or copy the folder again",
+    )
+
+
+def _file_differences(model: ModelFolder) -> Generator[Event, None, list[str]]:
+    """Presence, size and hash of every file, and weight files that should not be there."""
+    differences, done = [], 0
+    total = sum(file.size for record in model.manifest.components.values() for file in record.files)
+    for component, record in model.manifest.components.items():
+        for file in record.files:
+            path, name = model.path / component / file.name, f"{component}/{file.name}"
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                differences.append(f"{name} is missing")
+            elif size != file.size:
+                differences.append(f"{name} has {size} bytes and should have {file.size}")
+            elif (yield from _hash(path, done, total)) != file.sha256:
+                differences.append(f"{name} has another SHA-256 than {MANIFEST} says")
+            done += file.size
+        strangers = {path.name for path in (model.path / component).glob("*.safetensors")}
+        strangers -= {file.name for file in record.files}
+        differences += [f"{component}/{name} is not listed in {MANIFEST}" for name in sorted(strangers)]
+    return differences
+
+
+def _hash(path: Path, done: int, total: int) -> Generator[Event, None, str]:
+    digest = hashlib.sha256()
+    for block in read_blocks(path):
+        digest.update(block)
+        done += len(block)
+        yield BytesDone(path.name, done, total)
+    return digest.hexdigest()
+
+
+def _tensor_differences(model: ModelFolder, component: str, shapes: dict[str, Shapes]) -> list[str]:
+    """Names and shapes against the network, and the index against the files. Adds what is stored to `shapes`."""
+    try:
+        files = model.tensor_files(component)
+        where = {name: file.path.name for file in files for name in file.tensors}
+        shapes[component] = {name: tensor.shape for file in files for name, tensor in file.tensors.items()}
+        if len(where) != sum(len(file.tensors) for file in files):
+            return [f"{component}: a tensor is stored in two files"]
+        return _misfits(model, component, shapes[component]) + _index_differences(model, component, where)
+    except Ltx2Error as error:  # an unreadable file is one difference among the others
+        return [f"{component}: {error.what} ({error.why})"]
+
+
+def _misfits(model: ModelFolder, component: str, stored: Shapes) -> list[str]:
+    if component.startswith(f"{LORAS}/"):
+        targets = {name: _network_shapes(model, name, ()) for name in ("transformer", "connectors") if model.has(name)}
+        _, wrong = lora_misfits(component, {component: stored, **targets})
+        return [f"{component}: the factors for {layer} do not fit" for layer in wrong]
+    wanted = _network_shapes(model, component, stored)
+    found = shape_differences(wanted, stored)
+    return [f"{component}: tensor {name} is {kind}" for kind, names in found.items() for name in names]
+
+
+def _network_shapes(model: ModelFolder, component: str, stored: Mapping[str, Any] | tuple[()]) -> Shapes:
+    """Shapes the network needs, with the layers quantized whose scales are stored."""
+    config = model.config(component)
+    network = build_network(model.record(component).cls, config)
+    quantize_like(network, config.get("quantization"), stored)
+    return parameter_shapes(network)
+
+
+def _index_differences(model: ModelFolder, component: str, where: Mapping[str, str]) -> list[str]:
+    path = model.component_path(component) / INDEX
+    if not path.is_file():
+        return [] if len(set(where.values())) == 1 else [f"{component}/{INDEX} is missing"]
+    listed = read_json(path).get("weight_map")
+    return [] if listed == where else [f"{component}/{INDEX} does not say where the tensors are"]
