@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLLTX2Video
 from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
-from mlx.utils import tree_flatten
 
+from ltx2.runtime.load import parameter_shapes
 from tests.official import random_values
 
 UNUSED = ("per_channel_statistics.channel", "per_channel_statistics.mean-of-stds")
@@ -34,7 +34,7 @@ def diffusers_name(name: str) -> str:
     return re.sub(r"(down|up)_blocks\.(\d+)\.(res_blocks|conv)(?=\.)", paired, name)
 
 
-def reference_video_vae(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> AutoencoderKLLTX2Video:
+def reference_video_vae(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> Any:
     """`tensors` by official names without `vae.`, `config` the checkpoint's `vae` section. Strict."""
     encoder, decoder = config["encoder_blocks"], config["decoder_blocks"]
     widths, width = [], config["encoder_base_channels"]
@@ -44,7 +44,7 @@ def reference_video_vae(tensors: dict[str, np.ndarray], config: dict[str, Any]) 
     factors = [params["multiplier"] for _, params in decoder[1::2]]
     # diffusers starts a stage from the width before its resampling, listed from the output to the input
     decoder_widths = [config["decoder_base_channels"] * int(np.prod(factors[: i + 1])) for i in range(len(factors))]
-    module = AutoencoderKLLTX2Video(
+    module: Any = AutoencoderKLLTX2Video(
         latent_channels=config["latent_channels"],
         block_out_channels=widths,
         down_block_types=["LTX2VideoDownBlock3D"] * len(widths),
@@ -69,9 +69,9 @@ def reference_video_vae(tensors: dict[str, np.ndarray], config: dict[str, Any]) 
     return module.eval()
 
 
-def reference_upsampler(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> LTX2LatentUpsamplerModel:
+def reference_upsampler(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> Any:
     """`config` is the upscaler file's flat configuration. Strict."""
-    module = LTX2LatentUpsamplerModel(
+    module: Any = LTX2LatentUpsamplerModel(
         in_channels=config["in_channels"],
         mid_channels=config["mid_channels"],
         num_blocks_per_stage=config["num_blocks_per_stage"],
@@ -90,9 +90,10 @@ def random_tensors(network: nn.Module, seed: int) -> dict[str, np.ndarray]:
     """Random values for `network` by official names, in PyTorch's layout."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for name, value in sorted(tree_flatten(network.parameters())):
+    for name, shape in sorted(parameter_shapes(network).items()):
         name = re.sub(r"^(per_channel_statistics)\.(mean|std)$", r"\1.\2-of-means", name)
-        shape = value.shape if value.ndim < 2 else (value.shape[0], value.shape[-1], *value.shape[1:-1])
+        if len(shape) > 1:
+            shape = (shape[0], shape[-1], *shape[1:-1])
         tensors[name] = random_values(name, shape, rng)
     return tensors
 

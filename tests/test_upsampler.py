@@ -1,7 +1,9 @@
 """Latent upscalers against diffusers and the golden latents, in every structure that was published."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,11 +21,18 @@ from tests.parity import relative_l2, require
 from tests.published import SPATIAL, TEMPORAL, read_header
 
 GOLDEN = Path(__file__).parent / "golden.safetensors"
-TINY = {"_class_name": "LatentUpsampler", "in_channels": 8, "mid_channels": 64, "num_blocks_per_stage": 2, "dims": 3}
-SPACE = {"spatial_upsample": True, "temporal_upsample": False}
-TIME = {"spatial_upsample": False, "temporal_upsample": True}
+Figure = Callable[..., None]
+TINY: dict[str, Any] = {
+    "_class_name": "LatentUpsampler",
+    "in_channels": 8,
+    "mid_channels": 64,
+    "num_blocks_per_stage": 2,
+    "dims": 3,
+}
+SPACE: dict[str, Any] = {"spatial_upsample": True, "temporal_upsample": False}
+TIME: dict[str, Any] = {"spatial_upsample": False, "temporal_upsample": True}
 # Name -> configuration, and the size made of (3, 5, 7) latents.
-STRUCTURES = {
+STRUCTURES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "x2, rational": (SPACE | {"spatial_scale": 2.0, "rational_resampler": True}, (3, 10, 14)),
     "x2": (SPACE, (3, 10, 14)),
     "x1.5": (SPACE | {"spatial_scale": 1.5, "rational_resampler": True}, (3, 8, 11)),
@@ -42,7 +51,7 @@ def upsampler(model: Path) -> LatentUpsampler:
     return load_network(ModelFolder.open(model), "spatial_upscaler", LatentUpsampler)
 
 
-def compare(network: LatentUpsampler, reference, latents: np.ndarray) -> float:
+def compare(network: LatentUpsampler, reference: Any, latents: np.ndarray) -> float:
     import torch
 
     with torch.no_grad():
@@ -50,7 +59,7 @@ def compare(network: LatentUpsampler, reference, latents: np.ndarray) -> float:
     return relative_l2(network(mx.array(latents)), theirs)
 
 
-def test_converted_upscaler_equals_diffusers(upsampler, official: Official, figure):
+def test_converted_upscaler_equals_diffusers(upsampler: LatentUpsampler, official: Official, figure: Figure) -> None:
     require("torch"), require("diffusers")
     from tests.reference_vae import reference_upsampler
 
@@ -59,7 +68,7 @@ def test_converted_upscaler_equals_diffusers(upsampler, official: Official, figu
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_structures_equal_diffusers(name, figure):
+def test_structures_equal_diffusers(name: str, figure: Figure) -> None:
     require("torch"), require("diffusers")
     from tests.reference_vae import load_official, random_tensors, reference_upsampler
 
@@ -74,9 +83,9 @@ def test_structures_equal_diffusers(name, figure):
 
 
 @pytest.mark.parametrize("prompt", ["a", "b"])
-def test_golden_latents(demo_model, figure, prompt):
+def test_golden_latents(demo_model: Path, figure: Figure, prompt: str) -> None:
     """Un-normalise, enlarge, normalise, as between the two stages."""
-    golden = mx.load(str(GOLDEN))
+    golden = cast(dict[str, mx.array], mx.load(str(GOLDEN)))
     folder = ModelFolder.open(demo_model)
     upsampler = load_network(folder, "spatial_upscaler", LatentUpsampler)
     upsampler.update(tree_map(lambda value: value.astype(mx.float32), upsampler.parameters()))
@@ -86,7 +95,7 @@ def test_golden_latents(demo_model, figure, prompt):
     figure(f"upsampler golden {prompt} rel L2", error, limit=1e-4)
 
 
-def test_normalisation_spans_the_clip(upsampler):
+def test_normalisation_spans_the_clip(upsampler: LatentUpsampler) -> None:
     """A frame's result depends on the other frames; group statistics per frame draw a grid into the picture."""
     latents = noise(1, 32, 9, 2, 3)
     changed = latents.copy()
@@ -95,13 +104,13 @@ def test_normalisation_spans_the_clip(upsampler):
     assert np.abs(first - again).max() > 1e-2  # beyond the reach of the first frame's convolutions
 
 
-def test_bf16_is_computed_in_bf16_and_returned_in_the_inputs_type(model, monkeypatch):
+def test_bf16_is_computed_in_bf16_and_returned_in_the_inputs_type(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upsampler = load_network(ModelFolder.open(model), "spatial_upscaler", LatentUpsampler)
     upsampler.update(tree_map(lambda value: value.astype(mx.bfloat16), upsampler.parameters()))
-    seen = set()
+    seen: set[mx.Dtype] = set()
     convolve = nn.Conv3d.__call__
 
-    def spy(self, x):
+    def spy(self: nn.Conv3d, x: mx.array) -> mx.array:
         seen.add(x.dtype)
         return convolve(self, x)
 
@@ -111,7 +120,7 @@ def test_bf16_is_computed_in_bf16_and_returned_in_the_inputs_type(model, monkeyp
 
 
 @pytest.mark.parametrize("name", [SPATIAL, TEMPORAL])
-def test_shapes_of_the_published_files(name):
+def test_shapes_of_the_published_files(name: str) -> None:
     _, metadata, tensors = read_header(name)
     theirs = {
         key: (shape[0], *shape[2:], shape[1]) if len(shape) > 1 else shape
@@ -133,11 +142,11 @@ def test_shapes_of_the_published_files(name):
         ({"attention": True}, ConfigError),
     ],
 )
-def test_config_that_would_compute_something_else_is_refused(change, error):
+def test_config_that_would_compute_something_else_is_refused(change: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         UpsamplerConfig.from_dict(TINY | SPACE | change)
 
 
-def test_defaults_are_the_oldest_files():
+def test_defaults_are_the_oldest_files() -> None:
     config = UpsamplerConfig.from_dict({})
     assert (config.mid_channels, config.num_blocks_per_stage, config.rational) == (512, 4, False)

@@ -1,8 +1,10 @@
 """The video VAE against diffusers and the golden frames; tiled decoding against untiled; what is refused."""
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -16,15 +18,24 @@ from ltx2.runtime.video_vae import layers, tiling
 from ltx2.runtime.video_vae.config import VideoVAEConfig
 from ltx2.runtime.video_vae.decoder import largest_activation
 from ltx2.runtime.video_vae.model import VideoAutoencoder, build
-from ltx2.runtime.video_vae.tiling import Tiling, auto_tiling, decode_frames, intervals, temporal_spans
+from ltx2.runtime.video_vae.tiling import (
+    Tiling,
+    VideoDecoder,
+    auto_tiling,
+    decode_frames,
+    intervals,
+    temporal_spans,
+)
 from tests.official import Official
 from tests.parity import relative_l2, require
 from tests.published import MONOLITH, read_header
 
 GOLDEN = Path(__file__).parent / "golden.safetensors"
+Figure = Callable[..., None]
+Both = tuple[str, VideoAutoencoder, Any]  # name, ours, diffusers'
 
 
-def blocks(*stages: tuple[str, int], residual: bool = False) -> list:
+def blocks(*stages: tuple[str, int], residual: bool = False) -> list[Any]:
     """Block list of a checkpoint from (name, layers or multiplier) pairs."""
     extra = {"residual": True} if residual else {}
     return [[name, {"num_layers": n} if name == "res_x" else {"multiplier": n, **extra}] for name, n in stages]
@@ -64,14 +75,14 @@ def trained(demo_model: Path) -> VideoAutoencoder:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, mx.array]:
-    return mx.load(str(GOLDEN))
+    return cast(dict[str, mx.array], mx.load(str(GOLDEN)))
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def decoded(vae: VideoAutoencoder, latents: mx.array, tiles: Tiling | None = None) -> np.ndarray:
+def decoded(vae: VideoDecoder, latents: mx.array, tiles: Tiling | None = None) -> np.ndarray:
     return np.array(mx.concatenate(list(decode_frames(vae, latents, tiles))))
 
 
@@ -79,7 +90,7 @@ def decoded(vae: VideoAutoencoder, latents: mx.array, tiles: Tiling | None = Non
 
 
 @pytest.fixture(scope="module", params=["residual ups, reflection", "plain ups, zeros"])
-def both(request, official: Official, vae: VideoAutoencoder):
+def both(request: pytest.FixtureRequest, official: Official, vae: VideoAutoencoder) -> Both:
     """Our network and diffusers' with the same weights."""
     require("torch"), require("diffusers")
     from tests import reference_vae as reference
@@ -96,7 +107,7 @@ def both(request, official: Official, vae: VideoAutoencoder):
 
 
 @pytest.mark.parametrize("frames", [1, 3])
-def test_decoder_equals_diffusers(both, figure, frames):
+def test_decoder_equals_diffusers(both: Both, figure: Figure, frames: int) -> None:
     import torch
 
     name, network, reference = both
@@ -110,7 +121,7 @@ def test_decoder_equals_diffusers(both, figure, frames):
 
 
 @pytest.mark.parametrize("frames", [1, 17])
-def test_encoder_equals_diffusers(both, figure, frames):
+def test_encoder_equals_diffusers(both: Both, figure: Figure, frames: int) -> None:
     import torch
 
     name, network, reference = both
@@ -123,7 +134,7 @@ def test_encoder_equals_diffusers(both, figure, frames):
     figure(f"video_vae.encode ({name}, {frames} frames) rel L2", relative_l2(ours, theirs), limit=1e-4)
 
 
-def test_shapes_of_the_published_file():
+def test_shapes_of_the_published_file() -> None:
     _, metadata, tensors = read_header(MONOLITH)
     config = json.loads(metadata["config"])["vae"]
     theirs = {
@@ -138,12 +149,12 @@ def test_shapes_of_the_published_file():
 # --- encoding, statistics, data types
 
 
-def test_frames_after_8k_plus_1_are_left_out(vae):
+def test_frames_after_8k_plus_1_are_left_out(vae: VideoAutoencoder) -> None:
     pixels = mx.array(np.tanh(noise(1, 3, 12, 64, 64)))
     assert mx.array_equal(vae.encode(pixels), vae.encode(pixels[:, :, :9]))
 
 
-def test_an_image_encodes_like_the_first_frame_of_a_clip(vae, figure):
+def test_an_image_encodes_like_the_first_frame_of_a_clip(vae: VideoAutoencoder, figure: Figure) -> None:
     pixels = mx.array(np.tanh(noise(1, 3, 9, 64, 64)))
     figure(
         "video_vae.encode causality rel L2",
@@ -152,12 +163,12 @@ def test_an_image_encodes_like_the_first_frame_of_a_clip(vae, figure):
     )
 
 
-def test_a_picture_off_the_grid_is_refused(vae):
+def test_a_picture_off_the_grid_is_refused(vae: VideoAutoencoder) -> None:
     with pytest.raises(InputError, match="multiples of 32"):
         vae.encode(mx.zeros((1, 3, 1, 64, 80)))
 
 
-def test_statistics(vae):
+def test_statistics(vae: VideoAutoencoder) -> None:
     latents = mx.array(noise(1, 32, 2, 2, 3))
     mean, std = (np.array(v)[None, :, None, None, None] for v in vae.per_channel_statistics.values())
     assert std.min() > 0.5 and not np.allclose(mean, 0)  # the checkpoint's, not the initial ones
@@ -165,13 +176,13 @@ def test_statistics(vae):
     np.testing.assert_allclose(vae.normalise(vae.unnormalise(latents)), latents, atol=1e-6)
 
 
-def test_bf16_is_not_promoted(model, monkeypatch):
+def test_bf16_is_not_promoted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = load_network(ModelFolder.open(model), "video_vae", VideoAutoencoder)
     vae.update(tree_map(lambda value: value.astype(mx.bfloat16), vae.parameters()))
-    seen = set()
+    seen: set[mx.Dtype] = set()
     convolve = layers.CausalConv3d.__call__
 
-    def spy(self, x):
+    def spy(self: layers.CausalConv3d, x: mx.array) -> mx.array:
         seen.add(x.dtype)
         return convolve(self, x)
 
@@ -185,14 +196,14 @@ def test_bf16_is_not_promoted(model, monkeypatch):
 
 
 @pytest.mark.parametrize("prompt", ["a", "b"])
-def test_golden_frames(trained, golden, figure, prompt):
+def test_golden_frames(trained: VideoAutoencoder, golden: dict[str, mx.array], figure: Figure, prompt: str) -> None:
     frames = decoded(trained, golden[f"{prompt}.stage2.video_latent"])
     levels = np.abs(np.rint(frames * 255) - np.array(golden[f"{prompt}.frames"]).astype(np.float32))
     figure(f"video_vae golden {prompt}: share of values off by more than a level", np.mean(levels > 1), limit=1e-3)
 
 
 @pytest.mark.parametrize("prompt", ["a", "b"])
-def test_reconstruction(trained, golden, figure, prompt):
+def test_reconstruction(trained: VideoAutoencoder, golden: dict[str, mx.array], figure: Figure, prompt: str) -> None:
     frames = np.array(golden[f"{prompt}.frames"]).astype(np.float32) / 255
     latents = trained.encode(mx.array(frames.transpose(3, 0, 1, 2)[None] * 2 - 1))
     again = np.clip((np.array(trained.decode(latents)) + 1) / 2, 0, 1)
@@ -238,7 +249,7 @@ def local_latents(frames: int, height: int, width: int) -> mx.array:
         Tiling(height=8, width=8, overlap=0, frames=4, frame_overlap=0),  # no overlap at all
     ],
 )
-def test_tiles_of_a_local_decoder_are_exact(tiles):
+def test_tiles_of_a_local_decoder_are_exact(tiles: Tiling) -> None:
     vae, latents = LocalVAE(), local_latents(13, 7, 11)
     whole = decoded(vae, latents)
     assert whole.shape == (25, 28, 44, 3)
@@ -247,7 +258,7 @@ def test_tiles_of_a_local_decoder_are_exact(tiles):
     assert vae.calls > 3
 
 
-def test_frames_stream_while_tiles_decode():
+def test_frames_stream_while_tiles_decode() -> None:
     vae, latents = LocalVAE(), local_latents(13, 2, 2)
     groups = decode_frames(vae, latents, Tiling(height=8, width=8, overlap=0, frames=6, frame_overlap=2))
     assert next(groups).shape[0] == 2  # up to where the second tile starts
@@ -256,14 +267,14 @@ def test_frames_stream_while_tiles_decode():
     assert vae.calls == 6
 
 
-def test_groups_are_small():
+def test_groups_are_small() -> None:
     groups = [group.shape[0] for group in decode_frames(LocalVAE(), local_latents(40, 2, 2))]
     assert sum(groups) == 79
     assert max(groups) == tiling.FRAMES_PER_GROUP
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(10, 3), (24, 2), (3, 2), (5, 0)])
-def test_intervals_cover(size, overlap):
+def test_intervals_cover(size: int, overlap: int) -> None:
     for length in range(1, 60):
         spans = intervals(length, size, overlap)
         assert spans[0][0] == 0 and spans[-1][1] == length
@@ -272,7 +283,7 @@ def test_intervals_cover(size, overlap):
         assert len(spans) == 1 or all(stop - start > overlap for start, stop in spans)
 
 
-def test_temporal_tile_starts_one_latent_early_with_weight_zero():
+def test_temporal_tile_starts_one_latent_early_with_weight_zero() -> None:
     first, second, third = temporal_spans(length=20, size=10, overlap=3, scale=8)
     assert (first.source, second.source, third.source) == (slice(0, 10), slice(6, 17), slice(13, 20))
     assert (second.target.start, second.target.stop) == (48, 129)
@@ -285,14 +296,16 @@ def test_temporal_tile_starts_one_latent_early_with_weight_zero():
     ("height", "width", "frames", "expected"),
     [
         (512, 768, 73, None),
-        (512, 768, 121, Tiling(512, 768, 64, 80, 24)),
+        (512, 768, 121, Tiling(512, 768, 0, 80, 24)),
+        (32, 64, 81, Tiling(32, 64, 0, 80, 24)),
         (1024, 1536, 121, Tiling(512, 768, 64, 80, 24)),
         (1088, 1920, 25, Tiling(448, 768, 64, 80, 24)),
         (1920, 1088, 25, Tiling(768, 448, 64, 80, 24)),
         (192, 3072, 9, Tiling(96, 768, 64, 80, 24)),
+        (64, 800, 9, Tiling(96, 768, 64, 80, 24)),
     ],
 )
-def test_automatic_tiles(height, width, frames, expected):
+def test_automatic_tiles(height: int, width: int, frames: int, expected: Tiling | None) -> None:
     assert auto_tiling(height, width, frames) == expected
 
 
@@ -307,7 +320,9 @@ def seam(difference: np.ndarray, axis: int, edge: int) -> float:
 
 
 @pytest.mark.parametrize("prompt", ["a", "b"])
-def test_tiled_equals_untiled_without_seams(trained, golden, figure, prompt):
+def test_tiled_equals_untiled_without_seams(
+    trained: VideoAutoencoder, golden: dict[str, mx.array], figure: Figure, prompt: str
+) -> None:
     """The decoder sees further than an overlap of two latents, so tiles differ a little; their edges must not show."""
     latents = golden[f"{prompt}.stage2.video_latent"]
     whole = decoded(trained, latents)
@@ -321,7 +336,7 @@ def test_tiled_equals_untiled_without_seams(trained, golden, figure, prompt):
     assert min(seam(butted, 0, 17), seam(butted, 1, 64), seam(butted, 2, 96)) > 1.5  # a seam would be measured
 
 
-def test_memory_does_not_grow_with_the_clips_length(trained):
+def test_memory_does_not_grow_with_the_clips_length(trained: VideoAutoencoder) -> None:
     tiles = Tiling(height=64, width=64, overlap=0, frames=24, frame_overlap=8)
     peaks = []
     for frames in (11, 21):
@@ -338,7 +353,7 @@ def test_memory_does_not_grow_with_the_clips_length(trained):
 # --- what is refused
 
 
-def test_tiles_that_cannot_work_are_refused(vae):
+def test_tiles_that_cannot_work_are_refused(vae: VideoAutoencoder) -> None:
     with pytest.raises(InputError):
         Tiling(height=64, width=64, overlap=64, frames=80, frame_overlap=24)
     with pytest.raises(InputError):
@@ -347,27 +362,27 @@ def test_tiles_that_cannot_work_are_refused(vae):
         next(decode_frames(vae, mx.zeros((1, 32, 2, 2, 2)), Tiling(80, 64, 32, 80, 24)))
 
 
-def test_pieces_beyond_the_gpus_index_range_are_refused(vae):
+def test_pieces_beyond_the_gpus_index_range_are_refused(vae: VideoAutoencoder) -> None:
     with pytest.raises(InputError, match="in tiles"):
         vae.decode(mx.zeros((1, 32, 1000, 64, 64)))
 
 
-def test_one_latent_row_cannot_be_reflected(vae):
+def test_one_latent_row_cannot_be_reflected(vae: VideoAutoencoder) -> None:
     with pytest.raises(InputError, match="reflection"):
         vae.decode(mx.zeros((1, 32, 1, 1, 4)))
 
 
 @pytest.mark.parametrize("newer", [False, True])
-def test_largest_activation(official, monkeypatch, newer):
+def test_largest_activation(official: Official, monkeypatch: pytest.MonkeyPatch, newer: bool) -> None:
     network = build(NEWER if newer else official.config(official.monolith)["vae"])
-    sizes = []
+    sizes: list[int] = []
     convolve, extend = layers.CausalConv3d.__call__, layers._extend
 
-    def spy_extend(x, border):
+    def spy_extend(x: mx.array, border: layers.Border) -> mx.array:
         sizes.append(extend(x, border).size)
         return extend(x, border)
 
-    def spy_convolve(self, x):
+    def spy_convolve(self: layers.CausalConv3d, x: mx.array) -> mx.array:
         sizes.append(convolve(self, x).size)
         return convolve(self, x)
 
@@ -398,7 +413,7 @@ def test_largest_activation(official, monkeypatch, newer):
         ({"encoder_blocks": [["compress_all_res", {"multiplier": 2, "residual": False}]]}, UnsupportedError),
     ],
 )
-def test_config_that_would_compute_something_else_is_refused(change, error):
+def test_config_that_would_compute_something_else_is_refused(change: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         VideoVAEConfig.from_dict(NEWER | change)
 
@@ -411,7 +426,7 @@ def test_config_that_would_compute_something_else_is_refused(change, error):
         ({"encoder_spatial_padding_mode": "reflect", "decoder_spatial_padding_mode": "zeros"}, "reflect", "zeros"),
     ],
 )
-def test_padding_modes(keys, encoder, decoder):
+def test_padding_modes(keys: dict[str, str], encoder: str, decoder: str) -> None:
     config = VideoVAEConfig.from_dict({k: v for k, v in NEWER.items() if k != "spatial_padding_mode"} | keys)
     assert (config.encoder_padding, config.decoder_padding) == (encoder, decoder)
     assert (config.spatial_scale, config.temporal_scale) == (32, 8)

@@ -5,17 +5,27 @@ every tile after the first starts one latent early: a tile's first latent yields
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.video_vae.model import VideoAutoencoder
 
 FRAMES_PER_GROUP = 16  # bounds the float32 frames handed out at a time
 LONG_SIDE, OVERLAP = 768, 64  # pixels
 FRAMES, FRAME_OVERLAP = 80, 24
 Weights = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+class VideoDecoder(Protocol):
+    """What tiling needs of a video VAE: pixels and frames per latent, and decoding (1, C, f, h, w) to (F, H, W, 3)."""
+
+    @property
+    def spatial_scale(self) -> int: ...
+    @property
+    def temporal_scale(self) -> int: ...
+    def decode(self, latents: mx.array) -> mx.array: ...
 
 
 @dataclass(frozen=True)
@@ -45,14 +55,10 @@ def auto_tiling(
     80 frames. None when one tile covers the clip."""
     longest = max(height, width)
     if longest <= LONG_SIDE:
-        tile_height, tile_width = height, width
-    else:
-        limit, overlap = LONG_SIDE // spatial_scale, OVERLAP // spatial_scale
-        tile_height, tile_width = (
-            spatial_scale * max(2, overlap + 1, round(limit * side / longest)) for side in (height, width)
-        )
-    if longest <= LONG_SIDE and frames <= 1 + FRAMES - temporal_scale:
-        return None
+        whole = frames <= 1 + FRAMES - temporal_scale
+        return None if whole else Tiling(height, width, 0, FRAMES, FRAME_OVERLAP)
+    limit, least = LONG_SIDE // spatial_scale, OVERLAP // spatial_scale + 1
+    tile_height, tile_width = (spatial_scale * max(2, least, round(limit * side / longest)) for side in (height, width))
     return Tiling(tile_height, tile_width, OVERLAP, FRAMES, FRAME_OVERLAP)
 
 
@@ -110,7 +116,7 @@ def _normalised(spans: list[Span]) -> list[Span]:
     return [replace(span, weights=span.weights / total[span.target]) for span in spans]
 
 
-def decode_frames(vae: VideoAutoencoder, latents: mx.array, tiling: Tiling | None = None) -> Iterator[mx.array]:
+def decode_frames(vae: VideoDecoder, latents: mx.array, tiling: Tiling | None = None) -> Iterator[mx.array]:
     """Decode normalised latents (1, C, f, h, w) to groups of frames (n, H, W, 3) in [0, 1], float32, in order.
 
     Without `tiling` the clip is decoded in one piece. Raises InputError for tiles that do not fit the latents' scale
@@ -125,7 +131,7 @@ def decode_frames(vae: VideoAutoencoder, latents: mx.array, tiling: Tiling | Non
         pending = yield from _finished(_decode_tiles(vae, part, rows, columns), time.weights, pending, final)
 
 
-def _plan(vae: VideoAutoencoder, latents: mx.array, tiling: Tiling | None) -> tuple[list[Span], ...]:
+def _plan(vae: VideoDecoder, latents: mx.array, tiling: Tiling | None) -> tuple[list[Span], ...]:
     frames, height, width = latents.shape[2:]
     space, time = vae.spatial_scale, vae.temporal_scale
     t = tiling or Tiling(height * space, width * space, 0, frames * time, 0)
@@ -142,7 +148,7 @@ def _plan(vae: VideoAutoencoder, latents: mx.array, tiling: Tiling | None) -> tu
     )
 
 
-def _decode_tiles(vae: VideoAutoencoder, latents: mx.array, rows: list[Span], columns: list[Span]) -> mx.array:
+def _decode_tiles(vae: VideoDecoder, latents: mx.array, rows: list[Span], columns: list[Span]) -> mx.array:
     """All frames of some latents, blended over space."""
     if len(rows) == len(columns) == 1:
         return vae.decode(latents)
