@@ -102,7 +102,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
 @click.option("--variant", type=click.Choice(["dev", "distilled"]), help="Where the file name does not say it.")
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Cast weights; default: as published.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Convert this component only; repeatable.")
@@ -113,7 +113,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Read headers only; --json prints the plan.")
 @click.option("--force", is_flag=True, help="Replace a different model folder.")
 @common
-def convert(output: Output, sources: tuple[Path, ...], dry_run: bool, **options: Any) -> None:
+def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bool, **options: Any) -> None:
     """Turn published checkpoints into one MLX model folder.
 
     SOURCES are recognised by content: an LTX-2 checkpoint, upscalers, LoRAs, a Gemma folder. Run the same command
@@ -124,7 +124,6 @@ def convert(output: Output, sources: tuple[Path, ...], dry_run: bool, **options:
     from ltx2.convert.write import WriteOptions
     from ltx2.quant.apply import Settings, quantize_plan
 
-    out = options.pop("output")
     written = WriteOptions(options.pop("shard_size"), options.pop("force"))
     bits, group_size, recipe = (options.pop(name) for name in ("bits", "group_size", "recipe"))
     settings = Settings(bits, group_size, recipe) if bits is not None else None
@@ -133,12 +132,12 @@ def convert(output: Output, sources: tuple[Path, ...], dry_run: bool, **options:
         plan = quantize_plan(plan, settings) if settings else plan
         output.result(plan_json(plan), _plan_summary(plan))
         return
-    _finish_model(output, conversion(plan, out, settings, written))
+    _finish_model(output, conversion(plan, target, settings, written))
 
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
 @click.option("--bits", type=int, default=4, show_default=True, help="2, 3, 4, 5, 6 or 8.")
 @click.option("--group-size", type=int, default=64, show_default=True, help="Weights per scale: 32, 64 or 128.")
 @click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer.")
@@ -146,7 +145,7 @@ def convert(output: Output, sources: tuple[Path, ...], dry_run: bool, **options:
 @click.option("--report", type=click.Path(path_type=Path), help="Write bits, bytes and error of every layer (JSON).")
 @click.option("--force", is_flag=True, help="Replace a different model folder.")
 @common
-def quantize(output: Output, model: Path, report: Path | None, **options: Any) -> None:
+def quantize(output: Output, model: Path, target: Path, report: Path | None, **options: Any) -> None:
     """Write a smaller copy of a model folder.
 
     Sensitive layers get more bits than --bits (recipe "mixed"); "uniform" gives all layers the same.
@@ -155,8 +154,8 @@ def quantize(output: Output, model: Path, report: Path | None, **options: Any) -
     from ltx2.quant.apply import Settings
     from ltx2.quant.apply import quantize as quantize_folder
 
-    out, written = options.pop("output"), WriteOptions(force=options.pop("force"))
-    _finish_model(output, quantize_folder(model, out, Settings(**options), written), report)
+    written = WriteOptions(force=options.pop("force"))
+    _finish_model(output, quantize_folder(model, target, Settings(**options), written), report)
 
 
 def _finish_model(output: Output, events: "Iterable[Event]", report: Path | None = None) -> None:
@@ -199,7 +198,7 @@ def _plan_summary(plan: "Plan") -> str:
 @cli.command()
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", type=click.Path(path_type=Path), help="Model folder (with --from: that run's).")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The clip, e.g. clip.mp4.")
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Clip, e.g. clip.mp4.")
 @click.option("--width", type=int, help="Pixels; a multiple of 64 (32 with --no-upscale).")
 @click.option("--height", type=int, help="Pixels; a multiple of 64 (32 with --no-upscale).")
 @click.option("--frames", type=int, help="8k+1, e.g. 121.")
@@ -214,7 +213,7 @@ def _plan_summary(plan: "Plan") -> str:
 @click.option("--latents", metavar="FILE", help="Decode these latents only.")
 @click.option("--from", "sidecar", metavar="CLIP.json", type=click.Path(path_type=Path), help="Repeat a run.")
 @common
-def generate(output: Output, model: Path | None, sidecar: Path | None, **options: Any) -> None:
+def generate(output: Output, target: Path, model: Path | None, sidecar: Path | None, **options: Any) -> None:
     """Make a video with sound from PROMPT.
 
     PROMPT is not needed with --latents, --embeddings or --from. Beside clip.mp4, clip.json records the run.
@@ -224,7 +223,6 @@ def generate(output: Output, model: Path | None, sidecar: Path | None, **options
     from ltx2.runtime.media import check_target
     from ltx2.runtime.pipeline import Pipeline
 
-    target = options.pop("output")
     check_target(target)
     earlier, path = read_sidecar(sidecar) if sidecar else ({}, None)
     model = model or path
