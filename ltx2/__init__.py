@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ltx2.api import convert as convert  # for type checkers a function only; at run time also the sub-package
     from ltx2.api import load as load
     from ltx2.api import quantize as quantize
     from ltx2.runtime.clip import Clip as Clip
