@@ -151,6 +151,16 @@ def test_upsampling_is_the_transposed_convolution(kernel: int, stride: int, fram
     assert relative_l2(layer(x), mx.conv_transpose1d(x, layer.weight, stride, padding) + layer.bias) < 1e-6
 
 
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 5), (7, 3), (11, 5)])
+@pytest.mark.parametrize("frames", [1, 5, 16])
+def test_interleaved_is_the_dilated_convolution(kernel: int, dilation: int, frames: int) -> None:
+    layer = vocoder.DilatedConv(4, kernel, dilation)
+    layer.bias = mx.array(normal(4))
+    x = mx.array(normal(2, frames, 4))
+    plain = mx.conv1d(x, layer.weight, padding=dilation * (kernel // 2), dilation=dilation)
+    assert relative_l2(layer(x), plain + layer.bias) < 1e-6
+
+
 def test_sizes_come_from_the_configuration(voice: Vocoder) -> None:
     config = AudioVAEConfig.from_dict(CONFIG["audio_vae"])
     assert (config.latent_channels, config.latent_frequencies, config.temporal_scale) == (2, 16, 4)
