@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -34,8 +35,8 @@ class Official:
         file = open_tensorfile(path)
         return {name: np.array(file.array(name)) for name in file.tensors}
 
-    def config(self, path: Path) -> dict:
-        return json.loads(open_tensorfile(path).metadata["config"])
+    def config(self, path: Path) -> dict[str, Any]:
+        return dict(json.loads(open_tensorfile(path).metadata["config"]))
 
 
 def random_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

@@ -1,7 +1,7 @@
 """diffusers' LTX-2 transformer built from a checkpoint in the official layout, as the independent implementation."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def diffusers_name(name: str) -> str:
 
 def reference_transformer(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> LTX2VideoTransformer3DModel:
     """`tensors` by official names, `config` the checkpoint's `transformer` section. Strict."""
-    module = LTX2VideoTransformer3DModel(
+    module = cast(Any, LTX2VideoTransformer3DModel)(
         in_channels=config["in_channels"],
         out_channels=config["out_channels"],
         num_attention_heads=config["num_attention_heads"],
@@ -51,4 +51,4 @@ def reference_transformer(tensors: dict[str, np.ndarray], config: dict[str, Any]
         if name.startswith(PREFIX) and "embeddings_connector" not in name
     }
     module.load_state_dict(weights, strict=True)
-    return module.eval()
+    return cast(LTX2VideoTransformer3DModel, module.eval())

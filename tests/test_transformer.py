@@ -1,7 +1,9 @@
 """The transformer against diffusers on random weights, and the properties users rely on."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,7 +56,7 @@ def transformer(model: Path) -> Transformer:
 
 
 @pytest.fixture(scope="module")
-def reference(official: Official):
+def reference(official: Official) -> Any:
     require("torch"), require("diffusers")
     from tests.reference_transformer import reference_transformer
 
@@ -62,7 +64,9 @@ def reference(official: Official):
 
 
 @pytest.mark.parametrize("sigma", [1.0, 0.725, 0.1])
-def test_velocity_equals_diffusers(transformer, reference, figure, sigma):
+def test_velocity_equals_diffusers(
+    transformer: Transformer, reference: Any, figure: Callable[..., None], sigma: float
+) -> None:
     import torch
 
     data = inputs(seed=1)
@@ -90,7 +94,7 @@ def test_velocity_equals_diffusers(transformer, reference, figure, sigma):
         figure(f"transformer {name} velocity, sigma {sigma}, rel L2 vs diffusers", relative_l2(a, b), limit=1e-4)
 
 
-def test_rope_tables_and_positions_equal_diffusers(reference, figure):
+def test_rope_tables_and_positions_equal_diffusers(reference: Any, figure: Callable[..., None]) -> None:
     import torch
 
     video = torch.from_numpy(video_positions(GRID, FPS, SCALES))
@@ -112,7 +116,7 @@ def test_rope_tables_and_positions_equal_diffusers(reference, figure):
             figure(f"{name} rope {kind}, max abs difference", float(difference), limit=1e-5)
 
 
-def test_rotation_keeps_lengths_and_pads_do_not_rotate():
+def test_rotation_keeps_lengths_and_pads_do_not_rotate() -> None:
     positions = np.array([[0.5], [100.0], [300.0]], dtype=np.float32)
     tables = rope_tables(positions, (20, 2048, 2048), dim=40, heads=2)  # 6 frequencies per axis, 2 pads
     assert tables.cos.shape == (1, 1, 2, 10)
@@ -124,7 +128,7 @@ def test_rotation_keeps_lengths_and_pads_do_not_rotate():
     assert np.abs(np.array(turned - x)).max() > 0.1
 
 
-def test_per_token_timesteps_equal_uniform_ones(transformer, figure):
+def test_per_token_timesteps_equal_uniform_ones(transformer: Transformer, figure: Callable[..., None]) -> None:
     """The fused path for one noise level and the general path are the same function."""
     data = inputs(seed=2)
     uniform = run_ours(transformer, data, np.full((1, 1), 0.6, np.float32), np.full((1, 1), 0.6, np.float32))
@@ -135,7 +139,7 @@ def test_per_token_timesteps_equal_uniform_ones(transformer, figure):
         figure(f"per-token against uniform timesteps, {name}, rel L2", relative_l2(a, b), limit=1e-5)
 
 
-def test_gates_follow_the_other_streams_noise_level(transformer):
+def test_gates_follow_the_other_streams_noise_level(transformer: Transformer) -> None:
     """A stream kept as it is (sigma 0) must steer the gate of the other one."""
     data = inputs(seed=3)
     level, zero = mx.array([[0.6]]), mx.array([[0.0]])
@@ -150,7 +154,7 @@ def test_gates_follow_the_other_streams_noise_level(transformer):
     assert relative_l2(np.array(moved[0]), np.array(base[0])) > 1e-3
 
 
-def test_bf16_reaches_every_attention_and_matmul(model, monkeypatch):
+def test_bf16_reaches_every_attention_and_matmul(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A float32 table or timestep embedding must not promote the streams: that costs 3x in time."""
     network = load_network(ModelFolder.open(model), "transformer", Transformer)
     network.set_dtype(mx.bfloat16)
@@ -161,11 +165,11 @@ def test_bf16_reaches_every_attention_and_matmul(model, monkeypatch):
     seen: dict[str, set[mx.Dtype]] = {"attention": set(), "linear": set()}
     attend, linear = mx.fast.scaled_dot_product_attention, nn.Linear.__call__
 
-    def spy_attend(q, k, v, **options):
+    def spy_attend(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
         seen["attention"] |= {q.dtype, k.dtype, v.dtype}
         return attend(q, k, v, **options)
 
-    def spy_linear(self, x):
+    def spy_linear(self: nn.Linear, x: mx.array) -> mx.array:
         seen["linear"] |= {x.dtype, self.weight.dtype}
         return linear(self, x)
 
