@@ -4,6 +4,7 @@ Times and memory do not depend on the values, so this says what a clip will cost
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -144,6 +145,7 @@ def run(bits: Sequence[int], sizes: Sequence[str]) -> dict[str, Any]:
         "release": cases["release"],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_facts(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("MLX_M")},
         "results": results,
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 from ltx2.runtime.audio_vae import AudioAutoencoder, AudioVAEConfig
 from ltx2.runtime.clip import Clip
 from ltx2.runtime.connectors import EmbeddingsConnectors
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import DoesNotFitError, InputError
 from ltx2.runtime.events import Event, Generated, PhaseDone, PhaseStarted, Warned
 from ltx2.runtime.exchange import (
     Contexts,
@@ -28,7 +28,7 @@ from ltx2.runtime.exchange import (
 from ltx2.runtime.latents import Grid, Latents, Scales, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network
-from ltx2.runtime.machine import machine_facts
+from ltx2.runtime.machine import device_memory, machine_facts
 from ltx2.runtime.memory import Phase, limit_cache
 from ltx2.runtime.presets import Preset, Stage, load_preset
 from ltx2.runtime.request import Request, Sizes
@@ -103,7 +103,18 @@ class Run:
             if self.request.embeddings is None:
                 needed += ["text_encoder", "connectors"]
         for component in needed:
-            self.folder.weight_files(component)
+            self._check_weights(component)
+
+    def _check_weights(self, component: str) -> None:
+        """The component is there, and its weights fit in memory (the text encoder's are read layer by layer)."""
+        size = sum(path.stat().st_size for path in self.folder.weight_files(component))
+        usable = device_memory()
+        if size > usable and component != "text_encoder":
+            raise DoesNotFitError(
+                f"the {component} does not fit in memory",
+                f"its weights alone are {size / 1e9:.1f} GB, this computer's GPU can use {usable / 1e9:.1f} GB",
+                f"make it smaller: ltx2 quantize {self.folder.path} -o {self.folder.path}-q4 --bits 4",
+            )
 
     def events(self) -> Iterator[Event]:
         """All phases, then Generated."""
