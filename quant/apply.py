@@ -16,7 +16,7 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.layout import ModelFolder
 
-Bits = Mapping[str, Mapping[str, int]]  # component -> path of a layer -> bits
+Forms = Mapping[str, Mapping[str, Affine]]  # component -> path of a layer -> how it is stored
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def write_quantized(
     """
     settings = settings or Settings()
     quantized = quantize_plan(plan, settings)
-    unfit = _unfit(quantized, recipe_bits(plan, settings))
+    unfit = _unfit(quantized, recipe_forms(plan, settings))
     if unfit:
         width = f"their width is no multiple of {settings.group_size}"
         yield Warned(f"{len(unfit)} layers are not quantized, {width}; the first is {unfit[0]}")
@@ -65,12 +65,7 @@ def quantize_plan(plan: Plan, settings: Settings) -> Plan:
     Raises InputError for settings that are not possible or do not fit the plan, and for what is quantized already.
     """
     _check(plan, settings)
-    bits = recipe_bits(plan, settings)
-    entries = tuple(
-        _packed(entry, bits.get(entry.component, {}), settings.group_size) if isinstance(entry, Move) else entry
-        for entry in plan.entries
-    )
-    quantized = replace(plan, entries=entries)
+    quantized = _packed_plan(plan, recipe_forms(plan, settings))
     components = {
         name: replace(component, quantization=quantization_config(quantized.moves(name)))
         for name, component in plan.components.items()
@@ -79,25 +74,46 @@ def quantize_plan(plan: Plan, settings: Settings) -> Plan:
     return replace(quantized, components=components)
 
 
-def recipe_bits(plan: Plan, settings: Settings) -> Bits:
-    """Bits of every layer that the recipe names in the chosen components."""
+def repack(plan: Plan, model: ModelFolder) -> Plan:
+    """The plan with the layers packed that are packed in `model`, and as they are there; what verifying compares."""
+    return _packed_plan(plan, {name: _stored_forms(model, name) for name in model.manifest.components})
+
+
+def _stored_forms(model: ModelFolder, component: str) -> dict[str, Affine]:
+    config = model.config(component).get("quantization", {})
+    names = [name for file in model.tensor_files(component) for name in file.tensors]
+    layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
+    entries = {layer: config.get(layer, config) for layer in layers}
+    return {layer: Affine(entry["bits"], entry["group_size"]) for layer, entry in entries.items()}
+
+
+def recipe_forms(plan: Plan, settings: Settings) -> Forms:
+    """How the recipe wants the layers of the chosen components stored, whether their width allows it or not."""
     recipe = load_recipe(settings.recipe)
     chosen = [name for name in plan.components if name in settings.only or not settings.only]
-    return {name: recipe.bits(name, [layer_of(m) for m in plan.moves(name)], settings.bits) for name in chosen}
+    bits = {name: recipe.bits(name, [layer_of(m) for m in plan.moves(name)], settings.bits) for name in chosen}
+    return {name: {layer: Affine(n, settings.group_size) for layer, n in bits[name].items()} for name in chosen}
 
 
-def _packed(move: Move, bits: Mapping[str, int], group_size: int) -> Move:
-    layer, form = layer_of(move), move.form
-    is_weight = move.keys[0] == f"{layer}.weight" and len(form.shape) == 2 and form.dtype in DTYPES
-    if layer not in bits or not is_weight or form.shape[1] % group_size:
+def _packed_plan(plan: Plan, forms: Forms) -> Plan:
+    entries = [_packed(e, forms.get(e.component, {})) if isinstance(e, Move) else e for e in plan.entries]
+    return replace(plan, entries=tuple(entries))
+
+
+def _packed(move: Move, forms: Mapping[str, Affine]) -> Move:
+    """The move with its layer's form, where that has one and the tensor is a weight that can be packed."""
+    affine, form = forms.get(layer_of(move)), move.form
+    if affine is None or not move.keys[0].endswith(".weight") or len(form.shape) != 2 or form.dtype not in DTYPES:
         return move
-    return replace(move, packing=AffinePacking(Affine(bits[layer], group_size), move.tensor.name))
+    if form.shape[1] % affine.group_size:
+        return move
+    return replace(move, packing=AffinePacking(affine, move.tensor.name))
 
 
-def _unfit(quantized: Plan, bits: Bits) -> list[str]:
+def _unfit(quantized: Plan, forms: Forms) -> list[str]:
     """Layers that the recipe names and that are not packed."""
-    packed = {name: packings(quantized.moves(name)) for name in bits}
-    return [f"{name}.{layer}" for name in bits for layer in bits[name] if layer not in packed[name]]
+    packed = {name: packings(quantized.moves(name)) for name in forms}
+    return [f"{name}.{layer}" for name in forms for layer in forms[name] if layer not in packed[name]]
 
 
 def _check(plan: Plan, settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -18,16 +19,17 @@ from safetensors.numpy import load_file, save_file
 from ltx2 import api
 from ltx2.convert.checkpoint import open_sources
 from ltx2.convert.plan import Drop, Options, Plan, make_plan, plan_json
-from ltx2.quant.apply import Settings, quantize, quantize_plan
+from ltx2.convert.verify import verify
+from ltx2.quant.apply import Settings, quantize, quantize_plan, repack
 from ltx2.quant.recipe import Recipe, Rule, load_recipe, recipe_names
 from ltx2.quant.report import Quantized, Report
 from ltx2.quant.step import packings
-from ltx2.runtime.errors import CheckpointError, InputError, ModelFolderError
+from ltx2.runtime.errors import CheckpointError, InputError, ModelFolderError, VerificationError
 from ltx2.runtime.events import BytesDone, Warned, Written
 from ltx2.runtime.latents import Grid, Latents, Scales, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network, load_weights
-from ltx2.runtime.tensorfile import open_tensorfile
+from ltx2.runtime.tensorfile import hash_file, open_tensorfile
 from ltx2.runtime.transformer.model import StreamInput, Transformer
 from tests import published
 from tests.official import GEMMA, MONOLITH, UPSCALER, Official
@@ -311,6 +313,32 @@ def golden_velocity(folder: ModelFolder) -> tuple[np.ndarray, np.ndarray]:
     tokens, sigma = noise.to_tokens(), mx.array([[0.725]])
     video, audio = network(StreamInput(tokens.video, sigma, sigma), StreamInput(tokens.audio, sigma, sigma), *prepared)
     return np.array(video), np.array(audio)
+
+
+class TestVerify:
+    @pytest.mark.parametrize("dtype", [None, "f16"])
+    def test_every_value_is_found_again(self, tmp_path: Path, dtype: str | None) -> None:
+        sources = [MONOLITH, UPSCALER, GEMMA]
+        path = api.convert(sources, tmp_path / "q", variant="distilled", dtype=dtype, bits=3)
+        report = verify(path, sources, repack)
+        assert report.compared == report.tensors > 1000
+
+    def test_another_quantization_is_noticed(self, q4: tuple[Path, Report], tmp_path: Path) -> None:
+        """A folder whose packed values were made by other means, with its manifest put right."""
+        path, name = tmp_path / "q4", "connectors/model.safetensors"
+        shutil.copytree(q4[0], path)
+        weights = mx.load(str(path / name))
+        assert isinstance(weights, dict)
+        key = "video_connector.transformer_1d_blocks.1.ff.proj_in.weight"
+        weights[key] = weights[key] ^ 1
+        mx.save_safetensors(str(path / name), weights, {"format": "mlx"})
+        manifest = json.loads((path / "ltx2.json").read_text())
+        for file in manifest["components"]["connectors"]["files"]:
+            written = path / "connectors" / file["name"]
+            file |= {"size": written.stat().st_size, "sha256": hash_file(written)}
+        (path / "ltx2.json").write_text(json.dumps(manifest))
+        with pytest.raises(VerificationError, match=re.escape(key)):
+            verify(path, [MONOLITH], repack)
 
 
 class TestRefusals:
