@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.paths import check_output
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class Timing:
 
 
 def write_receipt(path: Path, receipt: dict[str, Any]) -> None:
-    """Raises InputError when the folder does not exist."""
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}", f"the folder {path.parent} does not exist", "create it first")
+    """Raises InputError when `path` cannot be written."""
+    check_output(path)
     path.write_text(json.dumps(receipt, indent=2) + "\n")

@@ -10,7 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.latents import Grid, Latents
+from ltx2.runtime.latents import AUDIO_FREQUENCIES, Grid, Latents
+from ltx2.runtime.paths import check_output
 from ltx2.runtime.tensorfile import open_tensorfile
 
 
@@ -24,16 +25,15 @@ class Contexts:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, mx.array | np.ndarray]) -> None:
     """Write float32 tensors; the file appears under its name only when complete."""
+    check_output(path)
     target = Path(path)
-    if not target.parent.is_dir():
-        raise InputError(f"cannot write {target}", f"the folder {target.parent} does not exist", "create it first")
     partial = target.with_name(target.name + ".partial")
     save_file({name: np.array(value, dtype=np.float32) for name, value in tensors.items()}, partial)
     partial.replace(target)
 
 
 def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array]:
-    """The named float32 tensors. Raises InputError when one is missing or of another dtype."""
+    """The named float32 tensors. Raises InputError when one is missing, of another dtype, or not finite."""
     file = Path(path)
     if not file.is_file():
         raise InputError(f"cannot read {file}", "there is no such file", "check the path")
@@ -46,7 +46,11 @@ def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array
         if tensors.tensors[name].dtype != "F32":
             why = f"it is {tensors.tensors[name].dtype}"
             raise InputError(f"{name} in {file.name} is not float32", why, "save the tensors as float32")
-        result[name] = mx.array(np.array(tensors.array(name)))
+        values = np.array(tensors.array(name))
+        if not np.isfinite(values).all():
+            why = f"{name} holds NaN or infinite values"
+            raise InputError(f"{file.name} is damaged", why, "make the file again")
+        result[name] = mx.array(values)
     return result
 
 
@@ -67,7 +71,7 @@ def read_latents(path: str | Path, channels: int, audio_channels: int) -> Latent
     tensors = read_tensors(path, ("video", "audio"))
     video, audio = tensors["video"], tensors["audio"]
     _check_shape(path, "video", video, (1, channels, *video.shape[2:5]) if video.ndim == 5 else (1, channels, 1, 1, 1))
-    _check_shape(path, "audio", audio, (1, audio_channels, audio.shape[2] if audio.ndim == 4 else 1, 16))
+    _check_shape(path, "audio", audio, (1, audio_channels, audio.shape[2] if audio.ndim == 4 else 1, AUDIO_FREQUENCIES))
     return Latents(video, audio)
 
 
@@ -75,12 +79,12 @@ def write_latents(path: str | Path, latents: Latents) -> None:
     write_tensors(path, {"video": latents.video, "audio": latents.audio})
 
 
-def read_embeddings(path: str | Path) -> Contexts:
+def read_embeddings(path: str | Path, width: int) -> Contexts:
     """`video_context` and `audio_context`, (1, tokens, width)."""
     tensors = read_tensors(path, ("video_context", "audio_context"))
     for name, value in tensors.items():
-        if value.ndim != 3 or value.shape[0] != 1:
-            why = f"its shape is {list(value.shape)}, not (1, tokens, width)"
+        if value.ndim != 3 or value.shape[0] != 1 or value.shape[2] != width:
+            why = f"its shape is {list(value.shape)}, this model needs [1, tokens, {width}]"
             raise InputError(f"{name} in {Path(path).name} cannot be used", why, "use a file from --save-embeddings")
     return Contexts(tensors["video_context"], tensors["audio_context"])
 

@@ -75,8 +75,8 @@ class Latents:
 
 
 def audio_latent_count(frames: int, fps: float, scales: Scales) -> int:
-    """Audio latents of a clip: seconds times the latent rate, rounded half to even."""
-    return round(frames / fps * scales.audio_rate)
+    """Audio latents of a clip: seconds times the latent rate, rounded half to even, at least one."""
+    return max(1, round(frames / fps * scales.audio_rate))
 
 
 def video_positions(grid: Grid, fps: float, scales: Scales) -> Positions:

@@ -17,6 +17,7 @@ import imageio_ffmpeg  # type: ignore[import-untyped]
 import numpy as np
 
 from ltx2.runtime.errors import InputError, MediaError, NumericsError
+from ltx2.runtime.paths import check_output
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -48,13 +49,9 @@ class AudioTrack:
 
 def check_target(path: Path) -> None:
     """Find out before a clip is made what would prevent writing it to `path`. Raises InputError."""
-    what = f"cannot write {path}"
-    if path.is_dir():
-        raise InputError(what, "it is a folder", f"name a file in it: {path / 'clip.mp4'}")
+    check_output(path)
     if path.suffix.lower() != ".mp4":
-        raise InputError(what, "clips are written as mp4", f"use {path.with_suffix('.mp4')}")
-    if not path.absolute().parent.is_dir():
-        raise InputError(what, f"the folder {path.parent} does not exist", "create it, or write elsewhere")
+        raise InputError(f"cannot write {path}", "clips are written as mp4", f"use {path.with_suffix('.mp4')}")
 
 
 def write_video(

@@ -30,11 +30,13 @@ from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network
 from ltx2.runtime.machine import device_memory, machine_facts
 from ltx2.runtime.memory import Phase, limit_cache
+from ltx2.runtime.paths import check_output
 from ltx2.runtime.presets import Preset, Stage, load_preset
 from ltx2.runtime.request import Request, Sizes
 from ltx2.runtime.sampling import check_latents, denoise, mix_noise
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
 from ltx2.runtime.text_encoder.tokenizer import Encoded, Tokenizer
+from ltx2.runtime.transformer.config import TransformerConfig
 from ltx2.runtime.transformer.model import Transformer
 from ltx2.runtime.upsampler import LatentUpsampler
 from ltx2.runtime.video_vae.config import VideoVAEConfig
@@ -75,7 +77,6 @@ class Run:
     def __init__(self, folder: ModelFolder, request: Request) -> None:
         self.folder = folder
         preset = load_preset(folder.manifest.release, folder.manifest.variant)
-        self.request = request.with_defaults(preset)
         self.preset: Preset = preset.single_stage() if request.no_upscale else preset
         self.video_config = VideoVAEConfig.from_dict(folder.config("video_vae"))
         self.audio_config = AudioVAEConfig.from_dict(folder.config("audio_vae"))
@@ -85,14 +86,22 @@ class Run:
             self.audio_config.hop / self.audio_config.sample_rate,
             self.audio_config.temporal_scale,
         )
+        if request.latents is not None:
+            request = request.for_latents(self._read_latents(request.latents).video.shape, self.scales)
+        self.request = request.with_defaults(preset)
         self.phases: list[PhaseDone] = []
         self._check()
 
     def _check(self) -> None:
         """Everything that can be known to be wrong before the work starts."""
+        stages = self.preset.stages if self.request.latents is None else ()
+        Sizes.of(self.request).check(self.scales, stages, self.video_config.smallest_side)
+        self._check_components()
+        self._check_files()
+
+    def _check_components(self) -> None:
         needed = ["video_vae"] if self.request.no_audio else ["video_vae", "audio_vae", "vocoder"]
         if self.request.latents is None:
-            Sizes.of(self.request).check(self.scales, self.preset.stages)
             needed.append("transformer")
             if len(self.preset.stages) > 1 and not self.folder.has("spatial_upscaler"):
                 raise InputError(
@@ -104,6 +113,16 @@ class Run:
                 needed += ["text_encoder", "connectors"]
         for component in needed:
             self._check_weights(component)
+
+    def _check_files(self) -> None:
+        """Files to write have a place; files to read fit (they are small, and are read again when needed)."""
+        for path in (self.request.save_embeddings, self.request.save_latents):
+            if path is not None:
+                check_output(path)
+        if self.request.latents is None and self.request.noise is not None:
+            read_noise(self.request.noise, [self._grid(stage) for stage in self.preset.stages])
+        if self.request.latents is None and self.request.embeddings is not None:
+            self._read_contexts(self.request.embeddings)
 
     def _check_weights(self, component: str) -> None:
         """The component is there, and its weights fit in memory (the text encoder's are read layer by layer)."""
@@ -120,8 +139,10 @@ class Run:
         """All phases, then Generated."""
         started = time.perf_counter()
         limit_cache()
+        given = "latents" if self.request.latents else "embeddings" if self.request.embeddings else None
+        if given and self.request.prompt is not None:
+            yield Warned(f"the prompt has no effect: the {given} were made from another one")
         latents = yield from self._latents()
-        check_latents(latents, "sampling")
         if self.request.save_latents:
             write_latents(self.request.save_latents, latents)
         frames = yield from self._phase("video_vae", self._decode_video, latents.video)
@@ -151,18 +172,24 @@ class Run:
 
     def _latents(self) -> Work[Latents]:
         if self.request.latents is not None:
-            config = self.video_config, self.audio_config
-            return read_latents(self.request.latents, config[0].latent_channels, config[1].latent_channels)
+            return self._read_latents(self.request.latents)
         contexts = yield from self._contexts()
         if self.request.save_embeddings:
             write_embeddings(self.request.save_embeddings, contexts)
         return (yield from self._sample(contexts))
 
+    def _read_latents(self, path: str) -> Latents:
+        return read_latents(path, self.video_config.latent_channels, self.audio_config.latent_channels)
+
     # Text
+
+    def _read_contexts(self, path: str) -> Contexts:
+        config = TransformerConfig.from_dict(self.folder.config("transformer"))
+        return read_embeddings(path, config.caption_channels)
 
     def _contexts(self) -> Work[Contexts]:
         if self.request.embeddings is not None:
-            return read_embeddings(self.request.embeddings)
+            return self._read_contexts(self.request.embeddings)
         tokens = self._tokenize()
         if tokens.truncated:
             yield Warned(f"the prompt is {tokens.truncated} tokens too long; its end is ignored")
@@ -283,7 +310,7 @@ class Run:
         return {
             "request": self.request.to_dict(),
             "model": {
-                "path": str(self.folder.path),
+                "path": str(self.folder.path.absolute()),
                 "release": manifest.release,
                 "variant": manifest.variant,
                 "files": {n: [f.sha256 for f in c.files] for n, c in manifest.components.items()},

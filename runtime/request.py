@@ -1,12 +1,17 @@
 """One validated generation: options in, sizes that the model can make out."""
 
-from collections.abc import Mapping
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.latents import Grid, Scales, audio_latent_count
 from ltx2.runtime.presets import Preset, Stage
+
+SEEDS = 1 << 64  # a key of MLX's generator is 64 bits
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,45 @@ class Request:
     save_latents: str | None = None
     latents: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.seed is not None and not 0 <= self.seed < SEEDS:
+            why = "it must be between 0 and 2**64 - 1"
+            raise InputError(f"seed {self.seed} is not valid", why, "use 10")
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Request":
-        """Raises InputError for an unknown option."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(options.keys() - known)
+        """Any whole number, path or flag will do, also numpy's and pathlib's; None is left out.
+
+        Raises InputError for an unknown option and for a value of the wrong type.
+        """
+        types = {f.name: f.type for f in fields(cls)}
+        unknown = sorted(options.keys() - types.keys())
         if unknown:
-            raise InputError(f"unknown option {unknown[0]!r}", "generate has no such option", f"use {', '.join(known)}")
-        return cls(**{name: value for name, value in options.items() if value is not None})
+            known = ", ".join(types)
+            raise InputError(f"unknown option {unknown[0]!r}", "generate has no such option", f"use {known}")
+        return cls(**{n: _read(n, types[n], value) for n, value in options.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As the sidecar records it: files by absolute path."""
+        files = ("embeddings", "save_embeddings", "noise", "save_latents", "latents")
+        given = {name: path for name in files if (path := getattr(self, name)) is not None}
+        return asdict(self) | {name: str(Path(path).absolute()) for name, path in given.items()}
+
+    def for_latents(self, shape: Sequence[int], scales: Scales) -> "Request":
+        """With the sizes that latents (1, C, F, H, W) make. Raises InputError when it asks for others."""
+        *_, frames, height, width = shape
+        made = replace(
+            self,
+            width=width * scales.spatial,
+            height=height * scales.spatial,
+            frames=(frames - 1) * scales.temporal + 1,
+        )
+        for name in ("width", "height", "frames"):
+            asked, value = getattr(self, name), getattr(made, name)
+            if asked not in (None, value):
+                what = f"{name} {asked} does not fit the latents"
+                raise InputError(what, f"they make {name} {value}", f"leave out --{name}")
+        return made
 
     def with_defaults(self, preset: Preset) -> "Request":
         """Fill what was not asked for. Raises InputError without a prompt, embeddings or latents."""
@@ -46,6 +79,42 @@ class Request:
             raise InputError("there is no prompt", why, "give a PROMPT, --embeddings or --latents")
         missing = {name: value for name, value in preset.defaults.items() if getattr(self, name) is None}
         return replace(self, **missing)
+
+
+def _read(name: str, kind: Any, value: Any) -> Any:
+    read, meaning = READERS[kind]
+    try:
+        return read(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} {value!r} is not valid", f"it must be {meaning}", "give another value") from None
+
+
+def _text(value: Any) -> str:
+    text = os.fspath(value)
+    if not isinstance(text, str):
+        raise TypeError
+    return text
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _flag(value: Any) -> bool:
+    if value not in (True, False):
+        raise TypeError
+    return bool(value)
+
+
+# By the type of a Request's field: how a user's value is read, and what it must be.
+READERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
+    str | None: (_text, "a text or path"),
+    int | None: (_whole, "a whole number"),
+    float | None: (float, "a number"),
+    bool: (_flag, "true or false"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,15 +131,18 @@ class Sizes:
         assert request.width and request.height and request.frames and request.fps, "request without defaults"
         return cls(request.width, request.height, request.frames, request.fps)
 
-    def check(self, scales: Scales, stages: tuple[Stage, ...]) -> None:
-        """Raises InputError naming both nearest valid values."""
-        multiple = scales.spatial * max(stage.downscale for stage in stages)
+    def check(self, scales: Scales, stages: tuple[Stage, ...], smallest: int) -> None:
+        """`smallest`: pixels of the shortest side that can be decoded. Raises InputError naming both nearest valid
+        values."""
+        multiple = scales.spatial * max((stage.downscale for stage in stages), default=1)
+        smallest = -(-smallest // multiple) * multiple
         for name, value in (("width", self.width), ("height", self.height)):
-            if value < multiple or value % multiple:
-                _invalid(name, value, *_nearest(value, multiple, 0), f"it must be a multiple of {multiple}")
-        if self.frames < 1 or (self.frames - 1) % scales.temporal:
-            step = scales.temporal
-            _invalid("frames", self.frames, *_nearest(self.frames, step, 1), f"it must be {step}k+1")
+            if value < smallest or value % multiple:
+                why = f"it must be a multiple of {multiple}, at least {smallest}"
+                raise _invalid(name, value, _nearest(value, multiple, smallest), why)
+        step = scales.temporal
+        if self.frames < 1 or (self.frames - 1) % step:
+            raise _invalid("frames", self.frames, _nearest(self.frames, step, 1), f"it must be {step}k+1")
         if not 1 <= self.fps <= 240:
             raise InputError(f"fps {self.fps:g} is not valid", "it must be between 1 and 240", "use 24, 25 or 30")
 
@@ -86,12 +158,11 @@ class Sizes:
         )
 
 
-def _nearest(value: int, multiple: int, offset: int) -> tuple[int, int]:
-    below = (value - offset) // multiple * multiple + offset
-    smallest = offset or multiple
-    return max(below, smallest), max(below + multiple, smallest)
+def _nearest(value: int, step: int, smallest: int) -> list[int]:
+    """The valid values around `value`, of smallest, smallest + step, ..."""
+    below = value - (value - smallest) % step
+    return sorted({max(below, smallest), max(below + step, smallest)})
 
 
-def _invalid(name: str, value: int, below: int, above: int, why: str) -> None:
-    values = f"{below}" if below == above else f"{below} or {above}"
-    raise InputError(f"{name} {value} is not valid", why, f"use {values}")
+def _invalid(name: str, value: int, nearest: list[int], why: str) -> InputError:
+    return InputError(f"{name} {value} is not valid", why, f"use {' or '.join(str(n) for n in nearest)}")

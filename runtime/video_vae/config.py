@@ -128,6 +128,11 @@ class VideoVAEConfig(Config):
         return self.patch_size * _scales(self.encoder_stages)[1]
 
     @property
+    def smallest_side(self) -> int:
+        """Pixels of the shortest side that can be decoded: reflection needs a second latent."""
+        return self.spatial_scale * (2 if self.decoder_padding == "reflect" else 1)
+
+    @property
     def temporal_scale(self) -> int:
         """Frames per latent; the first latent stands for one frame."""
         return _scales(self.encoder_stages)[0]
