@@ -34,6 +34,7 @@ RANGES: Mapping[int, tuple[tuple[float, float], ...]] = {
 # Values a thread works on at a time: few enough for its four float32 buffers to stay in the processor's cache, enough
 # for the threads not to wait for each other at every step.
 BLOCK_VALUES = 1 << 18
+MAX_THREADS = 8  # more would mostly wait for the interpreter
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,8 @@ def _from_stored(values: Array, dtype: str) -> Array:
 
 
 def _spans(count: int, step: int) -> list[range]:
-    """The starts of blocks of `step` groups, in one range per processor."""
-    share = -(-count // (os.cpu_count() or 1))
+    """The starts of blocks of `step` groups, in one range per thread."""
+    share = -(-count // min(MAX_THREADS, os.cpu_count() or 1))
     share += -share % step
     return [range(start, min(start + share, count), step) for start in range(0, count, share)]
 
