@@ -1,0 +1,224 @@
+"""Sources: recognised by content, completed by options, or refused with the reason and the remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ltx2.convert import rules
+from ltx2.convert.check import check_plan
+from ltx2.convert.checkpoint import open_sources, variant_in_name
+from ltx2.convert.plan import Options, Plan, make_plan
+from ltx2.convert.release import releases
+from ltx2.runtime.errors import CheckpointError, ConfigError, InputError, UnsupportedError
+from tests import published
+from tests.official import GEMMA, MONOLITH, UPSCALER
+
+SHARD: published.Tensors = {"language_model.model.norm.weight": ("F32", (2,)), "vision_tower.x.weight": ("F32", (2,))}
+DROPPED = rules.Target("", "", rules.VISION)
+
+
+def demo_plan(options: Options, *sources: Path) -> Plan:
+    return make_plan(open_sources(sources or (MONOLITH, UPSCALER, GEMMA)), options)
+
+
+class TestVariant:
+    @pytest.mark.parametrize(
+        ("name", "variant"),
+        [
+            ("ltx-2-19b-dev", "dev"), ("LTX_2_Distilled", "distilled"), ("device", None), ("ltx-2-demo", None),
+            ("dev-with-distilled-lora", None),
+        ],
+    )  # fmt: skip
+    def test_in_name(self, name: str, variant: str | None) -> None:
+        assert variant_in_name(name) == variant
+
+    def test_asks_for_the_option(self) -> None:
+        with pytest.raises(InputError, match="--variant"):
+            make_plan(open_sources([MONOLITH]))
+
+    def test_is_not_needed_without_a_transformer(self) -> None:
+        assert make_plan(open_sources([UPSCALER, GEMMA])).variant is None
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        "options", [Options("turbo"), Options("dev", "int4"), Options("dev", only=("vae",))], ids=lambda o: str(o)
+    )
+    def test_unknown_values(self, options: Options) -> None:
+        with pytest.raises(InputError):
+            demo_plan(options)
+
+    def test_only_what_no_source_holds(self) -> None:
+        with pytest.raises(InputError, match="vocoder"):
+            demo_plan(Options(only=("vocoder",)), UPSCALER)
+
+
+class TestSources:
+    """Recognition by content, and refusals that say what was recognised."""
+
+    def write(self, folder: Path, tensors: published.Tensors, metadata: dict[str, str] | None = None) -> Path:
+        return published.write_sparse(folder / "file.safetensors", tensors, metadata or {})
+
+    @pytest.mark.parametrize(
+        ("extra", "said"),
+        [
+            ({"weight": ("F8_E4M3", (8, 8)), "weight_scale": ("F32", ())}, "FP8 \\(E4M3\\)"),
+            ({"weight": ("F8_E5M2", (8, 8))}, "FP8 \\(E5M2\\)"),
+            (
+                {"weight": ("U8", (8, 4)), "weight_scale": ("F8_E4M3", (8, 1)), "weight_scale_2": ("F32", ())},
+                "NVFP4",
+            ),
+            ({"weight": ("I8", (8, 8)), "weight_scale": ("F32", (8, 1)), "comfy_quant": ("U8", (72,))}, "int8"),
+        ],
+    )
+    def test_quantized_storage(self, tmp_path: Path, extra: published.Tensors, said: str) -> None:
+        layer = "model.diffusion_model.transformer_blocks.1.attn1.to_k."
+        with pytest.raises(UnsupportedError, match=said):
+            open_sources([self.write(tmp_path, {layer + name: form for name, form in extra.items()})])
+
+    @pytest.mark.parametrize(
+        ("tensors", "metadata", "said"),
+        [
+            ({"model.diffusion_model.prompt_adaln_single.linear.weight": ("BF16", (2, 2))}, {}, "LTX-2.3"),
+            ({"vae.encoder.conv_in.conv.weight": ("BF16", (2, 2))}, {"model_version": "2.3.0"}, "LTX-2.3"),
+            ({"model.diffusion_model.keyframes_abs_pos_embedding": ("BF16", (1, 2))}, {}, "LTX-2.5"),
+            ({"encoder.conv_in.conv.weight": ("BF16", (2, 2))}, {"model_version": "2.5.0"}, "LTX-2.5"),
+            ({"model.norm.weight": ("BF16", (2,))}, {"gemma_config": '{"gemma_version": "x"}'}, "LTX-2.5"),
+            (
+                {"upsampler.0.weight": ("BF16", (8, 2, 3, 3))},
+                {"config": '{"_class_name": "LatentUpsampler", "spatial_upsample": true, "temporal_upsample": false}'},
+                "LTX-2.3",
+            ),
+        ],
+    )
+    def test_later_releases(
+        self, tmp_path: Path, tensors: published.Tensors, metadata: dict[str, str], said: str
+    ) -> None:
+        with pytest.raises(UnsupportedError, match=said):
+            open_sources([self.write(tmp_path, tensors, metadata)])
+
+    def test_releases_are_data(self) -> None:
+        assert [(r.name, r.supported) for r in releases()] == [("2.0", True), ("2.3", False), ("2.5", False)]
+
+    def test_mixed_signs(self, tmp_path: Path) -> None:
+        tensors: published.Tensors = {"vocoder.conv_pre.weight": ("BF16", (2, 2, 7))}
+        with pytest.raises(CheckpointError, match="mixes releases"):
+            open_sources([self.write(tmp_path, tensors, {"model_version": "2.3.0"})])
+
+    def test_unknown_file(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"not an LTX-2 file.*unet\.conv"):
+            open_sources([self.write(tmp_path, {"unet.conv": ("F32", (2, 2))})])
+
+    def test_unknown_tensor(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, {"vae.conv": ("F32", (2, 2)), "extra.thing": ("F32", (2,))})
+        with pytest.raises(CheckpointError, match=r"1 of 2 match no rule.*extra\.thing"):
+            make_plan(open_sources([path]))
+
+    def test_missing_configuration(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"config\.vae"):
+            make_plan(open_sources([self.write(tmp_path, {"vae.conv": ("F32", (2, 2))})]))
+
+    def test_unknown_configuration_key(self, tmp_path: Path) -> None:
+        _, metadata, tensors = published.read_header(published.TEMPORAL)
+        config = json.loads(metadata["config"]) | {"attention": True}
+        path = self.write(tmp_path, tensors, {"config": json.dumps(config)})
+        with pytest.raises(ConfigError, match="attention"):
+            check_plan(make_plan(open_sources([path])))
+
+    def test_unreadable_configuration(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, {"vae.conv": ("F32", (2, 2))}, {"config": "{"})
+        with pytest.raises(CheckpointError, match="unreadable configuration"):
+            open_sources([path])
+
+    def test_upscaler_without_direction(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="space or time"):
+            open_sources([self.write(tmp_path, {"upsampler.conv.weight": ("F32", (2, 2, 3, 3))})])
+
+    def test_truncated_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "cut.safetensors"
+        path.write_bytes(MONOLITH.read_bytes()[:-1])
+        with pytest.raises(CheckpointError, match="not a valid safetensors file"):
+            open_sources([path])
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="cannot read"):
+            open_sources([tmp_path / "nothing.safetensors"])
+
+    def test_two_sources_for_one_component(self, tmp_path: Path) -> None:
+        dev, distilled = published.write_published(tmp_path, published.MONOLITH)
+        with pytest.raises(CheckpointError, match=r"two sources hold a .*ltx-2-19b-dev.*ltx-2-19b-distilled"):
+            make_plan(open_sources([dev, distilled]))
+
+    def test_the_same_source_twice(self) -> None:
+        with pytest.raises(InputError, match="twice"):
+            open_sources([UPSCALER, UPSCALER.parent / "." / UPSCALER.name])
+
+    def test_no_source(self) -> None:
+        with pytest.raises(InputError):
+            open_sources([])
+
+    def test_folder_of_files(self) -> None:
+        assert [s.kind for s in open_sources([MONOLITH.parent])] == ["spatial_upscaler", "checkpoint"]
+
+    def test_empty_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="holds no checkpoint"):
+            open_sources([tmp_path])
+
+    def test_model_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "ltx2.json").write_text("{}")
+        with pytest.raises(InputError, match="already a model folder"):
+            open_sources([tmp_path])
+
+
+class TestGemmaFolder:
+    def folder(self, path: Path, tensors: published.Tensors | None = None, **config: object) -> Path:
+        published.write_sparse(path / "model-00001-of-00002.safetensors", tensors or SHARD, {})
+        published.write_sparse(path / "model-00002-of-00002.safetensors", {"language_model.model.x": ("F32", (1,))}, {})
+        (path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {}} | config))
+        return path
+
+    def test_both_spellings(self) -> None:
+        old = rules.target("gemma", "language_model.model.layers.1.mlp.up_proj.weight")
+        new = rules.target("gemma", "model.language_model.layers.1.mlp.up_proj.weight")
+        assert old == new == rules.Target("text_encoder", "model.layers.1.mlp.up_proj.weight")
+        for name in ("vision_tower.a", "multi_modal_projector.b"):
+            assert rules.target("gemma", name) == rules.target("gemma", f"model.{name}") == DROPPED
+
+    def test_companions(self) -> None:
+        (source,) = open_sources([GEMMA])
+        assert [p.name for p in source.companions] == [
+            "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+        ]  # fmt: skip
+
+    def test_missing_shard_without_index(self, tmp_path: Path) -> None:
+        (self.folder(tmp_path) / "model-00002-of-00002.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is missing"):
+            open_sources([tmp_path])
+
+    def test_missing_shard_with_index(self, tmp_path: Path) -> None:
+        folder = self.folder(tmp_path)
+        where = {"language_model.model.norm.weight": "model-00003-of-00003.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        with pytest.raises(CheckpointError, match=r"model-00003-of-00003\.safetensors is missing"):
+            open_sources([folder])
+
+    def test_index_of_other_files(self, tmp_path: Path) -> None:
+        folder = self.folder(tmp_path)
+        where = dict.fromkeys((*SHARD, "language_model.model.x"), "model-00001-of-00002.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        with pytest.raises(CheckpointError, match=r"1 tensors are elsewhere.*language_model\.model\.x"):
+            open_sources([folder])
+
+    def test_one_shard_alone(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="name its folder instead"):
+            open_sources([self.folder(tmp_path) / "model-00001-of-00002.safetensors"])
+
+    def test_another_model(self, tmp_path: Path) -> None:
+        with pytest.raises(UnsupportedError, match="gemma2"):
+            open_sources([self.folder(tmp_path, model_type="gemma2")])
+
+    def test_quantized(self, tmp_path: Path) -> None:
+        tensors = SHARD | {"language_model.model.norm.scales": ("F32", (2,))}
+        with pytest.raises(UnsupportedError, match="MLX-quantized"):
+            open_sources([self.folder(tmp_path, tensors)])
