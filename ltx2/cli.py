@@ -4,6 +4,7 @@ With --json, stdout carries exactly one JSON object; everything for people goes 
 why and how to fix it, and exit with their class's code."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -76,6 +77,9 @@ def run(args: list[str]) -> int:
         return error.exit_code
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_USAGE
     except click.ClickException as error:
         usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else "ltx2 --help"
         fix = f"see {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else usage
@@ -85,6 +89,9 @@ def run(args: list[str]) -> int:
         stopped = {"kind": "interrupted", "what": "interrupted", "why": "Ctrl-C", "fix": "run the same command again"}
         _show_error(stopped, as_json)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # who read our output (head, less) has gone; what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -153,8 +160,11 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
     from ltx2.convert.write import WriteOptions
     from ltx2.quant.apply import Settings
     from ltx2.quant.apply import quantize as quantize_folder
+    from ltx2.runtime.paths import check_output
 
     written = WriteOptions(force=options.pop("force"))
+    if report is not None:
+        check_output(report)
     _finish_model(output, quantize_folder(model, target, Settings(**options), written), report)
 
 
@@ -229,11 +239,23 @@ def generate(output: Output, target: Path, model: Path | None, sidecar: Path | N
     if model is None:
         raise click.UsageError("Missing option '-m' / '--model'.")
     given = {name: value for name, value in options.items() if value is not None}
-    done = output.follow(Pipeline(model).stream(**{**earlier, **given}))
+    if "prompt" in given:  # a new one makes what stands for the old one useless
+        earlier = {name: value for name, value in earlier.items() if name not in ("embeddings", "latents")}
+    done = output.follow(_saved(Pipeline(model).stream(**{**earlier, **given}), target))
     assert isinstance(done, Generated), "a generation ends with its clip"
-    done.clip.save(target)
     data = {"clip": str(target), "sidecar": str(sidecar_path(target)), **done.clip.record}
     output.result(data, f"{target}  ({len(done.clip.frames)} frames, {done.clip.record['seconds']:.1f} s)")
+
+
+def _saved(events: "Iterable[Event]", target: Path) -> "Iterable[Event]":
+    """The events of a generation; before the last one the clip is written."""
+    from ltx2.runtime.events import Generated, PhaseStarted
+
+    for event in events:
+        if isinstance(event, Generated):
+            yield PhaseStarted("mp4")
+            event.clip.save(target)
+        yield event
 
 
 @cli.command()
@@ -256,7 +278,10 @@ def bench(output: Output, model: Path, repeat: int, warmup: int, out: Path | Non
     from ltx2.bench.run import Benched, Case, run_bench, table
     from ltx2.bench.stats import write_receipt
     from ltx2.render import print_table
+    from ltx2.runtime.paths import check_output
 
+    if out is not None:
+        check_output(out)
     given = {name: value for name, value in options.items() if value is not None}
     done = output.follow(run_bench(Case(model, given, repeat, warmup)))
     assert isinstance(done, Benched), "a benchmark ends with its receipt"

@@ -15,6 +15,7 @@ from rich.text import Text
 from ltx2.runtime.events import BytesDone, Event, PhaseDone, PhaseStarted, Section, StepDone, Warned
 
 HEARTBEAT_SECONDS = 5.0
+FILE_WIDTH = 120  # of tables, where there is no terminal that says its own
 GIB = 1 << 30
 
 
@@ -46,6 +47,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        if self._heart.is_alive():
+            self._heart.join()  # it may be about to print
         if self._live is not None:
             self._live.__exit__(kind, error, trace)
 
@@ -56,7 +59,7 @@ class Progress:
         match event:
             case PhaseStarted(name=name):
                 self._steps = []
-                self._set(f"{name}: loading")
+                self._set(name)
             case StepDone():
                 self._steps.append(event.seconds)
                 self._set(_step_line(event, self._steps))
@@ -114,10 +117,11 @@ def _size(count: int) -> str:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stderr; all columns but the first are right-aligned."""
+    """A table on stderr; all columns but the first are right-aligned. Names are never cut off."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(file=sys.stderr).print(table)
+    width = None if sys.stderr.isatty() else FILE_WIDTH
+    Console(stderr=True, highlight=False, width=width).print(table)
