@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -28,10 +29,12 @@ def total_memory() -> int:
 
 def process_peak_memory() -> int:
     """The most bytes of memory this process has held so far."""
+    if sys.platform == "linux":  # where ru_maxrss starts at the parent's peak
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def chip_name() -> str:

@@ -43,10 +43,6 @@ class Attention(nn.Module):
         return (x if rope is None else apply_rope(x, rope)).transpose(0, 2, 1, 3)
 
 
-# Tokens per pass through a feed-forward network, which is four times as wide inside: bounds its memory on long clips.
-FEED_TOKENS = 4096
-
-
 class FeedForward(nn.Module):
     """Linear, GELU (tanh approximation), Linear, four times as wide inside."""
 
@@ -56,14 +52,6 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(4 * dim, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(batch, tokens, dim) -> the same shape; tokens are independent."""
-        if x.shape[1] <= FEED_TOKENS:
-            return self._feed(x)
-        passes = -(-x.shape[1] // FEED_TOKENS)
-        bounds = [x.shape[1] * i // passes for i in range(1, passes)]
-        return mx.concatenate([self._feed(part) for part in mx.split(x, bounds, axis=1)], axis=1)
-
-    def _feed(self, x: mx.array) -> mx.array:
         return self.proj_out(gelu_tanh(self.proj_in(x)))
 
 
