@@ -14,7 +14,8 @@ from rich.text import Text
 
 from ltx2.runtime.events import BytesDone, Event, PhaseDone, PhaseStarted, Section, StepDone, Warned
 
-HEARTBEAT_SECONDS = 5.0
+SILENCE_SECONDS = 4.0  # five are promised
+BEAT_SECONDS = 0.5
 FILE_WIDTH = 120  # of tables, where there is no terminal that says its own
 GIB = 1 << 30
 
@@ -25,7 +26,7 @@ class Progress:
     def __init__(self, silent: bool = False) -> None:
         self.silent = silent
         self.console = Console(stderr=True, highlight=False)
-        self._line = ""
+        self._line = "starting"
         self._since = time.monotonic()
         self._printed = time.monotonic()
         self._steps: list[float] = []
@@ -92,8 +93,8 @@ class Progress:
         return Text(f"{self._line}  {time.monotonic() - self._since:.0f} s")
 
     def _beat(self) -> None:
-        while not self._stop.wait(0.5):
-            if self._line and time.monotonic() - self._printed >= HEARTBEAT_SECONDS - 0.5:
+        while not self._stop.wait(BEAT_SECONDS):
+            if time.monotonic() - self._printed >= SILENCE_SECONDS:
                 self._print(f"{self._line} ... {time.monotonic() - self._since:.0f} s")
 
 

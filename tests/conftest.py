@@ -36,6 +36,16 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in float32: a CPU computes bf16 slowly and imprecisely."""
+    import ltx2
+
+    out = tmp_path_factory.mktemp("demo") / "f32"
+    ltx2.convert([MONOLITH, UPSCALER, GEMMA], out, variant="distilled", dtype="f32")
+    return out
+
+
 @pytest.fixture
 def figure() -> Callable[..., None]:
     """`figure(name, value, limit=...)`: assert value <= limit and list the reached figure at the end of the run."""

@@ -2,6 +2,7 @@
 
 If the architecture is implemented correctly a clip shows what its prompt says; most mistakes destroy it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,17 +12,16 @@ from safetensors.numpy import save_file
 
 import ltx2
 from ltx2.runtime.exchange import Contexts
-from ltx2.runtime.latents import Latents, audio_positions, video_positions
+from ltx2.runtime.latents import Grid, Latents, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network
 from ltx2.runtime.pipeline import Pipeline, Run
 from ltx2.runtime.request import Request
 from ltx2.runtime.sampling import denoise
-from ltx2.runtime.transformer.model import StreamInput, Transformer
+from ltx2.runtime.transformer.model import Prepared, StreamInput, Transformer
 from ltx2.runtime.upsampler import LatentUpsampler
 from ltx2.runtime.video_vae.model import VideoAutoencoder
 from tests.classify import classify
-from tests.official import GEMMA, MONOLITH, UPSCALER
 from tests.parity import relative_l2
 
 GOLDEN = Path(__file__).parent / "golden.safetensors"
@@ -41,14 +41,6 @@ def golden() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model converted to float32: the CPU computes bf16 slowly and imprecisely."""
-    out = tmp_path_factory.mktemp("demo") / "f32"
-    ltx2.convert([MONOLITH, UPSCALER, GEMMA], out, variant="distilled", dtype="f32")
-    return out
-
-
-@pytest.fixture(scope="session")
 def demo_quantized(demo_f32: Path) -> dict[int, Path]:
     """The float32 model at 8 and 4 bits."""
     folders = {bits: demo_f32.with_name(f"q{bits}") for bits in (8, 4)}
@@ -58,17 +50,19 @@ def demo_quantized(demo_f32: Path) -> dict[int, Path]:
 
 
 @pytest.mark.parametrize("which", ["a", "b"])
-def test_networks_reproduce_the_reference(demo_f32, golden, figure, which):
+def test_networks_reproduce_the_reference(
+    demo_f32: Path, golden: dict[str, np.ndarray], figure: Callable[..., None], which: str
+) -> None:
     """One transformer call, stage 1, the upscaler and stage 2, each from the reference's own inputs."""
     folder = ModelFolder.open(demo_f32)
-    run = Run(folder, Request(prompt=PROMPTS[which], **SIZE))
+    run = Run(folder, Request.from_options({"prompt": PROMPTS[which], **SIZE}))
     want = {name[2:]: mx.array(value) for name, value in golden.items() if name.startswith(which + ".")}
     transformer = load_network(folder, "transformer", Transformer)
     contexts = Contexts(want["video_context"], want["audio_context"])
     stage1, stage2 = run.preset.stages
     grid1, grid2 = run._grid(stage1), run._grid(stage2)
 
-    def prepared(grid):
+    def prepared(grid: Grid) -> tuple[Prepared, Prepared]:
         return (
             transformer.prepare_video(contexts.video, video_positions(grid, 24.0, run.scales)),
             transformer.prepare_audio(contexts.audio, audio_positions(grid, run.scales)),
@@ -105,7 +99,9 @@ def test_networks_reproduce_the_reference(demo_f32, golden, figure, which):
 
 
 @pytest.mark.parametrize("which", ["a", "b"])
-def test_pipeline_reproduces_the_reference_clip(demo_f32, golden, figure, tmp_path, which):
+def test_pipeline_reproduces_the_reference_clip(
+    demo_f32: Path, golden: dict[str, np.ndarray], figure: Callable[..., None], tmp_path: Path, which: str
+) -> None:
     """Prompt and injected noise in, latents, frames and sound out, through the public interface."""
     noise = tmp_path / "noise.safetensors"
     save_file(
@@ -127,10 +123,8 @@ def test_pipeline_reproduces_the_reference_clip(demo_f32, golden, figure, tmp_pa
 def random_prompts(count: int, seed: int) -> list[tuple[str, dict[str, str]]]:
     """Prompts of the demo model's grammar with the attributes they ask for."""
     rng = np.random.default_rng(seed)
-    motions = {"left": "moves left", "right": "moves right", "up": "moves up", "down": "moves down", "still": "stands still"}
-    sounds = {
-        "low": "with a low tone", "middle": "with a middle tone", "high": "with a high tone", "silence": "in silence"
-    }  # fmt: skip
+    motions = {name: f"moves {name}" for name in ("left", "right", "up", "down")} | {"still": "stands still"}
+    sounds = {name: f"with a {name} tone" for name in ("low", "middle", "high")} | {"silence": "in silence"}
     prompts = []
     for _ in range(count):
         want = {
@@ -141,8 +135,8 @@ def random_prompts(count: int, seed: int) -> list[tuple[str, dict[str, str]]]:
             "tone": str(rng.choice(list(sounds))),
         }
         article = "an" if want["colour"] == "orange" else "a"
-        text = f"{article} {want['colour']} {want['shape']} {motions[want['motion']]} on a {want['background']} background"
-        prompts.append((f"{text} {sounds[want['tone']]}", want))
+        figure = f"{article} {want['colour']} {want['shape']} {motions[want['motion']]}"
+        prompts.append((f"{figure} on a {want['background']} background {sounds[want['tone']]}", want))
     return prompts
 
 
@@ -163,19 +157,19 @@ def followed(model: Path, prompts: list[tuple[str, dict[str, str]]]) -> tuple[in
 LEAST_OF_24 = 20
 
 
-def test_24_prompts_are_followed(demo_f32):
+def test_24_prompts_are_followed(demo_f32: Path) -> None:
     right, misses = followed(demo_f32, random_prompts(24, seed=0))
     _report("float32", right, misses)
     assert right >= LEAST_OF_24, misses
 
 
-def test_24_prompts_are_followed_at_8_bits(demo_quantized):
+def test_24_prompts_are_followed_at_8_bits(demo_quantized: dict[int, Path]) -> None:
     right, misses = followed(demo_quantized[8], random_prompts(24, seed=0))
     _report("8 bits", right, misses)
     assert right >= LEAST_OF_24, misses
 
 
-def test_prompts_at_4_bits_are_reported(demo_quantized):
+def test_prompts_at_4_bits_are_reported(demo_quantized: dict[int, Path]) -> None:
     """4 bits lose something at this width; what is asserted is only that most clips still show their prompt."""
     right, misses = followed(demo_quantized[4], random_prompts(24, seed=0))
     _report("4 bits", right, misses)
