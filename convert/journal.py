@@ -45,12 +45,12 @@ class Partial:
         os.fsync(self._journal.fileno())
 
     def finish(self, target: Path) -> None:
-        """Turn the folder into the finished one at `target`."""
-        (self.path / JOURNAL).unlink()
-        for folder in [path for path in self.path.rglob("*") if path.is_dir()]:
+        """Turn the folder into the finished one at `target`. The journal goes last, so that a crash loses nothing."""
+        for folder in [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]:
             _sync(folder)
-        _sync(self.path)
         self.path.rename(target)
+        (target / JOURNAL).unlink()
+        _sync(target)
         _sync(target.parent)
 
 

@@ -16,11 +16,12 @@ from ltx2 import __version__
 from ltx2.convert.check import check_plan
 from ltx2.convert.files import PlannedFile, TextFile, component_files, main_dtype
 from ltx2.convert.hashing import SourceHashes
-from ltx2.convert.journal import Partial, open_partial
+from ltx2.convert.journal import JOURNAL, Partial, open_partial
 from ltx2.convert.plan import Plan, plan_json
 from ltx2.runtime.errors import DoesNotFitError, InputError, ModelFolderError
 from ltx2.runtime.events import BytesDone, Event, Written
 from ltx2.runtime.layout import MANIFEST, ComponentRecord, FileRecord, Manifest, ModelFolder
+from ltx2.runtime.tensorfile import write_blocks
 
 SHARD_GB = 5.0
 RESERVE_BYTES = 16 << 20  # for folders, journal and manifest
@@ -48,6 +49,7 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
         f for c in plan.components.values() for f in component_files(plan, c, int(options.shard_gb * 10**9))
     ]
     if out.exists() and (yield from _already_there(plan, files, out, options)):
+        (out / JOURNAL).unlink(missing_ok=True)  # a crash may have left it
         yield Written(str(out), _total(files), time.monotonic() - started, reused=True)
         return
     try:
@@ -135,8 +137,9 @@ def _fill(plan: Plan, files: list[PlannedFile], partial: Partial) -> Iterator[Ev
                 partial.add_source(source, record)
         yield from hashes.wait()
         records = hashes.records()
-    manifest = _manifest(plan, files, partial.files, records)
-    (partial.path / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    manifest = _manifest(plan, files, partial.files, records).to_json().encode()
+    for _ in write_blocks(partial.path / MANIFEST, [manifest]):
+        pass
 
 
 def _write(file: PlannedFile, partial: Partial) -> Iterator[int]:
@@ -164,10 +167,15 @@ def _publish(partial: Partial, out: Path) -> None:
     """Give the finished folder its name; a model that is replaced disappears only then."""
     old = out.with_name(out.name + ".replaced")
     if out.exists():
+        _remove_model(old)  # a crash may have left it
         out.rename(old)
     partial.finish(out)
-    if old.exists():
-        shutil.rmtree(old)
+    _remove_model(old)
+
+
+def _remove_model(folder: Path) -> None:
+    if (folder / MANIFEST).is_file() or (folder.is_dir() and not any(folder.iterdir())):
+        shutil.rmtree(folder)
 
 
 def _check_space(files: list[PlannedFile], partial: Partial) -> None:

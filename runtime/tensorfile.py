@@ -85,7 +85,8 @@ class TensorFile:
         """Give the tensor's mapped pages back; reading it again maps them anew. Call it after streaming past."""
         info = self.tensors[name]
         start = info.start - info.start % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, start, info.end - start)
+        if info.end > start:
+            self._map.madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
 
 def open_tensorfile(path: Path) -> TensorFile:

@@ -285,6 +285,28 @@ class TestExistingFolders:
         assert ModelFolder.open(made).record("spatial_upscaler").dtype == "F16"
         assert [p.name for p in made.parent.iterdir()] == ["out"]
 
+    @pytest.mark.parametrize("moment", ["before", "after"])
+    def test_crash_while_replacing(self, made: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+        """The moment at which the old model has lost its name and the new one has it not yet, or just has it."""
+        plan, finish = plan_of(UPSCALER, dtype="f16"), journal.Partial.finish
+
+        def crash(partial: journal.Partial, target: Path) -> None:
+            if moment == "after":
+                shutil.copy(partial.path / journal.JOURNAL, made.parent / "kept")
+                finish(partial, target)
+                shutil.move(made.parent / "kept", target / journal.JOURNAL)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(journal.Partial, "finish", crash)
+            run(plan, made, WriteOptions(force=True))
+        assert made.exists() == (moment == "after")
+        assert run(plan, made).reused == (moment == "after")
+        assert ModelFolder.open(made).record("spatial_upscaler").dtype == "F16"
+        assert not (made / journal.JOURNAL).exists() and not (made.parent / "out.partial").exists()
+        run(plan_of(UPSCALER), made, WriteOptions(force=True))
+        assert [p.name for p in made.parent.iterdir()] == ["out"]
+
     def test_damaged_model_is_not_done(self, made: Path) -> None:
         (made / "spatial_upscaler" / "model.safetensors").unlink()
         with pytest.raises(ModelFolderError, match="damaged"):
