@@ -294,6 +294,54 @@ def bench(output: Output, model: Path, repeat: int, warmup: int, out: Path | Non
 
 
 @cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@common
+def inspect(output: Output, path: Path) -> None:
+    """Say what a published file or a model folder contains. Reads headers only."""
+    from ltx2.convert.inspect import inspect as describe
+
+    found = describe(path)
+    output.result(found, "\n".join(_described(found)))
+
+
+def _described(found: dict[str, Any]) -> "Iterable[str]":
+    """Lines for people: what it is, then tensors, parameters and bytes of every component."""
+    facts = [f"{name} {found[name]}" for name in ("release", "variant", "storage") if found.get(name)]
+    yield f"{found['path']}: {', '.join([found['kind'], *facts])}"
+    for name, part in found.get("components", {}).items():
+        dtypes = " ".join(f"{dtype}:{count}" for dtype, count in part["dtypes"].items())
+        size = f"{_short(part['parameters'])} parameters {_short(part['bytes'])}B"
+        yield f"  {name:18s} {part['tensors']:5d} tensors {size}  {dtypes}"
+    for file in found.get("files", []):
+        yield from _described(file)
+
+
+def _short(count: int) -> str:
+    """1234567890 -> 1.23 G"""
+    return f"{count / 1e9:7.2f} G" if count >= 1e9 else f"{count / 1e6:7.2f} M"
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--source", "sources", multiple=True, type=click.Path(path_type=Path), help="Compare values; repeatable.")
+@common
+def verify(output: Output, model: Path, sources: tuple[Path, ...]) -> None:
+    """Check every file, hash, tensor and shape of a model folder; with --source, every value."""
+    from ltx2.convert.verify import verify_events
+    from ltx2.quant.apply import repack
+
+    reports = []
+
+    def checked() -> "Iterable[Event]":
+        reports.append((yield from verify_events(model, sources, repack)))
+
+    output.follow(checked())
+    report = reports[0].to_dict()
+    values = f", {report['compared']} compared with the sources" if sources else ""
+    output.result(report, f"{model} is sound: {report['files']} files, {report['tensors']} tensors{values}")
+
+
+@cli.command()
 @click.argument("folder", metavar="[DIR]", default="ltx2-demo", type=click.Path(path_type=Path))
 @common
 def demo(output: Output, folder: Path) -> None:
