@@ -102,7 +102,7 @@ def _step_line(event: StepDone, seconds: list[float]) -> str:
     memory = _size(event.active_bytes)
     if not event.steps:
         return f"{event.phase}: {event.step}  {event.seconds:.2f} s  {memory}"
-    # The first step also reads the weights: leave it out of the estimate as soon as another is known.
+    # The first step also compiles kernels: leave it out of the estimate as soon as another is known.
     known = seconds[1:] or seconds
     eta = (event.steps - event.step) * sum(known) / len(known)
     return f"{event.phase}: step {event.step}/{event.steps}  {event.seconds:.2f} s/step  ETA {eta:.0f} s  {memory}"

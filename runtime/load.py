@@ -23,6 +23,8 @@ NETWORKS: Mapping[str, str] = {
     "LatentUpsampler": "ltx2.runtime.upsampler",
 }
 
+READ_BYTES = 1 << 30  # weights are read in portions of this size
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -74,6 +76,23 @@ def load_network(folder: ModelFolder, component: str, expected: type[Module]) ->
     network.load_weights(list(weights.items()), strict=True)
     network.eval()
     return network
+
+
+def read_weights(network: nn.Module) -> None:
+    """Read a network's weights from disk now, some at a time.
+
+    Otherwise the first use would read them inside GPU commands, and a command that waits for a disk is one that
+    macOS ends.
+    """
+    pending: list[mx.array] = []
+    size = 0
+    for _, value in cast(list[tuple[str, mx.array]], tree_flatten(network.parameters())):
+        pending.append(value)
+        size += value.nbytes
+        if size >= READ_BYTES:
+            mx.eval(pending)
+            pending, size = [], 0
+    mx.eval(pending)
 
 
 def quantize_like(

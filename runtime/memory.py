@@ -30,7 +30,7 @@ class Phase:
         self._start = self._mark = time.perf_counter()
 
     def loaded(self) -> None:
-        """The network is built and its files are open; what follows is its use (weights are read at first use)."""
+        """The network is ready; what follows is its use."""
         self._mark = time.perf_counter()
         self._load_seconds = self._mark - self._start
 

@@ -27,7 +27,7 @@ from ltx2.runtime.exchange import (
 )
 from ltx2.runtime.latents import Grid, Latents, Scales, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.load import load_network
+from ltx2.runtime.load import load_network, read_weights
 from ltx2.runtime.machine import device_memory, machine_facts
 from ltx2.runtime.memory import Phase, limit_cache
 from ltx2.runtime.paths import check_output
@@ -213,6 +213,7 @@ class Run:
 
     def _connect(self, phase: Phase, hidden: list[mx.array], tokens: Encoded) -> Work[Contexts]:
         network = load_network(self.folder, "connectors", EmbeddingsConnectors)
+        read_weights(network)
         phase.loaded()
         contexts = Contexts(*network(hidden, mx.array(tokens.mask)))
         yield phase.step()
@@ -253,6 +254,7 @@ class Run:
 
     def _denoise(self, phase: Phase, stage: Stage, grid: Grid, start: Latents, contexts: Contexts) -> Work[Latents]:
         transformer = load_network(self.folder, "transformer", Transformer)
+        read_weights(transformer)
         phase.steps = stage.steps
         prepared = (
             transformer.prepare_video(contexts.video, video_positions(grid, Sizes.of(self.request).fps, self.scales)),
@@ -267,10 +269,11 @@ class Run:
 
     def _upscale(self, phase: Phase, latents: Latents) -> Work[Latents]:
         """x2 in both picture directions, on latents without the VAE's normalisation; the audio passes through."""
-        statistics = load_network(self.folder, "video_vae", VideoAutoencoder)  # lazy: only the statistics are read
+        vae = load_network(self.folder, "video_vae", VideoAutoencoder)  # only its statistics are read
         network = load_network(self.folder, "spatial_upscaler", LatentUpsampler)
+        read_weights(network)
         phase.loaded()
-        video = statistics.normalise(network(statistics.unnormalise(latents.video)))
+        video = vae.normalise(network(vae.unnormalise(latents.video)))
         mx.eval(video)
         yield phase.step()
         return Latents(video.astype(mx.float32), latents.audio)
@@ -279,6 +282,7 @@ class Run:
 
     def _decode_video(self, phase: Phase, latents: mx.array) -> Work[np.ndarray]:
         network = load_network(self.folder, "video_vae", VideoAutoencoder)
+        read_weights(network.decoder)
         phase.loaded()
         scales, (frames, height, width) = self.scales, latents.shape[2:]
         tiling = auto_tiling(height * scales.spatial, width * scales.spatial, (frames - 1) * scales.temporal + 1)
@@ -290,6 +294,7 @@ class Run:
 
     def _decode_audio(self, phase: Phase, latents: mx.array) -> Work[mx.array]:
         network = load_network(self.folder, "audio_vae", AudioAutoencoder)
+        read_weights(network.decoder)
         phase.loaded()
         mel = network.decode(latents)
         mx.eval(mel)
@@ -298,6 +303,7 @@ class Run:
 
     def _vocode(self, phase: Phase, mel: mx.array) -> Work[tuple[np.ndarray, int]]:
         network = load_network(self.folder, "vocoder", Vocoder)
+        read_weights(network)
         phase.loaded()
         waveform = network(mel)
         mx.eval(waveform)

@@ -156,9 +156,11 @@ class Gemma3TextEncoder(nn.Module):
             raise RuntimeError("this encoder's weights were released by an earlier call; load it again")
         start = int(np.argmax(np.array(mask).any(axis=0)))
         masks = attention_masks(mask[:, start:].astype(mx.bool_), self.config.sliding_window)
+        mx.eval(model.embed_tokens.parameters(), model.norm.parameters())
         x = model.embed(ids[:, start:])
         yield _evaluated(x, model.embed_tokens, release)
         for i, layer in enumerate(model.layers):
+            mx.eval(layer.parameters())  # read from disk first: no GPU command waits for that
             x = layer(x, masks)
             x = model.norm(x) if i + 1 == len(model.layers) else x
             yield _evaluated(x, layer, release)
