@@ -41,6 +41,7 @@ def reference_video_vae(tensors: dict[str, np.ndarray], config: dict[str, Any]) 
     for _, params in encoder[1::2]:
         width *= params["multiplier"]
         widths.append(width)
+    kinds = [KINDS[name.split("_")[1]] for name, _ in encoder[1::2]]
     factors = [params["multiplier"] for _, params in decoder[1::2]]
     # diffusers starts a stage from the width before its resampling, listed from the output to the input
     decoder_widths = [config["decoder_base_channels"] * int(np.prod(factors[: i + 1])) for i in range(len(factors))]
@@ -54,11 +55,13 @@ def reference_video_vae(tensors: dict[str, np.ndarray], config: dict[str, Any]) 
         spatio_temporal_scaling=[True] * len(widths),
         decoder_spatio_temporal_scaling=[True] * len(factors),
         decoder_inject_noise=[False] * (len(factors) + 1),
-        downsample_type=[KINDS[name.split("_")[1]] for name, _ in encoder[1::2]],
+        downsample_type=kinds,
         upsample_type=[KINDS[name.split("_")[1]] for name, _ in reversed(decoder[1::2])],
         upsample_residual=[params.get("residual", False) for _, params in decoder[1::2]],
         upsample_factor=factors,
         decoder_causal=False,
+        spatial_compression_ratio=config["patch_size"] * 2 ** sum(kind != "temporal" for kind in kinds),
+        temporal_compression_ratio=2 ** sum(kind != "spatial" for kind in kinds),
         encoder_spatial_padding_mode=config.get("spatial_padding_mode", "zeros"),
         decoder_spatial_padding_mode=config.get("spatial_padding_mode", "reflect"),
     )
