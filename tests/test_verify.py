@@ -10,7 +10,7 @@ import pytest
 
 import ltx2
 from ltx2.convert.verify import Report, verify, verify_events
-from ltx2.quant.repack import pack_like
+from ltx2.quant.apply import repack
 from ltx2.runtime.errors import ModelFolderError, UnsupportedError, VerificationError
 from ltx2.runtime.events import BytesDone
 from ltx2.runtime.layout import ModelFolder
@@ -177,13 +177,13 @@ class TestSources:
 
     def test_quantized(self, tmp_path: Path) -> None:
         out = ltx2.convert([MONOLITH], tmp_path / "out", variant="distilled", dtype="f16", only=["transformer"], bits=4)
-        compared = verify(out, [MONOLITH], pack_like).compared
+        compared = verify(out, [MONOLITH], repack).compared
         assert compared == len(ModelFolder.open(out).tensor_files("transformer")[0].tensors) > 700
         path = out / "transformer" / "model.safetensors"
         flip(path, open_tensorfile(path).tensors["transformer_blocks.1.attn1.to_q.scales"].start)
         accept(out)
         with pytest.raises(VerificationError, match=r"1 of \d+ values of tensor \S+\.1\.attn1\.to_q\.scales differ"):
-            verify(out, [MONOLITH], pack_like)
+            verify(out, [MONOLITH], repack)
 
     def test_quantized_needs_a_packer(self, tmp_path: Path) -> None:
         out = ltx2.convert([MONOLITH], tmp_path / "out", variant="distilled", only=["connectors"], bits=8)
