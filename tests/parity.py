@@ -21,7 +21,10 @@ def require(name: str) -> ModuleType:
 
     Raises ImportError instead of skipping when `required()`.
     """
-    return import_module(name) if required() else pytest.importorskip(name)
+    module: ModuleType = import_module(name) if required() else pytest.importorskip(name)
+    if name == "torch":  # these networks are tiny, and more threads would wait for those of OpenBLAS: ten times slower
+        module.set_num_threads(1)
+    return module
 
 
 def relative_l2(ours: object, theirs: object) -> float:
