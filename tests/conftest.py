@@ -3,11 +3,19 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from tests.official import GEMMA, MONOLITH, UPSCALER, Official, random_official
 
 FIGURES: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compare on the CPU: a GPU's float32 products may round more coarsely. Commands that tests start as processes
+    use the machine's own device."""
+    if config.option.markexpr != "fullsize":
+        mx.set_default_device(mx.cpu)
 
 
 @pytest.fixture(scope="session")
