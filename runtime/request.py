@@ -128,8 +128,10 @@ class Sizes:
 
     @classmethod
     def of(cls, request: Request) -> "Sizes":
-        assert request.width and request.height and request.frames and request.fps, "request without defaults"
-        return cls(request.width, request.height, request.frames, request.fps)
+        width, height, frames, fps = request.width, request.height, request.frames, request.fps
+        assert width is not None and height is not None, "a request has its defaults"
+        assert frames is not None and fps is not None, "a request has its defaults"
+        return cls(width, height, frames, fps)
 
     def check(self, scales: Scales, stages: tuple[Stage, ...], smallest: int) -> None:
         """`smallest`: pixels of the shortest side that can be decoded. Raises InputError naming both nearest valid

@@ -1,11 +1,12 @@
 """Fixtures shared by all tests: random checkpoints, the same converted, and the record of measured figures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+from tests.command import SIZE, Done, Here
 from tests.official import GEMMA, MONOLITH, UPSCALER, Official, random_official
 
 FIGURES: list[str] = []
@@ -52,6 +53,30 @@ def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "f32"
     ltx2.convert([MONOLITH, UPSCALER, GEMMA], out, variant="distilled", dtype="f32")
     return out
+
+
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str]) -> Here:
+    """`ltx2 ...` in this process, which saves its start."""
+
+    import ltx2.cli
+
+    def call(*args: str | Path) -> Done:
+        capfd.readouterr()
+        code = ltx2.cli.run([str(arg) for arg in args])
+        return Done(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def generate(here: Here, demo_f32: Path, tmp_path: Path) -> Here:
+    """`ltx2 generate -m demo -o clip.mp4 --width 64 ...` in an empty folder; `to` is the clip's name."""
+
+    def call(*args: str | Path, to: str = "clip.mp4", size: Sequence[str] = SIZE) -> Done:
+        return here("generate", *args, "-m", demo_f32, "-o", tmp_path / to, *size)
+
+    return call
 
 
 @pytest.fixture
