@@ -28,7 +28,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, mx.array | np.ndarray]
     check_output(path)
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
-    save_file({name: np.array(value, dtype=np.float32) for name, value in tensors.items()}, partial)
+    # save_file writes the memory of an array as it lies: a transposed one would be scrambled.
+    save_file({name: np.array(value, dtype=np.float32, order="C") for name, value in tensors.items()}, partial)
     partial.replace(target)
 
 

@@ -71,7 +71,8 @@ class Latents:
         return Latents(video, audio.transpose(0, 2, 1, 3))
 
     def as_numpy(self) -> Mapping[str, np.ndarray]:
-        return {"video": np.array(self.video), "audio": np.array(self.audio)}
+        """Contiguous, as the safetensors library needs them."""
+        return {"video": np.array(self.video, order="C"), "audio": np.array(self.audio, order="C")}
 
 
 def audio_latent_count(frames: int, fps: float, scales: Scales) -> int:

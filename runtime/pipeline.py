@@ -308,7 +308,7 @@ class Run:
         waveform = network(mel)
         mx.eval(waveform)
         yield phase.step()
-        return np.array(waveform[0]), network.sample_rate(1 / self.scales.audio_hop)
+        return np.array(waveform[0], order="C"), network.sample_rate(1 / self.scales.audio_hop)
 
     def _record(self, seconds: float) -> dict[str, Any]:
         """The sidecar: enough to repeat the clip and to know what made it."""
