@@ -1,0 +1,265 @@
+"""`ltx2 generate`: clips that repeat, the files that stand for a part of the work, and what is recorded."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import ltx2
+from ltx2.cli import run
+from ltx2.runtime.media import read_video
+from tests.command import SIZE, Here
+
+PROMPT = "a red square"
+
+
+def streams(clip: Path) -> list[str]:
+    """Kinds of the streams in a video file."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", str(clip)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    return [kind for line in said.splitlines() for kind in ("Video", "Audio") if f": {kind}: " in line]
+
+
+def same(first: Path, second: Path) -> bool:
+    a, b = load_file(first), load_file(second)
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def phases(sidecar: Path) -> list[str]:
+    return [phase["name"] for phase in json.loads(sidecar.read_text())["phases"]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A clip, and all that one command can write beside it."""
+
+    clip: Path
+    latents: Path
+    embeddings: Path
+
+    @property
+    def sidecar(self) -> Path:
+        return self.clip.with_suffix(".json")
+
+
+@pytest.fixture(scope="module")
+def made(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Seed 3, 30 frames a second."""
+    folder = tmp_path_factory.mktemp("made")
+    made = Made(folder / "clip.mp4", folder / "latents", folder / "embeddings")
+    args = ["generate", PROMPT, "-m", demo_f32, "-o", made.clip, "--seed", "3", "--fps", "30", *SIZE]
+    args += ["--save-latents", made.latents, "--save-embeddings", made.embeddings]
+    assert run([str(arg) for arg in args]) == 0
+    return made
+
+
+class TestRepeating:
+    def test_from_a_sidecar(self, here: Here, made: Made, tmp_path: Path) -> None:
+        """The same clip, and nothing but the clip."""
+        assert here("generate", "--from", made.sidecar, "-o", tmp_path / "2.mp4").code == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2.json", "2.mp4"]
+        assert (tmp_path / "2.mp4").read_bytes() == made.clip.read_bytes()
+        first, second = (json.loads(path.read_text())["request"] for path in (made.sidecar, tmp_path / "2.json"))
+        assert second == first | {"save_latents": None, "save_embeddings": None}
+
+    def test_options_take_precedence(self, here: Here, made: Made, tmp_path: Path) -> None:
+        args = ["generate", "a green star", "--from", made.sidecar, "-o", tmp_path / "2.mp4", "--seed", "4"]
+        assert here(*args, "--save-latents", tmp_path / "latents").code == 0
+        assert not same(made.latents, tmp_path / "latents")
+        request = json.loads((tmp_path / "2.json").read_text())["request"]
+        assert (request["prompt"], request["seed"], request["fps"]) == ("a green star", 4, 30.0)
+
+    def test_a_new_prompt_replaces_the_embeddings(self, here: Here, generate: Here, made: Made, tmp_path: Path) -> None:
+        generate("--embeddings", made.embeddings)
+        done = here("generate", "a green star", "--from", tmp_path / "clip.json", "-o", tmp_path / "2.mp4")
+        assert done.code == 0 and "text_encoder" in phases(tmp_path / "2.json")
+
+    def test_from_another_folder(
+        self, here: Here, demo_f32: Path, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The model, the noise and the embeddings were given by relative paths."""
+        save_noise(tmp_path / "noise")
+        (tmp_path / "model").symlink_to(demo_f32)
+        (tmp_path / "embeddings").symlink_to(made.embeddings)
+        monkeypatch.chdir(tmp_path)
+        files = ["--noise", "noise", "--embeddings", "embeddings"]
+        assert here("generate", "-m", "model", "-o", "clip.mp4", *files, *SIZE).code == 0
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert here("generate", "--from", "../clip.json", "-o", "clip.mp4").code == 0
+        assert Path("clip.mp4").read_bytes() == Path("../clip.mp4").read_bytes()
+
+    def test_seeds(self, generate: Here, made: Made, tmp_path: Path) -> None:
+        for seed in ("3", "4"):
+            generate("--embeddings", made.embeddings, "--fps", "30", "--seed", seed, "--save-latents", tmp_path / seed)
+        assert same(made.latents, tmp_path / "3") and not same(made.latents, tmp_path / "4")
+
+
+class TestSidecar:
+    def test_what_it_records(self, generate: Here, demo_f32: Path, tmp_path: Path) -> None:
+        done = generate(PROMPT, "--seed", "3", "--json").json
+        record = json.loads((tmp_path / "clip.json").read_text())
+        assert done == {"clip": str(tmp_path / "clip.mp4"), "sidecar": str(tmp_path / "clip.json"), **record}
+        request = {"prompt": PROMPT, "width": 64, "height": 64, "frames": 9, "fps": 24.0, "seed": 3}
+        assert record["request"].items() >= request.items()
+        manifest = json.loads((demo_f32 / "ltx2.json").read_text())
+        assert record["model"]["sources"] == [{k: s[k] for k in ("name", "sha256")} for s in manifest["sources"]]
+        assert (record["model"]["release"], record["model"]["variant"]) == ("2.0", "distilled")
+        for name, component in manifest["components"].items():
+            assert record["model"]["files"][name] == [file["sha256"] for file in component["files"]]
+        assert record["machine"].keys() >= {"chip", "memory_bytes", "system", "mlx", "ltx2"}
+
+    def test_every_phase_has_its_time_and_memory(self, made: Made) -> None:
+        record = json.loads(made.sidecar.read_text())
+        by_name = {phase["name"]: phase for phase in record["phases"]}
+        stages = ["text_encoder", "connectors", "stage1", "spatial_upscaler", "stage2"]
+        assert list(by_name) == [*stages, "video_vae", "audio_vae", "vocoder"]
+        assert (len(by_name["stage1"]["step_seconds"]), len(by_name["stage2"]["step_seconds"])) == (8, 3)
+        for phase in record["phases"]:
+            assert phase["seconds"] >= 0 and phase["mlx_peak_bytes"] > 0 and phase["process_peak_bytes"] > 0
+        assert sum(phase["seconds"] for phase in record["phases"]) <= record["seconds"] + 0.1
+
+
+class TestLatents:
+    def test_are_decoded_to_the_same_clip(self, generate: Here, made: Made, tmp_path: Path) -> None:
+        assert generate("--latents", made.latents, "--fps", "30", size=[]).code == 0
+        assert phases(tmp_path / "clip.json") == ["video_vae", "audio_vae", "vocoder"]
+        assert (tmp_path / "clip.mp4").read_bytes() == made.clip.read_bytes()
+        request = json.loads((tmp_path / "clip.json").read_text())["request"]
+        assert (request["width"], request["height"], request["frames"]) == (64, 64, 9), "the latents' own"
+
+    def test_are_the_ones_the_sampler_ended_with(self, demo_f32: Path, made: Made, tmp_path: Path) -> None:
+        """No two sides alike, so that a wrong order of axes shows."""
+        options: dict[str, Any] = {"width": 192, "height": 128, "frames": 17, "save_latents": tmp_path / "latents"}
+        clip = ltx2.load(demo_f32).generate(embeddings=made.embeddings, no_audio=True, **options)
+        saved = load_file(tmp_path / "latents")
+        assert {name: value.shape for name, value in saved.items()} == {
+            "video": (1, 32, 3, 4, 6),
+            "audio": (1, 2, 18, 16),
+        }
+        for name, value in saved.items():
+            assert value.dtype == np.float32 and clip.latents[name].flags.c_contiguous
+            np.testing.assert_array_equal(value, clip.latents[name])
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"video": np.zeros((1, 31, 2, 2, 2), np.float32)}, "video in latents has the wrong shape"),
+            ({"video": np.zeros((32, 2, 2, 2), np.float32)}, "video in latents has the wrong shape"),
+            ({"audio": np.zeros((1, 2, 9, 15), np.float32)}, "audio in latents has the wrong shape"),
+            ({"video": np.full((1, 32, 2, 2, 2), np.nan, np.float32)}, "video holds NaN or infinite values"),
+            ({"audio": np.zeros((1, 2, 9, 16), np.float16)}, "audio in latents is not float32"),
+            ({"audio": None}, "has no tensor 'audio'"),
+        ],
+    )
+    def test_that_cannot_be_used(self, generate: Here, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+        good = {"video": np.ones((1, 32, 2, 2, 2), np.float32), "audio": np.ones((1, 2, 9, 16), np.float32)}
+        save_file({k: v for k, v in (good | change).items() if v is not None}, tmp_path / "latents")
+        generate("--latents", tmp_path / "latents", size=[]).failed(1, said)
+
+
+class TestEmbeddings:
+    def test_stand_for_the_text_encoder(self, here: Here, demo_f32: Path, made: Made, tmp_path: Path) -> None:
+        """The same latents, without the text encoder's weights."""
+        model = tmp_path / "model"
+        shutil.copytree(demo_f32, model)
+        (model / "text_encoder" / "model.safetensors").unlink()
+        args = ["generate", "-m", model, "-o", tmp_path / "2.mp4", "--seed", "3", "--fps", "30", *SIZE]
+        here(*args, PROMPT).failed(1, "text_encoder", "is missing")
+        done = here(*args, "--embeddings", made.embeddings, "--save-latents", tmp_path / "latents")
+        assert done.code == 0 and same(made.latents, tmp_path / "latents")
+        assert phases(tmp_path / "2.json")[0] == "stage1"
+
+    def test_format(self, made: Made) -> None:
+        found = load_file(made.embeddings)
+        assert found.keys() == {"video_context", "audio_context"}
+        assert all(value.shape == (1, 1024, 64) and value.dtype == np.float32 for value in found.values())
+
+    def test_a_prompt_beside_them_has_no_effect_and_that_is_said(self, generate: Here, made: Made) -> None:
+        assert "warning: the prompt has no effect" in generate("other", "--embeddings", made.embeddings).err
+
+    def test_of_another_model(self, generate: Here, tmp_path: Path) -> None:
+        wrong = np.zeros((1, 1024, 3840), np.float32)
+        save_file({"video_context": wrong, "audio_context": wrong}, tmp_path / "e")
+        generate("--embeddings", tmp_path / "e").failed(1, "video_context", "[1, 1024, 3840]", "[1, tokens, 64]")
+
+
+NOISE_SHAPES = {
+    "stage1.video": (1, 32, 2, 1, 1),
+    "stage1.audio": (1, 2, 9, 16),
+    "stage2.video": (1, 32, 2, 2, 2),
+    "stage2.audio": (1, 2, 9, 16),
+}
+
+
+def save_noise(path: Path, changes: Mapping[str, Any] | None = None) -> None:
+    """Noise for SIZE at 24 frames a second; `changes` replace a tensor, or leave it out where they are None."""
+    rng = np.random.default_rng(0)
+    noise = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in NOISE_SHAPES.items()}
+    save_file({name: value for name, value in (noise | dict(changes or {})).items() if value is not None}, path)
+
+
+class TestNoise:
+    def test_stands_for_the_seed(self, generate: Here, made: Made, tmp_path: Path) -> None:
+        """And every tensor of it counts."""
+
+        def latents(name: str, seed: int, changes: dict[str, Any]) -> Path:
+            save_noise(tmp_path / "noise", changes)
+            args = ["--noise", tmp_path / "noise", "--seed", str(seed), "--save-latents", tmp_path / name]
+            assert generate("--embeddings", made.embeddings, "--no-audio", *args).code == 0
+            return tmp_path / name
+
+        first = latents("first", 1, {})
+        assert same(first, latents("second", 2, {}))
+        for name, shape in NOISE_SHAPES.items():
+            assert not same(first, latents(name, 1, {name: np.ones(shape, np.float32)})), name
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"stage2.audio": None}, ["no tensor 'stage2.audio'", "it holds stage1.audio, stage1.video, stage2.video"]),
+            ({"stage1.video": np.zeros((1, 32, 2, 2, 2), np.float32)}, ["stage1.video", "[1, 32, 2, 1, 1]"]),
+            ({"stage1.audio": np.zeros((1, 2, 10, 16), np.float32)}, ["stage1.audio", "[1, 2, 9, 16]"]),
+            ({"stage2.video": np.zeros((1, 32, 2, 2, 2), np.float64)}, ["stage2.video", "float32"]),
+        ],
+    )
+    def test_that_does_not_fit_is_found_before_any_work(
+        self, generate: Here, tmp_path: Path, change: dict[str, Any], said: list[str]
+    ) -> None:
+        save_noise(tmp_path / "n", change)
+        done = generate(PROMPT, "--noise", tmp_path / "n")
+        done.failed(1, *said)
+        assert "text_encoder" not in done.err
+
+
+class TestWithout:
+    def test_sound(self, here: Here, made: Made, tmp_path: Path) -> None:
+        """The picture stays the same: the sound is still sampled with it."""
+        args = ["generate", "--from", made.sidecar, "-o", tmp_path / "2.mp4", "--save-latents", tmp_path / "latents"]
+        assert here(*args, "--no-audio").code == 0
+        assert same(made.latents, tmp_path / "latents")
+        assert (streams(made.clip), streams(tmp_path / "2.mp4")) == (["Video", "Audio"], ["Video"])
+        assert not {"audio_vae", "vocoder"} & set(phases(tmp_path / "2.json"))
+        np.testing.assert_array_equal(read_video(made.clip)[0], read_video(tmp_path / "2.mp4")[0])
+
+    def test_upscaler(self, generate: Here, made: Made, tmp_path: Path) -> None:
+        size = ["--width", "96", "--height", "64", "--frames", "9"]  # 96 is no multiple of 64
+        assert generate("--embeddings", made.embeddings, "--no-upscale", size=size).code == 0
+        assert phases(tmp_path / "clip.json")[:2] == ["stage1", "video_vae"]
+        assert read_video(tmp_path / "clip.mp4")[0].shape == (9, 64, 96, 3)
+
+    @pytest.mark.parametrize("fps", ["24", "60"])
+    def test_motion(self, generate: Here, made: Made, tmp_path: Path, fps: str) -> None:
+        """One frame, shorter than one audio latent at 60 frames a second."""
+        size = ["--width", "64", "--height", "64", "--frames", "1"]
+        assert generate("--embeddings", made.embeddings, "--fps", fps, size=size).code == 0
+        assert read_video(tmp_path / "clip.mp4")[0].shape == (1, 64, 64, 3)
+        assert streams(tmp_path / "clip.mp4") == ["Video", "Audio"]
