@@ -9,8 +9,7 @@ from typing import Self
 
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.events import BytesDone, Event
-from ltx2.runtime.layout import FileRecord
-from ltx2.runtime.tensorfile import TensorFile, read_blocks
+from ltx2.runtime.tensorfile import FileRecord, TensorFile, read_blocks
 
 THREADS = 2
 POLL_SECONDS = 1.0

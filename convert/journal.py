@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ltx2.runtime.errors import InputError, ModelFolderError
-from ltx2.runtime.layout import FileRecord
-from ltx2.runtime.tensorfile import WrittenFile
+from ltx2.runtime.tensorfile import FileRecord
 
 JOURNAL = "journal.jsonl"
 
@@ -29,10 +28,10 @@ class Partial:
     files: dict[str, FileRecord] = field(default_factory=dict)
     sources: dict[str, FileRecord] = field(default_factory=dict)
 
-    def add_file(self, path: str, written: WrittenFile) -> None:
+    def add_file(self, path: str, record: FileRecord) -> None:
         """Record a finished file."""
-        self.files[path] = FileRecord(written.name, written.size, written.sha256)
-        self._append({"file": path, **asdict(written)})
+        self.files[path] = record
+        self._append({"file": path, **asdict(record)})
 
     def add_source(self, path: str, record: FileRecord) -> None:
         """Record a source's hash."""

@@ -13,8 +13,8 @@ from ltx2.convert.checkpoint import VARIANTS, Source, variant_in_name
 from ltx2.convert.components import ComponentPlan, component_plan
 from ltx2.convert.steps import FLOATS, Cast, Form, Packing, Step, Transpose
 from ltx2.runtime.errors import CheckpointError, InputError
-from ltx2.runtime.layout import COMPONENTS, FileRecord, ModelFolder
-from ltx2.runtime.tensorfile import TensorFile, TensorInfo
+from ltx2.runtime.layout import COMPONENTS, ModelFolder
+from ltx2.runtime.tensorfile import FileRecord, TensorFile, TensorInfo
 
 LORAS = "loras"
 

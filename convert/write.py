@@ -20,8 +20,8 @@ from ltx2.convert.journal import JOURNAL, Partial, open_partial
 from ltx2.convert.plan import Plan, plan_json
 from ltx2.runtime.errors import DoesNotFitError, InputError, ModelFolderError
 from ltx2.runtime.events import BytesDone, Event, Written
-from ltx2.runtime.layout import MANIFEST, ComponentRecord, FileRecord, Manifest, ModelFolder
-from ltx2.runtime.tensorfile import write_blocks
+from ltx2.runtime.layout import MANIFEST, ComponentRecord, Manifest, ModelFolder
+from ltx2.runtime.tensorfile import FileRecord, write_blocks
 
 SHARD_GB = 5.0
 RESERVE_BYTES = 16 << 20  # for folders, journal and manifest

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.runtime.errors import ModelFolderError
-from ltx2.runtime.tensorfile import TensorFile, open_tensorfile
+from ltx2.runtime.tensorfile import FileRecord, TensorFile, open_tensorfile
 
 MANIFEST = "ltx2.json"
 CONFIG = "config.json"
@@ -20,15 +20,6 @@ COMPONENTS = (
     "transformer", "connectors", "text_encoder", "video_vae", "audio_vae", "vocoder",
     "spatial_upscaler", "temporal_upscaler", "duration_head",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file of a component or source: base name, size in bytes, SHA-256."""
-
-    name: str
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)

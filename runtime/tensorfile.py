@@ -141,19 +141,19 @@ class Output:
 
 
 @dataclass(frozen=True)
-class WrittenFile:
-    """A finished file: base name, size in bytes, SHA-256."""
+class FileRecord:
+    """A file as manifests and journals record it: base name, size in bytes, SHA-256."""
 
     name: str
     size: int
     sha256: str
 
 
-Writing = Generator[int, None, WrittenFile]  # yields bytes written, returns the finished file
+Writing = Generator[int, None, FileRecord]  # yields bytes written, returns the record of the finished file
 
 
 def write_tensorfile(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> Writing:
-    """Stream `outputs` into `path`, yielding the bytes written after each chunk; returns a WrittenFile.
+    """Stream `outputs` into `path`, yielding the bytes written after each chunk; returns its FileRecord.
 
     The file appears under its name only when complete and synced. Same outputs, same bytes.
     """
@@ -177,7 +177,7 @@ def write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> Writing:
             yield len(block)
         os.fsync(f.fileno())
     partial.replace(path)
-    return WrittenFile(path.name, size, digest.hexdigest())
+    return FileRecord(path.name, size, digest.hexdigest())
 
 
 def _write_all(f: FileIO, block: bytes | memoryview) -> None:
@@ -229,12 +229,6 @@ def read_blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb", buffering=0) as f:
         while block := f.read(CHUNK_BYTES):
             yield block
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def bf16_to_f32(codes: Array) -> Array:

@@ -30,6 +30,7 @@ from ltx2.runtime.events import BytesDone, Written
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.tensorfile import Array, bf16_to_f32, f32_to_bf16, open_tensorfile
 from tests import published
+from tests.folders import contents
 from tests.official import GEMMA, MONOLITH, UPSCALER, Official
 
 DEMO = [MONOLITH, UPSCALER, GEMMA]
@@ -44,10 +45,6 @@ def run(plan: Plan, out: Path, options: WriteOptions | None = None) -> Written:
     *_, last = write_plan(plan, out, options)
     assert isinstance(last, Written)
     return last
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def stored(folder: Path, component: str) -> dict[str, Array]:

@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from ltx2.runtime.errors import CheckpointError, ModelFolderError
-from ltx2.runtime.layout import ComponentRecord, FileRecord, Manifest, ModelFolder
+from ltx2.runtime.layout import ComponentRecord, Manifest, ModelFolder
+from ltx2.runtime.tensorfile import FileRecord
 
 VOCODER = ComponentRecord(
     "Vocoder", (FileRecord("config.json", 2, "00"), FileRecord("model.safetensors", 80, "11")), "BF16"

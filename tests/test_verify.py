@@ -14,7 +14,8 @@ from ltx2.quant.apply import repack
 from ltx2.runtime.errors import ModelFolderError, UnsupportedError, VerificationError
 from ltx2.runtime.events import BytesDone
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.tensorfile import Array, Output, TensorFile, TensorInfo, hash_file, open_tensorfile, write_tensorfile
+from ltx2.runtime.tensorfile import Array, Output, TensorFile, TensorInfo, open_tensorfile, write_tensorfile
+from tests.folders import accept
 from tests.official import GEMMA, MONOLITH, UPSCALER, Official
 
 DEMO = (MONOLITH, UPSCALER, GEMMA)
@@ -31,16 +32,6 @@ def flip(path: Path, offset: int = -1) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
     path.write_bytes(data)
-
-
-def accept(folder: Path) -> None:
-    """Make ltx2.json agree with the files, as somebody who edits a model would."""
-    data = json.loads((folder / "ltx2.json").read_text())
-    for name, component in data["components"].items():
-        for file in component["files"]:
-            path = folder / name / file["name"]
-            file.update(size=path.stat().st_size, sha256=hash_file(path))
-    (folder / "ltx2.json").write_text(json.dumps(data))
 
 
 def chunks(file: TensorFile, name: str) -> list[Array]:
