@@ -1,0 +1,146 @@
+"""What people see of a run, on a terminal and in a file."""
+
+import io
+import time
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from ltx2 import render
+from ltx2.render import Progress, print_table
+from ltx2.runtime.events import BytesDone, PhaseDone, PhaseStarted, Section, StepDone, Warned
+
+MIB = 1 << 20
+DONE = PhaseDone("stage1", 12.34, 1.0, (1.0, 2.0), 3 << 30, 4 << 30)
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What came on stderr so far; stdout stays empty."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.splitlines()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeats after 0.1 s of silence."""
+    monkeypatch.setattr(render, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(render, "BEAT_SECONDS", 0.02)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """A clock that the test sets."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    yield now
+
+
+class TestPlain:
+    def test_five_seconds_of_silence_are_not_reached(self) -> None:
+        """A beat that comes just too early is followed by one in time."""
+        assert render.SILENCE_SECONDS + 2 * render.BEAT_SECONDS <= 5
+
+    @pytest.mark.usefixtures("quick")
+    def test_a_long_step_is_followed_by_heartbeats(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with Progress() as progress:
+            progress.show(PhaseStarted("stage1"))
+            time.sleep(0.5)
+        beats = lines(capsys)
+        assert len(beats) >= 3 and all(beat.startswith("stage1 ... ") for beat in beats)
+        time.sleep(0.2)
+        assert lines(capsys) == [], "none after the end"
+
+    @pytest.mark.usefixtures("quick")
+    def test_also_before_the_first_event(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with Progress():
+            time.sleep(0.3)
+        assert lines(capsys)[0].startswith("starting ... ")
+
+    @pytest.mark.usefixtures("quick")
+    def test_the_heart_stops_when_the_work_fails(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(KeyboardInterrupt), Progress():
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        assert lines(capsys) == []
+
+    def test_steps_at_most_one_line_a_second(self, capsys: pytest.CaptureFixture[str], late: list[float]) -> None:
+        with Progress() as progress:
+            for step in range(1, 9):
+                late[0] += 0.4
+                progress.show(StepDone("stage1", step, 8, 0.4, 7 * MIB))
+        assert [line.split()[2] for line in lines(capsys)] == ["3/8", "6/8"]
+
+    def test_step_says_how_long_it_will_take(self, capsys: pytest.CaptureFixture[str], late: list[float]) -> None:
+        """The first step reads the weights too and is left out of the estimate."""
+        with Progress() as progress:
+            for step, seconds in ((1, 30.0), (2, 2.0), (3, 2.0)):
+                late[0] += seconds
+                progress.show(StepDone("stage1", step, 8, seconds, 36 << 30))
+        assert lines(capsys) == [
+            "stage1: step 1/8  30.00 s/step  ETA 210 s  36.0 GiB",
+            "stage1: step 2/8  2.00 s/step  ETA 12 s  36.0 GiB",
+            "stage1: step 3/8  2.00 s/step  ETA 10 s  36.0 GiB",
+        ]
+
+    def test_events(self, capsys: pytest.CaptureFixture[str], late: list[float]) -> None:
+        with Progress() as progress:
+            progress.show(DONE)
+            late[0] += 2
+            progress.show(BytesDone("transformer/model.safetensors", 10 * MIB, 40 * MIB))
+            progress.show(Warned("the prompt is 3 tokens too long; [its] end is ignored"))
+            progress.show(Section("convert", "ltx2 convert a -o b"))
+        assert lines(capsys) == [
+            "stage1: done in 12.3 s  2 steps  peak 3.0 GiB",
+            "transformer/model.safetensors: 25 % of 40 MiB",
+            "warning: the prompt is 3 tokens too long; [its] end is ignored",
+            "",
+            "convert",
+            "$ ltx2 convert a -o b",
+        ]
+
+    def test_long_lines_are_not_broken(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with Progress() as progress:
+            progress.show(Section("convert", "ltx2 convert " + "long " * 60))
+        assert len(lines(capsys)) == 3
+
+    @pytest.mark.usefixtures("quick")
+    def test_silent(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with Progress(silent=True) as progress:
+            progress.show(PhaseStarted("stage1"))
+            progress.show(DONE)
+            progress.show(Warned("careful"))
+            time.sleep(0.2)
+        assert lines(capsys) == []
+
+
+def test_a_terminal_shows_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phases stay above it; it is gone at the end."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, highlight=False)
+    monkeypatch.setattr(render, "Console", lambda **_: console)
+    with Progress() as progress:
+        progress.show(PhaseStarted("stage1"))
+        progress.show(StepDone("stage1", 1, 8, 0.5, MIB))
+        time.sleep(0.6)
+        progress.show(DONE)
+    shown = screen.getvalue()
+    assert "stage1: step 1/8" in shown and "\x1b[" in shown
+    assert "stage1: done in 12.3 s" in shown
+    assert shown.rstrip("\n").endswith("\x1b[2K"), "the last thing is that the live line is wiped"
+
+
+class TestTable:
+    def test_in_a_file(self, capsys: pytest.CaptureFixture[str]) -> None:
+        print_table("bench", ["phase", "seconds"], [["spatial_upscaler", "1.25"], ["total", "3.50"]])
+        shown = lines(capsys)
+        assert shown[0].strip() == "bench"
+        (row,) = (line for line in shown if "total" in line)
+        assert row.index("total") < row.index("3.50")
+
+    def test_names_and_numbers_are_whole(self, capsys: pytest.CaptureFixture[str]) -> None:
+        columns = ["phase", "seconds", "spread", "s/step", "steps", "peak GiB (MLX)", "peak GiB (process)"]
+        row = ["spatial_upscaler", "1234.56", "100 %", "123.456", "40", "123.45", "123.45"]
+        print_table("x" * 30, columns, [row])
+        assert any(all(cell in line for cell in row) for line in lines(capsys))
