@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from ltx2.convert.plan import LORAS, Plan
+from ltx2.convert.plan import Plan
 from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.layout import is_lora
 from ltx2.runtime.load import build_network, parameter_shapes
 
 LISTED = 5  # tensors named in an error
@@ -19,7 +20,7 @@ def check_plan(plan: Plan) -> None:
     """
     planned = {name: planned_shapes(plan, name) for name in plan.components}
     for name, component in plan.components.items():
-        if name.startswith(f"{LORAS}/"):
+        if is_lora(name):
             _check_lora(name, planned)
         else:
             _compare(name, parameter_shapes(build_network(component.cls, component.config)), planned[name])

@@ -9,10 +9,9 @@ from typing import Any
 
 from ltx2.convert.release import Release, recognise_release, releases
 from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError
-from ltx2.runtime.layout import MANIFEST
+from ltx2.runtime.layout import CONFIG, INDEX, MANIFEST
 from ltx2.runtime.tensorfile import TensorFile, open_tensorfile
 
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
     "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -193,7 +192,7 @@ def _check_kind(source: Source) -> None:
 
 def is_gemma_folder(path: Path) -> bool:
     """Whether the folder is laid out like a transformers model: weights beside a config.json."""
-    return (path / "config.json").is_file()
+    return (path / CONFIG).is_file()
 
 
 def gemma_source(folder: Path) -> Source:
@@ -201,7 +200,7 @@ def gemma_source(folder: Path) -> Source:
 
     Raises CheckpointError when a file is missing or malformed, UnsupportedError for another model.
     """
-    config = read_json(folder / "config.json")
+    config = read_json(folder / CONFIG)
     model_type = config.get("model_type")
     if model_type not in ("gemma3", "gemma3_text"):
         raise UnsupportedError(
@@ -209,16 +208,21 @@ def gemma_source(folder: Path) -> Source:
             "the text encoder of the supported releases is Gemma 3",
             "name a folder of gemma-3-12b-it",
         )
-    files = tuple(open_tensorfile(path) for path in _shards(folder))
-    _check_index(folder, files)
+    where = read_json(folder / INDEX).get("weight_map", {}) if (folder / INDEX).is_file() else None
+    files = tuple(open_tensorfile(path) for path in _shards(folder, where))
+    if where is not None:
+        _check_index(folder, where, files)
     companions = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     return Source(folder, "gemma", files, config, companions=companions)
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The weight files of a Gemma folder. Raises CheckpointError that names a missing one."""
-    if (folder / INDEX).is_file():
-        names = set(read_json(folder / INDEX).get("weight_map", {}).values())
+def _shards(folder: Path, where: Mapping[str, str] | None) -> list[Path]:
+    """The weight files of a Gemma folder whose index, if it has one, says `where` each tensor is.
+
+    Raises CheckpointError that names a missing one.
+    """
+    if where is not None:
+        names = set(where.values())
     else:
         names = {path.name for path in folder.glob("model*.safetensors")}
         for name in tuple(names):
@@ -235,12 +239,9 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _check_index(folder: Path, files: tuple[TensorFile, ...]) -> None:
-    if not (folder / INDEX).is_file():
-        return
-    listed: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
+def _check_index(folder: Path, where: Mapping[str, str], files: tuple[TensorFile, ...]) -> None:
     stored = {name: file.path.name for file in files for name in file.tensors}
-    wrong = sorted(name for name in listed.keys() | stored.keys() if listed.get(name) != stored.get(name))
+    wrong = sorted(name for name in where.keys() | stored.keys() if where.get(name) != stored.get(name))
     if wrong:
         raise CheckpointError(
             f"{folder / INDEX} does not fit the files",

@@ -15,12 +15,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ltx2.convert.checkpoint import INDEX
 from ltx2.convert.components import ComponentPlan
 from ltx2.convert.plan import Move, Plan, packed_key
 from ltx2.convert.steps import Form
 from ltx2.runtime.errors import NumericsError
-from ltx2.runtime.layout import CONFIG, FORMAT_METADATA
+from ltx2.runtime.layout import CONFIG, FORMAT_METADATA, INDEX
 from ltx2.runtime.tensorfile import (
     Array,
     Output,

@@ -12,11 +12,10 @@ from ltx2.convert import rules
 from ltx2.convert.checkpoint import VARIANTS, Source, variant_in_name
 from ltx2.convert.components import ComponentPlan, component_plan
 from ltx2.convert.steps import FLOATS, Cast, Form, Packing, Step, Transpose
+from ltx2.runtime.config import STORAGE_KEYS
 from ltx2.runtime.errors import CheckpointError, InputError
-from ltx2.runtime.layout import COMPONENTS, ModelFolder
+from ltx2.runtime.layout import COMPONENTS, CONFIG, INDEX, LORAS, ModelFolder, is_lora
 from ltx2.runtime.tensorfile import FileRecord, TensorFile, TensorInfo
-
-LORAS = "loras"
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def folder_plan(folder: ModelFolder) -> Plan:
     components = {}
     for name, record in folder.manifest.components.items():
         extra = [folder.path / name / f.name for f in record.files if _is_companion(f.name)]
-        config = {k: v for k, v in folder.config(name).items() if k not in ("quantization", "quantization_config")}
+        config = {k: v for k, v in folder.config(name).items() if k not in STORAGE_KEYS}
         components[name] = ComponentPlan(name, record.cls, config, tuple(extra), record.quantization)
         entries += [Move(f, t, name, t.name) for f in folder.tensor_files(name) for t in f.tensors.values()]
     manifest = folder.manifest
@@ -219,7 +218,7 @@ def _check_options(options: Options) -> None:
 
 def _check_selection(options: Options, owners: Mapping[str, Source]) -> None:
     for name in options.only:
-        if name not in owners and not (name == LORAS and any(o.startswith(f"{LORAS}/") for o in owners)):
+        if name not in owners and not (name == LORAS and any(map(is_lora, owners))):
             have = ", ".join(sorted(owners)) or "nothing else of what --only names"
             raise InputError(f"the sources hold no {name}", f"they hold {have}", "check --only, or add the source")
 
@@ -247,4 +246,4 @@ def _variant(owners: Mapping[str, Source], options: Options) -> str | None:
 
 
 def _is_companion(name: str) -> bool:
-    return not name.endswith((".safetensors", ".safetensors.index.json")) and name != "config.json"
+    return name not in (CONFIG, INDEX) and not name.endswith(".safetensors")

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.convert.check import lora_misfits, shape_differences
-from ltx2.convert.checkpoint import INDEX, open_sources, read_json
+from ltx2.convert.checkpoint import open_sources, read_json
 from ltx2.convert.compare import Repack, compare_values
-from ltx2.convert.plan import LORAS
 from ltx2.runtime.errors import Ltx2Error, VerificationError
 from ltx2.runtime.events import BytesDone, Event
-from ltx2.runtime.layout import MANIFEST, ModelFolder
+from ltx2.runtime.layout import INDEX, MANIFEST, ModelFolder, is_lora
 from ltx2.runtime.load import build_network, parameter_shapes, quantize_like
 from ltx2.runtime.tensorfile import read_blocks
 
@@ -124,7 +123,7 @@ def _tensor_differences(model: ModelFolder, component: str, shapes: dict[str, Sh
 
 
 def _misfits(model: ModelFolder, component: str, stored: Shapes) -> list[str]:
-    if component.startswith(f"{LORAS}/"):
+    if is_lora(component):
         targets = {name: _network_shapes(model, name, ()) for name in ("transformer", "connectors") if model.has(name)}
         _, wrong = lora_misfits(component, {component: stored, **targets})
         return [f"{component}: the factors for {layer} do not fit" for layer in wrong]

@@ -2,7 +2,7 @@
 
     MODEL/ltx2.json                     release, variant, per component class/files/dtype/quantization, sources
     MODEL/<component>/config.json       that network's configuration
-    MODEL/<component>/model*.safetensors"""
+    MODEL/<component>/model*.safetensors, with an index where there are several"""
 
 import json
 from collections.abc import Mapping
@@ -15,11 +15,17 @@ from ltx2.runtime.tensorfile import FileRecord, TensorFile, open_tensorfile
 
 MANIFEST = "ltx2.json"
 CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
 FORMAT_METADATA = {"format": "mlx"}
 COMPONENTS = (
     "transformer", "connectors", "text_encoder", "video_vae", "audio_vae", "vocoder",
     "spatial_upscaler", "temporal_upscaler", "duration_head",
 )  # fmt: skip
+LORAS = "loras"  # the folder of components that change others: loras/<name>
+
+
+def is_lora(component: str) -> bool:
+    return component.startswith(f"{LORAS}/")
 
 
 @dataclass(frozen=True)
