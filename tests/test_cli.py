@@ -128,6 +128,7 @@ FAILURES: dict[str, tuple[list[str], list[str]]] = {
     "report without a place": (["quantize", "{model}", "-o", "{folder}/q", "--report", "{gone}/r"], ["does not exist"]),
     "no runs": (["bench", "{model}", "--repeat", "0"], ["--repeat"]),
     "receipt without a place": (["bench", "{model}", "--out", "{gone}/r.json"], ["does not exist"]),
+    "demo into a file": (["demo", "{text}"], ["cannot make the folder", "text.json"]),
     "nothing to inspect": (["inspect", "{gone}"], ["{gone}"]),
     "nothing to verify": (["verify", "{folder}"], ["not a model folder"]),
 }

@@ -240,6 +240,12 @@ class TestNoise:
         assert "text_encoder" not in done.err
 
 
+def test_a_prompt_that_is_too_long_is_said_to_be(generate: Here) -> None:
+    size = ["--width", "64", "--height", "64", "--frames", "1"]
+    done = generate("red " * 1100, size=size)
+    assert done.code == 0 and "warning: the prompt is 77 tokens too long" in done.err
+
+
 class TestWithout:
     def test_sound(self, here: Here, made: Made, tmp_path: Path) -> None:
         """The picture stays the same: the sound is still sampled with it."""

@@ -13,6 +13,7 @@ from ltx2.bench.stats import write_receipt
 from ltx2.convert.write import write_plan
 from ltx2.quant.apply import Settings, quantize
 from ltx2.quant.report import Quantized
+from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Generated, Section
 from ltx2.runtime.pipeline import Pipeline
 
@@ -34,8 +35,14 @@ class Demonstrated(Event):
 
 
 def run_demo(folder: Path) -> Iterator[Event]:
-    """Run the chain in `folder` (made if needed); parts that are there already are not written again."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Run the chain in `folder` (made if needed); models that are there already are not written again.
+
+    Raises InputError when the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}", str(error), "name another one") from error
     models = {"full": folder / "model", **{f"q{bits}": folder / f"model-q{bits}" for bits in BITS}}
     yield from _convert(models["full"])
     reports: dict[str, Any] = {}
