@@ -29,7 +29,7 @@ def check_plan(plan: Plan) -> None:
 def planned_shapes(plan: Plan, component: str) -> Shapes:
     """Shape of every tensor the component gets, before packing. Raises CheckpointError when two get one name."""
     moves = plan.moves(component)
-    keys = Counter(key for move in moves for key in move.keys)
+    keys = Counter(move.key for move in moves)
     twice = [key for key, count in keys.items() if count > 1]
     if twice:
         raise CheckpointError(
@@ -37,7 +37,7 @@ def planned_shapes(plan: Plan, component: str) -> Shapes:
             f"{len(twice)} tensors would be stored twice",
             "use the checkpoint as published",
         )
-    return {key: move.form.shape for move in moves for key in move.keys}
+    return {move.key: move.form.shape for move in moves}
 
 
 def lora_misfits(lora: str, shapes: Mapping[str, Shapes]) -> tuple[list[str], list[str]]:

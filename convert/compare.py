@@ -58,7 +58,7 @@ def _cast_alike(plan: Plan, stored: dict[str, Stored]) -> Iterator[Move]:
     for move in plan.entries:
         if not isinstance(move, Move) or move.component not in stored:
             continue
-        names = (packed_key(move.keys[0], "scales"), move.keys[0])  # scales keep the float type of packed weights
+        names = (packed_key(move.key, "scales"), move.key)  # scales keep the float type of packed weights
         found = [(stored[move.component][name], name) for name in names if name in stored[move.component]]
         dtype = found[0][0].tensors[found[0][1]].dtype if found else move.form.dtype
         casts = dtype != move.form.dtype and dtype in SPELLINGS

@@ -17,7 +17,7 @@ from typing import Any
 
 from ltx2.convert.components import ComponentPlan
 from ltx2.convert.plan import Move, Plan, packed_key
-from ltx2.convert.steps import Form
+from ltx2.convert.steps import Form, Packing
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.layout import CONFIG, FORMAT_METADATA, INDEX
 from ltx2.runtime.tensorfile import (
@@ -106,7 +106,7 @@ def component_files(plan: Plan, component: ComponentPlan, shard_bytes: int) -> l
         config |= {"quantization": component.quantization, "quantization_config": component.quantization}
     files: list[PlannedFile] = [TextFile(component.name, CONFIG, _json(config))]
     files += [CopiedFile(component.name, path.name, path) for path in sorted(component.companions)]
-    moves = sorted(plan.moves(component.name), key=lambda move: natural_order(move.keys[0]))
+    moves = sorted(plan.moves(component.name), key=lambda move: natural_order(move.key))
     shards = list(_shards(moves, shard_bytes))
     weights = [
         WeightFile(component.name, shard_name(n, len(shards)), tuple(o for move in shard for o in outputs(move)))
@@ -138,10 +138,10 @@ def natural_order(key: str) -> tuple[str | int, ...]:
 
 def outputs(move: Move) -> list[Output]:
     """The tensors one plan entry becomes, as streams."""
+    if move.packing is not None:
+        return _packed(move, move.packing)
     form = move.form
-    if move.packing is None:
-        return [Output(key, form.dtype, form.shape, partial(_rows, move)) for key in move.keys]
-    return [output for key in move.keys for output in _packed(move, key)]
+    return [Output(move.key, form.dtype, form.shape, partial(_rows, move))]
 
 
 def _rows(move: Move) -> Iterator[Array]:
@@ -165,11 +165,9 @@ def _transformed(move: Move, rows: Array) -> Array:
     return rows
 
 
-def _packed(move: Move, key: str) -> list[Output]:
+def _packed(move: Move, packing: Packing) -> list[Output]:
     """The packed weight as a stream; its scales and biases are small and held until the weight is written."""
-    assert move.packing is not None
-    packing, dtype = move.packing, move.form.dtype
-    forms = packing.forms(move.form)
+    forms, dtype = packing.forms(move.form), move.form.dtype
     held: dict[str, list[Array]] = {}
 
     def weight() -> Iterator[Array]:
@@ -183,7 +181,7 @@ def _packed(move: Move, key: str) -> list[Output]:
     def stream(part: str) -> Iterator[Array]:
         return weight() if part == "weight" else iter(held.pop(part))
 
-    return [Output(packed_key(key, p), f.dtype, f.shape, partial(stream, p)) for p, f in forms.items()]
+    return [Output(packed_key(move.key, p), f.dtype, f.shape, partial(stream, p)) for p, f in forms.items()]
 
 
 def _shards(moves: list[Move], limit: int) -> Iterator[list[Move]]:
@@ -204,8 +202,8 @@ def _shards(moves: list[Move], limit: int) -> Iterator[list[Move]]:
 
 def _blocks(moves: list[Move]) -> Iterator[list[Move]]:
     def block(move: Move) -> str:
-        match = re.match(r".*?\d+(?=\.)", move.keys[0])
-        return match[0] if match else move.keys[0]
+        match = re.match(r".*?\d+(?=\.)", move.key)
+        return match[0] if match else move.key
 
     for _, group in groupby(moves, block):
         yield list(group)
@@ -220,7 +218,7 @@ def _index(moves: list[Move], weights: list[WeightFile]) -> bytes:
     where = {output.key: file.name for file in weights for output in file.outputs}
     total = {
         "total_size": sum(output.nbytes for file in weights for output in file.outputs),
-        "total_parameters": sum(prod(move.form.shape) * len(move.keys) for move in moves),
+        "total_parameters": sum(prod(move.form.shape) for move in moves),
     }
     return _json({"metadata": total, "weight_map": dict(sorted(where.items()))})
 

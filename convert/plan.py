@@ -20,18 +20,14 @@ from ltx2.runtime.tensorfile import FileRecord, TensorFile, TensorInfo
 
 @dataclass(frozen=True)
 class Move:
-    """One source tensor that is stored in `component` under `key` (under each, where there are several)."""
+    """One source tensor that is stored in `component` under `key`."""
 
     file: TensorFile
     tensor: TensorInfo
     component: str
-    key: str | tuple[str, ...]
+    key: str
     steps: tuple[Step, ...] = ()
     packing: Packing | None = None
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (self.key,) if isinstance(self.key, str) else self.key
 
     @property
     def form(self) -> Form:
@@ -44,9 +40,8 @@ class Move:
     def stored(self) -> dict[str, Form]:
         """Name, shape and dtype of every tensor this one becomes."""
         if self.packing is None:
-            return dict.fromkeys(self.keys, self.form)
-        forms = self.packing.forms(self.form)
-        return {packed_key(key, part): form for key in self.keys for part, form in forms.items()}
+            return {self.key: self.form}
+        return {packed_key(self.key, part): form for part, form in self.packing.forms(self.form).items()}
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ def _entry_json(entry: Move | Drop) -> dict[str, Any]:
         "shape": list(entry.tensor.shape),
         "dtype": entry.tensor.dtype,
         "component": entry.component,
-        "key": entry.key if isinstance(entry.key, str) else list(entry.key),
+        "key": entry.key,
         "transform": steps or ["copy"],
         "out_shape": list(form.shape),
         "out_dtype": form.dtype,

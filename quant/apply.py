@@ -103,7 +103,7 @@ def _packed_plan(plan: Plan, forms: Forms) -> Plan:
 def _packed(move: Move, forms: Mapping[str, Affine]) -> Move:
     """The move with its layer's form, where that has one and the tensor is a weight that can be packed."""
     affine, form = forms.get(layer_of(move)), move.form
-    if affine is None or not move.keys[0].endswith(".weight") or len(form.shape) != 2 or form.dtype not in DTYPES:
+    if affine is None or not move.key.endswith(".weight") or len(form.shape) != 2 or form.dtype not in DTYPES:
         return move
     if form.shape[1] % affine.group_size:
         return move

@@ -122,15 +122,14 @@ def _total(moves: Iterable[Move]) -> Total:
     total = Total(0, 0, 0)
     for move in moves:
         after = sum(form.nbytes for form in move.stored().values())
-        count = len(move.keys)
-        total += Total(count * move.form.nbytes, after, count * prod(move.form.shape))
+        total += Total(move.form.nbytes, after, prod(move.form.shape))
     return total
 
 
 def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
     """Compare a written layer with its source. `files` holds the file of every tensor of the component."""
     assert isinstance(move.packing, AffinePacking)
-    keys = [packed_key(move.keys[0], part) for part in ("weight", "scales", "biases")]
+    keys = [packed_key(move.key, part) for part in ("weight", "scales", "biases")]
     stored = [files[key].array(key) for key in keys]
     dtype, affine = move.form.dtype, move.packing.affine
     loss, start = Loss(), 0

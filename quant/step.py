@@ -57,7 +57,7 @@ class AffinePacking(Packing):
 
 def layer_of(move: Move) -> str:
     """The path of the layer a tensor belongs to: its key without the last part."""
-    return move.keys[0].rpartition(".")[0]
+    return move.key.rpartition(".")[0]
 
 
 def packings(moves: Iterable[Move]) -> dict[str, tuple[Move, AffinePacking]]:

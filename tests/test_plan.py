@@ -79,7 +79,7 @@ class TestPublishedFiles:
     def test_lora_targets_exist_in_the_transformer(self, plan: Plan) -> None:
         shapes = {f"transformer.{m.key}": m.form.shape for m in plan.moves("transformer")}
         shapes |= {f"connectors.{m.key}": m.form.shape for m in plan.moves("connectors")}
-        factors = {m.keys[0]: m.form.shape for m in plan.moves(f"loras/{published.LORA}")}
+        factors = {m.key: m.form.shape for m in plan.moves(f"loras/{published.LORA}")}
         ups = {key: shape for key, shape in factors.items() if key.endswith(".lora_B.weight")}
         assert len(ups) == 1371
         for key, (rows, rank) in ups.items():
@@ -123,7 +123,7 @@ class TestPublishedFiles:
         assert [s.name for s in shards] == [f"model-{n:05d}-of-00009.safetensors" for n in range(1, 10)]
         assert all(4 * 10**9 < s.size <= 5 * 10**9 for s in shards[:-1])
         keys = [[o.key for o in s.outputs] for s in shards]
-        assert list(chain(*keys)) == sorted((m.keys[0] for m in plan.moves("transformer")), key=natural_order)
+        assert list(chain(*keys)) == sorted((m.key for m in plan.moves("transformer")), key=natural_order)
         blocks = [{key.split(".")[1] for key in k if key.startswith("transformer_blocks.")} for k in keys]
         assert sum(len(b) for b in blocks) == 48  # no block in two shards
 
