@@ -3,7 +3,7 @@
 All differences are collected before the verdict."""
 
 import hashlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was found right: components, files and their bytes, tensors, and how many of those equal the sources."""
+class Verified(Event):
+    """Last event of a verification, what was found right: components, files and their bytes, tensors, and how many of
+    those equal the sources."""
 
     components: tuple[str, ...]
     files: int
@@ -36,21 +37,8 @@ class Report:
         return {"verified": True} | asdict(self) | {"components": list(self.components)}
 
 
-def verify(folder: Path, sources: Sequence[Path] = (), repack: Repack | None = None) -> Report:
-    """Check a model folder without reporting progress; see `verify_events`."""
-    checking = verify_events(folder, sources, repack)
-    while True:
-        try:
-            next(checking)
-        except StopIteration as finished:
-            report: Report = finished.value
-            return report
-
-
-def verify_events(
-    folder: Path, sources: Sequence[Path] = (), repack: Repack | None = None
-) -> Generator[Event, None, Report]:
-    """Check a model folder, reporting progress; returns a Report.
+def verify(folder: Path, sources: Sequence[Path] = (), repack: Repack | None = None) -> Iterator[Event]:
+    """Check a model folder; the last event is Verified.
 
     `sources` are the checkpoints it was converted from; `repack` quantizes their plan as the folder is quantized.
     Raises VerificationError listing the differences, ModelFolderError when `folder` is no model folder.
@@ -67,7 +55,7 @@ def verify_events(
         raise _failed(folder, differences)
     files = [file for record in model.manifest.components.values() for file in record.files]
     tensors = sum(map(len, shapes.values()))
-    return Report(tuple(sorted(shapes)), len(files), sum(file.size for file in files), tensors, compared)
+    yield Verified(tuple(sorted(shapes)), len(files), sum(file.size for file in files), tensors, compared)
 
 
 def _failed(folder: Path, differences: list[str]) -> VerificationError:

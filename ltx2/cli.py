@@ -327,18 +327,14 @@ def _short(count: int) -> str:
 @common
 def verify(output: Output, model: Path, sources: tuple[Path, ...]) -> None:
     """Check every file, hash, tensor and shape of a model folder; with --source, every value."""
-    from ltx2.convert.verify import verify_events
+    from ltx2.convert.verify import Verified
+    from ltx2.convert.verify import verify as check_folder
     from ltx2.quant.apply import repack
 
-    reports = []
-
-    def checked() -> "Iterable[Event]":
-        reports.append((yield from verify_events(model, sources, repack)))
-
-    output.follow(checked())
-    report = reports[0].to_dict()
-    values = f", {report['compared']} compared with the sources" if sources else ""
-    output.result(report, f"{model} is sound: {report['files']} files, {report['tensors']} tensors{values}")
+    done = output.follow(check_folder(model, sources, repack))
+    assert isinstance(done, Verified), "a verification ends with what it found"
+    values = f", {done.compared} compared with the sources" if sources else ""
+    output.result(done.to_dict(), f"{model} is sound: {done.files} files, {done.tensors} tensors{values}")
 
 
 @cli.command()

@@ -1,8 +1,12 @@
-"""Model folders in tests: what is in one, and how somebody who edits one would put its manifest right."""
+"""Model folders in tests: what is in one, whether it is sound, and how somebody who edits one would hide that."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+from ltx2.convert.compare import Repack
+from ltx2.convert.verify import Verified, verify
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -18,3 +22,10 @@ def accept(folder: Path) -> None:
             content = (folder / name / file["name"]).read_bytes()
             file |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "ltx2.json").write_text(json.dumps(data))
+
+
+def verified(folder: Path, sources: Sequence[Path] = (), repack: Repack | None = None) -> Verified:
+    """What a verification ends with."""
+    *_, last = verify(folder, sources, repack)
+    assert isinstance(last, Verified)
+    return last

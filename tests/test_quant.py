@@ -19,7 +19,6 @@ from safetensors.numpy import load_file, save_file
 from ltx2 import api
 from ltx2.convert.checkpoint import open_sources
 from ltx2.convert.plan import Drop, Options, Plan, make_plan, plan_json
-from ltx2.convert.verify import verify
 from ltx2.quant.apply import Settings, quantize, quantize_plan, repack
 from ltx2.quant.recipe import Recipe, Rule, load_recipe, recipe_names
 from ltx2.quant.report import Quantized, Report
@@ -32,7 +31,7 @@ from ltx2.runtime.load import load_network, load_weights
 from ltx2.runtime.tensorfile import open_tensorfile
 from ltx2.runtime.transformer.model import StreamInput, Transformer
 from tests import published
-from tests.folders import accept, contents
+from tests.folders import accept, contents, verified
 from tests.official import GEMMA, MONOLITH, UPSCALER, Official
 from tests.parity import relative_l2, require
 
@@ -317,7 +316,7 @@ class TestVerify:
     def test_every_value_is_found_again(self, tmp_path: Path, dtype: str | None) -> None:
         sources = [MONOLITH, UPSCALER, GEMMA]
         path = api.convert(sources, tmp_path / "q", variant="distilled", dtype=dtype, bits=3)
-        report = verify(path, sources, repack)
+        report = verified(path, sources, repack)
         assert report.compared == report.tensors > 1000
 
     def test_another_quantization_is_noticed(self, q4: tuple[Path, Report], tmp_path: Path) -> None:
@@ -331,7 +330,7 @@ class TestVerify:
         mx.save_safetensors(str(path / name), weights, {"format": "mlx"})
         accept(path)
         with pytest.raises(VerificationError, match=re.escape(key)):
-            verify(path, [MONOLITH], repack)
+            verified(path, [MONOLITH], repack)
 
 
 class TestRefusals:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 import ltx2
-from ltx2.convert.verify import Report, verify, verify_events
+from ltx2.convert.verify import Verified, verify
 from ltx2.quant.apply import repack
 from ltx2.runtime.errors import ModelFolderError, UnsupportedError, VerificationError
 from ltx2.runtime.events import BytesDone
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.tensorfile import Array, Output, TensorFile, TensorInfo, open_tensorfile, write_tensorfile
-from tests.folders import accept
+from tests.folders import accept, verified
 from tests.official import GEMMA, MONOLITH, UPSCALER, Official
 
 DEMO = (MONOLITH, UPSCALER, GEMMA)
@@ -54,58 +54,58 @@ def rewrite(path: Path, change: dict[str, TensorInfo | None]) -> None:
 
 class TestFolder:
     def test_whole(self, demo_model: Path) -> None:
-        report = verify(demo_model)
+        report = verified(demo_model)
         manifest = ModelFolder.open(demo_model).manifest
         files = [f for record in manifest.components.values() for f in record.files]
-        assert report == Report(tuple(sorted(manifest.components)), len(files), sum(f.size for f in files), 1029, 0)
+        assert report == Verified(tuple(sorted(manifest.components)), len(files), sum(f.size for f in files), 1029, 0)
         assert report.to_dict()["verified"] is True
 
     def test_progress(self, demo_model: Path) -> None:
-        events = [e for e in verify_events(demo_model) if isinstance(e, BytesDone)]
+        events = [e for e in verify(demo_model) if isinstance(e, BytesDone)]
         assert [e.done for e in events] == sorted(e.done for e in events) and events[-1].done == events[-1].total
 
     def test_not_a_model(self, tmp_path: Path) -> None:
         with pytest.raises(ModelFolderError):
-            verify(tmp_path)
+            verified(tmp_path)
 
     def test_flipped_bit(self, folder: Path) -> None:
         flip(folder / "vocoder" / "model.safetensors")
         with pytest.raises(VerificationError, match=r"vocoder/model\.safetensors has another SHA-256") as error:
-            verify(folder)
+            verified(folder)
         assert error.value.exit_code == 1
 
     def test_flipped_bit_in_a_tokenizer(self, folder: Path) -> None:
         flip(folder / "text_encoder" / "tokenizer.json")
         with pytest.raises(VerificationError, match=r"text_encoder/tokenizer\.json"):
-            verify(folder)
+            verified(folder)
 
     def test_missing_file(self, folder: Path) -> None:
         (folder / "audio_vae" / "model.safetensors").unlink()
         with pytest.raises(VerificationError, match=r"audio_vae/model\.safetensors is missing"):
-            verify(folder)
+            verified(folder)
 
     def test_truncated_file(self, folder: Path) -> None:
         os.truncate(folder / "audio_vae" / "model.safetensors", 1000)
         with pytest.raises(VerificationError, match=r"has 1000 bytes and should have .*not a valid safetensors"):
-            verify(folder)
+            verified(folder)
 
     def test_extra_weights(self, folder: Path) -> None:
         """mlx-lm would load them."""
         shutil.copy(folder / "vocoder" / "model.safetensors", folder / "vocoder" / "model-extra.safetensors")
         with pytest.raises(VerificationError, match=r"vocoder/model-extra\.safetensors is not listed"):
-            verify(folder)
+            verified(folder)
 
     def test_all_differences_are_listed(self, folder: Path) -> None:
         (folder / "audio_vae" / "config.json").unlink()
         flip(folder / "vocoder" / "model.safetensors")
         with pytest.raises(VerificationError, match=r"audio_vae/config\.json.*; .*vocoder"):
-            verify(folder)
+            verified(folder)
 
     def test_missing_tensor(self, folder: Path) -> None:
         rewrite(folder / "vocoder" / "model.safetensors", {"ups.1.bias": None})
         accept(folder)
         with pytest.raises(VerificationError, match=r"vocoder: tensor ups\.1\.bias is missing"):
-            verify(folder)
+            verified(folder)
 
     def test_wrong_shape(self, folder: Path) -> None:
         tensor = open_tensorfile(folder / "vocoder" / "model.safetensors").tensors["conv_post.weight"]
@@ -113,39 +113,39 @@ class TestFolder:
         rewrite(folder / "vocoder" / "model.safetensors", {tensor.name: wrong})
         accept(folder)
         with pytest.raises(VerificationError, match=r"\[7, 2, 2\] for \[2, 7, 2\] is of the wrong shape"):
-            verify(folder)
+            verified(folder)
 
     def test_configuration_of_another_network(self, folder: Path) -> None:
         path = folder / "transformer" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 7}))
         accept(folder)
         with pytest.raises(VerificationError, match=r"transformer_blocks\.6\.\S+ is missing.* more differences"):
-            verify(folder)
+            verified(folder)
 
     def test_index(self, tmp_path: Path) -> None:
         out = ltx2.convert([UPSCALER], tmp_path / "out", shard_size=0.0005)
-        assert verify(out).tensors == 24
+        assert verified(out).tensors == 24
         index = out / "spatial_upscaler" / "model.safetensors.index.json"
         data = json.loads(index.read_text())
         data["weight_map"]["final_conv.bias"] = data["weight_map"]["upsampler.conv.bias"]
         index.write_text(json.dumps(data))
         accept(out)
         with pytest.raises(VerificationError, match=r"index\.json does not say where"):
-            verify(out)
+            verified(out)
 
 
 class TestSources:
     def test_every_value(self, demo_model: Path) -> None:
-        assert verify(demo_model, DEMO).compared == 1029
+        assert verified(demo_model, DEMO).compared == 1029
 
     def test_part_of_the_sources(self, demo_model: Path) -> None:
-        assert verify(demo_model, [UPSCALER]).compared == 24
+        assert verified(demo_model, [UPSCALER]).compared == 24
 
     @pytest.mark.parametrize("dtype", ["f16", "f32"])
     def test_cast(self, tmp_path: Path, dtype: str) -> None:
         out = tmp_path / "out"
         ltx2.convert([MONOLITH], out, variant="distilled", dtype=dtype, only=["transformer", "vocoder"])
-        assert verify(out, [MONOLITH]).compared == 486 + 194
+        assert verified(out, [MONOLITH]).compared == 486 + 194
 
     def test_changed_value(self, folder: Path) -> None:
         """Files and manifest agree; only the source knows."""
@@ -153,30 +153,30 @@ class TestSources:
         tensor = open_tensorfile(path).tensors["ups.3.weight"]
         flip(path, tensor.start + 4)
         accept(folder)
-        assert verify(folder).compared == 0
+        assert verified(folder).compared == 0
         with pytest.raises(VerificationError, match=r"vocoder: 1 of \d+ values of tensor ups\.3\.weight differ"):
-            verify(folder, DEMO)
+            verified(folder, DEMO)
 
     def test_other_source(self, official: Official, demo_model: Path) -> None:
         with pytest.raises(VerificationError, match=r"more differences"):
-            verify(demo_model, [official.upscaler])
+            verified(demo_model, [official.upscaler])
 
     def test_source_of_nothing(self, demo_model: Path, tmp_path: Path) -> None:
         out = ltx2.convert([UPSCALER], tmp_path / "out")
         with pytest.raises(VerificationError, match=r"ltx-2-demo\.safetensors holds nothing of this model"):
-            verify(out, [UPSCALER, MONOLITH])
+            verified(out, [UPSCALER, MONOLITH])
 
     def test_quantized(self, tmp_path: Path) -> None:
         out = ltx2.convert([MONOLITH], tmp_path / "out", variant="distilled", dtype="f16", only=["transformer"], bits=4)
-        compared = verify(out, [MONOLITH], repack).compared
+        compared = verified(out, [MONOLITH], repack).compared
         assert compared == len(ModelFolder.open(out).tensor_files("transformer")[0].tensors) > 700
         path = out / "transformer" / "model.safetensors"
         flip(path, open_tensorfile(path).tensors["transformer_blocks.1.attn1.to_q.scales"].start)
         accept(out)
         with pytest.raises(VerificationError, match=r"1 of \d+ values of tensor \S+\.1\.attn1\.to_q\.scales differ"):
-            verify(out, [MONOLITH], repack)
+            verified(out, [MONOLITH], repack)
 
     def test_quantized_needs_a_packer(self, tmp_path: Path) -> None:
         out = ltx2.convert([MONOLITH], tmp_path / "out", variant="distilled", only=["connectors"], bits=8)
         with pytest.raises(UnsupportedError, match="is quantized"):
-            verify(out, [MONOLITH])
+            verified(out, [MONOLITH])
