@@ -60,7 +60,7 @@ def open_partial(path: Path, fingerprint: str) -> Iterator[Partial]:
     Raises ModelFolderError when something else stands at `path`, InputError while another process writes there.
     """
     journal = path / JOURNAL
-    if path.exists() and not journal.is_file() and not _is_empty_folder(path):
+    if path.exists() and not journal.is_file() and not is_empty_folder(path):
         raise ModelFolderError(
             f"{path} is in the way", "it is not an unfinished conversion of ours", "move it away, or write elsewhere"
         )
@@ -69,7 +69,7 @@ def open_partial(path: Path, fingerprint: str) -> Iterator[Partial]:
         _lock(f, path)
         lines = _read(f)
         if not lines or lines[0] != {"fingerprint": fingerprint}:
-            _empty(path)
+            _clear(path)
             lines = [{"fingerprint": fingerprint}]
         partial = Partial(path, f)
         f.truncate(0)  # a crash may have left half a line at its end
@@ -77,6 +77,11 @@ def open_partial(path: Path, fingerprint: str) -> Iterator[Partial]:
             partial._append(line)
         _restore(partial, lines)
         yield partial
+
+
+def is_empty_folder(path: Path) -> bool:
+    """Whether there is a folder that may be used as if there were none."""
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _lock(f: IO[str], path: Path) -> None:
@@ -113,16 +118,12 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def _empty(path: Path) -> None:
+def _clear(path: Path) -> None:
     for entry in path.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
         elif entry.name != JOURNAL:
             entry.unlink()
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
 
 
 def _sync(folder: Path) -> None:

@@ -16,7 +16,7 @@ from ltx2 import __version__
 from ltx2.convert.check import check_plan
 from ltx2.convert.files import PlannedFile, TextFile, component_files, main_dtype
 from ltx2.convert.hashing import SourceHashes
-from ltx2.convert.journal import JOURNAL, Partial, open_partial
+from ltx2.convert.journal import JOURNAL, Partial, is_empty_folder, open_partial
 from ltx2.convert.plan import Plan, plan_json
 from ltx2.runtime.errors import DoesNotFitError, InputError, ModelFolderError
 from ltx2.runtime.events import BytesDone, Event, Written
@@ -56,7 +56,7 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
         with open_partial(out.with_name(out.name + ".partial"), _fingerprint(plan, files)) as partial:
             _check_space(files, partial)
             yield from _fill(plan, files, partial)
-            _publish(partial, out)
+            _publish(partial, out, options.force)
     except OSError as error:
         raise _disk_error(error, out) from error
     yield Written(str(out), _total(files), time.monotonic() - started)
@@ -68,8 +68,8 @@ def _check_options(plan: Plan, out: Path, options: WriteOptions) -> None:
             f"a shard size of {options.shard_gb:g} GB is not possible", "files hold data", "use --shard-size 5"
         )
     target = out.resolve()
-    for path in {entry.file.path.resolve() for entry in plan.entries}:
-        if target == path or target in path.parents:
+    for path in {entry.file.path for entry in plan.entries}:
+        if target in (path.resolve(), *path.resolve().parents):
             raise InputError(f"{out} holds the source {path.name}", "sources are never modified", "choose another -o")
 
 
@@ -77,7 +77,7 @@ def _already_there(
     plan: Plan, files: list[PlannedFile], out: Path, options: WriteOptions
 ) -> Generator[Event, None, bool]:
     """Whether `out` is this very model. Raises ModelFolderError when it is something else that must stay."""
-    if out.is_dir() and not any(out.iterdir()):
+    if is_empty_folder(out):
         return False
     if not (out / MANIFEST).is_file():
         raise ModelFolderError(
@@ -163,10 +163,14 @@ def _manifest(
     return Manifest(plan.release, plan.variant, __version__, components, sources)
 
 
-def _publish(partial: Partial, out: Path) -> None:
+def _publish(partial: Partial, out: Path, force: bool) -> None:
     """Give the finished folder its name; a model that is replaced disappears only then."""
     old = out.with_name(out.name + ".replaced")
     if out.exists():
+        if not (force or is_empty_folder(out)):
+            raise ModelFolderError(
+                f"{out} appeared while its model was written", "another program made it", "run the command again"
+            )
         _remove_model(old)  # a crash may have left it
         out.rename(old)
     partial.finish(out)
@@ -174,7 +178,7 @@ def _publish(partial: Partial, out: Path) -> None:
 
 
 def _remove_model(folder: Path) -> None:
-    if (folder / MANIFEST).is_file() or (folder.is_dir() and not any(folder.iterdir())):
+    if (folder / MANIFEST).is_file() or is_empty_folder(folder):
         shutil.rmtree(folder)
 
 

@@ -346,6 +346,16 @@ class TestExistingFolders:
             run(plan_of(UPSCALER), tmp_path / "out")
         assert isinstance(list(events)[-1], Written)
 
+    def test_a_model_that_appears_meanwhile_stays(self, tmp_path: Path) -> None:
+        events = write_plan(plan_of(UPSCALER), tmp_path / "out")
+        next(events)
+        ltx2.convert([UPSCALER], tmp_path / "other", dtype="f16")
+        (tmp_path / "other").rename(tmp_path / "out")
+        before = contents(tmp_path / "out")
+        with pytest.raises(ModelFolderError, match="appeared"):
+            list(events)
+        assert contents(tmp_path / "out") == before
+
     def test_shard_size(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="--shard-size"):
             run(plan_of(UPSCALER), tmp_path / "out", WriteOptions(shard_gb=0))
