@@ -151,6 +151,17 @@ class TestRecipe:
         assert {(row.component, row.bits) for row in report.layers} == {("connectors", 5)}
         assert all(".ff.proj_" in row.layer for row in report.layers)
 
+    def test_a_recipe_may_name_every_layer(self, demo_f32: Path, tmp_path: Path, figure: Figure) -> None:
+        """Also those whose dtype decides in what the streams are computed."""
+        path = tmp_path / "all.json"
+        path.write_text(json.dumps({"quantize": [{"component": "transformer", "layers": ".+"}], "at_least": []}))
+        report = api.quantize(demo_f32, tmp_path / "q", bits=8, group_size=32, recipe=str(path))
+        assert {"patchify_proj", "adaln_single.emb.timestep_embedder.linear_1"} <= {row.layer for row in report.layers}
+        golden = load_file(GOLDEN)
+        for stream, velocity in zip(("video", "audio"), golden_velocity(ModelFolder.open(tmp_path / "q")), strict=True):
+            error = relative_l2(velocity, golden[f"a.velocity_at_0.725.{stream}"])
+            figure(f"every layer at 8 bits, {stream} velocity, rel L2 vs golden", error, limit=0.02)
+
     @pytest.mark.parametrize(
         "text",
         ["", "[]", '{"quantize": []}', '{"quantize": [{"component": "vae", "layers": "."}], "at_least": []}',

@@ -73,7 +73,7 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> mx.Dtype:
         """The dtype the streams are computed in."""
-        return self.patchify_proj.weight.dtype
+        return self.patchify_proj.bias.dtype  # a weight may be packed into integers
 
     def prepare_video(self, text: mx.array, positions: Positions) -> Prepared:
         """text (batch, tokens, caption_channels); positions (3, tokens): seconds, pixel rows, pixel columns."""

@@ -25,7 +25,7 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def __call__(self, timesteps: mx.array) -> mx.array:
-        x = sinusoidal_embedding(timesteps).astype(self.linear_1.weight.dtype)
+        x = sinusoidal_embedding(timesteps).astype(self.linear_1.bias.dtype)
         return self.linear_2(nn.silu(self.linear_1(x)))
 
 
