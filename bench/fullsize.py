@@ -100,8 +100,7 @@ class Suite:
         vae = cast(VideoAutoencoder, self.network("video_vae"))
         vae.pop("encoder")
         latents = normal(1, self.channels, self.frames, self.height, self.width)
-        pixels = self.height * self.scales.spatial, self.width * self.scales.spatial
-        tiled = auto_tiling(*pixels, (self.frames - 1) * self.scales.temporal + 1)
+        tiled = auto_tiling(vae, self.frames, self.height, self.width)
 
         def decode(tiling: Tiling | None) -> list[mx.array]:
             return list(decode_frames(vae, latents, tiling))

@@ -89,13 +89,14 @@ class Run:
         if request.latents is not None:
             request = request.for_latents(self._read_latents(request.latents).video.shape, self.scales)
         self.request = request.with_defaults(preset)
+        self.sizes = Sizes.of(self.request)
         self.phases: list[PhaseDone] = []
         self._check()
 
     def _check(self) -> None:
         """Everything that can be known to be wrong before the work starts."""
         stages = self.preset.stages if self.request.latents is None else ()
-        Sizes.of(self.request).check(self.scales, stages, self.video_config.smallest_side)
+        self.sizes.check(self.scales, stages, self.video_config.smallest_side)
         self._check_components()
         self._check_files()
 
@@ -151,8 +152,7 @@ class Run:
             mel = yield from self._phase("audio_vae", self._decode_audio, latents.audio)
             audio, sample_rate = yield from self._phase("vocoder", self._vocode, mel)
         record = self._record(time.perf_counter() - started)
-        fps = Sizes.of(self.request).fps
-        yield Generated(Clip(frames, audio, sample_rate, fps, latents.as_numpy(), record))
+        yield Generated(Clip(frames, audio, sample_rate, self.sizes.fps, latents.as_numpy(), record))
 
     def _phase(
         self,
@@ -236,8 +236,8 @@ class Run:
         return latents
 
     def _grid(self, stage: Stage) -> Grid:
-        sizes = Sizes.of(self.request)
-        return sizes.grid(stage, self.scales, self.video_config.latent_channels, self.audio_config.latent_channels)
+        channels = self.video_config.latent_channels, self.audio_config.latent_channels
+        return self.sizes.grid(stage, self.scales, *channels)
 
     def _noises(self, grids: list[Grid]) -> list[Latents]:
         """Unit Gaussian noise of every stage; one key per tensor, so that no draw depends on another's size."""
@@ -257,7 +257,7 @@ class Run:
         read_weights(transformer)
         phase.steps = stage.steps
         prepared = (
-            transformer.prepare_video(contexts.video, video_positions(grid, Sizes.of(self.request).fps, self.scales)),
+            transformer.prepare_video(contexts.video, video_positions(grid, self.sizes.fps, self.scales)),
             transformer.prepare_audio(contexts.audio, audio_positions(grid, self.scales)),
         )
         phase.loaded()
@@ -284,13 +284,13 @@ class Run:
         network = load_network(self.folder, "video_vae", VideoAutoencoder)
         read_weights(network.decoder)
         phase.loaded()
-        scales, (frames, height, width) = self.scales, latents.shape[2:]
-        tiling = auto_tiling(height * scales.spatial, width * scales.spatial, (frames - 1) * scales.temporal + 1)
-        groups = []
-        for group in decode_frames(network, latents, tiling):
-            groups.append(np.array(mx.round(group * 255).astype(mx.uint8)))
+        sizes, done = self.sizes, 0
+        frames = np.empty((sizes.frames, sizes.height, sizes.width, 3), np.uint8)  # filled in place: a long clip has gigabytes
+        for group in decode_frames(network, latents, auto_tiling(network, *latents.shape[2:])):
+            frames[done : done + group.shape[0]] = np.array(mx.round(group * 255).astype(mx.uint8))
+            done += group.shape[0]
             yield phase.step()
-        return np.concatenate(groups)
+        return frames
 
     def _decode_audio(self, phase: Phase, latents: mx.array) -> Work[mx.array]:
         network = load_network(self.folder, "audio_vae", AudioAutoencoder)

@@ -48,17 +48,15 @@ class Tiling:
             )
 
 
-def auto_tiling(
-    height: int, width: int, frames: int, *, spatial_scale: int = 32, temporal_scale: int = 8
-) -> Tiling | None:
-    """Tiles of Lightricks' choice for a clip in pixels and frames: 768 along the longer side, the other in proportion,
-    80 frames. None when one tile covers the clip."""
+def auto_tiling(vae: VideoDecoder, frames: int, height: int, width: int) -> Tiling | None:
+    """Tiles of Lightricks' choice for a clip of so many latents: 768 pixels along the longer side, the other in
+    proportion, 80 frames. None when one tile covers the clip."""
+    space, time = vae.spatial_scale, vae.temporal_scale
+    limit, least = LONG_SIDE // space, OVERLAP // space + 1
     longest = max(height, width)
-    if longest <= LONG_SIDE:
-        whole = frames <= 1 + FRAMES - temporal_scale
-        return None if whole else Tiling(height, width, 0, FRAMES, FRAME_OVERLAP)
-    limit, least = LONG_SIDE // spatial_scale, OVERLAP // spatial_scale + 1
-    tile_height, tile_width = (spatial_scale * max(2, least, round(limit * side / longest)) for side in (height, width))
+    if longest <= limit:
+        return None if frames * time <= FRAMES else Tiling(height * space, width * space, 0, FRAMES, FRAME_OVERLAP)
+    tile_height, tile_width = (space * max(2, least, round(limit * side / longest)) for side in (height, width))
     return Tiling(tile_height, tile_width, OVERLAP, FRAMES, FRAME_OVERLAP)
 
 
