@@ -285,7 +285,8 @@ class Run:
         read_weights(network.decoder)
         phase.loaded()
         sizes, done = self.sizes, 0
-        frames = np.empty((sizes.frames, sizes.height, sizes.width, 3), np.uint8)  # filled in place: a long clip has gigabytes
+        # Filled group by group: a long clip has gigabytes, and collecting groups would need them twice.
+        frames = np.empty((sizes.frames, sizes.height, sizes.width, 3), np.uint8)
         for group in decode_frames(network, latents, auto_tiling(network, *latents.shape[2:])):
             frames[done : done + group.shape[0]] = np.array(mx.round(group * 255).astype(mx.uint8))
             done += group.shape[0]
