@@ -7,12 +7,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from safetensors.numpy import save_file
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.latents import AUDIO_FREQUENCIES, Grid, Latents
 from ltx2.runtime.paths import check_output
-from ltx2.runtime.tensorfile import open_tensorfile
+from ltx2.runtime.tensorfile import Array, Output, open_tensorfile, write_tensorfile
 
 
 @dataclass(frozen=True)
@@ -23,14 +22,16 @@ class Contexts:
     audio: mx.array
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, mx.array | np.ndarray]) -> None:
-    """Write float32 tensors; the file appears under its name only when complete."""
+def write_tensors(path: str | Path, tensors: Mapping[str, mx.array]) -> None:
+    """Write tensors as float32; the file appears under its name only when complete."""
     check_output(path)
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    # save_file writes the memory of an array as it lies: a transposed one would be scrambled.
-    save_file({name: np.array(value, dtype=np.float32, order="C") for name, value in tensors.items()}, partial)
-    partial.replace(target)
+    outputs = [_output(name, np.array(value.astype(mx.float32))) for name, value in tensors.items()]
+    for _ in write_tensorfile(Path(path), outputs, {}):
+        pass
+
+
+def _output(name: str, values: Array) -> Output:
+    return Output(name, "F32", values.shape, lambda: [values])
 
 
 def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array]:
@@ -91,10 +92,7 @@ def read_embeddings(path: str | Path, width: int) -> Contexts:
 
 
 def write_embeddings(path: str | Path, contexts: Contexts) -> None:
-    write_tensors(
-        path,
-        {"video_context": contexts.video.astype(mx.float32), "audio_context": contexts.audio.astype(mx.float32)},
-    )
+    write_tensors(path, {"video_context": contexts.video, "audio_context": contexts.audio})
 
 
 def _check_shape(path: str | Path, name: str, value: mx.array, shape: tuple[int, ...]) -> None:
