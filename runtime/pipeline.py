@@ -140,9 +140,8 @@ class Run:
         """All phases, then Generated."""
         started = time.perf_counter()
         limit_cache()
-        given = "latents" if self.request.latents else "embeddings" if self.request.embeddings else None
-        if given and self.request.prompt is not None:
-            yield Warned(f"the prompt has no effect: the {given} were made from another one")
+        for message in self.request.without_effect():
+            yield Warned(message)
         latents = yield from self._latents()
         if self.request.save_latents:
             write_latents(self.request.save_latents, latents)

@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,11 @@ from ltx2.runtime.latents import Grid, Scales, audio_latent_count
 from ltx2.runtime.presets import Preset, Stage
 
 SEEDS = 1 << 64  # a key of MLX's generator is 64 bits
+# What a given file stands for, so that these options have nothing left to do.
+REPLACED: Mapping[str, tuple[str, ...]] = {
+    "latents": ("prompt", "embeddings", "save_embeddings", "noise", "no_upscale"),
+    "embeddings": ("prompt",),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,14 @@ class Request:
         files = ("embeddings", "save_embeddings", "noise", "save_latents", "latents")
         given = {name: path for name in files if (path := getattr(self, name)) is not None}
         return asdict(self) | {name: str(Path(path).absolute()) for name, path in given.items()}
+
+    def without_effect(self) -> Iterator[str]:
+        """Warnings about options that others leave nothing to do."""
+        file = next((name for name in REPLACED if getattr(self, name) is not None), "")
+        for name in REPLACED.get(file, ()):
+            if getattr(self, name) not in (None, False):
+                option = "the prompt" if name == "prompt" else f"--{name.replace('_', '-')}"
+                yield f"{option} has no effect with --{file}"
 
     def for_latents(self, shape: Sequence[int], scales: Scales) -> "Request":
         """With the sizes that latents (1, C, F, H, W) make. Raises InputError when it asks for others."""

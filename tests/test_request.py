@@ -100,6 +100,21 @@ class TestOptions:
         with pytest.raises(InputError, match=r"no prompt.*PROMPT, --embeddings or --latents"):
             Request.from_options({"seed": 1}).with_defaults(PRESET)
 
+    @pytest.mark.parametrize(
+        ("options", "warnings"),
+        [
+            ({"prompt": "x", "noise": "n", "no_upscale": True, "save_embeddings": "s"}, []),
+            ({"embeddings": "e", "save_embeddings": "s"}, []),
+            ({"prompt": "", "embeddings": "e"}, ["the prompt has no effect with --embeddings"]),
+            (
+                {"prompt": "x", "latents": "l", "no_upscale": True, "save_embeddings": "s"},
+                [f"{n} has no effect with --latents" for n in ("the prompt", "--save-embeddings", "--no-upscale")],
+            ),
+        ],
+    )
+    def test_nothing_is_ignored_in_silence(self, options: dict[str, Any], warnings: list[str]) -> None:
+        assert list(Request.from_options(options).without_effect()) == warnings
+
     def test_unknown_option(self) -> None:
         with pytest.raises(InputError, match=r"'widht'.*no such option.*width"):
             Request.from_options({"widht": 64})
