@@ -15,15 +15,15 @@ class Event:
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """One network is about to be loaded and used. `steps` is 0 where the phase is not counted."""
+    """One network is about to be loaded and used."""
 
     name: str
-    steps: int = 0
 
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One counted unit of the running phase (a denoise step, a layer, a tile)."""
+    """One unit of the running phase (a denoise step, a layer, a group of frames). `steps` is 0 where their number is
+    not known."""
 
     phase: str
     step: int

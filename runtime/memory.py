@@ -21,25 +21,26 @@ def limit_cache() -> None:
 class Phase:
     """Stopwatch and memory meter of one phase, from construction to `finish`."""
 
-    def __init__(self, name: str, steps: int = 0) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.steps = steps
+        self._steps = 0
         self._step_seconds: list[float] = []
         self._load_seconds = 0.0
         mx.reset_peak_memory()
         self._start = self._mark = time.perf_counter()
 
-    def loaded(self) -> None:
-        """The network is ready; what follows is its use."""
+    def loaded(self, steps: int = 0) -> None:
+        """The network is ready; what follows is its use, in so many steps (0: not known)."""
+        self._steps = steps
         self._mark = time.perf_counter()
         self._load_seconds = self._mark - self._start
 
     def step(self) -> StepDone:
-        """One counted unit is done."""
+        """One unit of work is done."""
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         self._step_seconds.append(seconds)
-        return StepDone(self.name, len(self._step_seconds), self.steps, seconds, mx.get_active_memory())
+        return StepDone(self.name, len(self._step_seconds), self._steps, seconds, mx.get_active_memory())
 
     def finish(self) -> PhaseDone:
         """The network is out of scope: return its memory to the system and report."""

@@ -202,8 +202,7 @@ class Run:
 
     def _encode_text(self, phase: Phase, tokens: Encoded) -> Work[list[mx.array]]:
         network = load_network(self.folder, "text_encoder", Gemma3TextEncoder)
-        phase.steps = network.config.num_hidden_layers + 1
-        phase.loaded()
+        phase.loaded(network.config.num_hidden_layers + 1)
         states = []
         for state in network.hidden_states(mx.array(tokens.ids), mx.array(tokens.mask), release=True):
             states.append(state)
@@ -254,12 +253,11 @@ class Run:
     def _denoise(self, phase: Phase, stage: Stage, grid: Grid, start: Latents, contexts: Contexts) -> Work[Latents]:
         transformer = load_network(self.folder, "transformer", Transformer)
         read_weights(transformer)
-        phase.steps = stage.steps
         prepared = (
             transformer.prepare_video(contexts.video, video_positions(grid, self.sizes.fps, self.scales)),
             transformer.prepare_audio(contexts.audio, audio_positions(grid, self.scales)),
         )
-        phase.loaded()
+        phase.loaded(stage.steps)
         tokens = start.to_tokens()
         for denoised in denoise(transformer, tokens, stage.sigmas, prepared):
             tokens = denoised
