@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from ltx2.runtime.config import Config
 from ltx2.runtime.errors import ConfigError
+from ltx2.runtime.latent_statistics import LatentStatistics
 
 NORM_EPS = 1e-6
 
@@ -118,10 +119,6 @@ class AudioVAEConfig(Config):
     def hop(self) -> int:
         """Samples per mel frame."""
         return self.preprocessing.stft.hop_length
-
-    @property
-    def latents_per_second(self) -> float:
-        return self.sample_rate / self.hop / self.temporal_scale
 
 
 class CausalConv2d(nn.Module):
@@ -249,27 +246,6 @@ class Decoder(nn.Module):
         return self.conv_out(norm_silu(x))
 
 
-class Statistics(nn.Module):
-    """Mean and standard deviation of the latents, per channel and frequency, in token order: c * frequencies + f."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.mean = mx.zeros((size,))
-        self.std = mx.ones((size,))
-
-    def normalise(self, latents: mx.array) -> mx.array:  # (B, A, T, F)
-        mean, std = self._tables(latents)
-        return (latents - mean) / std
-
-    def unnormalise(self, latents: mx.array) -> mx.array:
-        mean, std = self._tables(latents)
-        return latents * std + mean
-
-    def _tables(self, latents: mx.array) -> tuple[mx.array, mx.array]:
-        shape = (1, latents.shape[1], 1, latents.shape[3])
-        return self.mean.reshape(shape).astype(latents.dtype), self.std.reshape(shape).astype(latents.dtype)
-
-
 class AudioAutoencoder(nn.Module):
     """Encoder, decoder and latent statistics."""
 
@@ -278,7 +254,7 @@ class AudioAutoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config.network)
         self.decoder = Decoder(config.network)
-        self.per_channel_statistics = Statistics(config.latent_channels * config.latent_frequencies)
+        self.per_channel_statistics = LatentStatistics(config.latent_channels, 1, config.latent_frequencies)
 
     def decode(self, latents: mx.array) -> mx.array:
         """Normalised latents (B, A, t, frequencies) -> log-mel spectrogram (B, 2, 4t-3, mel bins)."""

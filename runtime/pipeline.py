@@ -266,14 +266,14 @@ class Run:
 
     def _upscale(self, phase: Phase, latents: Latents) -> Work[Latents]:
         """x2 in both picture directions, on latents without the VAE's normalisation; the audio passes through."""
-        vae = load_network(self.folder, "video_vae", VideoAutoencoder)  # only its statistics are read
+        statistics = load_network(self.folder, "video_vae", VideoAutoencoder).per_channel_statistics
         network = load_network(self.folder, "spatial_upscaler", LatentUpsampler)
         read_weights(network)
         phase.loaded()
-        video = vae.normalise(network(vae.unnormalise(latents.video)))
+        video = statistics.normalise(network(statistics.unnormalise(latents.video)))
         mx.eval(video)
         yield phase.step()
-        return Latents(video.astype(mx.float32), latents.audio)
+        return Latents(video, latents.audio)
 
     # Decoding
 

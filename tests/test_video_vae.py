@@ -111,7 +111,7 @@ def test_decoder_equals_diffusers(both: Both, figure: Figure, frames: int) -> No
     import torch
 
     name, network, reference = both
-    latents = noise(1, network.latent_channels, frames, 2, 3)
+    latents = noise(1, network.config.latent_channels, frames, 2, 3)
     with torch.no_grad():
         mean, std = (v.view(1, -1, 1, 1, 1) for v in (reference.latents_mean, reference.latents_std))
         theirs = reference.decode(torch.tensor(latents) * std + mean).sample[0].permute(1, 2, 3, 0).numpy()
@@ -130,7 +130,7 @@ def test_encoder_equals_diffusers(both: Both, figure: Figure, frames: int) -> No
         mean, std = (v.view(1, -1, 1, 1, 1) for v in (reference.latents_mean, reference.latents_std))
         theirs = ((reference.encode(torch.tensor(pixels)).latent_dist.mode() - mean) / std).numpy()
     ours = network.encode(mx.array(pixels))
-    assert ours.shape == (1, network.latent_channels, (frames - 1) // 8 + 1, 2, 3)
+    assert ours.shape == (1, network.config.latent_channels, (frames - 1) // 8 + 1, 2, 3)
     figure(f"video_vae.encode ({name}, {frames} frames) rel L2", relative_l2(ours, theirs), limit=1e-4)
 
 
@@ -169,11 +169,16 @@ def test_a_picture_off_the_grid_is_refused(vae: VideoAutoencoder) -> None:
 
 
 def test_statistics(vae: VideoAutoencoder) -> None:
-    latents = mx.array(noise(1, 32, 2, 2, 3))
-    mean, std = (np.array(v)[None, :, None, None, None] for v in vae.per_channel_statistics.values())
+    latents, statistics = mx.array(noise(1, 32, 2, 2, 3)), vae.per_channel_statistics
+    mean, std = (np.array(v)[:, None, None, None] for v in (statistics.mean, statistics.std))
     assert std.min() > 0.5 and not np.allclose(mean, 0)  # the checkpoint's, not the initial ones
-    np.testing.assert_allclose(vae.unnormalise(latents), np.array(latents) * std + mean, rtol=1e-6)
-    np.testing.assert_allclose(vae.normalise(vae.unnormalise(latents)), latents, atol=1e-6)
+    raw = statistics.unnormalise(latents)
+    np.testing.assert_allclose(raw, np.array(latents) * std + mean, rtol=1e-6)
+    np.testing.assert_allclose(statistics.normalise(raw), latents, atol=1e-6)
+    rounded = latents.astype(mx.bfloat16)
+    in_float32 = statistics.unnormalise(rounded.astype(mx.float32)).astype(mx.bfloat16)
+    assert statistics.unnormalise(rounded).dtype == mx.bfloat16
+    assert mx.array_equal(statistics.unnormalise(rounded), in_float32)
 
 
 def test_bf16_is_not_promoted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +396,7 @@ def test_largest_activation(official: Official, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(layers.CausalConv3d, "__call__", spy_convolve)
     monkeypatch.setattr(layers, "_extend", spy_extend)
-    network.decode(mx.zeros((1, network.latent_channels, 3, 2, 3)))
+    network.decode(mx.zeros((1, network.config.latent_channels, 3, 2, 3)))
     bound = largest_activation(network.config, 3, 2, 3)
     assert max(sizes) <= bound <= 1.2 * max(sizes)
 

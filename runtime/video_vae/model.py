@@ -7,20 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.errors import InputError
+from ltx2.runtime.latent_statistics import LatentStatistics
 from ltx2.runtime.video_vae.config import VideoVAEConfig
 from ltx2.runtime.video_vae.decoder import Decoder, largest_activation
 from ltx2.runtime.video_vae.encoder import Encoder
 
 MAX_ELEMENTS = 2**31 - 1  # GPU kernels index with 32 bits: beyond it the tail of an array is garbage
-
-
-class ChannelStatistics(nn.Module):
-    """Mean and standard deviation of each latent channel over the training data."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.mean = mx.zeros((channels,))
-        self.std = mx.ones((channels,))
 
 
 class VideoAutoencoder(nn.Module):
@@ -31,7 +23,7 @@ class VideoAutoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.per_channel_statistics = ChannelStatistics(config.latent_channels)
+        self.per_channel_statistics = LatentStatistics(config.latent_channels, 1, 1, 1)
 
     @property
     def spatial_scale(self) -> int:
@@ -42,20 +34,6 @@ class VideoAutoencoder(nn.Module):
     def temporal_scale(self) -> int:
         """Frames per latent; the first latent stands for one frame."""
         return self.config.temporal_scale
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.latent_channels
-
-    def normalise(self, latents: mx.array) -> mx.array:
-        """(1, C, f, h, w) as the encoder makes them -> zero mean and unit variance per channel, float32."""
-        mean, std = self._statistics()
-        return (latents.astype(mx.float32) - mean) / std
-
-    def unnormalise(self, latents: mx.array) -> mx.array:
-        """The inverse of `normalise`, float32."""
-        mean, std = self._statistics()
-        return latents.astype(mx.float32) * std + mean
 
     def encode(self, pixels: mx.array) -> mx.array:
         """(1, 3, F, H, W) in [-1, 1] -> normalised latents (1, C, f, h, w), float32.
@@ -72,7 +50,7 @@ class VideoAutoencoder(nn.Module):
         kept = frames - (frames - 1) % self.temporal_scale
         x = pixels[:, :, :kept].transpose(0, 2, 3, 4, 1)
         latents = self.encoder(x.astype(self.encoder.conv_in.conv.weight.dtype))
-        return self.normalise(latents.transpose(0, 4, 1, 2, 3))
+        return self.per_channel_statistics.normalise(latents.transpose(0, 4, 1, 2, 3).astype(mx.float32))
 
     def decode(self, latents: mx.array) -> mx.array:
         """Normalised latents (1, C, f, h, w) -> (F, H, W, 3), nominally in [-1, 1], in the weights' dtype, untiled.
@@ -80,24 +58,17 @@ class VideoAutoencoder(nn.Module):
         Raises InputError for latents too large, or too small, to be decoded in one piece.
         """
         self._check_size(*latents.shape[2:])
-        return self.decoder(self.unnormalise(latents).transpose(0, 2, 3, 4, 1))[0]
-
-    def _statistics(self) -> tuple[mx.array, mx.array]:
-        shape = (1, -1, 1, 1, 1)
-        statistics = self.per_channel_statistics
-        return (
-            statistics.mean.astype(mx.float32).reshape(shape),
-            statistics.std.astype(mx.float32).reshape(shape),
-        )
+        x = self.per_channel_statistics.unnormalise(latents)
+        return self.decoder(x.transpose(0, 2, 3, 4, 1))[0]
 
     def _check_size(self, frames: int, height: int, width: int) -> None:
         scale = self.spatial_scale
         what = f"{(frames - 1) * self.temporal_scale + 1} frames of {width * scale}x{height * scale}"
-        if self.config.decoder_padding == "reflect" and min(height, width) < 2:
+        if min(height, width) * scale < self.config.smallest_side:
             raise InputError(
                 f"{what} cannot be decoded",
                 "the decoder extends pictures by reflection, which needs two latent rows and columns",
-                f"choose a width and height of at least {2 * scale}",
+                f"choose a width and height of at least {self.config.smallest_side}",
             )
         elements = largest_activation(self.config, frames, height, width)
         if elements > MAX_ELEMENTS:
