@@ -14,7 +14,8 @@ from math import sqrt
 
 import numpy as np
 
-from ltx2.runtime.tensorfile import NUMPY_DTYPES, Array, bf16_to_f32, f32_to_bf16
+from ltx2.convert.steps import from_float32, to_float32
+from ltx2.runtime.tensorfile import NUMPY_DTYPES, Array
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -92,7 +93,7 @@ def quantize_rows(values: Array, dtype: str, affine: Affine) -> tuple[Packed, Lo
                 block = _Block(groups[part], dtype, affine, buffers)
                 fit = block.fit()
                 codes[part] = block.pack(fit)
-                scales[part], biases[part] = _to_stored(fit.scale, dtype), _to_stored(fit.bias, dtype)
+                scales[part], biases[part] = from_float32(fit.scale, dtype), from_float32(fit.bias, dtype)
                 loss += Loss(float(fit.error.sum()), block.norm())
         return loss
 
@@ -111,7 +112,7 @@ def dequantize_rows(packed: Packed, dtype: str, affine: Affine) -> Array:
     shifts = (np.arange(8) * bits).astype(np.uint64)
     codes = octets.view("<u8") >> shifts & np.uint64(2**bits - 1)
     grouped = codes.astype(np.float32).reshape(-1, affine.group_size)
-    scales, biases = (_from_stored(a, dtype).reshape(-1, 1) for a in (packed.scales, packed.biases))
+    scales, biases = (to_float32(a, dtype).reshape(-1, 1) for a in (packed.scales, packed.biases))
     values: Array = (grouped * scales + biases).reshape(len(packed.codes), -1)
     return values
 
@@ -232,14 +233,6 @@ def _rounded(values: Array, dtype: str) -> Array:
     bits = values.view(np.uint32)
     rounded: Array = (bits + (0x7FFF + (bits >> 16 & 1))) & np.uint32(0xFFFF0000)
     return rounded.view(np.float32)
-
-
-def _to_stored(values: Array, dtype: str) -> Array:
-    return f32_to_bf16(values) if dtype == "BF16" else values.astype(NUMPY_DTYPES[dtype])
-
-
-def _from_stored(values: Array, dtype: str) -> Array:
-    return bf16_to_f32(values) if dtype == "BF16" else values.astype(np.float32)
 
 
 def _spans(count: int, step: int) -> list[range]:
