@@ -127,6 +127,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     again to continue after an interruption.
     """
     from ltx2.api import conversion, plan_conversion
+    from ltx2.convert.check import check_plan
     from ltx2.convert.plan import plan_json
     from ltx2.convert.write import WriteOptions
     from ltx2.quant.apply import Settings, quantize_plan
@@ -136,6 +137,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     settings = Settings(bits, group_size, recipe) if bits is not None else None
     plan = plan_conversion(sources, **options)
     if dry_run:
+        check_plan(plan)
         plan = quantize_plan(plan, settings) if settings else plan
         output.result(plan_json(plan), _plan_summary(plan))
         return

@@ -18,6 +18,7 @@ from ltx2 import __version__
 from ltx2.cli import cli
 from ltx2.runtime.media import read_video
 from ltx2.runtime.pipeline import Pipeline
+from tests import published
 from tests.command import SCRIPT, SIZE, Done, Here, script
 from tests.official import GEMMA, MONOLITH, UPSCALER
 
@@ -145,6 +146,15 @@ def test_expected_failures(here: Here, demo_f32: Path, tmp_path: Path, name: str
     assert done.code == 1 and list(done.json) == ["error"] and list(done.json["error"]) == ERROR_PARTS
     assert all(done.json["error"].values()) and done.json["error"]["kind"] not in ("usage", "error")
     assert names(tmp_path) == ["text.json"], "nothing is left behind"
+
+
+def test_a_dry_run_finds_what_is_missing(here: Here, tmp_path: Path) -> None:
+    _, metadata, tensors = published.read_header(published.TEMPORAL)
+    source = published.write_sparse(tmp_path / "up.safetensors", tensors, metadata)
+    assert here("convert", source, "-o", tmp_path / "m", "--dry-run").code == 0
+    del tensors["final_conv.bias"]
+    published.write_sparse(source, tensors, metadata)
+    here("convert", source, "-o", tmp_path / "m", "--dry-run").failed(1, "final_conv.bias")
 
 
 class TestIncompleteModels:
