@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import ModelFolderError
+from ltx2.runtime.errors import CheckpointError, ModelFolderError
 from ltx2.runtime.tensorfile import FileRecord, TensorFile, open_tensorfile
 
 MANIFEST = "ltx2.json"
@@ -147,5 +147,9 @@ class ModelFolder:
         return files
 
     def tensor_files(self, component: str) -> list[TensorFile]:
-        """Headers of the component's safetensors files."""
-        return [open_tensorfile(path) for path in self.weight_files(component)]
+        """Headers of the component's safetensors files. Raises ModelFolderError when one is missing or damaged."""
+        try:
+            return [open_tensorfile(path) for path in self.weight_files(component)]
+        except CheckpointError as error:
+            fix = "convert the checkpoint again, or copy the file back"
+            raise ModelFolderError(f"{component} of {self.path} is damaged: {error.what}", error.why, fix) from error

@@ -26,6 +26,7 @@ NETWORKS: Mapping[str, str] = {
 READ_BYTES = 1 << 30  # weights are read in portions of this size
 
 Module = TypeVar("Module", bound=nn.Module)
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def build_network(class_name: str, config: Mapping[str, Any]) -> nn.Module:
@@ -57,6 +58,15 @@ def load_weights(folder: ModelFolder, component: str) -> dict[str, mx.array]:
     return weights
 
 
+def check_network(folder: ModelFolder, component: str) -> None:
+    """Raise from headers alone what `load_network` would raise for the component's files."""
+    config = folder.config(component)
+    stored = {name: tensor.shape for file in folder.tensor_files(component) for name, tensor in file.tensors.items()}
+    network = build_network(folder.record(component).cls, config)
+    quantize_like(network, config.get("quantization"), stored)
+    _check_fit(folder, component, parameter_shapes(network), stored)
+
+
 def load_network(folder: ModelFolder, component: str, expected: type[Module]) -> Module:
     """Load one component strictly.
 
@@ -72,7 +82,8 @@ def load_network(folder: ModelFolder, component: str, expected: type[Module]) ->
         )
     weights = load_weights(folder, component)
     quantize_like(network, config.get("quantization"), weights)
-    _check_fit(folder, component, parameter_shapes(network), weights)
+    stored = {name: tuple(value.shape) for name, value in weights.items()}
+    _check_fit(folder, component, parameter_shapes(network), stored)
     network.load_weights(list(weights.items()), strict=True)
     network.eval()
     return network
@@ -118,9 +129,7 @@ def quantize_like(
     )
 
 
-def _check_fit(
-    folder: ModelFolder, component: str, wanted: Mapping[str, tuple[int, ...]], weights: Mapping[str, mx.array]
-) -> None:
+def _check_fit(folder: ModelFolder, component: str, wanted: Shapes, stored: Shapes) -> None:
     def fail(why: str) -> None:
         raise ModelFolderError(
             f"{component} of {folder.path} does not fit its configuration",
@@ -128,10 +137,10 @@ def _check_fit(
             "convert the checkpoint again; ltx2 verify MODEL lists every difference",
         )
 
-    for name in sorted(wanted.keys() - weights.keys()):
+    for name in sorted(wanted.keys() - stored.keys()):
         fail(f"tensor {name} is missing")
-    for name in sorted(weights.keys() - wanted.keys()):
+    for name in sorted(stored.keys() - wanted.keys()):
         fail(f"tensor {name} is not part of the network")
     for name, shape in wanted.items():
-        if tuple(weights[name].shape) != shape:
-            fail(f"tensor {name} has shape {list(weights[name].shape)}, the network needs {list(shape)}")
+        if stored[name] != shape:
+            fail(f"tensor {name} has shape {list(stored[name])}, the network needs {list(shape)}")

@@ -27,9 +27,10 @@ from ltx2.runtime.exchange import (
 )
 from ltx2.runtime.latents import Grid, Latents, Scales, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.load import load_network, read_weights
+from ltx2.runtime.load import check_network, load_network, read_weights
 from ltx2.runtime.machine import device_memory, machine_facts
 from ltx2.runtime.memory import Phase, limit_cache
+from ltx2.runtime.numerics import check_finite
 from ltx2.runtime.paths import check_output
 from ltx2.runtime.presets import Preset, Stage, load_preset
 from ltx2.runtime.request import Request, Sizes
@@ -104,16 +105,21 @@ class Run:
         needed = ["video_vae"] if self.request.no_audio else ["video_vae", "audio_vae", "vocoder"]
         if self.request.latents is None:
             needed.append("transformer")
-            if len(self.preset.stages) > 1 and not self.folder.has("spatial_upscaler"):
-                raise InputError(
-                    f"{self.folder.path} has no spatial_upscaler",
-                    "the second stage needs it",
-                    "convert again with the spatial upscaler file among the sources, or use --no-upscale",
-                )
+            if len(self.preset.stages) > 1:
+                self._check_upscaler()
+                needed.append("spatial_upscaler")
             if self.request.embeddings is None:
                 needed += ["text_encoder", "connectors"]
         for component in needed:
             self._check_weights(component)
+
+    def _check_upscaler(self) -> None:
+        if not self.folder.has("spatial_upscaler"):
+            raise InputError(
+                f"{self.folder.path} has no spatial_upscaler",
+                "the second stage needs it",
+                "convert again with the spatial upscaler file among the sources, or use --no-upscale",
+            )
 
     def _check_files(self) -> None:
         """Files to write have a place; files to read fit (they are small, and are read again when needed)."""
@@ -126,7 +132,8 @@ class Run:
             self._read_contexts(self.request.embeddings)
 
     def _check_weights(self, component: str) -> None:
-        """The component is there, and its weights fit in memory (the text encoder's are read layer by layer)."""
+        """The component is whole, and its weights fit in memory (the text encoder's are read layer by layer)."""
+        check_network(self.folder, component)
         size = sum(path.stat().st_size for path in self.folder.weight_files(component))
         usable = device_memory()
         if size > usable and component != "text_encoder":
@@ -214,6 +221,8 @@ class Run:
         read_weights(network)
         phase.loaded()
         contexts = Contexts(*network(hidden, mx.array(tokens.mask)))
+        check_finite(contexts.video, "the prompt's video embeddings")
+        check_finite(contexts.audio, "the prompt's audio embeddings")
         yield phase.step()
         return contexts
 
@@ -271,7 +280,7 @@ class Run:
         read_weights(network)
         phase.loaded()
         video = statistics.normalise(network(statistics.unnormalise(latents.video)))
-        mx.eval(video)
+        check_finite(video, "the upscaled latents")
         yield phase.step()
         return Latents(video, latents.audio)
 
@@ -295,7 +304,7 @@ class Run:
         read_weights(network.decoder)
         phase.loaded()
         mel = network.decode(latents)
-        mx.eval(mel)
+        check_finite(mel, "the decoded spectrograms")
         yield phase.step()
         return mel
 
@@ -304,7 +313,7 @@ class Run:
         read_weights(network)
         phase.loaded()
         waveform = network(mel)
-        mx.eval(waveform)
+        check_finite(waveform, "the sound's samples")
         yield phase.step()
         return np.array(waveform[0], order="C"), network.sample_rate(1 / self.scales.audio_hop)
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.latents import Latents
+from ltx2.runtime.numerics import check_varied
 from ltx2.runtime.transformer.model import Prepared, StreamInput, Transformer
 
 
@@ -45,15 +45,5 @@ def euler_step(x: mx.array, velocity: mx.array, sigma: float, following: float) 
 
 def check_latents(latents: Latents, where: str) -> None:
     """Raises NumericsError when either stream is not finite or constant: neither can become a picture or sound."""
-    for name, value in (("video", latents.video), ("audio", latents.audio)):
-        if not mx.isfinite(value).all().item():
-            problem = "contain NaN or infinite values"
-        elif float(mx.std(value)) < 1e-6:
-            problem = "are constant"
-        else:
-            continue
-        raise NumericsError(
-            f"the {name} latents {problem} after {where}",
-            "the network computed garbage: damaged weights, or a fault of the GPU or its memory",
-            "run ltx2 verify MODEL; if the model is sound, try a smaller size and report the problem",
-        )
+    check_varied(latents.video, f"the video latents after {where}")
+    check_varied(latents.audio, f"the audio latents after {where}")

@@ -269,3 +269,51 @@ class TestWithout:
         assert generate("--embeddings", made.embeddings, "--fps", fps, size=size).code == 0
         assert read_video(tmp_path / "clip.mp4")[0].shape == (1, 64, 64, 3)
         assert streams(tmp_path / "clip.mp4") == ["Video", "Audio"]
+
+
+# A weight of every component, and what is said when it is NaN.
+GARBAGE = {
+    "text_encoder": ("model.layers.1.self_attn.q_proj.weight", "the prompt's video embeddings contain NaN"),
+    "transformer": ("transformer_blocks.1.attn1.to_q.weight", "the video latents after stage 1 contain NaN"),
+    "spatial_upscaler": ("final_conv.weight", "the upscaled latents contain NaN"),
+    "video_vae": ("decoder.conv_in.conv.weight", "the decoded frames contain NaN"),
+    "audio_vae": ("decoder.conv_in.conv.weight", "the decoded spectrograms contain NaN"),
+    "vocoder": ("conv_post.weight", "the sound's samples contain NaN"),
+}
+
+
+class TestDamage:
+    @pytest.fixture
+    def model(self, demo_f32: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(demo_f32, tmp_path / "model"))
+
+    @pytest.mark.parametrize("component", GARBAGE)
+    def test_garbage_never_becomes_a_clip(self, here: Here, model: Path, tmp_path: Path, component: str) -> None:
+        key, said = GARBAGE[component]
+        weights = model / component / "model.safetensors"
+        tensors = load_file(weights)
+        tensors[key] = np.full_like(tensors[key], np.nan)
+        save_file(tensors, weights)
+        done = here("generate", PROMPT, "-m", model, "-o", tmp_path / "clip.mp4", *SIZE)
+        done.failed(1, said, "ltx2 verify")
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    @pytest.mark.parametrize("size", [1000, 100_000])
+    @pytest.mark.parametrize("component", ["spatial_upscaler", "vocoder"])
+    def test_a_truncated_file_is_found_before_any_work(
+        self, here: Here, model: Path, tmp_path: Path, component: str, size: int
+    ) -> None:
+        with (model / component / "model.safetensors").open("r+b") as file:
+            file.truncate(size)
+        done = here("generate", PROMPT, "-m", model, "-o", tmp_path / "clip.mp4", *SIZE)
+        done.failed(1, f"{component} of {model} is damaged", "copy the file back")
+        assert "text_encoder: done" not in done.err
+
+    def test_a_network_that_does_not_fit_is_found_before_any_work(
+        self, here: Here, model: Path, tmp_path: Path
+    ) -> None:
+        path = model / "transformer" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 1}))
+        done = here("generate", PROMPT, "-m", model, "-o", tmp_path / "clip.mp4", *SIZE)
+        done.failed(1, "tensor transformer_blocks.1.", "is not part of the network")
+        assert "text_encoder: done" not in done.err

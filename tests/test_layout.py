@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ltx2.runtime.errors import CheckpointError, ModelFolderError
+from ltx2.runtime.errors import ModelFolderError
 from ltx2.runtime.layout import ComponentRecord, Manifest, ModelFolder
 from ltx2.runtime.tensorfile import FileRecord
 
@@ -124,7 +124,7 @@ def test_missing_weight_file_is_named(folder: Path) -> None:
 def test_truncated_weight_file_is_noticed(folder: Path) -> None:
     file = folder / "vocoder" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ModelFolderError, match=r"vocoder of .* is damaged: model\.safetensors .*copy the file back"):
         ModelFolder.open(folder).tensor_files("vocoder")
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.errors import InputError
+from ltx2.runtime.numerics import check_finite
 
 FRAMES_PER_GROUP = 16  # bounds the float32 frames handed out at a time
 LONG_SIDE, OVERLAP = 768, 64  # pixels
@@ -118,7 +119,7 @@ def decode_frames(vae: VideoDecoder, latents: mx.array, tiling: Tiling | None = 
     """Decode normalised latents (1, C, f, h, w) to groups of frames (n, H, W, 3) in [0, 1], float32, in order.
 
     Without `tiling` the clip is decoded in one piece. Raises InputError for tiles that do not fit the latents' scale
-    or are too large to decode.
+    or are too large to decode, NumericsError for frames that are not finite.
     """
     times, rows, columns = _plan(vae, latents, tiling)
     starts = [time.target.start for time in times[1:]] + [times[-1].target.stop]
@@ -181,7 +182,8 @@ def _finished(
 
 
 def _to_unit(frames: mx.array) -> mx.array:
-    """[-1, 1] -> [0, 1], clamped."""
+    """[-1, 1] -> [0, 1], clamped. Raises NumericsError for what is not finite, which clamping would hide."""
+    check_finite(frames, "the decoded frames")
     frames = mx.clip((frames + 1) / 2, 0, 1)
     mx.eval(frames)
     return frames
