@@ -19,6 +19,7 @@ from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network, parameter_shapes
 from ltx2.runtime.tensorfile import open_tensorfile
 from ltx2.runtime.vocoder import Vocoder
+from tests.golden import golden
 from tests.official import MONOLITH, Official
 from tests.parity import relative_l2, require
 from tests.published import read_header
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from tests.reference_audio import ReferenceAudioVAE, ReferenceVocoder
 
 Figure = Callable[..., None]
-GOLDEN = open_tensorfile(Path(__file__).parent / "golden.safetensors")
 CONFIG = json.loads(open_tensorfile(MONOLITH).metadata["config"])
 
 
@@ -100,10 +100,10 @@ def test_vocoder_equals_diffusers(voice: Vocoder, reference_vocoder: "ReferenceV
 def test_golden_spectrogram_and_sound(demo_model: Path, figure: Figure, clip: str) -> None:
     folder = ModelFolder.open(demo_model)
     vae = load_network(folder, "audio_vae", AudioAutoencoder)
-    mel = vae.decode(mx.array(GOLDEN.array(f"{clip}.stage2.audio_latent")))
-    figure(f"golden {clip}: mel rel L2", relative_l2(mel, GOLDEN.array(f"{clip}.mel")), limit=1e-4)
+    mel = vae.decode(mx.array(golden(f"{clip}.stage2.audio_latent")))
+    figure(f"golden {clip}: mel rel L2", relative_l2(mel, golden(f"{clip}.mel")), limit=1e-4)
     sound = load_network(folder, "vocoder", Vocoder)(mel)
-    figure(f"golden {clip}: sound rel L2", relative_l2(sound[0], GOLDEN.array(f"{clip}.audio")), limit=1e-4)
+    figure(f"golden {clip}: sound rel L2", relative_l2(sound[0], golden(f"{clip}.audio")), limit=1e-4)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 101])

@@ -1,14 +1,11 @@
 """The reader of demo clips itself: what it says of clips whose content is known."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from ltx2.runtime.tensorfile import open_tensorfile
 from tests.classify import classify
+from tests.golden import golden
 
-GOLDEN = open_tensorfile(Path(__file__).parent / "golden.safetensors")
 RATE = 24000
 BLUE, WHITE = (40, 80, 230), (240, 240, 240)
 
@@ -30,7 +27,7 @@ def drawn(step: tuple[int, int]) -> np.ndarray:
     ],
 )
 def test_reference_clips_show_their_prompts(which: str, words: dict[str, str]) -> None:
-    seen = classify(GOLDEN.array(f"{which}.frames"), GOLDEN.array(f"{which}.audio"), RATE)
+    seen = classify(golden(f"{which}.frames"), golden(f"{which}.audio"), RATE)
     assert {name: seen[name] for name in words} == words
 
 

@@ -8,8 +8,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import load_file
 
 from ltx2.convert import rules
 from ltx2.runtime.connectors import EmbeddingsConnectors, build, fill_with_registers, normalized
@@ -20,13 +18,13 @@ from ltx2.runtime.text_encoder.config import ConnectorsConfig
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
 from ltx2.runtime.text_encoder.tokenizer import Tokenizer
 from tests import published
+from tests.golden import PROMPTS, golden
 from tests.official import MONOLITH, Official
 from tests.parity import relative_l2, require
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Figure = Callable[..., None]
 
-GOLDEN = Path(__file__).parent / "golden.safetensors"
 STATES, WIDTH = 7, 64
 
 
@@ -101,16 +99,14 @@ def test_golden_contexts(demo_model: Path, figure: Figure) -> None:
     connectors = load_network(folder, "connectors", EmbeddingsConnectors)
     connectors.set_dtype(mx.float32)
     tokenizer = Tokenizer.load(folder.component_path("text_encoder"))
-    golden = load_file(GOLDEN)
-    for name in "ab":
+    for name, prompt in PROMPTS.items():
         encoder = load_network(folder, "text_encoder", Gemma3TextEncoder)
         encoder.set_dtype(mx.float32)
-        with safe_open(GOLDEN, "numpy") as f:
-            encoded = tokenizer.encode(f.metadata()[f"{name}.prompt"], 1024)
+        encoded = tokenizer.encode(prompt, 1024)
         ids, mask = mx.array(encoded.ids), mx.array(encoded.mask)
         contexts = connectors(encoder.hidden_states(ids, mask, release=True), mask)
         for stream, ours in zip(("video", "audio"), contexts, strict=True):
-            error = relative_l2(np.array(ours), golden[f"{name}.{stream}_context"])
+            error = relative_l2(np.array(ours), golden(f"{name}.{stream}_context"))
             figure(f"{stream} context, golden prompt {name}, rel L2", error, limit=1e-4)
 
 

@@ -22,22 +22,10 @@ from ltx2.runtime.transformer.model import Prepared, StreamInput, Transformer
 from ltx2.runtime.upsampler import LatentUpsampler
 from ltx2.runtime.video_vae.model import VideoAutoencoder
 from tests.classify import classify
+from tests.golden import PROMPTS, golden
 from tests.parity import relative_l2
 
-GOLDEN = Path(__file__).parent / "golden.safetensors"
 SIZE = {"width": 192, "height": 128, "frames": 25}
-PROMPTS = {
-    "a": "a red square moves left on a white background with a low tone",
-    "b": "a yellow triangle moves up on a black background with a high tone",
-}
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
-    from ltx2.runtime.tensorfile import open_tensorfile
-
-    file = open_tensorfile(GOLDEN)
-    return {name: np.array(file.array(name)) for name in file.tensors}
 
 
 @pytest.fixture(scope="session")
@@ -50,15 +38,16 @@ def demo_quantized(demo_f32: Path) -> dict[int, Path]:
 
 
 @pytest.mark.parametrize("which", ["a", "b"])
-def test_networks_reproduce_the_reference(
-    demo_f32: Path, golden: dict[str, np.ndarray], figure: Callable[..., None], which: str
-) -> None:
+def test_networks_reproduce_the_reference(demo_f32: Path, figure: Callable[..., None], which: str) -> None:
     """One transformer call, stage 1, the upscaler and stage 2, each from the reference's own inputs."""
     folder = ModelFolder.open(demo_f32)
     run = Run(folder, Request.from_options({"prompt": PROMPTS[which], **SIZE}))
-    want = {name[2:]: mx.array(value) for name, value in golden.items() if name.startswith(which + ".")}
+
+    def want(name: str) -> mx.array:
+        return mx.array(golden(f"{which}.{name}"))
+
     transformer = load_network(folder, "transformer", Transformer)
-    contexts = Contexts(want["video_context"], want["audio_context"])
+    contexts = Contexts(want("video_context"), want("audio_context"))
     stage1, stage2 = run.preset.stages
     grid1, grid2 = run._grid(stage1), run._grid(stage2)
 
@@ -68,54 +57,54 @@ def test_networks_reproduce_the_reference(
             transformer.prepare_audio(contexts.audio, audio_positions(grid, run.scales)),
         )
 
-    noise = Latents(want["stage1.video"], want["stage1.audio"]).to_tokens()
+    noise = Latents(want("stage1.video"), want("stage1.audio")).to_tokens()
     level = mx.array([[0.725]])
     velocity = transformer(
         StreamInput(noise.video, level, level), StreamInput(noise.audio, level, level), *prepared(grid1)
     )
     for name, value in zip(("video", "audio"), velocity, strict=True):
-        error = relative_l2(value, want[f"velocity_at_0.725.{name}"])
+        error = relative_l2(value, want(f"velocity_at_0.725.{name}"))
         figure(f"golden {which}: velocity {name}, rel L2", error, limit=1e-4)
 
     *_, tokens = denoise(transformer, noise, stage1.sigmas, prepared(grid1))
     done = tokens.from_tokens(grid1)
-    figure(f"golden {which}: stage 1 video, rel L2", relative_l2(done.video, want["stage1.video_latent"]), limit=1e-3)
-    figure(f"golden {which}: stage 1 audio, rel L2", relative_l2(done.audio, want["stage1.audio_latent"]), limit=1e-3)
+    figure(f"golden {which}: stage 1 video, rel L2", relative_l2(done.video, want("stage1.video_latent")), limit=1e-3)
+    figure(f"golden {which}: stage 1 audio, rel L2", relative_l2(done.audio, want("stage1.audio_latent")), limit=1e-3)
 
     statistics = load_network(folder, "video_vae", VideoAutoencoder).per_channel_statistics
     upscaler = load_network(folder, "spatial_upscaler", LatentUpsampler)
-    upscaled = statistics.normalise(upscaler(statistics.unnormalise(want["stage1.video_latent"])))
-    figure(f"golden {which}: upscaler, rel L2", relative_l2(upscaled, want["upsampled.video_latent"]), limit=1e-4)
+    upscaled = statistics.normalise(upscaler(statistics.unnormalise(want("stage1.video_latent"))))
+    figure(f"golden {which}: upscaler, rel L2", relative_l2(upscaled, want("upsampled.video_latent")), limit=1e-4)
 
     sigma = stage2.sigmas[0]
     start = Latents(
-        sigma * want["stage2.video"] + (1 - sigma) * want["upsampled.video_latent"],
-        sigma * want["stage2.audio"] + (1 - sigma) * want["stage1.audio_latent"],
+        sigma * want("stage2.video") + (1 - sigma) * want("upsampled.video_latent"),
+        sigma * want("stage2.audio") + (1 - sigma) * want("stage1.audio_latent"),
     )
     *_, tokens = denoise(transformer, start.to_tokens(), stage2.sigmas, prepared(grid2))
     done = tokens.from_tokens(grid2)
-    figure(f"golden {which}: stage 2 video, rel L2", relative_l2(done.video, want["stage2.video_latent"]), limit=1e-3)
-    figure(f"golden {which}: stage 2 audio, rel L2", relative_l2(done.audio, want["stage2.audio_latent"]), limit=1e-3)
+    figure(f"golden {which}: stage 2 video, rel L2", relative_l2(done.video, want("stage2.video_latent")), limit=1e-3)
+    figure(f"golden {which}: stage 2 audio, rel L2", relative_l2(done.audio, want("stage2.audio_latent")), limit=1e-3)
 
 
 @pytest.mark.parametrize("which", ["a", "b"])
 def test_pipeline_reproduces_the_reference_clip(
-    demo_f32: Path, golden: dict[str, np.ndarray], figure: Callable[..., None], tmp_path: Path, which: str
+    demo_f32: Path, figure: Callable[..., None], tmp_path: Path, which: str
 ) -> None:
     """Prompt and injected noise in, latents, frames and sound out, through the public interface."""
     noise = tmp_path / "noise.safetensors"
     save_file(
-        {f"stage{n}.{s}": golden[f"{which}.stage{n}.{s}"] for n in (1, 2) for s in ("video", "audio")}, noise
+        {f"stage{n}.{s}": golden(f"{which}.stage{n}.{s}") for n in (1, 2) for s in ("video", "audio")}, noise
     )
     clip = ltx2.load(demo_f32).generate(PROMPTS[which], noise=str(noise), **SIZE)
     for name in ("video", "audio"):
-        error = relative_l2(clip.latents[name], golden[f"{which}.stage2.{name}_latent"])
+        error = relative_l2(clip.latents[name], golden(f"{which}.stage2.{name}_latent"))
         figure(f"golden {which}: pipeline's final {name} latents, rel L2", error, limit=1e-3)
-    frames = golden[f"{which}.frames"]
+    frames = golden(f"{which}.frames")
     assert clip.frames.shape == frames.shape and clip.frames.dtype == np.uint8
     levels = np.abs(clip.frames.astype(int) - frames.astype(int))
     figure(f"golden {which}: frames, share off by more than 1 level", float((levels > 1).mean()), limit=1e-4)
-    audio = golden[f"{which}.audio"]
+    audio = golden(f"{which}.audio")
     assert (clip.sample_rate, clip.fps) == (24000, 24.0)
     figure(f"golden {which}: sound, rel L2", relative_l2(clip.audio, audio), limit=1e-3)
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from ltx2 import api
 from ltx2.convert.checkpoint import open_sources
@@ -32,11 +32,11 @@ from ltx2.runtime.tensorfile import open_tensorfile
 from ltx2.runtime.transformer.model import StreamInput, Transformer
 from tests import published
 from tests.folders import accept, contents, verified
+from tests.golden import golden
 from tests.official import GEMMA, MONOLITH, UPSCALER, Official
 from tests.parity import relative_l2, require
 
 Figure = Callable[..., None]
-GOLDEN = Path(__file__).parent / "golden.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out")
 FEED_FORWARD = ("proj_in", "proj_out")
 VIDEO_LAYERS = [
@@ -157,9 +157,8 @@ class TestRecipe:
         path.write_text(json.dumps({"quantize": [{"component": "transformer", "layers": ".+"}], "at_least": []}))
         report = api.quantize(demo_f32, tmp_path / "q", bits=8, group_size=32, recipe=str(path))
         assert {"patchify_proj", "adaln_single.emb.timestep_embedder.linear_1"} <= {row.layer for row in report.layers}
-        golden = load_file(GOLDEN)
         for stream, velocity in zip(("video", "audio"), golden_velocity(ModelFolder.open(tmp_path / "q")), strict=True):
-            error = relative_l2(velocity, golden[f"a.velocity_at_0.725.{stream}"])
+            error = relative_l2(velocity, golden(f"a.velocity_at_0.725.{stream}"))
             figure(f"every layer at 8 bits, {stream} velocity, rel L2 vs golden", error, limit=0.02)
 
     @pytest.mark.parametrize(
@@ -296,26 +295,24 @@ class TestFolder:
         self, demo_model: Path, q4: tuple[Path, Report], tmp_path: Path, figure: Figure
     ) -> None:
         api.quantize(demo_model, tmp_path / "q8", bits=8)
-        golden = load_file(GOLDEN)
         for bits, path, limits in ((8, tmp_path / "q8", (0.005, 0.002)), (4, q4[0], (0.06, 0.006))):
             ours = golden_velocity(ModelFolder.open(path))
             for stream, velocity, limit in zip(("video", "audio"), ours, limits, strict=True):
-                error = relative_l2(velocity, golden[f"a.velocity_at_0.725.{stream}"])
+                error = relative_l2(velocity, golden(f"a.velocity_at_0.725.{stream}"))
                 figure(f"{bits}-bit demo model, {stream} velocity, rel L2 vs golden", error, limit=limit)
 
 
 def golden_velocity(folder: ModelFolder) -> tuple[np.ndarray, np.ndarray]:
     """Velocities of golden prompt a at sigma 0.725, computed in float32."""
-    golden = {name: mx.array(value) for name, value in load_file(GOLDEN).items() if name.startswith("a.")}
     network = load_network(folder, "transformer", Transformer)
     network.set_dtype(mx.float32)
-    noise = Latents(golden["a.stage1.video"], golden["a.stage1.audio"])
+    noise = Latents(mx.array(golden("a.stage1.video")), mx.array(golden("a.stage1.audio")))
     (_, channels, frames, height, width), (_, audio_channels, audio_frames, _) = noise.video.shape, noise.audio.shape
     grid = Grid(channels, frames, height, width, audio_channels, audio_frames)
     scales = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)
     prepared = (
-        network.prepare_video(golden["a.video_context"], video_positions(grid, 24.0, scales)),
-        network.prepare_audio(golden["a.audio_context"], audio_positions(grid, scales)),
+        network.prepare_video(mx.array(golden("a.video_context")), video_positions(grid, 24.0, scales)),
+        network.prepare_audio(mx.array(golden("a.audio_context")), audio_positions(grid, scales)),
     )
     tokens, sigma = noise.to_tokens(), mx.array([[0.725]])
     video, audio = network(StreamInput(tokens.video, sigma, sigma), StreamInput(tokens.audio, sigma, sigma), *prepared)

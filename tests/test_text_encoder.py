@@ -10,7 +10,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from safetensors.numpy import load_file
 
 from ltx2.convert.gemma import text_config
 from ltx2.runtime.errors import CheckpointError, ConfigError, UnsupportedError
@@ -21,13 +20,13 @@ from ltx2.runtime.text_encoder.config import Gemma3Config
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder, attention_masks
 from ltx2.runtime.text_encoder.tokenizer import Tokenizer
 from tests import published
+from tests.golden import golden
 from tests.official import Official, random_values
 from tests.parity import relative_l2, require
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Figure = Callable[..., None]
 
-GOLDEN = Path(__file__).parent / "golden.safetensors"
 TINY: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "query_pre_attn_scalar": 24, "rms_norm_eps": 1e-6,
@@ -126,10 +125,9 @@ def test_layer_kinds_equal_transformers(figure: Figure, layer_types: list[str], 
 def test_golden_hidden_states(demo_model: Path, figure: Figure) -> None:
     encoder = load_network(ModelFolder.open(demo_model), "text_encoder", Gemma3TextEncoder)
     encoder.set_dtype(mx.float32)
-    golden = load_file(GOLDEN)
     for prompt in "ab":
-        last = run(encoder, golden[f"{prompt}.input_ids"], golden[f"{prompt}.attention_mask"])[-1]
-        error = relative_l2(last, golden[f"{prompt}.gemma_last_hidden_valid"])
+        last = run(encoder, golden(f"{prompt}.input_ids"), golden(f"{prompt}.attention_mask"))[-1]
+        error = relative_l2(last, golden(f"{prompt}.gemma_last_hidden_valid"))
         figure(f"gemma3 last hidden state, golden prompt {prompt}, rel L2", error, limit=1e-4)
 
 

@@ -7,14 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import load_file
 
 from ltx2.runtime.errors import ModelFolderError
 from ltx2.runtime.text_encoder.tokenizer import Tokenizer
+from tests.golden import PROMPTS, golden
 from tests.official import GEMMA
-
-GOLDEN = Path(__file__).parent / "golden.safetensors"
 
 
 @pytest.fixture
@@ -23,13 +20,10 @@ def tokenizer() -> Tokenizer:
 
 
 def test_golden_tokens(tokenizer: Tokenizer) -> None:
-    golden = load_file(GOLDEN)
-    with safe_open(GOLDEN, "numpy") as f:
-        prompts = {name: f.metadata()[f"{name}.prompt"] for name in "ab"}
-    for name, prompt in prompts.items():
+    for name, prompt in PROMPTS.items():
         encoded = tokenizer.encode(f"  {prompt}\n", 1024)
-        np.testing.assert_array_equal(encoded.ids, golden[f"{name}.input_ids"])
-        np.testing.assert_array_equal(encoded.mask, golden[f"{name}.attention_mask"])
+        np.testing.assert_array_equal(encoded.ids, golden(f"{name}.input_ids"))
+        np.testing.assert_array_equal(encoded.mask, golden(f"{name}.attention_mask"))
         assert encoded.ids.dtype == encoded.mask.dtype == np.dtype(np.int32)
         assert encoded.truncated == 0
 

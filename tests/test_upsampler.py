@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,11 +16,11 @@ from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network, parameter_shapes
 from ltx2.runtime.upsampler import LatentUpsampler, UpsamplerConfig, build
 from ltx2.runtime.video_vae.model import VideoAutoencoder
+from tests.golden import golden
 from tests.official import Official
 from tests.parity import relative_l2, require
 from tests.published import SPATIAL, TEMPORAL, read_header
 
-GOLDEN = Path(__file__).parent / "golden.safetensors"
 Figure = Callable[..., None]
 TINY: dict[str, Any] = {
     "_class_name": "LatentUpsampler",
@@ -85,13 +85,13 @@ def test_structures_equal_diffusers(name: str, figure: Figure) -> None:
 @pytest.mark.parametrize("prompt", ["a", "b"])
 def test_golden_latents(demo_model: Path, figure: Figure, prompt: str) -> None:
     """Un-normalise, enlarge, normalise, as between the two stages."""
-    golden = cast(dict[str, mx.array], mx.load(str(GOLDEN)))
+    latents = mx.array(golden(f"{prompt}.stage1.video_latent"))
     folder = ModelFolder.open(demo_model)
     upsampler = load_network(folder, "spatial_upscaler", LatentUpsampler)
     upsampler.update(tree_map(lambda value: value.astype(mx.float32), upsampler.parameters()))
     statistics = load_network(folder, "video_vae", VideoAutoencoder).per_channel_statistics
-    ours = statistics.normalise(upsampler(statistics.unnormalise(golden[f"{prompt}.stage1.video_latent"])))
-    error = relative_l2(ours, golden[f"{prompt}.upsampled.video_latent"])
+    ours = statistics.normalise(upsampler(statistics.unnormalise(latents)))
+    error = relative_l2(ours, golden(f"{prompt}.upsampled.video_latent"))
     figure(f"upsampler golden {prompt} rel L2", error, limit=1e-4)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,11 +26,11 @@ from ltx2.runtime.video_vae.tiling import (
     intervals,
     temporal_spans,
 )
+from tests.golden import golden
 from tests.official import Official
 from tests.parity import relative_l2, require
 from tests.published import MONOLITH, read_header
 
-GOLDEN = Path(__file__).parent / "golden.safetensors"
 Figure = Callable[..., None]
 Both = tuple[str, VideoAutoencoder, Any]  # name, ours, diffusers'
 
@@ -71,11 +71,6 @@ def trained(demo_model: Path) -> VideoAutoencoder:
     vae = load_network(ModelFolder.open(demo_model), "video_vae", VideoAutoencoder)
     vae.update(tree_map(lambda value: value.astype(mx.float32), vae.parameters()))
     return vae
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, mx.array]:
-    return cast(dict[str, mx.array], mx.load(str(GOLDEN)))
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -201,15 +196,15 @@ def test_bf16_is_not_promoted(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("prompt", ["a", "b"])
-def test_golden_frames(trained: VideoAutoencoder, golden: dict[str, mx.array], figure: Figure, prompt: str) -> None:
-    frames = decoded(trained, golden[f"{prompt}.stage2.video_latent"])
-    levels = np.abs(np.rint(frames * 255) - np.array(golden[f"{prompt}.frames"]).astype(np.float32))
+def test_golden_frames(trained: VideoAutoencoder, figure: Figure, prompt: str) -> None:
+    frames = decoded(trained, mx.array(golden(f"{prompt}.stage2.video_latent")))
+    levels = np.abs(np.rint(frames * 255) - golden(f"{prompt}.frames").astype(np.float32))
     figure(f"video_vae golden {prompt}: share of values off by more than a level", np.mean(levels > 1), limit=1e-3)
 
 
 @pytest.mark.parametrize("prompt", ["a", "b"])
-def test_reconstruction(trained: VideoAutoencoder, golden: dict[str, mx.array], figure: Figure, prompt: str) -> None:
-    frames = np.array(golden[f"{prompt}.frames"]).astype(np.float32) / 255
+def test_reconstruction(trained: VideoAutoencoder, figure: Figure, prompt: str) -> None:
+    frames = golden(f"{prompt}.frames").astype(np.float32) / 255
     latents = trained.encode(mx.array(frames.transpose(3, 0, 1, 2)[None] * 2 - 1))
     again = np.clip((np.array(trained.decode(latents)) + 1) / 2, 0, 1)
     error = float(np.mean((again - frames) ** 2))
@@ -329,10 +324,10 @@ def seam(difference: np.ndarray, axis: int, edge: int) -> float:
 
 @pytest.mark.parametrize("prompt", ["a", "b"])
 def test_tiled_equals_untiled_without_seams(
-    trained: VideoAutoencoder, golden: dict[str, mx.array], figure: Figure, prompt: str
+    trained: VideoAutoencoder, figure: Figure, prompt: str
 ) -> None:
     """The decoder sees further than an overlap of two latents, so tiles differ a little; their edges must not show."""
-    latents = golden[f"{prompt}.stage2.video_latent"]
+    latents = mx.array(golden(f"{prompt}.stage2.video_latent"))
     whole = decoded(trained, latents)
     difference = decoded(trained, latents, Tiling(96, 128, overlap=64, frames=24, frame_overlap=8)) - whole
     rms = float(np.sqrt(np.mean(difference**2)))
