@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from tests.command import SIZE, Done, Here
-from tests.official import GEMMA, MONOLITH, UPSCALER, Official, random_official
+from tests.official import DEMO, Official, random_official
 
 FIGURES: list[str] = []
 
@@ -41,7 +41,7 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import ltx2
 
     out = tmp_path_factory.mktemp("demo") / "model"
-    ltx2.convert([str(MONOLITH), str(UPSCALER), str(GEMMA)], str(out), variant="distilled")
+    ltx2.convert([str(path) for path in DEMO], str(out), variant="distilled")
     return out
 
 
@@ -51,7 +51,7 @@ def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import ltx2
 
     out = tmp_path_factory.mktemp("demo") / "f32"
-    ltx2.convert([MONOLITH, UPSCALER, GEMMA], out, variant="distilled", dtype="f32")
+    ltx2.convert(DEMO, out, variant="distilled", dtype="f32")
     return out
 
 

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from ltx2.convert.checkpoint import open_sources
+from ltx2.convert.plan import Options, Plan, make_plan
 from ltx2.runtime.tensorfile import TensorFile, open_tensorfile
 
-DEMO = Path(__file__).parent.parent / "ltx2" / "demo" / "model"
-MONOLITH = DEMO / "ltx-2-demo.safetensors"
-UPSCALER = DEMO / "ltx-2-demo-spatial-upscaler-x2.safetensors"
-GEMMA = DEMO / "gemma-3-demo"
+FOLDER = Path(__file__).parent.parent / "ltx2" / "demo" / "model"
+MONOLITH = FOLDER / "ltx-2-demo.safetensors"
+UPSCALER = FOLDER / "ltx-2-demo-spatial-upscaler-x2.safetensors"
+GEMMA = FOLDER / "gemma-3-demo"
+DEMO = (MONOLITH, UPSCALER, GEMMA)
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,18 @@ class Official:
         file = open_tensorfile(path)
         return {name: np.array(file.array(name)) for name in file.tensors}
 
+    def section(self, prefix: str) -> dict[str, np.ndarray]:
+        """The monolith's tensors whose names begin with `prefix`, without it."""
+        tensors = self.tensors(self.monolith)
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
     def config(self, path: Path) -> dict[str, Any]:
         return dict(json.loads(open_tensorfile(path).metadata["config"]))
+
+
+def plan_of(*sources: Path, **options: Any) -> Plan:
+    """The plan for these sources."""
+    return make_plan(open_sources(sources), Options(**options))
 
 
 def random_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

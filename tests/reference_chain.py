@@ -51,13 +51,9 @@ class ReferenceChain:
 
     def __init__(self, official: Official) -> None:
         tensors, config = official.tensors(official.monolith), official.config(official.monolith)
-
-        def section(prefix: str) -> dict[str, Array]:
-            return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-
-        self.vae = reference_video_vae(section("vae."), config["vae"])
-        self.audio_vae = ReferenceAudioVAE(section("audio_vae."), config["audio_vae"]).module
-        self.vocoder = ReferenceVocoder(section("vocoder."), config["vocoder"]).module
+        self.vae = reference_video_vae(official.section("vae."), config["vae"])
+        self.audio_vae = ReferenceAudioVAE(official.section("audio_vae."), config["audio_vae"]).module
+        self.vocoder = ReferenceVocoder(official.section("vocoder."), config["vocoder"]).module
         text = json.loads((official.gemma / "config.json").read_text())
         encoder = gemma(text.get("text_config", text), official.tensors(official.gemma / "model.safetensors"))
         self.pipeline = cast(Any, LTX2Pipeline)(

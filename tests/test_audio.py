@@ -55,7 +55,7 @@ def reference_vae(official: Official) -> "ReferenceAudioVAE":
     require("torch"), require("diffusers")
     from tests.reference_audio import ReferenceAudioVAE
 
-    return ReferenceAudioVAE(section(official, "audio_vae."), CONFIG["audio_vae"])
+    return ReferenceAudioVAE(official.section("audio_vae."), CONFIG["audio_vae"])
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +63,7 @@ def reference_vocoder(official: Official) -> "ReferenceVocoder":
     require("torch"), require("diffusers")
     from tests.reference_audio import ReferenceVocoder
 
-    return ReferenceVocoder(section(official, "vocoder."), CONFIG["vocoder"])
-
-
-def section(official: Official, prefix: str) -> dict[str, np.ndarray]:
-    tensors = official.tensors(official.monolith)
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return ReferenceVocoder(official.section("vocoder."), CONFIG["vocoder"])
 
 
 @pytest.mark.parametrize("frames", [1, 2, 7])

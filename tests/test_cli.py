@@ -20,7 +20,7 @@ from ltx2.runtime.media import read_video
 from ltx2.runtime.pipeline import Pipeline
 from tests import published
 from tests.command import SCRIPT, SIZE, Done, Here, script
-from tests.official import GEMMA, MONOLITH, UPSCALER
+from tests.official import DEMO, MONOLITH
 
 PROMPT = "a red square"
 ERROR_PARTS = ["kind", "what", "why", "fix"]
@@ -259,10 +259,9 @@ class TestOutput:
 
     def test_quiet(self, here: Here, generate: Here, demo_f32: Path, tmp_path: Path) -> None:
         silence = Done(0, "", "")
-        sources = [MONOLITH, UPSCALER, GEMMA]
-        assert here("convert", *sources, "-o", tmp_path / "m", "--variant", "distilled", "-q") == silence
+        assert here("convert", *DEMO, "-o", tmp_path / "m", "--variant", "distilled", "-q") == silence
         assert here("quantize", tmp_path / "m", "-o", tmp_path / "q", "-q") == silence
-        assert here("verify", tmp_path / "m", *(f"--source={source}" for source in sources), "-q") == silence
+        assert here("verify", tmp_path / "m", *(f"--source={source}" for source in DEMO), "-q") == silence
         assert here("inspect", tmp_path / "m", "-q") == silence
         assert generate(PROMPT, "-q") == silence
         assert here("bench", demo_f32, *SIZE, "--repeat", "1", "--warmup", "0", "-q") == silence

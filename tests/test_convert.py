@@ -21,8 +21,7 @@ from safetensors.numpy import save_file
 
 import ltx2
 from ltx2.convert import journal, write
-from ltx2.convert.checkpoint import open_sources
-from ltx2.convert.plan import Drop, Options, Plan, folder_plan, make_plan
+from ltx2.convert.plan import Drop, Plan, folder_plan, make_plan
 from ltx2.convert.steps import Cast, Form, Transpose
 from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.runtime.errors import DoesNotFitError, InputError, ModelFolderError, NumericsError
@@ -31,14 +30,9 @@ from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.tensorfile import Array, bf16_to_f32, f32_to_bf16, open_tensorfile
 from tests import published
 from tests.folders import contents
-from tests.official import GEMMA, MONOLITH, UPSCALER, Official
+from tests.official import DEMO, GEMMA, MONOLITH, UPSCALER, Official, plan_of
 
-DEMO = [MONOLITH, UPSCALER, GEMMA]
 SMALL_SHARDS = WriteOptions(shard_gb=0.001)
-
-
-def plan_of(*sources: Path, **options: Any) -> Plan:
-    return make_plan(open_sources(sources), Options(**options))
 
 
 def run(plan: Plan, out: Path, options: WriteOptions | None = None) -> Written:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,11 +15,11 @@ from ltx2.convert import rules
 from ltx2.convert.check import check_plan
 from ltx2.convert.checkpoint import open_sources
 from ltx2.convert.files import WeightFile, component_files, natural_order
-from ltx2.convert.plan import Drop, Move, Options, Plan, lora_name, make_plan, plan_json
+from ltx2.convert.plan import Drop, Move, Plan, lora_name, plan_json
 from ltx2.runtime.errors import CheckpointError, UnsupportedError
 from ltx2.runtime.load import build_network, parameter_shapes
 from tests import published
-from tests.official import GEMMA, MONOLITH, UPSCALER
+from tests.official import DEMO, MONOLITH, UPSCALER, plan_of
 
 TENSORS = {published.MONOLITH: 4052, published.SPATIAL: 73, published.TEMPORAL: 72, published.LORA: 2742}
 GEMMA_TENSORS = 1065
@@ -38,11 +39,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def plan(files: dict[str, Path]) -> Plan:
-    return make_plan(open_sources(files.values()))
+    return plan_of(*files.values())
 
 
-def demo_plan(options: Options | None = None, *sources: Path) -> Plan:
-    return make_plan(open_sources(sources or (MONOLITH, UPSCALER, GEMMA)), options or Options(variant="distilled"))
+def demo_plan(*sources: Path, **options: Any) -> Plan:
+    return plan_of(*(sources or DEMO), **{"variant": "distilled", **options})
 
 
 class TestPublishedFiles:
@@ -110,11 +111,11 @@ class TestPublishedFiles:
     def test_release_and_variant(self, files: dict[str, Path], plan: Plan) -> None:
         assert (plan.release, plan.variant) == ("2.0", "dev")
         distilled = files[published.MONOLITH].with_name("ltx-2-19b-distilled.safetensors")
-        assert make_plan(open_sources([distilled])).variant == "distilled"
+        assert plan_of(distilled).variant == "distilled"
 
     def test_planning_is_quick(self, files: dict[str, Path], figure: Callable[..., None]) -> None:
         started = time.perf_counter()
-        check_plan(make_plan(open_sources(files.values())))
+        check_plan(plan_of(*files.values()))
         figure("plan of all published files, checked against the networks, s", time.perf_counter() - started, limit=20)
 
     def test_shards_hold_whole_blocks(self, plan: Plan) -> None:
@@ -176,7 +177,7 @@ class TestPlanJson:
 
     def test_cast(self) -> None:
         """--dtype casts every float but the tables kept in F32."""
-        rows = plan_json(demo_plan(Options("distilled", "f16")))["plan"]
+        rows = plan_json(demo_plan(dtype="f16"))["plan"]
         tables = [row for row in rows if "scale_shift_table" in row["name"]]
         others = [row for row in rows if "dropped" not in row and "scale_shift_table" not in row["name"]]
         assert {(row["out_dtype"], *row["transform"]) for row in tables} == {("F32", "copy")}
@@ -184,10 +185,10 @@ class TestPlanJson:
         assert ["transpose(0,2,3,4,1)", "cast(f16)"] in [row["transform"] for row in others]
 
     def test_cast_to_the_own_dtype_is_a_copy(self) -> None:
-        assert plan_json(demo_plan(Options("distilled", "bf16"))) == plan_json(demo_plan())
+        assert plan_json(demo_plan(dtype="bf16")) == plan_json(demo_plan())
 
     def test_only(self) -> None:
-        plan = demo_plan(Options(only=("video_vae", "spatial_upscaler")), MONOLITH, UPSCALER)
+        plan = plan_of(MONOLITH, UPSCALER, only=("video_vae", "spatial_upscaler"))
         assert set(plan.components) == {"video_vae", "spatial_upscaler"} and plan.variant is None
         assert len(plan.entries) == 928 + 25  # the others are listed as dropped
         reasons = {e.reason for e in plan.entries if isinstance(e, Drop)}
@@ -237,7 +238,7 @@ class TestLora:
 
     def test_fits(self, tmp_path: Path) -> None:
         path = self.source(tmp_path, self.pair("diffusion_model.transformer_blocks.1.ff.net.0.proj", 8, 128, 512))
-        plan = demo_plan(None, MONOLITH, path)
+        plan = demo_plan(MONOLITH, path)
         check_plan(plan)
         assert [m.key for m in plan.moves("loras/my-style.v2")] == [
             f"transformer.transformer_blocks.1.ff.proj_in.lora_{x}.weight" for x in "AB"
@@ -247,18 +248,18 @@ class TestLora:
         good = self.pair("diffusion_model.transformer_blocks.1.attn1.to_q", 8, 128, 128)
         bad = self.pair("diffusion_model.transformer_blocks.1.attn1.to_k", 8, 256, 128)
         with pytest.raises(CheckpointError, match=r"1 of 2 layers match; 1 do not: .*attn1\.to_k"):
-            check_plan(demo_plan(None, MONOLITH, self.source(tmp_path, good | bad)))
+            check_plan(demo_plan(MONOLITH, self.source(tmp_path, good | bad)))
 
     def test_half_a_pair(self, tmp_path: Path) -> None:
         pair = self.pair("diffusion_model.transformer_blocks.1.attn1.to_q", 8, 128, 128)
         pair.popitem()
         with pytest.raises(CheckpointError, match="0 of 1 layers match"):
-            check_plan(demo_plan(None, self.source(tmp_path, pair)))
+            check_plan(demo_plan(self.source(tmp_path, pair)))
 
     def test_foreign_names_are_counted(self, tmp_path: Path) -> None:
         good = self.pair("diffusion_model.proj_out", 8, 128, 32)
         with pytest.raises(CheckpointError, match=r"2 of 4 match no rule.*unet\.x\.lora_A"):
-            demo_plan(None, self.source(tmp_path, good | self.pair("unet.x", 8, 128, 32)))
+            demo_plan(self.source(tmp_path, good | self.pair("unet.x", 8, 128, 32)))
 
     def test_dora_is_refused_by_name(self, tmp_path: Path) -> None:
         tensors = self.pair("diffusion_model.proj_out", 8, 128, 32)

@@ -17,8 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ltx2 import api
-from ltx2.convert.checkpoint import open_sources
-from ltx2.convert.plan import Drop, Options, Plan, make_plan, plan_json
+from ltx2.convert.plan import Drop, Plan, plan_json
 from ltx2.quant.apply import Settings, quantize, quantize_plan, repack
 from ltx2.quant.recipe import Recipe, Rule, load_recipe, recipe_names
 from ltx2.quant.report import Quantized, Report
@@ -33,7 +32,7 @@ from ltx2.runtime.transformer.model import StreamInput, Transformer
 from tests import published
 from tests.folders import accept, contents, verified
 from tests.golden import golden
-from tests.official import GEMMA, MONOLITH, UPSCALER, Official
+from tests.official import DEMO, GEMMA, MONOLITH, Official, plan_of
 from tests.parity import relative_l2, require
 
 Figure = Callable[..., None]
@@ -64,7 +63,7 @@ def published_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("published")
     names = (published.MONOLITH, published.SPATIAL, published.TEMPORAL)
     sources = [published.write_published(folder, name)[0] for name in names]
-    return make_plan(open_sources([*sources, published.write_gemma(folder / "gemma")]), Options(variant="dev"))
+    return plan_of(*sources, published.write_gemma(folder / "gemma"), variant="dev")
 
 
 @pytest.fixture(scope="module")
@@ -322,9 +321,8 @@ def golden_velocity(folder: ModelFolder) -> tuple[np.ndarray, np.ndarray]:
 class TestVerify:
     @pytest.mark.parametrize("dtype", [None, "f16"])
     def test_every_value_is_found_again(self, tmp_path: Path, dtype: str | None) -> None:
-        sources = [MONOLITH, UPSCALER, GEMMA]
-        path = api.convert(sources, tmp_path / "q", variant="distilled", dtype=dtype, bits=3)
-        report = verified(path, sources, repack)
+        path = api.convert(DEMO, tmp_path / "q", variant="distilled", dtype=dtype, bits=3)
+        report = verified(path, DEMO, repack)
         assert report.compared == report.tensors > 1000
 
     def test_another_quantization_is_noticed(self, q4: tuple[Path, Report], tmp_path: Path) -> None:
@@ -390,7 +388,7 @@ class TestSelection:
         load_network(ModelFolder.open(tmp_path / "q"), "transformer", Transformer)
 
     def test_plan_names_the_step(self) -> None:
-        plan = make_plan(open_sources([MONOLITH, UPSCALER, GEMMA]), Options(variant="distilled"))
+        plan = plan_of(*DEMO, variant="distilled")
         rows = {row["key"]: row for row in plan_json(quantize_plan(plan, Settings()))["plan"] if "key" in row}
         row = rows["transformer_blocks.2.attn1.to_q.weight"]
         assert row["transform"] == ["quantize(4,64,affine)"]

@@ -2,24 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ltx2.convert import rules
 from ltx2.convert.check import check_plan
 from ltx2.convert.checkpoint import open_sources, variant_in_name
-from ltx2.convert.plan import Options, Plan, make_plan
 from ltx2.convert.release import releases
 from ltx2.runtime.errors import CheckpointError, ConfigError, InputError, UnsupportedError
 from tests import published
-from tests.official import GEMMA, MONOLITH, UPSCALER
+from tests.official import DEMO, GEMMA, MONOLITH, UPSCALER, plan_of
 
 SHARD: published.Tensors = {"language_model.model.norm.weight": ("F32", (2,)), "vision_tower.x.weight": ("F32", (2,))}
 DROPPED = rules.Target("", "", rules.VISION)
-
-
-def demo_plan(options: Options, *sources: Path) -> Plan:
-    return make_plan(open_sources(sources or (MONOLITH, UPSCALER, GEMMA)), options)
 
 
 class TestVariant:
@@ -35,23 +31,21 @@ class TestVariant:
 
     def test_asks_for_the_option(self) -> None:
         with pytest.raises(InputError, match="--variant"):
-            make_plan(open_sources([MONOLITH]))
+            plan_of(MONOLITH)
 
     def test_is_not_needed_without_a_transformer(self) -> None:
-        assert make_plan(open_sources([UPSCALER, GEMMA])).variant is None
+        assert plan_of(UPSCALER, GEMMA).variant is None
 
 
 class TestOptions:
-    @pytest.mark.parametrize(
-        "options", [Options("turbo"), Options("dev", "int4"), Options("dev", only=("vae",))], ids=lambda o: str(o)
-    )
-    def test_unknown_values(self, options: Options) -> None:
+    @pytest.mark.parametrize("options", [{"variant": "turbo"}, {"dtype": "int4"}, {"only": ("vae",)}], ids=str)
+    def test_unknown_values(self, options: dict[str, Any]) -> None:
         with pytest.raises(InputError):
-            demo_plan(options)
+            plan_of(*DEMO, **{"variant": "dev", **options})
 
     def test_only_what_no_source_holds(self) -> None:
         with pytest.raises(InputError, match="vocoder"):
-            demo_plan(Options(only=("vocoder",)), UPSCALER)
+            plan_of(UPSCALER, only=("vocoder",))
 
 
 class TestSources:
@@ -113,18 +107,18 @@ class TestSources:
     def test_unknown_tensor(self, tmp_path: Path) -> None:
         path = self.write(tmp_path, {"vae.conv": ("F32", (2, 2)), "extra.thing": ("F32", (2,))})
         with pytest.raises(CheckpointError, match=r"1 of 2 match no rule.*extra\.thing"):
-            make_plan(open_sources([path]))
+            plan_of(path)
 
     def test_missing_configuration(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"config\.vae"):
-            make_plan(open_sources([self.write(tmp_path, {"vae.conv": ("F32", (2, 2))})]))
+            plan_of(self.write(tmp_path, {"vae.conv": ("F32", (2, 2))}))
 
     def test_unknown_configuration_key(self, tmp_path: Path) -> None:
         _, metadata, tensors = published.read_header(published.TEMPORAL)
         config = json.loads(metadata["config"]) | {"attention": True}
         path = self.write(tmp_path, tensors, {"config": json.dumps(config)})
         with pytest.raises(ConfigError, match="attention"):
-            check_plan(make_plan(open_sources([path])))
+            check_plan(plan_of(path))
 
     def test_unreadable_configuration(self, tmp_path: Path) -> None:
         path = self.write(tmp_path, {"vae.conv": ("F32", (2, 2))}, {"config": "{"})
@@ -148,7 +142,7 @@ class TestSources:
     def test_two_sources_for_one_component(self, tmp_path: Path) -> None:
         dev, distilled = published.write_published(tmp_path, published.MONOLITH)
         with pytest.raises(CheckpointError, match=r"two sources hold a .*ltx-2-19b-dev.*ltx-2-19b-distilled"):
-            make_plan(open_sources([dev, distilled]))
+            plan_of(dev, distilled)
 
     def test_the_same_source_twice(self) -> None:
         with pytest.raises(InputError, match="twice"):

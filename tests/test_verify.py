@@ -16,9 +16,7 @@ from ltx2.runtime.events import BytesDone
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.tensorfile import Array, Output, TensorFile, TensorInfo, open_tensorfile, write_tensorfile
 from tests.folders import accept, verified
-from tests.official import GEMMA, MONOLITH, UPSCALER, Official
-
-DEMO = (MONOLITH, UPSCALER, GEMMA)
+from tests.official import DEMO, MONOLITH, UPSCALER, Official
 
 
 @pytest.fixture

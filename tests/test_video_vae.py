@@ -96,8 +96,7 @@ def both(request: pytest.FixtureRequest, official: Official, vae: VideoAutoencod
         reference.load_official(network, tensors)
     else:
         network, config = vae, official.config(official.monolith)["vae"]
-        tensors = official.tensors(official.monolith)
-        tensors = {name.removeprefix("vae."): t for name, t in tensors.items() if name.startswith("vae.")}
+        tensors = official.section("vae.")
     return request.param, network, reference.reference_video_vae(tensors, config)
 
 
