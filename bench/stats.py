@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.paths import check_output
+from ltx2.runtime.paths import check_output, write_text
 
 
 @dataclass(frozen=True)
@@ -35,4 +35,4 @@ class Timing:
 def write_receipt(path: Path, receipt: dict[str, Any]) -> None:
     """Raises InputError when `path` cannot be written."""
     check_output(path)
-    path.write_text(json.dumps(receipt, indent=2) + "\n")
+    write_text(path, json.dumps(receipt, indent=2) + "\n")

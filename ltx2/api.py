@@ -11,6 +11,7 @@ from ltx2.quant.apply import Settings, write_quantized
 from ltx2.quant.apply import quantize as quantize_folder
 from ltx2.quant.recipe import DEFAULT
 from ltx2.quant.report import Quantized, Report
+from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event
 from ltx2.runtime.pipeline import Pipeline
 
@@ -37,6 +38,7 @@ def convert(
     dtype: str | None = None,
     only: Sequence[str] = (),
     bits: int | None = None,
+    mode: str = "affine",
     group_size: int = 64,
     recipe: str = DEFAULT,
     shard_size: float = SHARD_GB,
@@ -45,7 +47,11 @@ def convert(
     """Convert published checkpoints into a model folder; returns its path. With `bits` the folder is quantized, with
     the bytes of converting and quantizing in turn."""
     plan = plan_conversion(sources, variant=variant, dtype=dtype, only=only)
-    settings = Settings(bits, group_size, recipe) if bits is not None else None
+    chosen = Settings(4 if bits is None else bits, group_size, recipe, mode=mode)
+    if bits is None and chosen != Settings():
+        why = "mode, group_size and recipe have no effect without bits"
+        raise InputError("nothing is quantized", why, "give bits=4")
+    settings = None if bits is None else chosen
     for _ in conversion(plan, Path(out), settings, WriteOptions(shard_size, force)):
         pass
     return Path(out)
@@ -61,6 +67,7 @@ def quantize(
     out: StrPath,
     *,
     bits: int = 4,
+    mode: str = "affine",
     group_size: int = 64,
     recipe: str = DEFAULT,
     only: Sequence[str] = (),
@@ -68,6 +75,6 @@ def quantize(
     force: bool = False,
 ) -> Report:
     """Write a smaller copy of a model folder; returns what became of every layer."""
-    settings = Settings(bits, group_size, recipe, tuple(only))
+    settings = Settings(bits, group_size, recipe, tuple(only), mode)
     events = quantize_folder(Path(model), Path(out), settings, WriteOptions(shard_size, force))
     return next(event.report for event in list(events) if isinstance(event, Quantized))

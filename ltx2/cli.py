@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ltx2 import __version__
-from ltx2.runtime.errors import Ltx2Error
+from ltx2.runtime.errors import InputError, Ltx2Error
 
 if TYPE_CHECKING:
     from ltx2.convert.plan import Plan
+    from ltx2.runtime.clip import Sidecar
     from ltx2.runtime.events import Event
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -114,6 +115,7 @@ def cli() -> None:
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Cast weights; default: as published.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Convert this component only; repeatable.")
 @click.option("--bits", type=int, help="Quantize on the way, without a 16-bit copy on disk.")
+@click.option("--mode", type=click.Choice(["affine"]), default="affine", help="Kind of codes, with --bits.")
 @click.option("--group-size", type=int, default=64, show_default=True, help="Weights per scale, with --bits.")
 @click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer, with --bits.")
 @click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
@@ -133,8 +135,10 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     from ltx2.quant.apply import Settings, quantize_plan
 
     written = WriteOptions(options.pop("shard_size"), options.pop("force"))
-    bits, group_size, recipe = (options.pop(name) for name in ("bits", "group_size", "recipe"))
-    settings = Settings(bits, group_size, recipe) if bits is not None else None
+    packing = {name: options.pop(name) for name in ("bits", "mode", "group_size", "recipe")}
+    if packing["bits"] is None:
+        _refuse_given(packing, "--bits")
+    settings = Settings(**packing) if packing["bits"] is not None else None
     plan = plan_conversion(sources, **options)
     if dry_run:
         check_plan(plan)
@@ -144,10 +148,19 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     _finish_model(output, conversion(plan, target, settings, written))
 
 
+def _refuse_given(names: "Iterable[str]", needed: str) -> None:
+    """Options that would do nothing without another one are a wrong usage."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} has no effect without {needed}.")
+
+
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
 @click.option("--bits", type=int, default=4, show_default=True, help="2, 3, 4, 5, 6 or 8.")
+@click.option("--mode", type=click.Choice(["affine"]), default="affine", help="Kind of codes.")
 @click.option("--group-size", type=int, default=64, show_default=True, help="Weights per scale: 32, 64 or 128.")
 @click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
@@ -174,6 +187,7 @@ def _finish_model(output: Output, events: "Iterable[Event]", report: Path | None
     """Follow a conversion or quantization and show the finished folder."""
     from ltx2.quant.report import Quantized
     from ltx2.runtime.events import Written
+    from ltx2.runtime.paths import write_text
 
     quantized: dict[str, Any] = {}
 
@@ -186,7 +200,7 @@ def _finish_model(output: Output, events: "Iterable[Event]", report: Path | None
     done = output.follow(watched())
     assert isinstance(done, Written), "a conversion ends with its folder"
     if report is not None:
-        report.write_text(json.dumps(quantized, indent=2) + "\n")
+        write_text(report, json.dumps(quantized, indent=2) + "\n")
     size = f"{done.bytes / 1e9:.2f} GB"
     text = f"{done.path} is already there ({size})" if done.reused else f"{done.path}  ({size}, {done.seconds:.1f} s)"
     if quantized:
@@ -230,29 +244,43 @@ def generate(output: Output, target: Path, model: Path | None, sidecar: Path | N
 
     PROMPT is not needed with --latents, --embeddings or --from. Beside clip.mp4, clip.json records the run.
     """
-    from ltx2.runtime.clip import read_sidecar, sidecar_path
+    from ltx2.runtime.clip import Sidecar, sidecar_path
     from ltx2.runtime.events import Generated
     from ltx2.runtime.media import check_target
     from ltx2.runtime.pipeline import Pipeline
+    from ltx2.runtime.request import repeated
 
     check_target(target)
-    earlier, path = read_sidecar(sidecar) if sidecar else ({}, None)
-    model = model or path
-    if model is None:
-        raise click.UsageError("Missing option '-m' / '--model'.")
+    earlier = Sidecar.read(sidecar) if sidecar else None
     given = {name: value for name, value in options.items() if value is not None}
-    if "prompt" in given:  # a new one makes what stands for the old one useless
-        earlier = {name: value for name, value in earlier.items() if name not in ("embeddings", "latents")}
-    done = output.follow(_saved(Pipeline(model).stream(**{**earlier, **given}), target))
+    request = repeated(earlier.request, given) if earlier else given
+    pipeline = Pipeline(_model_to_use(model, earlier, sidecar))
+    changed = earlier is not None and earlier.files != pipeline.folder.hashes()
+    done = output.follow(_saved(pipeline.stream(**request), target, sidecar if changed else None))
     assert isinstance(done, Generated), "a generation ends with its clip"
     data = {"clip": str(target), "sidecar": str(sidecar_path(target)), **done.clip.record}
     output.result(data, f"{target}  ({len(done.clip.frames)} frames, {done.clip.record['seconds']:.1f} s)")
 
 
-def _saved(events: "Iterable[Event]", target: Path) -> "Iterable[Event]":
-    """The events of a generation; before the last one the clip is written."""
-    from ltx2.runtime.events import Generated, PhaseStarted
+def _model_to_use(model: Path | None, earlier: "Sidecar | None", sidecar: Path | None) -> Path:
+    """The model folder that was named, else the earlier run's."""
+    if model is not None:
+        return model
+    if earlier is None:
+        raise click.UsageError("Missing option '-m' / '--model'.")
+    if not earlier.model.exists():
+        why = f"the clip was made with {earlier.model}, which is not there any more"
+        raise InputError(f"the model of {sidecar} is missing", why, "say where the model is now: -m MODEL")
+    return earlier.model
 
+
+def _saved(events: "Iterable[Event]", target: Path, changed: Path | None) -> "Iterable[Event]":
+    """The events of a generation; before the last one the clip is written. `changed` is the sidecar of an earlier run
+    with another model."""
+    from ltx2.runtime.events import Generated, PhaseStarted, Warned
+
+    if changed is not None:
+        yield Warned(f"this is not the model that {changed} was made with, so the clip will be another one")
     for event in events:
         if isinstance(event, Generated):
             yield PhaseStarted("mp4")

@@ -16,18 +16,20 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.layout import ModelFolder
 
+MODES = ("affine",)  # of the kinds that MLX knows, the ones this version packs
 Forms = Mapping[str, Mapping[str, Affine]]  # component -> path of a layer -> how it is stored
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the user chose: bits of the layers that the recipe does not raise, values per scale, recipe (a name or a
-    file), and the components to quantize (none: all that the recipe names)."""
+    file), the components to quantize (none: all that the recipe names), and the kind of codes."""
 
     bits: int = 4
     group_size: int = 64
     recipe: str = DEFAULT
     only: tuple[str, ...] = ()
+    mode: str = "affine"
 
 
 def quantize(
@@ -121,19 +123,21 @@ def _check(plan: Plan, settings: Settings) -> None:
         raise _not_possible("--bits", settings.bits, BITS)
     if settings.group_size not in GROUP_SIZES:
         raise _not_possible("--group-size", settings.group_size, GROUP_SIZES)
+    if settings.mode not in MODES:
+        raise _not_possible("--mode", settings.mode, MODES)
     for name in settings.only:
         if name not in plan.components:
             raise InputError(f"there is no {name}", f"the model holds {', '.join(plan.components)}", "check --only")
     for name, component in plan.components.items():
         if component.quantization is not None:
             raise InputError(
-                f"the {name} is quantized already",
+                f"the model is quantized already ({name})",
                 "quantizing twice loses more than once, and what is lost cannot be regained",
                 "quantize the model folder it was made from",
             )
 
 
-def _not_possible(option: str, value: int, values: Iterable[int]) -> InputError:
+def _not_possible(option: str, value: object, values: Iterable[object]) -> InputError:
     allowed = [str(v) for v in values]
     return InputError(
         f"{option} {value} is not possible", f"it is one of {', '.join(allowed)}", f"use {option} {'|'.join(allowed)}"

@@ -10,6 +10,7 @@ import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.media import AudioTrack, write_video
+from ltx2.runtime.paths import write_text
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Clip:
         video = Path(path)
         audio = None if self.audio is None else AudioTrack(self.audio, self.sample_rate)
         write_video(video, [self.frames], fps=self.fps, audio=audio)
-        sidecar_path(video).write_text(json.dumps(self.record, indent=2) + "\n")
+        write_text(sidecar_path(video), json.dumps(self.record, indent=2) + "\n")
         return video
 
 
@@ -37,17 +38,28 @@ def sidecar_path(video: Path) -> Path:
     return video.with_suffix(".json")
 
 
-def read_sidecar(path: Path) -> tuple[dict[str, Any], Path]:
-    """The request recorded in a clip's sidecar, less what it saved, and the model folder it used.
+@dataclass(frozen=True)
+class Sidecar:
+    """What a sidecar says of an earlier run: the options it had, less what it saved, and its model folder with the
+    hashes of every component's files."""
 
-    Raises InputError when the file is not a sidecar.
-    """
-    try:
-        record = json.loads(path.read_text())
-        request, model = dict(record["request"]), Path(record["model"]["path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise InputError(f"cannot repeat {path}", why, "use the .json that was written beside a clip") from error
-    for name in ("save_embeddings", "save_latents"):
-        request.pop(name, None)
-    return {name: value for name, value in request.items() if value is not None}, model
+    request: Mapping[str, Any]
+    model: Path
+    files: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "Sidecar":
+        """Raises InputError when the file is not a sidecar."""
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            request, model, files = dict(record["request"]), Path(record["model"]["path"]), record["model"]["files"]
+        except OSError as error:
+            raise _not_repeated(path, error.strerror or str(error)) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise _not_repeated(path, "it is not the record of a clip") from error
+        saved = ("save_embeddings", "save_latents")
+        return cls({n: v for n, v in request.items() if v is not None and n not in saved}, model, files)
+
+
+def _not_repeated(path: Path, why: str) -> InputError:
+    return InputError(f"cannot repeat {path}", why, "use the .json that was written beside a clip")

@@ -105,6 +105,10 @@ class ModelFolder:
                 f"{manifest} cannot be read", f"{type(error).__name__}: {error}", "convert the checkpoint again"
             ) from error
 
+    def hashes(self) -> dict[str, list[str]]:
+        """SHA-256 of every component's files, as they were written."""
+        return {name: [file.sha256 for file in c.files] for name, c in sorted(self.manifest.components.items())}
+
     def has(self, component: str) -> bool:
         return component in self.manifest.components
 

@@ -326,7 +326,7 @@ class Run:
                 "path": str(self.folder.path.absolute()),
                 "release": manifest.release,
                 "variant": manifest.variant,
-                "files": {n: [f.sha256 for f in c.files] for n, c in manifest.components.items()},
+                "files": self.folder.hashes(),
                 "quantization": {n: c.quantization for n, c in manifest.components.items() if c.quantization},
                 "sources": [{"name": s.name, "sha256": s.sha256} for s in manifest.sources],
                 "converted_by": manifest.tool_version,

@@ -19,6 +19,16 @@ REPLACED: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def repeated(earlier: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an earlier run with new ones in their place, less what the new ones leave nothing to do."""
+    dropped = {name for file, names in REPLACED.items() if file in given for name in names}
+    if "prompt" in given:
+        dropped |= REPLACED.keys()
+    if "latents" in given:
+        dropped |= {"width", "height", "frames"}  # the latents' own
+    return {name: value for name, value in earlier.items() if name not in dropped} | dict(given)
+
+
 @dataclass(frozen=True)
 class Request:
     """The options of `generate`. None is the preset's default."""

@@ -89,6 +89,11 @@ class TestConvert:
         out = ltx2.convert([str(MONOLITH), UPSCALER, str(GEMMA)], str(tmp_path / "model"), variant="distilled")
         assert out == tmp_path / "model" and ModelFolder.open(out).manifest.variant == "distilled"
 
+    @pytest.mark.parametrize("option", [{"group_size": 32}, {"recipe": "uniform"}, {"mode": "mxfp4"}])
+    def test_no_option_is_ignored(self, tmp_path: Path, option: dict[str, Any]) -> None:
+        with pytest.raises(InputError, match="no effect without bits"):
+            ltx2.convert([MONOLITH], tmp_path / "model", variant="distilled", **option)
+
     def test_quantizing_on_the_way_gives_the_same_bytes(self, tmp_path: Path) -> None:
         common: dict[str, Any] = {"variant": "distilled", "only": ["transformer"]}
         whole = ltx2.convert([MONOLITH], tmp_path / "whole", **common)

@@ -97,6 +97,24 @@ class TestRepeating:
         assert here("generate", "--from", "../clip.json", "-o", "clip.mp4").code == 0
         assert Path("clip.mp4").read_bytes() == Path("../clip.mp4").read_bytes()
 
+    def test_a_model_that_moved(self, here: Here, demo_f32: Path, made: Made, tmp_path: Path) -> None:
+        """Its new place is asked for; with it the clip is the same, and there is nothing to warn of."""
+        record = json.loads(made.sidecar.read_text())
+        record["model"]["path"] = str(tmp_path / "gone")
+        (tmp_path / "old.json").write_text(json.dumps(record))
+        args = ["generate", "--from", tmp_path / "old.json", "-o", tmp_path / "2.mp4"]
+        here(*args).failed(1, "the model of", "gone", "-m MODEL")
+        done = here(*args, "-m", demo_f32)
+        assert done.code == 0 and "warning" not in done.err
+        assert (tmp_path / "2.mp4").read_bytes() == made.clip.read_bytes()
+
+    def test_with_another_model(self, here: Here, made: Made, tmp_path: Path) -> None:
+        record = json.loads(made.sidecar.read_text())
+        record["model"]["files"]["vocoder"][0] = "0" * 64
+        (tmp_path / "old.json").write_text(json.dumps(record))
+        done = here("generate", "--from", tmp_path / "old.json", "-o", tmp_path / "2.mp4")
+        assert done.code == 0 and "warning: this is not the model" in done.err
+
     def test_seeds(self, generate: Here, made: Made, tmp_path: Path) -> None:
         for seed in ("3", "4"):
             generate("--embeddings", made.embeddings, "--fps", "30", "--seed", seed, "--save-latents", tmp_path / seed)

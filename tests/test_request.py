@@ -9,7 +9,7 @@ import pytest
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.latents import Scales
 from ltx2.runtime.presets import load_preset
-from ltx2.runtime.request import Request, Sizes
+from ltx2.runtime.request import Request, Sizes, repeated
 
 SCALES = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)
 PRESET = load_preset("2.0", "distilled")
@@ -114,6 +114,20 @@ class TestOptions:
     )
     def test_nothing_is_ignored_in_silence(self, options: dict[str, Any], warnings: list[str]) -> None:
         assert list(Request.from_options(options).without_effect()) == warnings
+
+    @pytest.mark.parametrize(
+        ("given", "left"),
+        [
+            ({"seed": 2}, {"prompt": "a", "width": 64, "noise": "n", "embeddings": "e", "seed": 2}),
+            ({"prompt": "b"}, {"prompt": "b", "width": 64, "noise": "n", "seed": 1}),
+            ({"embeddings": "f"}, {"width": 64, "noise": "n", "embeddings": "f", "seed": 1}),
+            ({"latents": "l"}, {"latents": "l", "seed": 1}),
+        ],
+    )
+    def test_an_earlier_run_with_other_options(self, given: dict[str, Any], left: dict[str, Any]) -> None:
+        """What they leave nothing to do is not taken over: nobody asked for it, so nobody should be warned of it."""
+        earlier = {"prompt": "a", "width": 64, "noise": "n", "embeddings": "e", "seed": 1}
+        assert repeated(earlier, given) == left
 
     def test_unknown_option(self) -> None:
         with pytest.raises(InputError, match=r"'widht'.*no such option.*width"):
