@@ -12,9 +12,10 @@ from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError
 from ltx2.runtime.layout import CONFIG, INDEX, MANIFEST
 from ltx2.runtime.tensorfile import TensorFile, open_tensorfile
 
+TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", TOKENIZER, "tokenizer.model", "tokenizer_config.json",
 )  # fmt: skip
 # A name that contains the pattern makes the file one of this kind; first match wins.
 KINDS = (
@@ -202,6 +203,7 @@ def gemma_source(folder: Path) -> Source:
     """
     config = read_json(folder / CONFIG)
     model_type = config.get("model_type")
+    _check_layout(folder, config)
     if model_type not in ("gemma3", "gemma3_text"):
         raise UnsupportedError(
             f"{folder} holds a {model_type or 'nameless'} model",
@@ -214,6 +216,16 @@ def gemma_source(folder: Path) -> Source:
         _check_index(folder, where, files)
     companions = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     return Source(folder, "gemma", files, config, companions=companions)
+
+
+def _check_layout(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse one network's folder of a larger model, ours or diffusers'."""
+    what = f"{folder} holds one network of a model"
+    if (folder.parent / MANIFEST).is_file():
+        raise InputError(what, f"{folder.parent} is the model folder, converted already", f"name {folder.parent}")
+    if "_diffusers_version" in config:
+        why = "it is laid out for diffusers; ltx2 converts the checkpoints with everything in one file"
+        raise UnsupportedError(what, why, "name the .safetensors file as Lightricks publishes it")
 
 
 def _shards(folder: Path, where: Mapping[str, str] | None) -> list[Path]:

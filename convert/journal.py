@@ -43,6 +43,11 @@ class Partial:
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
+    def abandon(self) -> None:
+        """Remove the folder if nothing in it is worth continuing."""
+        if not self.files and not self.sources:
+            shutil.rmtree(self.path)
+
     def finish(self, target: Path) -> None:
         """Turn the folder into the finished one at `target`. The journal goes last, so that a crash loses nothing."""
         for folder in [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]:

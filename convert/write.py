@@ -14,12 +14,13 @@ from pathlib import Path
 
 from ltx2 import __version__
 from ltx2.convert.check import check_plan
+from ltx2.convert.checkpoint import TOKENIZER
 from ltx2.convert.files import PlannedFile, TextFile, component_files, main_dtype
 from ltx2.convert.hashing import SourceHashes
 from ltx2.convert.journal import JOURNAL, Partial, is_empty_folder, open_partial
 from ltx2.convert.plan import Plan, plan_json
 from ltx2.runtime.errors import DoesNotFitError, InputError, ModelFolderError
-from ltx2.runtime.events import BytesDone, Event, Written
+from ltx2.runtime.events import BytesDone, Event, Warned, Written
 from ltx2.runtime.layout import MANIFEST, ComponentRecord, Manifest, ModelFolder
 from ltx2.runtime.tensorfile import FileRecord, write_blocks
 
@@ -45,6 +46,7 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
     options = options or WriteOptions()
     _check_options(plan, out, options)
     check_plan(plan)
+    yield from _warnings(plan)
     files = [
         f for c in plan.components.values() for f in component_files(plan, c, int(options.shard_gb * 10**9))
     ]
@@ -60,6 +62,13 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
     except OSError as error:
         raise _disk_error(error, out) from error
     yield Written(str(out), _total(files), time.monotonic() - started)
+
+
+def _warnings(plan: Plan) -> Iterator[Event]:
+    """What is not wrong, and will be missed later."""
+    text_encoder = plan.components.get("text_encoder")
+    if text_encoder is not None and TOKENIZER not in {path.name for path in text_encoder.companions}:
+        yield Warned(f"the text encoder comes without {TOKENIZER}: generate will read no prompts with it")
 
 
 def _check_options(plan: Plan, out: Path, options: WriteOptions) -> None:
@@ -186,9 +195,10 @@ def _check_space(files: list[PlannedFile], partial: Partial) -> None:
     needed = sum(f.size for f in files if f.path not in partial.files) + RESERVE_BYTES
     free = shutil.disk_usage(partial.path).free
     if needed > free:
+        partial.abandon()
         raise DoesNotFitError(
             "the disk is too small",
-            f"the model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            f"the model needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free",
             "free some space, write to another disk, or convert with --bits 4",
         )
 

@@ -10,7 +10,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ltx2.convert.plan import Drop, Plan, folder_plan, make_plan
 from ltx2.convert.steps import Cast, Form, Transpose
 from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.runtime.errors import DoesNotFitError, InputError, ModelFolderError, NumericsError
-from ltx2.runtime.events import BytesDone, Written
+from ltx2.runtime.events import BytesDone, Warned, Written
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.tensorfile import Array, bf16_to_f32, f32_to_bf16, open_tensorfile
 from tests import published
@@ -224,6 +224,13 @@ class TestFolder:
         out = ltx2.convert([MONOLITH, UPSCALER], tmp_path / "out", only=("video_vae",), variant="distilled")
         manifest = ModelFolder.open(out).manifest
         assert list(manifest.components) == ["video_vae"] and [f.name for f in manifest.sources] == [MONOLITH.name]
+
+    def test_a_missing_tokenizer_is_said_to_be_missing(self, tmp_path: Path) -> None:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(GEMMA / name, tmp_path)
+        warned = [e.message for e in write_plan(plan_of(tmp_path), tmp_path / "out") if isinstance(e, Warned)]
+        assert len(warned) == 1 and "without tokenizer.json" in warned[0]
+        assert not any(isinstance(event, Warned) for event in write_plan(plan_of(GEMMA), tmp_path / "whole"))
 
     def test_copying_a_model_folder(self, demo_model: Path, tmp_path: Path) -> None:
         """What quantizing starts from: the plan of a folder reproduces it, its manifest and companions included."""
@@ -433,9 +440,20 @@ class TestDisk:
     def test_too_small(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
-        with pytest.raises(DoesNotFitError, match=r"0\.00 GB are free") as error:
+        with pytest.raises(DoesNotFitError, match=r"0\.001 GB are free") as error:
             run(plan_of(UPSCALER), tmp_path / "out")
-        assert error.value.exit_code == 3 and not list((tmp_path / "out.partial").rglob("*.safetensors*"))
+        assert error.value.exit_code == 3 and not list(tmp_path.iterdir())
+
+    def test_too_small_for_the_rest(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is finished is kept."""
+        plan, out = plan_of(*DEMO, variant="distilled"), tmp_path / "out"
+        assert len(list(islice(write_plan(plan, out, SMALL_SHARDS), 300))) == 300
+        kept = contents(tmp_path / "out.partial")
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
+        with pytest.raises(DoesNotFitError):
+            run(plan, out, SMALL_SHARDS)
+        assert contents(tmp_path / "out.partial").keys() == kept.keys() and len(kept) > 5
 
     def test_full_while_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(plan: Plan, files: list[Any], partial: journal.Partial) -> Iterator[BytesDone]:

@@ -164,6 +164,18 @@ class TestSources:
         with pytest.raises(InputError, match="already a model folder"):
             open_sources([tmp_path])
 
+    def test_one_network_of_a_model_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "transformer").mkdir()
+        for path in (tmp_path / "ltx2.json", tmp_path / "transformer" / "config.json"):
+            path.write_text("{}")
+        with pytest.raises(InputError, match=f"one network of a model: {tmp_path} is the model folder"):
+            open_sources([tmp_path / "transformer"])
+
+    def test_one_network_laid_out_for_diffusers(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"_class_name": "X", "_diffusers_version": "0.37.0"}')
+        with pytest.raises(UnsupportedError, match=r"laid out for diffusers.*as Lightricks publishes it"):
+            open_sources([tmp_path])
+
 
 class TestGemmaFolder:
     def folder(self, path: Path, tensors: published.Tensors | None = None, **config: object) -> Path:
