@@ -155,13 +155,17 @@ def _decode_tiles(vae: VideoDecoder, latents: mx.array, rows: list[Span], column
     picture = mx.zeros((frames, rows[-1].target.stop, columns[-1].target.stop, 3))
     for row in rows:
         for column in columns:
-            weights = mx.array(row.weights)[:, None, None] * mx.array(column.weights)[:, None]
-            tile = vae.decode(latents[..., row.source, column.source]) * weights
-            tile = tile + picture[:, row.target, column.target]
-            mx.eval(tile)  # ends the view into `picture`, which then is updated in place
-            picture[:, row.target, column.target] = tile
-            mx.eval(picture)
+            _add_tile(picture, vae.decode(latents[..., row.source, column.source]), row, column)
     return picture
+
+
+def _add_tile(picture: mx.array, tile: mx.array, row: Span, column: Span) -> None:
+    """Add one tile, weighted, in place. A function, so that nothing of a tile is held while the next is decoded."""
+    weights = mx.array(row.weights)[:, None, None] * mx.array(column.weights)[:, None]
+    tile = tile * weights + picture[:, row.target, column.target]
+    mx.eval(tile)  # ends the view into `picture`, which then is updated in place
+    picture[:, row.target, column.target] = tile
+    mx.eval(picture)
 
 
 def _finished(
