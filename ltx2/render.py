@@ -30,6 +30,7 @@ class Progress:
         self._since = time.monotonic()
         self._printed = time.monotonic()
         self._steps: list[float] = []
+        self._pace = Pace()
         self._live: Live | None = None
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
@@ -69,7 +70,7 @@ class Progress:
                 self._print(_phase_line(event))
             case BytesDone():
                 share = 100 * event.done / max(1, event.total)
-                self._set(f"{event.file}: {share:.0f} % of {_size(event.total)}")
+                self._set(f"{event.file}: {share:.0f} % of {_size(event.total)}{self._pace.eta(event)}")
                 self._plain()
             case Warned(message=message):
                 self._print(f"warning: {message}")
@@ -90,12 +91,33 @@ class Progress:
             self._print(self._line)
 
     def _render(self) -> Text:
-        return Text(f"{self._line}  {time.monotonic() - self._since:.0f} s")
+        return Text(self._waiting() if time.monotonic() - self._since >= 1 else self._line)
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
             if time.monotonic() - self._printed >= SILENCE_SECONDS:
-                self._print(f"{self._line} ... {time.monotonic() - self._since:.0f} s")
+                self._print(self._waiting())
+
+    def _waiting(self) -> str:
+        """Where the work stands, and since when."""
+        return f"{self._line} ... {time.monotonic() - self._since:.0f} s"
+
+
+class Pace:
+    """How long the rest of a stream of bytes will take."""
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._first = 0
+        self._start = 0.0
+
+    def eta(self, event: BytesDone) -> str:
+        """As a line shows it; empty until two seconds' worth is known."""
+        now = time.monotonic()
+        if event.total != self._total:  # another stream begins
+            self._total, self._first, self._start = event.total, event.done, now
+        seconds, done = now - self._start, event.done - self._first
+        return f"  ETA {(event.total - event.done) * seconds / done:.0f} s" if seconds >= 2 and done > 0 else ""
 
 
 def _step_line(event: StepDone, seconds: list[float]) -> str:

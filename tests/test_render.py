@@ -100,6 +100,19 @@ class TestPlain:
             "$ ltx2 convert a -o b",
         ]
 
+    def test_bytes_say_how_long_they_will_take(self, capsys: pytest.CaptureFixture[str], late: list[float]) -> None:
+        """From what this run has done: a continued one starts with bytes that took no time."""
+        with Progress() as progress:
+            for done, total in ((40, 100), (50, 100), (60, 100), (10, 500)):
+                late[0] += 1.5
+                progress.show(BytesDone("transformer/model.safetensors", done * MIB, total * MIB))
+        assert [line.split(": ")[1] for line in lines(capsys)] == [
+            "40 % of 100 MiB",
+            "50 % of 100 MiB",
+            "60 % of 100 MiB  ETA 6 s",
+            "2 % of 500 MiB",
+        ]
+
     def test_long_lines_are_not_broken(self, capsys: pytest.CaptureFixture[str]) -> None:
         with Progress() as progress:
             progress.show(Section("convert", "ltx2 convert " + "long " * 60))
