@@ -28,11 +28,11 @@ from ltx2.runtime.exchange import (
 from ltx2.runtime.latents import Grid, Latents, Scales, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import check_network, load_network, read_weights
-from ltx2.runtime.machine import device_memory, machine_facts
+from ltx2.runtime.machine import device_memory, machine_facts, total_memory
 from ltx2.runtime.memory import Phase, limit_cache
 from ltx2.runtime.numerics import check_finite
 from ltx2.runtime.paths import check_output
-from ltx2.runtime.presets import Preset, Stage, load_preset
+from ltx2.runtime.presets import Preset, Stage, decoding_preset, load_preset
 from ltx2.runtime.request import Request, Sizes
 from ltx2.runtime.sampling import check_latents, denoise, mix_noise
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
@@ -77,8 +77,7 @@ class Run:
 
     def __init__(self, folder: ModelFolder, request: Request) -> None:
         self.folder = folder
-        preset = load_preset(folder.manifest.release, folder.manifest.variant)
-        self.preset: Preset = preset.single_stage() if request.no_upscale else preset
+        self.preset = self._load_preset(request)
         self.video_config = VideoVAEConfig.from_dict(folder.config("video_vae"))
         self.audio_config = AudioVAEConfig.from_dict(folder.config("audio_vae"))
         self.scales = Scales(
@@ -89,17 +88,35 @@ class Run:
         )
         if request.latents is not None:
             request = request.for_latents(self._read_latents(request.latents).video.shape, self.scales)
-        self.request = request.with_defaults(preset)
+        self.request = request.with_defaults(self.preset)
         self.sizes = Sizes.of(self.request)
         self.phases: list[PhaseDone] = []
         self._check()
 
+    def _load_preset(self, request: Request) -> Preset:
+        manifest = self.folder.manifest
+        if request.latents is not None:
+            return decoding_preset(manifest.release)
+        preset = load_preset(manifest.release, manifest.variant)
+        return preset.single_stage() if request.no_upscale else preset
+
     def _check(self) -> None:
         """Everything that can be known to be wrong before the work starts."""
-        stages = self.preset.stages if self.request.latents is None else ()
-        self.sizes.check(self.scales, stages, self.video_config.smallest_side)
+        self.sizes.check(self.scales, self.preset.stages, self.video_config.smallest_side)
+        self._check_memory()
         self._check_components()
         self._check_files()
+
+    def _check_memory(self) -> None:
+        """The finished frames fit in memory: the least that a clip of any model needs."""
+        sizes, have = self.sizes, total_memory()
+        needed = sizes.frames * sizes.height * sizes.width * 3
+        if needed > have:
+            raise DoesNotFitError(
+                f"{sizes.frames} frames of {sizes.width}x{sizes.height} do not fit in memory",
+                f"they are {needed / 1e9:.1f} GB, and this computer has {have / 1e9:.1f} GB",
+                "use fewer frames or a smaller size",
+            )
 
     def _check_components(self) -> None:
         needed = ["video_vae"] if self.request.no_audio else ["video_vae", "audio_vae", "vocoder"]

@@ -220,6 +220,13 @@ class TestDoesNotFit:
         generate(PROMPT).failed(3, "does not fit in memory", "ltx2 quantize")
         assert names(tmp_path) == []
 
+    @pytest.mark.parametrize("size", [("1048576", "1048576", "9"), ("64", "64", "100000000001")])
+    def test_memory_for_the_frames(self, generate: Here, tmp_path: Path, size: tuple[str, str, str]) -> None:
+        width, height, frames = size
+        done = generate(PROMPT, size=["--width", width, "--height", height, "--frames", frames])
+        done.failed(3, "do not fit in memory", "fewer frames")
+        assert names(tmp_path) == []
+
 
 class TestUnexpected:
     def test_keeps_its_traceback(self, generate: Here, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import ltx2
 from ltx2.cli import run
 from ltx2.runtime.media import read_video
 from tests.command import SIZE, Here
+from tests.official import MONOLITH
 
 PROMPT = "a red square"
 
@@ -153,6 +154,14 @@ class TestLatents:
         assert (tmp_path / "clip.mp4").read_bytes() == made.clip.read_bytes()
         request = json.loads((tmp_path / "clip.json").read_text())["request"]
         assert (request["width"], request["height"], request["frames"]) == (64, 64, 9), "the latents' own"
+
+    def test_need_nothing_but_the_decoders(self, here: Here, made: Made, tmp_path: Path) -> None:
+        """Not even to know whether they were sampled by a dev or a distilled model."""
+        decoders = ["video_vae", "audio_vae", "vocoder"]
+        model = ltx2.convert([MONOLITH], tmp_path / "decoders", only=decoders, dtype="f32")
+        args = ["generate", "-m", model, "--latents", made.latents, "--fps", "30", "-o", tmp_path / "2.mp4"]
+        assert here(*args).code == 0
+        assert (tmp_path / "2.mp4").read_bytes() == made.clip.read_bytes()
 
     def test_are_the_ones_the_sampler_ended_with(self, demo_f32: Path, made: Made, tmp_path: Path) -> None:
         """No two sides alike, so that a wrong order of axes shows."""

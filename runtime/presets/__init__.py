@@ -27,7 +27,7 @@ class Preset:
 
     defaults: Mapping[str, Any]
     text_tokens: int
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage, ...]  # none where latents are decoded only
 
     def single_stage(self) -> "Preset":
         """The first stage's noise levels at full size, without the upscaler."""
@@ -36,20 +36,29 @@ class Preset:
 
 def load_preset(release: str | None, variant: str | None) -> Preset:
     """Raises UnsupportedError for a release or variant without sampling defaults."""
+    data = _read(release)
+    if variant not in data["variants"]:
+        raise UnsupportedError(
+            f"the {variant or 'unnamed'} variant of LTX-{release} cannot be sampled",
+            f"this version samples {', '.join(data['variants'])}; other variants need guidance",
+            "convert the distilled checkpoint, or give --variant distilled to convert if the file is one",
+        )
+    stages = tuple(Stage(s["downscale"], tuple(s["sigmas"])) for s in data["variants"][variant]["stages"])
+    return Preset(data["defaults"], data["text_tokens"], stages)
+
+
+def decoding_preset(release: str | None) -> Preset:
+    """For latents that are there already, which every variant decodes alike. Raises UnsupportedError as above."""
+    data = _read(release)
+    return Preset(data["defaults"], data["text_tokens"], ())
+
+
+def _read(release: str | None) -> dict[str, Any]:
     for entry in resources.files(__name__).iterdir():
-        if not entry.name.endswith(".json"):
-            continue
-        data = json.loads(entry.read_text())
-        if data["release"] != release:
-            continue
-        if variant not in data["variants"]:
-            raise UnsupportedError(
-                f"the {variant or 'unnamed'} variant of LTX-{release} cannot be sampled",
-                f"this version samples {', '.join(data['variants'])}; other variants need guidance",
-                "convert the distilled checkpoint, or give --variant distilled to convert if the file is one",
-            )
-        stages = tuple(Stage(s["downscale"], tuple(s["sigmas"])) for s in data["variants"][variant]["stages"])
-        return Preset(data["defaults"], data["text_tokens"], stages)
+        if entry.name.endswith(".json"):
+            data: dict[str, Any] = json.loads(entry.read_text())
+            if data["release"] == release:
+                return data
     raise UnsupportedError(
         f"release {release or '(unknown)'} cannot be sampled",
         "the model folder was made without a transformer, or by a newer ltx2",
