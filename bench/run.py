@@ -86,7 +86,7 @@ def _phase(runs: list[PhaseDone]) -> dict[str, Any]:
 
 def table(receipt: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for people."""
-    columns = ["phase", "seconds", "spread", "s/step", "steps", "peak GiB (MLX)", "peak GiB (process)"]
+    columns = ["phase", "seconds", "spread", "s/step", "steps", "peak GiB (MLX)", "process so far"]
     rows = []
     for phase in receipt["phases"]:
         step = phase["step_seconds"]

@@ -34,7 +34,7 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class PhaseDone(Event):
-    """The phase's network is freed. Peaks are bytes during this phase."""
+    """The phase's network is freed. Peaks are bytes: MLX's during this phase, the process's since it began."""
 
     name: str
     seconds: float
