@@ -17,7 +17,6 @@ from ltx2 import __version__
 from ltx2.runtime.errors import InputError, Ltx2Error
 
 if TYPE_CHECKING:
-    from ltx2.convert.plan import Plan
     from ltx2.runtime.clip import Sidecar
     from ltx2.runtime.events import Event
 
@@ -102,7 +101,14 @@ def _show_error(error: dict[str, str], as_json: bool) -> None:
         click.echo(json.dumps({"error": error}, indent=2))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class InOrder(click.Group):
+    """Commands in the order of their use, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="ltx2")
 def cli() -> None:
     """LTX-2 video with sound on Apple Silicon: convert, quantize, generate and benchmark with MLX."""
@@ -133,6 +139,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     from ltx2.convert.plan import plan_json
     from ltx2.convert.write import WriteOptions
     from ltx2.quant.apply import Settings, quantize_plan
+    from ltx2.render import plan_summary
 
     written = WriteOptions(options.pop("shard_size"), options.pop("force"))
     packing = {name: options.pop(name) for name in ("bits", "mode", "group_size", "recipe")}
@@ -143,7 +150,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     if dry_run:
         check_plan(plan)
         plan = quantize_plan(plan, settings) if settings else plan
-        output.result(plan_json(plan), _plan_summary(plan))
+        output.result(plan_json(plan), plan_summary(plan))
         return
     _finish_model(output, conversion(plan, target, settings, written))
 
@@ -208,17 +215,6 @@ def _finish_model(output: Output, events: "Iterable[Event]", report: Path | None
         text += f"\n{total['bits_per_weight']:.2f} bits per weight, {total['bytes_before'] / 1e9:.2f} GB before"
     data = {"model": done.path, "bytes": done.bytes, "seconds": round(done.seconds, 3), "reused": done.reused}
     output.result(data | ({"report": quantized} if quantized else {}), text)
-
-
-def _plan_summary(plan: "Plan") -> str:
-    """What a conversion would do, per component."""
-    moves = [(name, plan.moves(name)) for name in plan.components]
-    lines = [
-        f"{name:18s} {len(group):5d} tensors  {sum(f.nbytes for m in group for f in m.stored().values()) / 1e9:8.2f} GB"
-        for name, group in moves
-    ]
-    kept = sum(len(group) for _, group in moves)
-    return "\n".join([*lines, f"{'dropped':18s} {len(plan.entries) - kept:5d} tensors"])
 
 
 @cli.command()
@@ -329,26 +325,10 @@ def bench(output: Output, model: Path, repeat: int, warmup: int, out: Path | Non
 def inspect(output: Output, path: Path) -> None:
     """Say what a published file or a model folder contains. Reads headers only."""
     from ltx2.convert.inspect import inspect as describe
+    from ltx2.render import described
 
     found = describe(path)
-    output.result(found, "\n".join(_described(found)))
-
-
-def _described(found: dict[str, Any]) -> "Iterable[str]":
-    """Lines for people: what it is, then tensors, parameters and bytes of every component."""
-    facts = [f"{name} {found[name]}" for name in ("release", "variant", "storage") if found.get(name)]
-    yield f"{found['path']}: {', '.join([found['kind'], *facts])}"
-    for name, part in found.get("components", {}).items():
-        dtypes = " ".join(f"{dtype}:{count}" for dtype, count in part["dtypes"].items())
-        size = f"{_short(part['parameters'])} parameters {_short(part['bytes'])}B"
-        yield f"  {name:18s} {part['tensors']:5d} tensors {size}  {dtypes}"
-    for file in found.get("files", []):
-        yield from _described(file)
-
-
-def _short(count: int) -> str:
-    """1234567890 -> 1.23 G"""
-    return f"{count / 1e9:7.2f} G" if count >= 1e9 else f"{count / 1e6:7.2f} M"
+    output.result(found, "\n".join(described(found)))
 
 
 @cli.command()
@@ -356,7 +336,10 @@ def _short(count: int) -> str:
 @click.option("--source", "sources", multiple=True, type=click.Path(path_type=Path), help="Compare values; repeatable.")
 @common
 def verify(output: Output, model: Path, sources: tuple[Path, ...]) -> None:
-    """Check every file, hash, tensor and shape of a model folder; with --source, every value."""
+    """Check every file, hash, tensor and shape of a model folder.
+
+    With --source, a checkpoint that it was converted from, also every value.
+    """
     from ltx2.convert.verify import Verified
     from ltx2.convert.verify import verify as check_folder
     from ltx2.quant.apply import repack
@@ -371,9 +354,10 @@ def verify(output: Output, model: Path, sources: tuple[Path, ...]) -> None:
 @click.argument("folder", metavar="[DIR]", default="ltx2-demo", type=click.Path(path_type=Path))
 @common
 def demo(output: Output, folder: Path) -> None:
-    """Run the whole chain on an embedded tiny model, in DIR (default: ltx2-demo). No network.
+    """Run the whole chain on an embedded tiny model.
 
-    The model draws coloured shapes that move, with tones: convert, quantize to 8 and 4 bits, generate, bench.
+    It draws coloured shapes that move, with tones. Converted, quantized to 8 and 4 bits, used and measured in DIR
+    (default: ltx2-demo), without a network.
     """
     from dataclasses import asdict
 

@@ -1,17 +1,20 @@
-"""What people see of a run: one live line on a terminal, plain lines elsewhere, all on stderr.
+"""What people see. Of a run: one live line on a terminal, plain lines elsewhere, all on stderr.
 
 A file or pipe is never silent for more than five seconds: a heartbeat repeats where the work stands."""
 
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ltx2.convert.plan import Plan
 from ltx2.runtime.events import BytesDone, Event, PhaseDone, PhaseStarted, Section, StepDone, Warned
 
 SILENCE_SECONDS = 4.0  # five are promised
@@ -148,3 +151,30 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_row(*row)
     width = None if sys.stderr.isatty() else FILE_WIDTH
     Console(stderr=True, highlight=False, width=width).print(table)
+
+
+def plan_summary(plan: Plan) -> str:
+    """What a conversion would write, per component and in all."""
+    groups = {name: plan.moves(name) for name in plan.components}
+    sizes = {name: sum(f.nbytes for m in moves for f in m.stored().values()) for name, moves in groups.items()}
+    rows = [(name, len(groups[name]), size) for name, size in sizes.items()]
+    rows.append(("total", sum(map(len, groups.values())), sum(sizes.values())))
+    lines = [f"{name:18s} {count:5d} tensors  {size / 1e9:8.2f} GB" for name, count, size in rows]
+    return "\n".join([*lines, f"{'dropped':18s} {len(plan.entries) - rows[-1][1]:5d} tensors"])
+
+
+def described(found: dict[str, Any]) -> Iterator[str]:
+    """Lines for people: what it is, then tensors, parameters and bytes of every component."""
+    facts = [f"{name} {found[name]}" for name in ("release", "variant", "storage") if found.get(name)]
+    yield f"{found['path']}: {', '.join([found['kind'], *facts])}"
+    for name, part in found.get("components", {}).items():
+        dtypes = " ".join(f"{dtype}:{count}" for dtype, count in part["dtypes"].items())
+        size = f"{_short(part['parameters'])} parameters {_short(part['bytes'])}B"
+        yield f"  {name:18s} {part['tensors']:5d} tensors {size}  {dtypes}"
+    for file in found.get("files", []):
+        yield from described(file)
+
+
+def _short(count: int) -> str:
+    """1234567890 -> 1.23 G"""
+    return f"{count / 1e9:7.2f} G" if count >= 1e9 else f"{count / 1e6:7.2f} M"

@@ -41,6 +41,9 @@ class TestHelp:
     def test_all_commands_are_there(self) -> None:
         expected = {"convert", "quantize", "generate", "bench", "inspect", "verify", "demo"}
         assert expected <= cli.commands.keys()
+        listed = [line.split()[0] for line in script("--help").out.partition("Commands:")[2].splitlines() if line]
+        assert listed == list(cli.commands), "in the order of their use"
+        assert "..." not in script("--help").out.partition("Commands:")[2], "no explanation is cut off"
 
     @pytest.mark.parametrize("name", sorted(cli.commands))
     def test_every_command(self, here: Here, name: str) -> None:
@@ -301,7 +304,8 @@ class TestOutput:
         args = ["convert", MONOLITH, "-o", tmp_path / "m", "--variant", "distilled", "--dry-run"]
         plan = here(*args, "--json").json["plan"]
         assert all(entry.keys() & {"key", "dropped"} for entry in plan) and names(tmp_path) == []
-        assert "transformer" in here(*args).out
+        summary = here(*args).out.splitlines()
+        assert [line.split()[0] for line in summary[-2:]] == ["total", "dropped"] and "transformer" in summary[3]
 
     def test_inspect_and_verify_as_json(self, here: Here, demo_f32: Path) -> None:
         assert "transformer" in here("inspect", demo_f32, "--json").json["components"]
