@@ -305,7 +305,7 @@ class TestOutput:
         plan = here(*args, "--json").json["plan"]
         assert all(entry.keys() & {"key", "dropped"} for entry in plan) and names(tmp_path) == []
         summary = here(*args).out.splitlines()
-        assert [line.split()[0] for line in summary[-2:]] == ["total", "dropped"] and "transformer" in summary[3]
+        assert [line.split()[0] for line in summary[-2:]] == ["total", "dropped"] and "transformer" in summary[2]
 
     def test_inspect_and_verify_as_json(self, here: Here, demo_f32: Path) -> None:
         assert "transformer" in here("inspect", demo_f32, "--json").json["components"]
