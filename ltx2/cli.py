@@ -17,8 +17,8 @@ from ltx2 import __version__
 from ltx2.runtime.errors import InputError, Ltx2Error
 
 if TYPE_CHECKING:
-    from ltx2.runtime.clip import Sidecar
     from ltx2.runtime.events import Event
+    from ltx2.runtime.sidecar import Sidecar
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 Command = Callable[..., None]
@@ -240,11 +240,11 @@ def generate(output: Output, target: Path, model: Path | None, sidecar: Path | N
 
     PROMPT is not needed with --latents, --embeddings or --from. Beside clip.mp4, clip.json records the run.
     """
-    from ltx2.runtime.clip import Sidecar, sidecar_path
     from ltx2.runtime.events import Generated
     from ltx2.runtime.media import check_target
     from ltx2.runtime.pipeline import Pipeline
     from ltx2.runtime.request import repeated
+    from ltx2.runtime.sidecar import Sidecar, sidecar_path
 
     check_target(target)
     earlier = Sidecar.read(sidecar) if sidecar else None

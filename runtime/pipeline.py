@@ -5,7 +5,6 @@ uses it and frees it. Whoever consumes the events decides what to show."""
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -28,13 +27,14 @@ from ltx2.runtime.exchange import (
 from ltx2.runtime.latents import Grid, Latents, Scales, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import check_network, load_network, read_weights
-from ltx2.runtime.machine import device_memory, machine_facts, total_memory
+from ltx2.runtime.machine import device_memory, total_memory
 from ltx2.runtime.memory import Phase, limit_cache
 from ltx2.runtime.numerics import check_finite
 from ltx2.runtime.paths import check_output
 from ltx2.runtime.presets import Preset, Stage, decoding_preset, load_preset
 from ltx2.runtime.request import Request, Sizes
 from ltx2.runtime.sampling import check_latents, denoise, mix_noise
+from ltx2.runtime.sidecar import make_record
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
 from ltx2.runtime.text_encoder.tokenizer import Encoded, Tokenizer
 from ltx2.runtime.transformer.config import TransformerConfig
@@ -73,7 +73,7 @@ class Pipeline:
 
 
 class Run:
-    """One generation: the checked request, its geometry, and what the sidecar records."""
+    """One generation: the checked request, its geometry, and what its phases took."""
 
     def __init__(self, folder: ModelFolder, request: Request) -> None:
         self.folder = folder
@@ -174,7 +174,7 @@ class Run:
         if not self.request.no_audio:
             mel = yield from self._phase("audio_vae", self._decode_audio, latents.audio)
             audio, sample_rate = yield from self._phase("vocoder", self._vocode, mel)
-        record = self._record(time.perf_counter() - started)
+        record = make_record(self.folder, self.request, self.phases, time.perf_counter() - started)
         yield Generated(Clip(frames, audio, sample_rate, self.sizes.fps, latents.as_numpy(), record))
 
     def _phase(
@@ -333,35 +333,3 @@ class Run:
         check_finite(waveform, "the sound's samples")
         yield phase.step()
         return np.array(waveform[0], order="C"), network.sample_rate(1 / self.scales.audio_hop)
-
-    def _record(self, seconds: float) -> dict[str, Any]:
-        """The sidecar: enough to repeat the clip and to know what made it."""
-        manifest = self.folder.manifest
-        return {
-            "request": self.request.to_dict(),
-            "model": {
-                "path": str(self.folder.path.absolute()),
-                "release": manifest.release,
-                "variant": manifest.variant,
-                "files": self.folder.hashes(),
-                "quantization": {n: c.quantization for n, c in manifest.components.items() if c.quantization},
-                "sources": [{"name": s.name, "sha256": s.sha256} for s in manifest.sources],
-                "converted_by": manifest.tool_version,
-            },
-            "machine": machine_facts(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(seconds, 3),
-            "phases": [phase_record(p) for p in self.phases],
-        }
-
-
-def phase_record(phase: PhaseDone) -> dict[str, Any]:
-    """One phase as the sidecar and the benchmark receipt write it."""
-    return {
-        "name": phase.name,
-        "seconds": round(phase.seconds, 3),
-        "load_seconds": round(phase.load_seconds, 3),
-        "step_seconds": [round(s, 4) for s in phase.step_seconds],
-        "mlx_peak_bytes": phase.mlx_peak_bytes,
-        "process_peak_bytes": phase.process_peak_bytes,
-    }
