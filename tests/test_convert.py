@@ -187,6 +187,20 @@ class TestFolder:
         run(plan_of(tmp_path / "gemma", *copies, variant="distilled"), tmp_path / "out")
         assert contents(tmp_path / "out") == contents(demo_model)
 
+    def test_links_to_read_only_files(self, demo_model: Path, tmp_path: Path) -> None:
+        """As the Hugging Face cache holds files: names are the links', bytes are elsewhere."""
+        (tmp_path / "blobs").mkdir()
+        (tmp_path / "links" / "gemma").mkdir(parents=True)
+        files = {path: tmp_path / "links" / path.name for path in (MONOLITH, UPSCALER)}
+        files |= {path: tmp_path / "links" / "gemma" / path.name for path in GEMMA.iterdir()}
+        for number, (path, link) in enumerate(files.items()):
+            blob = Path(shutil.copy(path, tmp_path / "blobs" / f"{number:064x}"))
+            blob.chmod(0o444)
+            link.symlink_to(blob)
+        run(plan_of(*(tmp_path / "links" / name for name in ("gemma", MONOLITH.name, UPSCALER.name)),
+                    variant="distilled"), tmp_path / "out")  # fmt: skip
+        assert contents(tmp_path / "out") == contents(demo_model)
+
     def test_shards(self, shards: Path, demo_model: Path) -> None:
         folder = ModelFolder.open(shards)
         files = folder.weight_files("transformer")
