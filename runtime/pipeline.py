@@ -313,6 +313,7 @@ class Run:
         for group in decode_frames(network, latents, auto_tiling(network, *latents.shape[2:])):
             frames[done : done + group.shape[0]] = np.array(mx.round(group * 255).astype(mx.uint8))
             done += group.shape[0]
+            del group  # not held while the next tile is decoded
             yield phase.step()
         return frames
 
