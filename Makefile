@@ -16,7 +16,7 @@ INSTALL = $(if $(UV),$(UV) pip install --python $(VENV)/bin/python,$(VENV)/bin/p
 
 # MLX's CPU wheel for Linux brings the slow reference BLAS; an installed OpenBLAS takes its place in the test process.
 OPENBLAS := $(firstword $(wildcard $(foreach d,/usr/lib/$(shell uname -m)-linux-gnu /usr/lib64 /usr/lib,$(d)/libopenblas.so.0)))
-PYTEST = $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(VENV)/bin/python -m pytest
+PYTEST = $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1) $(VENV)/bin/python -m pytest
 
 .NOTPARALLEL:
 .PHONY: help demo test check bench test-fullsize clean
