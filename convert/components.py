@@ -8,6 +8,7 @@ from typing import Any
 
 from ltx2.convert.checkpoint import Source
 from ltx2.convert.gemma import text_config
+from ltx2.runtime.config import AS_PUBLISHED
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.text_encoder.config import ConnectorsConfig
 
@@ -47,7 +48,7 @@ def component_plan(name: str, source: Source) -> ComponentPlan:
         raise CheckpointError(
             f"{source.path.name} has no configuration for its {name}",
             f"its metadata lacks config.{section}",
-            "use the checkpoint as published; its metadata holds the configuration",
+            AS_PUBLISHED,
         )
     if name == "connectors":
         return ComponentPlan(name, cls, _connectors_config(config, source))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from ltx2.runtime.config import Config
+from ltx2.runtime.config import AS_PUBLISHED, Config
 from ltx2.runtime.errors import ConfigError
 from ltx2.runtime.latent_statistics import LatentStatistics
 
@@ -90,7 +90,7 @@ class AudioVAEConfig(Config):
             raise ConfigError(
                 "AudioVAEConfig: mel_bins does not fit ch_mult",
                 f"{self.network.mel_bins} bins cannot be halved {len(self.network.ch_mult) - 1} times",
-                "use the checkpoint as published; its metadata holds the configuration",
+                AS_PUBLISHED,
             )
 
     @property

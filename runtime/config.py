@@ -12,6 +12,9 @@ from ltx2.runtime.errors import ConfigError, UnsupportedError
 
 # Keys that describe storage, not the network; they may stand in every component's config.json.
 STORAGE_KEYS = frozenset({"quantization", "quantization_config"})
+# How configuration errors are mended.
+AS_PUBLISHED = "use the checkpoint as published; its metadata holds the configuration"
+SUPPORTED_ONLY = "use a published LTX-2 checkpoint of a supported release"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Config:
             raise ConfigError(
                 f"{cls.__name__}: configuration key {missing[0]!r} is missing",
                 f"the file's configuration lacks {', '.join(missing)}",
-                "use the checkpoint as published; its metadata holds the configuration",
+                AS_PUBLISHED,
             )
         return cls(**kwargs)
 
@@ -65,7 +68,7 @@ def _check_constant(owner: str, key: str, value: Any, allowed: tuple[Any, ...]) 
         raise UnsupportedError(
             f"{owner}: {key} = {value!r} is not supported",
             f"this version implements {key} = {' or '.join(repr(a) for a in allowed)} only",
-            "use a published LTX-2 checkpoint of a supported release",
+            SUPPORTED_ONLY,
         )
 
 
@@ -77,7 +80,7 @@ def _checked(owner: str, key: str, value: Any, hint: Any) -> Any:
         raise ConfigError(
             f"{owner}: configuration key {key!r} has the wrong type",
             f"expected {name}, got {value!r}",
-            "use the checkpoint as published; its metadata holds the configuration",
+            AS_PUBLISHED,
         )
     return float(value) if hint is float else value
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from ltx2.runtime.config import Config
+from ltx2.runtime.config import AS_PUBLISHED, Config
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 
 CHANNELS = 2
@@ -52,7 +52,7 @@ class VocoderConfig(Config):
                 raise ConfigError(
                     f"VocoderConfig: {sizes} and {per} differ in length",
                     f"{len(getattr(self, sizes))} and {len(getattr(self, per))} entries",
-                    "use the checkpoint as published; its metadata holds the configuration",
+                    AS_PUBLISHED,
                 )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ltx2.runtime.config import Config
+from ltx2.runtime.config import AS_PUBLISHED, Config
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 
 
@@ -117,7 +117,7 @@ class ConnectorsConfig(Config):
                 "ConnectorsConfig: widths do not fit together",
                 f"connectors of width {self.dim} are given text features of width {self.caption_channels}, "
                 f"projected from {self.text_projection_in_features}",
-                "use the checkpoint as published; its metadata holds the configuration",
+                AS_PUBLISHED,
             )
 
     @property

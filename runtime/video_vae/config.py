@@ -6,7 +6,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, ClassVar
 
-from ltx2.runtime.config import Config
+from ltx2.runtime.config import AS_PUBLISHED, SUPPORTED_ONLY, Config
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 
 # Block name in the checkpoint -> stride over (frames, height, width).
@@ -88,14 +88,14 @@ class VideoVAEConfig(Config):
                 raise UnsupportedError(
                     f"spatial padding mode {mode!r} is not supported",
                     f"this version implements {' and '.join(PADDING_MODES)}",
-                    "use a published LTX-2 checkpoint of a supported release",
+                    SUPPORTED_ONLY,
                 )
         encoder, decoder = _scales(self.encoder_stages), _scales(self.decoder_stages)
         if encoder != decoder:
             raise ConfigError(
                 "VideoVAEConfig: encoder_blocks and decoder_blocks disagree",
                 f"the encoder divides (frames, height, width) by {encoder}, the decoder multiplies by {decoder}",
-                "use the checkpoint as published; its metadata holds the configuration",
+                AS_PUBLISHED,
             )
 
     @property
@@ -164,7 +164,7 @@ def _res_stage(name: str, params: Mapping[str, Any]) -> ResStage:
         raise UnsupportedError(
             f"video VAE block {name!r} is not supported",
             f"this version implements res_x and {', '.join(STRIDES)} (with _res in the encoder)",
-            "use a published LTX-2 checkpoint of a supported release",
+            SUPPORTED_ONLY,
         )
     return ResStage.from_dict(params)
 
@@ -174,5 +174,5 @@ def _check_params(name: str, params: Any) -> None:
         raise ConfigError(
             f"VideoVAEConfig: parameters of block {name!r} have the wrong type",
             f"expected an object, got {params!r}",
-            "use the checkpoint as published; its metadata holds the configuration",
+            AS_PUBLISHED,
         )
