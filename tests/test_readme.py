@@ -1,0 +1,251 @@
+"""README.md, held to the code: its commands, names, tables and links are checked, so that it cannot drift."""
+
+import ast
+import inspect
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from ltx2 import api
+from ltx2.cli import cli
+from ltx2.convert.plan import Plan
+from ltx2.demo import PROMPT
+from ltx2.quant.apply import Settings, quantize_plan
+from ltx2.runtime.layout import COMPONENTS
+from ltx2.runtime.presets import load_preset
+from ltx2.runtime.request import Request
+from tests import published
+from tests.official import plan_of
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+PROSE = BLOCK.sub("", README)
+INLINE = re.findall(r"`([^`\n]+)`", PROSE)
+# Options of other programs.
+FOREIGN = {"--local-dir", "--force-reinstall", "--no-deps"}
+GIB, GB = 2**30, 10**9
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(README) if kind == language]
+
+
+def shell_lines() -> list[str]:
+    """Commands in the shell blocks; a backslash continues one on the next line."""
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    return [line.partition(" #")[0].strip() for line in text.splitlines() if line.strip()]
+
+
+def table(heading: str) -> list[list[str]]:
+    """Rows of the first table under a heading, without its first two lines."""
+    lines = README[README.index(f"\n{heading}\n") :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|---"))
+    rows = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def options(command: click.Command) -> set[str]:
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+
+class TestCommands:
+    @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("ltx2 ")])
+    def test_would_run(self, line: str) -> None:
+        _, name, *args = shlex.split(line)
+        context = cli.commands[name].make_context(name, args)
+        given = {k: v for k, v in context.params.items() if k in Request.__dataclass_fields__ and v is not None}
+        if name == "generate":
+            Request.from_options(given).with_defaults(load_preset("2.0", "distilled"))
+
+    @pytest.mark.parametrize("text", [text for text in INLINE if text.startswith("ltx2 ")])
+    def test_in_the_text(self, text: str) -> None:
+        _, name, *args = text.split()
+        known = options(cli.commands[name]) if name in cli.commands else {"--help"}
+        assert name in cli.commands or name == "COMMAND"
+        assert {arg for arg in args if arg.startswith("-")} <= known
+
+    def test_table_lists_all(self) -> None:
+        assert [row[0].strip("`").split()[1] for row in table("### Commands")] == list(cli.commands)
+
+    def test_every_option_exists(self) -> None:
+        known = {option for command in cli.commands.values() for option in options(command)} | {"--help"} | FOREIGN
+        mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+        assert mentioned and mentioned <= known
+
+    def test_make_targets(self) -> None:
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        mentioned = re.findall(r"\bmake ([a-z-]+)", "\n".join([*shell_lines(), *INLINE]))
+        assert mentioned and set(mentioned) <= set(targets)
+
+    def test_hub_files_are_the_converted_ones(self) -> None:
+        """What is downloaded is what the next command converts."""
+        (download,) = (shlex.split(line) for line in shell_lines() if line.startswith("hf download Lightricks"))
+        (convert,) = (shlex.split(line) for line in shell_lines() if line.startswith("ltx2 convert"))
+        folder = download[download.index("--local-dir") + 1]
+        files = [word for word in download if word.endswith(".safetensors")]
+        assert [f"{folder}/{name}" for name in files] == [word for word in convert if word.endswith(".safetensors")]
+        assert set(files) <= set(published.read_header(published.MONOLITH)[0]) | {f"{published.SPATIAL}.safetensors"}
+
+    def test_demo_prompt(self) -> None:
+        assert f'"{PROMPT}"' in README.replace("\n", " ")
+
+
+class TestPython:
+    (CODE,) = blocks("python")
+
+    def calls(self) -> Iterator[tuple[str, set[str]]]:
+        """Called attributes with their keyword arguments."""
+        for node in ast.walk(ast.parse(self.CODE)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                yield ast.unparse(node.func), {str(word.arg) for word in node.keywords}
+
+    def test_calls(self) -> None:
+        functions = ("load", "convert", "quantize")
+        takes = {f"ltx2.{name}": set(inspect.signature(getattr(api, name)).parameters) for name in functions}
+        request = set(Request.__dataclass_fields__)
+        takes |= {"pipe.generate": request, "pipe.stream": request, "clip.save": set()}
+        found = dict(self.calls())
+        assert found.keys() == takes.keys()
+        assert all(found[name] <= takes[name] for name in found)
+
+    def test_attributes(self, demo_f32: Path) -> None:
+        clip = api.load(demo_f32).generate("a red square", width=64, height=64, frames=1)
+        for name in set(re.findall(r"\bclip\.(\w+)", self.CODE)):
+            assert hasattr(clip, name), name
+
+
+class TestNames:
+    def test_links(self) -> None:
+        headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ ([\w ]+)$", PROSE, re.MULTILINE)}
+        targets = re.findall(r"\]\(([^)]+)\)", README)
+        local = [t for t in targets if not t.startswith("https://")]
+        assert len(local) >= 3
+        for target in local:
+            assert target[1:] in headings if target.startswith("#") else (ROOT / target).exists(), target
+
+    def test_paths_in_the_text(self) -> None:
+        """Names with a slash that start at the top of the repository."""
+        top = {path.name for path in ROOT.iterdir()} - {"weights", "demo"}
+        paths = [text for text in INLINE if text.partition("/")[0] in top and "/" in text]
+        assert len(paths) >= 5
+        for path in paths:
+            assert list(ROOT.glob(path.rstrip("/"))), path
+
+    def test_architecture(self) -> None:
+        """Every file that the tree names lies where it says, and every top folder is in it."""
+        (tree,) = (text for text in blocks("") if "pipeline.py the only loop" in text)
+        folder, named = "", set()
+        for line in tree.splitlines():
+            if match := re.match(r"(\w+)/ ", line):
+                folder = match[1]
+                named.add(folder)
+            for name in re.findall(r"\w+\.py|recipes/\*\.json", line):
+                assert list((ROOT / folder).glob(name)), f"{folder}/{name}"
+        assert named == {"ltx2", "bench", "quant", "convert", "runtime"}
+
+    def test_components(self) -> None:
+        (sentence,) = re.findall(r"^Components: (.*?)\.\n", README, re.MULTILINE | re.DOTALL)
+        of_later_releases = {"duration_head"}
+        assert re.findall(r"`(\w+)`", sentence) == [name for name in COMPONENTS if name not in of_later_releases]
+
+    def test_stages(self) -> None:
+        first, second = load_preset("2.0", "distilled").stages
+        assert f"stage 1: transformer, {first.steps} steps at half size" in README and first.downscale == 2
+        assert f"stage 2: transformer, {second.steps} steps" in README and second.downscale == 1
+
+
+def receipt(heading: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows by case and bits of the one receipt that the README's tables are made from."""
+    (path,) = (ROOT / "bench" / "results").glob("nvidia-h200-*.json")
+    return {(row["case"], row["bits"]): row for row in json.loads(path.read_text())[heading]}
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """The published files that the README converts."""
+    folder = tmp_path_factory.mktemp("published")
+    distilled = next(p for p in published.write_published(folder, published.MONOLITH) if "distilled" in p.name)
+    (upscaler,) = published.write_published(folder, published.SPATIAL)
+    return plan_of(distilled, upscaler, published.write_gemma(folder / "gemma"))
+
+
+class TestSizes:
+    def test_downloads(self, plan: Plan) -> None:
+        sizes = {entry.file.path: entry.file.size for entry in plan.entries}
+        gemma = sum(size for path, size in sizes.items() if path.parent.name == "gemma")
+        model, upscaler = sorted((size for path, size in sizes.items() if path.parent.name != "gemma"), reverse=True)
+        said = re.search(r"([\d.]+) GB for the model, ([\d.]+) GB for the upscaler, ([\d.]+) GB for the text", README)
+        assert said is not None and said.groups() == tuple(f"{size / GB:.1f}" for size in (model, upscaler, gemma))
+
+    def test_table(self, plan: Plan) -> None:
+        rows = table("### Which size?")
+        assert len(rows) == 6
+        for how, *cells in rows:
+            sizes = self.sizes(plan, how)
+            numbers = [sum(sizes.values()), sizes["transformer"], sizes["text_encoder"]]
+            mac = next(memory for memory in (8, 16, 24, 32, 48, 64, 96) if self.fits(sizes["transformer"], memory))
+            assert cells == [*(f"{number / GB:.1f} GB" for number in numbers), f"{mac} GB"], how
+
+    @staticmethod
+    def sizes(plan: Plan, how: str) -> dict[str, int]:
+        bits, recipe = re.search(r"--bits (\d)", how), re.search(r"--recipe (\w+)", how)
+        if bits is not None:
+            plan = quantize_plan(plan, Settings(int(bits[1]), recipe=recipe[1] if recipe else "mixed"))
+        return {n: sum(f.nbytes for m in plan.moves(n) for f in m.stored().values()) for n in plan.components}
+
+    @staticmethod
+    def fits(transformer: int, memory: int) -> bool:
+        """As the text under the table calculates it."""
+        for rule in ("the transformer and 1.3 GiB", "two thirds of the memory, or three quarters from 48 GB on"):
+            assert rule in README.replace("\n", " ")
+        share = 3 / 4 if memory >= 48 else 2 / 3
+        return transformer + 1.3 * GIB <= share * memory * GIB
+
+    def test_what_a_clip_needs_beside_the_weights(self, plan: Plan) -> None:
+        peak = receipt("results")["stage 2 step", 16]["mlx_peak_bytes"]
+        assert f"{(peak - self.sizes(plan, '')['transformer']) / GIB:.1f}" == "1.3"
+
+
+# The README's words for a case of the receipt.
+CASES = {
+    "text encoder, 100 tokens": "text encoder, 100 tokens",
+    "transformer, one step of stage 1": "stage 1 step",
+    "transformer, one step of stage 2": "stage 2 step",
+    "spatial upscaler": "spatial upscaler x2",
+    "video decode, one piece": "video decode, one piece",
+    "video decode, tiled": "video decode, tiled",
+}
+
+
+class TestMeasured:
+    def test_table(self) -> None:
+        measured = receipt("results")
+        rows = table("## Measured")
+        assert [row[0] for row in rows] == list(CASES)
+        for name, *cells in rows:
+            times = [measured.get((CASES[name], bits)) for bits in (16, 8, 4)]
+            shown = [f"{1000 * row['seconds']['median']:.0f} ms" if row else "" for row in times]
+            peak = f"{measured[CASES[name], 16]['mlx_peak_bytes'] / GIB:.1f} GiB"
+            assert cells == [shown[0], peak, *shown[1:]], name
+
+    def test_what_was_measured(self) -> None:
+        (path,) = (ROOT / "bench" / "results").glob("nvidia-h200-*.json")
+        data = json.loads(path.read_text())
+        text = " ".join(README[README.index("\n## Measured") :].split())
+        assert data["machine"]["device"] in text and f"mlx {data['machine']['mlx']}" in text
+        assert data["weights"] == "random" and "random weights" in text
+        frames, height, width, fps = re.findall(r"\d+", data["size"])
+        assert f"{frames} frames of {width}x{height} at {fps} fps" in text
+        assert {row["seconds"]["repetitions"] for row in data["results"]} == {9} and "medians of 9" in text
+        assert all(row["finite"] for row in data["results"])
