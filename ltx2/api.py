@@ -16,6 +16,7 @@ from ltx2.runtime.events import Event
 from ltx2.runtime.pipeline import Pipeline
 
 StrPath = str | PathLike[str]
+Sources = StrPath | Iterable[StrPath]
 
 
 def load(model: StrPath) -> Pipeline:
@@ -24,14 +25,15 @@ def load(model: StrPath) -> Pipeline:
 
 
 def plan_conversion(
-    sources: Iterable[StrPath], *, variant: str | None = None, dtype: str | None = None, only: Sequence[str] = ()
+    sources: Sources, *, variant: str | None = None, dtype: str | None = None, only: Sequence[str] = ()
 ) -> Plan:
     """What `convert` would do, from headers alone; writing checks that it fills whole networks."""
-    return make_plan(open_sources([Path(s) for s in sources]), Options(variant, dtype, tuple(only)))
+    paths = [sources] if isinstance(sources, str | PathLike) else sources
+    return make_plan(open_sources([Path(path) for path in paths]), Options(variant, dtype, tuple(only)))
 
 
 def convert(
-    sources: Iterable[StrPath],
+    sources: Sources,
     out: StrPath,
     *,
     variant: str | None = None,

@@ -40,7 +40,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if not self.silent:
-            if self.console.is_terminal:
+            if self.console.is_terminal and not self.console.is_dumb_terminal:
                 live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
                 self._live = live
                 self._live.__enter__()

@@ -89,6 +89,10 @@ class TestConvert:
         out = ltx2.convert([str(MONOLITH), UPSCALER, str(GEMMA)], str(tmp_path / "model"), variant="distilled")
         assert out == tmp_path / "model" and ModelFolder.open(out).manifest.variant == "distilled"
 
+    @pytest.mark.parametrize("source", [UPSCALER, str(UPSCALER), iter([UPSCALER])])
+    def test_one_path_needs_no_list(self, tmp_path: Path, source: Any) -> None:
+        assert ModelFolder.open(ltx2.convert(source, tmp_path / "model")).has("spatial_upscaler")
+
     @pytest.mark.parametrize("option", [{"group_size": 32}, {"recipe": "uniform"}, {"mode": "mxfp4"}])
     def test_no_option_is_ignored(self, tmp_path: Path, option: dict[str, Any]) -> None:
         with pytest.raises(InputError, match="no effect without bits"):

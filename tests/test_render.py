@@ -144,6 +144,20 @@ def test_a_terminal_shows_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None
     assert shown.rstrip("\n").endswith("\x1b[2K"), "the last thing is that the live line is wiped"
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, highlight=False, _environ={"TERM": "dumb"})
+    monkeypatch.setattr(render, "Console", lambda **_: console)
+    with Progress() as progress:
+        progress.show(PhaseStarted("stage1"))
+        time.sleep(0.3)
+        progress.show(DONE)
+    shown = screen.getvalue()
+    assert "\x1b" not in shown and "\r" not in shown
+    assert shown.startswith("stage1 ... ") and shown.endswith("stage1: done in 12.3 s  2 steps  peak 3.0 GiB\n")
+
+
 class TestTable:
     def test_in_a_file(self, capsys: pytest.CaptureFixture[str]) -> None:
         print_table("bench", ["phase", "seconds"], [["spatial_upscaler", "1.25"], ["total", "3.50"]])
