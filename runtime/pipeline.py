@@ -45,6 +45,7 @@ from ltx2.runtime.video_vae.model import VideoAutoencoder
 from ltx2.runtime.video_vae.tiling import auto_tiling, decode_frames
 from ltx2.runtime.vocoder import Vocoder
 
+SILENT = 1e-4  # of full scale, -80 dB
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 Work = Generator[Event, None, Result]
@@ -174,6 +175,8 @@ class Run:
         if not self.request.no_audio:
             mel = yield from self._phase("audio_vae", self._decode_audio, latents.audio)
             audio, sample_rate = yield from self._phase("vocoder", self._vocode, mel)
+            if np.abs(audio).max() < SILENT:
+                yield Warned("the sound is silent throughout; --no-audio leaves it out")
         record = make_record(self.folder, self.request, self.phases, time.perf_counter() - started)
         yield Generated(Clip(frames, audio, sample_rate, self.sizes.fps, latents.as_numpy(), record))
 

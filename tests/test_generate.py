@@ -325,6 +325,15 @@ class TestDamage:
         done.failed(1, said, "ltx2 verify")
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
+    def test_silence_is_said_to_be_silent(self, here: Here, model: Path, made: Made, tmp_path: Path) -> None:
+        weights = model / "vocoder" / "model.safetensors"
+        tensors = load_file(weights)
+        save_file(tensors | {name: 0 * tensors[name] for name in ("conv_post.weight", "conv_post.bias")}, weights)
+        args = ["generate", "--latents", made.latents, "-o", tmp_path / "clip.mp4", "-m"]
+        done = here(*args, model)
+        assert done.code == 0 and "warning: the sound is silent" in done.err
+        assert "warning" not in here(*args, json.loads(made.sidecar.read_text())["model"]["path"]).err
+
     @pytest.mark.parametrize("size", [1000, 100_000])
     @pytest.mark.parametrize("component", ["spatial_upscaler", "vocoder"])
     def test_a_truncated_file_is_found_before_any_work(
