@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from ltx2.convert.plan import Plan
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.layout import is_lora
-from ltx2.runtime.load import build_network, parameter_shapes
+from ltx2.runtime.load import Shapes, build_network, parameter_shapes, shape_differences
 
 LISTED = 5  # tensors named in an error
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_plan(plan: Plan) -> None:
@@ -75,20 +74,6 @@ def _compare(component: str, wanted: Shapes, planned: Shapes) -> None:
             "; ".join(_listed(kind, keys) for kind, keys in wrong.items()),
             "use the checkpoint as published, complete and unchanged",
         )
-
-
-def shape_differences(wanted: Shapes, given: Shapes) -> dict[str, list[str]]:
-    """Kind of difference -> the tensors concerned; empty when `given` is exactly what is wanted."""
-    differences = {
-        "missing": sorted(wanted.keys() - given.keys()),
-        "not part of the network": sorted(given.keys() - wanted.keys()),
-        "of the wrong shape": [
-            f"{key} {list(given[key])} for {list(shape)}"
-            for key, shape in wanted.items()
-            if key in given and given[key] != shape
-        ],
-    }
-    return {kind: keys for kind, keys in differences.items() if keys}
 
 
 def _listed(kind: str, keys: list[str]) -> str:

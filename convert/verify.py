@@ -8,17 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ltx2.convert.check import lora_misfits, shape_differences
+from ltx2.convert.check import lora_misfits
 from ltx2.convert.checkpoint import open_sources, read_json
 from ltx2.convert.compare import Repack, compare_values
 from ltx2.runtime.errors import Ltx2Error, VerificationError
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.layout import INDEX, MANIFEST, ModelFolder, is_lora
-from ltx2.runtime.load import build_network, parameter_shapes, quantize_like
+from ltx2.runtime.load import Shapes, build_component, parameter_shapes, shape_differences
 from ltx2.runtime.tensorfile import read_blocks
 
 LISTED = 20  # differences named in the error
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -112,20 +111,12 @@ def _tensor_differences(model: ModelFolder, component: str, shapes: dict[str, Sh
 
 def _misfits(model: ModelFolder, component: str, stored: Shapes) -> list[str]:
     if is_lora(component):
-        targets = {name: _network_shapes(model, name, ()) for name in ("transformer", "connectors") if model.has(name)}
-        _, wrong = lora_misfits(component, {component: stored, **targets})
+        targets = [name for name in ("transformer", "connectors") if model.has(name)]
+        shapes = {name: parameter_shapes(build_component(model, name, ())) for name in targets}
+        _, wrong = lora_misfits(component, {component: stored, **shapes})
         return [f"{component}: the factors for {layer} do not fit" for layer in wrong]
-    wanted = _network_shapes(model, component, stored)
-    found = shape_differences(wanted, stored)
+    found = shape_differences(parameter_shapes(build_component(model, component, stored)), stored)
     return [f"{component}: tensor {name} is {kind}" for kind, names in found.items() for name in names]
-
-
-def _network_shapes(model: ModelFolder, component: str, stored: Mapping[str, Any] | tuple[()]) -> Shapes:
-    """Shapes the network needs, with the layers quantized whose scales are stored."""
-    config = model.config(component)
-    network = build_network(model.record(component).cls, config)
-    quantize_like(network, config.get("quantization"), stored)
-    return parameter_shapes(network)
 
 
 def _index_differences(model: ModelFolder, component: str, where: Mapping[str, str]) -> list[str]:

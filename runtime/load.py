@@ -58,13 +58,18 @@ def load_weights(folder: ModelFolder, component: str) -> dict[str, mx.array]:
     return weights
 
 
+def build_component(folder: ModelFolder, component: str, stored: Container[str]) -> nn.Module:
+    """The component's network, uninitialised; layers are quantized whose scales are among the `stored` names."""
+    config = folder.config(component)
+    network = build_network(folder.record(component).cls, config)
+    _quantize_like(network, config.get("quantization"), stored)
+    return network
+
+
 def check_network(folder: ModelFolder, component: str) -> None:
     """Raise from headers alone what `load_network` would raise for the component's files."""
-    config = folder.config(component)
     stored = {name: tensor.shape for file in folder.tensor_files(component) for name, tensor in file.tensors.items()}
-    network = build_network(folder.record(component).cls, config)
-    quantize_like(network, config.get("quantization"), stored)
-    _check_fit(folder, component, parameter_shapes(network), stored)
+    _check_fit(folder, component, build_component(folder, component, stored), stored)
 
 
 def load_network(folder: ModelFolder, component: str, expected: type[Module]) -> Module:
@@ -72,18 +77,15 @@ def load_network(folder: ModelFolder, component: str, expected: type[Module]) ->
 
     Raises ModelFolderError naming the first missing, extra or misshapen tensor.
     """
-    config = folder.config(component)
-    network = build_network(folder.record(component).cls, config)
+    weights = load_weights(folder, component)
+    network = build_component(folder, component, weights)
     if not isinstance(network, expected):
         raise ModelFolderError(
             f"{component} of {folder.path} is a {type(network).__name__}",
             f"a {expected.__name__} is needed here",
             "convert the checkpoint again",
         )
-    weights = load_weights(folder, component)
-    quantize_like(network, config.get("quantization"), weights)
-    stored = {name: tuple(value.shape) for name, value in weights.items()}
-    _check_fit(folder, component, parameter_shapes(network), stored)
+    _check_fit(folder, component, network, {name: tuple(value.shape) for name, value in weights.items()})
     network.load_weights(list(weights.items()), strict=True)
     network.eval()
     return network
@@ -106,7 +108,7 @@ def read_weights(network: nn.Module) -> None:
     mx.eval(pending)
 
 
-def quantize_like(
+def _quantize_like(
     network: nn.Module, quantization: Mapping[str, Any] | None, weights: Container[str]
 ) -> None:
     """Replace the layers whose `.scales` are among the names of `weights` by quantized ones (config as mlx-lm writes
@@ -129,18 +131,26 @@ def quantize_like(
     )
 
 
-def _check_fit(folder: ModelFolder, component: str, wanted: Shapes, stored: Shapes) -> None:
-    def fail(why: str) -> None:
+def shape_differences(wanted: Shapes, given: Shapes) -> dict[str, list[str]]:
+    """Kind of difference -> the tensors concerned; empty when `given` is exactly what is wanted."""
+    differences = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "not part of the network": sorted(given.keys() - wanted.keys()),
+        "of the wrong shape": [
+            f"{key} {list(given[key])} for {list(shape)}"
+            for key, shape in wanted.items()
+            if key in given and given[key] != shape
+        ],
+    }
+    return {kind: keys for kind, keys in differences.items() if keys}
+
+
+def _check_fit(folder: ModelFolder, component: str, network: nn.Module, stored: Shapes) -> None:
+    differences = shape_differences(parameter_shapes(network), stored)
+    if differences:
+        kind, names = next(iter(differences.items()))
         raise ModelFolderError(
             f"{component} of {folder.path} does not fit its configuration",
-            why,
+            f"tensor {names[0]} is {kind}",
             "convert the checkpoint again; ltx2 verify MODEL lists every difference",
         )
-
-    for name in sorted(wanted.keys() - stored.keys()):
-        fail(f"tensor {name} is missing")
-    for name in sorted(stored.keys() - wanted.keys()):
-        fail(f"tensor {name} is not part of the network")
-    for name, shape in wanted.items():
-        if stored[name] != shape:
-            fail(f"tensor {name} has shape {list(stored[name])}, the network needs {list(shape)}")
