@@ -242,11 +242,13 @@ def generate(output: Output, target: Path, model: Path | None, sidecar: Path | N
     """
     from ltx2.runtime.events import Generated
     from ltx2.runtime.media import check_target
+    from ltx2.runtime.paths import check_output
     from ltx2.runtime.pipeline import Pipeline
     from ltx2.runtime.request import repeated
     from ltx2.runtime.sidecar import Sidecar, sidecar_path
 
     check_target(target)
+    check_output(sidecar_path(target))
     earlier = Sidecar.read(sidecar) if sidecar else None
     given = {name: value for name, value in options.items() if value is not None}
     request = repeated(earlier.request, given) if earlier else given

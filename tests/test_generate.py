@@ -136,6 +136,12 @@ class TestSidecar:
             assert record["model"]["files"][name] == [file["sha256"] for file in component["files"]]
         assert record["machine"].keys() >= {"chip", "memory_bytes", "system", "mlx", "ltx2"}
 
+    def test_its_place_is_checked_before_any_work(self, generate: Here, tmp_path: Path) -> None:
+        (tmp_path / "clip.json").mkdir()
+        done = generate(PROMPT)
+        done.failed(1, "cannot write", "clip.json", "it is a folder")
+        assert "done in" not in done.err
+
     def test_every_phase_has_its_time_and_memory(self, made: Made) -> None:
         record = json.loads(made.sidecar.read_text())
         by_name = {phase["name"]: phase for phase in record["phases"]}
