@@ -155,10 +155,12 @@ class Run:
         size = sum(path.stat().st_size for path in self.folder.weight_files(component))
         usable = device_memory()
         if size > usable and component != "text_encoder":
+            smaller = f"make it smaller: ltx2 quantize {self.folder.path} -o {self.folder.path}-q4 --bits 4"
+            packed = any(record.quantization for record in self.folder.manifest.components.values())
             raise DoesNotFitError(
                 f"the {component} does not fit in memory",
                 f"its weights alone are {size / 1e9:.1f} GB, this computer's GPU can use {usable / 1e9:.1f} GB",
-                f"make it smaller: ltx2 quantize {self.folder.path} -o {self.folder.path}-q4 --bits 4",
+                "convert or quantize again with fewer --bits, or --recipe uniform" if packed else smaller,
             )
 
     def events(self) -> Iterator[Event]:

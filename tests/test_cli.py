@@ -223,6 +223,14 @@ class TestDoesNotFit:
         generate(PROMPT).failed(3, "does not fit in memory", "ltx2 quantize")
         assert names(tmp_path) == []
 
+    def test_memory_for_a_quantized_model(
+        self, here: Here, demo_f32: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Which cannot be quantized again."""
+        assert here("quantize", demo_f32, "-o", tmp_path / "q").code == 0
+        monkeypatch.setattr("ltx2.runtime.pipeline.device_memory", lambda: 1000)
+        here("generate", PROMPT, "-m", tmp_path / "q", "-o", tmp_path / "c.mp4").failed(3, "fewer --bits")
+
     @pytest.mark.parametrize("size", [("1048576", "1048576", "9"), ("64", "64", "100000000001")])
     def test_memory_for_the_frames(self, generate: Here, tmp_path: Path, size: tuple[str, str, str]) -> None:
         width, height, frames = size
