@@ -176,12 +176,12 @@ def test_24_prompts_are_followed_at_8_bits(demo_quantized: dict[int, Path]) -> N
 @pytest.mark.usefixtures("plain_products")
 def test_prompts_at_4_bits_are_reported(demo_quantized: dict[int, Path]) -> None:
     """4 bits lose something at this width; what is asserted is only that most clips still show their prompt."""
-    right, misses = followed(demo_quantized[4], random_prompts(24, seed=0))
-    _report("4 bits", right, misses)
-    assert right >= 12, misses
+    right, misses = followed(demo_quantized[4], random_prompts(8, seed=0))
+    _report("4 bits", right, misses, of=8)
+    assert right >= 4, misses
 
 
-def _report(name: str, right: int, misses: list[str]) -> None:
+def _report(name: str, right: int, misses: list[str], of: int = 24) -> None:
     from tests.conftest import FIGURES
 
-    FIGURES.append(f"demo prompts followed, {name}: {right} of 24 {misses}")
+    FIGURES.append(f"demo prompts followed, {name}: {right} of {of} {misses}")
