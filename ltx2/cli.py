@@ -148,7 +148,11 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     settings = Settings(**packing) if packing["bits"] is not None else None
     plan = plan_conversion(sources, **options)
     if dry_run:
-        check_plan(plan)
+        try:
+            check_plan(plan)
+        except Ltx2Error as error:  # the plan is what was asked for; converting would be refused
+            if not output.quiet:
+                click.echo(f"warning: convert would refuse this plan: {error.what}: {error.why}", err=True)
         plan = quantize_plan(plan, settings) if settings else plan
         output.result(plan_json(plan), plan_summary(plan))
         return

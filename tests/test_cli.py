@@ -157,10 +157,14 @@ def test_expected_failures(here: Here, demo_f32: Path, tmp_path: Path, name: str
 def test_a_dry_run_finds_what_is_missing(here: Here, tmp_path: Path) -> None:
     _, metadata, tensors = published.read_header(published.TEMPORAL)
     source = published.write_sparse(tmp_path / "up.safetensors", tensors, metadata)
-    assert here("convert", source, "-o", tmp_path / "m", "--dry-run").code == 0
+    whole = here("convert", source, "-o", tmp_path / "m", "--dry-run")
+    assert whole.code == 0 and "warning" not in whole.err
     del tensors["final_conv.bias"]
     published.write_sparse(source, tensors, metadata)
-    here("convert", source, "-o", tmp_path / "m", "--dry-run").failed(1, "final_conv.bias")
+    lacking = here("convert", source, "-o", tmp_path / "m", "--dry-run", "--json")
+    assert lacking.code == 0 and len(lacking.json["plan"]) == len(tensors)
+    assert "convert would refuse" in lacking.err and "final_conv.bias" in lacking.err
+    here("convert", source, "-o", tmp_path / "m").failed(1, "final_conv.bias")
 
 
 class TestIncompleteModels:
