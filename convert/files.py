@@ -147,18 +147,20 @@ def outputs(move: Move) -> list[Output]:
 def _rows(move: Move) -> Iterator[Array]:
     """The transformed tensor in chunks of rows."""
     array = move.file.array(move.tensor.name)
-    for step in move.steps:
-        array = step.view(array)
+    if any(step.whole for step in move.steps):
+        yield _transformed(move, array, 0)
+        return
     for rows in row_chunks(array.shape, array.itemsize):
-        yield _transformed(move, array[rows])
+        yield _transformed(move, array[rows], rows.start if isinstance(rows, slice) else 0)
         move.file.release(move.tensor.name)
 
 
-def _transformed(move: Move, rows: Array) -> Array:
+def _transformed(move: Move, rows: Array, start: int) -> Array:
+    """What becomes of some of the tensor's rows, the first of which is row `start`."""
     form = Form(move.tensor.shape, move.tensor.dtype)
     for step in move.steps:
         try:
-            rows = step.rows(rows, form.dtype)
+            rows = step.rows(rows, form, start)
         except NumericsError as error:
             raise NumericsError(f"{move.tensor.name}: {error.what}", error.why, error.fix) from error
         form = step.form(form)

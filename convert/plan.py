@@ -45,12 +45,34 @@ class Move:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """One source tensor that another one's steps use up, e.g. the scale of codes that are dequantized."""
+
+    file: TensorFile
+    tensor: TensorInfo
+    into: Move
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One source tensor whose bytes are a file: `name` in the component's folder (a tokenizer)."""
+
+    file: TensorFile
+    tensor: TensorInfo
+    component: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Drop:
     """One source tensor that is not stored."""
 
     file: TensorFile
     tensor: TensorInfo
     reason: str
+
+
+Entry = Move | Merge | Asset | Drop
 
 
 @dataclass(frozen=True)
@@ -66,7 +88,7 @@ class Options:
 class Plan:
     """A whole model folder. `sources` are files still to be hashed, or records that are known already."""
 
-    entries: tuple[Move | Drop, ...]
+    entries: tuple[Entry, ...]
     components: Mapping[str, ComponentPlan]
     release: str | None
     variant: str | None
@@ -75,6 +97,10 @@ class Plan:
     def moves(self, component: str) -> list[Move]:
         """The component's tensors, in the sources' order."""
         return [e for e in self.entries if isinstance(e, Move) and e.component == component]
+
+    def assets(self, component: str) -> list[Asset]:
+        """The files among the sources' tensors that go into the component's folder."""
+        return [e for e in self.entries if isinstance(e, Asset) and e.component == component]
 
 
 def packed_key(key: str, part: str) -> str:
@@ -90,23 +116,23 @@ def make_plan(sources: Sequence[Source], options: Options | None = None) -> Plan
     """
     options = options or Options()
     _check_options(options)
-    entries: list[Move | Drop] = []
+    entries: list[Entry] = []
     owners: dict[str, Source] = {}
     for source in sources:
         found = [_selected(entry, options) for entry in _entries(source, options)]
-        for component in dict.fromkeys(e.component for e in found if isinstance(e, Move)):
+        for component in dict.fromkeys(e.component for e in found if isinstance(e, Move | Asset)):
             _claim(owners, component, source)
         entries += found
     _check_selection(options, owners)
     components = {name: component_plan(name, owners[name]) for name in sorted(owners)}
-    used = {id(e.file): e.file for e in entries if isinstance(e, Move)}
+    used = {id(e.file): e.file for e in entries if not isinstance(e, Drop)}
     files = tuple(sorted(used.values(), key=lambda f: (f.path.name, f.size)))
     return Plan(tuple(entries), components, _release(sources), _variant(owners, options), files)
 
 
 def folder_plan(folder: ModelFolder) -> Plan:
     """The plan that copies a model folder as it is; what quantizing starts from."""
-    entries: list[Move | Drop] = []
+    entries: list[Entry] = []
     components = {}
     for name, record in folder.manifest.components.items():
         extra = [folder.path / name / f.name for f in record.files if _is_companion(f.name)]
@@ -122,24 +148,32 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {"plan": [_entry_json(entry) for entry in plan.entries]}
 
 
-def _entry_json(entry: Move | Drop) -> dict[str, Any]:
+def _entry_json(entry: Entry) -> dict[str, Any]:
     head = {"source": str(entry.file.path), "name": entry.tensor.name}
     if isinstance(entry, Drop):
         return head | {"dropped": entry.reason}
-    form = entry.form if entry.packing is None else entry.packing.forms(entry.form)["weight"]
-    steps = [str(step) for step in (*entry.steps, *([entry.packing] if entry.packing else []))]
-    return head | {
-        "shape": list(entry.tensor.shape),
-        "dtype": entry.tensor.dtype,
+    return head | {"shape": list(entry.tensor.shape), "dtype": entry.tensor.dtype} | _target_json(entry)
+
+
+def _target_json(entry: Move | Merge | Asset) -> dict[str, Any]:
+    """Where a tensor ends up; one that is merged, where the other one does."""
+    if isinstance(entry, Merge):
+        return _target_json(entry.into)
+    if isinstance(entry, Asset):
+        form, key, steps = Form(entry.tensor.shape, entry.tensor.dtype), entry.name, []
+    else:
+        form = entry.form if entry.packing is None else entry.packing.forms(entry.form)["weight"]
+        key, steps = entry.key, [str(step) for step in (*entry.steps, *([entry.packing] if entry.packing else []))]
+    return {
         "component": entry.component,
-        "key": entry.key,
+        "key": key,
         "transform": steps or ["copy"],
         "out_shape": list(form.shape),
         "out_dtype": form.dtype,
     }
 
 
-def _entries(source: Source, options: Options) -> Iterator[Move | Drop]:
+def _entries(source: Source, options: Options) -> Iterator[Entry]:
     unknown = []
     for file in source.files:
         for name, tensor in file.tensors.items():
@@ -177,12 +211,13 @@ def lora_name(path: Path) -> str:
     return re.sub(r"[^a-z0-9._]+", "-", path.stem.lower()).strip("-.") or "lora"
 
 
-def _selected(entry: Move | Drop, options: Options) -> Move | Drop:
+def _selected(entry: Entry, options: Options) -> Entry:
     if not options.only or isinstance(entry, Drop):
         return entry
-    if entry.component in options.only or entry.component.split("/")[0] in options.only:
+    component = entry.into.component if isinstance(entry, Merge) else entry.component
+    if component in options.only or component.split("/")[0] in options.only:
         return entry
-    return Drop(entry.file, entry.tensor, f"{entry.component} is not selected (--only)")
+    return Drop(entry.file, entry.tensor, f"{component} is not selected (--only)")
 
 
 def _claim(owners: dict[str, Source], component: str, source: Source) -> None:

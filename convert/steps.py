@@ -1,7 +1,7 @@
 """What happens to a tensor on its way from a source into a model folder.
 
-A step changes the view of the whole tensor (no data are read) or the values of some of its rows, so a tensor of any
-size passes through in chunks. Values travel as numpy arrays; BF16 as uint16 codes (see runtime/tensorfile.py)."""
+A step works on some rows (axis 0) at a time, so a tensor of any size passes through in chunks. Values travel as numpy
+arrays; BF16 and FP8 as their integer codes (see runtime/tensorfile.py)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -35,17 +35,18 @@ class Form:
 class Step(ABC):
     """One transformation. `str(step)` is its name in the plan."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether rows of the output are not made of the same rows of the input: all are needed at once."""
+        return False
+
     @abstractmethod
     def form(self, form: Form) -> Form:
         """Shape and dtype after the step."""
 
-    def view(self, array: Array) -> Array:
-        """The whole tensor, rearranged without reading it."""
-        return array
-
-    def rows(self, rows: Array, dtype: str) -> Array:
-        """New values of some rows (axis 0 of the output) that have safetensors dtype `dtype`."""
-        return rows
+    @abstractmethod
+    def rows(self, rows: Array, form: Form, start: int) -> Array:
+        """What becomes of some rows, the first of which is row `start` of a tensor of this form."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,15 @@ class Transpose(Step):
     def __str__(self) -> str:
         return f"transpose({','.join(map(str, self.axes))})"
 
+    @property
+    def whole(self) -> bool:
+        return self.axes[0] != 0
+
     def form(self, form: Form) -> Form:
         return Form(tuple(form.shape[axis] for axis in self.axes), form.dtype)
 
-    def view(self, array: Array) -> Array:
-        return array.transpose(self.axes)
+    def rows(self, rows: Array, form: Form, start: int) -> Array:
+        return rows.transpose(self.axes)
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,8 @@ class Cast(Step):
     def form(self, form: Form) -> Form:
         return Form(form.shape, FLOATS[self.dtype])
 
-    def rows(self, rows: Array, dtype: str) -> Array:
-        values = to_float32(rows, dtype)
-        return from_float32(values, FLOATS[self.dtype])
+    def rows(self, rows: Array, form: Form, start: int) -> Array:
+        return from_float32(to_float32(rows, form.dtype), FLOATS[self.dtype])
 
 
 class Packing(ABC):
