@@ -28,7 +28,7 @@ demo: $(VENV)/.runtime ## the whole chain on an embedded tiny model, into demo/:
 	$(VENV)/bin/ltx2 demo demo
 
 test: $(VENV)/.test ## all tests, those against the reference implementations included
-	LTX2_REQUIRE_PARITY=1 $(PYTEST) $(PYTEST_ARGS)
+	LTX2_REQUIRE_PARITY=1 $(PYTEST) -n auto --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/.check ## linter, types, architecture
 	$(VENV)/bin/ruff check .

@@ -9,7 +9,7 @@ import pytest
 from tests.command import SIZE, Done, Here
 from tests.official import DEMO, Official, random_official
 
-FIGURES: list[str] = []
+FIGURE = "figure"  # key of the measured figures among a test's properties, which reach us from every worker process
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,18 +80,27 @@ def generate(here: Here, demo_f32: Path, tmp_path: Path) -> Here:
 
 
 @pytest.fixture
-def figure() -> Callable[..., None]:
+def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """`note(text)`: list a result at the end of the run."""
+    return lambda text: request.node.user_properties.append((FIGURE, text))
+
+
+@pytest.fixture
+def figure(note: Callable[[str], None]) -> Callable[..., None]:
     """`figure(name, value, limit=...)`: assert value <= limit and list the reached figure at the end of the run."""
 
     def record(name: str, value: float, *, limit: float) -> None:
-        FIGURES.append(f"{name}: {value:.3g} (limit {limit:.3g})")
-        assert value <= limit, FIGURES[-1]
+        line = f"{name}: {value:.3g} (limit {limit:.3g})"
+        note(line)
+        assert value <= limit, line
 
     return record
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if FIGURES:
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    lines = [text for report in reports for key, text in report.user_properties if key == FIGURE]
+    if lines:
         terminalreporter.section("measured figures")
-        for line in FIGURES:
+        for line in lines:
             terminalreporter.write_line(line)

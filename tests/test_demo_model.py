@@ -27,6 +27,7 @@ from tests.golden import PROMPTS, golden
 from tests.parity import relative_l2
 
 SIZE = {"width": 192, "height": 128, "frames": 25}
+Note = Callable[[str], None]
 
 
 @pytest.fixture(scope="session")
@@ -147,9 +148,9 @@ def followed(model: Path, prompts: list[tuple[str, dict[str, str]]]) -> tuple[in
 LEAST_OF_24 = 20
 
 
-def test_24_prompts_are_followed(demo_f32: Path) -> None:
+def test_24_prompts_are_followed(demo_f32: Path, note: Note) -> None:
     right, misses = followed(demo_f32, random_prompts(24, seed=0))
-    _report("float32", right, misses)
+    note(f"demo prompts followed, float32: {right} of 24 {misses}")
     assert right >= LEAST_OF_24, misses
 
 
@@ -167,21 +168,15 @@ def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("plain_products")
-def test_24_prompts_are_followed_at_8_bits(demo_quantized: dict[int, Path]) -> None:
+def test_24_prompts_are_followed_at_8_bits(demo_quantized: dict[int, Path], note: Note) -> None:
     right, misses = followed(demo_quantized[8], random_prompts(24, seed=0))
-    _report("8 bits", right, misses)
+    note(f"demo prompts followed, 8 bits: {right} of 24 {misses}")
     assert right >= LEAST_OF_24, misses
 
 
 @pytest.mark.usefixtures("plain_products")
-def test_prompts_at_4_bits_are_reported(demo_quantized: dict[int, Path]) -> None:
+def test_prompts_at_4_bits_are_reported(demo_quantized: dict[int, Path], note: Note) -> None:
     """4 bits lose something at this width; what is asserted is only that most clips still show their prompt."""
     right, misses = followed(demo_quantized[4], random_prompts(8, seed=0))
-    _report("4 bits", right, misses, of=8)
+    note(f"demo prompts followed, 4 bits: {right} of 8 {misses}")
     assert right >= 4, misses
-
-
-def _report(name: str, right: int, misses: list[str], of: int = 24) -> None:
-    from tests.conftest import FIGURES
-
-    FIGURES.append(f"demo prompts followed, {name}: {right} of {of} {misses}")
