@@ -3,18 +3,29 @@ and exits with the class's code. Anything else that is raised is a bug and keeps
 
 from typing import ClassVar
 
+PART_LENGTH = 4000  # characters of one part that are shown; names and values in it may come from a stranger's file
+
+
+def printable(text: str) -> str:
+    """On one line and without effect on a terminal: what is not printable is written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shown(part: str) -> str:
+    return printable(part if len(part) <= PART_LENGTH else part[:PART_LENGTH] + " ...")
+
 
 class Ltx2Error(Exception):
-    """An expected failure: `what` happened, `why`, and the `fix` the user can apply."""
+    """An expected failure: `what` happened, `why`, and the `fix` the user can apply; each on one line, printable."""
 
     kind: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
 
     def __init__(self, what: str, why: str, fix: str) -> None:
-        super().__init__(f"{what}: {why} ({fix})")
-        self.what = what
-        self.why = why
-        self.fix = fix
+        self.what, self.why, self.fix = map(_shown, (what, why, fix))
+        super().__init__(f"{self.what}: {self.why} ({self.fix})")
 
     def to_dict(self) -> dict[str, str]:
         """The `error` object of `--json`."""

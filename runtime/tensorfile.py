@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ from io import FileIO
 from math import prod
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ltx2.runtime.errors import CheckpointError, UnsupportedError
+from ltx2.runtime.paths import open_regular
 
 # numpy has no bfloat16 or float8: their codes travel as unsigned integers of the same width.
 NUMPY_DTYPES: Mapping[str, str] = {
@@ -29,6 +31,7 @@ NUMPY_DTYPES: Mapping[str, str] = {
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
     "BOOL": "|b1",
 }  # fmt: skip
+HEADER_BYTES = 8 << 20  # the longest that is read; published ones have up to 1.5 MB
 SYNC_BYTES = 256 << 20  # written data reach the disk in portions, so that no single sync takes long
 CHUNK_BYTES = 16 << 20  # rows are grouped into chunks of about this size
 
@@ -79,7 +82,12 @@ class TensorFile:
                 f"use a file with {', '.join(NUMPY_DTYPES)}",
             )
         dtype = np.dtype(NUMPY_DTYPES[info.dtype])
-        return np.frombuffer(self._map, dtype, prod(info.shape), info.start).reshape(info.shape)
+        try:
+            return np.frombuffer(self._map, dtype, prod(info.shape), info.start).reshape(info.shape)
+        except ValueError as error:  # shorter than when it was opened, or a shape beyond numpy's limits
+            raise CheckpointError(
+                f"tensor {name} of {self.path.name} cannot be read", str(error), "check that nothing writes the file"
+            ) from error
 
     def release(self, name: str) -> None:
         """Give the tensor's mapped pages back; reading it again maps them anew. Call it after streaming past."""
@@ -92,15 +100,19 @@ class TensorFile:
 def open_tensorfile(path: Path) -> TensorFile:
     """Read a safetensors header.
 
-    Raises CheckpointError for what the safetensors library rejects and for duplicate tensor names.
+    Raises CheckpointError for what the safetensors library rejects, for duplicate names, for a header of more than
+    HEADER_BYTES, and for what is no file.
     """
     try:
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
+        with open_regular(path) as f:
+            length = _header_length(f)
+            with safe_open(path, framework="numpy"):
+                pass
             header = json.loads(f.read(length), object_pairs_hook=_no_duplicates)
-    except (SafetensorError, ValueError) as error:
+            metadata = header.pop("__metadata__", None) or {}
+            tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
+            return TensorFile(path, metadata, tensors, os.fstat(f.fileno()).st_size)
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:  # the last two: it changed meanwhile
         raise CheckpointError(
             f"{path.name} is not a valid safetensors file",
             str(error),
@@ -108,20 +120,31 @@ def open_tensorfile(path: Path) -> TensorFile:
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}", str(error), "check the path and its permissions") from error
-    metadata = header.pop("__metadata__", None) or {}
-    base = 8 + length
-    tensors = {
-        name: TensorInfo(name, t["dtype"], tuple(t["shape"]), base + t["data_offsets"][0], base + t["data_offsets"][1])
-        for name, t in header.items()
-    }
-    return TensorFile(path, metadata, tensors, path.stat().st_size)
+
+
+def _header_length(f: BinaryIO) -> int:
+    start = f.read(8)
+    if len(start) < 8:
+        raise ValueError(f"it has {len(start)} bytes, and its header's length alone takes 8")
+    (length,) = struct.unpack("<Q", start)
+    if length > HEADER_BYTES:
+        raise ValueError(f"its header is said to have {length} bytes, and at most {HEADER_BYTES >> 20} MiB are read")
+    return int(length)
+
+
+def _tensor_info(name: str, entry: Any, base: int) -> TensorInfo:
+    """An entry of the header; the library also reads one that is a list of the three values."""
+    keys = ("dtype", "shape", "data_offsets")
+    dtype, shape, (start, end) = entry if isinstance(entry, list) else (entry[key] for key in keys)
+    if not isinstance(dtype, str):
+        raise ValueError(f"the dtype of {name!r} is not a name")
+    return TensorInfo(name, dtype, tuple(shape), base + start, base + end)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the name {twice!r} occurs twice in the header")
     return result
 
