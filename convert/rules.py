@@ -7,9 +7,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ltx2.convert.lora_names import read_name
+
 UNUSED_STATISTIC = "a statistic no network uses"
 VISION = "the vision tower and its projector are not part of the text encoder"
 CONSTANT = "a constant buffer, computed where it is used"
+SCALE = "the strength of a LoRA's layer: a scale in its config.json"
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,14 @@ GEMMA = (
     Rule(r"language_model\.model\.(.+)", "text_encoder", r"model.\1"),  # as published
     Rule(r"model\.language_model\.(.+)", "text_encoder", r"model.\1"),  # as newer transformers write it
 )
-LORA = (
+_CHANGE = r"(?:lora_[AB]\.weight|diff|diff_b)"
+LORA = (  # official names: `target` translates the other spellings (lora_names.py)
+    Rule(r".+\.alpha", dropped=SCALE),
     Rule(
-        r"diffusion_model\.(video|audio)_embeddings_connector\.(.+\.lora_[AB]\.weight)",
-        "connectors",
-        r"\1_connector.\2",
+        rf"diffusion_model\.(video|audio)_embeddings_connector\.(.+\.{_CHANGE})", "connectors", r"\1_connector.\2"
     ),
-    Rule(r"diffusion_model\.(.+\.lora_[AB]\.weight)", "transformer"),
-    Rule(r"text_embedding_projection\.(.+\.lora_[AB]\.weight)", "connectors", r"text_projection.\1"),
+    Rule(rf"diffusion_model\.(.+\.{_CHANGE})", "transformer"),
+    Rule(rf"text_embedding_projection\.(.+\.{_CHANGE})", "connectors", r"text_projection.\1"),
 )
 # The kinds of source that convert/checkpoint.py tells apart -> their rules, first match wins.
 RULES: Mapping[str, tuple[Rule, ...]] = {
@@ -109,6 +112,10 @@ FLOAT32_TABLES = re.compile(r"(.+\.)?(audio_)?scale_shift_table(_\w+)?")
 
 def target(kind: str, name: str) -> Target | None:
     """Where a tensor of a source of this kind goes; None when no rule knows it."""
+    if kind == "lora":
+        if (found := read_name(name)) is None:
+            return None
+        name = found.name
     for rule in RULES[kind]:
         if match := re.fullmatch(rule.pattern, name):
             if rule.dropped:
