@@ -44,6 +44,12 @@ class CheckpointError(Ltx2Error):
     kind = "checkpoint"
 
 
+class DownloadError(Ltx2Error):
+    """A published file that cannot be had: no access, not there, no connection, or it arrives damaged."""
+
+    kind = "download"
+
+
 class ConfigError(Ltx2Error):
     """A network configuration with an unknown, missing or wrongly typed key."""
 
