@@ -12,21 +12,24 @@ MAX_BYTES = 4 << 20  # the largest that is published, a tokenizer's configuratio
 MAX_DEPTH = 64  # far below what exhausts the stack of those who walk the data
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file, UTF-8. Raises OSError when there is no such file, ValueError for what is no JSON or
-    exceeds the bounds."""
+def read_text(path: Path) -> str:
+    """A small UTF-8 file, longer by one byte than what is parsed at most. Raises OSError when there is no such file,
+    ValueError for other encodings."""
     with open_regular(path) as file:
-        return parse_json(file.read(MAX_BYTES + 1).decode())
+        return file.read(MAX_BYTES + 1).decode()
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises as `read_json`, and ValueError for another value."""
-    return _object(read_json(path))
+    """The JSON object in a file. Raises OSError when there is no such file, ValueError for other content."""
+    return parse_object(read_text(path))
 
 
 def parse_object(text: str) -> dict[str, Any]:
     """The JSON object in a text. Raises ValueError."""
-    return _object(parse_json(text))
+    data = parse_json(text)
+    if not isinstance(data, dict):
+        raise ValueError("it is not a JSON object")
+    return data
 
 
 def parse_json(text: str) -> Any:
@@ -44,12 +47,6 @@ def parse_json(text: str) -> Any:
         if not level:
             return data
     raise ValueError(deep)
-
-
-def _object(data: Any) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise ValueError("it is not a JSON object")
-    return data
 
 
 def _finite(text: str) -> float:

@@ -5,12 +5,15 @@
     MODEL/<component>/model*.safetensors, with an index where there are several"""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ltx2.runtime.errors import CheckpointError, ModelFolderError
+from ltx2.runtime.jsonfile import parse_object, read_object, read_text
+from ltx2.runtime.paths import is_base_name
 from ltx2.runtime.tensorfile import FileRecord, TensorFile, open_tensorfile
 
 MANIFEST = "ltx2.json"
@@ -22,6 +25,14 @@ COMPONENTS = (
     "spatial_upscaler", "temporal_upscaler", "duration_head",
 )  # fmt: skip
 LORAS = "loras"  # the folder of components that change others: loras/<name>
+LORA_FOLDER = re.compile(rf"{LORAS}/[a-z0-9_][a-z0-9._-]{{0,199}}")
+# Modes that MLX knows -> their group sizes and bits.
+QUANTIZATIONS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
 
 
 def is_lora(component: str) -> bool:
@@ -70,15 +81,64 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        data = json.loads(text)
-        components = {
-            name: ComponentRecord(
-                c["class"], tuple(FileRecord(**f) for f in c["files"]), c["dtype"], c["quantization"]
-            )
-            for name, c in data["components"].items()
-        }
-        sources = tuple(FileRecord(**f) for f in data["sources"])
-        return cls(data["release"], data["variant"], data["tool_version"], components, sources)
+        """Raises ValueError for what `to_json` does not write, names that lead out of the folder above all."""
+        try:
+            data = parse_object(text)
+            components = {name: _component(name, c) for name, c in data["components"].items()}
+            sources = tuple(file_record(file) for file in data["sources"])
+            release, variant, version = (data[key] for key in ("release", "variant", "tool_version"))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is not written as ltx2 writes it ({error!r})") from error
+        return cls(_text(release, None), _text(variant, None), _text(version), components, sources)
+
+
+def file_record(data: Mapping[str, Any]) -> FileRecord:
+    """A FileRecord that became JSON. Raises ValueError, LookupError or TypeError for another object, and for a name
+    that may stand for a file elsewhere."""
+    record = FileRecord(data["name"], data["size"], data["sha256"])
+    if not is_base_name(record.name):
+        raise ValueError(f"{record.name!r} is not the name of a file in a folder")
+    if type(record.size) is not int or not 0 <= record.size < 1 << 63:
+        raise ValueError(f"{record.size!r} is not the size of {record.name}")
+    _text(record.sha256)
+    return record
+
+
+def _component(name: str, data: Mapping[str, Any]) -> ComponentRecord:
+    if name not in COMPONENTS and not LORA_FOLDER.fullmatch(name):
+        raise ValueError(f"there is no component {name!r}")
+    files = tuple(file_record(file) for file in data["files"])
+    if len({file.name for file in files}) < len(files):
+        raise ValueError(f"{name} lists a file twice")
+    return ComponentRecord(
+        _text(data["class"]), files, _text(data["dtype"]), checked_quantization(data["quantization"])
+    )
+
+
+def _text(value: Any, *instead: None) -> Any:
+    if not isinstance(value, str) and value not in instead:
+        raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def checked_quantization(data: Any) -> dict[str, Any] | None:
+    """A component's `quantization`: the form of its layers and, by their path, of those that have another.
+
+    Raises ValueError for what is none, TypeError for values of other types.
+    """
+    if data is None:
+        return None
+    if not isinstance(data, dict):
+        raise ValueError(f"quantization is {data!r}")
+    others = [entry for key, entry in data.items() if key not in ("group_size", "bits", "mode")]
+    for entry in (data, *others):
+        if entry is False:  # mlx-lm's way to say that a layer is not quantized
+            continue
+        group_size, bits, mode = entry.get("group_size"), entry.get("bits"), entry.get("mode", "affine")
+        group_sizes, widths = QUANTIZATIONS.get(mode, ((), ()))
+        if group_size not in group_sizes or bits not in widths:
+            raise ValueError(f"there is no quantization {mode} with {bits!r} bits in groups of {group_size!r}")
+    return data
 
 
 @dataclass(frozen=True)
@@ -99,10 +159,10 @@ class ModelFolder:
                 "convert a checkpoint first: ltx2 convert SOURCE... -o MODEL",
             )
         try:
-            return cls(path, Manifest.from_json(manifest.read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls(path, Manifest.from_json(read_text(manifest)))
+        except (OSError, ValueError) as error:
             raise ModelFolderError(
-                f"{manifest} cannot be read", f"{type(error).__name__}: {error}", "convert the checkpoint again"
+                f"{manifest} cannot be read", str(error), "convert the checkpoint again, or update ltx2"
             ) from error
 
     def hashes(self) -> dict[str, list[str]]:
@@ -132,11 +192,10 @@ class ModelFolder:
         """The component's config.json. Raises ModelFolderError when it is missing or malformed."""
         path = self.component_path(component) / CONFIG
         try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            data = read_object(path)
+            checked_quantization(data.get("quantization"))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ModelFolderError(f"{path} cannot be read", str(error), "convert the checkpoint again") from error
-        if not isinstance(data, dict):
-            raise ModelFolderError(f"{path} cannot be read", "it is not a JSON object", "convert the checkpoint again")
         return data
 
     def weight_files(self, component: str) -> list[Path]:

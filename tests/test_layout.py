@@ -14,7 +14,7 @@ from ltx2.runtime.tensorfile import FileRecord
 VOCODER = ComponentRecord(
     "Vocoder", (FileRecord("config.json", 2, "00"), FileRecord("model.safetensors", 80, "11")), "BF16"
 )
-QUANTIZED = ComponentRecord("Net", (), "BF16", {"group_size": 64, "bits": 4, "a.b": {"bits": 8}})
+QUANTIZED = ComponentRecord("Net", (), "BF16", {"group_size": 64, "bits": 4, "a.b": {"group_size": 64, "bits": 8}})
 
 
 def manifest() -> Manifest:
