@@ -1,6 +1,5 @@
 """Sources: published files and folders, opened and recognised by their content, never by their name alone."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,7 +8,9 @@ from typing import Any
 
 from ltx2.convert.release import Release, recognise_release, releases
 from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError
+from ltx2.runtime.jsonfile import parse_object, read_object
 from ltx2.runtime.layout import CONFIG, INDEX, MANIFEST
+from ltx2.runtime.paths import is_base_name
 from ltx2.runtime.tensorfile import TensorFile, open_tensorfile
 
 TOKENIZER = "tokenizer.json"
@@ -126,16 +127,11 @@ def recognise_file(path: Path) -> Source:
 def _embedded_config(file: TensorFile) -> dict[str, Any]:
     """The `config` of the file's metadata; empty where there is none (LoRAs, Gemma shards)."""
     try:
-        config = json.loads(file.metadata.get("config", "{}"))
+        return parse_object(file.metadata.get("config", "{}"))
     except ValueError as error:
         raise CheckpointError(
             f"{file.path.name} has an unreadable configuration", str(error), "download the file again"
         ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{file.path.name} has an unreadable configuration", "it is not a JSON object", "download the file again"
-        )
-    return config
 
 
 def _check_storage(file: TensorFile) -> None:
@@ -210,7 +206,7 @@ def gemma_source(folder: Path) -> Source:
             "the text encoder of the supported releases is Gemma 3",
             "name a folder of gemma-3-12b-it",
         )
-    where = read_json(folder / INDEX).get("weight_map", {}) if (folder / INDEX).is_file() else None
+    where = _weight_map(folder / INDEX) if (folder / INDEX).is_file() else None
     files = tuple(open_tensorfile(path) for path in _shards(folder, where))
     if where is not None:
         _check_index(folder, where, files)
@@ -226,6 +222,18 @@ def _check_layout(folder: Path, config: Mapping[str, Any]) -> None:
     if "_diffusers_version" in config:
         why = "it is laid out for diffusers; ltx2 converts the checkpoints with everything in one file"
         raise UnsupportedError(what, why, "name the .safetensors file as Lightricks publishes it")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which of the files beside the index holds a tensor. Raises CheckpointError when it does not say that."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(map(is_base_name, where.values())):
+        raise CheckpointError(
+            f"{index} cannot be used",
+            "its weight_map does not name a file of this folder for every tensor",
+            "download the file again",
+        )
+    return where
 
 
 def _shards(folder: Path, where: Mapping[str, str] | None) -> list[Path]:
@@ -265,9 +273,6 @@ def _check_index(folder: Path, where: Mapping[str, str], files: tuple[TensorFile
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError when the file cannot be read or holds something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read", str(error), "download the file again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} cannot be read", "it is not a JSON object", "download the file again")
-    return data
