@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from ltx2.runtime.config import AS_PUBLISHED, Config
+from ltx2.runtime.config import AS_PUBLISHED, Config, Repeats
 from ltx2.runtime.errors import ConfigError
 from ltx2.runtime.latent_statistics import LatentStatistics
 
@@ -32,7 +32,7 @@ class NetworkConfig(Config):
 
     ch: int
     ch_mult: tuple[int, ...]
-    num_res_blocks: int
+    num_res_blocks: Repeats
     in_channels: int
     out_ch: int
     z_channels: int

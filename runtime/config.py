@@ -6,12 +6,16 @@ names the key. Field defaults are the behaviour of the oldest release, which did
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 
 # Keys that describe storage, not the network; they may stand in every component's config.json.
 STORAGE_KEYS = frozenset({"quantization", "quantization_config"})
+# What a file may ask for: a network is built before its tensors are compared, and must be built in an instant.
+NUMBERS = range(1, 1 << 24)
+MAX_ITEMS = 16  # published lists have up to 9
+Repeats = Annotated[int, range(257)]  # of a block; published networks have up to 48
 # How configuration errors are mended.
 AS_PUBLISHED = "use the checkpoint as published; its metadata holds the configuration"
 SUPPORTED_ONLY = "use a published LTX-2 checkpoint of a supported release"
@@ -35,7 +39,7 @@ class Config:
         Raises ConfigError for an unknown, missing or wrongly typed key, UnsupportedError for a constant
         this code does not implement.
         """
-        hints = get_type_hints(cls)
+        hints = get_type_hints(cls, include_extras=True)
         known = {f.name: f for f in fields(cls)}
         kwargs: dict[str, Any] = {}
         for key, value in data.items():
@@ -76,17 +80,25 @@ def _checked(owner: str, key: str, value: Any, hint: Any) -> Any:
     if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
         return hint.from_dict(value)
     if not _matches(value, hint):
-        name = getattr(hint, "__name__", str(hint))
         raise ConfigError(
-            f"{owner}: configuration key {key!r} has the wrong type",
-            f"expected {name}, got {value!r}",
+            f"{owner}: configuration key {key!r} has the wrong type or is out of range",
+            f"expected {_described(hint)}, got {value!r}",
             AS_PUBLISHED,
         )
     return float(value) if hint is float else value
 
 
+def _described(hint: Any) -> str:
+    if hint is int or get_origin(hint) is Annotated:
+        allowed = NUMBERS if hint is int else get_args(hint)[1]
+        return f"int from {allowed[0]} to {allowed[-1]}"
+    return getattr(hint, "__name__", str(hint))
+
+
 def _matches(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
+    if origin is Annotated:
+        return type(value) is int and value in get_args(hint)[1]
     if origin in (Union, types.UnionType):
         return any(_matches(value, arg) for arg in get_args(hint))
     if origin is tuple:
@@ -94,12 +106,12 @@ def _matches(value: Any, hint: Any) -> bool:
         if not isinstance(value, tuple):
             return False
         if len(args) == 2 and args[1] is Ellipsis:
-            return all(_matches(v, args[0]) for v in value)
+            return len(value) <= MAX_ITEMS and all(_matches(v, args[0]) for v in value)
         return len(args) == len(value) and all(map(_matches, value, args))
     if hint is Any:
         return True
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, float) or (type(value) is int and abs(value) < NUMBERS.stop)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return type(value) is int and value in NUMBERS
     return isinstance(value, origin or hint)

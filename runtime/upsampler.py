@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from ltx2.runtime.config import Config
+from ltx2.runtime.config import Config, Repeats
 from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.video_vae.layers import depth_to_space
 
@@ -27,7 +27,7 @@ class UpsamplerConfig(Config):
 
     in_channels: int = 128
     mid_channels: int = 512
-    num_blocks_per_stage: int = 4
+    num_blocks_per_stage: Repeats = 4
     spatial_upsample: bool = True
     temporal_upsample: bool = False
     spatial_scale: float = 2.0  # read by the rational resampler only

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ltx2.runtime.config import AS_PUBLISHED, Config
+from ltx2.runtime.config import AS_PUBLISHED, Config, Repeats
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 
 
@@ -16,7 +16,7 @@ class Gemma3Config(Config):
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
+    num_hidden_layers: Repeats
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -73,7 +73,7 @@ class ConnectorsConfig(Config):
 
     connector_num_attention_heads: int
     connector_attention_head_dim: int
-    connector_num_layers: int
+    connector_num_layers: Repeats
     connector_num_learnable_registers: int
     connector_positional_embedding_max_pos: tuple[float]
     caption_channels: int  # width of one hidden state, and of the projection of them all

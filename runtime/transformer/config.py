@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ltx2.runtime.config import Config
+from ltx2.runtime.config import Config, Repeats
 
 
 @dataclass(frozen=True)
 class TransformerConfig(Config):
     """Widths and constants of AVTransformer3DModel. Widths are heads * head_dim."""
 
-    num_layers: int
+    num_layers: Repeats
     num_attention_heads: int
     attention_head_dim: int
     audio_num_attention_heads: int

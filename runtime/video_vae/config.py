@@ -6,7 +6,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, ClassVar
 
-from ltx2.runtime.config import AS_PUBLISHED, SUPPORTED_ONLY, Config
+from ltx2.runtime.config import AS_PUBLISHED, SUPPORTED_ONLY, Config, Repeats
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 
 # Block name in the checkpoint -> stride over (frames, height, width).
@@ -23,7 +23,7 @@ class ResStage(Config):
     """`res_x`: residual blocks that keep size and width."""
 
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"inject_noise": (False,)}
-    num_layers: int
+    num_layers: Repeats
 
 
 @dataclass(frozen=True)
