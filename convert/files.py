@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.convert.components import ComponentPlan
-from ltx2.convert.plan import Move, Plan, packed_key
+from ltx2.convert.plan import Move, Plan, natural_order, packed_key
 from ltx2.convert.steps import Form, Packing
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.layout import CONFIG, FORMAT_METADATA, INDEX
@@ -126,14 +126,9 @@ def main_dtype(moves: Iterable[Move]) -> str:
     """The float dtype that most bytes have before packing."""
     sizes: Counter[str] = Counter()
     for move in moves:
-        if move.form.dtype in ("BF16", "F16", "F32"):
-            sizes[move.form.dtype] += move.form.nbytes
+        if move.values.dtype in ("BF16", "F16", "F32"):
+            sizes[move.values.dtype] += move.values.nbytes
     return max(sorted(sizes), key=lambda dtype: sizes[dtype])
-
-
-def natural_order(key: str) -> tuple[str | int, ...]:
-    """Sort key that orders numbers by value."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key))
 
 
 def outputs(move: Move) -> list[Output]:
@@ -169,18 +164,20 @@ def _transformed(move: Move, rows: Array, start: int) -> Array:
 
 def _packed(move: Move, packing: Packing) -> list[Output]:
     """The packed weight as a stream; its scales and biases are small and held until the weight is written."""
-    forms, dtype = packing.forms(move.form), move.form.dtype
+    forms, dtype, constants = packing.forms(move.form), move.form.dtype, packing.constants()
     held: dict[str, list[Array]] = {}
 
     def weight() -> Iterator[Array]:
         held.clear()
         for rows in _rows(move):
             parts = packing.rows(rows, dtype)
-            for part in forms.keys() - {"weight"}:
+            for part in forms.keys() - {"weight"} - constants.keys():
                 held.setdefault(part, []).append(parts[part])
             yield parts["weight"]
 
     def stream(part: str) -> Iterator[Array]:
+        if part in constants:
+            return iter([constants[part]])
         return weight() if part == "weight" else iter(held.pop(part))
 
     return [Output(packed_key(move.key, p), f.dtype, f.shape, partial(stream, p)) for p, f in forms.items()]
@@ -204,7 +201,7 @@ def _shards(moves: list[Move], limit: int) -> Iterator[list[Move]]:
 
 def _blocks(moves: list[Move]) -> Iterator[list[Move]]:
     def block(move: Move) -> str:
-        match = re.match(r".*?\d+(?=\.)", move.key)
+        match = re.match(r".*?\d{1,9}(?=\.)", move.key)
         return match[0] if match else move.key
 
     for _, group in groupby(moves, block):
@@ -220,7 +217,7 @@ def _index(moves: list[Move], weights: list[WeightFile]) -> bytes:
     where = {output.key: file.name for file in weights for output in file.outputs}
     total = {
         "total_size": sum(output.nbytes for file in weights for output in file.outputs),
-        "total_parameters": sum(prod(move.form.shape) for move in moves),
+        "total_parameters": sum(prod(move.values.shape) for move in moves),
     }
     return _json({"metadata": total, "weight_map": dict(sorted(where.items()))})
 

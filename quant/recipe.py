@@ -3,7 +3,6 @@
 `quantize` names the layers that are touched at all; every rule of `at_least` raises the chosen bits to its own for
 the layers it names. Layers are named by patterns over their path in the network, which all of the path must match."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from ltx2.quant.pack import BITS
 from ltx2.runtime.errors import InputError
+from ltx2.runtime.jsonfile import read_object
 from ltx2.runtime.layout import COMPONENTS
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -74,13 +74,13 @@ def load_recipe(name: str = DEFAULT) -> Recipe:
     """A recipe by its name or file. Raises InputError when there is none or it is malformed."""
     path = FOLDER / f"{name}.json" if name in recipe_names() else Path(name)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_object(path)
         return Recipe(path.stem, _rules(data["quantize"]), _rules(data["at_least"]))
     except OSError as error:
         raise InputError(
             f"there is no recipe {name!r}", str(error), f"use {' or '.join(recipe_names())}, or the path of a file"
         ) from error
-    except (ValueError, KeyError, TypeError, re.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
         raise InputError(
             f"the recipe {path} cannot be used",
             f"{type(error).__name__}: {error}",
@@ -103,7 +103,7 @@ def _rules(rows: Iterable[Mapping[str, Any]]) -> tuple[Rule, ...]:
 
 def _block(layer: str) -> tuple[str, int] | None:
     """`transformer_blocks.7.attn1.to_q` -> (`transformer_blocks`, 7)"""
-    match = re.match(r"(.*?)\.(\d+)\.", layer)
+    match = re.match(r"(.*?)\.(\d{1,9})\.", layer)
     return (match[1], int(match[2])) if match else None
 
 

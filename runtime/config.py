@@ -15,7 +15,7 @@ STORAGE_KEYS = frozenset({"quantization", "quantization_config"})
 # What a file may ask for: a network is built before its tensors are compared, and must be built in an instant.
 NUMBERS = range(1, 1 << 24)
 MAX_ITEMS = 16  # published lists have up to 9
-Repeats = Annotated[int, range(257)]  # of a block; published networks have up to 48
+Repeats = Annotated[int, range(129)]  # of a block; published networks have up to 48
 # How configuration errors are mended.
 AS_PUBLISHED = "use the checkpoint as published; its metadata holds the configuration"
 SUPPORTED_ONLY = "use a published LTX-2 checkpoint of a supported release"

@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ltx2.runtime.errors import ModelFolderError, UnsupportedError
+from ltx2.runtime.config import AS_PUBLISHED
+from ltx2.runtime.errors import ConfigError, ModelFolderError, UnsupportedError
 from ltx2.runtime.layout import ModelFolder
 
 # Class name in ltx2.json -> module with `build(config) -> nn.Module`. Imported on demand.
@@ -41,7 +42,14 @@ def build_network(class_name: str, config: Mapping[str, Any]) -> nn.Module:
             "update ltx2",
         )
     build = cast(Callable[[Mapping[str, Any]], nn.Module], import_module(NETWORKS[class_name]).build)
-    return build(config)
+    try:
+        return build(config)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # widths that no network can have
+        raise ConfigError(
+            f"no {class_name} can be built from this configuration",
+            f"{type(error).__name__}: {error}",
+            AS_PUBLISHED,
+        ) from error
 
 
 def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:

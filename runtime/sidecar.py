@@ -1,6 +1,5 @@
 """What is recorded of a run beside its clip: enough to repeat it and to know what made it; written and read."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,6 +8,7 @@ from typing import Any
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import PhaseDone
+from ltx2.runtime.jsonfile import read_object
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.machine import machine_facts
 from ltx2.runtime.request import Request
@@ -64,11 +64,11 @@ class Sidecar:
     def read(cls, path: Path) -> "Sidecar":
         """Raises InputError when the file is not a sidecar."""
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_object(path)
             request, model, files = dict(record["request"]), Path(record["model"]["path"]), record["model"]["files"]
         except OSError as error:
             raise _not_repeated(path, error.strerror or str(error)) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise _not_repeated(path, "it is not the record of a clip") from error
         saved = ("save_embeddings", "save_latents")
         return cls({n: v for n, v in request.items() if v is not None and n not in saved}, model, files)

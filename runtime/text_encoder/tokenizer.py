@@ -1,6 +1,5 @@
 """Prompts to token ids, with the tokenizer files that come with the text encoder."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +7,8 @@ import numpy as np
 import tokenizers
 
 from ltx2.runtime.errors import ModelFolderError
+from ltx2.runtime.jsonfile import read_object
+from ltx2.runtime.paths import check_regular
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -39,6 +40,7 @@ class Tokenizer:
         """
         path = folder / TOKENIZER
         try:
+            check_regular(path)
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower class
             raise _unreadable(path, error) from error
@@ -64,8 +66,8 @@ class Tokenizer:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return read_object(path)
+    except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
 
