@@ -1,65 +1,20 @@
-"""The command line. Commands import what they need when they run, so that help is instant.
-
-With --json, stdout carries exactly one JSON object; everything for people goes to stderr. Expected failures print what,
-why and how to fix it, and exit with their class's code."""
+"""The commands. They import what they need when they run, so that help is instant."""
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable
-from functools import wraps
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ltx2 import __version__
+from ltx2.console import InOrder, Output, common, refuse_given, run_group
 from ltx2.runtime.errors import InputError, Ltx2Error
 
 if TYPE_CHECKING:
     from ltx2.runtime.events import Event
     from ltx2.runtime.sidecar import Sidecar
-
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
-Command = Callable[..., None]
-
-
-class Output:
-    """Where a command's results go: people on stderr, one JSON object on stdout with --json."""
-
-    def __init__(self, quiet: bool, as_json: bool) -> None:
-        self.quiet = quiet
-        self.as_json = as_json
-
-    def follow(self, events: "Iterable[Event]") -> "Event":
-        """Show events as they come; returns the last one."""
-        from ltx2.render import Progress
-
-        last = None
-        with Progress(silent=self.quiet) as progress:
-            for last in events:
-                progress.show(last)
-        assert last is not None, "a stream ends with its result"
-        return last
-
-    def result(self, data: dict[str, Any], text: str | None = None) -> None:
-        """The command's result: `data` as the JSON object, or `text` for people."""
-        if self.as_json:
-            click.echo(json.dumps(data, indent=2))
-        elif text and not self.quiet:
-            click.echo(text)
-
-
-def common(command: Command) -> Command:
-    """Add -q/--quiet and --json; the command gets an `Output` as its first argument."""
-
-    @click.option("-q", "--quiet", is_flag=True, help="Print nothing on success.")
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-    @wraps(command)
-    def wrapped(quiet: bool, as_json: bool, **options: Any) -> None:
-        command(Output(quiet, as_json), **options)
-
-    return wrapped
 
 
 def main() -> None:
@@ -69,43 +24,7 @@ def main() -> None:
 
 def run(args: list[str]) -> int:
     """Run a command line and return its exit code."""
-    as_json = "--json" in args
-    try:
-        cli.main(args, prog_name="ltx2", standalone_mode=False)
-    except Ltx2Error as error:
-        _show_error(error.to_dict(), as_json)
-        return error.exit_code
-    except click.exceptions.Exit as exit_:
-        return exit_.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        return EXIT_USAGE
-    except click.ClickException as error:
-        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else "ltx2 --help"
-        fix = f"see {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else usage
-        _show_error({"kind": "usage", "what": error.format_message(), "why": usage, "fix": fix}, as_json)
-        return EXIT_USAGE
-    except (KeyboardInterrupt, click.Abort):
-        stopped = {"kind": "interrupted", "what": "interrupted", "why": "Ctrl-C", "fix": "run the same command again"}
-        _show_error(stopped, as_json)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # who read our output (head, less) has gone; what is still buffered has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
-
-
-def _show_error(error: dict[str, str], as_json: bool) -> None:
-    click.echo(f"error: {error['what']}\n  why: {error['why']}\n  fix: {error['fix']}", err=True)
-    if as_json:
-        click.echo(json.dumps({"error": error}, indent=2))
-
-
-class InOrder(click.Group):
-    """Commands in the order of their use, not of the alphabet."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+    return run_group(cli, args)
 
 
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -144,7 +63,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     written = WriteOptions(options.pop("shard_size"), options.pop("force"))
     packing = {name: options.pop(name) for name in ("bits", "mode", "group_size", "recipe")}
     if packing["bits"] is None:
-        _refuse_given(packing, "--bits")
+        refuse_given(packing, "--bits")
     settings = Settings(**packing) if packing["bits"] is not None else None
     plan = plan_conversion(sources, **options)
     if dry_run:
@@ -157,14 +76,6 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
         output.result(plan_json(plan), plan_summary(plan))
         return
     _finish_model(output, conversion(plan, target, settings, written))
-
-
-def _refuse_given(names: "Iterable[str]", needed: str) -> None:
-    """Options that would do nothing without another one are a wrong usage."""
-    context = click.get_current_context()
-    for name in names:
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} has no effect without {needed}.")
 
 
 @cli.command()

@@ -30,7 +30,8 @@ MAY_IMPORT = {
 }
 MAY_ALSO_IMPORT = {
     "ltx2/__main__.py": {"cli"},
-    "ltx2/cli.py": {"render"},
+    "ltx2/cli.py": {"console", "render"},
+    "ltx2/console.py": {"render"},
     "convert/__init__.py": {"api"},  # makes ltx2.convert(...) callable
 }
 NETWORK_PARTS = {name.split(".")[2] for name in NETWORKS.values()}  # transformer, video_vae, audio_vae, ...
@@ -38,14 +39,15 @@ NOT_FOR_NETWORKS = {"layout", "load", "memory", "events", "pipeline"}
 
 # Only users of a library; an empty set: none outside the tests.
 USERS = {
-    "click": {"ltx2/cli.py", "ltx2/render.py"},
-    "rich": {"ltx2/cli.py", "ltx2/render.py"},
-    "huggingface_hub": {"convert/download.py"},
+    "click": {"ltx2/cli.py", "ltx2/console.py", "ltx2/render.py"},
+    "rich": {"ltx2/render.py"},
+    "huggingface_hub": {"convert/hub.py"},
     "imageio_ffmpeg": {"runtime/media.py"},
     "tokenizers": {"runtime/text_encoder/tokenizer.py"},
     **{name: set[str]() for name in ("torch", "diffusers", "transformers", "mlx_lm")},
 }
-PRINTERS = {"ltx2/cli.py", "ltx2/render.py", "bench/fullsize.py"}  # the last: `python -m ltx2.bench.fullsize`
+# The last: `python -m ltx2.bench.fullsize`.
+PRINTERS = {"ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "bench/fullsize.py"}
 WITHOUT_MLX = [
     *(f"convert/{name}.py" for name in ("release", "rules", "plan", "steps", "checkpoint")),
     *(f"quant/{name}.py" for name in ("pack", "recipe")),

@@ -1,0 +1,108 @@
+"""What all commands share: where their results go, how failures are told, and which exit codes they have.
+
+With --json, stdout carries exactly one JSON object; everything for people goes to stderr. Expected failures print what,
+why and how to fix it, and exit with their class's code."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ltx2.runtime.errors import Ltx2Error
+
+if TYPE_CHECKING:
+    from ltx2.runtime.events import Event
+
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+Command = Callable[..., None]
+
+
+class Output:
+    """Where a command's results go: people on stderr, one JSON object on stdout with --json."""
+
+    def __init__(self, quiet: bool, as_json: bool) -> None:
+        self.quiet = quiet
+        self.as_json = as_json
+
+    def follow(self, events: "Iterable[Event]") -> "Event":
+        """Show events as they come; returns the last one."""
+        from ltx2.render import Progress
+
+        last = None
+        with Progress(silent=self.quiet) as progress:
+            for last in events:
+                progress.show(last)
+        assert last is not None, "a stream ends with its result"
+        return last
+
+    def result(self, data: dict[str, Any], text: str | None = None) -> None:
+        """The command's result: `data` as the JSON object, or `text` for people."""
+        if self.as_json:
+            click.echo(json.dumps(data, indent=2))
+        elif text and not self.quiet:
+            click.echo(text)
+
+
+def common(command: Command) -> Command:
+    """Add -q/--quiet and --json; the command gets an `Output` as its first argument."""
+
+    @click.option("-q", "--quiet", is_flag=True, help="Print nothing on success.")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+    @wraps(command)
+    def wrapped(quiet: bool, as_json: bool, **options: Any) -> None:
+        command(Output(quiet, as_json), **options)
+
+    return wrapped
+
+
+def run_group(group: click.Group, args: list[str]) -> int:
+    """Run a command line and return its exit code."""
+    as_json = "--json" in args
+    try:
+        group.main(args, prog_name="ltx2", standalone_mode=False)
+    except Ltx2Error as error:
+        _show_error(error.to_dict(), as_json)
+        return error.exit_code
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_USAGE
+    except click.ClickException as error:
+        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else "ltx2 --help"
+        fix = f"see {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else usage
+        _show_error({"kind": "usage", "what": error.format_message(), "why": usage, "fix": fix}, as_json)
+        return EXIT_USAGE
+    except (KeyboardInterrupt, click.Abort):
+        stopped = {"kind": "interrupted", "what": "interrupted", "why": "Ctrl-C", "fix": "run the same command again"}
+        _show_error(stopped, as_json)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # who read our output (head, less) has gone; what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _show_error(error: dict[str, str], as_json: bool) -> None:
+    click.echo(f"error: {error['what']}\n  why: {error['why']}\n  fix: {error['fix']}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": error}, indent=2))
+
+
+class InOrder(click.Group):
+    """Commands in the order of their use, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def refuse_given(names: Iterable[str], needed: str) -> None:
+    """Options that would do nothing without another one are a wrong usage."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} has no effect without {needed}.")
