@@ -83,3 +83,44 @@ class Written(Event):
     bytes: int
     seconds: float
     reused: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file, its size, and how much of it is here already."""
+
+    path: str
+    bytes: int
+    held: int
+
+
+@dataclass(frozen=True)
+class DownloadPlanned(Event):
+    """What will be fetched, said before it begins. `free` is the room where the files go."""
+
+    files: tuple[PlannedFile, ...]
+    weights: str
+    free: int
+    reserved: int = 0
+
+    @property
+    def missing(self) -> int:
+        return sum(file.bytes - file.held for file in self.files)
+
+
+@dataclass(frozen=True)
+class FetchedFile:
+    """A file that is here now, whole. `fetched`: this run brought it."""
+
+    path: str
+    bytes: int
+    sha256: str
+    fetched: bool
+
+
+@dataclass(frozen=True)
+class Downloaded(Event):
+    """Last event of a download."""
+
+    files: tuple[FetchedFile, ...]
+    seconds: float
