@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ltx2.runtime.errors import Ltx2Error
+from ltx2.runtime.errors import InputError, Ltx2Error, printable
 
 if TYPE_CHECKING:
     from ltx2.runtime.events import Event
@@ -44,7 +44,7 @@ class Output:
         if self.as_json:
             click.echo(json.dumps(data, indent=2))
         elif text and not self.quiet:
-            click.echo(text)
+            click.echo("\n".join(map(printable, text.split("\n"))))
 
 
 def common(command: Command) -> Command:
@@ -84,6 +84,12 @@ def run_group(group: click.Group, args: list[str]) -> int:
     except BrokenPipeError:  # who read our output (head, less) has gone; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:  # no answer of the file system: a bug
+            raise
+        what, why = f"cannot use {error.filename}", error.strerror or str(error)
+        _show_error(InputError(what, why, "check the path and its permissions").to_dict(), as_json)
+        return InputError.exit_code
     return 0
 
 

@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ltx2.convert.plan import Plan
+from ltx2.convert.plan import Drop, Plan
+from ltx2.runtime.errors import printable
 from ltx2.runtime.events import BytesDone, Event, PhaseDone, PhaseStarted, Section, StepDone, Warned
 
 SILENCE_SECONDS = 4.0  # five are promised
@@ -78,15 +79,15 @@ class Progress:
             case Warned(message=message):
                 self._print(f"warning: {message}")
             case Section(title=title, command=command):
-                self._print(f"\n{title}\n$ {command}")
+                self._print("", title, f"$ {command}")
 
     def _set(self, line: str) -> None:
-        self._line = line
+        self._line = printable(line)
         self._since = time.monotonic()
 
-    def _print(self, line: str) -> None:
+    def _print(self, *lines: str) -> None:
         self._printed = time.monotonic()
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print("\n".join(map(printable, lines)), markup=False, soft_wrap=True)
 
     def _plain(self) -> None:
         """Print the line where there is no live one, once a second at most."""
@@ -159,14 +160,15 @@ def plan_summary(plan: Plan) -> str:
     sizes = {name: sum(f.nbytes for m in moves for f in m.stored().values()) for name, moves in groups.items()}
     rows = [(name, len(groups[name]), size) for name, size in sizes.items()]
     rows.append(("total", sum(map(len, groups.values())), sum(sizes.values())))
+    dropped = sum(isinstance(entry, Drop) for entry in plan.entries)
     lines = [f"{name:18s} {count:5d} tensors  {size / 1e9:8.2f} GB" for name, count, size in rows]
-    return "\n".join([*lines, f"{'dropped':18s} {len(plan.entries) - rows[-1][1]:5d} tensors"])
+    return "\n".join([*lines, f"{'dropped':18s} {dropped:5d} tensors"])
 
 
 def described(found: dict[str, Any]) -> Iterator[str]:
     """Lines for people: what it is, then tensors, parameters and bytes of every component."""
     facts = [f"{name} {found[name]}" for name in ("release", "variant", "storage") if found.get(name)]
-    yield f"{found['path']}: {', '.join([found['kind'], *facts])}"
+    yield printable(f"{found['path']}: {', '.join([found['kind'], *facts])}")
     for name, part in found.get("components", {}).items():
         dtypes = " ".join(f"{dtype}:{count}" for dtype, count in part["dtypes"].items())
         size = f"{_short(part['parameters'])} parameters {_short(part['bytes'])}B"
