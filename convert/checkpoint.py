@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltx2.convert.release import Release, recognise_release, releases
+from ltx2.convert.foreign import check_is_tensorfile
+from ltx2.convert.lora import ADAPTER_NAMES, check_lora, recognise_lora
+from ltx2.convert.release import Release, recognise_releases
+from ltx2.convert.steps import FLOATS
+from ltx2.convert.textmodels import check_text_config, check_text_model
 from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError
 from ltx2.runtime.jsonfile import parse_object, read_object
 from ltx2.runtime.layout import CONFIG, INDEX, MANIFEST
@@ -18,35 +22,56 @@ TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
     "special_tokens_map.json", TOKENIZER, "tokenizer.model", "tokenizer_config.json",
 )  # fmt: skip
-# A name that contains the pattern makes the file one of this kind; first match wins.
+DIFFUSERS_INDEX = "model_index.json"
+# Some tensor's name contains the pattern, and the configuration has the key, if one is named: the file is of this kind.
+# First match wins.
 KINDS = (
-    (r"\.lora_|^lora_unet_|\.lora_magnitude_vector|\.dora_scale$", "lora"),
-    (r"^language_model\.model\.|^model\.language_model\.|^vision_tower\.", "gemma"),
-    (r"^(model\.diffusion_model|text_embedding_projection|vae|audio_vae|vocoder)\.", "checkpoint"),
-    (r"^upsampler\.", "upscaler"),
+    (ADAPTER_NAMES, "", "lora"),
+    (r"^model\.", "gemma_version", "text_encoder"),
+    (r"^language_model\.model\.|^model\.language_model\.|^vision_tower\.", "", "gemma"),
+    (r"^(model\.diffusion_model|text_embedding_projection|vae|audio_vae|vocoder|duration_head)\.", "", "checkpoint"),
+    (r"^(encoder|decoder|per_channel_statistics)\.", "vae", "checkpoint"),
+    (r"^upsampler\.", "", "upscaler"),
 )
-# Special storage: name, a dtype that only it has, a pattern in tensor names; first match wins.
+# Special storage: a dtype that only it has, or a pattern in tensor names; first match wins.
 STORAGES = (
     ("FP8 (E5M2)", "F8_E5M2", ""),
     ("NVFP4", "F4", r"\.weight_scale_2$"),
+    ("int8", "I8", ""),
     ("FP8 (E4M3)", "F8_E4M3", r"\.scale_weight$"),
-    ("int8", "I8", r"\.comfy_quant$"),
     ("MLX-quantized", "U32", r"\.scales$"),
     ("DoRA", "", r"\.dora_scale$|\.lora_magnitude_vector"),
 )
+OPAQUE_DTYPES = frozenset({"U8", "I64"})  # of tokenizers and other things that are no weights
+# Storages that are not converted: why, and what to use instead.
+REFUSED_STORAGES = {
+    "int8": (
+        "ComfyUI's int8 weights are rotated before they are rounded (convrot), a form that MLX does not have; any "
+        "other would lose precision a second time",
+        "use the bf16 or the NVFP4 file of the same model; ltx2 convert --bits 8 makes 8-bit weights of it",
+    ),
+    "MLX-quantized": ("it was quantized for MLX already, by another tool", "use the file as it was published"),
+    "DoRA": ("it rescales every row of the merged weights, which a LoRA does not", "use a plain LoRA"),
+}
 VARIANTS = ("dev", "distilled")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
-    """One recognised source. `kind` names its rules (convert/rules.py); `companions` are files copied along."""
+    """One recognised source. `kind` names its rules (convert/rules.py); `releases` are those it may belong to, none
+    where nothing tells; `companions` are files copied along."""
 
     path: Path
     kind: str
     files: tuple[TensorFile, ...]
     config: Mapping[str, Any]
-    release: Release | None = None
+    releases: tuple[Release, ...] = ()
     companions: tuple[Path, ...] = ()
+
+    @property
+    def release(self) -> Release | None:
+        """The release it belongs to, where that is certain."""
+        return self.releases[0] if len(self.releases) == 1 else None
 
     def tensor_count(self) -> int:
         """Number of tensors in all its files."""
@@ -85,6 +110,8 @@ def _open_folder(path: Path) -> list[Source]:
             f"it has an {MANIFEST}",
             "use it with ltx2 generate, or shrink it with ltx2 quantize",
         )
+    if (path / DIFFUSERS_INDEX).is_file():
+        raise _diffusers(f"{path} is a model laid out for diffusers")
     if is_gemma_folder(path):
         source = gemma_source(path)
         for file in source.files:
@@ -102,13 +129,8 @@ def _open_folder(path: Path) -> list[Source]:
 
 def _open_file(path: Path) -> Source:
     source = recognise_file(path)
-    if source.release is not None and not source.release.supported:
-        able = ", ".join(r.title for r in releases() if r.supported)
-        raise UnsupportedError(
-            f"{path.name} belongs to {source.release.title}",
-            f"this version of ltx2 converts {able} only",
-            f"use the files of {able}, or a newer ltx2",
-        )
+    if source.kind == "lora":
+        check_lora(source.files[0])
     _check_storage(source.files[0])
     _check_kind(source)
     return source
@@ -117,17 +139,24 @@ def _open_file(path: Path) -> Source:
 def recognise_file(path: Path) -> Source:
     """One file's kind and release, whether this version converts them or not. `kind` is empty for a foreign file.
 
-    Raises CheckpointError for a malformed file.
+    Raises CheckpointError for a malformed file, UnsupportedError for another format.
     """
-    file = open_tensorfile(path)
-    config = _embedded_config(file)
-    return Source(path, _kind(file, config), (file,), config, recognise_release(file, config))
+    file = _open(path)
+    config = _embedded(file, "config") or _embedded(file, "gemma_config")
+    kind = _kind(file, config)
+    found = recognise_lora(file, config) if kind == "lora" else recognise_releases(file, config)
+    return Source(path, kind, (file,), config, found)
 
 
-def _embedded_config(file: TensorFile) -> dict[str, Any]:
-    """The `config` of the file's metadata; empty where there is none (LoRAs, Gemma shards)."""
+def _open(path: Path) -> TensorFile:
+    check_is_tensorfile(path)
+    return open_tensorfile(path)
+
+
+def _embedded(file: TensorFile, key: str) -> dict[str, Any]:
+    """The JSON object under a key of the file's metadata; empty where there is none (LoRAs, Gemma shards)."""
     try:
-        return parse_object(file.metadata.get("config", "{}"))
+        return parse_object(file.metadata.get(key, "{}"))
     except ValueError as error:
         raise CheckpointError(
             f"{file.path.name} has an unreadable configuration", str(error), "download the file again"
@@ -135,27 +164,25 @@ def _embedded_config(file: TensorFile) -> dict[str, Any]:
 
 
 def _check_storage(file: TensorFile) -> None:
-    """Refuse by name weights that are not plain 16 or 32 bit floats."""
+    """Refuse by name weights in a form that cannot be kept and not be unpacked without loss."""
     name = special_storage(file)
-    if name is not None:
-        raise UnsupportedError(
-            f"{file.path.name} holds {name} weights",
-            "this version of ltx2 converts bf16, f16 and f32 checkpoints",
-            "use the bf16 file of the same model, or a newer ltx2",
-        )
+    if name in REFUSED_STORAGES:
+        raise UnsupportedError(f"{file.path.name} holds {name} weights", *REFUSED_STORAGES[name])
 
 
 def special_storage(file: TensorFile) -> str | None:
     """The name of a file's quantized or otherwise special storage; None for plain bf16, f16 and f32."""
-    dtypes = {t.dtype for t in file.tensors.values()}
+    dtypes, names = {t.dtype for t in file.tensors.values()}, "\n".join(file.tensors)
     for name, dtype, pattern in STORAGES:
-        if dtype in dtypes or (pattern and any(re.search(pattern, tensor) for tensor in file.tensors)):
+        if dtype in dtypes or (pattern and re.search(pattern, names, re.MULTILINE)):
             return name
-    return ", ".join(sorted(dtypes - {"BF16", "F16", "F32"})) or None
+    return ", ".join(sorted(dtypes - OPAQUE_DTYPES - set(FLOATS.values()))) or None
 
 
 def _kind(file: TensorFile, config: Mapping[str, Any]) -> str:
-    kind = next((kind for pattern, kind in KINDS if any(re.search(pattern, name) for name in file.tensors)), "")
+    names = "\n".join(file.tensors)
+    found = (kind for pattern, key, kind in KINDS if (not key or key in config) and re.search(pattern, names, re.M))
+    kind = next(found, "")
     if kind != "upscaler":
         return kind
     spatial, temporal = bool(config.get("spatial_upsample")), bool(config.get("temporal_upsample"))
@@ -179,6 +206,7 @@ def _check_kind(source: Source) -> None:
             "use the upscaler as published; its metadata holds the configuration",
         )
     if not source.kind:
+        check_text_model(source.path, source.files[0].tensors)
         tensors = sorted(source.files[0].tensors)
         raise CheckpointError(
             f"{name} is not an LTX-2 file",
@@ -198,20 +226,14 @@ def gemma_source(folder: Path) -> Source:
     Raises CheckpointError when a file is missing or malformed, UnsupportedError for another model.
     """
     config = read_json(folder / CONFIG)
-    model_type = config.get("model_type")
     _check_layout(folder, config)
-    if model_type not in ("gemma3", "gemma3_text"):
-        raise UnsupportedError(
-            f"{folder} holds a {model_type or 'nameless'} model",
-            "the text encoder of the supported releases is Gemma 3",
-            "name a folder of gemma-3-12b-it",
-        )
+    check_text_config(folder, config)
     where = _weight_map(folder / INDEX) if (folder / INDEX).is_file() else None
-    files = tuple(open_tensorfile(path) for path in _shards(folder, where))
+    files = tuple(_open(path) for path in _shards(folder, where))
     if where is not None:
         _check_index(folder, where, files)
     companions = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
-    return Source(folder, "gemma", files, config, companions=companions)
+    return Source(folder, "gemma", files, config, recognise_releases(files[0], config), companions)
 
 
 def _check_layout(folder: Path, config: Mapping[str, Any]) -> None:
@@ -220,8 +242,12 @@ def _check_layout(folder: Path, config: Mapping[str, Any]) -> None:
     if (folder.parent / MANIFEST).is_file():
         raise InputError(what, f"{folder.parent} is the model folder, converted already", f"name {folder.parent}")
     if "_diffusers_version" in config:
-        why = "it is laid out for diffusers; ltx2 converts the checkpoints with everything in one file"
-        raise UnsupportedError(what, why, "name the .safetensors file as Lightricks publishes it")
+        raise _diffusers(what)
+
+
+def _diffusers(what: str) -> UnsupportedError:
+    why = "it is laid out for diffusers, with other names; ltx2 converts the checkpoints as Lightricks publishes them"
+    return UnsupportedError(what, why, "name the .safetensors file as Lightricks publishes it")
 
 
 def _weight_map(index: Path) -> dict[str, str]:

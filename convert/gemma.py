@@ -1,5 +1,5 @@
-"""Gemma's config.json, in the spelling of any transformers release, as the configuration of its language model alone:
-what our own encoder, transformers and mlx-lm all read."""
+"""Gemma's configuration, in the spelling of any transformers release, as that of its language model alone: what our own
+encoder, transformers and mlx-lm all read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,18 +36,23 @@ DROPPED = frozenset(
     }
 )  # fmt: skip
 # A multimodal configuration states these for the whole model.
+VERSION = "gemma_version"  # of a model fine-tuned for a release, which brings its own text encoder
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def text_config(source: Mapping[str, Any]) -> dict[str, Any]:
-    """The `gemma3_text` configuration in a Gemma 3 folder's config.json, multimodal or text-only.
+    """The configuration of the language model in a Gemma 3 folder's config.json, or in the metadata of a text encoder
+    file (Gemma 4); multimodal or text-only.
 
     Keys this function does not know are kept, so that the strict configuration class judges them. Raises
-    CheckpointError when the model is not a Gemma 3 or its layers cannot be described.
+    CheckpointError when the model is neither or its layers cannot be described.
     """
     own = _language_model(source)
     given = {key: value for key, value in own.items() if key not in DROPPED}
     given |= {key: source[key] for key in TOKEN_IDS if source.get(key) is not None}
+    if VERSION in source:
+        fixed = {"architectures": ["Gemma4UnifiedForCausalLM"], "model_type": "gemma4_text", VERSION: source[VERSION]}
+        return given | fixed
     rope = _rope(given.pop("rope_parameters", None) or {})
     pattern = _pattern(given.pop("layer_types", None))
     return {
@@ -63,11 +68,11 @@ def text_config(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def _language_model(source: Mapping[str, Any]) -> Mapping[str, Any]:
     kind = source.get("model_type")
-    if kind == "gemma3" and isinstance(source.get("text_config"), Mapping):
+    if kind in ("gemma3", "gemma4_unified") and isinstance(source.get("text_config"), Mapping):
         return dict(source["text_config"])
     if kind == "gemma3_text":
         return source
-    raise _refused(f"its model_type is {kind!r}, and gemma3 or gemma3_text is needed")
+    raise _refused(f"its model_type is {kind!r}, and that of a Gemma is needed")
 
 
 def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,45 +4,37 @@ Text encoder, connectors, transformer, upscaler and decoders are never in memory
 uses it and frees it. Whoever consumes the events decides what to show."""
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from ltx2.runtime.audio_vae import AudioAutoencoder, AudioVAEConfig
+from ltx2.runtime.audio_vae import AudioAutoencoder
 from ltx2.runtime.clip import Clip
 from ltx2.runtime.connectors import EmbeddingsConnectors
-from ltx2.runtime.errors import DoesNotFitError, InputError
+from ltx2.runtime.estimate import MemoryPlan, plan_memory
 from ltx2.runtime.events import Event, Generated, PhaseDone, PhaseStarted, Warned
-from ltx2.runtime.exchange import (
-    Contexts,
-    read_embeddings,
-    read_latents,
-    read_noise,
-    write_embeddings,
-    write_latents,
-)
-from ltx2.runtime.latents import Grid, Latents, Scales, audio_positions, video_positions
+from ltx2.runtime.exchange import Contexts, write_embeddings, write_latents
+from ltx2.runtime.job import Job
+from ltx2.runtime.latents import Latents, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.load import check_network, load_network, read_weights
-from ltx2.runtime.machine import device_memory, total_memory
-from ltx2.runtime.memory import Phase, limit_cache
+from ltx2.runtime.load import load_network, read_weights
+from ltx2.runtime.memory import Phase
 from ltx2.runtime.numerics import check_finite
-from ltx2.runtime.paths import check_output
-from ltx2.runtime.presets import Preset, Stage, decoding_preset, load_preset
-from ltx2.runtime.request import Request, Sizes
+from ltx2.runtime.presets import Stage, check_release
+from ltx2.runtime.request import Request
 from ltx2.runtime.sampling import check_latents, denoise, mix_noise
 from ltx2.runtime.sidecar import make_record
+from ltx2.runtime.state import Owner, State, StateFile
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
-from ltx2.runtime.text_encoder.tokenizer import Encoded, Tokenizer
-from ltx2.runtime.transformer.config import TransformerConfig
+from ltx2.runtime.text_encoder.tokenizer import Encoded
 from ltx2.runtime.transformer.model import Transformer
 from ltx2.runtime.upsampler import LatentUpsampler
-from ltx2.runtime.video_vae.config import VideoVAEConfig
 from ltx2.runtime.video_vae.model import VideoAutoencoder
-from ltx2.runtime.video_vae.tiling import auto_tiling, decode_frames
+from ltx2.runtime.video_vae.tiling import decode_frames
 from ltx2.runtime.vocoder import Vocoder
 
 SILENT = 1e-4  # of full scale, -80 dB
@@ -52,10 +44,14 @@ Work = Generator[Event, None, Result]
 
 
 class Pipeline:
-    """A model folder, ready to generate. Headers are read here; weights are read phase by phase."""
+    """A model folder, ready to generate. Headers are read here; weights are read phase by phase.
+
+    Raises ModelFolderError for another folder, UnsupportedError for a release that is only converted so far.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.folder = ModelFolder.open(Path(path))
+        check_release(self.folder.manifest.release)
 
     def generate(self, prompt: str | None = None, **options: Any) -> Clip:
         """Run `stream` to its end and return the clip."""
@@ -67,120 +63,70 @@ class Pipeline:
     def stream(self, prompt: str | None = None, **options: Any) -> Iterator[Event]:
         """Typed progress events; the last one is Generated with the clip. Options are the command's, underscored.
 
-        The request is checked before this returns; raises InputError, UnsupportedError or ModelFolderError.
+        The request is checked before this returns; raises InputError, UnsupportedError, ModelFolderError or
+        DoesNotFitError.
         """
-        run = Run(self.folder, Request.from_options({"prompt": prompt, **options}))
-        return run.events()
+        return Run(self._job(prompt, options)).events()
+
+    def plan(self, prompt: str | None = None, **options: Any) -> MemoryPlan:
+        """How much memory every phase of a generation would take; reads headers only. Raises as `stream`, but not for
+        what does not fit: `MemoryPlan.check` does."""
+        job = self._job(prompt, options)
+        job.check()
+        return plan_memory(job)
+
+    def _job(self, prompt: str | None, options: Mapping[str, Any]) -> Job:
+        return Job(self.folder, Request.from_options({"prompt": prompt, **options}))
 
 
 class Run:
-    """One generation: the checked request, its geometry, and what its phases took."""
+    """One generation: the checked job, how its memory is used, and what its phases took."""
 
-    def __init__(self, folder: ModelFolder, request: Request) -> None:
-        self.folder = folder
-        self.preset = self._load_preset(request)
-        self.video_config = VideoVAEConfig.from_dict(folder.config("video_vae"))
-        self.audio_config = AudioVAEConfig.from_dict(folder.config("audio_vae"))
-        self.scales = Scales(
-            self.video_config.spatial_scale,
-            self.video_config.temporal_scale,
-            self.audio_config.hop / self.audio_config.sample_rate,
-            self.audio_config.temporal_scale,
-        )
-        if request.latents is not None:
-            request = request.for_latents(self._read_latents(request.latents).video.shape, self.scales)
-        self.request = request.with_defaults(self.preset)
-        self.sizes = Sizes.of(self.request)
+    def __init__(self, job: Job) -> None:
+        job.check()
+        self.job = job
+        self.request = job.request
+        self.plan = plan_memory(job)
+        self.plan.check()
         self.phases: list[PhaseDone] = []
-        self._check()
-
-    def _load_preset(self, request: Request) -> Preset:
-        manifest = self.folder.manifest
-        if request.latents is not None:
-            return decoding_preset(manifest.release)
-        preset = load_preset(manifest.release, manifest.variant)
-        return preset.single_stage() if request.no_upscale else preset
-
-    def _check(self) -> None:
-        """Everything that can be known to be wrong before the work starts."""
-        self.sizes.check(self.scales, self.preset.stages, self.video_config.smallest_side)
-        self._check_memory()
-        self._check_components()
-        self._check_files()
-
-    def _check_memory(self) -> None:
-        """The finished frames fit in memory: the least that a clip of any model needs."""
-        sizes, have = self.sizes, total_memory()
-        needed = sizes.frames * sizes.height * sizes.width * 3
-        if needed > have:
-            raise DoesNotFitError(
-                f"{sizes.frames} frames of {sizes.width}x{sizes.height} do not fit in memory",
-                f"they are {needed / 1e9:.1f} GB, and this computer has {have / 1e9:.1f} GB",
-                "use fewer frames or a smaller size",
-            )
-
-    def _check_components(self) -> None:
-        needed = ["video_vae"] if self.request.no_audio else ["video_vae", "audio_vae", "vocoder"]
-        if self.request.latents is None:
-            needed.append("transformer")
-            if len(self.preset.stages) > 1:
-                self._check_upscaler()
-                needed.append("spatial_upscaler")
-            if self.request.embeddings is None:
-                needed += ["text_encoder", "connectors"]
-        for component in needed:
-            self._check_weights(component)
-
-    def _check_upscaler(self) -> None:
-        if not self.folder.has("spatial_upscaler"):
-            raise InputError(
-                f"{self.folder.path} has no spatial_upscaler",
-                "the second stage needs it",
-                "convert again with the spatial upscaler file among the sources, or use --no-upscale",
-            )
-
-    def _check_files(self) -> None:
-        """Files to write have a place; files to read fit (they are small, and are read again when needed)."""
-        for path in (self.request.save_embeddings, self.request.save_latents):
-            if path is not None:
-                check_output(path)
-        if self.request.latents is None and self.request.noise is not None:
-            read_noise(self.request.noise, [self._grid(stage) for stage in self.preset.stages])
-        if self.request.latents is None and self.request.embeddings is not None:
-            self._read_contexts(self.request.embeddings)
-
-    def _check_weights(self, component: str) -> None:
-        """The component is whole, and its weights fit in memory (the text encoder's are read layer by layer)."""
-        check_network(self.folder, component)
-        size = sum(path.stat().st_size for path in self.folder.weight_files(component))
-        usable = device_memory()
-        if size > usable and component != "text_encoder":
-            smaller = f"make it smaller: ltx2 quantize {self.folder.path} -o {self.folder.path}-q4 --bits 4"
-            packed = any(record.quantization for record in self.folder.manifest.components.values())
-            raise DoesNotFitError(
-                f"the {component} does not fit in memory",
-                f"its weights alone are {size / 1e9:.1f} GB, this computer's GPU can use {usable / 1e9:.1f} GB",
-                "convert or quantize again with fewer --bits, or --recipe uniform" if packed else smaller,
-            )
+        self.seconds = 0.0  # of an earlier run that this one continues
+        self.state: StateFile | None = None
+        if job.request.state is not None and job.request.latents is None:
+            self.state = StateFile(Path(job.request.state), Owner.of(job))
+        self.earlier = self.state.read() if self.state is not None and job.request.resume else None
 
     def events(self) -> Iterator[Event]:
         """All phases, then Generated."""
-        started = time.perf_counter()
-        limit_cache()
+        self._started = time.perf_counter()
+        with self.plan.applied():
+            yield from self._warnings()
+            latents = yield from self._latents()
+            if self.request.save_latents:
+                write_latents(self.request.save_latents, latents)
+            frames = yield from self._phase("video_vae", self._decode_video, latents.video)
+            audio, sample_rate = None, 0
+            if not self.request.no_audio:
+                mel = yield from self._phase("audio_vae", self._decode_audio, latents.audio)
+                audio, sample_rate = yield from self._phase("vocoder", self._vocode, mel)
+                if np.abs(audio).max() < SILENT:
+                    yield Warned("the sound is silent throughout; --no-audio leaves it out")
+        record = make_record(self.job.folder, self.request, self.phases, self._seconds())
+        state = self.state.path if self.state is not None else None
+        yield Generated(Clip(frames, audio, sample_rate, self.job.sizes.fps, latents.as_numpy(), record, state))
+
+    def _seconds(self) -> float:
+        return self.seconds + time.perf_counter() - self._started
+
+    def _warnings(self) -> Iterator[Event]:
         for message in self.request.without_effect():
             yield Warned(message)
-        latents = yield from self._latents()
-        if self.request.save_latents:
-            write_latents(self.request.save_latents, latents)
-        frames = yield from self._phase("video_vae", self._decode_video, latents.video)
-        audio, sample_rate = None, 0
-        if not self.request.no_audio:
-            mel = yield from self._phase("audio_vae", self._decode_audio, latents.audio)
-            audio, sample_rate = yield from self._phase("vocoder", self._vocode, mel)
-            if np.abs(audio).max() < SILENT:
-                yield Warned("the sound is silent throughout; --no-audio leaves it out")
-        record = make_record(self.folder, self.request, self.phases, time.perf_counter() - started)
-        yield Generated(Clip(frames, audio, sample_rate, self.sizes.fps, latents.as_numpy(), record))
+        if self.state is None:
+            return
+        there = self.state.path.exists()
+        if self.request.resume and not there:
+            yield Warned(f"there is no {self.state.path.name} to continue: this run starts from the beginning")
+        elif there and not self.request.resume:
+            yield Warned(f"{self.state.path.name} is of a run that was cut off: --resume would continue it")
 
     def _phase(
         self,
@@ -200,37 +146,41 @@ class Run:
 
     def _latents(self) -> Work[Latents]:
         if self.request.latents is not None:
-            return self._read_latents(self.request.latents)
-        contexts = yield from self._contexts()
-        if self.request.save_embeddings:
-            write_embeddings(self.request.save_embeddings, contexts)
-        return (yield from self._sample(contexts))
+            return self.job.read_latents(self.request.latents)
+        earlier = self.earlier
+        if earlier is None:
+            contexts = yield from self._contexts()
+            if self.request.save_embeddings:
+                write_embeddings(self.request.save_embeddings, contexts)
+            latents = yield from self._sample(contexts, self._noises(), None)
+        else:
+            self.phases += earlier.phases
+            self.seconds = earlier.seconds
+            if earlier.contexts is None:
+                return earlier.latents
+            noises = [earlier.latents] * earlier.stage + list(earlier.noises)
+            latents = yield from self._sample(earlier.contexts, noises, earlier)
+        last = self.job.preset.stages[-1]
+        self._keep(State(len(self.job.preset.stages), last.steps, latents))
+        return latents
 
-    def _read_latents(self, path: str) -> Latents:
-        return read_latents(path, self.video_config.latent_channels, self.audio_config.latent_channels)
+    def _keep(self, state: State) -> None:
+        if self.state is not None:
+            self.state.write(replace(state, phases=self.phases, seconds=self._seconds()))
 
     # Text
 
-    def _read_contexts(self, path: str) -> Contexts:
-        config = TransformerConfig.from_dict(self.folder.config("transformer"))
-        return read_embeddings(path, config.caption_channels)
-
     def _contexts(self) -> Work[Contexts]:
         if self.request.embeddings is not None:
-            return self._read_contexts(self.request.embeddings)
-        tokens = self._tokenize()
+            return self.job.read_contexts(self.request.embeddings)
+        tokens = self.job.tokens
         if tokens.truncated:
             yield Warned(f"the prompt is {tokens.truncated} tokens too long; its end is ignored")
         hidden = yield from self._phase("text_encoder", self._encode_text, tokens)
         return (yield from self._phase("connectors", self._connect, hidden, tokens))
 
-    def _tokenize(self) -> Encoded:
-        assert self.request.prompt is not None, "checked in with_defaults"
-        tokenizer = Tokenizer.load(self.folder.component_path("text_encoder"))
-        return tokenizer.encode(self.request.prompt, self.preset.text_tokens)
-
     def _encode_text(self, phase: Phase, tokens: Encoded) -> Work[list[mx.array]]:
-        network = load_network(self.folder, "text_encoder", Gemma3TextEncoder)
+        network = load_network(self.job.folder, "text_encoder", Gemma3TextEncoder)
         phase.loaded(network.config.num_hidden_layers + 1)
         states = []
         for state in network.hidden_states(mx.array(tokens.ids), mx.array(tokens.mask), release=True):
@@ -239,7 +189,7 @@ class Run:
         return states
 
     def _connect(self, phase: Phase, hidden: list[mx.array], tokens: Encoded) -> Work[Contexts]:
-        network = load_network(self.folder, "connectors", EmbeddingsConnectors)
+        network = load_network(self.job.folder, "connectors", EmbeddingsConnectors)
         read_weights(network)
         phase.loaded()
         contexts = Contexts(*network(hidden, mx.array(tokens.mask)))
@@ -250,28 +200,32 @@ class Run:
 
     # Sampling
 
-    def _sample(self, contexts: Contexts) -> Work[Latents]:
-        grids = [self._grid(stage) for stage in self.preset.stages]
-        noises = self._noises(grids)
+    def _sample(self, contexts: Contexts, noises: Sequence[Latents], earlier: State | None) -> Work[Latents]:
+        """All stages, or what is left of them after an earlier run's state."""
         latents: Latents | None = None
-        for number, (stage, grid, noise) in enumerate(zip(self.preset.stages, grids, noises, strict=True), start=1):
-            if latents is not None:
-                latents = yield from self._phase("spatial_upscaler", self._upscale, latents)
-            start = mix_noise(latents, noise, stage.sigmas[0])
-            name = f"stage{number}"
-            latents = yield from self._phase(name, self._denoise, stage, grid, start, contexts)
+        for index, (stage, noise) in enumerate(zip(self.job.preset.stages, noises, strict=True)):
+            number, done = index + 1, 0
+            if earlier is not None and number < earlier.stage:
+                continue
+            if earlier is not None and number == earlier.stage:
+                start, done = earlier.latents, earlier.step
+            else:
+                if latents is not None:
+                    latents = yield from self._phase("spatial_upscaler", self._upscale, latents)
+                start = mix_noise(latents, noise, stage.sigmas[0])
+            state = State(number, done, start, contexts, noises[number:])
+            latents = start
+            if done < stage.steps:
+                latents = yield from self._phase(f"stage{number}", self._denoise, stage, state)
             check_latents(latents, f"stage {number}")
         assert latents is not None, "a preset has at least one stage"
         return latents
 
-    def _grid(self, stage: Stage) -> Grid:
-        channels = self.video_config.latent_channels, self.audio_config.latent_channels
-        return self.sizes.grid(stage, self.scales, *channels)
-
-    def _noises(self, grids: list[Grid]) -> list[Latents]:
+    def _noises(self) -> list[Latents]:
         """Unit Gaussian noise of every stage; one key per tensor, so that no draw depends on another's size."""
         if self.request.noise is not None:
-            return read_noise(self.request.noise, grids)
+            return self.job.read_noise(self.request.noise)
+        grids = self.job.grids
         keys = mx.random.split(mx.random.key(self.request.seed or 0), 2 * len(grids))
         return [
             Latents(
@@ -281,24 +235,38 @@ class Run:
             for i, grid in enumerate(grids)
         ]
 
-    def _denoise(self, phase: Phase, stage: Stage, grid: Grid, start: Latents, contexts: Contexts) -> Work[Latents]:
-        transformer = load_network(self.folder, "transformer", Transformer)
+    def _denoise(self, phase: Phase, stage: Stage, state: State) -> Work[Latents]:
+        """The steps of a stage that are left after `state`."""
+        transformer = load_network(self.job.folder, "transformer", Transformer)
         read_weights(transformer)
+        assert state.contexts is not None, "they are kept until the last step"
+        grid, fps, scales = self.job.grid(stage), self.job.sizes.fps, self.job.scales
         prepared = (
-            transformer.prepare_video(contexts.video, video_positions(grid, self.sizes.fps, self.scales)),
-            transformer.prepare_audio(contexts.audio, audio_positions(grid, self.scales)),
+            transformer.prepare_video(state.contexts.video, video_positions(grid, fps, scales)),
+            transformer.prepare_audio(state.contexts.audio, audio_positions(grid, scales)),
         )
-        phase.loaded(stage.steps)
-        tokens = start.to_tokens()
-        for denoised in denoise(transformer, tokens, stage.sigmas, prepared):
+        phase.loaded(stage.steps - state.step)
+        tokens = state.latents.to_tokens()
+        steps = denoise(transformer, tokens, stage.sigmas[state.step :], prepared)
+        for step, denoised in enumerate(steps, start=state.step + 1):
             tokens = denoised
-            yield phase.step()
+            done = phase.step()
+            if self._checkpoint_due(state.stage, step):
+                self._keep(replace(state, step=step, latents=tokens.from_tokens(grid)))
+                phase.pause()
+            yield done
         return tokens.from_tokens(grid)
+
+    def _checkpoint_due(self, stage: int, step: int) -> bool:
+        """Every N steps, counted over all stages; the last step of all has a state of its own."""
+        every, steps = self.request.checkpoint_every, [s.steps for s in self.job.preset.stages]
+        count = sum(steps[: stage - 1]) + step
+        return every is not None and count % every == 0 and count < sum(steps)
 
     def _upscale(self, phase: Phase, latents: Latents) -> Work[Latents]:
         """x2 in both picture directions, on latents without the VAE's normalisation; the audio passes through."""
-        statistics = load_network(self.folder, "video_vae", VideoAutoencoder).per_channel_statistics
-        network = load_network(self.folder, "spatial_upscaler", LatentUpsampler)
+        statistics = load_network(self.job.folder, "video_vae", VideoAutoencoder).per_channel_statistics
+        network = load_network(self.job.folder, "spatial_upscaler", LatentUpsampler)
         read_weights(network)
         phase.loaded()
         video = statistics.normalise(network(statistics.unnormalise(latents.video)))
@@ -309,13 +277,13 @@ class Run:
     # Decoding
 
     def _decode_video(self, phase: Phase, latents: mx.array) -> Work[np.ndarray]:
-        network = load_network(self.folder, "video_vae", VideoAutoencoder)
+        network = load_network(self.job.folder, "video_vae", VideoAutoencoder)
         read_weights(network.decoder)
         phase.loaded()
-        sizes, done = self.sizes, 0
+        sizes, done = self.job.sizes, 0
         # Filled group by group: a long clip has gigabytes, and collecting groups would need them twice.
         frames = np.empty((sizes.frames, sizes.height, sizes.width, 3), np.uint8)
-        for group in decode_frames(network, latents, auto_tiling(network, *latents.shape[2:])):
+        for group in decode_frames(network, latents, self.plan.tiling):
             frames[done : done + group.shape[0]] = np.array(mx.round(group * 255).astype(mx.uint8))
             done += group.shape[0]
             del group  # not held while the next tile is decoded
@@ -323,7 +291,7 @@ class Run:
         return frames
 
     def _decode_audio(self, phase: Phase, latents: mx.array) -> Work[mx.array]:
-        network = load_network(self.folder, "audio_vae", AudioAutoencoder)
+        network = load_network(self.job.folder, "audio_vae", AudioAutoencoder)
         read_weights(network.decoder)
         phase.loaded()
         mel = network.decode(latents)
@@ -332,10 +300,10 @@ class Run:
         return mel
 
     def _vocode(self, phase: Phase, mel: mx.array) -> Work[tuple[np.ndarray, int]]:
-        network = load_network(self.folder, "vocoder", Vocoder)
+        network = load_network(self.job.folder, "vocoder", Vocoder)
         read_weights(network)
         phase.loaded()
         waveform = network(mel)
         check_finite(waveform, "the sound's samples")
         yield phase.step()
-        return np.array(waveform[0], order="C"), network.sample_rate(1 / self.scales.audio_hop)
+        return np.array(waveform[0], order="C"), network.sample_rate(1 / self.job.scales.audio_hop)

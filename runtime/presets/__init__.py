@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -53,14 +54,31 @@ def decoding_preset(release: str | None) -> Preset:
     return Preset(data["defaults"], data["text_tokens"], ())
 
 
-def _read(release: str | None) -> dict[str, Any]:
-    for entry in resources.files(__name__).iterdir():
-        if entry.name.endswith(".json"):
-            data: dict[str, Any] = json.loads(entry.read_text())
-            if data["release"] == release:
-                return data
+@cache
+def sampled_releases() -> Mapping[str, Mapping[str, Any]]:
+    """The releases that can be sampled, by name, with their data."""
+    files = [file for file in resources.files(__name__).iterdir() if file.name.endswith(".json")]
+    return {data["release"]: data for data in (json.loads(file.read_text()) for file in files)}
+
+
+def check_release(release: str | None) -> None:
+    """Raises UnsupportedError for a release that is converted and cannot be sampled yet, or for none."""
+    if release in sampled_releases():
+        return
+    able = " and ".join(f"LTX-{name}" for name in sorted(sampled_releases()))
+    if release is None:
+        raise UnsupportedError(
+            "this model folder cannot generate",
+            "it was made without a transformer, so that its release is not known",
+            f"convert a whole checkpoint of {able}",
+        )
     raise UnsupportedError(
-        f"release {release or '(unknown)'} cannot be sampled",
-        "the model folder was made without a transformer, or by a newer ltx2",
-        "convert an LTX-2 checkpoint, or update ltx2",
+        f"this version of ltx2 cannot generate with LTX-{release}",
+        f"it converts and verifies its files, and generates with {able} only",
+        f"keep the folder for a newer ltx2 (pip install -U ltx2), or convert a checkpoint of {able}",
     )
+
+
+def _read(release: str | None) -> Mapping[str, Any]:
+    check_release(release)
+    return sampled_releases()[str(release)]
