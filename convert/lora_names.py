@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def modules() -> Mapping[str, Module]:
     return {path: Module(path, frozenset(found), widths.get(path, {})) for path, found in releases.items()}
 
 
+@lru_cache(8192)  # asked several times for each tensor of a file; the largest published one has 3320
 def read_name(name: str) -> LoraTensor | None:
     """What a tensor of a LoRA is; None when the name means no known module or nothing this version applies."""
     match = _SUFFIX.fullmatch(name)
