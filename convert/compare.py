@@ -9,6 +9,7 @@ import numpy as np
 from ltx2.convert.checkpoint import VARIANTS, Source
 from ltx2.convert.files import outputs
 from ltx2.convert.plan import Move, Options, Plan, make_plan, packed_key
+from ltx2.convert.recode import Layer, decoded, kept_layers
 from ltx2.convert.steps import FLOATS, Cast
 from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.events import BytesDone, Event
@@ -37,6 +38,7 @@ def compare_values(
         if not any(isinstance(e, Move) and e.file in source.files and e.component in components for e in plan.entries)
     ]
     stored = {name: {t: f for f in model.tensor_files(name) for t in f.tensors} for name in components}
+    plan = decoded(plan, _decoded_alike(plan, stored))
     plan = _packed_alike(replace(plan, entries=tuple(_cast_alike(plan, stored))), model, repack)
     moves = [e for e in plan.entries if isinstance(e, Move)]
     streams = [(move.component, output) for move in moves for output in outputs(move)]
@@ -53,16 +55,30 @@ def compare_values(
     return equal, differences + left
 
 
+def _decoded_alike(plan: Plan, stored: dict[str, Stored]) -> dict[Layer, str]:
+    """The layers of codes that the folder holds decoded, or quantized further, and in which float type."""
+    layers = {}
+    for component, layer in kept_layers(plan):
+        dtype = _stored_dtype(stored.get(component, {}), f"{layer}.weight")
+        if dtype in SPELLINGS:
+            layers[component, layer] = SPELLINGS[dtype]
+    return layers
+
+
 def _cast_alike(plan: Plan, stored: dict[str, Stored]) -> Iterator[Move]:
     """The moves into components of the folder, with the float type that is stored (--dtype is not recorded)."""
     for move in plan.entries:
         if not isinstance(move, Move) or move.component not in stored:
             continue
-        names = (packed_key(move.key, "scales"), move.key)  # scales keep the float type of packed weights
-        found = [(stored[move.component][name], name) for name in names if name in stored[move.component]]
-        dtype = found[0][0].tensors[found[0][1]].dtype if found else move.form.dtype
+        dtype = _stored_dtype(stored[move.component], move.key)
         casts = dtype != move.form.dtype and dtype in SPELLINGS
         yield replace(move, steps=(*move.steps, Cast(SPELLINGS[dtype]))) if casts else move
+
+
+def _stored_dtype(stored: Stored, key: str) -> str:
+    """The dtype of a tensor, or of its scales: they keep the float type of packed weights."""
+    names = (packed_key(key, "scales"), key)
+    return next((stored[name].tensors[name].dtype for name in names if name in stored), "")
 
 
 def _packed_alike(plan: Plan, model: ModelFolder, repack: Repack | None) -> Plan:

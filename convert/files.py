@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.convert.components import ComponentPlan
-from ltx2.convert.plan import Move, Plan, natural_order, packed_key
+from ltx2.convert.plan import Move, Plan, natural_order, packed_key, parameters
 from ltx2.convert.steps import Form, Packing
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.layout import CONFIG, FORMAT_METADATA, INDEX
@@ -217,7 +217,7 @@ def _index(moves: list[Move], weights: list[WeightFile]) -> bytes:
     where = {output.key: file.name for file in weights for output in file.outputs}
     total = {
         "total_size": sum(output.nbytes for file in weights for output in file.outputs),
-        "total_parameters": sum(prod(move.values.shape) for move in moves),
+        "total_parameters": sum(prod(move.values.shape) for move in parameters(moves)),
     }
     return _json({"metadata": total, "weight_map": dict(sorted(where.items()))})
 

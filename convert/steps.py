@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -32,8 +33,26 @@ class Form:
         return self.itemsize * prod(self.shape)
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How MLX keeps a layer's weight in integers: bits of a code, values that share a scale, kind of code."""
+
+    bits: int
+    group_size: int
+    mode: str
+
+    def entry(self) -> dict[str, Any]:
+        """As config.json says it."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
 class Step(ABC):
     """One transformation. `str(step)` is its name in the plan."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its names in the plan; several where one step does at once what is defined as a sequence."""
+        return (str(self),)
 
     @property
     def whole(self) -> bool:
@@ -85,8 +104,41 @@ class Cast(Step):
         return from_float32(to_float32(rows, form.dtype), FLOATS[self.dtype])
 
 
+@dataclass(frozen=True)
+class Reshape(Step):
+    """The same values in the same order in another shape; for small tensors."""
+
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"reshape({','.join(map(str, self.shape))})"
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    def form(self, form: Form) -> Form:
+        return Form(self.shape, form.dtype)
+
+    def rows(self, rows: Array, form: Form, start: int) -> Array:
+        return rows.reshape(self.shape)
+
+
 class Packing(ABC):
-    """The last step where one tensor becomes several: a quantized layer's codes with their scales and biases."""
+    """The last step where a layer's weight becomes integers in MLX's layout, alone or with scales and biases."""
+
+    @property
+    @abstractmethod
+    def storage(self) -> Storage:
+        """How MLX is to read the layer."""
+
+    def values(self, form: Form) -> Form:
+        """Shape and float type of the weight that is packed, or that codes of this form stand for."""
+        return form
+
+    def constants(self) -> Mapping[str, Array]:
+        """Parts that depend on no row; the only ones of `forms` that `rows` does not make."""
+        return {}
 
     @abstractmethod
     def forms(self, form: Form) -> Mapping[str, Form]:

@@ -5,17 +5,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ltx2.convert.components import ComponentPlan
-from ltx2.convert.plan import Move, Plan, folder_plan
+from ltx2.convert.folder import folder_plan
+from ltx2.convert.plan import Move, Plan, packed_layers, quantization_config
+from ltx2.convert.recode import Layer, decoded, kept_layers
 from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.quant.pack import BITS, DTYPES, GROUP_SIZES, Affine
 from ltx2.quant.recipe import DEFAULT, load_recipe
 from ltx2.quant.report import Quantized, make_report
-from ltx2.quant.step import AffinePacking, layer_of, packings, quantization_config
-from ltx2.runtime.errors import InputError
+from ltx2.quant.step import AffinePacking, packings
+from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.layout import ModelFolder
 
+HALVED = 8  # bits of the smallest codes that are quantized further
 MODES = ("affine",)  # of the kinds that MLX knows, the ones this version packs
 Forms = Mapping[str, Mapping[str, Affine]]  # component -> path of a layer -> how it is stored
 
@@ -62,17 +64,20 @@ def write_quantized(
 
 
 def quantize_plan(plan: Plan, settings: Settings) -> Plan:
-    """The plan with every layer packed that the recipe names and whose width is a multiple of the group size.
+    """The plan with every layer packed that the recipe names and whose width is a multiple of the group size. A layer
+    that was published as codes stays as it is where the recipe asks for as many bits or more.
 
-    Raises InputError for settings that are not possible or do not fit the plan, and for what is quantized already.
+    Raises InputError for settings that are not possible or do not fit the plan, and for what is quantized already;
+    UnsupportedError for codes that should become smaller and cannot.
     """
     _check(plan, settings)
-    quantized = _packed_plan(plan, recipe_forms(plan, settings))
+    forms = recipe_forms(plan, settings)
+    quantized = _packed_plan(decoded(plan, dict.fromkeys(_shrinking(plan, forms), "bf16")), forms)
     components = {
         name: replace(component, quantization=quantization_config(quantized.moves(name)))
         for name, component in plan.components.items()
     }
-    _check_effect(components, settings)
+    _check_effect(quantized, settings)
     return replace(quantized, components=components)
 
 
@@ -86,15 +91,30 @@ def _stored_forms(model: ModelFolder, component: str) -> dict[str, Affine]:
     names = [name for file in model.tensor_files(component) for name in file.tensors]
     layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
     entries = {layer: config.get(layer, config) for layer in layers}
-    return {layer: Affine(entry["bits"], entry["group_size"]) for layer, entry in entries.items()}
+    return {layer: Affine(e["bits"], e["group_size"]) for layer, e in entries.items() if e.get("mode") in MODES}
 
 
 def recipe_forms(plan: Plan, settings: Settings) -> Forms:
     """How the recipe wants the layers of the chosen components stored, whether their width allows it or not."""
     recipe = load_recipe(settings.recipe)
     chosen = [name for name in plan.components if name in settings.only or not settings.only]
-    bits = {name: recipe.bits(name, [layer_of(m) for m in plan.moves(name)], settings.bits) for name in chosen}
+    bits = {name: recipe.bits(name, [m.layer for m in plan.moves(name)], settings.bits) for name in chosen}
     return {name: {layer: Affine(n, settings.group_size) for layer, n in bits[name].items()} for name in chosen}
+
+
+def _shrinking(plan: Plan, forms: Forms) -> Iterator[Layer]:
+    """The layers kept as published that get fewer bits. Raises UnsupportedError for those of 4 bits."""
+    for (component, layer), keep in kept_layers(plan).items():
+        affine = forms.get(component, {}).get(layer)
+        if affine is None or affine.bits >= keep.storage.bits:
+            continue
+        if keep.storage.bits < HALVED:
+            raise UnsupportedError(
+                f"{component}.{layer} is not quantized to {affine.bits} bits",
+                f"it is {keep.storage.mode} already, and a second loss would leave little of it",
+                "use 4 bits or more, which leave it as it is, or quantize the bf16 model",
+            )
+        yield component, layer
 
 
 def _packed_plan(plan: Plan, forms: Forms) -> Plan:
@@ -104,7 +124,7 @@ def _packed_plan(plan: Plan, forms: Forms) -> Plan:
 
 def _packed(move: Move, forms: Mapping[str, Affine]) -> Move:
     """The move with its layer's form, where that has one and the tensor is a weight that can be packed."""
-    affine, form = forms.get(layer_of(move)), move.form
+    affine, form = forms.get(move.layer), move.form
     if affine is None or not move.key.endswith(".weight") or len(form.shape) != 2 or form.dtype not in DTYPES:
         return move
     if form.shape[1] % affine.group_size:
@@ -114,7 +134,7 @@ def _packed(move: Move, forms: Mapping[str, Affine]) -> Move:
 
 def _unfit(quantized: Plan, forms: Forms) -> list[str]:
     """Layers that the recipe names and that are not packed."""
-    packed = {name: packings(quantized.moves(name)) for name in forms}
+    packed = {name: packed_layers(quantized.moves(name)) for name in forms}
     return [f"{name}.{layer}" for name in forms for layer in forms[name] if layer not in packed[name]]
 
 
@@ -128,8 +148,8 @@ def _check(plan: Plan, settings: Settings) -> None:
     for name in settings.only:
         if name not in plan.components:
             raise InputError(f"there is no {name}", f"the model holds {', '.join(plan.components)}", "check --only")
-    for name, component in plan.components.items():
-        if component.quantization is not None:
+    for name in plan.components:
+        if _is_quantized(plan.moves(name)):
             raise InputError(
                 f"the model is quantized already ({name})",
                 "quantizing twice loses more than once, and what is lost cannot be regained",
@@ -144,12 +164,19 @@ def _not_possible(option: str, value: object, values: Iterable[object]) -> Input
     )
 
 
-def _check_effect(components: Mapping[str, ComponentPlan], settings: Settings) -> None:
-    quantized = [name for name, component in components.items() if component.quantization is not None]
+def _is_quantized(moves: Iterable[Move]) -> bool:
+    """Whether some layer is, other than those that stay as they were published."""
+    moves = list(moves)
+    packed = packed_layers(moves)
+    return any(m.key.endswith(".scales") and m.layer not in packed for m in moves)
+
+
+def _check_effect(plan: Plan, settings: Settings) -> None:
+    quantized = [name for name in plan.components if packings(plan.moves(name))]
     idle = [name for name in settings.only if name not in quantized]
     if idle or not quantized:
         raise InputError(
-            f"there is nothing to quantize in {', '.join(idle or components)}",
+            f"there is nothing to quantize in {', '.join(idle or plan.components)}",
             f"recipe {settings.recipe} names none of its layers, or no width is a multiple of {settings.group_size}",
             "choose other components, another recipe or a smaller --group-size, or leave the model as it is",
         )

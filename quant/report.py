@@ -1,5 +1,6 @@
 """What quantizing has done: per layer its form, size and error, and the sizes before and after."""
 
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -7,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ltx2.convert.codes import Keep
 from ltx2.convert.files import outputs
-from ltx2.convert.plan import Move, Plan, packed_key
+from ltx2.convert.plan import Move, Plan, packed_key, packed_layers, parameters
 from ltx2.convert.steps import to_float32
 from ltx2.quant.pack import BLOCK_VALUES, Loss, Packed, dequantize_rows
 from ltx2.quant.step import AffinePacking, packings
@@ -21,13 +23,15 @@ DIGITS = 4  # significant digits of an error; fewer than differ between the ways
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer. `bytes` counts codes, scales and biases; `relative_error` is ||W' - W|| / ||W||, which is
-    the relative error to expect in the layer's output for inputs without structure."""
+    """One quantized layer, or one that stays in the codes it was published in and loses nothing. `bytes` counts codes,
+    scales and biases; `relative_error` is ||W' - W|| / ||W||, which is the relative error to expect in the layer's
+    output for inputs without structure."""
 
     component: str
     layer: str
     bits: int
     group_size: int
+    mode: str
     bytes: int
     relative_error: float
 
@@ -94,17 +98,21 @@ def make_report(plan: Plan, folder: ModelFolder, unfit: Iterable[str] = ()) -> G
         packed = packings(plan.moves(name))
         unknown = {layer: move for layer, (move, packing) in packed.items() if packing.tally.loss is None}
         losses = yield from _read_back(unknown, folder.tensor_files(name))
-        for layer, (move, packing) in packed.items():
-            loss = packing.tally.loss or losses[layer]
-            layers.append(_layer_report(name, layer, move, packing, loss))
+        losses |= {layer: packing.tally.loss for layer, (_, packing) in packed.items() if packing.tally.loss}
+        layers += _layer_reports(name, plan.moves(name), losses)
     totals = {name: _total(plan.moves(name)) for name in plan.components}
     return Report(tuple(layers), totals, tuple(unfit))
 
 
-def _layer_report(component: str, layer: str, move: Move, packing: AffinePacking, loss: Loss) -> LayerReport:
-    size = sum(form.nbytes for form in packing.forms(move.form).values())
-    error = float(f"{loss.relative:.{DIGITS}g}")
-    return LayerReport(component, layer, packing.affine.bits, packing.affine.group_size, size, error)
+def _layer_reports(component: str, moves: list[Move], losses: Mapping[str, Loss]) -> Iterator[LayerReport]:
+    sizes: Counter[str] = Counter()
+    for move in moves:
+        stored = move.stored().items()
+        sizes[move.layer] += sum(form.nbytes for key, form in stored if not key.endswith(".bias"))
+    for layer, move in packed_layers(moves).items():
+        assert move.packing is not None
+        storage, error = move.packing.storage, float(f"{losses.get(layer, Loss()).relative:.{DIGITS}g}")
+        yield LayerReport(component, layer, storage.bits, storage.group_size, storage.mode, sizes[layer], error)
 
 
 def _read_back(moves: Mapping[str, Move], files: Iterable[TensorFile]) -> Generator[Event, None, dict[str, Loss]]:
@@ -118,12 +126,13 @@ def _read_back(moves: Mapping[str, Move], files: Iterable[TensorFile]) -> Genera
     return losses
 
 
-def _total(moves: Iterable[Move]) -> Total:
+def _total(moves: list[Move]) -> Total:
     total = Total(0, 0, 0)
     for move in moves:
         after = sum(form.nbytes for form in move.stored().values())
-        total += Total(move.form.nbytes, after, prod(move.form.shape))
-    return total
+        kept = isinstance(move.packing, Keep)
+        total += Total(after if kept else move.form.nbytes, after, 0)
+    return total + Total(0, 0, sum(prod(move.values.shape) for move in parameters(moves)))
 
 
 def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:

@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 
 import ltx2
 from ltx2.convert import journal, write
-from ltx2.convert.plan import Drop, Plan, folder_plan, make_plan
+from ltx2.convert.folder import folder_plan
+from ltx2.convert.plan import Drop, Plan, make_plan
 from ltx2.convert.steps import Cast, Form, Transpose
 from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.runtime.errors import DoesNotFitError, InputError, ModelFolderError, NumericsError

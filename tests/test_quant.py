@@ -274,7 +274,9 @@ class TestFolder:
         assert data["totals"]["all"]["bytes_after"] == total == report.total.bytes_after
         assert data["totals"]["text_encoder"]["bits_per_weight"] == pytest.approx(4.97, abs=0.01)
         assert len(data["layers"]) == len(report.layers)
-        assert data["layers"][0].keys() == {"component", "layer", "bits", "group_size", "bytes", "relative_error"}
+        assert data["layers"][0].keys() == {
+            "component", "layer", "bits", "group_size", "mode", "bytes", "relative_error",
+        }
 
     def test_mlx_lm_loads_the_text_encoder(self, model: Path, tmp_path: Path, figure: Figure) -> None:
         require("mlx_lm")
