@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ltx2.convert.check import lora_misfits
 from ltx2.convert.checkpoint import open_sources, read_json
 from ltx2.convert.compare import Repack, compare_values
+from ltx2.convert.lora import misfits
 from ltx2.runtime.errors import Ltx2Error, VerificationError
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.layout import INDEX, MANIFEST, ModelFolder, is_lora
@@ -113,8 +113,8 @@ def _misfits(model: ModelFolder, component: str, stored: Shapes) -> list[str]:
     if is_lora(component):
         targets = [name for name in ("transformer", "connectors") if model.has(name)]
         shapes = {name: parameter_shapes(build_component(model, name, ())) for name in targets}
-        _, wrong = lora_misfits(component, {component: stored, **shapes})
-        return [f"{component}: the factors for {layer} do not fit" for layer in wrong]
+        _, wrong = misfits(stored, shapes)
+        return [f"{component}: the factors for {module} do not fit ({reason})" for module, reason in wrong.items()]
     found = shape_differences(parameter_shapes(build_component(model, component, stored)), stored)
     return [f"{component}: tensor {name} is {kind}" for kind, names in found.items() for name in names]
 
