@@ -1,13 +1,15 @@
 """The components of a model folder: their network class and their config.json, taken from a source's own
 configuration."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ltx2.convert.checkpoint import Source
 from ltx2.convert.gemma import text_config
+from ltx2.convert.lora_scale import lora_config
 from ltx2.runtime.config import AS_PUBLISHED
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.text_encoder.config import ConnectorsConfig
@@ -19,8 +21,15 @@ SECTIONS: Mapping[str, tuple[str, str]] = {
     "video_vae": ("vae", "CausalVideoAutoencoder"),
     "audio_vae": ("audio_vae", "AudioAutoencoder"),
     "vocoder": ("vocoder", "Vocoder"),
+    "duration_head": ("duration_head", "DurationHead"),
 }
-TEXT_PROJECTION = "text_embedding_projection.aggregate_embed.weight"
+# Component -> a key of its section, and the class that this key makes it.
+CLASS_KEYS: Mapping[str, tuple[str, str]] = {"vocoder": ("bwe", "VocoderWithBWE")}
+# Component -> keys that it reads from the `transformer` section beside its own.
+TRANSFORMER_KEYS: Mapping[str, tuple[str, ...]] = {
+    "duration_head": ("cross_attention_dim", "audio_cross_attention_dim"),
+}
+TEXT_PROJECTION = re.compile(r"text_embedding_projection\.(?:\w+_)?aggregate_embed\.weight")
 
 
 @dataclass(frozen=True)
@@ -34,36 +43,45 @@ class ComponentPlan:
     quantization: Mapping[str, Any] | None = None
 
 
-def component_plan(name: str, source: Source) -> ComponentPlan:
-    """How `source` fills the component. Raises CheckpointError when it lacks the configuration."""
+def component_plan(name: str, sources: Sequence[Source]) -> ComponentPlan:
+    """How `sources` fill the component together. Raises CheckpointError when they lack the configuration."""
+    source = sources[0]
     if source.kind == "lora":
-        return ComponentPlan(name, "LoRA", _lora_config(source))
-    if source.kind == "gemma":
-        return ComponentPlan(name, "Gemma3ForCausalLM", text_config(source.config), source.companions)
-    if source.kind != "checkpoint":
+        return ComponentPlan(name, "LoRA", lora_config(source.files[0]))
+    if name == "text_encoder":
+        config = text_config(source.config)
+        return ComponentPlan(name, str(config["architectures"][0]), config, source.companions)
+    if source.kind.endswith("upscaler"):
         return ComponentPlan(name, str(source.config.get("_class_name", "LatentUpsampler")), dict(source.config))
-    section, cls = SECTIONS[name]
-    config = source.config.get(section)
-    if not isinstance(config, Mapping):
-        raise CheckpointError(
-            f"{source.path.name} has no configuration for its {name}",
-            f"its metadata lacks config.{section}",
-            AS_PUBLISHED,
-        )
+    key, cls = SECTIONS[name]
+    section = _section(key, name, sources)
     if name == "connectors":
-        return ComponentPlan(name, cls, _connectors_config(config, source))
-    return ComponentPlan(name, str(config.get("_class_name", cls)), dict(config))
+        return ComponentPlan(name, cls, _connectors_config(section, sources))
+    deciding, other = CLASS_KEYS.get(name, ("", ""))
+    cls = other if deciding in section else str(section.get("_class_name", cls))
+    transformer = source.config.get("transformer", {})
+    beside = {key: transformer[key] for key in TRANSFORMER_KEYS.get(name, ()) if key in transformer}
+    return ComponentPlan(name, cls, beside | dict(section))
 
 
-def _connectors_config(section: Mapping[str, Any], source: Source) -> dict[str, Any]:
+def _section(key: str, component: str, sources: Sequence[Source]) -> Mapping[str, Any]:
+    """The section of the first source that has it; a text projection alone needs none."""
+    found = next((section for s in sources if isinstance(section := s.config.get(key), Mapping)), None)
+    if found is not None:
+        return found
+    if component == "connectors" and all(source.kind == "text_encoder" for source in sources):
+        return {}
+    raise CheckpointError(
+        f"{sources[0].path.name} has no configuration for its {component}",
+        f"its metadata lacks config.{key}",
+        AS_PUBLISHED,
+    )
+
+
+def _connectors_config(section: Mapping[str, Any], sources: Sequence[Source]) -> dict[str, Any]:
     config = ConnectorsConfig.select(section)
-    for file in source.files:
-        if TEXT_PROJECTION in file.tensors:
-            config["text_projection_in_features"] = file.tensors[TEXT_PROJECTION].shape[-1]
+    for file in (file for source in sources for file in source.files):
+        for name, tensor in file.tensors.items():
+            if TEXT_PROJECTION.fullmatch(name):
+                config["text_projection_in_features"] = tensor.shape[-1]
     return config
-
-
-def _lora_config(source: Source) -> dict[str, Any]:
-    """Rank facts: delta = scale * B @ A; without alpha in the file the scale is 1."""
-    ranks = [t.shape[0] for f in source.files for n, t in f.tensors.items() if n.endswith(".lora_A.weight")]
-    return {"rank": max(ranks, default=0), "scale": 1.0, "modules": len(ranks)}

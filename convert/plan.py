@@ -3,19 +3,25 @@
 Made from headers alone, without MLX. Converting, the dry run, quantizing and verifying all work from the same plan."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ltx2.convert import rules
 from ltx2.convert.checkpoint import VARIANTS, Source, variant_in_name
+from ltx2.convert.codes import Codes, Dequantize, Keep, KeepBlockScales, Nvfp4
 from ltx2.convert.components import ComponentPlan, component_plan
-from ltx2.convert.steps import FLOATS, Cast, Form, Packing, Step, Transpose
-from ltx2.runtime.config import STORAGE_KEYS
+from ltx2.convert.scales import dropped_beside_codes, find_codes
+from ltx2.convert.steps import FLOATS, Cast, Form, Packing, Reshape, Step, Storage, Transpose
+from ltx2.convert.together import common_release
 from ltx2.runtime.errors import CheckpointError, InputError
-from ltx2.runtime.layout import COMPONENTS, CONFIG, INDEX, LORAS, ModelFolder, is_lora
+from ltx2.runtime.layout import COMPONENTS, LORAS, is_lora
 from ltx2.runtime.tensorfile import FileRecord, TensorFile, TensorInfo
+
+SCALE_PARTS = ("scales", "weight_scale")  # last name parts of what is stored beside a weight kept as codes
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,16 @@ class Move:
         for step in self.steps:
             form = step.form(form)
         return form
+
+    @property
+    def values(self) -> Form:
+        """Shape and float type of the parameter, packed or not."""
+        return self.form if self.packing is None else self.packing.values(self.form)
+
+    @property
+    def layer(self) -> str:
+        """The path of the layer the tensor belongs to: its key without the last part."""
+        return self.key.rpartition(".")[0]
 
     def stored(self) -> dict[str, Form]:
         """Name, shape and dtype of every tensor this one becomes."""
@@ -73,6 +89,7 @@ class Drop:
 
 
 Entry = Move | Merge | Asset | Drop
+Owners = dict[str, dict[str, Source]]  # component -> its tensors and files -> the source of each
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,7 @@ class Plan:
 
     def moves(self, component: str) -> list[Move]:
         """The component's tensors, in the sources' order."""
-        return [e for e in self.entries if isinstance(e, Move) and e.component == component]
+        return _of(self.entries, component)
 
     def assets(self, component: str) -> list[Asset]:
         """The files among the sources' tensors that go into the component's folder."""
@@ -108,6 +125,38 @@ def packed_key(key: str, part: str) -> str:
     return f"{key.rpartition('.')[0]}.{part}"
 
 
+def natural_order(key: str) -> tuple[str | int, ...]:
+    """Sort key that orders numbers by value."""
+    parts = re.split(r"(\d{1,18})", key)  # every second one is a number
+    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts))
+
+
+def packed_layers(moves: Iterable[Move]) -> dict[str, Move]:
+    """The packed weights among a component's tensors by the path of their layer, in natural order."""
+    found = {move.layer: move for move in moves if move.packing is not None}
+    return {layer: found[layer] for layer in sorted(found, key=natural_order)}
+
+
+def parameters(moves: Iterable[Move]) -> list[Move]:
+    """A component's tensors that its network has too: all but the scales of layers that are kept packed."""
+    moves = list(moves)
+    scales = {f"{layer}.{part}" for layer in packed_layers(moves) for part in SCALE_PARTS}
+    return [move for move in moves if move.key not in scales]
+
+
+def quantization_config(moves: Iterable[Move]) -> dict[str, Any] | None:
+    """`quantization` in config.json as mlx-lm writes it: the form that most values have, then the layers that have
+    another. None when no layer is packed."""
+    layers = {layer: (move.packing.storage, move) for layer, move in packed_layers(moves).items() if move.packing}
+    values: Counter[Storage] = Counter()
+    for storage, move in layers.values():
+        values[storage] += prod(move.values.shape)
+    if not values:
+        return None
+    common = max(values, key=lambda storage: (values[storage], -storage.bits, storage.mode))
+    return common.entry() | {layer: storage.entry() for layer, (storage, _) in layers.items() if storage != common}
+
+
 def make_plan(sources: Sequence[Source], options: Options | None = None) -> Plan:
     """Plan the conversion of all sources into one model folder.
 
@@ -117,30 +166,23 @@ def make_plan(sources: Sequence[Source], options: Options | None = None) -> Plan
     options = options or Options()
     _check_options(options)
     entries: list[Entry] = []
-    owners: dict[str, Source] = {}
+    owners: Owners = {}
+    release = common_release(sources)
     for source in sources:
         found = [_selected(entry, options) for entry in _entries(source, options)]
-        for component in dict.fromkeys(e.component for e in found if isinstance(e, Move | Asset)):
-            _claim(owners, component, source)
+        _claim(owners, found, source)
         entries += found
     _check_selection(options, owners)
-    components = {name: component_plan(name, owners[name]) for name in sorted(owners)}
+    components = {
+        name: replace(
+            component_plan(name, list(dict.fromkeys(owners[name].values()))),
+            quantization=quantization_config(_of(entries, name)),
+        )
+        for name in sorted(owners)
+    }
     used = {id(e.file): e.file for e in entries if not isinstance(e, Drop)}
     files = tuple(sorted(used.values(), key=lambda f: (f.path.name, f.size)))
-    return Plan(tuple(entries), components, _release(sources), _variant(owners, options), files)
-
-
-def folder_plan(folder: ModelFolder) -> Plan:
-    """The plan that copies a model folder as it is; what quantizing starts from."""
-    entries: list[Entry] = []
-    components = {}
-    for name, record in folder.manifest.components.items():
-        extra = [folder.path / name / f.name for f in record.files if _is_companion(f.name)]
-        config = {k: v for k, v in folder.config(name).items() if k not in STORAGE_KEYS}
-        components[name] = ComponentPlan(name, record.cls, config, tuple(extra), record.quantization)
-        entries += [Move(f, t, name, t.name) for f in folder.tensor_files(name) for t in f.tensors.values()]
-    manifest = folder.manifest
-    return Plan(tuple(entries), components, manifest.release, manifest.variant, manifest.sources)
+    return Plan(tuple(entries), components, release, _variant(owners, options), files)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -163,7 +205,8 @@ def _target_json(entry: Move | Merge | Asset) -> dict[str, Any]:
         form, key, steps = Form(entry.tensor.shape, entry.tensor.dtype), entry.name, []
     else:
         form = entry.form if entry.packing is None else entry.packing.forms(entry.form)["weight"]
-        key, steps = entry.key, [str(step) for step in (*entry.steps, *([entry.packing] if entry.packing else []))]
+        key, steps = entry.key, [name for step in entry.steps for name in step.names]
+        steps += [str(entry.packing)] if entry.packing else []
     return {
         "component": entry.component,
         "key": key,
@@ -173,15 +216,28 @@ def _target_json(entry: Move | Merge | Asset) -> dict[str, Any]:
     }
 
 
+def _of(entries: Iterable[Entry], component: str) -> list[Move]:
+    return [entry for entry in entries if isinstance(entry, Move) and entry.component == component]
+
+
 def _entries(source: Source, options: Options) -> Iterator[Entry]:
-    unknown = []
+    coded, unknown = find_codes(source.files), []
     for file in source.files:
         for name, tensor in file.tensors.items():
-            target = rules.target(source.kind, name)
-            if target is None:
+            owner, part = coded.scales.get(name, (name, ""))  # a scale goes where what it scales goes
+            target = rules.target(source.kind, owner)
+            if reason := dropped_beside_codes(name):
+                yield Drop(file, tensor, reason)
+            elif target is None:
                 unknown.append(name)
             elif target.dropped:
                 yield Drop(file, tensor, target.dropped)
+            elif target.asset:
+                yield Asset(file, tensor, target.component, target.key)
+            elif part:
+                yield _scale_entry(_coded_move(source, coded.codes[owner], target, options), file, tensor, part)
+            elif name in coded.codes:
+                yield _coded_move(source, coded.codes[name], target, options)
             else:
                 yield _move(source, file, tensor, target, options)
     if unknown:
@@ -193,17 +249,49 @@ def _entries(source: Source, options: Options) -> Iterator[Entry]:
 
 
 def _move(source: Source, file: TensorFile, tensor: TensorInfo, target: rules.Target, options: Options) -> Move:
-    if source.kind == "lora":
-        key, component = f"{target.component}.{target.key}", f"{LORAS}/{lora_name(source.path)}"
-    else:
-        key, component = target.key, target.component
-    steps: list[Step] = []
-    if axes := rules.axes(component, key, len(tensor.shape)):
-        steps.append(Transpose(axes))
+    component, key = _place(source, target)
+    steps = _turned(component, key, tensor.shape)
     stays = tensor.dtype == "F32" and rules.FLOAT32_TABLES.fullmatch(key)
     if options.dtype and not stays and FLOATS[options.dtype] != tensor.dtype:
         steps.append(Cast(options.dtype))
     return Move(file, tensor, component, key, tuple(steps))
+
+
+def _coded_move(source: Source, codes: Codes, target: rules.Target, options: Options) -> Move:
+    """Linear layers stay codes unless the user wants a float type; what MLX cannot multiply as codes becomes BF16."""
+    component, key = _place(source, target)
+    shape = codes.shape(Form(codes.tensor.shape, codes.tensor.dtype))
+    if options.dtype is None and rules.is_linear(component, key, shape) and shape[1] % codes.storage.group_size == 0:
+        return Move(codes.file, codes.tensor, component, key, packing=Keep(codes))
+    steps = (Dequantize(codes, options.dtype or "bf16"), *_turned(component, key, shape))
+    return Move(codes.file, codes.tensor, component, key, steps)
+
+
+def _scale_entry(weight: Move, file: TensorFile, tensor: TensorInfo, part: str) -> Move | Merge:
+    """A scale of kept codes is stored beside them; otherwise decoding has used it up."""
+    if not isinstance(weight.packing, Keep):
+        return Merge(file, tensor, weight)
+    codes = weight.packing.codes
+    steps: list[Step] = []
+    if part == "scales" and isinstance(codes, Nvfp4):
+        steps.append(KeepBlockScales(codes.blocks))
+    elif codes.scale is not None and codes.scale.shape != tensor.shape:
+        steps.append(Reshape(codes.scale.shape))
+    if part == "weight_scale" and tensor.dtype != "F32":
+        steps.append(Cast("f32"))
+    return Move(file, tensor, weight.component, packed_key(weight.key, part), tuple(steps))
+
+
+def _place(source: Source, target: rules.Target) -> tuple[str, str]:
+    """Component and key."""
+    if source.kind == "lora":
+        return f"{LORAS}/{lora_name(source.path)}", f"{target.component}.{target.key}"
+    return target.component, target.key
+
+
+def _turned(component: str, key: str, shape: tuple[int, ...]) -> list[Step]:
+    axes = rules.axes(component, key, len(shape))
+    return [Transpose(axes)] if axes else []
 
 
 def lora_name(path: Path) -> str:
@@ -220,14 +308,19 @@ def _selected(entry: Entry, options: Options) -> Entry:
     return Drop(entry.file, entry.tensor, f"{component} is not selected (--only)")
 
 
-def _claim(owners: dict[str, Source], component: str, source: Source) -> None:
-    other = owners.setdefault(component, source)
-    if other is not source:
-        raise CheckpointError(
-            f"two sources hold a {component}",
-            f"{other.path} and {source.path} would fill the same folder",
-            "name only one of them, or convert them into two models",
-        )
+def _claim(owners: Owners, entries: Iterable[Entry], source: Source) -> None:
+    """A component may come from several sources, each of its tensors from one."""
+    for entry in entries:
+        if not isinstance(entry, Move | Asset):
+            continue
+        key = entry.key if isinstance(entry, Move) else entry.name
+        other = owners.setdefault(entry.component, {}).setdefault(key, source)
+        if other is not source:
+            raise CheckpointError(
+                f"two sources hold a {entry.component}",
+                f"{other.path} and {source.path} would fill the same folder",
+                "name only one of them, or convert them into two models",
+            )
 
 
 def _check_options(options: Options) -> None:
@@ -246,25 +339,17 @@ def _check_options(options: Options) -> None:
             )
 
 
-def _check_selection(options: Options, owners: Mapping[str, Source]) -> None:
+def _check_selection(options: Options, owners: Owners) -> None:
     for name in options.only:
         if name not in owners and not (name == LORAS and any(map(is_lora, owners))):
             have = ", ".join(sorted(owners)) or "nothing else of what --only names"
             raise InputError(f"the sources hold no {name}", f"they hold {have}", "check --only, or add the source")
 
 
-def _release(sources: Sequence[Source]) -> str | None:
-    found = {s.release.name: s for s in sources if s.release is not None}
-    if len(found) > 1:
-        names = "; ".join(f"{s.path.name} belongs to {s.release.title}" for s in found.values() if s.release)
-        raise CheckpointError("the sources belong to different releases", names, "use files of one release")
-    return next(iter(found), None)
-
-
-def _variant(owners: Mapping[str, Source], options: Options) -> str | None:
+def _variant(owners: Owners, options: Options) -> str | None:
     if options.variant is not None or "transformer" not in owners:
         return options.variant
-    path = owners["transformer"].path
+    path = next(iter(owners["transformer"].values())).path
     variant = variant_in_name(path.stem)
     if variant is None:
         raise InputError(
@@ -273,7 +358,3 @@ def _variant(owners: Mapping[str, Source], options: Options) -> str | None:
             "add --variant dev or --variant distilled",
         )
     return variant
-
-
-def _is_companion(name: str) -> bool:
-    return name not in (CONFIG, INDEX) and not name.endswith(".safetensors")

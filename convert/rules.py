@@ -10,28 +10,32 @@ from dataclasses import dataclass
 from ltx2.convert.lora_names import read_name
 
 UNUSED_STATISTIC = "a statistic no network uses"
-VISION = "the vision tower and its projector are not part of the text encoder"
+VISION = "vision and audio towers and their projectors are not part of the text encoder"
 CONSTANT = "a constant buffer, computed where it is used"
+UNUSED_CONSTANT = "a constant buffer that no network uses"
 SCALE = "the strength of a LoRA's layer: a scale in its config.json"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors whose whole name matches `pattern` go to `component` as `key` (a match template) or are dropped."""
+    """Tensors whose whole name matches `pattern` go to `component` as `key` (a match template) or are dropped; an
+    `asset` holds the bytes of a file, which is called `key`."""
 
     pattern: str
     component: str = ""
     key: str = r"\1"
     dropped: str = ""
+    asset: bool = False
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a tensor goes; `dropped` holds the reason when it goes nowhere."""
+    """Where a tensor goes; `dropped` holds the reason when it goes nowhere. An `asset` becomes the file `key`."""
 
     component: str
     key: str
     dropped: str = ""
+    asset: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,18 @@ class Axes:
     axes: tuple[int, ...]
 
 
+_UNUSED_STATISTICS = r"per_channel_statistics\.(channel|mean-of-stds|mean-of-stds_over_std-of-means)"
 CHECKPOINT = (
     Rule(r"model\.diffusion_model\.(video|audio)_embeddings_connector\.(.+)", "connectors", r"\1_connector.\2"),
     Rule(r"model\.diffusion_model\.(.+)", "transformer"),
     Rule(r"text_embedding_projection\.(.+)", "connectors", r"text_projection.\1"),
-    Rule(
-        r"vae\.per_channel_statistics\.(channel|mean-of-stds|mean-of-stds_over_std-of-means)",
-        dropped=UNUSED_STATISTIC,
-    ),
+    Rule(rf"(?:vae\.)?{_UNUSED_STATISTICS}", dropped=UNUSED_STATISTIC),
     Rule(r"vae\.(.+)", "video_vae"),
     Rule(r"audio_vae\.(.+)", "audio_vae"),
+    Rule(r"vocoder\.mel_stft\.stft_fn\.inverse_basis", dropped=UNUSED_CONSTANT),  # only spectra are taken
     Rule(r"vocoder\.(.+)", "vocoder"),
+    Rule(r"duration_head\.(.+)", "duration_head"),
+    Rule(r"((?:encoder|decoder|per_channel_statistics)\..+)", "video_vae"),  # in a file of its own
 )
 SPATIAL_UPSCALER = (
     Rule(r"upsampler\.blur_down\.kernel", dropped=CONSTANT),
@@ -64,6 +69,15 @@ GEMMA = (
     Rule(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.(.+)", dropped=VISION),
     Rule(r"language_model\.model\.(.+)", "text_encoder", r"model.\1"),  # as published
     Rule(r"model\.language_model\.(.+)", "text_encoder", r"model.\1"),  # as newer transformers write it
+)
+# A language model in one file with its projections and its tokenizer.
+_ASSETS = r"[a-z_]+_config\.json|(?:special_tokens_map|added_tokens|tokenizer)\.json|chat_template\.(?:jinja|json)"
+TEXT_ENCODER = (
+    Rule(r"tokenizer_json", "text_encoder", "tokenizer.json", asset=True),
+    Rule(rf"hf_asset__({_ASSETS})", "text_encoder", asset=True),
+    Rule(r"text_embedding_projection\.(.+)", "connectors", r"text_projection.\1"),
+    Rule(r"(?:model\.)?(?:vision_\w+|audio_\w+|embed_vision|embed_audio|multi_modal_projector)\..+", dropped=VISION),
+    Rule(r"(?:model\.language_model|language_model\.model|model)\.(.+)", "text_encoder", r"model.\1"),
 )
 _CHANGE = r"(?:lora_[AB]\.weight|diff|diff_b)"
 LORA = (  # official names: `target` translates the other spellings (lora_names.py)
@@ -80,6 +94,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "spatial_upscaler": SPATIAL_UPSCALER,
     "temporal_upscaler": TEMPORAL_UPSCALER,
     "gemma": GEMMA,
+    "text_encoder": TEXT_ENCODER,
     "lora": LORA,
 }
 
@@ -99,15 +114,22 @@ RENAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
 TRANSPOSES = (
     Axes("video_vae", r".+\.weight", (0, 2, 3, 4, 1)),
     Axes("audio_vae", r".+\.weight", (0, 2, 3, 1)),
-    Axes("vocoder", r"ups\.\d+\.weight", (1, 2, 0)),
-    Axes("vocoder", r".+\.weight", (0, 2, 1)),
+    Axes("vocoder", r"(.+\.)?ups\.\d+\.weight", (1, 2, 0)),
+    Axes("vocoder", r".+\.(weight|filter|forward_basis)", (0, 2, 1)),
     Axes("spatial_upscaler", r".+\.weight", (0, 2, 3, 4, 1)),
     Axes("spatial_upscaler", r".+\.weight", (0, 2, 3, 1)),
     Axes("temporal_upscaler", r".+\.weight", (0, 2, 3, 4, 1)),
 )
 
+# Weights of linear layers, which MLX multiplies as codes too; not embeddings.
+LINEARS: Mapping[str, str] = {
+    "transformer": r".+\.weight",
+    "connectors": r".+\.weight",
+    "text_encoder": r"model\.layers\..+\.weight",
+}
+
 # Modulation tables that a checkpoint keeps in float32 stay float32 whatever --dtype says.
-FLOAT32_TABLES = re.compile(r"(.+\.)?(audio_)?scale_shift_table(_\w+)?")
+FLOAT32_TABLES = re.compile(r"(.+\.)?(audio_)?(prompt_)?scale_shift_table(_\w+)?")
 
 
 def target(kind: str, name: str) -> Target | None:
@@ -120,7 +142,7 @@ def target(kind: str, name: str) -> Target | None:
         if match := re.fullmatch(rule.pattern, name):
             if rule.dropped:
                 return Target("", "", rule.dropped)
-            return Target(rule.component, _renamed(rule.component, match.expand(rule.key)))
+            return Target(rule.component, _renamed(rule.component, match.expand(rule.key)), asset=rule.asset)
     return None
 
 
@@ -136,3 +158,8 @@ def axes(component: str, key: str, rank: int) -> tuple[int, ...] | None:
         if row.component == component and len(row.axes) == rank and re.fullmatch(row.pattern, key):
             return row.axes
     return None
+
+
+def is_linear(component: str, key: str, shape: tuple[int, ...]) -> bool:
+    """Whether this is the weight of a linear layer."""
+    return len(shape) == 2 and re.fullmatch(LINEARS.get(component, ""), key) is not None
