@@ -13,7 +13,7 @@ from ltx2.convert.recode import Layer, decoded, kept_layers
 from ltx2.convert.steps import FLOATS, Cast
 from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.events import BytesDone, Event
-from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.layout import ModelFolder, is_lora
 from ltx2.runtime.tensorfile import Array, Output, TensorFile
 
 # Packs the layers of a plan as the folder's layers are packed; quantization supplies it.
@@ -52,7 +52,17 @@ def compare_values(
         differences += [f"{component}: {comparison.difference}"] if comparison.difference else []
     filled = {component for component, _ in streams}
     left = [f"{name}: tensor {key} is not in the sources" for name in sorted(filled) for key in sorted(stored[name])]
-    return equal, differences + left
+    return equal, differences + left + _strength_differences(plan, model, filled)
+
+
+def _strength_differences(plan: Plan, model: ModelFolder, filled: set[str]) -> list[str]:
+    """LoRAs whose config.json is not what their source says: its alpha tensors are values too."""
+    loras = [name for name in sorted(filled) if is_lora(name)]
+    return [
+        f"{name}: config.json does not say what the source says"
+        for name in loras
+        if model.config(name) != plan.components[name].config
+    ]
 
 
 def _decoded_alike(plan: Plan, stored: dict[str, Stored]) -> dict[Layer, str]:
