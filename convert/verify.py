@@ -112,7 +112,7 @@ def _tensor_differences(model: ModelFolder, component: str, shapes: dict[str, Sh
 def _misfits(model: ModelFolder, component: str, stored: Shapes) -> list[str]:
     if is_lora(component):
         targets = [name for name in ("transformer", "connectors") if model.has(name)]
-        shapes = {name: parameter_shapes(build_component(model, name, ())) for name in targets}
+        shapes = {name: parameter_shapes(build_component(model, name, {})) for name in targets}
         _, wrong = misfits(stored, shapes)
         return [f"{component}: the factors for {module} do not fit ({reason})" for module, reason in wrong.items()]
     found = shape_differences(parameter_shapes(build_component(model, component, stored)), stored)

@@ -1,7 +1,7 @@
 """From a model folder's component to an MLX module: configuration decides the class, the files decide the
 quantization, and every tensor must fit."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from ltx2.runtime.config import AS_PUBLISHED
 from ltx2.runtime.errors import ConfigError, ModelFolderError, UnsupportedError
 from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.quantized import quantize_like
 
 # Class name in ltx2.json -> module with `build(config) -> nn.Module`. Imported on demand.
 NETWORKS: Mapping[str, str] = {
@@ -66,11 +67,12 @@ def load_weights(folder: ModelFolder, component: str) -> dict[str, mx.array]:
     return weights
 
 
-def build_component(folder: ModelFolder, component: str, stored: Container[str]) -> nn.Module:
-    """The component's network, uninitialised; layers are quantized whose scales are among the `stored` names."""
+def build_component(folder: ModelFolder, component: str, stored: Shapes) -> nn.Module:
+    """The component's network, uninitialised; layers are quantized whose scales are among the `stored` tensors."""
     config = folder.config(component)
     network = build_network(folder.record(component).cls, config)
-    _quantize_like(network, config.get("quantization"), stored)
+    if quantization := config.get("quantization"):
+        quantize_like(network, quantization, stored)
     return network
 
 
@@ -86,14 +88,15 @@ def load_network(folder: ModelFolder, component: str, expected: type[Module]) ->
     Raises ModelFolderError naming the first missing, extra or misshapen tensor.
     """
     weights = load_weights(folder, component)
-    network = build_component(folder, component, weights)
+    stored = {name: tuple(value.shape) for name, value in weights.items()}
+    network = build_component(folder, component, stored)
     if not isinstance(network, expected):
         raise ModelFolderError(
             f"{component} of {folder.path} is a {type(network).__name__}",
             f"a {expected.__name__} is needed here",
             "convert the checkpoint again",
         )
-    _check_fit(folder, component, network, {name: tuple(value.shape) for name, value in weights.items()})
+    _check_fit(folder, component, network, stored)
     network.load_weights(list(weights.items()), strict=True)
     network.eval()
     return network
@@ -114,29 +117,6 @@ def read_weights(network: nn.Module) -> None:
             mx.eval(pending)
             pending, size = [], 0
     mx.eval(pending)
-
-
-def _quantize_like(
-    network: nn.Module, quantization: Mapping[str, Any] | None, weights: Container[str]
-) -> None:
-    """Replace the layers whose `.scales` are among the names of `weights` by quantized ones (config as mlx-lm writes
-    it)."""
-    if quantization is None:
-        return
-
-    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
-            return False
-        override = quantization.get(path)
-        return dict(override) if isinstance(override, Mapping) else True
-
-    nn.quantize(
-        network,
-        group_size=quantization["group_size"],
-        bits=quantization["bits"],
-        mode=quantization.get("mode", "affine"),
-        class_predicate=settings,
-    )
 
 
 def shape_differences(wanted: Shapes, given: Shapes) -> dict[str, list[str]]:
