@@ -53,7 +53,7 @@ def text_config(source: Mapping[str, Any]) -> dict[str, Any]:
     if VERSION in source:
         fixed = {"architectures": ["Gemma4UnifiedForCausalLM"], "model_type": "gemma4_text", VERSION: source[VERSION]}
         return given | fixed
-    rope = _rope(given.pop("rope_parameters", None) or {})
+    rope = _rope(given.pop("rope_parameters", None))
     pattern = _pattern(given.pop("layer_types", None))
     return {
         **DEFAULTS,
@@ -75,13 +75,15 @@ def _language_model(source: Mapping[str, Any]) -> Mapping[str, Any]:
     raise _refused(f"its model_type is {kind!r}, and that of a Gemma is needed")
 
 
-def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(parameters: Any) -> dict[str, Any]:
     """transformers 5's `rope_parameters`, per kind of layer, in the keys of older releases."""
     if not parameters:
         return {}
-    whole, window = parameters.get("full_attention"), parameters.get("sliding_attention")
-    if not whole or not window or window.get("rope_type", "default") != "default":
-        raise _refused(f"rope_parameters = {dict(parameters)!r} is not what Gemma 3 uses")
+    given = parameters if isinstance(parameters, Mapping) else {}
+    whole, window = given.get("full_attention"), given.get("sliding_attention")
+    described = isinstance(whole, Mapping) and isinstance(window, Mapping)
+    if not described or window.get("rope_type", "default") != "default":
+        raise _refused(f"rope_parameters = {parameters!r} is not what Gemma 3 uses")
     scaling = {key: value for key, value in whole.items() if key != "rope_theta"}
     return {
         "rope_theta": whole.get("rope_theta", DEFAULTS["rope_theta"]),
@@ -90,10 +92,12 @@ def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pattern(kinds: list[str] | None) -> dict[str, int]:
+def _pattern(kinds: Any) -> dict[str, int]:
     """transformers 5's `layer_types`, one per layer, as the period of the layers that see the whole text."""
     if not kinds:
         return {}
+    if not isinstance(kinds, list):
+        raise _refused(f"layer_types = {kinds!r} is no list")
     period = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
     expected = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(len(kinds))]
     if kinds != expected:

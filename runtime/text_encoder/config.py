@@ -43,6 +43,10 @@ class Gemma3Config(Config):
         }
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        """Raises UnsupportedError for a scaling other than a linear one."""
+        assert self.rope_scale > 0
+
     @property
     def rope_scale(self) -> float:
         """Factor on the positions of layers that see the whole text.
@@ -54,13 +58,14 @@ class Gemma3Config(Config):
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "default":
             return 1.0
-        if kind != "linear" or "factor" not in scaling:
+        factor = scaling.get("factor")
+        if kind != "linear" or not isinstance(factor, int | float) or not 1 <= factor < 1e6:
             raise UnsupportedError(
                 f"Gemma3Config: rope_scaling = {scaling!r} is not supported",
                 "this version implements linear scaling by a factor only",
                 "use the Gemma 3 text encoder the checkpoint was trained with",
             )
-        return 1.0 / float(scaling["factor"])
+        return 1.0 / factor
 
     def is_global(self, layer: int) -> bool:
         """Whether the layer (counted from 0) sees the whole text."""
