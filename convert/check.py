@@ -1,9 +1,13 @@
-"""A plan against the networks it fills: every parameter once, with the right shape, and nothing else."""
+"""A plan against the networks it fills: every parameter once, with the right shape, and nothing else. Of networks that
+this version cannot compute yet the names are known, and compared."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from ltx2.convert.plan import Plan
+from ltx2.convert.lora import misfits
+from ltx2.convert.networks import missing_parts, name_differences
+from ltx2.convert.plan import Plan, parameters
+from ltx2.convert.release import is_computed
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.layout import is_lora
 from ltx2.runtime.load import Shapes, build_network, parameter_shapes, shape_differences
@@ -14,19 +18,32 @@ LISTED = 5  # tensors named in an error
 def check_plan(plan: Plan) -> None:
     """Compare every planned component with its network.
 
-    Raises CheckpointError naming missing, unknown and misshapen tensors; ConfigError or UnsupportedError when the
-    configuration is not one this version computes.
+    Raises CheckpointError naming missing, unknown and misshapen tensors, or a text encoder of other sizes than the
+    connectors read; ConfigError or UnsupportedError when the configuration is not one this version computes.
     """
     planned = {name: planned_shapes(plan, name) for name in plan.components}
     for name, component in plan.components.items():
         if is_lora(name):
             _check_lora(name, planned)
+        elif is_computed(plan.release):
+            network = build_network(component.cls, component.config)
+            _refuse(name, shape_differences(parameter_shapes(network), planned[name]))
         else:
-            _compare(name, parameter_shapes(build_network(component.cls, component.config)), planned[name])
+            _refuse(name, name_differences(component.cls, component.config, planned[name].keys()))
+    _check_text_width(plan)
+
+
+def incomplete_parts(plan: Plan) -> Iterator[str]:
+    """What a component lacks that comes in another file, which is not among the sources."""
+    for name, component in plan.components.items():
+        if not is_lora(name) and not is_computed(plan.release):
+            keys = {move.key for move in plan.moves(name)}
+            yield from (f"{name}: {part}" for part in missing_parts(component.cls, component.config, keys))
 
 
 def planned_shapes(plan: Plan, component: str) -> Shapes:
-    """Shape of every tensor the component gets, before packing. Raises CheckpointError when two get one name."""
+    """Shape of every parameter the component gets, before packing. Raises CheckpointError when two tensors get one
+    name."""
     moves = plan.moves(component)
     keys = Counter(move.key for move in moves)
     twice = [key for key, count in keys.items() if count > 1]
@@ -36,38 +53,37 @@ def planned_shapes(plan: Plan, component: str) -> Shapes:
             f"{len(twice)} tensors would be stored twice",
             "use the checkpoint as published",
         )
-    return {move.key: move.form.shape for move in moves}
-
-
-def lora_misfits(lora: str, shapes: Mapping[str, Shapes]) -> tuple[list[str], list[str]]:
-    """All layers a LoRA changes, and those where it cannot.
-
-    Every A needs its B of the same rank, and both must fit the layer where its component is among `shapes`.
-    """
-    layers = sorted({key.rpartition(".lora_")[0] for key in shapes[lora]})
-    return layers, [layer for layer in layers if not _fits(layer, shapes[lora], shapes)]
+    return {move.key: move.values.shape for move in parameters(moves)}
 
 
 def _check_lora(lora: str, planned: Mapping[str, Shapes]) -> None:
-    layers, wrong = lora_misfits(lora, planned)
+    count, wrong = misfits(planned[lora], planned)
     if wrong:
+        listed = _listed("do not", [f"{module} ({reason})" for module, reason in wrong.items()])
         raise CheckpointError(
             f"{lora} does not fit the model",
-            f"{len(layers) - len(wrong)} of {len(layers)} layers match; {_listed('do not', wrong)}",
+            f"{count - len(wrong)} of {count} modules match; {listed}",
             "use a LoRA made for this release",
         )
 
 
-def _fits(layer: str, factors: Shapes, planned: Mapping[str, Shapes]) -> bool:
-    down, up = factors.get(f"{layer}.lora_A.weight", ()), factors.get(f"{layer}.lora_B.weight", ())
-    if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
-        return False
-    component, _, path = layer.partition(".")
-    return component not in planned or planned[component].get(f"{path}.weight") == (up[0], down[1])
+def _check_text_width(plan: Plan) -> None:
+    """The connectors read all hidden states of the text encoder side by side."""
+    connectors, encoder = plan.components.get("connectors"), plan.components.get("text_encoder")
+    if connectors is None or encoder is None:
+        return
+    wanted = connectors.config.get("text_projection_in_features")
+    width, layers = (encoder.config.get(key) for key in ("hidden_size", "num_hidden_layers"))
+    if not isinstance(width, int) or not isinstance(layers, int) or wanted in (None, width * (layers + 1)):
+        return
+    raise CheckpointError(
+        "the text encoder does not fit the checkpoint",
+        f"its {layers} layers of width {width} give {width * (layers + 1)} features, the connectors read {wanted}",
+        "use the text encoder that the release was trained with",
+    )
 
 
-def _compare(component: str, wanted: Shapes, planned: Shapes) -> None:
-    wrong = shape_differences(wanted, planned)
+def _refuse(component: str, wrong: Mapping[str, list[str]]) -> None:
     if wrong:
         raise CheckpointError(
             f"the source does not fit its {component}",

@@ -55,7 +55,7 @@ class Release:
     @property
     def generates(self) -> bool:
         """Whether this version makes clips with it; every release is converted."""
-        return self.name in sampled_releases()
+        return is_computed(self.name)
 
 
 @cache
@@ -69,9 +69,9 @@ def releases() -> tuple[Release, ...]:
     return tuple(found)
 
 
-def release_named(name: str | None) -> Release | None:
-    """The release of this name; None when there is none."""
-    return next((release for release in releases() if release.name == name), None)
+def is_computed(release: str | None) -> bool:
+    """Whether this version has the networks of the release of this name; what belongs to no certain one, it has."""
+    return release is None or release in sampled_releases()
 
 
 def recognise_releases(file: TensorFile, config: Mapping[str, Any]) -> tuple[Release, ...]:

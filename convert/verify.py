@@ -11,6 +11,8 @@ from typing import Any
 from ltx2.convert.checkpoint import open_sources, read_json
 from ltx2.convert.compare import Repack, compare_values
 from ltx2.convert.lora import misfits
+from ltx2.convert.networks import name_differences
+from ltx2.convert.release import is_computed
 from ltx2.runtime.errors import Ltx2Error, VerificationError
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.layout import INDEX, MANIFEST, ModelFolder, is_lora
@@ -111,12 +113,19 @@ def _tensor_differences(model: ModelFolder, component: str, shapes: dict[str, Sh
 
 def _misfits(model: ModelFolder, component: str, stored: Shapes) -> list[str]:
     if is_lora(component):
-        targets = [name for name in ("transformer", "connectors") if model.has(name)]
+        computed = is_computed(model.manifest.release)
+        targets = [name for name in ("transformer", "connectors") if computed and model.has(name)]
         shapes = {name: parameter_shapes(build_component(model, name, {})) for name in targets}
         _, wrong = misfits(stored, shapes)
         return [f"{component}: the factors for {module} do not fit ({reason})" for module, reason in wrong.items()]
-    found = shape_differences(parameter_shapes(build_component(model, component, stored)), stored)
+    found = _differences(model, component, stored)
     return [f"{component}: tensor {name} is {kind}" for kind, names in found.items() for name in names]
+
+
+def _differences(model: ModelFolder, component: str, stored: Shapes) -> Mapping[str, list[str]]:
+    if is_computed(model.manifest.release):
+        return shape_differences(parameter_shapes(build_component(model, component, stored)), stored)
+    return name_differences(model.record(component).cls, model.config(component), stored.keys())
 
 
 def _index_differences(model: ModelFolder, component: str, where: Mapping[str, str]) -> list[str]:
