@@ -13,10 +13,9 @@ import pytest
 
 from ltx2.convert import rules
 from ltx2.convert.check import check_plan
-from ltx2.convert.checkpoint import open_sources
-from ltx2.convert.files import WeightFile, component_files, natural_order
-from ltx2.convert.plan import Drop, Move, Plan, lora_name, plan_json
-from ltx2.runtime.errors import CheckpointError, UnsupportedError
+from ltx2.convert.files import WeightFile, component_files
+from ltx2.convert.plan import Drop, Move, Plan, natural_order, plan_json
+from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.load import build_network, parameter_shapes
 from tests import published
 from tests.official import DEMO, MONOLITH, UPSCALER, plan_of
@@ -222,47 +221,3 @@ class TestCompleteness:
     def test_twice(self) -> None:
         with pytest.raises(CheckpointError, match=r"vocoder/ups\.0\.bias"):
             check_plan(self.changed(lambda m: replace(m, key="ups.0.bias") if m.key == "ups.1.bias" else m))
-
-
-class TestLora:
-    def source(self, folder: Path, tensors: published.Tensors, name: str = "My Style.v2.safetensors") -> Path:
-        return published.write_sparse(folder / name, tensors, {})
-
-    def pair(self, layer: str, rank: int, inner: int, outer: int) -> published.Tensors:
-        return {
-            f"{layer}.lora_A.weight": ("BF16", (rank, inner)), f"{layer}.lora_B.weight": ("BF16", (outer, rank)),
-        }  # fmt: skip
-
-    def test_name(self) -> None:
-        assert lora_name(Path("x/My Style (v2).safetensors")) == "my-style-v2"
-
-    def test_fits(self, tmp_path: Path) -> None:
-        path = self.source(tmp_path, self.pair("diffusion_model.transformer_blocks.1.ff.net.0.proj", 8, 128, 512))
-        plan = demo_plan(MONOLITH, path)
-        check_plan(plan)
-        assert [m.key for m in plan.moves("loras/my-style.v2")] == [
-            f"transformer.transformer_blocks.1.ff.proj_in.lora_{x}.weight" for x in "AB"
-        ]
-
-    def test_counts_what_does_not_fit(self, tmp_path: Path) -> None:
-        good = self.pair("diffusion_model.transformer_blocks.1.attn1.to_q", 8, 128, 128)
-        bad = self.pair("diffusion_model.transformer_blocks.1.attn1.to_k", 8, 256, 128)
-        with pytest.raises(CheckpointError, match=r"1 of 2 layers match; 1 do not: .*attn1\.to_k"):
-            check_plan(demo_plan(MONOLITH, self.source(tmp_path, good | bad)))
-
-    def test_half_a_pair(self, tmp_path: Path) -> None:
-        pair = self.pair("diffusion_model.transformer_blocks.1.attn1.to_q", 8, 128, 128)
-        pair.popitem()
-        with pytest.raises(CheckpointError, match="0 of 1 layers match"):
-            check_plan(demo_plan(self.source(tmp_path, pair)))
-
-    def test_foreign_names_are_counted(self, tmp_path: Path) -> None:
-        good = self.pair("diffusion_model.proj_out", 8, 128, 32)
-        with pytest.raises(CheckpointError, match=r"2 of 4 match no rule.*unet\.x\.lora_A"):
-            demo_plan(self.source(tmp_path, good | self.pair("unet.x", 8, 128, 32)))
-
-    def test_dora_is_refused_by_name(self, tmp_path: Path) -> None:
-        tensors = self.pair("diffusion_model.proj_out", 8, 128, 32)
-        tensors["diffusion_model.proj_out.dora_scale"] = ("BF16", (32,))
-        with pytest.raises(UnsupportedError, match="DoRA"):
-            open_sources([self.source(tmp_path, tensors)])
