@@ -15,7 +15,7 @@ from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError
 from ltx2.runtime.jsonfile import parse_object, read_object
 from ltx2.runtime.layout import CONFIG, INDEX, MANIFEST
 from ltx2.runtime.paths import is_base_name
-from ltx2.runtime.tensorfile import TensorFile, open_tensorfile
+from ltx2.runtime.tensorfile import NUMPY_DTYPES, TensorFile, open_tensorfile
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
@@ -168,6 +168,13 @@ def _check_storage(file: TensorFile) -> None:
     name = special_storage(file)
     if name in REFUSED_STORAGES:
         raise UnsupportedError(f"{file.path.name} holds {name} weights", *REFUSED_STORAGES[name])
+    foreign = next((tensor for tensor in file.tensors.values() if tensor.dtype not in NUMPY_DTYPES), None)
+    if foreign is not None:
+        raise UnsupportedError(
+            f"{file.path.name} holds {foreign.dtype} values",
+            f"ltx2 reads {', '.join(NUMPY_DTYPES)}; {foreign.name} is the first of another type",
+            "use the file as it was published",
+        )
 
 
 def special_storage(file: TensorFile) -> str | None:

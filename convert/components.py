@@ -59,8 +59,9 @@ def component_plan(name: str, sources: Sequence[Source]) -> ComponentPlan:
         return ComponentPlan(name, cls, _connectors_config(section, sources))
     deciding, other = CLASS_KEYS.get(name, ("", ""))
     cls = other if deciding in section else str(section.get("_class_name", cls))
-    transformer = source.config.get("transformer", {})
-    beside = {key: transformer[key] for key in TRANSFORMER_KEYS.get(name, ()) if key in transformer}
+    transformer = source.config.get("transformer")
+    given = transformer if isinstance(transformer, Mapping) else {}
+    beside = {key: given[key] for key in TRANSFORMER_KEYS.get(name, ()) if key in given}
     return ComponentPlan(name, cls, beside | dict(section))
 
 
@@ -82,6 +83,6 @@ def _connectors_config(section: Mapping[str, Any], sources: Sequence[Source]) ->
     config = ConnectorsConfig.select(section)
     for file in (file for source in sources for file in source.files):
         for name, tensor in file.tensors.items():
-            if TEXT_PROJECTION.fullmatch(name):
+            if TEXT_PROJECTION.fullmatch(name) and tensor.shape:
                 config["text_projection_in_features"] = tensor.shape[-1]
     return config

@@ -60,7 +60,7 @@ def check_text_model(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """Raises UnsupportedError when a file holds a language model alone, without configuration and tokenizer."""
     if any(map(T5_LAYER.fullmatch, tensors)):
         raise _refused(f"{path.name} holds T5")
-    embedding = next((tensor for name, tensor in tensors.items() if EMBEDDING.fullmatch(name)), None)
+    embedding = next((tensor for name, tensor in tensors.items() if EMBEDDING.fullmatch(name) and tensor.shape), None)
     if embedding is None:
         return
     kind = "gemma4" if any(map(GEMMA_4_LAYER.fullmatch, tensors)) else None
