@@ -38,6 +38,7 @@ def compare_values(
         if not any(isinstance(e, Move) and e.file in source.files and e.component in components for e in plan.entries)
     ]
     stored = {name: {t: f for f in model.tensor_files(name) for t in f.tensors} for name in components}
+    assets = list(_asset_differences(plan, model))
     plan = decoded(plan, _decoded_alike(plan, stored))
     plan = _packed_alike(replace(plan, entries=tuple(_cast_alike(plan, stored))), model, repack)
     moves = [e for e in plan.entries if isinstance(e, Move)]
@@ -52,7 +53,7 @@ def compare_values(
         differences += [f"{component}: {comparison.difference}"] if comparison.difference else []
     filled = {component for component, _ in streams}
     left = [f"{name}: tensor {key} is not in the sources" for name in sorted(filled) for key in sorted(stored[name])]
-    return equal, differences + left + _strength_differences(plan, model, filled)
+    return equal, differences + left + _strength_differences(plan, model, filled) + assets
 
 
 def _strength_differences(plan: Plan, model: ModelFolder, filled: set[str]) -> list[str]:
@@ -63,6 +64,15 @@ def _strength_differences(plan: Plan, model: ModelFolder, filled: set[str]) -> l
         for name in loras
         if model.config(name) != plan.components[name].config
     ]
+
+
+def _asset_differences(plan: Plan, model: ModelFolder) -> Iterator[str]:
+    """Files that a source holds as tensors."""
+    for component in model.manifest.components:
+        for asset in plan.assets(component):
+            path = model.path / component / asset.name
+            if not path.is_file() or path.read_bytes() != asset.file.array(asset.tensor.name).tobytes():
+                yield f"{component}: {asset.name} differs from the source"
 
 
 def _decoded_alike(plan: Plan, stored: dict[str, Stored]) -> dict[Layer, str]:

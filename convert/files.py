@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.convert.components import ComponentPlan
-from ltx2.convert.plan import Move, Plan, natural_order, packed_key, parameters
+from ltx2.convert.plan import Asset, Move, Plan, natural_order, packed_key, parameters
 from ltx2.convert.steps import Form, Packing
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.layout import CONFIG, FORMAT_METADATA, INDEX
@@ -86,6 +86,20 @@ class CopiedFile(PlannedFile):
 
 
 @dataclass(frozen=True)
+class AssetFile(PlannedFile):
+    """A file whose bytes a source holds as a tensor (tokenizer)."""
+
+    asset: Asset
+
+    @property
+    def size(self) -> int:
+        return self.asset.tensor.nbytes
+
+    def write(self, path: Path) -> Writing:
+        return write_blocks(path, [self.asset.file.array(self.asset.tensor.name).data])
+
+
+@dataclass(frozen=True)
 class WeightFile(PlannedFile):
     """A safetensors file."""
 
@@ -106,6 +120,7 @@ def component_files(plan: Plan, component: ComponentPlan, shard_bytes: int) -> l
         config |= {"quantization": component.quantization, "quantization_config": component.quantization}
     files: list[PlannedFile] = [TextFile(component.name, CONFIG, _json(config))]
     files += [CopiedFile(component.name, path.name, path) for path in sorted(component.companions)]
+    files += [AssetFile(component.name, asset.name, asset) for asset in plan.assets(component.name)]
     moves = sorted(plan.moves(component.name), key=lambda move: natural_order(move.key))
     shards = list(_shards(moves, shard_bytes))
     weights = [

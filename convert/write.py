@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ltx2 import __version__
-from ltx2.convert.check import check_plan
+from ltx2.convert.check import check_plan, incomplete_parts
 from ltx2.convert.checkpoint import TOKENIZER
 from ltx2.convert.files import PlannedFile, TextFile, component_files, main_dtype
 from ltx2.convert.hashing import SourceHashes
@@ -67,8 +67,12 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
 def _warnings(plan: Plan) -> Iterator[Event]:
     """What is not wrong, and will be missed later."""
     text_encoder = plan.components.get("text_encoder")
-    if text_encoder is not None and TOKENIZER not in {path.name for path in text_encoder.companions}:
-        yield Warned(f"the text encoder comes without {TOKENIZER}: generate will read no prompts with it")
+    if text_encoder is not None:
+        beside = {path.name for path in text_encoder.companions} | {a.name for a in plan.assets("text_encoder")}
+        if TOKENIZER not in beside:
+            yield Warned(f"the text encoder comes without {TOKENIZER}: generate will read no prompts with it")
+    for part in incomplete_parts(plan):
+        yield Warned(f"{part} is missing: it comes in another file of the release, which is not among the sources")
 
 
 def _check_options(plan: Plan, out: Path, options: WriteOptions) -> None:
