@@ -30,7 +30,7 @@ def check_plan(plan: Plan) -> None:
             _refuse(name, shape_differences(parameter_shapes(network), planned[name]))
         else:
             _refuse(name, name_differences(component.cls, component.config, planned[name].keys()))
-    _check_text_width(plan)
+    _check_text_width(plan, planned)
 
 
 def incomplete_parts(plan: Plan) -> Iterator[str]:
@@ -67,20 +67,21 @@ def _check_lora(lora: str, planned: Mapping[str, Shapes]) -> None:
         )
 
 
-def _check_text_width(plan: Plan) -> None:
+def _check_text_width(plan: Plan, planned: Mapping[str, Shapes]) -> None:
     """The connectors read all hidden states of the text encoder side by side."""
-    connectors, encoder = plan.components.get("connectors"), plan.components.get("text_encoder")
-    if connectors is None or encoder is None:
+    embedding = planned.get("text_encoder", {}).get("model.embed_tokens.weight")
+    connectors = plan.components.get("connectors")
+    wanted = connectors.config.get("text_projection_in_features") if connectors else None
+    if embedding is None or wanted is None:
         return
-    wanted = connectors.config.get("text_projection_in_features")
-    width, layers = (encoder.config.get(key) for key in ("hidden_size", "num_hidden_layers"))
-    if not isinstance(width, int) or not isinstance(layers, int) or wanted in (None, width * (layers + 1)):
-        return
-    raise CheckpointError(
-        "the text encoder does not fit the checkpoint",
-        f"its {layers} layers of width {width} give {width * (layers + 1)} features, the connectors read {wanted}",
-        "use the text encoder that the release was trained with",
-    )
+    layers = len({key.split(".")[2] for key in planned["text_encoder"] if key.startswith("model.layers.")})
+    given = embedding[-1] * (layers + 1)
+    if given != wanted:
+        raise CheckpointError(
+            "the text encoder does not fit the checkpoint",
+            f"its {layers} layers of width {embedding[-1]} give {given} features, the connectors read {wanted}",
+            "use the text encoder that the release was trained with",
+        )
 
 
 def _refuse(component: str, wrong: Mapping[str, list[str]]) -> None:
