@@ -104,6 +104,31 @@ class Catalogue:
         """Bytes of a thing or bundle, as far as known without the hub."""
         return sum(published.bytes for published in self.choose([name]))
 
+    def gated(self, name: str) -> bool:
+        """Whether a thing, or one of a bundle, needs a login and an accepted licence."""
+        return any(published.gated for published in self.choose([name]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `ltx2 download --list --json` prints it."""
+        return {
+            "bundles": [
+                {
+                    "name": b.name, "release": b.release, "variant": b.variant, "for": b.purpose,
+                    "files": list(b.names), "bytes": self.size(b.name), "gated": self.gated(b.name),
+                    "generates": b.generates,
+                }
+                for b in self.bundles.values()
+            ],
+            "files": [
+                {
+                    "name": p.name, "release": p.release, "repository": p.repository, "for": p.purpose,
+                    "paths": [f"{p.folder}/{file.path}" for file in p.files], "bytes": p.bytes, "exact": p.exact,
+                    "gated": p.gated, "licence": p.licence,
+                }
+                for p in self.published.values()
+            ],
+        }  # fmt: skip
+
     def _unknown(self, name: str) -> InputError:
         near = get_close_matches(name, [*self.bundles, *self.published], n=3, cutoff=0.5)
         meant = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -20,13 +20,16 @@ from ltx2.runtime.errors import DoesNotFitError, DownloadError, InputError, Ltx2
 from ltx2.runtime.events import BytesDone, Downloaded, DownloadPlanned, Event, FetchedFile, PlannedFile, Warned
 
 QUESTIONS = 8  # asked at once
+MORE_BITS = 3
 
 
 @dataclass(frozen=True)
 class Options:
-    """`reserve` lists what else the disk must hold: places and bytes. A dry run ends with its plan."""
+    """`model` is where the files will be converted to, with `bits` if quantized: there must be room for it, too. A dry
+    run ends with its plan."""
 
-    reserve: tuple[tuple[Path, int], ...] = ()
+    model: Path | None = None
+    bits: int | None = None
     dry_run: bool = False
     pacing: Pacing = field(default_factory=Pacing)
 
@@ -45,7 +48,7 @@ def download(chosen: Sequence[Published], weights: Path, options: Options | None
     missing = yield from _missing(wanted, records)
     plan = _plan(wanted, missing, weights, options)
     yield plan
-    _check_space([(weights, plan.missing), *options.reserve])
+    _check_space([(weights, plan.missing), (options.model or weights, plan.converted)])
     if options.dry_run:
         return
     try:
@@ -93,7 +96,18 @@ def _missing(wanted: Sequence[Wanted], records: Records) -> Generator[Event, Non
 
 def _plan(wanted: Sequence[Wanted], missing: Sequence[Wanted], weights: Path, options: Options) -> DownloadPlanned:
     files = (PlannedFile(str(w.target), w.size, _part(w).held() if w in missing else w.size) for w in wanted)
-    return DownloadPlanned(tuple(files), str(weights), _free(weights), sum(count for _, count in options.reserve))
+    return DownloadPlanned(tuple(files), str(weights), _free(weights), _converted(wanted, options))
+
+
+def _converted(wanted: Sequence[Wanted], options: Options) -> int:
+    """Bytes that the converted model will add, at most: 16-bit weights keep theirs, scales and the layers that keep more
+    bits cost less than MORE_BITS per weight. Converting knows it exactly, and checks again."""
+    if options.model is None or options.model.exists():
+        return 0
+    width = options.bits + MORE_BITS if options.bits else 16
+    total = sum(file.size * min(width, file.published.bits) // file.published.bits for file in wanted)
+    partial = options.model.with_name(options.model.name + ".partial")
+    return max(0, total - sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()))
 
 
 def _check_unknown(present: Sequence[Wanted], records: Records) -> Iterator[Event]:
@@ -164,7 +178,7 @@ def _check_space(needs: Sequence[tuple[Path, int]]) -> None:
         first, sum_ = disks.get(place.stat().st_dev, (place, 0))
         disks[place.stat().st_dev] = (first, sum_ + count)
     for place, count in disks.values():
-        if count > (free := _free(place)):
+        if count and count > (free := _free(place)):
             raise DoesNotFitError(
                 "the disk is too small",
                 f"{count / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free at {place}",

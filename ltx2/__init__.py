@@ -1,4 +1,4 @@
-"""LTX-2 audio-video models on Apple Silicon with MLX: convert, quantize, generate, bench.
+"""LTX-2 audio-video models on Apple Silicon with MLX: download, convert, quantize, generate, bench.
 
     pipe = ltx2.load("weights/ltx-2-distilled-q4")
     pipe.generate("a red kite over dunes").save("kite.mp4")
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ltx2.api import convert as convert  # for type checkers a function only; at run time also the sub-package
+    from ltx2.api import download as download
     from ltx2.api import load as load
     from ltx2.api import quantize as quantize
     from ltx2.runtime.clip import Clip as Clip
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Name -> module that has it. Imported on first use, so that `import ltx2` and `ltx2 --help` stay instant.
-_LAZY = {"load": "ltx2.api", "quantize": "ltx2.api", "Clip": "ltx2.runtime.clip"}
+_LAZY = {"download": "ltx2.api", "load": "ltx2.api", "quantize": "ltx2.api", "Clip": "ltx2.runtime.clip"}
 
 
 def __getattr__(name: str) -> Any:

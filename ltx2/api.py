@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
+from ltx2.convert.catalogue import catalogue
 from ltx2.convert.checkpoint import open_sources
 from ltx2.convert.plan import Options, Plan, make_plan
 from ltx2.convert.write import SHARD_GB, WriteOptions, write_plan
@@ -22,6 +23,17 @@ Sources = StrPath | Iterable[StrPath]
 def load(model: StrPath) -> Pipeline:
     """Open a model folder. Headers are read now, weights phase by phase when generating."""
     return Pipeline(Path(model))
+
+
+def download(names: str | Iterable[str], *, to: StrPath = "weights") -> list[Path]:
+    """Fetch published files or bundles by name (`ltx2 download --list`) into a folder, whatever is missing of them;
+    returns what `convert` takes: files, and the folder of a text encoder that has several."""
+    from ltx2.convert.download import download as fetch  # loads an HTTP library
+
+    chosen = catalogue().choose([names] if isinstance(names, str) else names)
+    for _ in fetch(chosen, Path(to)):
+        pass
+    return [published.source(Path(to)) for published in chosen]
 
 
 def plan_conversion(

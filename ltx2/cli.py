@@ -34,6 +34,79 @@ def cli() -> None:
 
 
 @cli.command()
+@click.argument("names", nargs=-1, metavar="NAME...")
+@click.option("-o", "--output", "weights", type=click.Path(path_type=Path), default="weights", help="Folder to fill.")
+@click.option("--list", "listed", is_flag=True, help="List all names; needs no network.")
+@click.option("--dry-run", is_flag=True, help="Say what would be fetched, and write nothing.")
+@click.option("--convert", "converted", is_flag=True, help="Then convert the bundle to a model folder.")
+@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="With --convert: quantize on the way.")
+@click.option("-m", "--model", type=click.Path(path_type=Path), help="With --convert: the folder; default: by name.")
+@common
+def download(
+    output: Output, names: tuple[str, ...], weights: Path, listed: bool, dry_run: bool, converted: bool, **options: Any
+) -> None:
+    """Fetch published files from the Hugging Face Hub.
+
+    NAME is a file or a bundle of all that one model needs, such as ltx-2-distilled. Files that are there already are
+    not fetched again; run the same command again to continue after an interruption. Gated files need a login:
+    `hf auth login`.
+    """
+    from ltx2.convert.catalogue import catalogue
+    from ltx2.convert.download import Options
+    from ltx2.convert.download import download as fetch
+
+    known = catalogue()
+    if listed:
+        from ltx2.render import catalogue_lines
+
+        output.result(known.to_dict(), "\n".join(catalogue_lines(known)))
+        return
+    if not names:
+        raise click.UsageError(f"Name a file or a bundle: {', '.join(known.bundles)}. --list shows all.")
+    if not converted:
+        refuse_given(options, "--convert")
+    elif len(names) != 1 or names[0] not in known.bundles:
+        raise click.UsageError("--convert takes one bundle, which has all that a model needs.")
+    chosen, bits = known.choose(names), int(options["bits"]) if options["bits"] else None
+    model = (options["model"] or weights / f"{names[0]}{f'-q{bits}' if bits else ''}") if converted else None
+    fetched, text = _follow_download(output, fetch(chosen, weights, Options(model, bits, dry_run)))
+    if model is not None and not dry_run:
+        sources, variant = [p.source(weights) for p in chosen], known.bundles[names[0]].variant
+        fetched["converted"], model_text = _convert_to(output, model, bits, sources, variant)
+        text += f"\n{model_text}"
+    output.result(fetched, text)
+
+
+def _convert_to(
+    output: Output, model: Path, bits: int | None, sources: list[Path], variant: str
+) -> tuple[dict[str, Any], str]:
+    """Go on from a download."""
+    from ltx2.api import conversion, plan_conversion
+    from ltx2.convert.write import WriteOptions
+    from ltx2.quant.apply import Settings
+
+    settings = Settings(bits) if bits else None
+    plan = plan_conversion(sources, variant=variant)
+    return _follow_model(output, conversion(plan, model, settings, WriteOptions()))
+
+
+def _follow_download(output: Output, events: "Iterable[Event]") -> tuple[dict[str, Any], str]:
+    """Follow a download; what came of it, as data and for people."""
+    from dataclasses import asdict
+
+    from ltx2.runtime.events import Downloaded, DownloadPlanned
+
+    done = output.follow(events)
+    if isinstance(done, DownloadPlanned):
+        return {**asdict(done), "missing": done.missing}, ""
+    assert isinstance(done, Downloaded), "a download ends with its files"
+    size = sum(file.bytes for file in done.files if file.fetched)
+    count = sum(file.fetched for file in done.files)
+    text = f"{len(done.files)} files are there, {count} of them fetched ({size / 1e9:.2f} GB, {done.seconds:.1f} s)"
+    return {"files": [asdict(file) for file in done.files], "seconds": round(done.seconds, 3)}, text
+
+
+@cli.command()
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
 @click.option("--variant", type=click.Choice(["dev", "distilled"]), help="Where the file name does not say it.")
@@ -75,7 +148,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
         plan = quantize_plan(plan, settings) if settings else plan
         output.result(plan_json(plan), plan_summary(plan))
         return
-    _finish_model(output, conversion(plan, target, settings, written))
+    output.result(*_follow_model(output, conversion(plan, target, settings, written)))
 
 
 @cli.command()
@@ -102,11 +175,13 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
     written = WriteOptions(force=options.pop("force"))
     if report is not None:
         check_output(report)
-    _finish_model(output, quantize_folder(model, target, Settings(**options), written), report)
+    output.result(*_follow_model(output, quantize_folder(model, target, Settings(**options), written), report))
 
 
-def _finish_model(output: Output, events: "Iterable[Event]", report: Path | None = None) -> None:
-    """Follow a conversion or quantization and show the finished folder."""
+def _follow_model(
+    output: Output, events: "Iterable[Event]", report: Path | None = None
+) -> tuple[dict[str, Any], str]:
+    """Follow a conversion or quantization; the finished folder, as data and for people."""
     from ltx2.quant.report import Quantized
     from ltx2.runtime.events import Written
     from ltx2.runtime.paths import write_text
@@ -129,7 +204,7 @@ def _finish_model(output: Output, events: "Iterable[Event]", report: Path | None
         total = quantized["totals"]["all"]
         text += f"\n{total['bits_per_weight']:.2f} bits per weight, {total['bytes_before'] / 1e9:.2f} GB before"
     data = {"model": done.path, "bytes": done.bytes, "seconds": round(done.seconds, 3), "reused": done.reused}
-    output.result(data | ({"report": quantized} if quantized else {}), text)
+    return data | ({"report": quantized} if quantized else {}), text
 
 
 @cli.command()

@@ -14,9 +14,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ltx2.convert.catalogue import Bundle, Catalogue, Published
 from ltx2.convert.plan import Drop, Plan
 from ltx2.runtime.errors import printable
-from ltx2.runtime.events import BytesDone, Event, PhaseDone, PhaseStarted, Section, StepDone, Warned
+from ltx2.runtime.events import BytesDone, DownloadPlanned, Event, PhaseDone, PhaseStarted, Section, StepDone, Warned
 
 SILENCE_SECONDS = 4.0  # five are promised
 BEAT_SECONDS = 0.5
@@ -74,8 +75,11 @@ class Progress:
                 self._print(_phase_line(event))
             case BytesDone():
                 share = 100 * event.done / max(1, event.total)
-                self._set(f"{event.file}: {share:.0f} % of {_size(event.total)}{self._pace.eta(event)}")
+                self._set(f"{event.file}: {share:.0f} % of {_size(event.total)}{self._pace.text(event)}")
                 self._plain()
+            case DownloadPlanned():
+                for line in download_lines(event):
+                    self._print(line)
             case Warned(message=message):
                 self._print(f"warning: {message}")
             case Section(title=title, command=command):
@@ -108,20 +112,28 @@ class Progress:
 
 
 class Pace:
-    """How long the rest of a stream of bytes will take."""
+    """How fast a stream of bytes is, and how long the rest will take."""
 
     def __init__(self) -> None:
         self._total = 0
         self._first = 0
+        self._last = 0
         self._start = 0.0
 
-    def eta(self, event: BytesDone) -> str:
+    def text(self, event: BytesDone) -> str:
         """As a line shows it; empty until two seconds' worth is known."""
         now = time.monotonic()
-        if event.total != self._total:  # another stream begins
+        if event.total != self._total or event.done < self._last:  # another stream begins
             self._total, self._first, self._start = event.total, event.done, now
+        self._last = event.done
         seconds, done = now - self._start, event.done - self._first
-        return f"  ETA {(event.total - event.done) * seconds / done:.0f} s" if seconds >= 2 and done > 0 else ""
+        if seconds < 2 or done <= 0:
+            return ""
+        return f"  {_size(round(done / seconds))}/s  ETA {_time((event.total - event.done) * seconds / done)}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _step_line(event: StepDone, seconds: list[float]) -> str:
@@ -163,6 +175,46 @@ def plan_summary(plan: Plan) -> str:
     dropped = sum(isinstance(entry, Drop) for entry in plan.entries)
     lines = [f"{name:18s} {count:5d} tensors  {size / 1e9:8.2f} GB" for name, count, size in rows]
     return "\n".join([*lines, f"{'dropped':18s} {dropped:5d} tensors"])
+
+
+def download_lines(plan: DownloadPlanned) -> Iterator[str]:
+    """What a download will fetch, from what is there already to the room that is left."""
+    width = max(len(file.path) for file in plan.files)
+    for file in plan.files:
+        state = {0: "", file.bytes: "already there"}.get(file.held, f"{_amount(file.held)} of it already there")
+        yield f"{file.path:{width}s}  {_amount(file.bytes):>8s}  {state}".rstrip()
+    model = f", {_amount(plan.converted)} at most for the model" if plan.converted else ""
+    yield f"to fetch into {plan.weights}: {_amount(plan.missing)}{model}; free: {_amount(plan.free)}"
+
+
+def catalogue_lines(known: Catalogue) -> Iterator[str]:
+    """All names that `download` takes, with sizes; `~` marks those not known to the byte."""
+    width = max(len(_short_name(name)) for name in known.published)
+    yield f"{'bundle':{width}s}      size  release  gated  what it is"
+    for bundle in known.bundles.values():
+        yield _catalogue_line(known, bundle, width) + ("" if bundle.generates else " (convert only so far)")
+    yield f"\n{'file':{width}s}"
+    for published in known.published.values():
+        yield _catalogue_line(known, published, width)
+
+
+def _catalogue_line(known: Catalogue, entry: Bundle | Published, width: int) -> str:
+    exact = all(published.exact for published in known.choose([entry.name]))
+    size = ("" if exact else "~") + _amount(known.size(entry.name))
+    gated = "yes" if known.gated(entry.name) else "no"
+    return f"{_short_name(entry.name):{width}s} {size:>9s}  {entry.release:7s}  {gated:5s}  {entry.purpose}"
+
+
+def _short_name(name: str) -> str:
+    return name.removesuffix(".safetensors")
+
+
+def _amount(count: int) -> str:
+    """Bytes as the hub states them: in powers of ten."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
 
 
 def described(found: dict[str, Any]) -> Iterator[str]:

@@ -96,12 +96,13 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class DownloadPlanned(Event):
-    """What will be fetched, said before it begins. `free` is the room where the files go."""
+    """What will be fetched, said before it begins. `free` is the room where the files go, `converted` what the model
+    made of them will need."""
 
     files: tuple[PlannedFile, ...]
     weights: str
     free: int
-    reserved: int = 0
+    converted: int = 0
 
     @property
     def missing(self) -> int:

@@ -109,9 +109,26 @@ class TestPlain:
         assert [line.split(": ")[1] for line in lines(capsys)] == [
             "40 % of 100 MiB",
             "50 % of 100 MiB",
-            "60 % of 100 MiB  ETA 6 s",
+            "60 % of 100 MiB  7 MiB/s  ETA 6 s",
             "2 % of 500 MiB",
         ]
+
+    def test_long_times_are_minutes(self, capsys: pytest.CaptureFixture[str], late: list[float]) -> None:
+        with Progress() as progress:
+            for done in (0, 1):
+                progress.show(BytesDone("ltx-2.safetensors", done << 30, 43 << 30))
+                late[0] += 100
+        assert lines(capsys)[-1] == "ltx-2.safetensors: 2 % of 43.0 GiB  10 MiB/s  ETA 70 min"
+
+    def test_checking_after_fetching_is_another_stream(
+        self, capsys: pytest.CaptureFixture[str], late: list[float]
+    ) -> None:
+        """Of as many bytes."""
+        with Progress() as progress:
+            for name, done in (("a", 0), ("a", 90), ("checking a", 0), ("checking a", 50)):
+                late[0] += 3
+                progress.show(BytesDone(name, done * MIB, 100 * MIB))
+        assert lines(capsys)[-2:] == ["checking a: 0 % of 100 MiB", "checking a: 50 % of 100 MiB  17 MiB/s  ETA 3 s"]
 
     def test_long_lines_are_not_broken(self, capsys: pytest.CaptureFixture[str]) -> None:
         with Progress() as progress:
