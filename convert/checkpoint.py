@@ -42,8 +42,9 @@ STORAGES = (
     ("MLX-quantized", "U32", r"\.scales$"),
     ("DoRA", "", r"\.dora_scale$|\.lora_magnitude_vector"),
 )
-OPAQUE_DTYPES = frozenset({"U8", "I64"})  # of tokenizers and other things that are no weights
-# Storages that are not converted: why, and what to use instead.
+BYTES = "U8"  # of tokenizers and other things that are no weights
+CONVERTED_STORAGES = ("NVFP4", "FP8 (E4M3)", "FP8 (E5M2)")  # or refused by name of the tensor (convert/scales.py)
+# What is not converted: why, and what to use instead.
 REFUSED_STORAGES = {
     "int8": (
         "ComfyUI's int8 weights are rotated before they are rounded (convrot), a form that MLX does not have; any "
@@ -51,7 +52,6 @@ REFUSED_STORAGES = {
         "use the bf16 or the NVFP4 file of the same model; ltx2 convert --bits 8 makes 8-bit weights of it",
     ),
     "MLX-quantized": ("it was quantized for MLX already, by another tool", "use the file as it was published"),
-    "DoRA": ("it rescales every row of the merged weights, which a LoRA does not", "use a plain LoRA"),
 }
 VARIANTS = ("dev", "distilled")
 
@@ -114,8 +114,7 @@ def _open_folder(path: Path) -> list[Source]:
         raise _diffusers(f"{path} is a model laid out for diffusers")
     if is_gemma_folder(path):
         source = gemma_source(path)
-        for file in source.files:
-            _check_storage(file)
+        check_source(source)
         return [source]
     files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -129,11 +128,18 @@ def _open_folder(path: Path) -> list[Source]:
 
 def _open_file(path: Path) -> Source:
     source = recognise_file(path)
+    check_source(source)
+    return source
+
+
+def check_source(source: Source) -> None:
+    """Raises CheckpointError, InputError or UnsupportedError for a recognised source that cannot be converted."""
     if source.kind == "lora":
         check_lora(source.files[0])
-    _check_storage(source.files[0])
-    _check_kind(source)
-    return source
+    for file in source.files:
+        _check_storage(file)
+    if not source.path.is_dir():
+        _check_kind(source)
 
 
 def recognise_file(path: Path) -> Source:
@@ -166,8 +172,9 @@ def _embedded(file: TensorFile, key: str) -> dict[str, Any]:
 def _check_storage(file: TensorFile) -> None:
     """Refuse by name weights in a form that cannot be kept and not be unpacked without loss."""
     name = special_storage(file)
-    if name in REFUSED_STORAGES:
-        raise UnsupportedError(f"{file.path.name} holds {name} weights", *REFUSED_STORAGES[name])
+    if name is not None and name not in CONVERTED_STORAGES:
+        why = "bf16, f16, f32, FP8 and NVFP4 weights are converted", "use the bf16 file of the same model"
+        raise UnsupportedError(f"{file.path.name} holds {name} weights", *REFUSED_STORAGES.get(name, why))
     foreign = next((tensor for tensor in file.tensors.values() if tensor.dtype not in NUMPY_DTYPES), None)
     if foreign is not None:
         raise UnsupportedError(
@@ -183,7 +190,7 @@ def special_storage(file: TensorFile) -> str | None:
     for name, dtype, pattern in STORAGES:
         if dtype in dtypes or (pattern and re.search(pattern, names, re.MULTILINE)):
             return name
-    return ", ".join(sorted(dtypes - OPAQUE_DTYPES - set(FLOATS.values()))) or None
+    return ", ".join(sorted(dtypes - {BYTES, *FLOATS.values()})) or None
 
 
 def _kind(file: TensorFile, config: Mapping[str, Any]) -> str:

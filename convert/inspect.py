@@ -9,16 +9,22 @@ from typing import Any
 
 from ltx2.convert import rules
 from ltx2.convert.checkpoint import (
+    VARIANTS,
     Source,
+    check_source,
     gemma_source,
     is_gemma_folder,
     recognise_file,
     special_storage,
     variant_in_name,
 )
-from ltx2.convert.plan import packed_key
-from ltx2.runtime.errors import CheckpointError
+from ltx2.convert.plan import Options, make_plan, packed_key
+from ltx2.convert.release import releases
+from ltx2.convert.scales import CodedTensors, dropped_beside_codes, find_codes
+from ltx2.convert.steps import Form
+from ltx2.runtime.errors import CheckpointError, Ltx2Error, UnsupportedError
 from ltx2.runtime.layout import MANIFEST, ModelFolder
+from ltx2.runtime.presets import decoding_preset, load_preset
 from ltx2.runtime.tensorfile import TensorFile, TensorInfo
 
 OTHER, DROPPED = "other", "dropped"
@@ -53,8 +59,10 @@ class Summary:
 def inspect(path: Path) -> dict[str, Any]:
     """Describe `path`: `kind` is `model`, `folder` (with `files`), or a kind of source.
 
-    A source has `release`, `variant` (as far as its name says it), `storage`, `components`, `metadata`; a model folder
-    has its manifest's facts. Raises CheckpointError for what is neither.
+    A source has `releases` (those it may belong to) and `release` (where it is one), `variant` (as far as its name says
+    it), `storage`, `components`, `metadata`; a model folder has its manifest's facts. Both say whether this version
+    can `convert` and `generate`, and a source that cannot be converted says the `reason`. Raises CheckpointError for
+    what is neither.
     """
     if (path / MANIFEST).is_file():
         return _model(ModelFolder.open(path))
@@ -71,29 +79,70 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _source(source: Source) -> dict[str, Any]:
-    summaries: dict[str, Summary] = {}
-    for file in source.files:
-        for tensor in file.tensors.values():
-            summaries.setdefault(_component(source.kind, tensor.name), Summary()).add(tensor, prod(tensor.shape))
     storage = {name for file in source.files if (name := special_storage(file))}
-    has_variant = source.kind == "checkpoint" and "transformer" in summaries
+    components = _components(source)
+    has_variant = source.kind == "checkpoint" and "transformer" in components
+    variant = variant_in_name(source.path.stem) if has_variant else None
+    reason = _refusal(source)
     return {
         "kind": source.kind or "unknown",
         "path": str(source.path),
         "release": source.release.name if source.release else None,
-        "variant": variant_in_name(source.path.stem) if has_variant else None,
+        "releases": [release.name for release in source.releases],
+        "variant": variant,
         "storage": ", ".join(sorted(storage)) or None,
+        "convert": reason is None,
+        "reason": reason,
+        "generate": reason is None and any(_generates(r.name, variant) for r in source.releases or releases()),
         "bytes": sum(file.size for file in source.files),
-        "components": {name: summaries[name].to_dict() for name in sorted(summaries)},
+        "components": {name: components[name].to_dict() for name in sorted(components)},
         "metadata": sorted({key for file in source.files for key in file.metadata}),
     }
 
 
-def _component(kind: str, name: str) -> str:
+def _refusal(source: Source) -> str | None:
+    """Why converting this source would be refused."""
+    try:
+        check_source(source)
+        make_plan([source], Options(VARIANTS[0]))
+    except Ltx2Error as error:
+        return f"{error.what}: {error.why}"
+    return None
+
+
+def _generates(release: str | None, variant: str | None) -> bool:
+    try:
+        load_preset(release, variant) if variant else decoding_preset(release)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _components(source: Source) -> dict[str, Summary]:
+    """Scales and what else is stored beside codes are no parameters, nor is a tokenizer."""
+    try:
+        coded = find_codes(source.files)
+    except Ltx2Error:  # said as the reason for not converting
+        coded = CodedTensors()
+    summaries: dict[str, Summary] = {}
+    for file in source.files:
+        for name, tensor in file.tensors.items():
+            component, is_weight = _place(source.kind, coded.scales.get(name, (name, ""))[0])
+            codes = coded.codes.get(name)
+            shape = codes.shape(Form(tensor.shape, tensor.dtype)) if codes else tensor.shape
+            counts = is_weight and name not in coded.scales
+            summaries.setdefault(component, Summary()).add(tensor, prod(shape) if counts else 0)
+    return summaries
+
+
+def _place(kind: str, name: str) -> tuple[str, bool]:
+    """The component a tensor goes to, and whether it can be a parameter there."""
     target = rules.target(kind, name) if kind in rules.RULES else None
+    if dropped_beside_codes(name):
+        return DROPPED, False
     if target is None:
-        return OTHER
-    return DROPPED if target.dropped else target.component
+        return OTHER, True
+    return (DROPPED if target.dropped else target.component), not target.asset
 
 
 def _model(folder: ModelFolder) -> dict[str, Any]:
@@ -108,6 +157,7 @@ def _model(folder: ModelFolder) -> dict[str, Any]:
         "path": str(folder.path),
         "release": manifest.release,
         "variant": manifest.variant,
+        "generate": _generates(manifest.release, manifest.variant),
         "tool_version": manifest.tool_version,
         "bytes": sum(file.size for record in manifest.components.values() for file in record.files),
         "components": components,

@@ -196,6 +196,9 @@ def catalogue_lines(known: Catalogue) -> Iterator[str]:
     yield f"\n{'file':{width}s}"
     for published in known.published.values():
         yield _catalogue_line(known, published, width)
+    pages = dict.fromkeys(published.licence for published in known.published.values() if published.gated)
+    yield "\ngated: accept the licence on its page and log in with `hf auth login`"
+    yield from (f"  {page}" for page in pages)
 
 
 def _catalogue_line(known: Catalogue, entry: Bundle | Published, width: int) -> str:
@@ -219,8 +222,13 @@ def _amount(count: int) -> str:
 
 def described(found: dict[str, Any]) -> Iterator[str]:
     """Lines for people: what it is, then tensors, parameters and bytes of every component."""
-    facts = [f"{name} {found[name]}" for name in ("release", "variant", "storage") if found.get(name)]
+    release = found.get("release") or " or ".join(found.get("releases", ()))
+    facts = [f"{name} {value}" for name in ("release", "variant", "storage") if (value := (found | {"release": release}).get(name))]
     yield printable(f"{found['path']}: {', '.join([found['kind'], *facts])}")
+    if found.get("reason"):
+        yield printable(f"  cannot be converted: {found['reason']}")
+    elif "generate" in found:
+        yield f"  this version {'generates with it' if found['generate'] else 'cannot generate with it yet'}"
     for name, part in found.get("components", {}).items():
         dtypes = " ".join(f"{dtype}:{count}" for dtype, count in part["dtypes"].items())
         size = f"{_short(part['parameters'])} parameters {_short(part['bytes'])}B"
