@@ -4,18 +4,19 @@ module: config.json of its folder. Factors are never changed."""
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isclose, isfinite, sqrt
-from typing import Any
+from math import isclose, isfinite, prod, sqrt
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ltx2.convert import rules
-from ltx2.convert.lora import Layers, lora_layers
+from ltx2.convert.lora import Layers, Parts, lora_layers
 from ltx2.convert.lora_names import ALPHA, DOWN, LoraTensor
 from ltx2.convert.steps import FLOATS, to_float32
 from ltx2.runtime.errors import CheckpointError, UnsupportedError
 from ltx2.runtime.jsonfile import parse_object, read_object
-from ltx2.runtime.tensorfile import TensorFile, TensorInfo
+from ltx2.runtime.paths import open_regular
+from ltx2.runtime.tensorfile import NUMPY_DTYPES, TensorFile, TensorInfo
 
 PEFT_METADATA = "lora_adapter_metadata"  # what diffusers writes
 PEFT_FILE, PEFT_PREFIX = "adapter_config.json", "base_model.model."
@@ -50,7 +51,8 @@ def lora_config(file: TensorFile) -> dict[str, Any]:
     ranks = {module: parts[DOWN].shape[0] for module, parts in layers.items() if DOWN in parts}
     rank = max(ranks.values(), default=0)
     settings = _settings(file, rank)
-    scales = {module: _scale(file, module, layers, settings) for module in ranks}
+    alphas = _alphas(file, layers)
+    scales = {module: _scale(file, layers[module], alphas.get(module), settings) for module in ranks}
     counts = Counter(scales.values())
     usual = max(counts, key=lambda scale: (counts[scale], scale), default=1.0)
     others = {_key(module): scale for module, scale in scales.items() if scale != usual}
@@ -65,22 +67,29 @@ def _key(module: str) -> str:
     return f"{target.component}.{target.key.removesuffix(f'.{DOWN}')}"
 
 
-def _scale(file: TensorFile, module: str, layers: Layers, settings: Settings) -> float:
-    parts = layers[module]
+def _scale(file: TensorFile, parts: Parts, alpha: float | None, settings: Settings) -> float:
     rank = parts[DOWN].shape[0]
-    if ALPHA not in parts:
+    if alpha is None:
         return settings.scale(rank)
-    scale = _alpha(file, parts[ALPHA]) / rank
+    scale = alpha / rank
     if settings.alpha is not None and not isclose(scale, settings.scale(rank), rel_tol=1e-2):
         raise _unclear(file, f"{parts[ALPHA].name} means {scale:g}, the file's settings {settings.scale(rank):g}")
     return scale
 
 
-def _alpha(file: TensorFile, tensor: TensorInfo) -> float:
-    if tensor.dtype not in (*FLOATS.values(), *INTEGERS) or np.prod(tensor.shape, dtype=int) != 1:
+def _alphas(file: TensorFile, layers: Layers) -> dict[str, float]:
+    """The value of every module's alpha. Single values all over a file are sought and read: behind each one that is
+    mapped, the system would read ahead."""
+    with open_regular(file.path) as data:
+        return {module: _alpha(file, parts[ALPHA], data) for module, parts in layers.items() if ALPHA in parts}
+
+
+def _alpha(file: TensorFile, tensor: TensorInfo, data: BinaryIO) -> float:
+    if tensor.dtype not in (*FLOATS.values(), *INTEGERS) or prod(tensor.shape) != 1:
         raise _unclear(file, f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, not one number")
-    value = file.array(tensor.name)
-    return _number(file, tensor.name, to_float32(value, tensor.dtype).reshape(-1)[0])
+    data.seek(tensor.start)
+    value = np.frombuffer(data.read(tensor.nbytes), NUMPY_DTYPES[tensor.dtype])
+    return _number(file, tensor.name, to_float32(value, tensor.dtype)[0])
 
 
 def _settings(file: TensorFile, rank: int) -> Settings:

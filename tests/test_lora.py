@@ -172,6 +172,14 @@ class TestSpellings:
             read = read_name(naming(module, "lora_A"))
             assert read is not None and (read.module, read.part) == (module, "lora_A.weight")
 
+    def test_known_are_the_published_modules_only(self) -> None:
+        for name, network in TRANSFORMERS.items():
+            release = PUBLISHED[name][0]
+            known = {path for path, kind in modules().items() if release in kind.releases}
+            found = {re.sub(r"(?<=blocks\.)\d+", "#", module) for module in linear_modules(published_shapes(network))}
+            beside = {path for path in known if path.endswith("_norm") or (release == "2.5" and is_text(path))}
+            assert known - beside == found
+
     def test_flat_names_have_one_reading(self) -> None:
         flat = [re.sub(r"\W", "_", path) for path in modules()]
         assert len(set(flat)) == len(flat) > 90
