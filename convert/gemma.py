@@ -81,9 +81,11 @@ def _rope(parameters: Any) -> dict[str, Any]:
         return {}
     given = parameters if isinstance(parameters, Mapping) else {}
     whole, window = given.get("full_attention"), given.get("sliding_attention")
-    described = isinstance(whole, Mapping) and isinstance(window, Mapping)
-    if not described or window.get("rope_type", "default") != "default":
-        raise _refused(f"rope_parameters = {parameters!r} is not what Gemma 3 uses")
+    refused = _refused(f"rope_parameters = {parameters!r} is not what Gemma 3 uses")
+    if not (isinstance(whole, Mapping) and isinstance(window, Mapping)):
+        raise refused
+    if window.get("rope_type", "default") != "default":
+        raise refused
     scaling = {key: value for key, value in whole.items() if key != "rope_theta"}
     return {
         "rope_theta": whole.get("rope_theta", DEFAULTS["rope_theta"]),

@@ -223,8 +223,9 @@ def _amount(count: int) -> str:
 def described(found: dict[str, Any]) -> Iterator[str]:
     """Lines for people: what it is, then tensors, parameters and bytes of every component."""
     release = found.get("release") or " or ".join(found.get("releases", ()))
-    facts = [f"{name} {value}" for name in ("release", "variant", "storage") if (value := (found | {"release": release}).get(name))]
-    yield printable(f"{found['path']}: {', '.join([found['kind'], *facts])}")
+    facts = {"release": release, "variant": found.get("variant"), "storage": found.get("storage")}
+    known = [f"{name} {value}" for name, value in facts.items() if value]
+    yield printable(f"{found['path']}: {', '.join([found['kind'], *known])}")
     if found.get("reason"):
         yield printable(f"  cannot be converted: {found['reason']}")
     elif "generate" in found:
