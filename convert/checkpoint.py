@@ -134,10 +134,8 @@ def _open_file(path: Path) -> Source:
 
 def check_source(source: Source) -> None:
     """Raises CheckpointError, InputError or UnsupportedError for a recognised source that cannot be converted."""
-    if source.kind == "lora":
-        check_lora(source.files[0])
     for file in source.files:
-        _check_storage(file)
+        check_lora(file) if source.kind == "lora" else _check_storage(file)
     if not source.path.is_dir():
         _check_kind(source)
 
