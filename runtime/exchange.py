@@ -22,11 +22,13 @@ class Contexts:
     audio: mx.array
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, mx.array]) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as float32; the file appears under its name only when complete."""
     check_output(path)
     outputs = [_output(name, np.array(value.astype(mx.float32))) for name, value in tensors.items()]
-    for _ in write_tensorfile(Path(path), outputs, {}):
+    for _ in write_tensorfile(Path(path), outputs, metadata or {}):
         pass
 
 

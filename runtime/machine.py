@@ -22,6 +22,19 @@ def device_memory() -> int:
     return total_memory()
 
 
+def available_memory() -> int:
+    """Bytes that a generation may take: the GPU's recommended working set on a Mac, its free memory elsewhere, and
+    without a GPU the computer's."""
+    info = mx.device_info()
+    for key in ("max_recommended_working_set_size", "free_memory"):
+        if key in info:
+            return int(info[key])
+    if sys.platform != "linux":
+        return total_memory()
+    facts = Path("/proc/meminfo").read_text()
+    return int(facts.split("MemAvailable:")[1].split()[0]) * 1024
+
+
 def total_memory() -> int:
     """Bytes of main memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

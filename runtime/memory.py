@@ -3,6 +3,8 @@ for progress, sidecars and benchmarks alike."""
 
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 
@@ -13,9 +15,21 @@ from ltx2.runtime.machine import device_memory, process_peak_memory
 CACHE_FRACTION = 1 / 16
 
 
-def limit_cache() -> None:
-    """Bound MLX's cache of freed buffers."""
-    mx.set_cache_limit(int(device_memory() * CACHE_FRACTION))
+def reusable_memory() -> int:
+    """Bytes of freed buffers that are worth keeping."""
+    return int(device_memory() * CACHE_FRACTION)
+
+
+@contextmanager
+def limited(memory: int, cache: int) -> Iterator[None]:
+    """MLX holds at most `cache` bytes of freed buffers, and about `memory` bytes in all: before it takes more, it gives
+    freed buffers back and waits for running work to end."""
+    before = mx.set_memory_limit(max(memory, 0)), mx.set_cache_limit(max(cache, 0))
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before[0])
+        mx.set_cache_limit(before[1])
 
 
 class Phase:
@@ -41,6 +55,10 @@ class Phase:
         seconds, self._mark = now - self._mark, now
         self._step_seconds.append(seconds)
         return StepDone(self.name, len(self._step_seconds), self._steps, seconds, mx.get_active_memory())
+
+    def pause(self) -> None:
+        """What happened since the last step is no part of the next one's time."""
+        self._mark = time.perf_counter()
 
     def finish(self) -> PhaseDone:
         """The network is out of scope: return its memory to the system and report."""

@@ -98,19 +98,19 @@ class Run:
     def events(self) -> Iterator[Event]:
         """All phases, then Generated."""
         self._started = time.perf_counter()
-        with self.plan.applied():
-            yield from self._warnings()
-            latents = yield from self._latents()
-            if self.request.save_latents:
-                write_latents(self.request.save_latents, latents)
-            frames = yield from self._phase("video_vae", self._decode_video, latents.video)
-            audio, sample_rate = None, 0
-            if not self.request.no_audio:
-                mel = yield from self._phase("audio_vae", self._decode_audio, latents.audio)
-                audio, sample_rate = yield from self._phase("vocoder", self._vocode, mel)
-                if np.abs(audio).max() < SILENT:
-                    yield Warned("the sound is silent throughout; --no-audio leaves it out")
+        yield from self._warnings()
+        latents = yield from self._latents()
+        if self.request.save_latents:
+            write_latents(self.request.save_latents, latents)
+        frames = yield from self._phase("video_vae", self._decode_video, latents.video)
+        audio, sample_rate = None, 0
+        if not self.request.no_audio:
+            mel = yield from self._phase("audio_vae", self._decode_audio, latents.audio)
+            audio, sample_rate = yield from self._phase("vocoder", self._vocode, mel)
+            if np.abs(audio).max() < SILENT:
+                yield Warned("the sound is silent throughout; --no-audio leaves it out")
         record = make_record(self.job.folder, self.request, self.phases, self._seconds())
+        record["memory_plan"] = self.plan.to_dict()
         state = self.state.path if self.state is not None else None
         yield Generated(Clip(frames, audio, sample_rate, self.job.sizes.fps, latents.as_numpy(), record, state))
 
@@ -138,7 +138,8 @@ class Run:
         """Run one phase; its network is a local of `work`, so it is free when `work` returns."""
         phase = Phase(name)
         yield PhaseStarted(name)
-        result = yield from work(phase, *args, **kwargs)
+        with self.plan.phase(name).applied():
+            result = yield from work(phase, *args, **kwargs)
         done = phase.finish()
         self.phases.append(done)
         yield done

@@ -1,5 +1,6 @@
 """One validated generation: options in, sizes that the model can make out."""
 
+import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +15,13 @@ from ltx2.runtime.presets import Preset, Stage
 SEEDS = 1 << 64  # a key of MLX's generator is 64 bits
 # What a given file stands for, so that these options have nothing left to do.
 REPLACED: Mapping[str, tuple[str, ...]] = {
-    "latents": ("prompt", "embeddings", "save_embeddings", "noise", "no_upscale"),
+    "latents": (
+        "prompt", "embeddings", "save_embeddings", "noise", "no_upscale", "checkpoint_every", "resume",
+    ),
     "embeddings": ("prompt",),
-}
+}  # fmt: skip
+# How a clip is made, not which: not part of its record.
+UNRECORDED = ("state", "checkpoint_every", "resume")
 
 
 def repeated(earlier: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,11 +51,26 @@ class Request:
     noise: str | None = None
     save_latents: str | None = None
     latents: str | None = None
+    memory_limit: float | None = None  # GB
+    low_memory: bool = False
+    state: str | None = None  # the file that an interrupted run is continued from
+    checkpoint_every: int | None = None  # steps
+    resume: bool = False
 
     def __post_init__(self) -> None:
         if self.seed is not None and not 0 <= self.seed < SEEDS:
             why = "it must be between 0 and 2**64 - 1"
             raise InputError(f"seed {self.seed} is not valid", why, "use 10")
+        if self.memory_limit is not None and not 0 < self.memory_limit < math.inf:
+            why = "it must be a positive number of GB (1e9 bytes)"
+            raise InputError(f"memory limit {self.memory_limit:g} is not valid", why, "use 24, for example")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            why = "it counts denoise steps, at least 1"
+            raise InputError(f"checkpoint every {self.checkpoint_every} is not valid", why, "use 1")
+        if self.state is None and (self.resume or self.checkpoint_every):
+            option = "resume" if self.resume else "checkpoint_every"
+            what = f"{option} has no effect without a state"
+            raise InputError(what, "nothing says in which file the run is kept", "give state=FILE.safetensors")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Request":
@@ -69,7 +89,8 @@ class Request:
         """As the sidecar records it: files by absolute path."""
         files = ("embeddings", "save_embeddings", "noise", "save_latents", "latents")
         given = {name: path for name in files if (path := getattr(self, name)) is not None}
-        return asdict(self) | {name: str(Path(path).absolute()) for name, path in given.items()}
+        options = {name: value for name, value in asdict(self).items() if name not in UNRECORDED}
+        return options | {name: str(Path(path).absolute()) for name, path in given.items()}
 
     def without_effect(self) -> Iterator[str]:
         """Warnings about options that others leave nothing to do."""

@@ -11,7 +11,7 @@ from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.jsonfile import read_object
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.machine import machine_facts
-from ltx2.runtime.request import Request
+from ltx2.runtime.request import UNRECORDED, Request
 
 
 def sidecar_path(video: Path) -> Path:
@@ -70,7 +70,7 @@ class Sidecar:
             raise _not_repeated(path, error.strerror or str(error)) from error
         except (ValueError, LookupError, TypeError) as error:
             raise _not_repeated(path, "it is not the record of a clip") from error
-        saved = ("save_embeddings", "save_latents")
+        saved = ("save_embeddings", "save_latents", *UNRECORDED)
         return cls({n: v for n, v in request.items() if v is not None and n not in saved}, model, files)
 
 

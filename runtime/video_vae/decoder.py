@@ -30,7 +30,9 @@ class Decoder(nn.Module):
     def __call__(self, latents: mx.array) -> mx.array:
         x = self.conv_in(latents.astype(self.conv_in.conv.weight.dtype))
         for block in self.up_blocks:
-            x = block(x)
+            for layer in block.res_blocks if isinstance(block, ResBlocks) else [block]:
+                x = layer(x)  # here, so that nobody holds the last layer's result: a fifth of the memory
+                mx.eval(x)
         x = unpatchify(self.conv_out(activate(x)), self.patch_size)
         mx.eval(x)
         return x

@@ -5,7 +5,7 @@ every tile after the first starts one latent early: a tile's first latent yields
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -14,18 +14,42 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.numerics import check_finite
 
 FRAMES_PER_GROUP = 16  # bounds the float32 frames handed out at a time
-LONG_SIDE, OVERLAP = 768, 64  # pixels
-FRAMES, FRAME_OVERLAP = 80, 24
 Weights = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
-class VideoDecoder(Protocol):
-    """What tiling needs of a video VAE: pixels and frames per latent, and decoding (1, C, f, h, w) to (F, H, W, 3)."""
+class Tile(NamedTuple):
+    """Pixels along the longer side and frames of a tile, and what neighbours share."""
+
+    side: int
+    overlap: int
+    frames: int
+    frame_overlap: int
+
+
+# Lightricks' tiles, then smaller ones: halving a side or the frames halves the memory, and costs time for overlaps.
+TILES = (
+    Tile(768, 64, 80, 24),
+    Tile(512, 64, 80, 24),
+    Tile(512, 64, 48, 16),
+    Tile(384, 64, 48, 16),
+    Tile(384, 64, 32, 8),
+    Tile(256, 64, 32, 8),
+    Tile(256, 64, 24, 8),
+)
+
+
+class Scaled(Protocol):
+    """Pixels and frames per latent."""
 
     @property
     def spatial_scale(self) -> int: ...
     @property
     def temporal_scale(self) -> int: ...
+
+
+class VideoDecoder(Scaled, Protocol):
+    """What tiling needs of a video VAE: its scales, and decoding (1, C, f, h, w) to (F, H, W, 3)."""
+
     def decode(self, latents: mx.array) -> mx.array: ...
 
 
@@ -49,16 +73,28 @@ class Tiling:
             )
 
 
-def auto_tiling(vae: VideoDecoder, frames: int, height: int, width: int) -> Tiling | None:
+def auto_tiling(vae: Scaled, frames: int, height: int, width: int) -> Tiling | None:
     """Tiles of Lightricks' choice for a clip of so many latents: 768 pixels along the longer side, the other in
     proportion, 80 frames. None when one tile covers the clip."""
+    return _tiling(vae, TILES[0], (frames, height, width))
+
+
+def tilings(vae: Scaled, frames: int, height: int, width: int) -> list[Tiling | None]:
+    """Ways to decode a clip of so many latents, the first is `auto_tiling`'s, each takes less memory than the last."""
+    found = [_tiling(vae, tile, (frames, height, width)) for tile in TILES]
+    return list(dict.fromkeys(found))
+
+
+def _tiling(vae: Scaled, tile: Tile, latents: tuple[int, int, int]) -> Tiling | None:
     space, time = vae.spatial_scale, vae.temporal_scale
-    limit, least = LONG_SIDE // space, OVERLAP // space + 1
+    frames, height, width = latents
+    limit, least = tile.side // space, tile.overlap // space + 1
     longest = max(height, width)
     if longest <= limit:
-        return None if frames * time <= FRAMES else Tiling(height * space, width * space, 0, FRAMES, FRAME_OVERLAP)
+        covered = frames * time <= tile.frames
+        return None if covered else Tiling(height * space, width * space, 0, tile.frames, tile.frame_overlap)
     tile_height, tile_width = (space * max(2, least, round(limit * side / longest)) for side in (height, width))
-    return Tiling(tile_height, tile_width, OVERLAP, FRAMES, FRAME_OVERLAP)
+    return Tiling(tile_height, tile_width, tile.overlap, tile.frames, tile.frame_overlap)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,171 @@
+"""Bytes that a network holds beside its weights while it computes, from shapes alone.
+
+A GPU works behind the host, which queues operations ahead of it: an array is free when the device is done with it, not
+when the program is. So every figure has two parts. What must be there at once is read off the code. What is queued
+beside it is fitted to measurements (bench/results/memory-*.json), and is what a memory limit can do without."""
+
+from dataclasses import dataclass
+from math import prod
+
+from ltx2.runtime.audio_vae import AudioVAEConfig
+from ltx2.runtime.latents import Grid
+from ltx2.runtime.text_encoder.config import ConnectorsConfig, Gemma3Config
+from ltx2.runtime.transformer.config import TransformerConfig
+from ltx2.runtime.upsampler import RATIONAL_SCALES, UpsamplerConfig
+from ltx2.runtime.video_vae.config import ResampleStage, VideoVAEConfig
+from ltx2.runtime.video_vae.tiling import Tiling
+from ltx2.runtime.vocoder import VocoderConfig
+
+MB = 10**6
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Activations:
+    """`needed` bytes are there at once; up to `queued` more while the device works at full speed."""
+
+    needed: int
+    queued: int = 0
+
+    @property
+    def full(self) -> int:
+        return self.needed + self.queued
+
+
+def text_encoder(config: Gemma3Config, layer: int, embedding: int, tokens: int, itemsize: int) -> Activations:
+    """Weights are read layer by layer and released: beside the largest part of them (a `layer` or the `embedding`, in
+    bytes) stand all states so far, and a layer's attention and feed-forward network."""
+    state = tokens * config.hidden_size * itemsize
+    states = (config.num_hidden_layers + 1) * state
+    inside = 4 * state + 3 * tokens * config.intermediate_size * itemsize
+    return Activations(max(embedding + 2 * state, layer + states + inside) - max(embedding, layer))
+
+
+def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int) -> Activations:
+    """The text encoder's states, normalised and stacked; later the states beside the connectors' `length` tokens."""
+    states = config.num_hidden_states * tokens * config.caption_channels * itemsize
+    position = length * config.dim * itemsize
+    needed, full = (max(3 * states + 2 * position, states + units * position) for units in (16, 22))
+    return Activations(needed, full - needed)
+
+
+def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int) -> Activations:
+    """Kept over the steps: rotary tables in float32, projected text, latents. In a block, per token: the residual
+    stream, its normalised copy and twice the feed-forward network's four-fold width; text keys and values."""
+    video, audio = config.video_dim, config.audio_dim
+    tables = FLOAT32 * ((video + audio) * grid.tokens + 2 * audio * grid.audio_frames)
+    channels = config.in_channels * grid.tokens + config.audio_in_channels * grid.audio_frames
+    text = text_tokens * (video + audio + 2 * config.caption_channels) * itemsize
+    kept = tables + text + 4 * FLOAT32 * channels
+    unit = (video * grid.tokens + audio * grid.audio_frames) * itemsize
+    keys = 4 * text_tokens * (video + audio) * itemsize
+    needed = kept + keys + 10 * unit
+    # Up to ten command buffers wait for the device. Each ends after some operations, or some megabytes.
+    full = kept + keys + min(47 * unit, 700 * MB + 11 * unit)
+    return Activations(needed, max(0, full - needed))
+
+
+def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
+    """`grid` is of the latents that come in. Per value of the enlarged latents: the residual stream and what two
+    normalised convolutions keep."""
+    up, down = RATIONAL_SCALES[config.spatial_scale] if config.rational else (2, 1)
+    scale = (up / down) ** 2 if config.spatial_upsample else 1
+    frames = 2 if config.temporal_upsample else 1
+    unit = int(grid.tokens * scale * frames * config.mid_channels * itemsize)
+    return Activations(5 * unit, 2 * unit + min(6 * unit, 200 * MB))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a clip of so many latents (frames, height, width) is decoded: the largest tile, and the largest that is not
+    the first of its frames."""
+
+    latents: tuple[int, int, int]
+    tiling: Tiling | None
+    config: VideoVAEConfig
+
+    @property
+    def frames(self) -> int:
+        """Latents along time of the longest tile: all but the first start one early."""
+        length, t = self.latents[0], self.tiling
+        if t is None or length * self.config.temporal_scale <= t.frames:
+            return length
+        size, overlap = t.frames // self.config.temporal_scale, t.frame_overlap // self.config.temporal_scale
+        return max(size, min(size + 1, length - (size - overlap) + 1))
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) of the first tile and of the largest other one; (0, 0) where there is none."""
+        _, height, width = self.latents
+        if self.tiling is None:
+            return (height, width), (0, 0)
+        scale, overlap = self.config.spatial_scale, self.tiling.overlap // self.config.spatial_scale
+        rows, columns = min(height, self.tiling.height // scale), min(width, self.tiling.width // scale)
+        below = min(rows, height - (rows - overlap)) if rows < height else 0
+        beside = min(columns, width - (columns - overlap)) if columns < width else 0
+        return (rows, columns), max((below, columns), (rows, beside), key=prod)
+
+
+def decode_video(tiles: Tiles, itemsize: int, unfold: bool) -> Activations:
+    """The largest layer of a tile, beside the pictures that tiles are added up in and those that wait for the next.
+    `unfold`: convolutions without a kernel of their own copy their input 27 times."""
+    config, time, space = tiles.config, tiles.config.temporal_scale, tiles.config.spatial_scale
+    pixels = prod(tiles.latents[1:]) * space * space * 3
+    frames = (tiles.frames - 1) * time + 1
+    first, other = (_decode_tile(config, (tiles.frames, *side), itemsize, unfold) for side in tiles.sides)
+    latents = prod(tiles.latents) * config.latent_channels * FLOAT32
+    tiled = tiles.tiling is not None and tiles.frames < tiles.latents[0]
+    waiting = (tiles.tiling.frame_overlap + 1) * pixels * FLOAT32 if tiled and tiles.tiling else 0
+    if not prod(tiles.sides[1]):
+        before = 2 * frames * pixels * itemsize if tiled else 0
+        return Activations(first.needed + latents + waiting + before, first.queued)
+    picture = frames * pixels * FLOAT32
+    adding = picture + 2 * frames * prod(tiles.sides[0]) * space * space * 3 * FLOAT32
+    needed = max(first.needed, picture + other.needed, picture + adding)
+    full = max(first.full, picture + other.full, picture + adding)
+    return Activations(needed + latents + waiting, full - needed)
+
+
+def _decode_tile(config: VideoVAEConfig, tile: tuple[int, int, int], itemsize: int, unfold: bool) -> Activations:
+    """A residual block's input, the padded copy of what it is convolved from, and the result; and the normalised
+    input, until the device has read it."""
+    unit, padded = _largest_layer(config, tile)
+    unit, padded = unit * itemsize, padded * itemsize
+    queued = unit + min(3 * unit // 2, max(0, 340 * MB - 3 * unit // 4))
+    return Activations(2 * unit + padded + (27 * padded if unfold else 0), queued)
+
+
+def _largest_layer(config: VideoVAEConfig, tile: tuple[int, int, int]) -> tuple[int, int]:
+    """Values of the decoder's largest layer for a tile of latents (frames, height, width), and with its border."""
+    if not prod(tile):
+        return 0, 0
+    channels, sizes = config.decoder_channels, [(1, 1)]
+    frames, height, width = tile
+    for stage in config.decoder_stages:
+        if isinstance(stage, ResampleStage):
+            channels //= stage.multiplier
+            frames, height, width = (n * s for n, s in zip((frames, height, width), stage.stride, strict=True))
+            frames -= stage.stride[0] - 1
+        sizes.append((frames * height * width * channels, (frames + 2) * (height + 2) * (width + 2) * channels))
+    return max(sizes)
+
+
+def decode_audio(config: AudioVAEConfig, audio_frames: int) -> Activations:
+    """In float32 whatever the weights, which are widened as they are used. The largest arrays are those that an
+    upsampling repeats, at the finest resolution."""
+    network, frames = config.network, audio_frames * config.temporal_scale
+    widths = network.widths
+    unit = frames * network.mel_bins * widths[min(1, len(widths) - 1)] * FLOAT32
+    wide = 5 * 9 * widths[-1] ** 2 * FLOAT32
+    return Activations(3 * unit + wide, min(5 * unit, 300 * MB + unit))
+
+
+def vocode(config: VocoderConfig, mel_frames: int) -> Activations:
+    """In float32. A stage's residual blocks are one evaluation, and no memory is reused before it ends."""
+    width, rate, unit, wide = config.upsample_initial_channel, 1, 0, 0
+    sizes = zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True)
+    for factor, kernel in sizes:
+        wide = max(wide, 2 * width * width // 2 * kernel * FLOAT32)
+        width, rate = width // 2, rate * factor
+        unit = max(unit, width * rate * mel_frames * FLOAT32)
+    return Activations(12 * unit + wide, 24 * unit)

@@ -1,0 +1,278 @@
+"""How much memory a generation takes, phase by phase, before anything but headers is read; in which tiles the video
+decoder stays below a limit; and, where nothing does, the nearest settings that would."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+
+from ltx2.runtime import activations as network
+from ltx2.runtime.activations import Activations, Tiles
+from ltx2.runtime.errors import DoesNotFitError
+from ltx2.runtime.job import Job
+from ltx2.runtime.machine import available_memory
+from ltx2.runtime.memory import limited, reusable_memory
+from ltx2.runtime.presets import Stage
+from ltx2.runtime.request import Sizes
+from ltx2.runtime.tensorfile import TensorInfo
+from ltx2.runtime.text_encoder.config import ConnectorsConfig, Gemma3Config
+from ltx2.runtime.transformer.config import TransformerConfig
+from ltx2.runtime.upsampler import UpsamplerConfig
+from ltx2.runtime.video_vae.tiling import Tiling, tilings
+from ltx2.runtime.vocoder import VocoderConfig
+
+GB = 10**9
+FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+FULL = Stage(1, ())
+OVERSHOOT = 200 * 10**6  # by which MLX passes a limit that makes it wait: it looks after a command buffer is queued
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one phase takes: bytes of weights, of what it computes with, and of the clip's finished frames."""
+
+    name: str
+    weights: int
+    activations: Activations
+    clip: int = 0
+
+    @property
+    def least(self) -> int:
+        return self.weights + self.activations.needed + self.clip
+
+    def within(self, limit: int, reusable: int) -> "PhasePlan":
+        """At full speed if the limit allows it, else with as much queued as it allows."""
+        room = limit - self.weights - self.clip
+        used = max(self.activations.needed, min(self.activations.full, room))
+        throttled = used < self.activations.full
+        cache = 0 if throttled else min(reusable, room - used)
+        return PhasePlan(self.name, self.weights, used, self.clip, cache, throttled)
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase within a limit. `cache` bounds freed memory that is kept for reuse, and makes way when it is needed;
+    `throttled`: the device waits now and then, because the limit leaves less than it could use."""
+
+    name: str
+    weights: int
+    activations: int
+    clip: int
+    cache: int
+    throttled: bool
+
+    @property
+    def total(self) -> int:
+        """Without the cache."""
+        return self.weights + self.activations + self.clip
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """MLX keeps to the plan."""
+        memory = self.weights + self.activations + self.cache - (OVERSHOOT if self.throttled else 0)
+        with limited(memory, self.activations + self.cache):
+            yield
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All phases against the limit. `tiling` is the video decoder's, None for one piece."""
+
+    job: Job
+    needs: tuple[Need, ...]
+    limit: int
+    tiling: Tiling | None
+
+    @cached_property
+    def phases(self) -> tuple[PhasePlan, ...]:
+        low = self.job.request.low_memory
+        reusable = 0 if low else reusable_memory()
+        return tuple(need.within(need.least if low else self.limit, reusable) for need in self.needs)
+
+    def phase(self, name: str) -> PhasePlan:
+        return next(phase for phase in self.phases if phase.name == name)
+
+    @property
+    def peak(self) -> int:
+        return max(phase.total for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+    def check(self) -> None:
+        """Raises DoesNotFitError, which names the nearest settings that fit."""
+        if not self.fits:
+            raise _refusal(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`; memory in bytes."""
+        return {
+            **asdict(self.job.sizes),
+            "phases": [asdict(phase) | {"total": phase.total} for phase in self.phases],
+            "peak": self.peak,
+            "limit": self.limit,
+            "tiling": asdict(self.tiling) if self.tiling else None,
+            "fits": self.fits,
+        }
+
+
+def plan_memory(job: Job) -> MemoryPlan:
+    """The plan of a checked job on this machine. Its tiles are the first that stay below the limit, from Lightricks'
+    choice down; with `low_memory` the smallest."""
+    given, model = job.request.memory_limit, Model(job)
+    limit = available_memory() if given is None else int(given * GB)
+    tiling, needs = model.choose(job.sizes, 0 if job.request.low_memory else limit)
+    return MemoryPlan(job, needs, limit, tiling)
+
+
+class Model:
+    """What headers and configurations say of a job's networks."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.tensors = {name: _tensors(job, name) for name in job.components}
+        self.unfold = mx.default_device() == mx.Device(mx.cpu)
+
+    def weights(self, component: str, prefix: str = "") -> int:
+        """Bytes of the tensors whose names begin with `prefix`."""
+        return sum(t.nbytes for name, t in self.tensors[component].items() if name.startswith(prefix))
+
+    def itemsize(self, component: str) -> int:
+        """Bytes of a value that the network computes with; its tables may be wider, packed weights narrower."""
+        return min(FLOATS[t.dtype] for t in self.tensors[component].values() if t.dtype in FLOATS)
+
+    def config(self, component: str) -> dict[str, Any]:
+        return self.job.folder.config(component)
+
+    def choose(self, sizes: Sizes, limit: int) -> tuple[Tiling | None, tuple[Need, ...]]:
+        """The first tiling that stays below the limit, else the one that takes least."""
+        grid, config = self.job.grid(FULL, sizes), self.job.video_config
+        found = []
+        for tiling in tilings(config, grid.frames, grid.height, grid.width):
+            needs = tuple(self.needs(sizes, tiling))
+            least = next(need.least for need in needs if need.name == "video_vae")
+            if max(need.least for need in needs) <= limit:
+                return tiling, needs
+            found.append((least, tiling, needs))
+        _, tiling, needs = min(found, key=lambda choice: choice[0])
+        return tiling, needs
+
+    def needs(self, sizes: Sizes, tiling: Tiling | None) -> Iterator[Need]:
+        """Of all phases, in order."""
+        request = self.job.request
+        if request.latents is None:
+            if request.embeddings is None:
+                yield from self._text()
+            yield from self._stages(sizes)
+        yield from self._decoders(sizes, tiling)
+
+    def _text(self) -> Iterator[Need]:
+        tokens, length = int(self.job.tokens.mask.sum()), self.job.preset.text_tokens
+        embedding, layer = self._streamed()
+        gemma = Gemma3Config.from_dict(self.config("text_encoder"))
+        used = network.text_encoder(gemma, layer, embedding, tokens, self.itemsize("text_encoder"))
+        yield Need("text_encoder", max(embedding, layer), used)
+        config = ConnectorsConfig.from_dict(self.config("connectors"))
+        used = network.connectors(config, tokens, length, self.itemsize("connectors"))
+        yield Need("connectors", self.weights("connectors"), used)
+
+    def _streamed(self) -> tuple[int, int]:
+        """Bytes of the text encoder's embedding and of its largest layer: they are read and released one by one."""
+        layers: dict[str, int] = {}
+        for name, tensor in self.tensors["text_encoder"].items():
+            part = ".".join(name.split(".")[:3]) if ".layers." in name else "embedding and last norm"
+            layers[part] = layers.get(part, 0) + tensor.nbytes
+        return layers.pop("embedding and last norm"), max(layers.values())
+
+    def _stages(self, sizes: Sizes) -> Iterator[Need]:
+        config = TransformerConfig.from_dict(self.config("transformer"))
+        text, width = self.job.preset.text_tokens, self.itemsize("transformer")
+        stages = self.job.preset.stages
+        for number, stage in enumerate(stages, start=1):
+            if number > 1:
+                upscaler = UpsamplerConfig.from_dict(self.config("spatial_upscaler"))
+                grid = self.job.grid(stages[number - 2], sizes)
+                used = network.upscale(upscaler, grid, self.itemsize("spatial_upscaler"))
+                yield Need("spatial_upscaler", self.weights("spatial_upscaler"), used)
+            used = network.denoise_step(config, self.job.grid(stage, sizes), text, width)
+            yield Need(f"stage{number}", self.weights("transformer"), used)
+
+    def _decoders(self, sizes: Sizes, tiling: Tiling | None) -> Iterator[Need]:
+        grid, frames = self.job.grid(FULL, sizes), sizes.frames * sizes.height * sizes.width * 3
+        tiles = Tiles((grid.frames, grid.height, grid.width), tiling, self.job.video_config)
+        used = network.decode_video(tiles, self.itemsize("video_vae"), self.unfold)
+        yield Need("video_vae", self.weights("video_vae", "decoder."), used, frames)
+        if self.job.request.no_audio:
+            return
+        audio = self.job.audio_config
+        used = network.decode_audio(audio, grid.audio_frames)
+        yield Need("audio_vae", self.weights("audio_vae", "decoder."), used, frames)
+        mel = grid.audio_frames * audio.temporal_scale
+        vocoder = VocoderConfig.from_dict(self.config("vocoder"))
+        yield Need("vocoder", self.weights("vocoder"), network.vocode(vocoder, mel), frames)
+
+
+def _tensors(job: Job, component: str) -> dict[str, TensorInfo]:
+    return {name: tensor for file in job.folder.tensor_files(component) for name, tensor in file.tensors.items()}
+
+
+def _refusal(plan: MemoryPlan) -> DoesNotFitError:
+    """Says what is too large, and what would fit."""
+    job, sizes = plan.job, plan.job.sizes
+    worst = max(plan.needs, key=lambda need: need.least)
+    has = f"this computer has {plan.limit / GB:.1f} GB for it"
+    if job.request.memory_limit is not None:
+        has = f"the limit is {plan.limit / GB:.1f} GB"
+    if worst.weights > plan.limit:
+        component = "transformer" if worst.name.startswith("stage") else worst.name
+        why = f"its weights alone are {worst.weights / GB:.1f} GB, and {has}"
+        return DoesNotFitError(f"the {component} does not fit in memory", why, _smaller_weights(job))
+    what = f"{sizes.frames} frames of {sizes.width}x{sizes.height} do not fit in memory"
+    why = f"{worst.name} takes {worst.least / GB:.1f} GB, {worst.weights / GB:.1f} GB of it weights, and {has}"
+    found = [] if job.request.latents else list(_smaller(plan))
+    return DoesNotFitError(what, why, f"use {', or '.join(found)}" if found else _smaller_weights(job))
+
+
+def _smaller_weights(job: Job) -> str:
+    folder = job.folder
+    if any(record.quantization for record in folder.manifest.components.values()):
+        return "convert or quantize again with fewer --bits, or --recipe uniform"
+    return f"make it smaller: ltx2 quantize {folder.path} -o {folder.path}-q4 --bits 4"
+
+
+def _smaller(plan: MemoryPlan) -> Iterator[str]:
+    """The most frames that fit at this size, and the largest picture of nearly this shape at these frames."""
+    job, sizes, model = plan.job, plan.job.sizes, Model(plan.job)
+    scale = job.scales.spatial * max(stage.downscale for stage in job.preset.stages)
+    least = -(-job.video_config.smallest_side // scale) * scale
+
+    def fits(other: Sizes) -> bool:
+        return max(need.least for need in model.choose(other, plan.limit)[1]) <= plan.limit
+
+    def shorter(count: int) -> Sizes:
+        return replace(sizes, frames=(count - 1) * job.scales.temporal + 1)
+
+    def narrower(count: int) -> Sizes:
+        height = max(least, round(sizes.height * count * scale / sizes.width / scale) * scale)
+        return replace(sizes, width=count * scale, height=height)
+
+    frames = _most(lambda count: fits(shorter(count)), 1, (sizes.frames - 1) // job.scales.temporal + 1)
+    if frames is not None:
+        yield f"--frames {shorter(frames).frames}"
+    width = _most(lambda count: fits(narrower(count)), least // scale, sizes.width // scale)
+    if width is not None:
+        yield f"--width {narrower(width).width} --height {narrower(width).height}"
+
+
+def _most(fits: Callable[[int], bool], least: int, too_many: int) -> int | None:
+    """The largest number from `least` on, below `too_many`, that fits; None where none does."""
+    if least >= too_many or not fits(least):
+        return None
+    while too_many - least > 1:
+        middle = (least + too_many) // 2
+        least, too_many = (middle, too_many) if fits(middle) else (least, middle)
+    return least
