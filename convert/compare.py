@@ -40,7 +40,7 @@ def compare_values(
     stored = {name: {t: f for f in model.tensor_files(name) for t in f.tensors} for name in components}
     assets = list(_asset_differences(plan, model))
     plan = decoded(plan, _decoded_alike(plan, stored))
-    plan = _packed_alike(replace(plan, entries=tuple(_cast_alike(plan, stored))), model, repack)
+    plan = _packed_alike(replace(plan, entries=tuple(_cast_alike(plan, stored))), model, stored, repack)
     moves = [e for e in plan.entries if isinstance(e, Move)]
     streams = [(move.component, output) for move in moves for output in outputs(move)]
     total, done, equal = sum(output.nbytes for _, output in streams), 0, 0
@@ -96,13 +96,18 @@ def _cast_alike(plan: Plan, stored: dict[str, Stored]) -> Iterator[Move]:
 
 
 def _stored_dtype(stored: Stored, key: str) -> str:
-    """The dtype of a tensor, or of its scales: they keep the float type of packed weights."""
-    names = (packed_key(key, "scales"), key)
+    """The dtype of a tensor; of a packed weight that of its scales, which keep its float type."""
+    names = (packed_key(key, "scales"), key) if key.endswith(".weight") else (key,)
     return next((stored[name].tensors[name].dtype for name in names if name in stored), "")
 
 
-def _packed_alike(plan: Plan, model: ModelFolder, repack: Repack | None) -> Plan:
-    quantized = [name for name, record in model.manifest.components.items() if record.quantization is not None]
+def _packed_alike(plan: Plan, model: ModelFolder, stored: dict[str, Stored], repack: Repack | None) -> Plan:
+    kept = kept_layers(plan)
+    quantized = [
+        component
+        for component in sorted({entry.component for entry in plan.entries if isinstance(entry, Move)})
+        if any(n.endswith(".scales") and (component, n.removesuffix(".scales")) not in kept for n in stored[component])
+    ]
     if not quantized:
         return plan
     if repack is None:

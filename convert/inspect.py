@@ -18,7 +18,7 @@ from ltx2.convert.checkpoint import (
     special_storage,
     variant_in_name,
 )
-from ltx2.convert.plan import Options, make_plan, packed_key
+from ltx2.convert.plan import SCALE_PARTS, Options, make_plan, packed_key
 from ltx2.convert.release import releases
 from ltx2.convert.scales import CodedTensors, dropped_beside_codes, find_codes
 from ltx2.convert.steps import Form
@@ -171,10 +171,11 @@ def _stored(files: Iterable[TensorFile], quantization: Mapping[str, Any] | None)
     summary = Summary()
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
-        packed = quantization is not None and packed_key(name, "scales") in tensors
+        scales = {packed_key(name, part) for part in SCALE_PARTS}
+        packed = quantization is not None and not scales.isdisjoint(tensors)
         if packed and quantization is not None and part == "weight":
             bits = quantization.get(layer, quantization)["bits"]
             summary.add(tensor, prod(tensor.shape) * 32 // bits)
         else:
-            summary.add(tensor, 0 if packed and part in ("scales", "biases") else prod(tensor.shape))
+            summary.add(tensor, 0 if packed and part in (*SCALE_PARTS, "biases") else prod(tensor.shape))
     return summary

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ltx2.convert.folder import folder_plan
-from ltx2.convert.plan import Move, Plan, packed_layers, quantization_config
+from ltx2.convert.plan import Entry, Merge, Move, Plan, packed_layers, quantization_config
 from ltx2.convert.recode import Layer, decoded, kept_layers
 from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.quant.pack import BITS, DTYPES, GROUP_SIZES, Affine
@@ -118,8 +118,13 @@ def _shrinking(plan: Plan, forms: Forms) -> Iterator[Layer]:
 
 
 def _packed_plan(plan: Plan, forms: Forms) -> Plan:
-    entries = [_packed(e, forms.get(e.component, {})) if isinstance(e, Move) else e for e in plan.entries]
-    return replace(plan, entries=tuple(entries))
+    return replace(plan, entries=tuple(_packed_entry(entry, forms) for entry in plan.entries))
+
+
+def _packed_entry(entry: Entry, forms: Forms) -> Entry:
+    if isinstance(entry, Merge):
+        return replace(entry, into=_packed(entry.into, forms.get(entry.into.component, {})))
+    return _packed(entry, forms.get(entry.component, {})) if isinstance(entry, Move) else entry
 
 
 def _packed(move: Move, forms: Mapping[str, Affine]) -> Move:

@@ -31,7 +31,7 @@ class QuantizedLinear(nn.Module):
         """Without `bias` and `weight_scale`; a layer that has them gets them as attributes. `shared_scales` (outputs,
         inputs / group size) are no parameter; without them `scales` is one."""
         super().__init__()
-        self.form = form
+        self.group_size, self.bits, self.mode = form.group_size, form.bits, form.mode  # named as in nn.QuantizedLinear
         self.weight = mx.zeros((outputs, inputs * form.bits // 32), mx.uint32)
         groups = (outputs, inputs // form.group_size)
         if form.mode == "affine":
@@ -52,16 +52,15 @@ class QuantizedLinear(nn.Module):
         return y.astype(x.dtype)
 
     def _product(self, x: mx.array) -> mx.array:
-        form = self.form
         return mx.quantized_matmul(
             x,
             self.weight,
             scales=self.scales if self._shared_scales is None else self._shared_scales,
             biases=self.get("biases"),
             transpose=True,
-            group_size=form.group_size,
-            bits=form.bits,
-            mode=form.mode,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
         )
 
 

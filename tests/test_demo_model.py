@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -154,19 +153,6 @@ def check_followed(model: Path, batch: int, name: str, note: Note) -> None:
 @pytest.mark.parametrize("batch", range(4))
 def test_24_prompts_are_followed(demo_f32: Path, batch: int, note: Note) -> None:
     check_followed(demo_f32, batch, "float32", note)
-
-
-@pytest.fixture
-def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quantized layers unpack their weights and multiply, several times faster on a CPU than MLX's own kernel, which
-    test_quant.py finds to be the same product."""
-
-    def product(layer: nn.QuantizedLinear, x: mx.array) -> mx.array:
-        form = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        y = x @ mx.dequantize(layer["weight"], layer["scales"], layer["biases"], **form).T
-        return y + layer["bias"] if "bias" in layer else y
-
-    monkeypatch.setattr(nn.QuantizedLinear, "__call__", product)
 
 
 @pytest.mark.usefixtures("plain_products")

@@ -24,14 +24,14 @@ from ltx2.quant.report import Quantized, Report
 from ltx2.quant.step import packings
 from ltx2.runtime.errors import CheckpointError, InputError, ModelFolderError, VerificationError
 from ltx2.runtime.events import BytesDone, Warned, Written
-from ltx2.runtime.latents import Grid, Latents, Scales, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network, load_weights
+from ltx2.runtime.quantized import QuantizedLinear
 from ltx2.runtime.tensorfile import open_tensorfile
-from ltx2.runtime.transformer.model import StreamInput, Transformer
+from ltx2.runtime.transformer.model import Transformer
 from tests import published
 from tests.folders import accept, contents, verified
-from tests.golden import golden
+from tests.golden import golden, golden_velocity
 from tests.official import DEMO, GEMMA, MONOLITH, Official, plan_of
 from tests.parity import relative_l2, require
 
@@ -247,7 +247,7 @@ class TestFolder:
         folder = ModelFolder.open(path)
         for name in folder.manifest.components:
             modules = load_network(folder, name, nn.Module).named_modules()
-            quantized = {n: m for n, m in modules if isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding)}
+            quantized = {n: m for n, m in modules if isinstance(m, QuantizedLinear | nn.QuantizedEmbedding)}
             rows = [row for row in q4[1].layers if row.component == name]
             assert quantized.keys() == {row.layer for row in rows}
             if bits == 4:
@@ -301,23 +301,6 @@ class TestFolder:
             for stream, velocity, limit in zip(("video", "audio"), ours, limits, strict=True):
                 error = relative_l2(velocity, golden(f"a.velocity_at_0.725.{stream}"))
                 figure(f"{bits}-bit demo model, {stream} velocity, rel L2 vs golden", error, limit=limit)
-
-
-def golden_velocity(folder: ModelFolder) -> tuple[np.ndarray, np.ndarray]:
-    """Velocities of golden prompt a at sigma 0.725, computed in float32."""
-    network = load_network(folder, "transformer", Transformer)
-    network.set_dtype(mx.float32)
-    noise = Latents(mx.array(golden("a.stage1.video")), mx.array(golden("a.stage1.audio")))
-    (_, channels, frames, height, width), (_, audio_channels, audio_frames, _) = noise.video.shape, noise.audio.shape
-    grid = Grid(channels, frames, height, width, audio_channels, audio_frames)
-    scales = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)
-    prepared = (
-        network.prepare_video(mx.array(golden("a.video_context")), video_positions(grid, 24.0, scales)),
-        network.prepare_audio(mx.array(golden("a.audio_context")), audio_positions(grid, scales)),
-    )
-    tokens, sigma = noise.to_tokens(), mx.array([[0.725]])
-    video, audio = network(StreamInput(tokens.video, sigma, sigma), StreamInput(tokens.audio, sigma, sigma), *prepared)
-    return np.array(video), np.array(audio)
 
 
 class TestVerify:
