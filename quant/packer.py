@@ -1,0 +1,186 @@
+"""Packing weights into MLX's quantized storage, on whatever device MLX uses; the files run on MLX's own kernels.
+
+Rows are packed in blocks, so memory does not depend on the tensor, and every group by itself, so chunks of rows give
+the bytes of the whole. Given E[x^2] of a layer's inputs as `weights`, errors count as they do in the layer's output."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from math import sqrt
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ltx2.quant.affine import AffineSearch
+from ltx2.quant.blocks import on_gpu, pack_words, tiled, to_block
+from ltx2.quant.minifloat import MinifloatSearch
+from ltx2.quant.search import Search
+from ltx2.quant.storage import Storage
+from ltx2.runtime.tensorfile import Array
+
+# Values of a block. On a CPU its arrays should stay in the cache of a core; a GPU needs many to be busy.
+CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 21
+MAX_THREADS = 8
+LEAST_WEIGHT = 2.0**-20  # of the largest
+GPU_WORKERS = 2  # one prepares a block while the other's is computed
+
+
+class Packed(NamedTuple):
+    """Quantized rows: `codes` uint32 (rows, width * bits / 32); `scales` and, in affine mode, `biases`
+    (rows, width / group size) in the tensor's own dtype (BF16 as uint16), or E8M0 or E4M3 scales as uint8."""
+
+    codes: Array
+    scales: Array
+    biases: Array | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Summed squares of what quantizing changed and of the values themselves, both weighted if the search was;
+    losses of parts add up."""
+
+    error: float = 0.0
+    norm: float = 0.0
+
+    def __add__(self, other: "Loss") -> "Loss":
+        return Loss(self.error + other.error, self.norm + other.norm)
+
+    @property
+    def relative(self) -> float:
+        """||W' - W|| / ||W||: the relative error of W's output, for inputs whose channels do not correlate."""
+        return sqrt(self.error / self.norm) if self.norm else 0.0
+
+
+def pack(
+    rows: Array, storage: Storage, weights: Array | None = None, multiplier: float = 1.0
+) -> tuple[Packed, Loss]:
+    """Quantize rows (rows, width) of BF16 (as uint16 codes), float16 or float32.
+
+    `width` is a multiple of the group size. `weights` (width,) is E[x^2] of the inputs. `multiplier`, a power of two
+    that the layer's output is multiplied with, serves nvfp4: `output_multiplier` of the whole tensor's largest value.
+    Raises ValueError when a value is NaN or infinite, or too large for what scales can express.
+    """
+    _check(rows.shape[1], storage, multiplier)
+    device, packed = mx.default_device(), _empty(rows, storage)
+    counted = None if weights is None else _usable(weights, rows.shape[1])
+
+    def work(span: slice) -> Loss:
+        with mx.stream(device):
+            parts, loss = _pack_block(rows[span], storage, counted, multiplier)
+        for whole, part in zip(packed, parts, strict=True):
+            if whole is not None:
+                whole[span] = part
+        return loss
+
+    return packed, sum(_in_threads(work, _spans(rows, device)), Loss())
+
+
+def unpack(packed: Packed, storage: Storage, multiplier: float = 1.0) -> Array:
+    """The float32 values (rows, width) that the codes stand for, by MLX's own kernel."""
+    form = (storage.group_size, storage.bits, storage.mode)
+    codes, scales = mx.array(packed.codes), _on_device(packed.scales)
+    if packed.biases is None:
+        return np.array(mx.dequantize(codes, scales, None, *form, dtype=mx.float32) * multiplier)
+    biases = _on_device(packed.biases).astype(mx.float32)
+    return np.array(mx.dequantize(codes, scales.astype(mx.float32), biases, *form))
+
+
+def bias_correction(
+    rows: Array, packed: Packed, storage: Storage, mean: Array, multiplier: float = 1.0
+) -> Array:
+    """(W - W') E[x], float32 (rows,): what to add to the layer's bias so that quantizing leaves its mean output.
+
+    `mean` (width,) is E[x] of the layer's inputs.
+    """
+    change = np.array(_on_device(rows).astype(mx.float32)) - unpack(packed, storage, multiplier)
+    columns = np.ascontiguousarray(change.T) * mean.astype(np.float64)[:, None]
+    return np.add.reduce(columns, axis=0).astype(np.float32)  # column by column: an order that is ours
+
+
+def _check(width: int, storage: Storage, multiplier: float) -> None:
+    if width % storage.group_size:
+        raise ValueError(f"width {width} is no multiple of the group size {storage.group_size}")
+    if multiplier != 1 and not storage.kind.multiplied:
+        raise ValueError(f"{storage.mode} has no output multiplier")
+
+
+def _usable(weights: Array, width: int) -> Array:
+    """Weights as float32; columns that saw (almost) no input still count a little."""
+    counted = weights.astype(np.float32)
+    if counted.shape != (width,) or not np.isfinite(counted).all() or (counted < 0).any():
+        raise ValueError(f"weights are not {width} finite numbers of at least 0")
+    return np.maximum(counted, counted.max() * LEAST_WEIGHT) if counted.any() else np.ones_like(counted)
+
+
+def _empty(rows: Array, storage: Storage) -> Packed:
+    count, width = rows.shape
+    shape = (count, storage.groups(width))
+    codes = np.empty((count, storage.words(width)), np.uint32)
+    if not storage.kind.biased:
+        return Packed(codes, np.empty(shape, np.uint8))
+    return Packed(codes, np.empty(shape, rows.dtype), np.empty(shape, rows.dtype))
+
+
+def _spans(rows: Array, device: mx.Device) -> list[slice]:
+    count, width = rows.shape
+    values = CPU_BLOCK if device.type == mx.DeviceType.cpu else GPU_BLOCK
+    step = max(1, values // width)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _pack_block(
+    rows: Array, storage: Storage, weights: Array | None, multiplier: float
+) -> tuple[Packed, Loss]:
+    search = _search(rows, storage, weights, multiplier)
+    fit = search.best()
+    parts = [pack_words(search.codes(fit), storage.bits), *search.stored(fit)]
+    norms = search.norms()
+    mx.eval(parts, fit.error, norms)
+    errors = np.array(fit.error)
+    if np.isnan(errors).any():
+        raise ValueError(_what_is_wrong(rows))
+    loss = Loss(_total(errors) * multiplier**2, _total(np.array(norms)) * multiplier**2)
+    return Packed(*(_from_device(part).reshape(len(rows), -1) for part in parts)), loss
+
+
+def _search(rows: Array, storage: Storage, weights: Array | None, multiplier: float) -> Search:
+    values = _on_device(rows)
+    block = to_block(values, storage.group_size)
+    counts = () if weights is None else (tiled(mx.array(weights), len(rows), storage.group_size),)
+    if storage.kind.biased:
+        return AffineSearch(block, counts, storage.bits, values.dtype)
+    return MinifloatSearch(block * (1 / multiplier) if multiplier != 1 else block, counts, storage)
+
+
+def _what_is_wrong(rows: Array) -> str:
+    if np.isfinite(np.array(_on_device(rows).astype(mx.float32))).all():
+        return "its values spread too far for what a scale can express"
+    return "it holds NaN or infinite values"
+
+
+def _on_device(values: Array) -> mx.array:
+    array = mx.array(values)
+    return array.view(mx.bfloat16) if values.dtype == np.uint16 else array
+
+
+def _from_device(values: mx.array) -> Array:
+    return np.array(values.view(mx.uint16) if values.dtype == mx.bfloat16 else values)
+
+
+def _total(values: Array) -> float:
+    return float(values.sum(dtype=np.float64))
+
+
+def _in_threads(work: Callable[[slice], Loss], spans: Sequence[slice]) -> Iterable[Loss]:
+    """MLX works on a CPU with one thread per stream, and every thread has its own."""
+    return _workers().map(work, spans) if len(spans) > 1 else map(work, spans)
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    """Threads that live as long as the process: MLX keeps a stream for every thread that has used it."""
+    count = GPU_WORKERS if on_gpu() else min(MAX_THREADS, os.cpu_count() or 1)
+    return ThreadPoolExecutor(count, "ltx2-pack")
