@@ -22,6 +22,7 @@ def check_plan(plan: Plan) -> None:
     connectors read; ConfigError or UnsupportedError when the configuration is not one this version computes.
     """
     planned = {name: planned_shapes(plan, name) for name in plan.components}
+    _check_text_width(plan, planned)
     for name, component in plan.components.items():
         if is_lora(name):
             _check_lora(name, planned)
@@ -30,7 +31,6 @@ def check_plan(plan: Plan) -> None:
             _refuse(name, shape_differences(parameter_shapes(network), planned[name]))
         else:
             _refuse(name, name_differences(component.cls, component.config, planned[name].keys()))
-    _check_text_width(plan, planned)
 
 
 def incomplete_parts(plan: Plan) -> Iterator[str]:

@@ -9,12 +9,18 @@ tensors of other header files over, with a prefix, and the first one's metadata;
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ltx2.convert.networks import expand
+from ltx2.runtime.tensorfile import Array
 
 HEADERS = Path(__file__).parent / "headers"
 MONOLITH = "ltx-2-19b"
@@ -27,6 +33,7 @@ SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8
 # Line ends and quotes in the licence text, by its length: escaped in JSON, so they count twice in the file's size.
 ESCAPED = {21426: 420, 21427: 420, 34561: 622, 34562: 623}
 COMFY_QUANT = 72  # bytes of JSON
+BLOCK = re.compile(r"(?:transformer_blocks|model\.layers)\.(\d+)\.")
 Form = tuple[str, tuple[int, ...]]
 Tensors = dict[str, Form]
 
@@ -96,24 +103,6 @@ def quantized_layer(layer: str, kind: str, shape: tuple[int, ...]) -> Tensors:
     return {f"{layer}.{part}": form for part, form in forms[kind].items()}
 
 
-def expand(name: str) -> Iterator[str]:
-    """`a.{0-1}.{b,c}` -> a.0.b, a.0.c, a.1.b, a.1.c"""
-    match = re.search(r"\{(.+?)\}", name)
-    if match is None:
-        yield name
-        return
-    for value in _values(match[1]):
-        yield from expand(name[: match.start()] + value + name[match.end() :])
-
-
-def _values(choice: str) -> Iterator[str]:
-    for part in choice.split(","):
-        if numbers := re.fullmatch(r"(\d+)-(\d+)", part):
-            yield from map(str, range(int(numbers[1]), int(numbers[2]) + 1))
-        else:
-            yield part
-
-
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str):
         return json.dumps(value, separators=(",", ":") if key == "gemma_config" else None)
@@ -163,3 +152,43 @@ def write_gemma(folder: Path, renamed: Iterable[tuple[str, str]] = ()) -> Path:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     (folder / "config.json").write_bytes((HEADERS / "gemma-3-12b-it-config.json").read_bytes())
     return folder
+
+
+def write_tiny(folder: Path, name: str, blocks: int = 2, widths: Mapping[int, int] | None = None) -> Path:
+    """A file with all names of the first published one, but for blocks from number `blocks` on, with random values.
+
+    Sizes are those in `widths`, else at most 4, so that they do not fit the configuration; the numbers of blocks do.
+    """
+    files, metadata, tensors = read_header(name)
+    sizes = {188160: 4 * (blocks + 1)} | dict(widths or {})
+    rng = np.random.default_rng(0)
+    values = {}
+    for tensor, (dtype, shape) in tensors.items():
+        number = BLOCK.search(tensor)
+        if number is None or int(number[1]) < blocks:
+            tiny = tuple(sizes.get(size, min(size, 4)) for size in shape)
+            values[tensor] = _random(tensor, dtype, tiny, rng)
+    metadata |= {key: _with_blocks(metadata[key], blocks) for key in ("config", "gemma_config") if key in metadata}
+    metadata.pop("license", None)
+    path = folder / next(iter(files))
+    save_file(values, path, metadata)
+    return path
+
+
+def _random(name: str, dtype: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    if dtype == "U8":
+        return np.frombuffer(json.dumps({"made from": name}).encode(), np.uint8)
+    values = rng.standard_normal(shape).astype(np.float32)
+    if "norm" in name or name.endswith("layer_scalar"):
+        return 1 + values / 10
+    return values / np.float32(max(1, np.sqrt(shape[-1])))
+
+
+def _with_blocks(text: str, blocks: int) -> str:
+    """The configuration of a network with fewer blocks."""
+    config = json.loads(text)
+    for section in (config.get("transformer", {}), config.get("text_config", {})):
+        section.update({key: blocks for key in ("num_layers", "num_hidden_layers") if key in section})
+        if "layer_types" in section:
+            section["layer_types"] = section["layer_types"][:blocks]
+    return json.dumps(config)
