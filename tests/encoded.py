@@ -33,7 +33,7 @@ def e4m3_value(code: int) -> float:
 
 
 E4M3 = np.array([e4m3_value(code) for code in range(256)], np.float32)
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 def to_e4m3(values: Array) -> Array:
