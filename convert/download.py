@@ -100,8 +100,8 @@ def _plan(wanted: Sequence[Wanted], missing: Sequence[Wanted], weights: Path, op
 
 
 def _converted(wanted: Sequence[Wanted], options: Options) -> int:
-    """Bytes that the converted model will add, at most: 16-bit weights keep theirs, scales and the layers that keep more
-    bits cost less than MORE_BITS per weight. Converting knows it exactly, and checks again."""
+    """Bytes that the converted model will add, at most: 16-bit weights keep theirs; scales, and layers that keep more
+    bits, cost less than MORE_BITS per weight. Converting knows it exactly, and checks again."""
     if options.model is None or options.model.exists():
         return 0
     width = options.bits + MORE_BITS if options.bits else 16

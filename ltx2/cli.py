@@ -102,7 +102,7 @@ def _follow_download(output: Output, events: "Iterable[Event]") -> tuple[dict[st
     assert isinstance(done, Downloaded), "a download ends with its files"
     size = sum(file.bytes for file in done.files if file.fetched)
     count = sum(file.fetched for file in done.files)
-    text = f"{len(done.files)} files are there, {count} of them fetched ({size / 1e9:.2f} GB, {done.seconds:.1f} s)"
+    text = f"{count} of {len(done.files)} files fetched ({size / 1e9:.2f} GB, {done.seconds:.1f} s), all are whole"
     return {"files": [asdict(file) for file in done.files], "seconds": round(done.seconds, 3)}, text
 
 

@@ -66,8 +66,7 @@ def git_hash(data: bytes) -> str:
 @contextmanager
 def running(hub: Hub) -> Iterator[Hub]:
     """The server, for as long as the context lasts."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -77,6 +76,13 @@ def running(hub: Hub) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that hang up are a part of the tests."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -116,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.hub.files[key]
         stated = {
             "X-Linked-Size": str(self.hub.stated_size.get(name, len(data))),
-            "X-Linked-Etag": f'"{self.hub.stated_hash.get(name, hashlib.sha256(data).hexdigest())}"',
+            "X-Linked-Etag": f'"{self.hub.stated_hash.get(name) or hashlib.sha256(data).hexdigest()}"',
             "Location": f"http://localhost:{self.hub.port}/storage/{key}",
         }
         self._headers(302, stated, 0)

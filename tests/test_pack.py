@@ -1,18 +1,34 @@
-"""The packer against MLX's own kernels: its bit layout, its error, and that its bytes depend on the values alone."""
+"""The packer against MLX's own kernels: every mode's bits, its error, and that its bytes depend on the values alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from ltx2.quant import pack
-from ltx2.quant.pack import BITS, DTYPES, GROUP_SIZES, Affine, Packed, dequantize_rows, quantize_rows
+from ltx2.bench.layers import KINDS, Layer, layer
+from ltx2.quant import affine, blocks, packer
+from ltx2.quant.blocks import group_sums, pack_words
+from ltx2.quant.minifloat import output_multiplier
+from ltx2.quant.packer import Packed, bias_correction, pack, unpack
+from ltx2.quant.storage import KINDS as MODES
+from ltx2.quant.storage import Storage
 from ltx2.runtime.tensorfile import bf16_to_f32, f32_to_bf16
 from tests.parity import relative_l2
 
 Figure = Callable[..., None]
+STORAGES = [Storage(b, g, mode) for mode, kind in MODES.items() for b in kind.bits for g in kind.group_sizes]
+FOUR_AND_EIGHT = [Storage(4, 64), Storage(8, 64), Storage(4, 32, "mxfp4"), Storage(8, 32, "mxfp8"),
+                  Storage(4, 16, "nvfp4")]  # fmt: skip
+DTYPES = ("BF16", "F16", "F32")
+NAMES = {id(storage): f"{storage.mode}-{storage.bits}-{storage.group_size}" for storage in STORAGES + FOUR_AND_EIGHT}
+UNKNOWN = ((7, 64, "affine"), (4, 16, "affine"), (8, 32, "mxfp4"), (4, 32, "nvfp4"), (4, 64, "q4"))
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def every(storages: Sequence[Storage]) -> Any:
+    return pytest.mark.parametrize("storage", storages, ids=[NAMES[id(s)] for s in storages])
 
 
 def stored(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -20,166 +36,279 @@ def stored(values: np.ndarray, dtype: str) -> np.ndarray:
     return f32_to_bf16(values) if dtype == "BF16" else values.astype(np.float16 if dtype == "F16" else np.float32)
 
 
-def as_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    return bf16_to_f32(values) if dtype == "BF16" else values.astype(np.float32)
+def as_float32(values: np.ndarray) -> np.ndarray:
+    return bf16_to_f32(values) if values.dtype == np.uint16 else values.astype(np.float32)
 
 
-def weights(kind: str, rows: int = 256, width: int = 2048, seed: int = 0) -> np.ndarray:
-    """Synthetic weights; "heavy" has Student-t tails, uneven rows and columns, and some large columns."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((rows, width))
-    if kind == "heavy":
-        x = rng.standard_t(5, (rows, width))
-        x *= np.exp(0.4 * rng.standard_normal((rows, 1))) * np.exp(0.4 * rng.standard_normal((1, width)))
-        x[:, rng.choice(width, width // 128, replace=False)] *= 4
-    elif kind == "uniform":
-        x = rng.uniform(-1, 1, (rows, width))
-    elif kind == "shifted":
-        x += 1.5
-    elif kind == "negative":
-        x = -3 - np.abs(x)
+def weights(kind: str, rows: int = 32, width: int = 1024) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    x = {
+        "gauss": lambda: rng.standard_normal((rows, width)),
+        "uniform": lambda: rng.uniform(-1, 1, (rows, width)),
+        "heavy": lambda: rng.standard_t(4, (rows, width)) * np.exp(0.4 * rng.standard_normal((1, width))),
+        "shifted": lambda: rng.standard_normal((rows, width)) + 1.5,
+        "negative": lambda: -3 - np.abs(rng.standard_normal((rows, width))),
+    }[kind]()
     return (0.02 * x).astype(np.float32)
 
 
-def on_mlx(packed: Packed, affine: Affine, dtype: str) -> dict[str, Any]:
-    """Arguments of MLX's kernels, scales and biases in float32: on a CPU they compute in the scales' dtype."""
-    scales, biases = (mx.array(as_float32(a, dtype)) for a in (packed.scales, packed.biases))
-    return {"scales": scales, "biases": biases, "group_size": affine.group_size, "bits": affine.bits}
+def multiplier_of(storage: Storage, values: np.ndarray) -> float:
+    return output_multiplier(float(np.abs(values).max())) if storage.kind.multiplied else 1.0
 
 
-def packed_by_mlx(values: np.ndarray, affine: Affine) -> Packed:
-    """What mx.quantize makes of bfloat16 codes."""
-    codes, *scales_and_biases = mx.quantize(mx.array(values).view(mx.bfloat16), affine.group_size, affine.bits)
-    return Packed(np.array(codes), *(np.array(a.view(mx.uint16)) for a in scales_and_biases))
+def by_mlx(values: np.ndarray, storage: Storage) -> np.ndarray:
+    """What is left of bfloat16 codes after mx.quantize."""
+    form = (storage.group_size, storage.bits, storage.mode)
+    codes, scales, *biases = mx.quantize(mx.array(values).view(mx.bfloat16), *form)
+    if biases:
+        return np.array(mx.dequantize(codes, scales.astype(mx.float32), biases[0].astype(mx.float32), *form))
+    return np.array(mx.dequantize(codes, scales, None, *form, dtype=mx.float32))
 
 
-def error_against_mlx(values: np.ndarray, affine: Affine) -> float:
-    """Our relative error on bfloat16 codes, as a fraction of mx.quantize's."""
-    _, loss = quantize_rows(values, "BF16", affine)
-    restored = dequantize_rows(packed_by_mlx(values, affine), "BF16", affine)
-    return loss.relative / relative_l2(restored, bf16_to_f32(values))
+def meant(packed: Packed, storage: Storage, multiplier: float) -> np.ndarray:
+    """What the stored bits mean, read by the definition of each format."""
+    bits = np.unpackbits(packed.codes.view(np.uint8), axis=1, bitorder="little")
+    codes = bits.reshape(len(packed.codes), -1, storage.bits) @ (1 << np.arange(storage.bits))
+    groups = codes.reshape(*packed.scales.shape, storage.group_size)
+    if packed.biases is not None:
+        scales, biases = (as_float32(a)[..., None] for a in (packed.scales, packed.biases))
+        return (groups.astype(np.float32) * scales + biases).reshape(codes.shape)
+    values = e4m3(groups) if storage.bits == 8 else np.where(groups & 8, -1, 1) * E2M1[groups & 7]
+    scales = e4m3(packed.scales) if storage.kind.multiplied else np.exp2(packed.scales.astype(np.float32) - 127)
+    return (values * scales[..., None] * multiplier).astype(np.float32).reshape(codes.shape)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("bits", BITS)
-def test_mlx_reads_what_is_written(bits: int, group_size: int, dtype: str) -> None:
-    affine = Affine(bits, group_size)
-    values = stored(weights("shifted", rows=7, width=384), dtype)
-    packed, loss = quantize_rows(values, dtype, affine)
-    assert packed.codes.shape == (7, 384 * bits // 32) and packed.codes.dtype == np.uint32
-    assert packed.scales.shape == packed.biases.shape == (7, 384 // group_size)
-    assert packed.scales.dtype == packed.biases.dtype == values.dtype
-    theirs = np.array(mx.dequantize(mx.array(packed.codes), **on_mlx(packed, affine, dtype)))
-    np.testing.assert_array_equal(dequantize_rows(packed, dtype, affine), theirs)
-    assert relative_l2(theirs, as_float32(values, dtype)) == pytest.approx(loss.relative, rel=1e-4)
+def e4m3(codes: np.ndarray) -> np.ndarray:
+    exponent, mantissa = codes.astype(int) >> 3 & 15, codes.astype(int) & 7
+    assert not ((exponent == 15) & (mantissa == 7)).any()  # NaN
+    sizes = np.where(exponent, (8 + mantissa) * np.exp2(exponent - 10.0), mantissa * np.exp2(-9.0))
+    return np.where(codes.astype(int) & 128, -sizes, sizes).astype(np.float32)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_every_code_is_where_mlx_expects_it(bits: int) -> None:
-    codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 128))
-    codes[:, ::64], codes[:, 1::64] = 0, 2**bits - 1  # so that the range of a group is the range of codes
-    packed, loss = quantize_rows(codes.astype(np.float32), "F32", Affine(bits, 64))
-    if bits > 6:  # at fewer bits the search may prefer a narrower range
-        assert loss.error == 0
-    ones, zeros = np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32)
-    theirs = mx.dequantize(mx.array(packed.codes), mx.array(ones), mx.array(zeros), 64, bits)
-    ours = dequantize_rows(Packed(packed.codes, ones, zeros), "F32", Affine(bits, 64))
-    np.testing.assert_array_equal(np.array(theirs), ours)
+class TestBits:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @every(STORAGES)
+    def test_mlx_reads_what_is_meant(self, storage: Storage, dtype: str) -> None:
+        values = stored(weights("shifted", 7, 384), dtype)
+        multiplier = multiplier_of(storage, as_float32(values))
+        packed, loss = pack(values, storage, None, multiplier)
+        assert packed.codes.shape == (7, 384 * storage.bits // 32) and packed.codes.dtype == np.uint32
+        assert packed.scales.shape == (7, 384 // storage.group_size)
+        assert packed.scales.dtype == (values.dtype if storage.kind.biased else np.uint8)
+        assert (packed.biases is not None) == storage.kind.biased
+        restored = unpack(packed, storage, multiplier)
+        np.testing.assert_array_equal(restored, meant(packed, storage, multiplier))
+        assert relative_l2(restored, as_float32(values)) == pytest.approx(loss.relative, rel=1e-4)
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+    def test_every_code_is_where_mlx_expects_it(self, bits: int) -> None:
+        codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 128))
+        words = pack_words(mx.array(codes.reshape(-1, 32).T.astype(np.uint32)), bits).reshape(3, -1)
+        ones, zeros = mx.ones((3, 4)), mx.zeros((3, 4))
+        np.testing.assert_array_equal(np.array(mx.dequantize(words, ones, zeros, 32, bits)), codes)
+
+    @every([s for s in FOUR_AND_EIGHT if not s.kind.biased])
+    def test_values_that_can_be_stored_are(self, storage: Storage) -> None:
+        """What was unpacked packs without loss."""
+        multiplier = 2.0**-7 if storage.kind.multiplied else 1.0
+        values = unpack(pack(stored(weights("heavy"), "BF16"), storage, None, multiplier)[0], storage, multiplier)
+        assert pack(values, storage, None, multiplier)[1].error == 0
+
+    def test_storages_that_mlx_does_not_know(self) -> None:
+        for bits, group, mode in UNKNOWN:
+            with pytest.raises(ValueError, match=mode):
+                Storage(bits, group, mode)
 
 
-@pytest.mark.parametrize("kind", ["gauss", "heavy", "uniform", "shifted", "negative"])
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("bits", BITS)
-def test_error_is_below_mlx(bits: int, group_size: int, kind: str) -> None:
-    assert error_against_mlx(f32_to_bf16(weights(kind, rows=32)), Affine(bits, group_size)) < 1
+class TestError:
+    @pytest.mark.parametrize("kind", ["gauss", "heavy", "uniform", "shifted", "negative"])
+    @every(STORAGES)
+    def test_not_above_mlx(self, storage: Storage, kind: str) -> None:
+        values = f32_to_bf16(weights(kind, rows=16))
+        exact = bf16_to_f32(values)
+        _, loss = pack(values, storage, None, multiplier_of(storage, exact))
+        assert loss.relative <= relative_l2(by_mlx(values, storage), exact) * (1 + 1e-6)
+
+    @pytest.mark.parametrize(("name", "inputs"), KINDS)
+    def test_output_error_over_mlx(self, figure: Figure, name: str, inputs: str) -> None:
+        """The table: without statistics, with E[x^2], and with variances and a corrected bias."""
+        data = layer(name, inputs, rows=128)
+        values = f32_to_bf16(data.weights)
+        for storage, limits in LIMITS.items():
+            theirs = output_error(data, by_mlx(values, storage))
+            reached = [error / theirs for error in our_errors(data, values, storage)]
+            kinds = ("", ", weighted", ", weighted, bias corrected")
+            for kind, ratio, limit in zip(kinds, reached, limits, strict=True):
+                where = f"{storage.mode} {storage.bits} bits, {name}/{inputs}{kind}"
+                figure(f"output error / mx.quantize's ({100 * theirs:.2f} %): {where}", ratio, limit=limit)
 
 
-@pytest.mark.parametrize(
-    ("bits", "kind", "limit"),
-    [(2, "gauss", 0.85), (3, "gauss", 0.9), (4, "gauss", 0.91), (4, "heavy", 0.91), (4, "shifted", 0.91),
-     (5, "heavy", 0.94), (6, "heavy", 0.94), (8, "gauss", 0.81), (8, "heavy", 0.73)],
-)  # fmt: skip
-def test_error_relative_to_mlx(figure: Figure, bits: int, kind: str, limit: float) -> None:
-    error = error_against_mlx(f32_to_bf16(weights(kind)), Affine(bits, 64))
-    figure(f"error of {bits}-bit {kind} weights / mx.quantize's", error, limit=limit)
+LIMITS = {
+    Storage(3, 64): (0.9, 0.78, 0.75),
+    Storage(4, 64): (0.92, 0.82, 0.765),
+    Storage(8, 64): (0.78, 0.71, 0.68),
+    Storage(4, 32, "mxfp4"): (0.96, 0.95, 0.9),
+    Storage(8, 32, "mxfp8"): (1.001, 1.001, 0.98),
+    Storage(4, 16, "nvfp4"): (0.92, 0.82, 0.77),
+}
 
 
-def test_output_error_for_inputs_with_a_mean(figure: Figure) -> None:
-    """mx.quantize rounds scale and bias after choosing codes, which shifts whole groups; a GELU's output shows it."""
-    affine = Affine(8, 64)
-    values = f32_to_bf16(weights("heavy"))
-    x = np.maximum(np.random.default_rng(1).standard_normal((128, 2048)), 0).astype(np.float32)
-
-    def output_error(packed: Packed) -> float:
-        out = mx.quantized_matmul(mx.array(x), mx.array(packed.codes), **on_mlx(packed, affine, "BF16"))
-        return relative_l2(np.array(out), x @ bf16_to_f32(values).T)
-
-    ours, theirs = output_error(quantize_rows(values, "BF16", affine)[0]), output_error(packed_by_mlx(values, affine))
-    figure("8-bit output error, inputs with a mean", ours, limit=0.008)
-    figure("8-bit output error, inputs with a mean / mx.quantize's", ours / theirs, limit=0.5)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_quantized_matmul_equals_dequantized_matmul(figure: Figure, bits: int) -> None:
-    affine = Affine(bits, 64)
-    packed, _ = quantize_rows(weights("gauss", 64, 256), "F32", affine)
-    x = np.random.default_rng(1).standard_normal((5, 256)).astype(np.float32)
-    ours = mx.quantized_matmul(mx.array(x), mx.array(packed.codes), **on_mlx(packed, affine, "F32"))
-    error = relative_l2(np.array(ours), x @ dequantize_rows(packed, "F32", affine).T)
-    figure(f"quantized_matmul, {bits} bits, rel L2", error, limit=1e-6)
+def our_errors(data: Layer, values: np.ndarray, storage: Storage) -> list[float]:
+    x = data.calibration
+    multiplier = multiplier_of(storage, data.weights)
+    plain, weighted, centred = (
+        pack(values, storage, w, multiplier)[0] for w in (None, np.square(x).mean(0), x.var(0))
+    )
+    bias = bias_correction(values, centred, storage, x.mean(0), multiplier)
+    return [
+        output_error(data, unpack(plain, storage, multiplier)),
+        output_error(data, unpack(weighted, storage, multiplier)),
+        output_error(data, unpack(centred, storage, multiplier), bias),
+    ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", BITS)
-def test_chunks_blocks_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch, bits: int, dtype: str) -> None:
-    values, affine = stored(weights("heavy", 13, 128), dtype), Affine(bits, 32)
-    whole, loss = quantize_rows(values, dtype, affine)
-    for processors, block in ((1, 32), (3, 96), (5, 1 << 20)):
-        monkeypatch.setattr("os.cpu_count", lambda n=processors: n)
-        monkeypatch.setattr(pack, "BLOCK_VALUES", block)
-        for rows in (1, 5, 13):
-            parts = [quantize_rows(values[i : i + rows], dtype, affine) for i in range(0, 13, rows)]
-            for name in ("codes", "scales", "biases"):
-                joined = np.concatenate([getattr(p, name) for p, _ in parts])
-                np.testing.assert_array_equal(joined, getattr(whole, name))
-            assert sum(part.error for _, part in parts) == pytest.approx(loss.error, rel=1e-9)
+def output_error(data: Layer, restored: np.ndarray, bias: np.ndarray | float = 0.0) -> float:
+    exact = bf16_to_f32(f32_to_bf16(data.weights))
+    return relative_l2(data.inputs @ restored.T + bias, data.inputs @ exact.T)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", BITS)
-def test_constant_groups_are_exact(bits: int, dtype: str) -> None:
-    values = np.zeros((4, 64), np.float32)
-    values[1:3] = [[0.75], [-1.5e-3]]
-    values[3, ::2] = -0.0
-    packed, loss = quantize_rows(stored(values, dtype), dtype, Affine(bits, 32))
-    restored = dequantize_rows(packed, dtype, Affine(bits, 32))
-    np.testing.assert_array_equal(restored, as_float32(stored(values, dtype), dtype))
-    assert loss.error == 0 and not np.signbit(restored[3]).any()
+class TestSameBytes:
+    @pytest.mark.parametrize("weighted", [False, True])
+    @every(FOUR_AND_EIGHT)
+    def test_chunks_blocks_and_threads_change_nothing(
+        self, monkeypatch: pytest.MonkeyPatch, storage: Storage, weighted: bool
+    ) -> None:
+        values = f32_to_bf16(weights("heavy", 13, 128))
+        counts = np.random.default_rng(1).uniform(0, 9, 128) if weighted else None
+        multiplier = multiplier_of(storage, bf16_to_f32(values))
+        whole, loss = pack(values, storage, counts, multiplier)
+        for block in (1, 300, 1 << 20):
+            monkeypatch.setattr(packer, "CPU_BLOCK", block)
+            for rows in (1, 5, 13):
+                parts = [pack(values[i : i + rows], storage, counts, multiplier) for i in range(0, 13, rows)]
+                for ours, *theirs in zip(whole, *(part for part, _ in parts), strict=True):
+                    assert (ours is None) == (theirs[0] is None)
+                    if ours is not None:
+                        np.testing.assert_array_equal(np.concatenate(theirs), ours)
+                assert sum(part.error for _, part in parts) == pytest.approx(loss.error, rel=1e-6)
+
+    @pytest.mark.parametrize("count", [16, 32, 64, 128])
+    def test_sums_add_one_after_the_other(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        values = np.random.default_rng(0).standard_normal((count, 3, 50)).astype(np.float32)
+        total = np.zeros((3, 50), np.float32)
+        for row in values:
+            total += row
+        np.testing.assert_array_equal(np.array(group_sums(mx.array(values))), total)
+        monkeypatch.setattr(blocks, "on_gpu", lambda: True)
+        np.testing.assert_array_equal(np.array(group_sums(mx.array(values))), total)
+
+    def test_a_multiplier_is_exact(self) -> None:
+        """Weights 2**k times as large give the same codes with a multiplier 2**k times as large."""
+        values, storage = weights("heavy"), Storage(4, 16, "nvfp4")
+        ours, _ = pack(values, storage, None, 2.0**-7)
+        theirs, _ = pack(values * 2.0**12, storage, None, 2.0**5)
+        assert (ours.codes == theirs.codes).all() and (ours.scales == theirs.scales).all()
 
 
-def test_all_zero_weights_have_no_error() -> None:
-    assert quantize_rows(np.zeros((2, 64), np.float32), "F32", Affine(4, 64))[1].relative == 0
+class TestValues:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @every([s for s in STORAGES if s.kind.biased and s.group_size == 32])
+    def test_constant_groups_are_exact(self, storage: Storage, dtype: str) -> None:
+        values = np.zeros((4, 64), np.float32)
+        values[1:3] = [[0.75], [-1.5e-3]]
+        values[3, ::2] = -0.0
+        codes = stored(values, dtype)
+        packed, loss = pack(codes, storage)
+        restored = unpack(packed, storage)
+        np.testing.assert_array_equal(restored, as_float32(codes))
+        assert loss.error == 0 and not np.signbit(restored[3]).any()
+
+    @every(FOUR_AND_EIGHT)
+    def test_zeros(self, storage: Storage) -> None:
+        values = np.zeros((2, 64), np.float32)
+        values[:, ::3] = -0.0
+        packed, loss = pack(values, storage)
+        assert loss.relative == 0 and not unpack(packed, storage).any()
+        assert not packed.codes.any()  # and no code of -0
+
+    @every(FOUR_AND_EIGHT)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_one_huge_value(self, storage: Storage, dtype: str) -> None:
+        values = weights("gauss", 2, 64)
+        values[1, 5] = 3e4
+        codes = stored(values, dtype)
+        multiplier = multiplier_of(storage, as_float32(codes))
+        packed, _ = pack(codes, storage, None, multiplier)
+        restored = unpack(packed, storage, multiplier)
+        assert restored[1, 5] == pytest.approx(3e4, rel=0.2)
+        if not storage.kind.multiplied:  # whose tensor has one range of scales
+            assert relative_l2(restored[0], as_float32(codes)[0]) < 0.2
+
+    @every(FOUR_AND_EIGHT)
+    @pytest.mark.parametrize("size", [1e-44, 1e-39, 1e-30, 1e-4, 1.0, 3e3, 1e30])
+    def test_any_size(self, storage: Storage, size: float) -> None:
+        values = stored(weights("gauss", 4, 64) * (size / 0.02), "BF16")
+        multiplier = multiplier_of(storage, bf16_to_f32(values))
+        packed, _ = pack(values, storage, None, multiplier)
+        restored = unpack(packed, storage, multiplier)
+        assert np.isfinite(restored).all()
+        if size > 1e-39:
+            assert relative_l2(restored, bf16_to_f32(values)) < 0.2
+
+    @every(FOUR_AND_EIGHT)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_not_finite(self, storage: Storage, dtype: str, value: float) -> None:
+        values = np.ones((4, 64), np.float32)
+        values[2, 17] = value
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            pack(stored(values, dtype), storage)
+
+    def test_beyond_what_scales_express(self) -> None:
+        values = np.array([[-3e38] * 32 + [3e38] * 32], np.float32)
+        with pytest.raises(ValueError, match="too far"):
+            pack(values, Storage(4, 64))
+        with pytest.raises(ValueError, match="too far"):
+            pack(values / 3e34, Storage(4, 16, "nvfp4"), None, 2.0**-7)
+
+    @pytest.mark.parametrize("wrong", [np.ones(63), -np.ones(64), np.full(64, np.nan), np.full(64, np.inf)])
+    def test_unusable_weights(self, wrong: np.ndarray) -> None:
+        with pytest.raises(ValueError, match="64 finite numbers"):
+            pack(np.ones((1, 64), np.float32), Storage(4, 64), wrong)
+
+    def test_inputs_never_seen(self) -> None:
+        """Columns without input still keep values near; a layer without any is packed as without weights."""
+        values, storage = weights("gauss", 4, 64), Storage(4, 64)
+        w = np.ones(64)
+        w[10:20] = 0
+        assert relative_l2(unpack(pack(values, storage, w)[0], storage), values) < 0.3
+        plain, _ = pack(values, storage, np.full(64, 5.0))
+        assert (pack(values, storage, np.zeros(64))[0].codes == plain.codes).all()
+
+    def test_widths_and_multipliers_that_do_not_fit(self) -> None:
+        with pytest.raises(ValueError, match="no multiple"):
+            pack(np.ones((1, 48), np.float32), Storage(4, 32))
+        with pytest.raises(ValueError, match="no output multiplier"):
+            pack(np.ones((1, 64), np.float32), Storage(4, 64), None, 2.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(value: float, dtype: str) -> None:
-    values = np.ones((4, 64), np.float32)
-    values[2, 17] = value
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        quantize_rows(stored(values, dtype), dtype, Affine(4, 64))
+def test_block_scales_of_nvfp4_stay_normal() -> None:
+    """A trained network's weights, for which scales without multiplier would be subnormal."""
+    values, storage = f32_to_bf16(weights("gauss", 64)), Storage(4, 16, "nvfp4")
+    packed, _ = pack(values, storage, None, multiplier_of(storage, bf16_to_f32(values)))
+    assert (packed.scales >= 8).all() and len(np.unique(packed.scales)) > 15
+    without = pack(values, storage)[0].scales
+    assert (without < 8).mean() > 0.9 and len(np.unique(without)) < 15
 
 
-def test_ranges_beyond_float32_are_refused() -> None:
-    values = np.array([[-3e38] * 32 + [3e38] * 32], np.float32)
-    with pytest.raises(ValueError, match="too far"):
-        quantize_rows(values, "F32", Affine(4, 64))
+def test_bias_correction_keeps_the_mean_output() -> None:
+    values, storage = weights("gauss"), Storage(3, 64)
+    x = np.abs(np.random.default_rng(0).standard_normal((50, 1024))).astype(np.float32)
+    packed, _ = pack(values, storage)
+    bias = bias_correction(values, packed, storage, x.mean(0))
+    ours = (x @ unpack(packed, storage).T + bias).mean(0)
+    np.testing.assert_allclose(ours, (x @ values.T).mean(0), atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_tiny_and_large_values_keep_their_scale(dtype: str) -> None:
-    for magnitude in (1e-4, 1.0, 3e3):
-        values = stored(weights("gauss", 8, 256) * magnitude / 0.02, dtype)
-        _, loss = quantize_rows(values, dtype, Affine(8, 64))
-        assert 0 < loss.relative < 0.007
+def test_ranges_cover_every_bit_width() -> None:
+    assert affine.RANGES.keys() == affine.WEIGHTED_RANGES.keys() == affine.REFITS.keys() == set(MODES["affine"].bits)
