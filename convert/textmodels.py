@@ -47,7 +47,7 @@ def text_models() -> tuple[TextModel, ...]:
 def check_text_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises UnsupportedError when a transformers folder with this config.json is no text encoder of any release."""
     kind = config.get("model_type")
-    language = config.get("text_config", config)
+    language = config.get("text_config") or config  # of a model that sees, its language model
     if not isinstance(kind, str) or not isinstance(language, Mapping):
         raise _refused(f"{folder} holds a model that its config.json does not name")
     width, layers = (language.get(key) for key in ("hidden_size", "num_hidden_layers"))

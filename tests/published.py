@@ -29,7 +29,7 @@ TEMPORAL = "ltx-2-temporal-upscaler-x2-1.0"
 LORA = "ltx-2-19b-distilled-lora-384"
 GEMMA = tuple(f"gemma-3-12b-it-{n}" for n in range(1, 6))
 # In the order in which the safetensors library lays tensors out, with their bytes per value.
-SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+SIZES = {"F64": 8, "F32": 4, "U32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 # Line ends and quotes in the licence text, by its length: escaped in JSON, so they count twice in the file's size.
 ESCAPED = {21426: 420, 21427: 420, 34561: 622, 34562: 623}
 COMFY_QUANT = 72  # bytes of JSON

@@ -57,43 +57,41 @@ class TestSources:
     @pytest.mark.parametrize(
         ("extra", "said"),
         [
-            ({"weight": ("F8_E4M3", (8, 8)), "weight_scale": ("F32", ())}, "FP8 \\(E4M3\\)"),
-            ({"weight": ("F8_E5M2", (8, 8))}, "FP8 \\(E5M2\\)"),
-            (
-                {"weight": ("U8", (8, 4)), "weight_scale": ("F8_E4M3", (8, 1)), "weight_scale_2": ("F32", ())},
-                "NVFP4",
-            ),
-            ({"weight": ("I8", (8, 8)), "weight_scale": ("F32", (8, 1)), "comfy_quant": ("U8", (72,))}, "int8"),
+            ({"weight": ("I8", (8, 8)), "weight_scale": ("F32", (8, 1)), "comfy_quant": ("U8", (9,))}, "int8.*rota"),
+            ({"weight": ("U32", (8, 2)), "scales": ("BF16", (8, 1))}, "MLX-quantized.*another tool"),
+            ({"weight": ("F64", (8, 8))}, "F64 weights.*bf16, f16, f32, FP8 and NVFP4 weights are converted"),
         ],
     )
-    def test_quantized_storage(self, tmp_path: Path, extra: published.Tensors, said: str) -> None:
+    def test_storage_that_is_not_converted(self, tmp_path: Path, extra: published.Tensors, said: str) -> None:
         layer = "model.diffusion_model.transformer_blocks.1.attn1.to_k."
         with pytest.raises(UnsupportedError, match=said):
             open_sources([self.write(tmp_path, {layer + name: form for name, form in extra.items()})])
 
     @pytest.mark.parametrize(
-        ("tensors", "metadata", "said"),
+        ("tensors", "metadata", "release"),
         [
-            ({"model.diffusion_model.prompt_adaln_single.linear.weight": ("BF16", (2, 2))}, {}, "LTX-2.3"),
-            ({"vae.encoder.conv_in.conv.weight": ("BF16", (2, 2))}, {"model_version": "2.3.0"}, "LTX-2.3"),
-            ({"model.diffusion_model.keyframes_abs_pos_embedding": ("BF16", (1, 2))}, {}, "LTX-2.5"),
-            ({"encoder.conv_in.conv.weight": ("BF16", (2, 2))}, {"model_version": "2.5.0"}, "LTX-2.5"),
-            ({"model.norm.weight": ("BF16", (2,))}, {"gemma_config": '{"gemma_version": "x"}'}, "LTX-2.5"),
+            ({"model.diffusion_model.prompt_adaln_single.linear.weight": ("BF16", (2, 2))}, {}, "2.3"),
+            ({"vae.encoder.conv_in.conv.weight": ("BF16", (2, 2))}, {"model_version": "2.3.0"}, "2.3"),
+            ({"vae.encoder.conv_in.conv.weight": ("BF16", (2, 2))}, {}, None),
+            ({"model.diffusion_model.keyframes_abs_pos_embedding": ("BF16", (1, 2))}, {}, "2.5"),
+            ({"vae.encoder.conv_in.conv.weight": ("BF16", (2, 2))}, {"model_version": "2.5.0"}, "2.5"),
+            ({"encoder.conv.weight": ("F16", (2, 2))}, {"model_version": "2.5.1", "config": '{"vae": {}}'}, "2.5"),
+            ({"model.norm.weight": ("BF16", (2,))}, {"gemma_config": '{"gemma_version": "x"}'}, "2.5"),
             (
                 {"upsampler.0.weight": ("BF16", (8, 2, 3, 3))},
                 {"config": '{"_class_name": "LatentUpsampler", "spatial_upsample": true, "temporal_upsample": false}'},
-                "LTX-2.3",
+                "2.3",
             ),
         ],
     )
-    def test_later_releases(
-        self, tmp_path: Path, tensors: published.Tensors, metadata: dict[str, str], said: str
+    def test_release(
+        self, tmp_path: Path, tensors: published.Tensors, metadata: dict[str, str], release: str | None
     ) -> None:
-        with pytest.raises(UnsupportedError, match=said):
-            open_sources([self.write(tmp_path, tensors, metadata)])
+        (source,) = open_sources([self.write(tmp_path, tensors, metadata)])
+        assert (source.release.name if source.release else None) == release
 
     def test_releases_are_data(self) -> None:
-        assert [(r.name, r.supported) for r in releases()] == [("2.0", True), ("2.3", False), ("2.5", False)]
+        assert [(r.name, r.generates) for r in releases()] == [("2.0", True), ("2.3", False), ("2.5", False)]
 
     def test_mixed_signs(self, tmp_path: Path) -> None:
         tensors: published.Tensors = {"vocoder.conv_pre.weight": ("BF16", (2, 2, 7))}
@@ -220,11 +218,93 @@ class TestGemmaFolder:
         with pytest.raises(InputError, match="name its folder instead"):
             open_sources([self.folder(tmp_path) / "model-00001-of-00002.safetensors"])
 
-    def test_another_model(self, tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedError, match="gemma2"):
-            open_sources([self.folder(tmp_path, model_type="gemma2")])
+    @pytest.mark.parametrize(
+        ("config", "said"),
+        [
+            ({"model_type": "gemma2", "hidden_size": 3584, "num_hidden_layers": 42}, "Gemma 2 9B"),
+            ({"model_type": "gemma3_text", "hidden_size": 1152, "num_hidden_layers": 26}, "Gemma 3 1B"),
+            ({"text_config": {"hidden_size": 2560, "num_hidden_layers": 34}}, "Gemma 3 4B"),
+            ({"text_config": {"hidden_size": 5376, "num_hidden_layers": 62}}, "Gemma 3 27B"),
+            ({"model_type": "gemma3n"}, "Gemma 3n"),
+            ({"model_type": "gemma4_unified", "text_config": {"hidden_size": 3840, "num_hidden_layers": 48}},
+             "the Gemma 4 12B of Google"),
+            ({"model_type": "gemma4"}, "a Gemma 4 of Google"),
+            ({"model_type": "paligemma"}, "PaliGemma"),
+            ({"model_type": "t5"}, "T5"),
+            ({"model_type": "llama"}, "a llama model"),
+            ({"model_type": None}, "its config.json does not name"),
+        ],
+    )  # fmt: skip
+    def test_another_model(self, tmp_path: Path, config: dict[str, Any], said: str) -> None:
+        needed = r"LTX-2 and LTX-2\.3: Gemma 3 12B; LTX-2\.5: its own Gemma 4 12B.*google/gemma-3-12b-it"
+        with pytest.raises(UnsupportedError, match=rf"{said}.*{needed}"):
+            open_sources([self.folder(tmp_path, **config)])
+
+    @pytest.mark.parametrize(
+        ("tensors", "said"),
+        [
+            ({"encoder.block.0.layer.0.SelfAttention.q.weight": ("F16", (2, 2))}, "T5"),
+            ({f"model.layers.{n}.self_attn.q_proj.weight": ("F16", (1, 1)) for n in range(48)}
+             | {"model.embed_tokens.weight": ("F16", (9, 3840))}, "Gemma 3 12B, without its configuration"),
+            ({f"model.layers.{n}.self_attn.q_proj.weight": ("F16", (1, 1)) for n in range(48)}
+             | {"model.embed_tokens.weight": ("F16", (9, 3840)), "model.layers.0.layer_scalar": ("F16", (1,))},
+             "the Gemma 4 12B of Google, without"),
+            ({"model.embed_tokens.weight": ("F16", (9, 64))}, "a language model of 0 layers"),
+        ],
+    )  # fmt: skip
+    def test_language_model_in_one_file(self, tmp_path: Path, tensors: published.Tensors, said: str) -> None:
+        with pytest.raises(UnsupportedError, match=rf"te\.safetensors holds {said}.*google/gemma-3-12b-it"):
+            open_sources([published.write_sparse(tmp_path / "te.safetensors", tensors, {})])
 
     def test_quantized(self, tmp_path: Path) -> None:
         tensors = SHARD | {"language_model.model.norm.scales": ("F32", (2,))}
         with pytest.raises(UnsupportedError, match="MLX-quantized"):
             open_sources([self.folder(tmp_path, tensors)])
+
+
+class TestForeignFiles:
+    """Recognised by their first bytes, whatever they are called."""
+
+    @pytest.mark.parametrize(
+        ("content", "kind", "said"),
+        [
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 43\n", CheckpointError,
+             "a Git LFS pointer, not the file.*git lfs pull"),
+            (b"<!DOCTYPE html><html><body>Sign in</body></html>", CheckpointError, "a web page, not the file"),
+            (b"\n  <HTML>", CheckpointError, "a web page"),
+            (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", CheckpointError, "a web page"),
+            (b"Access to model google/gemma-3-12b-it is restricted. You must", CheckpointError,
+             "an error message, not the file.*hf auth login"),
+            (b'{"error":"Repository not found"}', CheckpointError, "an error message"),
+            (b"GGUF\x03\0\0\0" + bytes(32), UnsupportedError, "a GGUF file.*use the .safetensors file"),
+            (b"PK\x03\x04" + bytes(40), UnsupportedError, "a PyTorch file.*would run code"),
+            (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", UnsupportedError, "a PyTorch file"),
+            (b"", CheckpointError, "holds no data: it is empty"),
+            (bytes(4096), CheckpointError, "holds no data: it begins with zeros"),
+        ],
+    )  # fmt: skip
+    def test_named(self, tmp_path: Path, content: bytes, kind: type[Exception], said: str) -> None:
+        path = tmp_path / "ltx.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(kind, match=rf"ltx\.safetensors (is )?{said}"):
+            open_sources([path])
+
+    def test_pointer_among_shards(self, tmp_path: Path) -> None:
+        """A repository cloned without git-lfs."""
+        (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
+        (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is a Git LFS pointer"):
+            open_sources([tmp_path])
+
+    @pytest.mark.parametrize("length", [0x0280, 0x4034B50, 0x46554747])
+    def test_lengths_that_look_alike(self, tmp_path: Path, length: int) -> None:
+        """A safetensors file begins with its header's length, which may be the first bytes of another format."""
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(length.to_bytes(8, "little") + b"{" + bytes(100))
+        with pytest.raises(CheckpointError, match="not a valid safetensors file"):
+            open_sources([path])
+
+    def test_folder_of_diffusers(self, tmp_path: Path) -> None:
+        (tmp_path / "model_index.json").write_text("{}")
+        with pytest.raises(UnsupportedError, match=r"laid out for diffusers.*as Lightricks publishes it"):
+            open_sources([tmp_path])
