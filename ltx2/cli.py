@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ltx2 import __version__
-from ltx2.console import InOrder, Output, common, refuse_given, run_group
-from ltx2.runtime.errors import InputError, Ltx2Error
+from ltx2.console import InOrder, Output, common, refuse_given, run_group, say_how_to_continue
+from ltx2.runtime.errors import Ltx2Error
 
 if TYPE_CHECKING:
+    from ltx2.runtime.estimate import MemoryPlan
     from ltx2.runtime.events import Event
-    from ltx2.runtime.sidecar import Sidecar
 
 
 def main() -> None:
@@ -224,56 +224,49 @@ def _follow_model(
 @click.option("--save-latents", metavar="FILE", help="Save the latents before they are decoded.")
 @click.option("--latents", metavar="FILE", help="Decode these latents only.")
 @click.option("--from", "sidecar", metavar="CLIP.json", type=click.Path(path_type=Path), help="Repeat a run.")
+@click.option("--memory-limit", type=float, metavar="GB", help="Stay below; default: what the GPU can use.")
+@click.option("--low-memory", is_flag=True, default=None, help="Take as little as possible; slower.")
+@click.option("--dry-run", is_flag=True, help="Show each phase's memory from headers, and whether it fits; do nothing.")
+@click.option("--checkpoint-every", type=int, metavar="N", help="Keep the state after every N denoise steps.")
+@click.option("--resume", is_flag=True, default=None, help="Continue a run that was cut off, with the same result.")
 @common
-def generate(output: Output, target: Path, model: Path | None, sidecar: Path | None, **options: Any) -> None:
+def generate(
+    output: Output, target: Path, model: Path | None, sidecar: Path | None, dry_run: bool, **options: Any
+) -> None:
     """Make a video with sound from PROMPT.
 
-    PROMPT is not needed with --latents, --embeddings or --from. Beside clip.mp4, clip.json records the run.
+    PROMPT is not needed with --latents, --embeddings or --from. Beside clip.mp4, clip.json records the run. The
+    result of the last denoise step is kept until the clip is written: a run that is cut off then can be continued.
     """
+    from ltx2.generation import Generation
     from ltx2.runtime.events import Generated
-    from ltx2.runtime.media import check_target
-    from ltx2.runtime.paths import check_output
-    from ltx2.runtime.pipeline import Pipeline
-    from ltx2.runtime.request import repeated
-    from ltx2.runtime.sidecar import Sidecar, sidecar_path
 
-    check_target(target)
-    check_output(sidecar_path(target))
-    earlier = Sidecar.read(sidecar) if sidecar else None
+    if model is None and sidecar is None:
+        raise click.UsageError("Missing option '-m' / '--model'.")
     given = {name: value for name, value in options.items() if value is not None}
-    request = repeated(earlier.request, given) if earlier else given
-    pipeline = Pipeline(_model_to_use(model, earlier, sidecar))
-    changed = earlier is not None and earlier.files != pipeline.folder.hashes()
-    done = output.follow(_saved(pipeline.stream(**request), target, sidecar if changed else None))
+    generation = Generation(target, model, sidecar, given)
+    if dry_run:
+        _show_plan(output, generation.plan())
+        return
+    try:
+        done = output.follow(generation.events())
+    except (Ltx2Error, KeyboardInterrupt) as error:
+        if generation.left:
+            say_how_to_continue(error, "--resume")
+        raise
     assert isinstance(done, Generated), "a generation ends with its clip"
-    data = {"clip": str(target), "sidecar": str(sidecar_path(target)), **done.clip.record}
+    data = {"clip": str(target), "sidecar": str(target.with_suffix(".json")), **done.clip.record}
     output.result(data, f"{target}  ({len(done.clip.frames)} frames, {done.clip.record['seconds']:.1f} s)")
 
 
-def _model_to_use(model: Path | None, earlier: "Sidecar | None", sidecar: Path | None) -> Path:
-    """The model folder that was named, else the earlier run's."""
-    if model is not None:
-        return model
-    if earlier is None:
-        raise click.UsageError("Missing option '-m' / '--model'.")
-    if not earlier.model.exists():
-        why = f"the clip was made with {earlier.model}, which is not there any more"
-        raise InputError(f"the model of {sidecar} is missing", why, "say where the model is now: -m MODEL")
-    return earlier.model
+def _show_plan(output: Output, plan: "MemoryPlan") -> None:
+    """The memory plan, also when it does not fit; then that is the command's failure."""
+    from ltx2.render import memory_table, print_table
 
-
-def _saved(events: "Iterable[Event]", target: Path, changed: Path | None) -> "Iterable[Event]":
-    """The events of a generation; before the last one the clip is written. `changed` is the sidecar of an earlier run
-    with another model."""
-    from ltx2.runtime.events import Generated, PhaseStarted, Warned
-
-    if changed is not None:
-        yield Warned(f"this is not the model that {changed} was made with, so the clip will be another one")
-    for event in events:
-        if isinstance(event, Generated):
-            yield PhaseStarted("mp4")
-            event.clip.save(target)
-        yield event
+    if not output.quiet and not output.as_json:
+        print_table(*memory_table(plan))
+    plan.check()
+    output.result({"plan": plan.to_dict()}, f"fits: {plan.peak / 1e9:.1f} GB of {plan.limit / 1e9:.1f} GB")
 
 
 @cli.command()

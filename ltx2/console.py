@@ -5,10 +5,11 @@ why and how to fix it, and exit with their class's code."""
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -63,7 +64,7 @@ def run_group(group: click.Group, args: list[str]) -> int:
     """Run a command line and return its exit code."""
     as_json = "--json" in args
     try:
-        group.main(args, prog_name="ltx2", standalone_mode=False)
+        group.main(args, prog_name="ltx2", standalone_mode=False, obj=args)
     except Ltx2Error as error:
         _show_error(error.to_dict(), as_json)
         return error.exit_code
@@ -77,8 +78,9 @@ def run_group(group: click.Group, args: list[str]) -> int:
         fix = f"see {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else usage
         _show_error({"kind": "usage", "what": error.format_message(), "why": usage, "fix": fix}, as_json)
         return EXIT_USAGE
-    except (KeyboardInterrupt, click.Abort):
-        stopped = {"kind": "interrupted", "what": "interrupted", "why": "Ctrl-C", "fix": "run the same command again"}
+    except (KeyboardInterrupt, click.Abort) as error:
+        fix = str(error) or "run the same command again"
+        stopped = {"kind": "interrupted", "what": "interrupted", "why": "Ctrl-C", "fix": fix}
         _show_error(stopped, as_json)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # who read our output (head, less) has gone; what is still buffered has nowhere to go
@@ -112,3 +114,14 @@ def refuse_given(names: Iterable[str], needed: str) -> None:
     for name in names:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} has no effect without {needed}.")
+
+
+def say_how_to_continue(error: Ltx2Error | KeyboardInterrupt, option: str) -> NoReturn:
+    """Raise a failure that says what it leaves can be continued: by the command that was given, with `option`."""
+    args: list[str] = click.get_current_context().obj
+    command = shlex.join(["ltx2", *args, *([] if option in args else [option])])
+    kept = f"what is done is kept, this continues: {command}"
+    if isinstance(error, Ltx2Error):
+        error.fix = f"{error.fix}; {kept}"
+        raise error
+    raise click.Abort(kept) from error

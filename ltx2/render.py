@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -18,6 +18,9 @@ from ltx2.convert.catalogue import Bundle, Catalogue, Published
 from ltx2.convert.plan import Drop, Plan
 from ltx2.runtime.errors import printable
 from ltx2.runtime.events import BytesDone, DownloadPlanned, Event, PhaseDone, PhaseStarted, Section, StepDone, Warned
+
+if TYPE_CHECKING:
+    from ltx2.runtime.estimate import MemoryPlan
 
 SILENCE_SECONDS = 4.0  # five are promised
 BEAT_SECONDS = 0.5
@@ -164,6 +167,21 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_row(*row)
     width = None if sys.stderr.isatty() else FILE_WIDTH
     Console(stderr=True, highlight=False, width=width).print(table)
+
+
+def memory_table(plan: "MemoryPlan") -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows of what every phase of a generation takes."""
+    sizes, tiling = plan.job.sizes, plan.tiling
+    tiles = f"video decoded in tiles of {tiling.width}x{tiling.height}, {tiling.frames} frames" if tiling else ""
+    title = f"{sizes.frames} frames of {sizes.width}x{sizes.height}, GB; {tiles or 'video decoded in one piece'}"
+    columns = ["phase", "weights", "activations", "clip", "total", "reusable cache"]
+    rows = []
+    for phase in plan.phases:
+        numbers = (phase.weights, phase.activations, phase.clip, phase.total, phase.cache)
+        slowed = " (slowed)" if phase.throttled else ""
+        rows.append([phase.name + slowed, *(f"{number / 1e9:.2f}" for number in numbers)])
+    rows.append(["limit", "", "", "", f"{plan.limit / 1e9:.2f}", ""])
+    return title, columns, rows
 
 
 def plan_summary(plan: Plan) -> str:

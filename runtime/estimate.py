@@ -48,7 +48,7 @@ class Need:
         room = limit - self.weights - self.clip
         used = max(self.activations.needed, min(self.activations.full, room))
         throttled = used < self.activations.full
-        cache = 0 if throttled else min(reusable, room - used)
+        cache = 0 if throttled else max(0, min(reusable, room - used))
         return PhasePlan(self.name, self.weights, used, self.clip, cache, throttled)
 
 

@@ -71,8 +71,8 @@ class Owner:
             if had != has:
                 why = f"it was started with {_shown(name, had)}, this is {_shown(name, has)}"
                 raise InputError(what, why, f"use the same options, or {START_AGAIN}")
-        for name in sorted({*self.model, *given.model}):
-            if self.model.get(name) != given.model.get(name):
+        for name in sorted(self.model.keys() & given.model.keys()):  # --no-audio may come or go
+            if self.model[name] != given.model[name]:
                 why = f"it was started with another model: the files of its {name} are not the same"
                 raise InputError(what, why, f"use the same model folder, or {START_AGAIN}")
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
 }
 MAY_ALSO_IMPORT = {
     "ltx2/__main__.py": {"cli"},
-    "ltx2/cli.py": {"console", "render"},
+    "ltx2/cli.py": {"console", "generation", "render"},
     "ltx2/console.py": {"render"},
     "convert/__init__.py": {"api"},  # makes ltx2.convert(...) callable
 }

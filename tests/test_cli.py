@@ -223,7 +223,7 @@ class TestDoesNotFit:
         assert not (tmp_path / "model").exists()
 
     def test_memory(self, generate: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr("ltx2.runtime.pipeline.device_memory", lambda: 1000)
+        monkeypatch.setattr("ltx2.runtime.estimate.available_memory", lambda: 1000)
         generate(PROMPT).failed(3, "does not fit in memory", "ltx2 quantize")
         assert names(tmp_path) == []
 
@@ -232,14 +232,18 @@ class TestDoesNotFit:
     ) -> None:
         """Which cannot be quantized again."""
         assert here("quantize", demo_f32, "-o", tmp_path / "q").code == 0
-        monkeypatch.setattr("ltx2.runtime.pipeline.device_memory", lambda: 1000)
+        monkeypatch.setattr("ltx2.runtime.estimate.available_memory", lambda: 1000)
         here("generate", PROMPT, "-m", tmp_path / "q", "-o", tmp_path / "c.mp4").failed(3, "fewer --bits")
 
-    @pytest.mark.parametrize("size", [("1048576", "1048576", "9"), ("64", "64", "100000000001")])
-    def test_memory_for_the_frames(self, generate: Here, tmp_path: Path, size: tuple[str, str, str]) -> None:
+    @pytest.mark.parametrize(
+        ("size", "fix"), [(("1048576", "1048576", "9"), "--width"), (("64", "64", "100000000001"), "--frames")]
+    )
+    def test_memory_for_the_frames(
+        self, generate: Here, tmp_path: Path, size: tuple[str, str, str], fix: str
+    ) -> None:
         width, height, frames = size
         done = generate(PROMPT, size=["--width", width, "--height", height, "--frames", frames])
-        done.failed(3, "do not fit in memory", "fewer frames")
+        done.failed(3, "do not fit in memory", f"use {fix}")
         assert names(tmp_path) == []
 
 
