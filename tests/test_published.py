@@ -367,7 +367,7 @@ class TestTogether:
 
     def test_text_encoder_of_another_width(self, file: Look, tmp_path: Path) -> None:
         """A Gemma 3 of an unknown size is told from its tensors."""
-        tensors = {f"language_model.model.layers.{n}.x": ("BF16", (1,)) for n in range(2)}
+        tensors: published.Tensors = {f"language_model.model.layers.{n}.x": ("BF16", (1,)) for n in range(2)}
         tensors["language_model.model.embed_tokens.weight"] = ("BF16", (10, 16))
         published.write_sparse(tmp_path / "model.safetensors", tensors, {})
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", "hidden_size": 16}))

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from ltx2.quant.apply import repack
 from ltx2.runtime.errors import ModelFolderError, UnsupportedError, VerificationError
 from ltx2.runtime.events import BytesDone
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.tensorfile import Array, Output, TensorFile, TensorInfo, open_tensorfile, write_tensorfile
-from tests.folders import accept, verified
+from ltx2.runtime.tensorfile import TensorInfo, open_tensorfile
+from tests.folders import accept, rewrite, verified
 from tests.official import DEMO, MONOLITH, UPSCALER, Official
 
 
@@ -30,24 +29,6 @@ def flip(path: Path, offset: int = -1) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
     path.write_bytes(data)
-
-
-def chunks(file: TensorFile, name: str) -> list[Array]:
-    return [file.array(name)]
-
-
-def rewrite(path: Path, change: dict[str, TensorInfo | None]) -> None:
-    """Write a safetensors file again with tensors renamed, reshaped (TensorInfo) or left out (None)."""
-    file = open_tensorfile(path)
-    outputs = []
-    for name, tensor in file.tensors.items():
-        new = change.get(name, tensor)
-        if new is not None:
-            outputs.append(Output(new.name, new.dtype, new.shape, partial(chunks, file, name)))
-    new_file = path.with_name("new")
-    for _ in write_tensorfile(new_file, outputs, {"format": "mlx"}):
-        pass
-    new_file.replace(path)
 
 
 class TestFolder:
