@@ -76,9 +76,12 @@ def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
     test_quant.py and test_fp8.py find to be the same product."""
 
     def product(layer: QuantizedLinear, x: mx.array) -> mx.array:
-        form = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        scales = layer.get("scales", layer._shared_scales)
-        return x @ mx.dequantize(layer["weight"], scales, layer.get("biases"), dtype=x.dtype, **form).T
+        scales = layer.scales if layer._shared_scales is None else layer._shared_scales
+        weight = mx.dequantize(
+            layer.weight, scales, layer.get("biases"),
+            group_size=layer.group_size, bits=layer.bits, mode=layer.mode, dtype=x.dtype,
+        )  # fmt: skip
+        return x @ weight.T
 
     monkeypatch.setattr(QuantizedLinear, "_product", product)
 

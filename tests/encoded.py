@@ -213,7 +213,7 @@ def decoded(tensors: Tensors, name: str) -> Array:
         position = tiled_position(rows, blocks, stored.shape[1])
         return from_nvfp4(codes, stored.reshape(-1)[position], tensors[f"{layer}.weight_scale_2"][1])
     scale = next((tensors[layer + s][1] for s in (".weight_scale", ".scale_weight") if layer + s in tensors), None)
-    return from_fp8(codes, np.float32(1) if scale is None else scale)
+    return from_fp8(codes, np.ones((), np.float32) if scale is None else scale)
 
 
 def tiled_position(rows: int, columns: int, wide: int) -> Array:

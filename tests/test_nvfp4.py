@@ -69,7 +69,7 @@ class TestCodes:
         file = open_tensorfile(encoded.write(folder / "f.safetensors", tensors, {}))
         blocks = BlockScales(file, file.tensors["b"], (rows, columns))
         codes = Nvfp4(file, file.tensors["w"], Scale(file, file.tensors["s"]), blocks)
-        return codes, packed, encoded.from_nvfp4(packed, linear, np.float32(scale))
+        return codes, packed, encoded.from_nvfp4(packed, linear, tensors["s"][1])
 
     @pytest.mark.parametrize("shape", [(128, 64), (256, 192), (130, 80), (7, 16)])
     @pytest.mark.parametrize("dtype", FLOATS)
@@ -102,8 +102,7 @@ class TestConvert:
                 codes, scales, scale = (stored[f"{key}.{part}"] for part in ("weight", "scales", "weight_scale"))
                 assert (codes.dtype, scales.dtype, scale.dtype) == (mx.uint32, mx.uint8, mx.float32)
                 assert codes.shape[1] * 8 == scales.shape[1] * 16 and scale.shape == ()
-                form = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
-                values = mx.dequantize(codes, scales, **form, dtype=mx.float32) * scale
+                values = mx.dequantize(codes, scales, group_size=16, bits=4, mode="nvfp4", dtype=mx.float32) * scale
                 assert as_integers(values) == as_integers(encoded.decoded(tensors, f"{PREFIX}{block}.{layer}.weight"))
 
     @pytest.mark.parametrize("dtype", ["bf16", "f32"])
@@ -141,6 +140,7 @@ def change(part: str, dtype: str, values: np.ndarray | None) -> tuple[str, str, 
 
 
 BLOCKS = np.full((128, 8), 0x30, np.uint8)
+NAN = np.array(np.nan, np.float32)
 BROKEN = BLOCKS.copy()
 BROKEN[5, 3] = 0x7F
 
@@ -149,7 +149,7 @@ BROKEN[5, 3] = 0x7F
     ("changed", "error", "message"),
     [
         (change("weight_scale", "F8_E4M3", BROKEN), CheckpointError, f"tensor {LAYER}.weight_scale .* not a number"),
-        (change("weight_scale_2", "F32", np.float32(np.nan)), CheckpointError, f"{LAYER}.weight_scale_2 .* not a num"),
+        (change("weight_scale_2", "F32", NAN), CheckpointError, f"{LAYER}.weight_scale_2 .* not a num"),
         (change("weight_scale_2", "F32", np.ones(128, np.float32)), CheckpointError, f"{LAYER}.weight_scale_2 is F32"),
         (change("weight_scale_2", "", None), UnsupportedError, f"{LAYER}.weight holds bytes that are no NVFP4"),
         (change("weight_scale", "", None), UnsupportedError, f"{LAYER}.weight holds bytes that are no NVFP4"),
