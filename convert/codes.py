@@ -111,6 +111,11 @@ class Codes(ABC):
         """The shape of the values that codes of this form stand for."""
         return (*form.shape[:-1], form.shape[-1] * form.itemsize * 8 // self.storage.bits) if form.shape else ()
 
+    @property
+    def width(self) -> int:
+        """The values of a row."""
+        return self.shape(Form(self.tensor.shape, self.tensor.dtype))[-1]
+
     def factors(self, start: int, stop: int) -> Array:
         """The scale: one value, or those of some rows as a column."""
         values = np.ones((), np.float32) if self.scale is None else self.scale.values

@@ -13,7 +13,7 @@ import ltx2
 from ltx2.convert.codes import Fp8, Scale
 from ltx2.convert.plan import plan_json
 from ltx2.convert.steps import FLOATS, Form, from_float32
-from ltx2.quant.apply import repack
+from ltx2.quant.apply import Settings, quantize_plan, repack
 from ltx2.runtime.errors import CheckpointError, InputError, Ltx2Error, NumericsError, UnsupportedError
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import build_network, load_network, load_weights, parameter_shapes
@@ -335,6 +335,13 @@ class TestQuantize:
         steps = ["fp8_dequantize", "cast(bf16)", "quantize(4,64,affine)"]
         assert rows[f"{LAYER}.weight"]["transform"] == rows[f"{LAYER}.weight_scale"]["transform"] == steps
         assert rows[f"{LAYER}.weight"]["out_dtype"] == "U32"
+
+    def test_widths_that_do_not_fit(self, fp8_file: Path) -> None:
+        """A layer that cannot be packed in groups of 128 stays as it is; decoded it would be larger."""
+        plan = quantize_plan(plan_of(fp8_file), Settings(4, 128, "uniform"))
+        rows = {row.get("key"): row["transform"] for row in plan_json(plan)["plan"] if "key" in row}
+        assert rows["transformer_blocks.1.audio_attn1.to_q.weight"] == ["fp8_keep"]  # 64 wide
+        assert rows[f"{OURS}.weight"][-1] == "quantize(4,128,affine)"
 
     def test_eight_bits_leave_the_codes(self, kept: Path, tmp_path: Path) -> None:
         """They are the lossless 8 bits; the report lists them."""
