@@ -8,7 +8,7 @@ from ltx2.convert.catalogue import catalogue
 from ltx2.convert.checkpoint import open_sources
 from ltx2.convert.plan import Options, Plan, make_plan
 from ltx2.convert.write import SHARD_GB, WriteOptions, write_plan
-from ltx2.quant.apply import Settings, write_quantized
+from ltx2.quant.apply import AFFINE, Settings, write_quantized
 from ltx2.quant.apply import quantize as quantize_folder
 from ltx2.quant.recipe import DEFAULT
 from ltx2.quant.report import Quantized, Report
@@ -52,20 +52,19 @@ def convert(
     dtype: str | None = None,
     only: Sequence[str] = (),
     bits: int | None = None,
-    mode: str = "affine",
-    group_size: int = 64,
+    mode: str | None = None,
+    group_size: int | None = None,
     recipe: str = DEFAULT,
     shard_size: float = SHARD_GB,
     force: bool = False,
 ) -> Path:
-    """Convert published checkpoints into a model folder; returns its path. With `bits` the folder is quantized, with
-    the bytes of converting and quantizing in turn."""
+    """Convert published checkpoints into a model folder; returns its path. With `bits` or `mode` the folder is
+    quantized, with the bytes of converting and quantizing in turn."""
     plan = plan_conversion(sources, variant=variant, dtype=dtype, only=only)
-    chosen = Settings(4 if bits is None else bits, group_size, recipe, mode=mode)
-    if bits is None and chosen != Settings():
-        why = "mode, group_size and recipe have no effect without bits"
-        raise InputError("nothing is quantized", why, "give bits=4")
-    settings = None if bits is None else chosen
+    chosen = Settings(bits, group_size, recipe, mode=mode or AFFINE)
+    settings = None if bits is None and mode is None else chosen
+    if settings is None and chosen != Settings():
+        raise InputError("nothing is quantized", "group_size and recipe have no effect without bits", "give bits=4")
     for _ in conversion(plan, Path(out), settings, WriteOptions(shard_size, force)):
         pass
     return Path(out)
@@ -80,15 +79,16 @@ def quantize(
     model: StrPath,
     out: StrPath,
     *,
-    bits: int = 4,
-    mode: str = "affine",
-    group_size: int = 64,
+    bits: int | None = None,
+    mode: str = AFFINE,
+    group_size: int | None = None,
     recipe: str = DEFAULT,
     only: Sequence[str] = (),
     shard_size: float = SHARD_GB,
     force: bool = False,
 ) -> Report:
-    """Write a smaller copy of a model folder; returns what became of every layer."""
+    """Write a smaller copy of a model folder; returns what became of every layer. `bits` and `group_size` are by
+    default 4 and 64, or what the mode has."""
     settings = Settings(bits, group_size, recipe, tuple(only), mode)
     events = quantize_folder(Path(model), Path(out), settings, WriteOptions(shard_size, force))
     return next(event.report for event in list(events) if isinstance(event, Quantized))

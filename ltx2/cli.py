@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ltx2.runtime.estimate import MemoryPlan
     from ltx2.runtime.events import Event
 
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # known here because importing quant takes time
+
 
 def main() -> None:
     """Entry point of the `ltx2` script."""
@@ -113,8 +115,8 @@ def _follow_download(output: Output, events: "Iterable[Event]") -> tuple[dict[st
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Cast weights; default: as published.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Convert this component only; repeatable.")
 @click.option("--bits", type=int, help="Quantize on the way, without a 16-bit copy on disk.")
-@click.option("--mode", type=click.Choice(["affine"]), default="affine", help="Kind of codes, with --bits.")
-@click.option("--group-size", type=int, default=64, show_default=True, help="Weights per scale, with --bits.")
+@click.option("--mode", type=click.Choice(MODES), help="Quantize with this kind of codes; affine with --bits alone.")
+@click.option("--group-size", type=int, help="Weights per scale, with --bits: 32, 64 (default) or 128.")
 @click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer, with --bits.")
 @click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
 @click.option("--dry-run", is_flag=True, help="Read headers only; --json prints the plan.")
@@ -135,9 +137,10 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 
     written = WriteOptions(options.pop("shard_size"), options.pop("force"))
     packing = {name: options.pop(name) for name in ("bits", "mode", "group_size", "recipe")}
-    if packing["bits"] is None:
+    packed = packing["bits"] is not None or packing["mode"] is not None
+    if not packed:
         refuse_given(packing, "--bits")
-    settings = Settings(**packing) if packing["bits"] is not None else None
+    settings = Settings(**packing | {"mode": packing["mode"] or MODES[0]}) if packed else None
     plan = plan_conversion(sources, **options)
     if dry_run:
         try:
@@ -154,9 +157,9 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
-@click.option("--bits", type=int, default=4, show_default=True, help="2, 3, 4, 5, 6 or 8.")
-@click.option("--mode", type=click.Choice(["affine"]), default="affine", help="Kind of codes.")
-@click.option("--group-size", type=int, default=64, show_default=True, help="Weights per scale: 32, 64 or 128.")
+@click.option("--bits", type=int, help="2, 3, 4 (default), 5, 6 or 8; mxfp4, nvfp4: 4; mxfp8: 8.")
+@click.option("--mode", type=click.Choice(MODES), default="affine", show_default=True, help="Kind of codes.")
+@click.option("--group-size", type=int, help="Weights per scale: 32, 64 (default) or 128; mxfp4, mxfp8: 32; nvfp4: 16.")
 @click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write bits, bytes and error of every layer (JSON).")

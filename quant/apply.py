@@ -3,35 +3,61 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import frexp, inf
 from pathlib import Path
 
 from ltx2.convert.folder import folder_plan
 from ltx2.convert.plan import Entry, Merge, Move, Plan, packed_layers, quantization_config
 from ltx2.convert.recode import Layer, decoded, kept_layers
+from ltx2.convert.steps import FLOATS, Storage
 from ltx2.convert.write import WriteOptions, write_plan
-from ltx2.quant.pack import BITS, DTYPES, GROUP_SIZES, Affine
+from ltx2.quant.kinds import KINDS, kind_of
 from ltx2.quant.recipe import DEFAULT, load_recipe
 from ltx2.quant.report import Quantized, make_report
-from ltx2.quant.step import AffinePacking, packings
+from ltx2.quant.step import MULTIPLIER, packings, quantized
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.layout import ModelFolder
 
 HALVED = 8  # bits of the smallest codes that are quantized further
-MODES = ("affine",)  # of the kinds that MLX knows, the ones this version packs
-Forms = Mapping[str, Mapping[str, Affine]]  # component -> path of a layer -> how it is stored
+AFFINE, AFFINE_GROUP = "affine", 64  # what layers get that a mode has no bits for
+EMBEDDING = "embed_tokens"  # MLX's embeddings have no output multiplier
+DEFAULT_BITS = 4
+Forms = Mapping[str, Mapping[str, Storage]]  # component -> path of a layer -> how it is stored
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose: bits of the layers that the recipe does not raise, values per scale, recipe (a name or a
-    file), the components to quantize (none: all that the recipe names), and the kind of codes."""
+    """What the user chose: bits of the layers that the recipe does not raise, values per scale (None: what the mode
+    has, or 4 and 64), recipe (a name or a file), the components to quantize (none: all that the recipe names), and the
+    kind of codes."""
 
-    bits: int = 4
-    group_size: int = 64
+    bits: int | None = None
+    group_size: int | None = None
     recipe: str = DEFAULT
     only: tuple[str, ...] = ()
-    mode: str = "affine"
+    mode: str = AFFINE
+
+    @property
+    def storage(self) -> Storage:
+        """How layers are stored that the recipe does not raise. Raises InputError when MLX has no such form."""
+        if self.mode not in KINDS:
+            raise _not_possible("--mode", self.mode, KINDS)
+        kind = KINDS[self.mode]
+        given = (("--bits", self.bits, kind.bits), ("--group-size", self.group_size, kind.group_sizes))
+        for option, value, values in given:
+            if value is not None and value not in values:
+                raise _not_possible(option, value, values)
+        bits = DEFAULT_BITS if DEFAULT_BITS in kind.bits else kind.bits[0]
+        group_size = AFFINE_GROUP if AFFINE_GROUP in kind.group_sizes else kind.group_sizes[0]
+        return Storage(self.bits or bits, self.group_size or group_size, self.mode)
+
+    def storage_of(self, layer: str, bits: int) -> Storage:
+        """How a layer is stored that the recipe gives so many bits."""
+        chosen = self.storage
+        if bits in kind_of(chosen).bits and not (kind_of(chosen).multiplied and layer.endswith(EMBEDDING)):
+            return Storage(bits, chosen.group_size, chosen.mode)
+        return Storage(bits, AFFINE_GROUP, AFFINE)
 
 
 def quantize(
@@ -55,7 +81,7 @@ def write_quantized(
     quantized = quantize_plan(plan, settings)
     unfit = _unfit(quantized, recipe_forms(plan, settings))
     if unfit:
-        width = f"their width is no multiple of {settings.group_size}"
+        width = f"their width is no multiple of {settings.storage.group_size}"
         yield Warned(f"{len(unfit)} layers are not quantized, {width}; the first is {unfit[0]}")
     for event in write_plan(quantized, out, options):
         if isinstance(event, Written):
@@ -83,58 +109,74 @@ def quantize_plan(plan: Plan, settings: Settings) -> Plan:
 
 def repack(plan: Plan, model: ModelFolder) -> Plan:
     """The plan with the layers packed that are packed in `model`, and as they are there; what verifying compares."""
-    return _packed_plan(plan, {name: _stored_forms(model, name) for name in model.manifest.components})
+    forms = {name: _stored_forms(model, name) for name in model.manifest.components}
+    return _packed_plan(plan, forms, _stored_multipliers(model, forms))
 
 
-def _stored_forms(model: ModelFolder, component: str) -> dict[str, Affine]:
+def _stored_multipliers(model: ModelFolder, forms: Forms) -> dict[tuple[str, str], float]:
+    """The output multipliers of layers that this tool quantized; 1 for values that it does not write."""
+    found = {}
+    for name, layers in forms.items():
+        where = {key: file for file in model.tensor_files(name) for key in file.tensors}
+        for layer, storage in layers.items():
+            key = f"{layer}.{MULTIPLIER}"
+            if kind_of(storage).multiplied and key in where and where[key].tensors[key].dtype == "F32":
+                value = float(where[key].array(key).reshape(-1)[0])
+                found[name, layer] = value if 0 < value < inf and frexp(value)[0] == 0.5 else 1.0
+    return found
+
+
+def _stored_forms(model: ModelFolder, component: str) -> dict[str, Storage]:
     config = model.config(component).get("quantization", {})
     names = [name for file in model.tensor_files(component) for name in file.tensors]
     layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
     entries = {layer: config.get(layer, config) for layer in layers}
-    return {layer: Affine(e["bits"], e["group_size"]) for layer, e in entries.items() if e.get("mode") in MODES}
+    return {layer: Storage(e["bits"], e["group_size"], e.get("mode", AFFINE)) for layer, e in entries.items()}
 
 
 def recipe_forms(plan: Plan, settings: Settings) -> Forms:
     """How the recipe wants the layers of the chosen components stored, whether their width allows it or not."""
-    recipe = load_recipe(settings.recipe)
+    recipe, least = load_recipe(settings.recipe), settings.storage.bits
     chosen = [name for name in plan.components if name in settings.only or not settings.only]
-    bits = {name: recipe.bits(name, [m.layer for m in plan.moves(name)], settings.bits) for name in chosen}
-    return {name: {layer: Affine(n, settings.group_size) for layer, n in bits[name].items()} for name in chosen}
+    bits = {name: recipe.bits(name, [m.layer for m in plan.moves(name)], least) for name in chosen}
+    return {name: {layer: settings.storage_of(layer, n) for layer, n in bits[name].items()} for name in chosen}
 
 
 def _shrinking(plan: Plan, forms: Forms) -> Iterator[Layer]:
     """The layers kept as published that get fewer bits. Raises UnsupportedError for those of 4 bits."""
     for (component, layer), keep in kept_layers(plan).items():
-        affine = forms.get(component, {}).get(layer)
-        if affine is None or affine.bits >= keep.storage.bits:
-            continue
+        form = forms.get(component, {}).get(layer)
+        if form is None or form.bits >= keep.storage.bits or keep.codes.width % form.group_size:
+            continue  # the last: it could not be packed, and would grow
         if keep.storage.bits < HALVED:
             raise UnsupportedError(
-                f"{component}.{layer} is not quantized to {affine.bits} bits",
+                f"{component}.{layer} is not quantized to {form.bits} bits",
                 f"it is {keep.storage.mode} already, and a second loss would leave little of it",
                 "use 4 bits or more, which leave it as it is, or quantize the bf16 model",
             )
         yield component, layer
 
 
-def _packed_plan(plan: Plan, forms: Forms) -> Plan:
-    return replace(plan, entries=tuple(_packed_entry(entry, forms) for entry in plan.entries))
+def _packed_plan(plan: Plan, forms: Forms, multipliers: Mapping[tuple[str, str], float] | None = None) -> Plan:
+    """`multipliers`: of layers that were packed before, by component and path."""
+    known = multipliers or {}
+    return replace(plan, entries=tuple(_packed_entry(entry, forms, known) for entry in plan.entries))
 
 
-def _packed_entry(entry: Entry, forms: Forms) -> Entry:
+def _packed_entry(entry: Entry, forms: Forms, multipliers: Mapping[tuple[str, str], float]) -> Entry:
     if isinstance(entry, Merge):
-        return replace(entry, into=_packed(entry.into, forms.get(entry.into.component, {})))
-    return _packed(entry, forms.get(entry.component, {})) if isinstance(entry, Move) else entry
+        return replace(entry, into=_packed(entry.into, forms, multipliers))
+    return _packed(entry, forms, multipliers) if isinstance(entry, Move) else entry
 
 
-def _packed(move: Move, forms: Mapping[str, Affine]) -> Move:
+def _packed(move: Move, forms: Forms, multipliers: Mapping[tuple[str, str], float]) -> Move:
     """The move with its layer's form, where that has one and the tensor is a weight that can be packed."""
-    affine, form = forms.get(move.layer), move.form
-    if affine is None or not move.key.endswith(".weight") or len(form.shape) != 2 or form.dtype not in DTYPES:
+    storage, form = forms.get(move.component, {}).get(move.layer), move.form
+    if storage is None or move.packing is not None or not move.key.endswith(".weight"):
         return move
-    if form.shape[1] % affine.group_size:
+    if len(form.shape) != 2 or form.dtype not in FLOATS.values() or form.shape[1] % storage.group_size:
         return move
-    return replace(move, packing=AffinePacking(affine, move.tensor.name))
+    return quantized(move, storage, multipliers.get((move.component, move.layer)))
 
 
 def _unfit(quantized: Plan, forms: Forms) -> list[str]:
@@ -144,12 +186,6 @@ def _unfit(quantized: Plan, forms: Forms) -> list[str]:
 
 
 def _check(plan: Plan, settings: Settings) -> None:
-    if settings.bits not in BITS:
-        raise _not_possible("--bits", settings.bits, BITS)
-    if settings.group_size not in GROUP_SIZES:
-        raise _not_possible("--group-size", settings.group_size, GROUP_SIZES)
-    if settings.mode not in MODES:
-        raise _not_possible("--mode", settings.mode, MODES)
     for name in settings.only:
         if name not in plan.components:
             raise InputError(f"there is no {name}", f"the model holds {', '.join(plan.components)}", "check --only")
@@ -180,8 +216,9 @@ def _check_effect(plan: Plan, settings: Settings) -> None:
     quantized = [name for name in plan.components if packings(plan.moves(name))]
     idle = [name for name in settings.only if name not in quantized]
     if idle or not quantized:
+        size = settings.storage.group_size
         raise InputError(
             f"there is nothing to quantize in {', '.join(idle or plan.components)}",
-            f"recipe {settings.recipe} names none of its layers, or no width is a multiple of {settings.group_size}",
+            f"recipe {settings.recipe} names none of its layers, or no width is a multiple of {size}",
             "choose other components, another recipe or a smaller --group-size, or leave the model as it is",
         )

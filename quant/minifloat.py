@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ltx2.convert.steps import Storage
 from ltx2.quant.blocks import compiled_on_gpu, group_sums
+from ltx2.quant.kinds import kind_of
 from ltx2.quant.search import TINY, Fit, Search, squares
-from ltx2.quant.storage import Storage
 
 EXPONENT = 0x7F800000  # of a float32
 LARGEST_SCALE = 448.0  # of E4M3, whose normal numbers begin at 2**-6
@@ -64,14 +65,14 @@ class MinifloatSearch(Search):
         ratio = scale / unit  # errors in units do not overflow
         errors = group_sums(_errors(values, scale, *self.grid, *weights)) * (ratio * ratio)
         fit = Fit(scale, mx.zeros_like(scale), errors).best()
-        limit = LARGEST_SCALE * self.grid.top if self.storage.kind.multiplied else mx.inf
+        limit = LARGEST_SCALE * self.grid.top if kind_of(self.storage).multiplied else mx.inf
         return fit._replace(error=mx.where(largest <= limit, fit.error * (unit * unit), mx.nan))
 
     def _scales(self, largest: mx.array) -> mx.array:
         """The scales to try (offsets, groups), around the one that brings the largest value to the top of the grid."""
         mode = self.storage.mode
         offsets = mx.array(OFFSETS[mode] + (WEIGHTED_OFFSETS[mode] if self.weights else ()))[:, None]
-        if self.storage.kind.multiplied:
+        if kind_of(self.storage).multiplied:
             codes = mx.to_fp8(largest / self.grid.top).astype(mx.int32) + offsets
             return mx.from_fp8(mx.clip(codes, 1, 126).astype(mx.uint8), mx.float32)
         exponents = (_bits(largest) >> 23).astype(mx.int32) - (frexp(self.grid.top)[1] - 1) + offsets
@@ -81,7 +82,7 @@ class MinifloatSearch(Search):
         return (_fp8_codes if self.storage.bits == 8 else _fp4_codes)(self.values, fit.scale, *self.grid)
 
     def stored(self, fit: Fit) -> tuple[mx.array, ...]:
-        multiplied = self.storage.kind.multiplied
+        multiplied = kind_of(self.storage).multiplied
         return (mx.to_fp8(fit.scale) if multiplied else (_bits(fit.scale) >> 23).astype(mx.uint8),)
 
 

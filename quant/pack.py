@@ -14,15 +14,16 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ltx2.convert.steps import Storage
 from ltx2.quant.affine import AffineSearch
 from ltx2.quant.blocks import on_gpu, pack_words, tiled, to_block
+from ltx2.quant.kinds import kind_of
 from ltx2.quant.minifloat import MinifloatSearch
 from ltx2.quant.search import Search
-from ltx2.quant.storage import Storage
 from ltx2.runtime.tensorfile import Array
 
 # Values of a block. On a CPU its arrays should stay in the cache of a core; a GPU needs many to be busy.
-CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 21
+CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 21
 MAX_THREADS = 8
 LEAST_WEIGHT = 2.0**-20  # of the largest
 GPU_WORKERS = 2  # one prepares a block while the other's is computed
@@ -103,7 +104,7 @@ def bias_correction(
 def _check(width: int, storage: Storage, multiplier: float) -> None:
     if width % storage.group_size:
         raise ValueError(f"width {width} is no multiple of the group size {storage.group_size}")
-    if multiplier != 1 and not storage.kind.multiplied:
+    if multiplier != 1 and not kind_of(storage).multiplied:
         raise ValueError(f"{storage.mode} has no output multiplier")
 
 
@@ -117,9 +118,9 @@ def _usable(weights: Array, width: int) -> Array:
 
 def _empty(rows: Array, storage: Storage) -> Packed:
     count, width = rows.shape
-    shape = (count, storage.groups(width))
-    codes = np.empty((count, storage.words(width)), np.uint32)
-    if not storage.kind.biased:
+    shape = (count, width // storage.group_size)
+    codes = np.empty((count, width * storage.bits // 32), np.uint32)
+    if not kind_of(storage).biased:
         return Packed(codes, np.empty(shape, np.uint8))
     return Packed(codes, np.empty(shape, rows.dtype), np.empty(shape, rows.dtype))
 
@@ -150,7 +151,7 @@ def _search(rows: Array, storage: Storage, weights: Array | None, multiplier: fl
     values = _on_device(rows)
     block = to_block(values, storage.group_size)
     counts = () if weights is None else (tiled(mx.array(weights), len(rows), storage.group_size),)
-    if storage.kind.biased:
+    if kind_of(storage).biased:
         return AffineSearch(block, counts, storage.bits, values.dtype)
     return MinifloatSearch(block * (1 / multiplier) if multiplier != 1 else block, counts, storage)
 

@@ -10,11 +10,12 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from ltx2.quant.pack import BITS
+from ltx2.quant.kinds import KINDS
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.jsonfile import read_object
 from ltx2.runtime.layout import COMPONENTS
 
+BITS = KINDS["affine"].bits
 FOLDER = Path(__file__).parent / "recipes"
 DEFAULT = "mixed"
 

@@ -12,12 +12,13 @@ from ltx2.convert.codes import Keep
 from ltx2.convert.files import outputs
 from ltx2.convert.plan import Move, Plan, packed_key, packed_layers, parameters
 from ltx2.convert.steps import to_float32
-from ltx2.quant.pack import BLOCK_VALUES, Loss, Packed, dequantize_rows
-from ltx2.quant.step import AffinePacking, packings
+from ltx2.quant.pack import Loss, Packed, unpack
+from ltx2.quant.step import Quantize, packings
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.tensorfile import Array, TensorFile
 
+FEW_VALUES = 1 << 20  # read back at a time
 DIGITS = 4  # significant digits of an error; fewer than differ between the ways it is summed
 
 
@@ -137,15 +138,17 @@ def _total(moves: list[Move]) -> Total:
 
 def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
     """Compare a written layer with its source. `files` holds the file of every tensor of the component."""
-    assert isinstance(move.packing, AffinePacking)
+    assert isinstance(move.packing, Quantize)
+    storage, multiplier = move.packing.storage, move.packing.multiplier
     keys = [packed_key(move.key, part) for part in ("weight", "scales", "biases")]
+    keys = [key for key in keys if key in files]
     stored = [files[key].array(key) for key in keys]
-    dtype, affine = move.form.dtype, move.packing.affine
     loss, start = Loss(), 0
     for rows in _few_rows(move):
         packed = Packed(*(array[start : start + len(rows)] for array in stored))
-        values = to_float32(rows, dtype)
-        loss += Loss(_squares(dequantize_rows(packed, dtype, affine) - values), _squares(values))
+        values = to_float32(rows, move.form.dtype)
+        restored = unpack(packed, storage, multiplier.value if multiplier else 1.0)
+        loss += Loss(_squares(restored - values), _squares(values))
         start += len(rows)
     for key in keys:
         files[key].release(key)
@@ -154,7 +157,7 @@ def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
 
 def _few_rows(move: Move) -> Iterator[Array]:
     """The tensor before packing, in pieces that are small also when unpacked."""
-    step = max(1, BLOCK_VALUES // move.form.shape[1])
+    step = max(1, FEW_VALUES // move.form.shape[1])
     for chunk in outputs(replace(move, packing=None))[0].chunks():
         for start in range(0, len(chunk), step):
             yield chunk[start : start + step]

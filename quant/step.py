@@ -1,13 +1,20 @@
 """Quantization as the last step of a plan entry."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from ltx2.convert.files import outputs
 from ltx2.convert.plan import Move, packed_layers
 from ltx2.convert.steps import Form, Packing, Storage
-from ltx2.quant.pack import Affine, Loss, quantize_rows
+from ltx2.quant.kinds import kind_of
+from ltx2.quant.minifloat import output_multiplier
+from ltx2.quant.pack import Loss, pack
 from ltx2.runtime.errors import CheckpointError
-from ltx2.runtime.tensorfile import Array
+from ltx2.runtime.tensorfile import Array, bf16_to_f32
+
+MULTIPLIER = "weight_scale"  # the last name part of an output multiplier
 
 
 @dataclass
@@ -21,41 +28,97 @@ class Tally:
         self.loss = loss if self.loss is None else self.loss + loss
 
 
-@dataclass(frozen=True)
-class AffinePacking(Packing):
-    """Codes, scales and biases in place of a weight. `name` is the source tensor's, for errors."""
+class Multiplier(Mapping[str, Array]):
+    """The output multiplier of a tensor as a part of it, made when it is first used: that takes a pass over the
+    tensor."""
 
-    affine: Affine
+    def __init__(self, make: Callable[[], float]) -> None:
+        self._make = make
+        self._value: float | None = None
+
+    @property
+    def value(self) -> float:
+        """The multiplier, a power of two."""
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+    def __getitem__(self, part: str) -> Array:
+        if part != MULTIPLIER:
+            raise KeyError(part)
+        return np.array(self.value, np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((MULTIPLIER,))
+
+    def __len__(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class Quantize(Packing):
+    """Codes and scales in place of a weight. `name` is the source tensor's, for errors; `multiplier` belongs to modes
+    that have one."""
+
+    form: Storage
     name: str
+    multiplier: Multiplier | None = field(default=None, compare=False)
     tally: Tally = field(default_factory=Tally, compare=False)
 
     def __str__(self) -> str:
-        return f"quantize({self.affine.bits},{self.affine.group_size},affine)"
+        return f"quantize({self.form.bits},{self.form.group_size},{self.form.mode})"
 
     @property
     def storage(self) -> Storage:
-        return Storage(self.affine.bits, self.affine.group_size, "affine")
+        return self.form
+
+    def constants(self) -> Mapping[str, Array]:
+        return {} if self.multiplier is None else self.multiplier
 
     def forms(self, form: Form) -> Mapping[str, Form]:
-        """Codes are a stream of bits in uint32; scales and biases have the weight's dtype."""
+        """Codes are a stream of bits in uint32; affine scales and biases have the weight's dtype."""
         rows, width = form.shape
-        codes = Form((rows, width * self.affine.bits // 32), "U32")
-        scales = Form((rows, width // self.affine.group_size), form.dtype)
-        return {"weight": codes, "scales": scales, "biases": scales}
+        codes = Form((rows, width * self.form.bits // 32), "U32")
+        groups, biased = (rows, width // self.form.group_size), kind_of(self.form).biased
+        parts = {"weight": codes, "scales": Form(groups, form.dtype if biased else "U8")}
+        if biased:
+            parts["biases"] = parts["scales"]
+        return parts if self.multiplier is None else parts | {MULTIPLIER: Form((), "F32")}
 
     def rows(self, rows: Array, dtype: str) -> Mapping[str, Array]:
         """Raises CheckpointError when a value is not finite or cannot be represented."""
+        multiplier = 1.0 if self.multiplier is None else self.multiplier.value
         try:
-            packed, loss = quantize_rows(rows, dtype, self.affine)
+            packed, loss = pack(rows, self.form, None, multiplier)
         except ValueError as error:
             raise CheckpointError(
                 f"{self.name} cannot be quantized", str(error), "use the checkpoint as published"
             ) from error
         self.tally.add(loss)
-        return {"weight": packed.codes, "scales": packed.scales, "biases": packed.biases}
+        biases = {} if packed.biases is None else {"biases": packed.biases}
+        return {"weight": packed.codes, "scales": packed.scales} | biases
 
 
-def packings(moves: Iterable[Move]) -> dict[str, tuple[Move, AffinePacking]]:
+def quantized(move: Move, form: Storage, multiplier: float | None = None) -> Move:
+    """The move with its weight quantized; `multiplier` is given where the tensor was packed before."""
+    made = None
+    if kind_of(form).multiplied:
+        made = Multiplier(lambda: output_multiplier(_largest(move)) if multiplier is None else multiplier)
+    return replace(move, packing=Quantize(form, move.tensor.name, made))
+
+
+def _largest(move: Move) -> float:
+    """The largest absolute value of the tensor as it would be without packing."""
+    return max(_largest_of(rows) for rows in outputs(replace(move, packing=None))[0].chunks())
+
+
+def _largest_of(rows: Array) -> float:
+    if rows.dtype == np.uint16:  # bfloat16: codes without sign are in the order of their values
+        return float(bf16_to_f32((rows & np.uint16(0x7FFF)).max(initial=0, keepdims=True).reshape(1))[0])
+    return float(np.abs(rows).max(initial=0))
+
+
+def packings(moves: Iterable[Move]) -> dict[str, tuple[Move, Quantize]]:
     """The layers that are quantized among a component's tensors, in natural order."""
     layers = packed_layers(moves)
-    return {layer: (m, m.packing) for layer, m in layers.items() if isinstance(m.packing, AffinePacking)}
+    return {layer: (m, m.packing) for layer, m in layers.items() if isinstance(m.packing, Quantize)}

@@ -50,7 +50,7 @@ USERS = {
 PRINTERS = {"ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "bench/fullsize.py"}
 WITHOUT_MLX = [
     *(f"convert/{name}.py" for name in ("release", "rules", "plan", "steps", "checkpoint", "codes", "scales")),
-    *(f"quant/{name}.py" for name in ("pack", "recipe")),
+    *(f"quant/{name}.py" for name in ("kinds", "recipe")),
     *(f"runtime/{name}.py" for name in ("config", "errors", "layout", "tensorfile")),
 ]
 MAX_LINES = {"tests": 600}

@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 
 from ltx2.bench.layers import KINDS, Layer, layer
-from ltx2.quant import affine, blocks, packer
+from ltx2.convert.steps import Storage
+from ltx2.quant import affine, blocks
+from ltx2.quant import pack as packing
 from ltx2.quant.blocks import group_sums, pack_words
+from ltx2.quant.kinds import KINDS as MODES
+from ltx2.quant.kinds import kind_of
 from ltx2.quant.minifloat import output_multiplier
-from ltx2.quant.packer import Packed, bias_correction, pack, unpack
-from ltx2.quant.storage import KINDS as MODES
-from ltx2.quant.storage import Storage
+from ltx2.quant.pack import Packed, bias_correction, pack, unpack
 from ltx2.runtime.tensorfile import bf16_to_f32, f32_to_bf16
 from tests.parity import relative_l2
 
 Figure = Callable[..., None]
 STORAGES = [Storage(b, g, mode) for mode, kind in MODES.items() for b in kind.bits for g in kind.group_sizes]
-FOUR_AND_EIGHT = [Storage(4, 64), Storage(8, 64), Storage(4, 32, "mxfp4"), Storage(8, 32, "mxfp8"),
+FOUR_AND_EIGHT = [Storage(4, 64, "affine"), Storage(8, 64, "affine"), Storage(4, 32, "mxfp4"), Storage(8, 32, "mxfp8"),
                   Storage(4, 16, "nvfp4")]  # fmt: skip
 DTYPES = ("BF16", "F16", "F32")
 NAMES = {id(storage): f"{storage.mode}-{storage.bits}-{storage.group_size}" for storage in STORAGES + FOUR_AND_EIGHT}
@@ -53,7 +55,7 @@ def weights(kind: str, rows: int = 32, width: int = 1024) -> np.ndarray:
 
 
 def multiplier_of(storage: Storage, values: np.ndarray) -> float:
-    return output_multiplier(float(np.abs(values).max())) if storage.kind.multiplied else 1.0
+    return output_multiplier(float(np.abs(values).max())) if kind_of(storage).multiplied else 1.0
 
 
 def by_mlx(values: np.ndarray, storage: Storage) -> np.ndarray:
@@ -74,7 +76,7 @@ def meant(packed: Packed, storage: Storage, multiplier: float) -> np.ndarray:
         scales, biases = (as_float32(a)[..., None] for a in (packed.scales, packed.biases))
         return (groups.astype(np.float32) * scales + biases).reshape(codes.shape)
     values = e4m3(groups) if storage.bits == 8 else np.where(groups & 8, -1, 1) * E2M1[groups & 7]
-    scales = e4m3(packed.scales) if storage.kind.multiplied else np.exp2(packed.scales.astype(np.float32) - 127)
+    scales = e4m3(packed.scales) if kind_of(storage).multiplied else np.exp2(packed.scales.astype(np.float32) - 127)
     return (values * scales[..., None] * multiplier).astype(np.float32).reshape(codes.shape)
 
 
@@ -94,8 +96,8 @@ class TestBits:
         packed, loss = pack(values, storage, None, multiplier)
         assert packed.codes.shape == (7, 384 * storage.bits // 32) and packed.codes.dtype == np.uint32
         assert packed.scales.shape == (7, 384 // storage.group_size)
-        assert packed.scales.dtype == (values.dtype if storage.kind.biased else np.uint8)
-        assert (packed.biases is not None) == storage.kind.biased
+        assert packed.scales.dtype == (values.dtype if kind_of(storage).biased else np.uint8)
+        assert (packed.biases is not None) == kind_of(storage).biased
         restored = unpack(packed, storage, multiplier)
         np.testing.assert_array_equal(restored, meant(packed, storage, multiplier))
         assert relative_l2(restored, as_float32(values)) == pytest.approx(loss.relative, rel=1e-4)
@@ -107,17 +109,17 @@ class TestBits:
         ones, zeros = mx.ones((3, 4)), mx.zeros((3, 4))
         np.testing.assert_array_equal(np.array(mx.dequantize(words, ones, zeros, 32, bits)), codes)
 
-    @every([s for s in FOUR_AND_EIGHT if not s.kind.biased])
+    @every([s for s in FOUR_AND_EIGHT if not kind_of(s).biased])
     def test_values_that_can_be_stored_are(self, storage: Storage) -> None:
         """What was unpacked packs without loss."""
-        multiplier = 2.0**-7 if storage.kind.multiplied else 1.0
+        multiplier = 2.0**-7 if kind_of(storage).multiplied else 1.0
         values = unpack(pack(stored(weights("heavy"), "BF16"), storage, None, multiplier)[0], storage, multiplier)
         assert pack(values, storage, None, multiplier)[1].error == 0
 
     def test_storages_that_mlx_does_not_know(self) -> None:
         for bits, group, mode in UNKNOWN:
             with pytest.raises(ValueError, match=mode):
-                Storage(bits, group, mode)
+                kind_of(Storage(bits, group, mode))
 
 
 class TestError:
@@ -144,9 +146,9 @@ class TestError:
 
 
 LIMITS = {
-    Storage(3, 64): (0.9, 0.78, 0.75),
-    Storage(4, 64): (0.92, 0.82, 0.765),
-    Storage(8, 64): (0.78, 0.71, 0.68),
+    Storage(3, 64, "affine"): (0.9, 0.78, 0.75),
+    Storage(4, 64, "affine"): (0.92, 0.82, 0.765),
+    Storage(8, 64, "affine"): (0.78, 0.71, 0.68),
     Storage(4, 32, "mxfp4"): (0.96, 0.95, 0.9),
     Storage(8, 32, "mxfp8"): (1.001, 1.001, 0.98),
     Storage(4, 16, "nvfp4"): (0.92, 0.82, 0.77),
@@ -183,7 +185,7 @@ class TestSameBytes:
         multiplier = multiplier_of(storage, bf16_to_f32(values))
         whole, loss = pack(values, storage, counts, multiplier)
         for block in (1, 300, 1 << 20):
-            monkeypatch.setattr(packer, "CPU_BLOCK", block)
+            monkeypatch.setattr(packing, "CPU_BLOCK", block)
             for rows in (1, 5, 13):
                 parts = [pack(values[i : i + rows], storage, counts, multiplier) for i in range(0, 13, rows)]
                 for ours, *theirs in zip(whole, *(part for part, _ in parts), strict=True):
@@ -212,7 +214,7 @@ class TestSameBytes:
 
 class TestValues:
     @pytest.mark.parametrize("dtype", DTYPES)
-    @every([s for s in STORAGES if s.kind.biased and s.group_size == 32])
+    @every([s for s in STORAGES if kind_of(s).biased and s.group_size == 32])
     def test_constant_groups_are_exact(self, storage: Storage, dtype: str) -> None:
         values = np.zeros((4, 64), np.float32)
         values[1:3] = [[0.75], [-1.5e-3]]
@@ -241,7 +243,7 @@ class TestValues:
         packed, _ = pack(codes, storage, None, multiplier)
         restored = unpack(packed, storage, multiplier)
         assert restored[1, 5] == pytest.approx(3e4, rel=0.2)
-        if not storage.kind.multiplied:  # whose tensor has one range of scales
+        if not kind_of(storage).multiplied:  # whose tensor has one range of scales
             assert relative_l2(restored[0], as_float32(codes)[0]) < 0.2
 
     @every(FOUR_AND_EIGHT)
@@ -267,18 +269,18 @@ class TestValues:
     def test_beyond_what_scales_express(self) -> None:
         values = np.array([[-3e38] * 32 + [3e38] * 32], np.float32)
         with pytest.raises(ValueError, match="too far"):
-            pack(values, Storage(4, 64))
+            pack(values, Storage(4, 64, "affine"))
         with pytest.raises(ValueError, match="too far"):
             pack(values / 3e34, Storage(4, 16, "nvfp4"), None, 2.0**-7)
 
     @pytest.mark.parametrize("wrong", [np.ones(63), -np.ones(64), np.full(64, np.nan), np.full(64, np.inf)])
     def test_unusable_weights(self, wrong: np.ndarray) -> None:
         with pytest.raises(ValueError, match="64 finite numbers"):
-            pack(np.ones((1, 64), np.float32), Storage(4, 64), wrong)
+            pack(np.ones((1, 64), np.float32), Storage(4, 64, "affine"), wrong)
 
     def test_inputs_never_seen(self) -> None:
         """Columns without input still keep values near; a layer without any is packed as without weights."""
-        values, storage = weights("gauss", 4, 64), Storage(4, 64)
+        values, storage = weights("gauss", 4, 64), Storage(4, 64, "affine")
         w = np.ones(64)
         w[10:20] = 0
         assert relative_l2(unpack(pack(values, storage, w)[0], storage), values) < 0.3
@@ -287,9 +289,9 @@ class TestValues:
 
     def test_widths_and_multipliers_that_do_not_fit(self) -> None:
         with pytest.raises(ValueError, match="no multiple"):
-            pack(np.ones((1, 48), np.float32), Storage(4, 32))
+            pack(np.ones((1, 48), np.float32), Storage(4, 32, "affine"))
         with pytest.raises(ValueError, match="no output multiplier"):
-            pack(np.ones((1, 64), np.float32), Storage(4, 64), None, 2.0)
+            pack(np.ones((1, 64), np.float32), Storage(4, 64, "affine"), None, 2.0)
 
 
 def test_block_scales_of_nvfp4_stay_normal() -> None:
@@ -302,7 +304,7 @@ def test_block_scales_of_nvfp4_stay_normal() -> None:
 
 
 def test_bias_correction_keeps_the_mean_output() -> None:
-    values, storage = weights("gauss"), Storage(3, 64)
+    values, storage = weights("gauss"), Storage(3, 64, "affine")
     x = np.abs(np.random.default_rng(0).standard_normal((50, 1024))).astype(np.float32)
     packed, _ = pack(values, storage)
     bias = bias_correction(values, packed, storage, x.mean(0))

@@ -54,7 +54,7 @@ BLOCK_LAYERS = [
 
 
 def packed_bits(plan: Plan, component: str) -> dict[str, int]:
-    return {layer: packing.affine.bits for layer, (_, packing) in packings(plan.moves(component)).items()}
+    return {layer: packing.storage.bits for layer, (_, packing) in packings(plan.moves(component)).items()}
 
 
 @pytest.fixture(scope="module")
