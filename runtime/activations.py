@@ -13,7 +13,8 @@ from ltx2.runtime.text_encoder.config import ConnectorsConfig, Gemma3Config
 from ltx2.runtime.transformer.config import TransformerConfig
 from ltx2.runtime.upsampler import RATIONAL_SCALES, UpsamplerConfig
 from ltx2.runtime.video_vae.config import ResampleStage, VideoVAEConfig
-from ltx2.runtime.video_vae.tiling import Tiling
+from ltx2.runtime.video_vae.layers import LARGE
+from ltx2.runtime.video_vae.tiling import FRAMES_PER_GROUP, Tiling
 from ltx2.runtime.vocoder import VocoderConfig
 
 MB = 10**6
@@ -107,32 +108,32 @@ class Tiles:
 
 
 def decode_video(tiles: Tiles, itemsize: int, unfold: bool) -> Activations:
-    """The largest layer of a tile, beside the pictures that tiles are added up in and those that wait for the next.
-    `unfold`: convolutions without a kernel of their own copy their input 27 times."""
-    config, time, space = tiles.config, tiles.config.temporal_scale, tiles.config.spatial_scale
+    """The largest layer of a tile, beside the pictures that tiles are added up in and the frames that wait for the next
+    tile. `unfold`: convolutions without a kernel of their own copy their input 27 times."""
+    config, tiling, space = tiles.config, tiles.tiling, tiles.config.spatial_scale
     pixels = prod(tiles.latents[1:]) * space * space * 3
-    frames = (tiles.frames - 1) * time + 1
+    frames = (tiles.frames - 1) * config.temporal_scale + 1
     first, other = (_decode_tile(config, (tiles.frames, *side), itemsize, unfold) for side in tiles.sides)
+    cut = tiling is not None and tiles.frames < tiles.latents[0]
+    waiting = (tiling.frame_overlap + 1) * pixels * FLOAT32 if cut and tiling is not None else 0
+    leaving = 3 * FRAMES_PER_GROUP * pixels * FLOAT32
     latents = prod(tiles.latents) * config.latent_channels * FLOAT32
-    tiled = tiles.tiling is not None and tiles.frames < tiles.latents[0]
-    waiting = (tiles.tiling.frame_overlap + 1) * pixels * FLOAT32 if tiled and tiles.tiling else 0
     if not prod(tiles.sides[1]):
-        before = 2 * frames * pixels * itemsize if tiled else 0
-        return Activations(first.needed + latents + waiting + before, first.queued)
+        finishing = frames * pixels * itemsize + max(3 * waiting, leaving)
+        needed = waiting + latents + max(first.needed, finishing)
+        return Activations(needed, max(0, waiting + latents + first.full - needed))
     picture = frames * pixels * FLOAT32
-    adding = picture + 2 * frames * prod(tiles.sides[0]) * space * space * 3 * FLOAT32
-    needed = max(first.needed, picture + other.needed, picture + adding)
-    full = max(first.full, picture + other.full, picture + adding)
-    return Activations(needed + latents + waiting, full - needed)
+    adding = frames * prod(tiles.sides[0]) * space * space * 3 * (2 * FLOAT32 + itemsize)
+    beside = picture + max(adding, leaving, 3 * waiting)
+    needed, full = (max(a, picture + b, beside) for a, b in ((first.needed, other.needed), (first.full, other.full)))
+    return Activations(waiting + latents + needed, full - needed)
 
 
 def _decode_tile(config: VideoVAEConfig, tile: tuple[int, int, int], itemsize: int, unfold: bool) -> Activations:
-    """A residual block's input, the padded copy of what it is convolved from, and the result; and the normalised
-    input, until the device has read it."""
-    unit, padded = _largest_layer(config, tile)
-    unit, padded = unit * itemsize, padded * itemsize
-    queued = unit + min(3 * unit // 2, max(0, 340 * MB - 3 * unit // 4))
-    return Activations(2 * unit + padded + (27 * padded if unfold else 0), queued)
+    """A residual block's input, what of it is normalised, the padded copy of that, and the convolution's result."""
+    unit, padded = (values * itemsize for values in _largest_layer(config, tile))
+    needed = 3 * unit + padded + (27 * padded if unfold else 0)
+    return Activations(needed, 4 * unit if unit < LARGE else 0)  # small arrays are queued
 
 
 def _largest_layer(config: VideoVAEConfig, tile: tuple[int, int, int]) -> tuple[int, int]:
@@ -161,11 +162,10 @@ def decode_audio(config: AudioVAEConfig, audio_frames: int) -> Activations:
 
 
 def vocode(config: VocoderConfig, mel_frames: int) -> Activations:
-    """In float32. A stage's residual blocks are one evaluation, and no memory is reused before it ends."""
+    """In float32. A pair of convolutions at a time, beside the stage's input and the sum of its blocks."""
     width, rate, unit, wide = config.upsample_initial_channel, 1, 0, 0
-    sizes = zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True)
-    for factor, kernel in sizes:
-        wide = max(wide, 2 * width * width // 2 * kernel * FLOAT32)
+    for factor, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
+        wide = max(wide, width * width * kernel * FLOAT32)
         width, rate = width // 2, rate * factor
         unit = max(unit, width * rate * mel_frames * FLOAT32)
-    return Activations(12 * unit + wide, 24 * unit)
+    return Activations(8 * unit + wide, 4 * unit)

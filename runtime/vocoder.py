@@ -86,6 +86,7 @@ class ResBlock(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:  # (B, T, C)
         for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
             x = x + conv2(nn.leaky_relu(conv1(nn.leaky_relu(x, SLOPE)), SLOPE))
+            mx.eval(x)  # bounds the memory and the GPU's work per command
         return x
 
 

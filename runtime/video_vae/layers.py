@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 NORM_EPS = 1e-8
+LARGE = 1 << 24  # bytes
 Stride = tuple[int, int, int]
 
 
@@ -28,6 +29,13 @@ def activate(x: mx.array) -> mx.array:
     return nn.silu(mx.fast.rms_norm(x, None, NORM_EPS))
 
 
+def settled(x: mx.array) -> mx.array:
+    """`x`, computed if it is large: what it was computed from is free then, before anything else is queued."""
+    if x.nbytes >= LARGE:
+        mx.eval(x)
+    return x
+
+
 class CausalConv3d(nn.Module):
     """3x3x3 convolution that keeps the size."""
 
@@ -38,7 +46,8 @@ class CausalConv3d(nn.Module):
         self.border = border
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(_extend(x, self.border))
+        x = settled(_extend(x, self.border))
+        return settled(self.conv(x))
 
 
 def _extend(x: mx.array, border: Border) -> mx.array:
@@ -76,7 +85,9 @@ class ResBlock(nn.Module):
         self.conv2 = CausalConv3d(channels, channels, border)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x + self.conv2(activate(self.conv1(activate(x))))
+        y = self.conv1(activate(x))
+        y = activate(y)  # the only name: nobody holds the convolution's result
+        return x + self.conv2(y)
 
 
 class ResBlocks(nn.Module):

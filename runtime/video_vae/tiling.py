@@ -5,6 +5,7 @@ every tile after the first starts one latent early: a tile's first latent yields
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ import numpy as np
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.numerics import check_finite
 
-FRAMES_PER_GROUP = 16  # bounds the float32 frames handed out at a time
+FRAMES_PER_GROUP = 8  # bounds the float32 frames handed out at a time
 Weights = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
@@ -45,6 +46,12 @@ class Scaled(Protocol):
     def spatial_scale(self) -> int: ...
     @property
     def temporal_scale(self) -> int: ...
+
+
+class Frames(Protocol):
+    """Frames (F, H, W, 3) that are taken by groups."""
+
+    def __getitem__(self, frames: slice, /) -> mx.array: ...
 
 
 class VideoDecoder(Scaled, Protocol):
@@ -183,42 +190,87 @@ def _plan(vae: VideoDecoder, latents: mx.array, tiling: Tiling | None) -> tuple[
     )
 
 
-def _decode_tiles(vae: VideoDecoder, latents: mx.array, rows: list[Span], columns: list[Span]) -> mx.array:
+def _decode_tiles(vae: VideoDecoder, latents: mx.array, rows: list[Span], columns: list[Span]) -> Frames:
     """All frames of some latents, blended over space."""
     if len(rows) == len(columns) == 1:
         return vae.decode(latents)
-    frames = (latents.shape[2] - 1) * vae.temporal_scale + 1
-    picture = mx.zeros((frames, rows[-1].target.stop, columns[-1].target.stop, 3))
+    picture = _Picture(rows, columns)
     for row in rows:
         for column in columns:
-            _add_tile(picture, vae.decode(latents[..., row.source, column.source]), row, column)
+            picture.add(vae.decode(latents[..., row.source, column.source]), row, column)
     return picture
 
 
-def _add_tile(picture: mx.array, tile: mx.array, row: Span, column: Span) -> None:
-    """Add one tile, weighted, in place. A function, so that nothing of a tile is held while the next is decoded."""
-    weights = mx.array(row.weights)[:, None, None] * mx.array(column.weights)[:, None]
-    tile = tile * weights + picture[:, row.target, column.target]
-    mx.eval(tile)  # ends the view into `picture`, which then is updated in place
-    picture[:, row.target, column.target] = tile
-    mx.eval(picture)
+class _Picture:
+    """Frames as the sum of tiles, in cells: the pieces between the edges of tiles. A tile is added cell by cell, so
+    that no more than a cell is ever there twice."""
+
+    def __init__(self, rows: list[Span], columns: list[Span]) -> None:
+        self._rows, self._columns = _pieces(rows), _pieces(columns)
+        self._cells: dict[tuple[int, int], mx.array] = {}
+
+    def add(self, tile: mx.array, row: Span, column: Span) -> None:
+        for i, high in enumerate(self._rows):
+            for j, wide in enumerate(self._columns):
+                if _within(high, row) and _within(wide, column):
+                    self._add_cell((i, j), tile, _Part.of(high, row), _Part.of(wide, column))
+
+    def _add_cell(self, cell: tuple[int, int], tile: mx.array, high: "_Part", wide: "_Part") -> None:
+        part = tile[:, high.pixels, wide.pixels] * (high.weights[:, None, None] * wide.weights[:, None])
+        self._cells[cell] = part + self._cells[cell] if cell in self._cells else part
+        mx.eval(self._cells[cell])
+
+    def __getitem__(self, frames: slice) -> mx.array:
+        """(n, H, W, 3), float32"""
+        lines = (
+            mx.concatenate([self._cells[i, j][frames] for j in range(len(self._columns))], axis=2)
+            for i in range(len(self._rows))
+        )
+        return mx.concatenate(list(lines), axis=1)
+
+
+class _Part(NamedTuple):
+    """A piece of an axis inside a tile: the tile's own pixels, and their weights."""
+
+    pixels: slice
+    weights: mx.array
+
+    @classmethod
+    def of(cls, piece: slice, span: Span) -> "_Part":
+        pixels = slice(piece.start - span.target.start, piece.stop - span.target.start)
+        return cls(pixels, mx.array(span.weights[pixels]))
+
+
+def _pieces(spans: list[Span]) -> list[slice]:
+    """An axis cut at the edges of all its tiles."""
+    cuts = sorted({edge for span in spans for edge in (span.target.start, span.target.stop)})
+    return [slice(start, stop) for start, stop in pairwise(cuts)]
+
+
+def _within(piece: slice, span: Span) -> bool:
+    return bool(span.target.start <= piece.start and piece.stop <= span.target.stop)
 
 
 def _finished(
-    frames: mx.array, ramp: Weights, pending: mx.array | None, final: int
+    frames: Frames, ramp: Weights, pending: mx.array | None, final: int
 ) -> Generator[mx.array, None, mx.array]:
     """Yield the first `final` frames in groups; return the others, to which the next tile will add."""
     weights = mx.array(ramp)[:, None, None, None]
-    start = 0
-    if pending is not None:
-        start = pending.shape[0]
-        yield _to_unit(frames[:start] * weights[:start] + pending)
-    for first in range(start, final, FRAMES_PER_GROUP):
-        group = slice(first, min(first + FRAMES_PER_GROUP, final))
-        yield _to_unit(frames[group] * weights[group])
+    start = 0 if pending is None else pending.shape[0]
+    for group in [*_groups(0, start), *_groups(start, final)]:
+        before = pending[group] if pending is not None and group.start < start else None
+        yield _to_unit(_weighted(frames[group], weights[group], before))
     rest = frames[final:] * weights[final:]
     mx.eval(rest)
     return rest
+
+
+def _weighted(frames: mx.array, weights: mx.array, before: mx.array | None) -> mx.array:
+    return frames * weights if before is None else frames * weights + before
+
+
+def _groups(start: int, stop: int) -> list[slice]:
+    return [slice(i, min(i + FRAMES_PER_GROUP, stop)) for i in range(start, stop, FRAMES_PER_GROUP)]
 
 
 def _to_unit(frames: mx.array) -> mx.array:
