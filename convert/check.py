@@ -72,7 +72,7 @@ def _check_text_width(plan: Plan, planned: Mapping[str, Shapes]) -> None:
     embedding = planned.get("text_encoder", {}).get("model.embed_tokens.weight")
     connectors = plan.components.get("connectors")
     wanted = connectors.config.get("text_projection_in_features") if connectors else None
-    if embedding is None or wanted is None:
+    if not embedding or wanted is None:
         return
     layers = len({key.split(".")[2] for key in planned["text_encoder"] if key.startswith("model.layers.")})
     given = embedding[-1] * (layers + 1)

@@ -1,7 +1,7 @@
 """What a published file, a folder of them, or a model folder contains. Reads headers only."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -28,6 +28,7 @@ from ltx2.runtime.presets import decoding_preset, load_preset
 from ltx2.runtime.tensorfile import TensorFile, TensorInfo
 
 OTHER, DROPPED = "other", "dropped"
+UNUSED = ("temporal_upscaler", "duration_head")  # components that generate does not use yet, as LoRAs
 
 
 @dataclass
@@ -93,7 +94,7 @@ def _source(source: Source) -> dict[str, Any]:
         "storage": ", ".join(sorted(storage)) or None,
         "convert": reason is None,
         "reason": reason,
-        "generate": reason is None and any(_generates(r.name, variant) for r in source.releases or releases()),
+        "generate": reason is None and _is_used(source, components, variant),
         "bytes": sum(file.size for file in source.files),
         "components": {name: components[name].to_dict() for name in sorted(components)},
         "metadata": sorted({key for file in source.files for key in file.metadata}),
@@ -108,6 +109,13 @@ def _refusal(source: Source) -> str | None:
     except Ltx2Error as error:
         return f"{error.what}: {error.why}"
     return None
+
+
+def _is_used(source: Source, components: Container[str], variant: str | None) -> bool:
+    """Whether generating with some release uses what this source holds."""
+    if source.kind == "lora" or any(name in components for name in UNUSED):
+        return False
+    return any(_generates(release.name, variant) for release in source.releases or releases())
 
 
 def _generates(release: str | None, variant: str | None) -> bool:

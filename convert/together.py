@@ -1,11 +1,11 @@
 """Whether sources belong to one model: one release, and the text encoder that the transformer was trained with."""
 
-import json
 from collections.abc import Sequence
 
 from ltx2.convert.checkpoint import Source
 from ltx2.convert.release import releases, titles
 from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.jsonfile import parse_json
 
 VERSION = "gemma_version"  # stated by the text encoder's configuration, and by the transformer's metadata below
 TRAINED_WITH = "gemma_source_checkpoint"
@@ -58,7 +58,7 @@ def _check_text_encoder(sources: Sequence[Source]) -> None:
 def _trained_with(source: Source) -> str | None:
     for file in source.files:
         try:
-            stated = json.loads(file.metadata.get(TRAINED_WITH, "null"))
+            stated = parse_json(file.metadata.get(TRAINED_WITH, "null"))
         except ValueError:
             stated = None
         if isinstance(stated, dict) and VERSION in stated:

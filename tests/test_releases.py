@@ -21,6 +21,7 @@ from ltx2.runtime.tensorfile import open_tensorfile
 from tests import published
 from tests.folders import accept, rewrite, verified
 from tests.official import plan_of
+from tests.parity import relative_l2, require
 
 SPLIT = (
     "ltx-2.5-22b-transformer-bf16", "gemma4-12b-with-proj-ltx-2.5-bf16", "ltx-2.5-video-vae-bf16",
@@ -159,6 +160,11 @@ class TestInspect:
         assert tuple(found[k] for k in ("kind", "release", "variant", "storage", "convert", "generate")) == expected
         assert ("rotated" in found["reason"]) if not found["convert"] else found["reason"] is None
 
+    @pytest.mark.parametrize("name", [published.TEMPORAL, published.LORA])
+    def test_what_is_not_used_yet(self, name: str, tmp_path: Path) -> None:
+        found = inspect(published.write_published(tmp_path, name)[0])
+        assert (found["release"], found["convert"], found["generate"]) == ("2.0", True, False)
+
     def test_distilled_generates(self, tmp_path: Path) -> None:
         _, distilled = published.write_published(tmp_path, published.MONOLITH)
         assert inspect(distilled)["generate"] is True
@@ -187,9 +193,9 @@ def text_encoder(folder: Path) -> Path:
 
 def test_text_encoder_is_what_mlx_lm_loads(tmp_path: Path, figure: Any) -> None:
     """Folder and configuration describe the model that transformers computes."""
-    mlx_lm = pytest.importorskip("mlx_lm.utils")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    mlx_lm = require("mlx_lm.utils")
+    torch = require("torch")
+    transformers = require("transformers")
     source = text_encoder(tmp_path)
     out, _ = convert(tmp_path / "out", source)
     ids = np.array([[2, 5, 7, 9, 11, 3, 4, 8, 19, 22, 100, 50]])
@@ -204,5 +210,4 @@ def test_text_encoder_is_what_mlx_lm_loads(tmp_path: Path, figure: Any) -> None:
     assert reference.load_state_dict(weights, strict=False).unexpected_keys == []
     with torch.no_grad():
         expected = reference(torch.from_numpy(ids)).logits.numpy()
-    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
-    figure("Gemma 4 as converted, mlx-lm vs transformers, rel L2", float(error), limit=1e-5)
+    figure("Gemma 4 as converted, mlx-lm vs transformers, rel L2", relative_l2(logits, expected), limit=1e-5)
