@@ -132,8 +132,8 @@ def decode_video(tiles: Tiles, itemsize: int, unfold: bool) -> Activations:
 def _decode_tile(config: VideoVAEConfig, tile: tuple[int, int, int], itemsize: int, unfold: bool) -> Activations:
     """A residual block's input, what of it is normalised, the padded copy of that, and the convolution's result."""
     unit, padded = (values * itemsize for values in _largest_layer(config, tile))
-    needed = 3 * unit + padded + (27 * padded if unfold else 0)
-    return Activations(needed, 4 * unit if unit < LARGE else 0)  # small arrays are queued
+    copies = 27 * padded if unfold else 0
+    return Activations(3 * unit + padded + copies, 4 * unit + copies if unit < LARGE else 0)  # small ones are queued
 
 
 def _largest_layer(config: VideoVAEConfig, tile: tuple[int, int, int]) -> tuple[int, int]:

@@ -135,7 +135,6 @@ class Model:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.tensors = {name: _tensors(job, name) for name in job.components}
-        self.unfold = mx.default_device() == mx.Device(mx.cpu)
 
     def weights(self, component: str, prefix: str = "") -> int:
         """Bytes of the tensors whose names begin with `prefix`."""
@@ -204,7 +203,7 @@ class Model:
     def _decoders(self, sizes: Sizes, tiling: Tiling | None) -> Iterator[Need]:
         grid, frames = self.job.grid(FULL, sizes), sizes.frames * sizes.height * sizes.width * 3
         tiles = Tiles((grid.frames, grid.height, grid.width), tiling, self.job.video_config)
-        used = network.decode_video(tiles, self.itemsize("video_vae"), self.unfold)
+        used = network.decode_video(tiles, self.itemsize("video_vae"), unfolds())
         yield Need("video_vae", self.weights("video_vae", "decoder."), used, frames)
         if self.job.request.no_audio:
             return
@@ -214,6 +213,11 @@ class Model:
         mel = grid.audio_frames * audio.temporal_scale
         vocoder = VocoderConfig.from_dict(self.config("vocoder"))
         yield Need("vocoder", self.weights("vocoder"), network.vocode(vocoder, mel), frames)
+
+
+def unfolds() -> bool:
+    """Whether convolutions over three axes copy their input: the CPU has no kernel for them."""
+    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def _tensors(job: Job, component: str) -> dict[str, TensorInfo]:

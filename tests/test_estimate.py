@@ -1,0 +1,217 @@
+"""The memory plan: against measured peaks, what it chooses under a limit, and what it says where nothing fits."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from ltx2.runtime import activations
+from ltx2.runtime.activations import Tiles
+from ltx2.runtime.errors import DoesNotFitError
+from ltx2.runtime.estimate import MemoryPlan
+from ltx2.runtime.pipeline import Pipeline
+from ltx2.runtime.video_vae.config import VideoVAEConfig
+from ltx2.runtime.video_vae.tiling import tilings
+from tests.command import Here
+from tests.official import DEMO
+from tests.sparse_model import write_sparse_model
+
+GB = 10**9
+PROMPT = "a red square"
+TOKENIZER = next(path for path in DEMO if path.is_dir())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pipeline]:
+    """The published networks at some bits, without weights."""
+    opened: dict[int, Pipeline] = {}
+
+    def at(bits: int) -> Pipeline:
+        if bits not in opened:
+            folder = tmp_path_factory.mktemp("sparse") / f"q{bits}"
+            opened[bits] = Pipeline(write_sparse_model(folder, TOKENIZER, bits))
+        return opened[bits]
+
+    return at
+
+
+@pytest.fixture(autouse=True)
+def computer(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A GPU, and how many GB it has; 100 unless a test says otherwise."""
+
+    def has(memory: float) -> None:
+        monkeypatch.setattr("ltx2.runtime.estimate.available_memory", lambda: int(memory * GB))
+
+    monkeypatch.setattr("ltx2.runtime.estimate.unfolds", lambda: False)
+    has(100)
+    return has
+
+
+def refusal(plan: MemoryPlan) -> DoesNotFitError:
+    with pytest.raises(DoesNotFitError) as caught:
+        plan.check()
+    return caught.value
+
+
+class TestPlan:
+    def test_phases_are_the_pipelines(self, model: Callable[[int], Pipeline]) -> None:
+        names = [phase.name for phase in model(16).plan(PROMPT).phases]
+        stages = ["stage1", "spatial_upscaler", "stage2"]
+        assert names == ["text_encoder", "connectors", *stages, "video_vae", "audio_vae", "vocoder"]
+        names = [phase.name for phase in model(16).plan(PROMPT, no_upscale=True, no_audio=True).phases]
+        assert names == ["text_encoder", "connectors", "stage1", "video_vae"]
+
+    def test_weights_are_those_in_use(self, model: Callable[[int], Pipeline]) -> None:
+        """The text encoder is streamed: its embedding is the largest part. Encoders are not read."""
+        plan = model(16).plan(PROMPT)
+        weights = {phase.name: phase.weights for phase in plan.phases}
+        assert weights["text_encoder"] == 2 * 262208 * 3840 + 2 * 3840
+        assert weights["stage1"] == weights["stage2"] == 37_758_861_824
+        assert weights["video_vae"] == 1_056_761_440
+
+    def test_is_instant(self, model: Callable[[int], Pipeline]) -> None:
+        model(16).plan(PROMPT)
+        started = time.perf_counter()
+        model(16).plan(PROMPT)
+        assert time.perf_counter() - started < 2
+
+    def test_evaluates_nothing(self, model: Callable[[int], Pipeline], monkeypatch: pytest.MonkeyPatch) -> None:
+        pipeline = model(16)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        pipeline.plan(PROMPT)
+        assert mx.get_peak_memory() - before < 1 << 20
+
+    def test_total_is_what_phases_take(self, model: Callable[[int], Pipeline]) -> None:
+        plan = model(4).plan(PROMPT)
+        for phase in plan.phases:
+            assert phase.total == phase.weights + phase.activations + phase.clip
+        assert plan.peak == max(phase.total for phase in plan.phases)
+        clip = 121 * 512 * 768 * 3
+        assert [p.clip for p in plan.phases] == [0] * 5 + [clip] * 3
+
+    @pytest.mark.parametrize("changes", [{"frames": 241}, {"width": 1280}, {"height": 1024}])
+    def test_larger_clips_take_more(self, model: Callable[[int], Pipeline], changes: dict[str, int]) -> None:
+        """But for text, the sound of pictures, and the video's tiles, which are of one size."""
+        same = {"text_encoder", "connectors", *(() if "frames" in changes else ("audio_vae", "vocoder"))}
+        small, large = model(4).plan(PROMPT).phases, model(4).plan(PROMPT, **changes).phases
+        for less, more in zip(small, large, strict=True):
+            if less.name != "video_vae":
+                assert (more.activations > less.activations) == (less.name not in same), less.name
+
+
+class TestLimit:
+    def test_default_is_what_the_machine_has(
+        self, model: Callable[[int], Pipeline], computer: Callable[[float], None]
+    ) -> None:
+        computer(40)
+        assert model(16).plan(PROMPT).limit == 40 * GB
+        computer(30)
+        error = refusal(model(16).plan(PROMPT))
+        assert error.what == "the transformer does not fit in memory" and "this computer has 30.0 GB" in error.why
+        assert "ltx2 quantize" in error.fix and "--bits 4" in error.fix
+
+    def test_tiles_become_smaller(self, model: Callable[[int], Pipeline]) -> None:
+        """And the transformer waits for the GPU before anything is refused."""
+        free = model(4).plan(PROMPT, width=1280, height=704)
+        tight = model(4).plan(PROMPT, width=1280, height=704, memory_limit=13.0)
+        assert free.fits and tight.fits and tight.peak <= 13 * GB < free.peak
+        assert tight.phase("stage2").throttled and not free.phase("stage2").throttled
+        latents = model(4).plan(PROMPT, no_audio=True, memory_limit=12.0, width=1920, height=1088, frames=121)
+        assert latents.phase("video_vae").total <= 12 * GB
+
+    def test_tilings_take_less_and_less(self) -> None:
+        config = video_config()
+        for latents in [(16, 16, 24), (61, 32, 18), (16, 34, 60)]:
+            sizes = [
+                activations.decode_video(Tiles(latents, tiling, config), 2, False).needed
+                for tiling in tilings(config, *latents)
+            ]
+            assert sizes == sorted(sizes, reverse=True) and len(sizes) > 4
+
+    def test_low_memory_is_the_least(self, model: Callable[[int], Pipeline]) -> None:
+        usual, low = model(4).plan(PROMPT), model(4).plan(PROMPT, low_memory=True)
+        assert low.tiling is not None and usual.tiling is not None and low.tiling.frames < usual.tiling.frames
+        for phase, least in zip(usual.phases, low.phases, strict=True):
+            assert least.total <= phase.total and least.cache == 0
+        assert low.peak < usual.peak
+
+    def test_nearest_sizes(self, model: Callable[[int], Pipeline]) -> None:
+        """What is suggested fits; one step more does not."""
+        options = {"width": 1920, "height": 1088, "frames": 241, "memory_limit": 13.0}
+        error = refusal(model(4).plan(PROMPT, **options))
+        assert error.what == "241 frames of 1920x1088 do not fit in memory" and "the limit is 13.0 GB" in error.why
+        found = re.fullmatch(r"use --frames (\d+), or --width (\d+) --height (\d+)", error.fix)
+        assert found is not None, error.fix
+        frames, width, height = map(int, found.groups())
+        assert model(4).plan(PROMPT, **options | {"frames": frames}).fits
+        assert not model(4).plan(PROMPT, **options | {"frames": frames + 8}).fits
+        assert model(4).plan(PROMPT, **options | {"width": width, "height": height}).fits
+        assert abs(height / width - 1088 / 1920) < 0.05
+        assert not model(4).plan(PROMPT, **options | {"width": width + 64, "height": height + 64}).fits
+
+    def test_weights_that_are_packed_already(self, model: Callable[[int], Pipeline]) -> None:
+        assert "fewer --bits" in refusal(model(4).plan(PROMPT, memory_limit=8.0)).fix
+
+    @pytest.mark.parametrize("limit", [0, -1, float("inf"), float("nan")])
+    def test_limits_that_are_none(self, model: Callable[[int], Pipeline], limit: float) -> None:
+        with pytest.raises(Exception, match="memory limit"):
+            model(4).plan(PROMPT, memory_limit=limit)
+
+
+class TestCommand:
+    def test_dry_run(self, generate: Here, tmp_path: Path) -> None:
+        done = generate(PROMPT, "--dry-run", "--json")
+        plan = done.json["plan"]
+        assert plan["fits"] and plan["peak"] == max(phase["total"] for phase in plan["phases"])
+        assert (plan["width"], plan["height"], plan["frames"]) == (64, 64, 9)
+        shown = generate(PROMPT, "--dry-run")
+        assert shown.code == 0 and shown.out.startswith("fits: ")
+        assert all(phase["name"] in shown.err for phase in plan["phases"])
+        assert generate(PROMPT, "--dry-run", "-q").out == ""
+        assert list(tmp_path.iterdir()) == []
+
+    def test_dry_run_of_what_does_not_fit(self, generate: Here, tmp_path: Path) -> None:
+        args = [PROMPT, "--dry-run", "--memory-limit", "0.012"]
+        done = generate(*args)
+        assert done.code == 3 and "video_vae" in done.err and "do not fit" in done.err
+        assert generate(*args, "--json").json["error"]["kind"] == "does-not-fit"
+        assert generate(PROMPT, "--memory-limit", "0.012").code == 3
+        assert list(tmp_path.iterdir()) == []
+
+    def test_mlx_is_held_to_the_plan(self, generate: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        limits: list[int] = []
+        set_limit = mx.set_memory_limit
+        before = set_limit(1 << 40)
+
+        def watched(limit: int) -> int:
+            limits.append(limit)
+            return set_limit(limit)
+
+        monkeypatch.setattr(mx, "set_memory_limit", watched)
+        assert generate(PROMPT, "--memory-limit", "0.4").code == 0
+        plan = json.loads((tmp_path / "clip.json").read_text())["memory_plan"]
+        assert len(limits) == 2 * len(plan["phases"]) and set(limits[1::2]) == {1 << 40}, "and let go after each phase"
+        for phase, limit in zip(plan["phases"], limits[::2], strict=True):
+            assert limit == phase["weights"] + phase["activations"] + phase["cache"] <= 0.4 * GB
+        set_limit(before)
+
+    def test_low_memory_makes_the_same_clip(self, generate: Here, tmp_path: Path) -> None:
+        assert generate(PROMPT).code == 0 and generate(PROMPT, "--low-memory", to="low.mp4").code == 0
+        assert (tmp_path / "clip.mp4").read_bytes() == (tmp_path / "low.mp4").read_bytes(), "one tile covers it"
+
+
+def video_config() -> VideoVAEConfig:
+    return VideoVAEConfig.from_dict(networks()["video_vae"][1])
+
+
+def networks() -> dict[str, Any]:
+    root = Path(__file__).parent.parent
+    data: dict[str, Any] = json.loads((root / "bench" / "fullsize.json").read_text())["networks"]
+    return data
