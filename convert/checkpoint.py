@@ -1,5 +1,6 @@
 """Sources: published files and folders, opened and recognised by their content, never by their name alone."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ltx2.convert.textmodels import check_text_config, check_text_model
 from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError
 from ltx2.runtime.jsonfile import parse_object, read_object
 from ltx2.runtime.layout import CONFIG, INDEX, MANIFEST
-from ltx2.runtime.paths import is_base_name
+from ltx2.runtime.paths import check_regular, is_base_name
 from ltx2.runtime.tensorfile import NUMPY_DTYPES, TensorFile, open_tensorfile
 
 TOKENIZER = "tokenizer.json"
@@ -49,7 +50,7 @@ REFUSED_STORAGES = {
     "int8": (
         "ComfyUI's int8 weights are rotated before they are rounded (convrot), a form that MLX does not have; any "
         "other would lose precision a second time",
-        "use the bf16 or the NVFP4 file of the same model; ltx2 convert --bits 8 makes 8-bit weights of it",
+        "use the bf16 file of the same model, or the NVFP4 one if there is one; --bits 8 makes it as small",
     ),
     "MLX-quantized": ("it was quantized for MLX already, by another tool", "use the file as it was published"),
 }
@@ -229,7 +230,7 @@ def _check_kind(source: Source) -> None:
 
 def is_gemma_folder(path: Path) -> bool:
     """Whether the folder is laid out like a transformers model: weights beside a config.json."""
-    return (path / CONFIG).is_file()
+    return os.path.lexists(path / CONFIG)
 
 
 def gemma_source(folder: Path) -> Source:
@@ -240,11 +241,12 @@ def gemma_source(folder: Path) -> Source:
     config = read_json(folder / CONFIG)
     _check_layout(folder, config)
     check_text_config(folder, config)
-    where = _weight_map(folder / INDEX) if (folder / INDEX).is_file() else None
+    where = _weight_map(folder / INDEX) if os.path.lexists(folder / INDEX) else None
     files = tuple(_open(path) for path in _shards(folder, where))
     if where is not None:
         _check_index(folder, where, files)
-    companions = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    companions = tuple(folder / name for name in TOKENIZER_FILES if os.path.lexists(folder / name))
+    _check_there(companions)
     return Source(folder, "gemma", files, config, recognise_releases(files[0], config), companions)
 
 
@@ -260,6 +262,16 @@ def _check_layout(folder: Path, config: Mapping[str, Any]) -> None:
 def _diffusers(what: str) -> UnsupportedError:
     why = "it is laid out for diffusers, with other names; ltx2 converts the checkpoints as Lightricks publishes them"
     return UnsupportedError(what, why, "name the .safetensors file as Lightricks publishes it")
+
+
+def _check_there(files: Iterable[Path]) -> None:
+    """Raises CheckpointError for a link to nowhere, as a part of a download leaves it, or another thing that is no
+    file."""
+    for path in files:
+        try:
+            check_regular(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read", str(error), "download the file again") from error
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -24,10 +24,18 @@ def common_release(sources: Sequence[Source]) -> str | None:
         limited.append(source)
         fitting = [release for release in fitting if release in source.releases]
         if not fitting:
-            names = "; ".join(f"{s.path.name} belongs to {titles(s.releases)}" for s in _contradiction(limited))
-            raise CheckpointError("the sources belong to different releases", names, "use files of one release")
+            raise _different(_contradiction(limited))
     _check_text_encoder(sources)
     return fitting[0].name if limited and len(fitting) == 1 else None
+
+
+def _different(sources: Sequence[Source]) -> CheckpointError:
+    names = "; ".join(f"{source.path.name} belongs to {titles(source.releases)}" for source in sources)
+    fix = "use files of one release"
+    if any(source.kind == "gemma" for source in sources):
+        readers = [release for source in sources if source.kind != "gemma" for release in source.releases]
+        fix = "; ".join(f"{release.title} reads text with {release.text_encoder}" for release in readers)
+    return CheckpointError("the sources belong to different releases", names, fix)
 
 
 def _contradiction(sources: Sequence[Source]) -> list[Source]:
