@@ -227,10 +227,10 @@ def test_rotated_int8_is_refused(name: str, tmp_path: Path) -> None:
 def test_planning_is_quick(file: Look, figure: Callable[..., None]) -> None:
     for name in CONVERTED:
         file(name)
-    started = time.perf_counter()
+    started = time.process_time()  # of one core: the machine may be busy
     for name in CONVERTED:
         check_plan(make_plan(open_sources([file(name)]), Options("dev")))
-    figure(f"plans of {len(CONVERTED)} published files, checked, s", time.perf_counter() - started, limit=20)
+    figure(f"plans of {len(CONVERTED)} published files, checked, s of one core", time.process_time() - started, limit=12)
 
 
 class TestKeys:
