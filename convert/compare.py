@@ -39,7 +39,7 @@ def compare_values(
     ]
     stored = {name: {t: f for f in model.tensor_files(name) for t in f.tensors} for name in components}
     assets = list(_asset_differences(plan, model))
-    plan = decoded(plan, _decoded_alike(plan, stored))
+    plan = decoded(plan, _decoded_alike(plan, model, stored))
     plan = _packed_alike(replace(plan, entries=tuple(_cast_alike(plan, stored))), model, stored, repack)
     moves = [e for e in plan.entries if isinstance(e, Move)]
     streams = [(move.component, output) for move in moves for output in outputs(move)]
@@ -75,28 +75,44 @@ def _asset_differences(plan: Plan, model: ModelFolder) -> Iterator[str]:
                 yield f"{component}: {asset.name} differs from the source"
 
 
-def _decoded_alike(plan: Plan, stored: dict[str, Stored]) -> dict[Layer, str]:
+def _given_dtypes(plan: Plan, stored: dict[str, Stored]) -> dict[str, str]:
+    """The float type that --dtype gave a component: that of a stored tensor which is another in the source."""
+    return {
+        move.component: dtype
+        for move in plan.entries
+        if isinstance(move, Move) and move.packing is None and move.component in stored
+        if (dtype := _stored_dtype(stored[move.component], move.key)) != move.form.dtype and dtype in SPELLINGS
+    }
+
+
+def _decoded_alike(plan: Plan, model: ModelFolder, stored: dict[str, Stored]) -> dict[Layer, str]:
     """The layers of codes that the folder holds decoded, or quantized further, and in which float type."""
-    layers = {}
-    for component, layer in kept_layers(plan):
+    layers, given = {}, _given_dtypes(plan, stored)
+    for (component, layer), keep in kept_layers(plan).items():
         dtype = _stored_dtype(stored.get(component, {}), f"{layer}.weight")
+        quantization = model.config(component).get("quantization", {}) if dtype else {}
         if dtype in SPELLINGS:
             layers[component, layer] = SPELLINGS[dtype]
+        elif quantization.get(layer, quantization).get("mode", keep.storage.mode) != keep.storage.mode:
+            layers[component, layer] = SPELLINGS[given.get(component, "BF16")]
     return layers
 
 
 def _cast_alike(plan: Plan, stored: dict[str, Stored]) -> Iterator[Move]:
     """The moves into components of the folder, with the float type that is stored (--dtype is not recorded)."""
+    given = _given_dtypes(plan, stored)
     for move in plan.entries:
         if not isinstance(move, Move) or move.component not in stored:
             continue
         dtype = _stored_dtype(stored[move.component], move.key)
-        casts = dtype != move.form.dtype and dtype in SPELLINGS
+        if dtype not in SPELLINGS and move.packing is None:  # packed, with scales that are no floats
+            dtype = given.get(move.component, dtype) if move.key.endswith(".weight") else dtype
+        casts = dtype != move.form.dtype and dtype in SPELLINGS and move.form.dtype in FLOATS.values()
         yield replace(move, steps=(*move.steps, Cast(SPELLINGS[dtype]))) if casts else move
 
 
 def _stored_dtype(stored: Stored, key: str) -> str:
-    """The dtype of a tensor; of a packed weight that of its scales, which keep its float type."""
+    """The dtype of a tensor; of a packed weight that of its scales, which in affine mode keep its float type."""
     names = (packed_key(key, "scales"), key) if key.endswith(".weight") else (key,)
     return next((stored[name].tensors[name].dtype for name in names if name in stored), "")
 
