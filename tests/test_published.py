@@ -230,7 +230,7 @@ def test_planning_is_quick(file: Look, figure: Callable[..., None]) -> None:
     started = time.process_time()  # of one core: the machine may be busy
     for name in CONVERTED:
         check_plan(make_plan(open_sources([file(name)]), Options("dev")))
-    figure(f"plans of {len(CONVERTED)} published files, checked, s of one core", time.process_time() - started, limit=12)
+    figure(f"plans of {len(CONVERTED)} published files, checked, core s", time.process_time() - started, limit=12)
 
 
 class TestKeys:
