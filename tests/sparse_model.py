@@ -6,7 +6,7 @@ import struct
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,7 +47,7 @@ def _tensors(class_name: str, config: Mapping[str, Any], packed: Mapping[str, An
         for block in network["transformer_blocks"]:
             nn.quantize(block, packed["group_size"], packed["bits"])
     found = {}
-    for name, value in tree_flatten(network.parameters()):
+    for name, value in cast(list[tuple[str, mx.array]], tree_flatten(network.parameters())):
         dtype = DTYPES[value.dtype]
         keeps = dtype == "U32" or "scale_shift_table" in name
         found[name] = (dtype if keeps else "BF16", value.shape)

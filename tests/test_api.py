@@ -65,7 +65,8 @@ def options(command: str) -> set[str]:
 
 class TestSameAsTheCommandLine:
     def test_generate(self) -> None:
-        assert options("generate") == set(Request.__dataclass_fields__)
+        only_in_python = {"state"}  # the command's lies beside its clip
+        assert options("generate") == set(Request.__dataclass_fields__) - only_in_python
 
     @pytest.mark.parametrize("name", ["convert", "quantize"])
     def test_functions(self, name: str) -> None:
