@@ -1,7 +1,6 @@
 """The packer against MLX's own kernels: every mode's bits, its error, and that its bytes depend on the values alone."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +28,7 @@ UNKNOWN = ((7, 64, "affine"), (4, 16, "affine"), (8, 32, "mxfp4"), (4, 32, "nvfp
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
-def every(storages: Sequence[Storage]) -> Any:
+def every(storages: Sequence[Storage]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("storage", storages, ids=[NAMES[id(s)] for s in storages])
 
 
