@@ -19,7 +19,7 @@ OPENBLAS := $(firstword $(wildcard $(foreach d,/usr/lib/$(shell uname -m)-linux-
 PYTEST = $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1) $(VENV)/bin/python -m pytest
 
 .NOTPARALLEL:
-.PHONY: help demo test check bench test-fullsize clean
+.PHONY: help demo test check bench test-fullsize test-fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ bench: $(VENV)/.runtime ## time and memory of MODEL=folder, phase by phase (defa
 
 test-fullsize: $(VENV)/.test ## full-size checks with random weights; needs a GPU
 	$(PYTEST) -m fullsize $(PYTEST_ARGS)
+
+test-fuzz: $(VENV)/.test ## hostile files, for some twenty minutes; other ones each time
+	$(PYTEST) -m fuzz $(PYTEST_ARGS)
 
 clean: ## remove .venv, caches, builds and demo/ (never weights/)
 	rm -rf $(VENV) build dist ltx2.egg-info demo .benchmarks .pytest_cache .mypy_cache .ruff_cache

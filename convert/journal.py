@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ltx2.runtime.errors import InputError, ModelFolderError
+from ltx2.runtime.jsonfile import parse_object
+from ltx2.runtime.layout import file_record
 from ltx2.runtime.tensorfile import FileRecord
 
 JOURNAL = "journal.jsonl"
@@ -65,7 +67,8 @@ def open_partial(path: Path, fingerprint: str) -> Iterator[Partial]:
     Raises ModelFolderError when something else stands at `path`, InputError while another process writes there.
     """
     journal = path / JOURNAL
-    if path.exists() and not journal.is_file() and not is_empty_folder(path):
+    linked = path.is_symlink() or journal.is_symlink()  # what is written and removed may be elsewhere
+    if linked or (path.exists() and not journal.is_file() and not is_empty_folder(path)):
         raise ModelFolderError(
             f"{path} is in the way", "it is not an unfinished conversion of ours", "move it away, or write elsewhere"
         )
@@ -101,22 +104,31 @@ def _lock(f: IO[str], path: Path) -> None:
 def _read(f: IO[str]) -> list[dict[str, Any]]:
     """The journal's lines up to the first incomplete one, which a crash may leave."""
     f.seek(0)
-    lines = []
-    for line in f:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+    lines: list[dict[str, Any]] = []
+    try:
+        for text in f:
+            line = parse_object(text)
+            if lines:
+                _recorded(line)
+            lines.append(line)
+    except (ValueError, LookupError, TypeError):
+        return lines
     return lines
+
+
+def _recorded(line: dict[str, Any]) -> tuple[str, FileRecord]:
+    """A line's path and record. Raises ValueError, LookupError or TypeError for another line."""
+    path = line["source"] if "source" in line else line["file"]
+    return str(Path(path)), file_record(line)
 
 
 def _restore(partial: Partial, lines: list[dict[str, Any]]) -> None:
     for line in lines[1:]:
-        record = FileRecord(line["name"], line["size"], line["sha256"])
+        path, record = _recorded(line)
         if "source" in line:
-            partial.sources[line["source"]] = record
-        elif _size(partial.path / line["file"]) == record.size:
-            partial.files[line["file"]] = record
+            partial.sources[path] = record
+        elif _size(partial.path / path) == record.size:
+            partial.files[path] = record
 
 
 def _size(path: Path) -> int:

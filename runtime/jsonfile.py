@@ -42,8 +42,8 @@ def parse_json(text: str) -> Any:
     except RecursionError:
         raise ValueError(deep) from None
     level = [data]
-    for _ in range(MAX_DEPTH + 1):
-        level = [child for value in level for child in _children(value)]
+    for _ in range(MAX_DEPTH):
+        level = [value for parent in level for value in _values(parent) if isinstance(value, dict | list)]
         if not level:
             return data
     raise ValueError(deep)
@@ -57,7 +57,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _children(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
+def _values(parent: Any) -> Iterable[Any]:
+    if isinstance(parent, dict):
+        return parent.values()
+    return parent if isinstance(parent, list) else ()

@@ -66,4 +66,7 @@ def is_base_name(name: object) -> bool:
     """Whether `name` can only be a file directly inside the folder it is joined to."""
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         return False
-    return len(name.encode(errors="surrogatepass")) <= NAME_BYTES
+    try:
+        return len(os.fsencode(name)) <= NAME_BYTES
+    except UnicodeEncodeError:  # half a character
+        return False

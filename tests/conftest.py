@@ -1,14 +1,19 @@
 """Fixtures shared by all tests: random checkpoints, the same converted, and the record of measured figures."""
 
-from collections.abc import Callable, Sequence
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ltx2.runtime.quantized import QuantizedLinear
 from tests.command import SIZE, Done, Here
-from tests.official import DEMO, Official, random_official
+from tests.hostile import HANGS
+from tests.official import DEMO, MONOLITH, Official, random_official
 
 FIGURE = "figure"  # key of the measured figures among a test's properties, which reach us from every worker process
 
@@ -54,6 +59,38 @@ def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "f32"
     ltx2.convert(DEMO, out, variant="distilled", dtype="f32")
     return out
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """A command that waits for a pipe, or computes for ever, fails."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("the command hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(HANGS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two components of the demo model, several files each."""
+    import ltx2
+
+    out = tmp_path_factory.mktemp("small") / "model"
+    ltx2.convert(MONOLITH, out, variant="distilled", only=("vocoder", "connectors"), shard_size=0.0004)
+    assert (out / "vocoder" / "model.safetensors.index.json").is_file()
+    return out
+
+
+@pytest.fixture
+def stranger(small_model: Path, tmp_path: Path) -> Path:
+    """A copy of the small model to spoil, with a file beside it that no folder's name leads to."""
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "secret.safetensors")
+    return Path(shutil.copytree(small_model, tmp_path / "model"))
 
 
 @pytest.fixture
