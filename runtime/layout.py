@@ -25,7 +25,7 @@ COMPONENTS = (
     "spatial_upscaler", "temporal_upscaler", "duration_head",
 )  # fmt: skip
 LORAS = "loras"  # the folder of components that change others: loras/<name>
-LORA_FOLDER = re.compile(rf"{LORAS}/[a-z0-9_][a-z0-9._-]{{0,199}}")
+LORA_FOLDER = re.compile(rf"{LORAS}/[a-z0-9_][a-z0-9._-]{{0,254}}")
 # Modes that MLX knows -> their group sizes and bits.
 QUANTIZATIONS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
