@@ -178,7 +178,7 @@ def memory_table(plan: "MemoryPlan") -> tuple[str, list[str], list[list[str]]]:
     rows = []
     for phase in plan.phases:
         numbers = (phase.weights, phase.activations, phase.clip, phase.total, phase.cache)
-        slowed = " (slowed)" if phase.throttled else ""
+        slowed = " (slowed)" if phase.held_back else ""
         rows.append([phase.name + slowed, *(f"{number / 1e9:.2f}" for number in numbers)])
     rows.append(["limit", "", "", "", f"{plan.limit / 1e9:.2f}", ""])
     return title, columns, rows

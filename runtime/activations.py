@@ -23,10 +23,12 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Activations:
-    """`needed` bytes are there at once; up to `queued` more while the device works at full speed."""
+    """`needed` bytes are there at once; up to `queued` more while the device works at full speed. `largest`: of one
+    array."""
 
     needed: int
-    queued: int = 0
+    queued: int
+    largest: int
 
     @property
     def full(self) -> int:
@@ -39,7 +41,8 @@ def text_encoder(config: Gemma3Config, layer: int, embedding: int, tokens: int, 
     state = tokens * config.hidden_size * itemsize
     states = (config.num_hidden_layers + 1) * state
     inside = 4 * state + 3 * tokens * config.intermediate_size * itemsize
-    return Activations(max(embedding + 2 * state, layer + states + inside) - max(embedding, layer))
+    needed = max(embedding + 2 * state, layer + states + inside) - max(embedding, layer)
+    return Activations(needed, 0, tokens * config.intermediate_size * itemsize)
 
 
 def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int) -> Activations:
@@ -47,12 +50,12 @@ def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int
     states = config.num_hidden_states * tokens * config.caption_channels * itemsize
     position = length * config.dim * itemsize
     needed, full = (max(3 * states + 2 * position, states + units * position) for units in (16, 22))
-    return Activations(needed, full - needed)
+    return Activations(needed, full - needed, states)
 
 
 def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int) -> Activations:
-    """Kept over the steps: rotary tables in float32, projected text, latents. In a block, per token: the residual
-    stream, its normalised copy and twice the feed-forward network's four-fold width; text keys and values."""
+    """Kept over the steps: rotary tables in float32, projected text, latents. In a block: keys and values of the text,
+    and per token the residual stream, its normalised copy and the feed-forward network's four-fold width."""
     video, audio = config.video_dim, config.audio_dim
     tables = FLOAT32 * ((video + audio) * grid.tokens + 2 * audio * grid.audio_frames)
     channels = config.in_channels * grid.tokens + config.audio_in_channels * grid.audio_frames
@@ -60,10 +63,10 @@ def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsi
     kept = tables + text + 4 * FLOAT32 * channels
     unit = (video * grid.tokens + audio * grid.audio_frames) * itemsize
     keys = 4 * text_tokens * (video + audio) * itemsize
-    needed = kept + keys + 10 * unit
+    needed = kept + keys + 13 * unit // 2
     # Up to ten command buffers wait for the device. Each ends after some operations, or some megabytes.
     full = kept + keys + min(47 * unit, 700 * MB + 11 * unit)
-    return Activations(needed, max(0, full - needed))
+    return Activations(needed, full - needed, 4 * unit)
 
 
 def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
@@ -73,7 +76,8 @@ def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
     scale = (up / down) ** 2 if config.spatial_upsample else 1
     frames = 2 if config.temporal_upsample else 1
     unit = int(grid.tokens * scale * frames * config.mid_channels * itemsize)
-    return Activations(5 * unit, 2 * unit + min(6 * unit, 200 * MB))
+    needed, full = 3 * unit + min(4 * unit, 110 * MB), 7 * unit + min(6 * unit, 200 * MB)
+    return Activations(needed, full - needed, unit)
 
 
 @dataclass(frozen=True)
@@ -121,19 +125,20 @@ def decode_video(tiles: Tiles, itemsize: int, unfold: bool) -> Activations:
     if not prod(tiles.sides[1]):
         finishing = frames * pixels * itemsize + max(3 * waiting, leaving)
         needed = waiting + latents + max(first.needed, finishing)
-        return Activations(needed, max(0, waiting + latents + first.full - needed))
+        return Activations(needed, max(0, waiting + latents + first.full - needed), first.largest)
     picture = frames * pixels * FLOAT32
     adding = frames * prod(tiles.sides[0]) * space * space * 3 * (2 * FLOAT32 + itemsize)
     beside = picture + max(adding, leaving, 3 * waiting)
     needed, full = (max(a, picture + b, beside) for a, b in ((first.needed, other.needed), (first.full, other.full)))
-    return Activations(waiting + latents + needed, full - needed)
+    return Activations(waiting + latents + needed, full - needed, first.largest)
 
 
 def _decode_tile(config: VideoVAEConfig, tile: tuple[int, int, int], itemsize: int, unfold: bool) -> Activations:
     """A residual block's input, what of it is normalised, the padded copy of that, and the convolution's result."""
     unit, padded = (values * itemsize for values in _largest_layer(config, tile))
     copies = 27 * padded if unfold else 0
-    return Activations(3 * unit + padded + copies, 4 * unit + copies if unit < LARGE else 0)  # small ones are queued
+    queued = min(4 * unit, 90 * MB) + copies if unit < LARGE else 0
+    return Activations(3 * unit + padded + copies, queued, max(unit, copies))
 
 
 def _largest_layer(config: VideoVAEConfig, tile: tuple[int, int, int]) -> tuple[int, int]:
@@ -158,7 +163,8 @@ def decode_audio(config: AudioVAEConfig, audio_frames: int) -> Activations:
     widths = network.widths
     unit = frames * network.mel_bins * widths[min(1, len(widths) - 1)] * FLOAT32
     wide = 5 * 9 * widths[-1] ** 2 * FLOAT32
-    return Activations(3 * unit + wide, min(5 * unit, 300 * MB + unit))
+    needed, full = 5 * unit + wide, wide + min(8 * unit, 300 * MB + 4 * unit)
+    return Activations(min(needed, full), max(0, full - needed), unit)
 
 
 def vocode(config: VocoderConfig, mel_frames: int) -> Activations:
@@ -168,4 +174,4 @@ def vocode(config: VocoderConfig, mel_frames: int) -> Activations:
         wide = max(wide, width * width * kernel * FLOAT32)
         width, rate = width // 2, rate * factor
         unit = max(unit, width * rate * mel_frames * FLOAT32)
-    return Activations(8 * unit + wide, 4 * unit)
+    return Activations(10 * unit + wide, 2 * unit, unit)

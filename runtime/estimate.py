@@ -27,7 +27,8 @@ from ltx2.runtime.vocoder import VocoderConfig
 GB = 10**9
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 FULL = Stage(1, ())
-OVERSHOOT = 200 * 10**6  # by which MLX passes a limit that makes it wait: it looks after a command buffer is queued
+# MLX looks at its limit after it has queued an operation: it passes it by one array and what a command buffer holds.
+COMMAND_BUFFER = 100 * 10**6
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,22 @@ class Need:
         """At full speed if the limit allows it, else with as much queued as it allows."""
         room = limit - self.weights - self.clip
         used = max(self.activations.needed, min(self.activations.full, room))
-        throttled = used < self.activations.full
-        cache = 0 if throttled else max(0, min(reusable, room - used))
-        return PhasePlan(self.name, self.weights, used, self.clip, cache, throttled)
+        held_back = self.activations.largest + COMMAND_BUFFER if used < self.activations.full else 0
+        cache = 0 if held_back else max(0, min(reusable, room - used))
+        return PhasePlan(self.name, self.weights, used, self.clip, cache, held_back)
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase within a limit. `cache` bounds freed memory that is kept for reuse, and makes way when it is needed;
-    `throttled`: the device waits now and then, because the limit leaves less than it could use."""
+    """One phase within a limit. `cache` bounds freed memory that is kept for reuse, and makes way when it is needed.
+    `held_back` is not 0 where the limit leaves less than full speed takes: MLX is told to wait so many bytes early."""
 
     name: str
     weights: int
     activations: int
     clip: int
     cache: int
-    throttled: bool
+    held_back: int
 
     @property
     def total(self) -> int:
@@ -72,7 +73,7 @@ class PhasePlan:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """MLX keeps to the plan."""
-        memory = self.weights + self.activations + self.cache - (OVERSHOOT if self.throttled else 0)
+        memory = self.weights + self.activations + self.cache - self.held_back
         with limited(memory, self.activations + self.cache):
             yield
 

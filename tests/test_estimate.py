@@ -122,7 +122,7 @@ class TestLimit:
         free = model(4).plan(PROMPT, width=1280, height=704)
         tight = model(4).plan(PROMPT, width=1280, height=704, memory_limit=13.0)
         assert free.fits and tight.fits and tight.peak <= 13 * GB < free.peak
-        assert tight.phase("stage2").throttled and not free.phase("stage2").throttled
+        assert tight.phase("stage2").held_back and not free.phase("stage2").held_back
         latents = model(4).plan(PROMPT, no_audio=True, memory_limit=12.0, width=1920, height=1088, frames=121)
         assert latents.phase("video_vae").total <= 12 * GB
 

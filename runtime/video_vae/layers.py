@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 NORM_EPS = 1e-8
-LARGE = 1 << 24  # bytes
+LARGE = 1 << 26  # bytes
 Stride = tuple[int, int, int]
 
 
@@ -29,13 +29,6 @@ def activate(x: mx.array) -> mx.array:
     return nn.silu(mx.fast.rms_norm(x, None, NORM_EPS))
 
 
-def settled(x: mx.array) -> mx.array:
-    """`x`, computed if it is large: what it was computed from is free then, before anything else is queued."""
-    if x.nbytes >= LARGE:
-        mx.eval(x)
-    return x
-
-
 class CausalConv3d(nn.Module):
     """3x3x3 convolution that keeps the size."""
 
@@ -46,8 +39,7 @@ class CausalConv3d(nn.Module):
         self.border = border
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = settled(_extend(x, self.border))
-        return settled(self.conv(x))
+        return self.conv(_extend(x, self.border))
 
 
 def _extend(x: mx.array, border: Border) -> mx.array:
@@ -76,6 +68,13 @@ def _reflect(x: mx.array, axis: int) -> mx.array:
     return mx.concatenate([second, x, last_but_one], axis)
 
 
+def settled(x: mx.array) -> mx.array:
+    """`x`, computed if it is large: what it was computed from is free then, before anything else is queued."""
+    if x.nbytes >= LARGE:
+        mx.eval(x)
+    return x
+
+
 class ResBlock(nn.Module):
     """Two normalised, activated convolutions added to their input."""
 
@@ -85,8 +84,8 @@ class ResBlock(nn.Module):
         self.conv2 = CausalConv3d(channels, channels, border)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.conv1(activate(x))
-        y = activate(y)  # the only name: nobody holds the convolution's result
+        y = settled(self.conv1(activate(x)))
+        y = settled(activate(y))  # under the same name: nobody holds the convolution's result
         return x + self.conv2(y)
 
 
