@@ -14,6 +14,7 @@ import pytest
 
 from ltx2 import api
 from ltx2.cli import cli
+from ltx2.convert.catalogue import catalogue
 from ltx2.convert.plan import Plan
 from ltx2.demo import PROMPT
 from ltx2.quant.apply import Settings, quantize_plan
@@ -29,7 +30,7 @@ BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 PROSE = BLOCK.sub("", README)
 INLINE = re.findall(r"`([^`\n]+)`", PROSE)
 # Options of other programs.
-FOREIGN = {"--local-dir", "--force-reinstall", "--no-deps"}
+FOREIGN = {"--force-reinstall", "--no-deps"}
 GIB, GB = 2**30, 10**9
 
 
@@ -88,14 +89,22 @@ class TestCommands:
         mentioned = re.findall(r"\bmake ([a-z-]+)", "\n".join([*shell_lines(), *INLINE]))
         assert mentioned and set(mentioned) <= set(targets)
 
-    def test_hub_files_are_the_converted_ones(self) -> None:
+    def test_downloaded_files_are_the_converted_ones(self) -> None:
         """What is downloaded is what the next command converts."""
-        (download,) = (shlex.split(line) for line in shell_lines() if line.startswith("hf download Lightricks"))
+        downloads = [line for line in shell_lines() if line.startswith("ltx2 download ltx")]
+        (download,) = (line for line in downloads if "--convert" not in line)
         (convert,) = (shlex.split(line) for line in shell_lines() if line.startswith("ltx2 convert"))
-        folder = download[download.index("--local-dir") + 1]
-        files = [word for word in download if word.endswith(".safetensors")]
-        assert [f"{folder}/{name}" for name in files] == [word for word in convert if word.endswith(".safetensors")]
-        assert set(files) <= set(published.read_header(published.MONOLITH)[0]) | {f"{published.SPATIAL}.safetensors"}
+        chosen = catalogue().choose(shlex.split(download)[2:])
+        assert convert[2 : convert.index("-o")] == [str(published.source(Path("weights"))) for published in chosen]
+
+    def test_names_to_download(self) -> None:
+        """With their sizes and places."""
+        for names, _, size, place in table("## From Hugging Face to MLX"):
+            chosen = [name.strip("` ") for name in names.split(",")]
+            assert size == ", ".join(f"{catalogue().size(name) / GB:.1f}" for name in chosen) + " GB"
+            if place:
+                (found,) = catalogue().choose(chosen)
+                assert place == f"`weights/{found.folder}`"
 
     def test_demo_prompt(self) -> None:
         assert f'"{PROMPT}"' in README.replace("\n", " ")
@@ -111,7 +120,7 @@ class TestPython:
                 yield ast.unparse(node.func), {str(word.arg) for word in node.keywords}
 
     def test_calls(self) -> None:
-        functions = ("load", "convert", "quantize")
+        functions = ("load", "download", "convert", "quantize")
         takes = {f"ltx2.{name}": set(inspect.signature(getattr(api, name)).parameters) for name in functions}
         request = set(Request.__dataclass_fields__)
         takes |= {"pipe.generate": request, "pipe.stream": request, "clip.save": set()}
