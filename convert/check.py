@@ -24,6 +24,7 @@ def check_plan(plan: Plan) -> None:
     planned = {name: planned_shapes(plan, name) for name in plan.components}
     _check_text_width(plan, planned)
     for name, component in plan.components.items():
+        _check_files(plan, name)
         if is_lora(name):
             _check_lora(name, planned)
         elif is_computed(plan.release):
@@ -54,6 +55,18 @@ def planned_shapes(plan: Plan, component: str) -> Shapes:
             "use the checkpoint as published",
         )
     return {move.key: move.values.shape for move in parameters(moves)}
+
+
+def _check_files(plan: Plan, component: str) -> None:
+    copied = [path.name for path in plan.components[component].companions]
+    names = Counter([*copied, *(asset.name for asset in plan.assets(component))])
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise CheckpointError(
+            f"two sources become {component}/{twice[0]}",
+            f"{len(twice)} files would be written twice",
+            "use the checkpoint as published",
+        )
 
 
 def _check_lora(lora: str, planned: Mapping[str, Shapes]) -> None:

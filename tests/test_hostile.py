@@ -39,6 +39,7 @@ from tests.hostile import (
     spoiled,
 )
 from tests.official import GEMMA, MONOLITH
+from tests.published import read_header, write_sparse
 
 pytestmark = pytest.mark.usefixtures("in_time")
 SECONDS, MEGABYTES = 5, 500
@@ -125,6 +126,15 @@ class TestSources:
         """As in the Hugging Face cache."""
         (tmp_path / "x.safetensors").symlink_to(MONOLITH)
         assert here("inspect", tmp_path / "x.safetensors").code == 0
+
+
+    def test_a_file_among_the_tensors_twice(self, here: Here, tmp_path: Path) -> None:
+        files, metadata, tensors = read_header("gemma4-12b-with-proj-ltx-2.5-bf16")
+        tensors["hf_asset__tokenizer.json"] = ("U8", (9,))
+        path = write_sparse(tmp_path / next(iter(files)), tensors, metadata)
+        done = harmless(here("convert", path, "-o", tmp_path / "out"))
+        done.failed(1, "text_encoder/tokenizer.json")
+        assert list(tmp_path.iterdir()) == [path]
 
 
 class TestGemmaFolders:
