@@ -22,6 +22,7 @@ from ltx2.runtime.job import Job
 from ltx2.runtime.latents import Latents, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network, read_weights
+from ltx2.runtime.machine import available_memory
 from ltx2.runtime.memory import Phase
 from ltx2.runtime.numerics import check_finite
 from ltx2.runtime.presets import Stage, check_release
@@ -120,6 +121,8 @@ class Run:
     def _warnings(self) -> Iterator[Event]:
         for message in self.request.without_effect():
             yield Warned(message)
+        if self.request.memory_limit is not None and self.plan.limit > (has := available_memory()):
+            yield Warned(f"--memory-limit {self.request.memory_limit:g} is more than the {has / 1e9:.1f} GB there are")
         if self.state is None:
             return
         there = self.state.path.exists()

@@ -85,8 +85,10 @@ class ResBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:  # (B, T, C)
         for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
-            x = x + conv2(nn.leaky_relu(conv1(nn.leaky_relu(x, SLOPE)), SLOPE))
-            mx.eval(x)  # bounds the memory and the GPU's work per command
+            y = conv1(nn.leaky_relu(x, SLOPE))
+            mx.eval(y)  # bounds the memory and the GPU's work per command
+            x = x + conv2(nn.leaky_relu(y, SLOPE))
+            mx.eval(x)
         return x
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,28 @@ import mlx.core as mx
 import pytest
 
 from ltx2.runtime import activations
-from ltx2.runtime.activations import Tiles
+from ltx2.runtime.activations import Activations, Tiles
+from ltx2.runtime.audio_vae import AudioVAEConfig
 from ltx2.runtime.errors import DoesNotFitError
-from ltx2.runtime.estimate import MemoryPlan
+from ltx2.runtime.estimate import COMMAND_BUFFER, MemoryPlan
+from ltx2.runtime.latents import Grid
 from ltx2.runtime.pipeline import Pipeline
+from ltx2.runtime.text_encoder.config import ConnectorsConfig, Gemma3Config
+from ltx2.runtime.transformer.config import TransformerConfig
+from ltx2.runtime.upsampler import UpsamplerConfig
 from ltx2.runtime.video_vae.config import VideoVAEConfig
-from ltx2.runtime.video_vae.tiling import tilings
+from ltx2.runtime.video_vae.tiling import Tiling, tilings
+from ltx2.runtime.vocoder import VocoderConfig
 from tests.command import Here
 from tests.official import DEMO
 from tests.sparse_model import write_sparse_model
 
+ROOT = Path(__file__).parent.parent
+NETWORKS: dict[str, Any] = json.loads((ROOT / "bench" / "fullsize.json").read_text())["networks"]
+RECEIPTS = sorted((ROOT / "bench" / "results").glob("memory-*.json"))
+ROWS: list[dict[str, Any]] = [row for path in RECEIPTS for row in json.loads(path.read_text())["results"]]
+CASE = ("case", "bits", "latent", "tiling", "audio_latents", "tokens", "limit_bytes")
+EMBEDDING, LAYER = 2 * 3840 * (262208 + 1), 445_000_000  # bytes of the text encoder's
 GB = 10**9
 PROMPT = "a red square"
 TOKENIZER = next(path for path in DEMO if path.is_dir())
@@ -202,16 +215,66 @@ class TestCommand:
             assert limit == phase["weights"] + phase["activations"] + phase["cache"] <= 0.4 * GB
         set_limit(before)
 
+    def test_a_limit_beyond_the_machine_is_said(self, generate: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ltx2.runtime.pipeline.available_memory", lambda: 2 * GB)
+        done = generate(PROMPT, "--memory-limit", "3")
+        assert done.code == 0 and "warning: --memory-limit 3 is more than the 2.0 GB there are" in done.err
+
     def test_low_memory_makes_the_same_clip(self, generate: Here, tmp_path: Path) -> None:
         assert generate(PROMPT).code == 0 and generate(PROMPT, "--low-memory", to="low.mp4").code == 0
         assert (tmp_path / "clip.mp4").read_bytes() == (tmp_path / "low.mp4").read_bytes(), "one tile covers it"
 
 
 def video_config() -> VideoVAEConfig:
-    return VideoVAEConfig.from_dict(networks()["video_vae"][1])
+    return VideoVAEConfig.from_dict(NETWORKS["video_vae"][1])
 
 
-def networks() -> dict[str, Any]:
-    root = Path(__file__).parent.parent
-    data: dict[str, Any] = json.loads((root / "bench" / "fullsize.json").read_text())["networks"]
-    return data
+def planned(row: dict[str, Any]) -> Activations:
+    """What the plan says of a measured case."""
+    case, audio, tokens = row["case"], row.get("audio_latents", 1), row.get("tokens", 0)
+    frames, height, width = row.get("latent", (1, 1, 1))
+    grid = Grid(128, frames, height, width, 8, audio)
+    if case == "video decode":
+        tiling = Tiling(*row["tiling"]) if row["tiling"] else None
+        return activations.decode_video(Tiles(tuple(row["latent"]), tiling, video_config()), 2, False)
+    if case == "denoise step":
+        return activations.denoise_step(TransformerConfig.from_dict(NETWORKS["transformer"][1]), grid, 1024, 2)
+    if case == "upscaler":
+        return activations.upscale(UpsamplerConfig.from_dict(NETWORKS["spatial_upscaler"][1]), grid, 2)
+    if case == "audio decode":
+        return activations.decode_audio(AudioVAEConfig.from_dict(NETWORKS["audio_vae"][1]), audio)
+    if case == "vocoder":
+        return activations.vocode(VocoderConfig.from_dict(NETWORKS["vocoder"][1]), 4 * audio)
+    if case == "connectors":
+        return activations.connectors(ConnectorsConfig.from_dict(NETWORKS["connectors"][1]), tokens, 1024, 2)
+    assert case == "text encoder"
+    found = activations.text_encoder(Gemma3Config.from_dict(NETWORKS["text_encoder"][1]), LAYER, EMBEDDING, tokens, 2)
+    return replace(found, needed=found.needed + EMBEDDING)  # its weights are read while it is measured
+
+
+def name(row: dict[str, Any]) -> str:
+    return " ".join(str(row[key]) for key in CASE if row.get(key) is not None).replace(" ", "-")
+
+
+class TestMeasured:
+    """Receipts of one GPU: peaks of MLX with all networks at their published sizes. First calls also compile."""
+
+    @pytest.mark.parametrize("row", [row for row in ROWS if row["limit_bytes"] is None], ids=name)
+    def test_at_full_speed(self, row: dict[str, Any], note: Callable[[str], None]) -> None:
+        """Never more than 5 % below, at most 10 % above."""
+        peak = max(row["peak_bytes"][1:])
+        share = (row["weight_bytes"] + planned(row).full) / peak - 1
+        note(f"memory plan of {name(row)}: {peak / GB:.2f} GB measured, {100 * share:+.1f} %")
+        assert -0.05 <= share <= 0.10
+
+    @pytest.mark.parametrize("row", [row for row in ROWS if row["limit_bytes"] is not None], ids=name)
+    def test_under_a_limit(self, row: dict[str, Any]) -> None:
+        """MLX passes its limit by what the plan allows for, or takes what is needed at least."""
+        plan, peak = planned(row), sorted(row["peak_bytes"][1:])[0]
+        passed = row["limit_bytes"] + plan.largest + COMMAND_BUFFER
+        assert peak <= 1.05 * max(passed, row["weight_bytes"] + plan.needed)
+
+    def test_all_networks_are_measured(self) -> None:
+        phases = {"text encoder", "connectors", "denoise step", "upscaler", "video decode", "audio decode", "vocoder"}
+        assert {row["case"] for row in ROWS} == phases
+        assert {row["bits"] for row in ROWS if row["case"] == "denoise step"} == {4, 8, 16}
