@@ -80,6 +80,8 @@ def _check_options(plan: Plan, out: Path, options: WriteOptions) -> None:
         raise InputError(
             f"a shard size of {options.shard_gb:g} GB is not possible", "files hold data", "use --shard-size 5"
         )
+    if out.name in ("", ".."):  # it gets its name when it is complete
+        raise InputError(f"{out} has no name of its own", "the model is a new folder", "name it: -o MODEL")
     target = out.resolve()
     for path in {entry.file.path for entry in plan.entries}:
         if target in (path.resolve(), *path.resolve().parents):

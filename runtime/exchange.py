@@ -13,6 +13,8 @@ from ltx2.runtime.latents import AUDIO_FREQUENCIES, Grid, Latents
 from ltx2.runtime.paths import check_output
 from ltx2.runtime.tensorfile import Array, Output, open_tensorfile, write_tensorfile
 
+MOST_BYTES = 10**9  # of one tensor; a minute of 4K has 0.75 GB of latents
+
 
 @dataclass(frozen=True)
 class Contexts:
@@ -50,6 +52,9 @@ def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array
         if tensors.tensors[name].dtype != "F32":
             why = f"it is {tensors.tensors[name].dtype}"
             raise InputError(f"{name} in {file.name} is not float32", why, "save the tensors as float32")
+        if (size := tensors.tensors[name].nbytes) > MOST_BYTES:
+            why = f"it has {size / 1e9:.3g} GB, and no clip needs more than {MOST_BYTES / 1e9:g}"
+            raise InputError(f"{name} in {file.name} is too large", why, "use a file of the right kind")
         values = np.array(tensors.array(name))
         if not np.isfinite(values).all():
             why = f"{name} holds NaN or infinite values"

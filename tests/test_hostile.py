@@ -38,7 +38,7 @@ from tests.hostile import (
     refused,
     spoiled,
 )
-from tests.official import GEMMA, MONOLITH
+from tests.official import GEMMA, MONOLITH, UPSCALER
 from tests.published import read_header, write_sparse
 
 pytestmark = pytest.mark.usefixtures("in_time")
@@ -105,6 +105,12 @@ class TestSources:
             path.write_bytes(raw({"__metadata__": {"config": '{"vae": {}, "transformer": {}}'}, **tensors}, bytes(12)))
             harmless(here("inspect", path))
             refused(here, "convert", path, "-o", tmp_path / "out", "--variant", "dev", beside=tmp_path)
+
+    def test_places_without_a_name(self, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for place in (".", "..", "x/.."):
+            harmless(here("convert", UPSCALER, "-o", place)).failed(1)
+        assert not list(tmp_path.iterdir())
 
     def test_shapes_that_no_array_has(self, here: Here, tmp_path: Path) -> None:
         path = tmp_path / "x.safetensors"
@@ -277,6 +283,15 @@ class TestSideFiles:
     def test_malformed_tensors(self, generate: Here, tmp_path: Path, name: str) -> None:
         (tmp_path / "x.safetensors").write_bytes(MALFORMED[name])
         refused(generate, "--latents", tmp_path / "x.safetensors", beside=tmp_path)
+
+
+    def test_tensors_that_no_clip_needs(self, generate: Here, tmp_path: Path) -> None:
+        path = tmp_path / "x.safetensors"
+        header = {"video": entry(0, 1 << 40, [1 << 38]), "audio": entry(1 << 40, 2 << 40, [1 << 38])}
+        path.write_bytes(raw(header))
+        with path.open("r+b") as f:
+            f.truncate(path.stat().st_size + (2 << 40))
+        harmless(generate("--latents", path)).failed(1, "too large")
 
 
 def measured(*args: str | Path) -> tuple[int, float, float]:
