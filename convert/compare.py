@@ -1,20 +1,24 @@
 """The values of a model folder against the checkpoints it was made from: the conversion is repeated as a stream and
 compared with what is stored, in the memory that converting takes."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
 from ltx2.convert.checkpoint import VARIANTS, Source
-from ltx2.convert.files import outputs
+from ltx2.convert.files import stream_order
+from ltx2.convert.pieces import Rows, in_order, rows_of
 from ltx2.convert.plan import Move, Options, Plan, make_plan, packed_key
 from ltx2.convert.recode import Layer, decoded, kept_layers
 from ltx2.convert.steps import FLOATS, Cast
 from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.layout import ModelFolder, is_lora
-from ltx2.runtime.tensorfile import Array, Output, TensorFile
+from ltx2.runtime.ranges import RangeReader
+from ltx2.runtime.tensorfile import Array, TensorFile
 
 # Packs the layers of a plan as the folder's layers are packed; quantization supplies it.
 Repack = Callable[[Plan, ModelFolder], Plan]
@@ -25,7 +29,7 @@ Stored = dict[str, TensorFile]  # tensor name -> its file
 def compare_values(
     model: ModelFolder, sources: Sequence[Source], repack: Repack | None
 ) -> Generator[Event, None, tuple[int, list[str]]]:
-    """Compare every stored tensor of the components the sources fill.
+    """Compare every stored tensor of the components the sources fill, and every file that was a tensor.
 
     Returns how many tensors are equal, and the differences. Raises UnsupportedError for quantized layers without
     `repack`.
@@ -42,18 +46,14 @@ def compare_values(
     plan = decoded(plan, _decoded_alike(plan, model, stored))
     plan = _packed_alike(replace(plan, entries=tuple(_cast_alike(plan, stored))), model, stored, repack)
     moves = [e for e in plan.entries if isinstance(e, Move)]
-    streams = [(move.component, output) for move in moves for output in outputs(move)]
-    total, done, equal = sum(output.nbytes for _, output in streams), 0, 0
-    for component, output in streams:
-        comparison = _Comparison(output, stored[component].pop(output.key, None))
-        for position in comparison.run():
-            yield BytesDone(f"{component}/{output.key}", done + position, total)
-        done += output.nbytes
-        equal += not comparison.difference
-        differences += [f"{component}: {comparison.difference}"] if comparison.difference else []
-    filled = {component for component, _ in streams}
+    comparison = _Comparison()
+    for move in stream_order(moves):
+        comparison.add(move, stored[move.component])
+    yield from comparison.run()
+    differences += comparison.differences()
+    filled = {move.component for move in moves}
     left = [f"{name}: tensor {key} is not in the sources" for name in sorted(filled) for key in sorted(stored[name])]
-    return equal, differences + left + _strength_differences(plan, model, filled) + assets
+    return comparison.equal(), differences + left + _strength_differences(plan, model, filled) + assets
 
 
 def _strength_differences(plan: Plan, model: ModelFolder, filled: set[str]) -> list[str]:
@@ -136,37 +136,84 @@ def _packed_alike(plan: Plan, model: ModelFolder, stored: dict[str, Stored], rep
 
 
 @dataclass
+class _Place:
+    """Where a tensor is stored, and how many of its values are not what they should be."""
+
+    component: str
+    key: str
+    values: int
+    reader: RangeReader
+    start: int
+    row_bytes: int
+    wrong: int = 0
+
+    def unequal(self, row: int, expected: Array) -> int:
+        """Number of values from a row on whose bits differ (NaN equals itself)."""
+        start, bits = self.start + row * self.row_bytes, np.dtype(f"u{expected.itemsize}")
+        stored = self.reader.read(start, start + expected.nbytes).view(bits)
+        return int(np.count_nonzero(stored != np.ascontiguousarray(expected).reshape(-1).view(bits)))
+
+
+@dataclass(frozen=True)
+class _Check:
+    """A piece of a source, and the places of what becomes of it by name."""
+
+    piece: Rows
+    places: Mapping[str, _Place]
+
+    @property
+    def memory(self) -> int:
+        return 2 * self.piece.memory
+
+    def run(self) -> list[tuple[_Place, int]]:
+        """For every place how many values differ, of those made from the piece."""
+        parts, row = self.piece.parts(self.piece.read()), self.piece.row
+        return [(place, place.unequal(row, parts[key])) for key, place in self.places.items() if key in parts]
+
+
 class _Comparison:
-    """One tensor's stream against its stored bytes; `difference` is empty when they are the same."""
+    """What is compared, and what is found to differ."""
 
-    output: Output
-    file: TensorFile | None
-    difference: str = ""
+    def __init__(self) -> None:
+        self._misfits: list[str] = []
+        self._places: list[_Place] = []
+        self._checks: list[_Check] = []
 
-    def run(self) -> Iterator[int]:
-        """Compare chunk by chunk, yielding the bytes done."""
-        key = self.output.key
-        if self.file is None:
-            self.difference = f"tensor {key} is not stored"
-            return
-        info = self.file.tensors[key]
-        if (info.shape, info.dtype) != (self.output.shape, self.output.dtype):
-            wanted = f"{self.output.dtype} {list(self.output.shape)}"
-            self.difference = f"tensor {key} is {info.dtype} {list(info.shape)}, not {wanted}"
-            return
-        values = self.file.array(key).reshape(-1)
-        position = wrong = 0
-        for chunk in self.output.chunks():
-            end = position + chunk.size
-            wrong += _unequal(values[position:end], chunk.reshape(-1))
-            position = end
-            self.file.release(key)
-            yield position * values.itemsize
-        if wrong:
-            self.difference = f"{wrong} of {position} values of tensor {key} differ from the source"
+    def add(self, move: Move, stored: Stored) -> None:
+        """Compare all that becomes of one tensor, and take it from `stored`."""
+        places = {}
+        for key, form in move.stored().items():
+            file = stored.pop(key, None)
+            if file is None:
+                self._misfits.append(f"{move.component}: tensor {key} is not stored")
+                continue
+            info = file.tensors[key]
+            if (info.shape, info.dtype) != (form.shape, form.dtype):
+                wanted = f"{form.dtype} {list(form.shape)}"
+                self._misfits.append(f"{move.component}: tensor {key} is {info.dtype} {list(info.shape)}, not {wanted}")
+                continue
+            row_bytes = info.nbytes // max(1, form.shape[0]) if form.shape else 0
+            places[key] = _Place(move.component, key, prod(form.shape), file.reader, info.start, row_bytes)
+        self._places += places.values()
+        self._checks += [_Check(piece, places) for piece in rows_of(move)]
 
+    def run(self) -> Iterator[Event]:
+        """Compare everything, with progress events."""
+        done, total = 0, sum(check.piece.stored for check in self._checks)
+        with closing(in_order(_Check.run, self._checks)) as results:
+            for check, found in zip(self._checks, results, strict=True):
+                for place, wrong in found:
+                    place.wrong += wrong
+                done += check.piece.stored
+                yield BytesDone("comparing with the sources", done, total)
 
-def _unequal(stored: Array, expected: Array) -> int:
-    """Number of values whose bits differ (NaN equals itself)."""
-    bits = np.dtype(f"u{stored.itemsize}")
-    return int(np.count_nonzero(stored.view(bits) != expected.view(bits)))
+    def equal(self) -> int:
+        """Number of tensors without a difference."""
+        return sum(not place.wrong for place in self._places)
+
+    def differences(self) -> list[str]:
+        """What differs."""
+        wrong = [place for place in self._places if place.wrong]
+        return self._misfits + [
+            f"{p.component}: {p.wrong} of {p.values} values of tensor {p.key} differ from the source" for p in wrong
+        ]

@@ -1,7 +1,8 @@
 """From a plan to files: which component holds which files, in what order, of what size and from which bytes.
 
-Everything but the data is known before anything is written. Tensors stand in natural order (block 2 before block 10),
-so one block's tensors are contiguous, and a shard ends where a block ends."""
+Everything but the data is known before anything is written, the place of every byte included. Tensors stand in the
+sources' order, so that sources are read from begin to end; only what belongs to one block is brought together, and a
+file ends where a block ends."""
 
 import json
 import re
@@ -9,35 +10,30 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ltx2.convert.components import ComponentPlan
-from ltx2.convert.plan import Asset, Move, Plan, natural_order, packed_key, parameters
-from ltx2.convert.steps import Form, Packing
-from ltx2.runtime.errors import NumericsError
+from ltx2.convert.pieces import Piece, Rows, bytes_of, rows_of
+from ltx2.convert.plan import Asset, Move, Plan, parameters
+from ltx2.convert.steps import Form
 from ltx2.runtime.layout import CONFIG, FORMAT_METADATA, INDEX
-from ltx2.runtime.tensorfile import (
-    Array,
-    Output,
-    Writing,
-    read_blocks,
-    row_chunks,
-    tensorfile_size,
-    write_blocks,
-    write_tensorfile,
-)
+from ltx2.runtime.ranges import Bytes, RangeReader
+from ltx2.runtime.tensorwrite import file_header, raw_bytes
 
 WEIGHTS = "model.safetensors"
 HEADER_BYTES = 160  # at most, for one tensor's entry beside its name
+Block = tuple[int, memoryview]  # place in the file, bytes
+
+Stored = TypeVar("Stored", Move, Asset, Move | Asset)
 
 
 @dataclass(frozen=True)
 class PlannedFile(ABC):
-    """One file of the model folder."""
+    """One file of the model folder: a header that is known, then what is made of pieces of the sources."""
 
     component: str
     name: str
@@ -52,9 +48,22 @@ class PlannedFile(ABC):
     def size(self) -> int:
         """Size in bytes, known before the file is written."""
 
-    @abstractmethod
-    def write(self, path: Path) -> Writing:
-        """Write the file to `path`."""
+    @property
+    def header(self) -> bytes:
+        """The file's first bytes."""
+        return b""
+
+    def pieces(self) -> Iterator[tuple[Move | Asset | None, Piece]]:
+        """The pieces in order, each with the plan's entry that it is a part of."""
+        return iter(())
+
+    def begin(self, piece: Piece) -> int:
+        """A place in the file before which all bytes stand when the pieces before this one are written."""
+        return 0
+
+    def blocks(self, piece: Piece, raw: Bytes) -> Iterator[Block]:
+        """What to write where, made of a piece and its bytes."""
+        return iter(())
 
 
 @dataclass(frozen=True)
@@ -67,65 +76,97 @@ class TextFile(PlannedFile):
     def size(self) -> int:
         return len(self.content)
 
-    def write(self, path: Path) -> Writing:
-        return write_blocks(path, [self.content])
+    @property
+    def header(self) -> bytes:
+        return self.content
 
 
 @dataclass(frozen=True)
 class CopiedFile(PlannedFile):
-    """A source's file taken over as it is (tokenizer)."""
+    """A source's bytes [start, end) taken over as they are: a file beside it, or one inside it (tokenizer)."""
 
-    source: Path
-
-    @cached_property
-    def size(self) -> int:
-        return self.source.stat().st_size
-
-    def write(self, path: Path) -> Writing:
-        return write_blocks(path, read_blocks(self.source))
-
-
-@dataclass(frozen=True)
-class AssetFile(PlannedFile):
-    """A file whose bytes a source holds as a tensor (tokenizer)."""
-
-    asset: Asset
+    reader: RangeReader
+    start: int
+    end: int
+    asset: Asset | None = None
 
     @property
     def size(self) -> int:
-        return self.asset.tensor.nbytes
+        return self.end - self.start
 
-    def write(self, path: Path) -> Writing:
-        return write_blocks(path, [self.asset.file.array(self.asset.tensor.name).data])
+    def pieces(self) -> Iterator[tuple[Move | Asset | None, Piece]]:
+        return ((self.asset, piece) for piece in bytes_of(self.reader, self.start, self.end))
+
+    def begin(self, piece: Piece) -> int:
+        return piece.start - self.start
+
+    def blocks(self, piece: Piece, raw: Bytes) -> Iterator[Block]:
+        yield piece.start - self.start, raw.data
 
 
 @dataclass(frozen=True)
 class WeightFile(PlannedFile):
     """A safetensors file."""
 
-    outputs: tuple[Output, ...]
+    moves: tuple[Move, ...]
+
+    @cached_property
+    def tensors(self) -> dict[str, Form]:
+        """Name, shape and dtype of every tensor, in the order of their data."""
+        return {key: form for move in self.moves for key, form in move.stored().items()}
+
+    @cached_property
+    def header(self) -> bytes:
+        return file_header({key: (form.dtype, form.shape) for key, form in self.tensors.items()}, FORMAT_METADATA)
 
     @cached_property
     def size(self) -> int:
-        return tensorfile_size(self.outputs, FORMAT_METADATA)
+        return len(self.header) + sum(form.nbytes for form in self.tensors.values())
 
-    def write(self, path: Path) -> Writing:
-        return write_tensorfile(path, self.outputs, FORMAT_METADATA)
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        places, place = {}, len(self.header)
+        for key, form in self.tensors.items():
+            places[key] = place
+            place += form.nbytes
+        return places
+
+    @cached_property
+    def _begins(self) -> dict[str, int]:
+        return {move.key: min(self._places[key] for key in move.stored()) for move in self.moves}
+
+    def pieces(self) -> Iterator[tuple[Move | Asset | None, Piece]]:
+        for move in self.moves:
+            yield from ((move, rows) for rows in rows_of(move))
+
+    def begin(self, piece: Piece) -> int:
+        assert isinstance(piece, Rows)
+        return self._begins[piece.move.key]
+
+    def blocks(self, piece: Piece, raw: Bytes) -> Iterator[Block]:
+        assert isinstance(piece, Rows)
+        blocks = [(self._place(key, piece.row), raw_bytes(part)) for key, part in piece.parts(raw).items()]
+        if (made := sum(len(block) for _, block in blocks)) != piece.stored:
+            raise RuntimeError(f"{piece.move.key}: {made} bytes produced, {piece.stored} declared")
+        return iter(blocks)
+
+    def _place(self, key: str, row: int) -> int:
+        form = self.tensors[key]
+        return self._places[key] + (form.nbytes // form.shape[0] * row if row else 0)
 
 
 def component_files(plan: Plan, component: ComponentPlan, shard_bytes: int) -> list[PlannedFile]:
-    """All files of one component: configuration, companions, index, weights."""
+    """All files of one component: configuration, companions, assets, index, weights."""
     config = dict(component.config)
     if component.quantization is not None:  # twice, as mlx-lm writes it
         config |= {"quantization": component.quantization, "quantization_config": component.quantization}
     files: list[PlannedFile] = [TextFile(component.name, CONFIG, _json(config))]
-    files += [CopiedFile(component.name, path.name, path) for path in sorted(component.companions)]
-    files += [AssetFile(component.name, asset.name, asset) for asset in plan.assets(component.name)]
-    moves = sorted(plan.moves(component.name), key=lambda move: natural_order(move.key))
+    files += [_companion(component.name, path) for path in sorted(component.companions)]
+    files += [_asset_file(asset) for asset in plan.assets(component.name)]
+    moves = stream_order(plan.moves(component.name))
     shards = list(_shards(moves, shard_bytes))
     weights = [
-        WeightFile(component.name, shard_name(n, len(shards)), tuple(o for move in shard for o in outputs(move)))
-        for n, shard in enumerate(shards, 1)
+        WeightFile(component.name, shard_name(n, len(shards)), tuple(shard)) for n, shard in enumerate(shards, 1)
     ]
     if len(weights) > 1:
         files.append(TextFile(component.name, INDEX, _index(moves, weights)))
@@ -146,81 +187,56 @@ def main_dtype(moves: Iterable[Move]) -> str:
     return max(sorted(sizes), key=lambda dtype: sizes[dtype])
 
 
-def outputs(move: Move) -> list[Output]:
-    """The tensors one plan entry becomes, as streams."""
-    if move.packing is not None:
-        return _packed(move, move.packing)
-    form = move.form
-    return [Output(move.key, form.dtype, form.shape, partial(_rows, move))]
+def stream_order(entries: Iterable[Stored]) -> list[Stored]:
+    """The order of entries by their place in the sources, in which a block's tensors stand where its largest stands.
+
+    (Files are sorted by dtype first, so a block's small float32 tables are far from its weights.) Of a block in two
+    files it is the second that counts: the end of the first can wait. The order of what is in this order is the same.
+    """
+    files: dict[int, int] = {}
+    blocks: dict[tuple[str, str], list[tuple[tuple[int, int], Stored]]] = {}
+    for entry in entries:
+        place = files.setdefault(id(entry.file), len(files)), entry.tensor.start
+        blocks.setdefault((entry.component, _block(entry)), []).append((place, entry))
+    for block in blocks.values():
+        block.sort(key=lambda item: item[0])
+
+    def bulk(block: list[tuple[tuple[int, int], Stored]]) -> tuple[int, int]:
+        last = [(entry.tensor.nbytes, place) for place, entry in block if place[0] == block[-1][0][0]]
+        return max(last, key=lambda item: item[0])[1]
+
+    return [entry for block in sorted(blocks.values(), key=bulk) for _, entry in block]
 
 
-def _rows(move: Move) -> Iterator[Array]:
-    """The transformed tensor in chunks of rows."""
-    array = move.file.array(move.tensor.name)
-    if any(step.whole for step in move.steps):
-        yield _transformed(move, array, 0)
-        return
-    for rows in row_chunks(array.shape, array.itemsize):
-        yield _transformed(move, array[rows], rows.start if isinstance(rows, slice) else 0)
-        move.file.release(move.tensor.name)
+def _block(entry: Move | Asset) -> str:
+    """What a tensor belongs to: the first part of its name that ends with a number, else itself."""
+    name = entry.key if isinstance(entry, Move) else entry.name
+    match = re.match(r".*?\d{1,9}(?=\.)", name) if isinstance(entry, Move) else None
+    return match[0] if match else name
 
 
-def _transformed(move: Move, rows: Array, start: int) -> Array:
-    """What becomes of some of the tensor's rows, the first of which is row `start`."""
-    form = Form(move.tensor.shape, move.tensor.dtype)
-    for step in move.steps:
-        try:
-            rows = step.rows(rows, form, start)
-        except NumericsError as error:
-            raise NumericsError(f"{move.tensor.name}: {error.what}", error.why, error.fix) from error
-        form = step.form(form)
-    return rows
+def _companion(component: str, path: Path) -> CopiedFile:
+    return CopiedFile(component, path.name, RangeReader(path), 0, path.stat().st_size)
 
 
-def _packed(move: Move, packing: Packing) -> list[Output]:
-    """The packed weight as a stream; its scales and biases are small and held until the weight is written."""
-    forms, dtype, constants = packing.forms(move.form), move.form.dtype, packing.constants()
-    held: dict[str, list[Array]] = {}
-
-    def weight() -> Iterator[Array]:
-        held.clear()
-        for rows in _rows(move):
-            parts = packing.rows(rows, dtype)
-            for part in forms.keys() - {"weight"} - constants.keys():
-                held.setdefault(part, []).append(parts[part])
-            yield parts["weight"]
-
-    def stream(part: str) -> Iterator[Array]:
-        if part in constants:
-            return iter([constants[part]])
-        return weight() if part == "weight" else iter(held.pop(part))
-
-    return [Output(packed_key(move.key, p), f.dtype, f.shape, partial(stream, p)) for p, f in forms.items()]
+def _asset_file(asset: Asset) -> CopiedFile:
+    return CopiedFile(asset.component, asset.name, asset.file.reader, asset.tensor.start, asset.tensor.end, asset)
 
 
 def _shards(moves: list[Move], limit: int) -> Iterator[list[Move]]:
     """Greedy files of at most `limit` bytes that end between blocks; a block larger than a file is cut."""
     shard: list[Move] = []
     size = 0
-    for group in _blocks(moves):
-        pieces = [group] if _bytes(group) <= limit else [[move] for move in group]
-        for piece in pieces:
-            if shard and size + _bytes(piece) > limit:
+    for _, block in groupby(moves, _block):
+        group = list(block)
+        for part in [group] if _bytes(group) <= limit else [[move] for move in group]:
+            if shard and size + _bytes(part) > limit:
                 yield shard
                 shard, size = [], 0
-            shard += piece
-            size += _bytes(piece)
+            shard += part
+            size += _bytes(part)
     if shard:
         yield shard
-
-
-def _blocks(moves: list[Move]) -> Iterator[list[Move]]:
-    def block(move: Move) -> str:
-        match = re.match(r".*?\d{1,9}(?=\.)", move.key)
-        return match[0] if match else move.key
-
-    for _, group in groupby(moves, block):
-        yield list(group)
 
 
 def _bytes(moves: list[Move]) -> int:
@@ -229,9 +245,9 @@ def _bytes(moves: list[Move]) -> int:
 
 def _index(moves: list[Move], weights: list[WeightFile]) -> bytes:
     """model.safetensors.index.json as mlx-lm writes it."""
-    where = {output.key: file.name for file in weights for output in file.outputs}
+    where = {key: file.name for file in weights for key in file.tensors}
     total = {
-        "total_size": sum(output.nbytes for file in weights for output in file.outputs),
+        "total_size": sum(form.nbytes for file in weights for form in file.tensors.values()),
         "total_parameters": sum(prod(move.values.shape) for move in parameters(moves)),
     }
     return _json({"metadata": total, "weight_map": dict(sorted(where.items()))})

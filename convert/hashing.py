@@ -1,42 +1,89 @@
-"""SHA-256 of the sources, computed in threads while the model folder is written (hashlib releases the GIL)."""
+"""SHA-256 of files while their bytes pass by, read or written, so that no file is read only to be hashed."""
 
 import hashlib
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ltx2.runtime.errors import CheckpointError
+from ltx2.convert.pieces import PIECE_BYTES, Piece
 from ltx2.runtime.events import BytesDone, Event
-from ltx2.runtime.tensorfile import FileRecord, TensorFile, read_blocks
+from ltx2.runtime.ranges import Bytes, RangeReader
+from ltx2.runtime.tensorfile import FileRecord, TensorFile
 
-THREADS = 2
+FAR = 64 << 20  # bytes; a hash that is further behind catches up by itself
 POLL_SECONDS = 1.0
 
 
+class StreamingHash:
+    """The hash of one file, computed in a thread. Blocks may come in any order and may have gaps between them: what
+    follows on what is hashed is taken at once, all else is read from the file when it is its turn."""
+
+    def __init__(self, reader: RangeReader) -> None:
+        self.position = 0
+        self._reader, self._digest = reader, hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._task: Future[None] | None = None
+        self._behind = self._stop = False
+
+    def feed(self, start: int, block: memoryview, ready: int) -> None:
+        """Take a block that stands at `start`; all bytes before `ready` stand in the file.
+
+        Waits for the block before it, unless that was far away. Raises what hashing that one has raised.
+        """
+        if self._task is not None:
+            if self._behind and not self._task.done():
+                return
+            self._task.result()
+        self._task = self._thread.submit(self._take, start, block, ready)
+
+    def finish(self, size: int) -> "Future[str]":
+        """The hash as hex digits, to come: of the whole file, all of which stands there now."""
+        return self._thread.submit(self._finish, size)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stop = True
+        self._thread.shutdown(cancel_futures=True)
+
+    def _take(self, start: int, block: memoryview, ready: int) -> None:
+        if start <= ready:
+            self._read_up_to(start)
+        known = self.position - start
+        if 0 <= known < len(block):
+            self._digest.update(block[known:])
+            self.position += len(block) - known
+
+    def _finish(self, size: int) -> str:
+        if self._task is not None:
+            self._task.result()
+        self._read_up_to(size)
+        return self._digest.hexdigest()
+
+    def _read_up_to(self, end: int) -> None:
+        self._behind = end - self.position > FAR
+        while self.position < end and not self._stop:
+            block = self._reader.read(self.position, min(end, self.position + PIECE_BYTES)).data
+            self._digest.update(block)
+            self.position += len(block)
+        self._behind = False
+
+
 class SourceHashes:
-    """Hashes of a plan's sources; those known already are not read. Leaving the context stops the threads."""
+    """Hashes of a plan's sources; those known already are not computed. Leaving the context stops the threads."""
 
     def __init__(
-        self, sources: Sequence[TensorFile | FileRecord], known: Mapping[str, FileRecord] | None = None
+        self, sources: Sequence[TensorFile | FileRecord], known: Mapping[str, FileRecord], pieces: Iterable[Piece] = ()
     ) -> None:
-        known = known or {}
-        self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(THREADS)
-        self._done = 0
-        self._records = [
-            source
-            if isinstance(source, FileRecord)
-            else known.get(str(source.path)) or self._pool.submit(self._hash, source)
-            for source in sources
-        ]
-        self._running = {
-            future: source
-            for source, future in zip(sources, self._records, strict=True)
-            if isinstance(source, TensorFile) and isinstance(future, Future)
-        }
-        self._total = sum(source.size for source in self._running.values())
+        self._sources, self._known = sources, dict(known)
+        self._files = {f.path: f for f in sources if isinstance(f, TensorFile) and str(f.path) not in known}
+        self._hashes = {path: StreamingHash(file.reader) for path, file in self._files.items()}
+        self._left = Counter(piece.reader.path for piece in pieces)
+        self._digests: dict[Path, Future[str]] = {}
+        for path in self._files:
+            self._finish_when_read(path)
 
     def __enter__(self) -> Self:
         return self
@@ -44,34 +91,34 @@ class SourceHashes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
+        for each in self._hashes.values():
+            each.close()
+
+    def feed(self, piece: Piece, raw: Bytes) -> None:
+        """Take the bytes of a piece; every piece that was announced comes once."""
+        path = piece.reader.path
+        if path in self._hashes:
+            self._hashes[path].feed(piece.start, raw.data, ready=self._files[path].size)
+            self._left[path] -= 1
+            self._finish_when_read(path)
 
     def collect(self) -> Iterator[tuple[str, FileRecord]]:
         """Path and record of every source whose hash became known since the last call."""
-        for future in [f for f in self._running if f.done()]:
-            yield str(self._running.pop(future).path), future.result()
+        for path in [path for path, digest in list(self._digests.items()) if digest.done()]:
+            record = FileRecord(path.name, self._files[path].size, self._digests.pop(path).result())
+            self._known[str(path)] = record
+            yield str(path), record
 
     def wait(self) -> Iterator[Event]:
-        """Report progress until all hashes are known."""
-        while wait(self._running, POLL_SECONDS).not_done:
-            yield BytesDone("checksums of the sources", self._done, self._total)
+        """Report progress until all hashes are known; all pieces have come."""
+        total = sum(file.size for file in self._files.values())
+        while wait(self._digests.values(), POLL_SECONDS).not_done:
+            yield BytesDone("checksums of the sources", sum(h.position for h in self._hashes.values()), total)
 
     def records(self) -> tuple[FileRecord, ...]:
-        """Base name, size and hash of every source, in order; waits for them."""
-        return tuple(r.result() if isinstance(r, Future) else r for r in self._records)
+        """Base name, size and hash of every source, in order; all were collected."""
+        return tuple(s if isinstance(s, FileRecord) else self._known[str(s.path)] for s in self._sources)
 
-    def _hash(self, source: TensorFile) -> FileRecord:
-        before = source.path.stat()
-        digest = hashlib.sha256()
-        for block in read_blocks(source.path):
-            if self._stop.is_set():
-                break
-            digest.update(block)
-            self._done += len(block)
-        after = source.path.stat()
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise CheckpointError(
-                f"{source.path} changed while it was read", "another program wrote to it", "run the command again"
-            )
-        return FileRecord(source.path.name, after.st_size, digest.hexdigest())
+    def _finish_when_read(self, path: Path) -> None:
+        if not self._left[path]:
+            self._digests[path] = self._hashes[path].finish(self._files[path].size)

@@ -1,21 +1,23 @@
-"""The unfinished model folder `<name>.partial`: which of its files are complete, and for which conversion.
+"""The unfinished model folder `<name>.partial`: what of it is on the disk, and for which conversion.
 
-Its journal holds one JSON line per finished file and hashed source, after a first line with the conversion's
-fingerprint. The same conversion continues; another one starts anew."""
+Its journal is one JSON line per finished file, hashed source and mark ("the first N pieces are written"), after a
+first line with the conversion's fingerprint. Every line is true when it is written and only ever followed by others,
+so that a crash at any point costs no more than the last one. The same conversion continues; another starts anew."""
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from threading import Lock
+from typing import Any, BinaryIO
 
 from ltx2.runtime.errors import InputError, ModelFolderError
 from ltx2.runtime.jsonfile import parse_object
 from ltx2.runtime.layout import file_record
+from ltx2.runtime.ranges import flush, sync_folder
 from ltx2.runtime.tensorfile import FileRecord
 
 JOURNAL = "journal.jsonl"
@@ -23,12 +25,15 @@ JOURNAL = "journal.jsonl"
 
 @dataclass
 class Partial:
-    """An open unfinished folder; `files` by path inside the folder, `sources` by the source's path."""
+    """An open unfinished folder; `files` by path inside the folder, `sources` by the source's path. The first `pieces`
+    pieces of the conversion stand in finished and unfinished files."""
 
     path: Path
-    _journal: IO[str]
+    _journal: BinaryIO
     files: dict[str, FileRecord] = field(default_factory=dict)
     sources: dict[str, FileRecord] = field(default_factory=dict)
+    pieces: int = 0
+    _lock: Lock = field(default_factory=Lock)
 
     def add_file(self, path: str, record: FileRecord) -> None:
         """Record a finished file."""
@@ -40,24 +45,34 @@ class Partial:
         self.sources[path] = record
         self._append({"source": path, **asdict(record)})
 
+    def mark(self, pieces: int) -> None:
+        """Record how many pieces are on the disk."""
+        self.pieces = pieces
+        self._append({"pieces": pieces})
+
+    def unfinished(self, path: str) -> Path:
+        """Where a file stands until it is finished."""
+        return self.path / f"{path}.partial"
+
     def _append(self, line: dict[str, Any]) -> None:
-        self._journal.write(json.dumps(line) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        with self._lock:
+            self._journal.write(json.dumps(line).encode() + b"\n")
+            self._journal.flush()
+            flush(self._journal.fileno())
 
     def abandon(self) -> None:
         """Remove the folder if nothing in it is worth continuing."""
-        if not self.files and not self.sources:
+        if not (self.files or self.sources or self.pieces):
             shutil.rmtree(self.path)
 
     def finish(self, target: Path) -> None:
         """Turn the folder into the finished one at `target`. The journal goes last, so that a crash loses nothing."""
         for folder in [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]:
-            _sync(folder)
+            sync_folder(folder)
         self.path.rename(target)
         (target / JOURNAL).unlink()
-        _sync(target)
-        _sync(target.parent)
+        sync_folder(target)
+        sync_folder(target.parent)
 
 
 @contextmanager
@@ -73,17 +88,18 @@ def open_partial(path: Path, fingerprint: str) -> Iterator[Partial]:
             f"{path} is in the way", "it is not an unfinished conversion of ours", "move it away, or write elsewhere"
         )
     path.mkdir(parents=True, exist_ok=True)
-    with journal.open("a+", encoding="utf-8") as f:
+    with journal.open("a+b") as f:
         _lock(f, path)
-        lines = _read(f)
-        if not lines or lines[0] != {"fingerprint": fingerprint}:
-            _clear(path)
-            lines = [{"fingerprint": fingerprint}]
+        lines, size = _read(f)
         partial = Partial(path, f)
-        f.truncate(0)  # a crash may have left half a line at its end
-        for line in lines:
-            partial._append(line)
-        _restore(partial, lines)
+        if lines[:1] == [{"fingerprint": fingerprint}]:
+            f.truncate(size)  # a crash may have left half a line at its end
+            _restore(partial, lines[1:])
+        else:
+            _clear(path)
+            f.truncate(0)
+            partial._append({"fingerprint": fingerprint})
+            sync_folder(path)
         yield partial
 
 
@@ -92,7 +108,7 @@ def is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _lock(f: IO[str], path: Path) -> None:
+def _lock(f: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -101,19 +117,33 @@ def _lock(f: IO[str], path: Path) -> None:
         ) from error
 
 
-def _read(f: IO[str]) -> list[dict[str, Any]]:
-    """The journal's lines up to the first incomplete one, which a crash may leave."""
+def _read(f: BinaryIO) -> tuple[list[dict[str, Any]], int]:
+    """The journal's lines up to the first incomplete one, which a crash may leave, and their size in bytes."""
     f.seek(0)
     lines: list[dict[str, Any]] = []
+    size = 0
     try:
         for text in f:
-            line = parse_object(text)
-            if lines:
+            line = parse_object(text.decode())
+            if lines and "pieces" in line:
+                _marked(line)
+            elif lines:
                 _recorded(line)
+            if not text.endswith(b"\n"):
+                break
             lines.append(line)
+            size += len(text)
     except (ValueError, LookupError, TypeError):
-        return lines
-    return lines
+        return lines, size
+    return lines, size
+
+
+def _marked(line: dict[str, Any]) -> int:
+    """A mark's number of pieces. Raises ValueError for another line."""
+    pieces = line["pieces"]
+    if type(pieces) is not int or pieces < 0:
+        raise ValueError(f"{pieces!r} is no number of pieces")
+    return pieces
 
 
 def _recorded(line: dict[str, Any]) -> tuple[str, FileRecord]:
@@ -123,29 +153,25 @@ def _recorded(line: dict[str, Any]) -> tuple[str, FileRecord]:
 
 
 def _restore(partial: Partial, lines: list[dict[str, Any]]) -> None:
-    for line in lines[1:]:
+    for line in lines:
+        if "pieces" in line:
+            partial.pieces = _marked(line)
+            continue
         path, record = _recorded(line)
         if "source" in line:
             partial.sources[path] = record
-        elif _size(partial.path / path) == record.size:
+        elif file_size(partial.path / path) == record.size:
             partial.files[path] = record
 
 
-def _size(path: Path) -> int:
+def file_size(path: Path) -> int:
+    """A file's size in bytes, -1 if there is none."""
     return path.stat().st_size if path.is_file() else -1
 
 
 def _clear(path: Path) -> None:
     for entry in path.iterdir():
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         elif entry.name != JOURNAL:
             entry.unlink()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

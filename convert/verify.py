@@ -4,6 +4,7 @@ All differences are collected before the verdict."""
 
 import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from ltx2.convert.checkpoint import open_sources, read_json
 from ltx2.convert.compare import Repack, compare_values
 from ltx2.convert.lora import misfits
 from ltx2.convert.networks import name_differences
+from ltx2.convert.pieces import Piece, bytes_of, in_order
 from ltx2.convert.release import is_computed
 from ltx2.runtime.errors import Ltx2Error, VerificationError
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.layout import INDEX, MANIFEST, ModelFolder, is_lora
 from ltx2.runtime.load import Shapes, build_component, parameter_shapes, shape_differences
-from ltx2.runtime.tensorfile import read_blocks
+from ltx2.runtime.ranges import RangeReader
 
 LISTED = 20  # differences named in the error
 
@@ -90,11 +92,12 @@ def _file_differences(model: ModelFolder) -> Generator[Event, None, list[str]]:
 
 
 def _hash(path: Path, done: int, total: int) -> Generator[Event, None, str]:
-    digest = hashlib.sha256()
-    for block in read_blocks(path):
-        digest.update(block)
-        done += len(block)
-        yield BytesDone(path.name, done, total)
+    digest, reader = hashlib.sha256(), RangeReader(path)
+    with closing(in_order(Piece.read, bytes_of(reader, 0, path.stat().st_size), threads=1)) as blocks:
+        for block in blocks:
+            digest.update(block.data)
+            done += len(block)
+            yield BytesDone(path.name, done, total)
     return digest.hexdigest()
 
 

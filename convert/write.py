@@ -6,6 +6,7 @@ final name and the same command continues it. Peak memory does not depend on the
 import errno
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Generator, Iterator
@@ -18,11 +19,14 @@ from ltx2.convert.checkpoint import TOKENIZER
 from ltx2.convert.files import PlannedFile, TextFile, component_files, main_dtype
 from ltx2.convert.hashing import SourceHashes
 from ltx2.convert.journal import JOURNAL, Partial, is_empty_folder, open_partial
+from ltx2.convert.pieces import PIECE_BYTES
 from ltx2.convert.plan import Plan, plan_json
+from ltx2.convert.stream import missing_bytes, stream
 from ltx2.runtime.errors import DoesNotFitError, InputError, ModelFolderError
-from ltx2.runtime.events import BytesDone, Event, Warned, Written
+from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.layout import MANIFEST, ComponentRecord, Manifest, ModelFolder
-from ltx2.runtime.tensorfile import FileRecord, write_blocks
+from ltx2.runtime.ranges import changed, write_file
+from ltx2.runtime.tensorfile import FileRecord
 
 SHARD_GB = 5.0
 RESERVE_BYTES = 16 << 20  # for folders, journal and manifest
@@ -54,9 +58,13 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
         (out / JOURNAL).unlink(missing_ok=True)  # a crash may have left it
         yield Written(str(out), _total(files), time.monotonic() - started, reused=True)
         return
+    check_target(out, _total(files))
     try:
-        with open_partial(out.with_name(out.name + ".partial"), _fingerprint(plan, files)) as partial:
-            _check_space(files, partial)
+        with open_partial(unfinished(out), _fingerprint(plan, files)) as partial:
+            needed = missing_bytes(files, partial)
+            if _does_not_fit(needed, out):
+                partial.abandon()
+                raise _too_small(needed, out)
             yield from _fill(plan, files, partial)
             _publish(partial, out, options.force)
     except OSError as error:
@@ -129,8 +137,9 @@ def _manifest_difference(plan: Plan, files: list[PlannedFile], have: Manifest) -
         return "it was made with other options or another version of ltx2"
     if [(s.name, s.size) for s in _named(plan)] != [(s.name, s.size) for s in have.sources]:
         return "it was made from other sources"
-    with SourceHashes(plan.sources) as hashes:
+    with SourceHashes(plan.sources, {}) as hashes:
         yield from hashes.wait()
+        list(hashes.collect())
         return "" if hashes.records() == have.sources else "it was made from other sources"
 
 
@@ -139,28 +148,14 @@ def _named(plan: Plan) -> list[FileRecord]:
 
 
 def _fill(plan: Plan, files: list[PlannedFile], partial: Partial) -> Iterator[Event]:
-    """Write what is missing, hashing the sources at the same time."""
-    total, done = _total(files), sum(record.size for record in partial.files.values())
-    with SourceHashes(plan.sources, partial.sources) as hashes:
-        for file in files:
-            if file.path in partial.files:
-                continue
-            for written in _write(file, partial):
-                done += written
-                yield BytesDone(file.path, done, total)
-            for source, record in hashes.collect():
-                partial.add_source(source, record)
-        yield from hashes.wait()
-        records = hashes.records()
-    manifest = _manifest(plan, files, partial.files, records).to_json().encode()
-    for _ in write_blocks(partial.path / MANIFEST, [manifest]):
-        pass
-
-
-def _write(file: PlannedFile, partial: Partial) -> Iterator[int]:
-    path = partial.path / file.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.add_file(file.path, (yield from file.write(path)))
+    """Write what is missing, the manifest last. Raises CheckpointError for a source that has changed meanwhile."""
+    before = _states(plan)
+    sources = yield from stream(plan, files, partial)
+    for path, state in _states(plan).items():
+        if state != before[path]:
+            raise changed(path, "another program wrote to it")
+    manifest = _manifest(plan, files, partial.files, sources).to_json().encode()
+    write_file(partial.path / MANIFEST, [manifest])
 
 
 def _manifest(
@@ -197,25 +192,59 @@ def _remove_model(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _check_space(files: list[PlannedFile], partial: Partial) -> None:
-    needed = sum(f.size for f in files if f.path not in partial.files) + RESERVE_BYTES
-    free = shutil.disk_usage(partial.path).free
-    if needed > free:
-        partial.abandon()
-        raise DoesNotFitError(
-            "the disk is too small",
-            f"the model needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free",
-            "free some space, write to another disk, or convert with --bits 4",
-        )
+def unfinished(out: Path) -> Path:
+    """Where a model folder grows until it takes its name."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_target(out: Path, size: int) -> None:
+    """Whether a folder of `size` bytes can be written to `out`, asked before anything is.
+
+    Raises InputError for links and for places that cannot be written, DoesNotFitError for a disk that is too small;
+    one that holds a part already is asked again, for the rest.
+    """
+    if out.is_symlink():
+        raise InputError(f"{out} is a link", f"it points to {out.readlink()}", "name the folder itself with -o")
+    folder = _nearest(out)
+    if not folder.is_dir():
+        raise InputError(f"cannot write {out}", f"{folder} is no folder", "choose another -o")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        why = f"the folder {folder} cannot be written"
+        raise InputError(f"cannot write {out}", why, "change its permissions, or choose another -o")
+    if not unfinished(out).exists() and _does_not_fit(size, out):
+        raise _too_small(size, out)
+
+
+def _nearest(out: Path) -> Path:
+    """What exists of the path to `out`: the folder it is to stand in, or one above."""
+    return next(folder for folder in out.absolute().parents if folder.exists())
+
+
+def _does_not_fit(needed: int, out: Path) -> bool:
+    return needed + RESERVE_BYTES > shutil.disk_usage(_nearest(out)).free
+
+
+def _too_small(needed: int, out: Path) -> DoesNotFitError:
+    free = shutil.disk_usage(_nearest(out)).free
+    return DoesNotFitError(
+        "the disk is too small",
+        f"the model needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free",
+        "free some space, write to another disk, or convert with --bits 4",
+    )
+
+
+def _states(plan: Plan) -> dict[Path, tuple[int, int]]:
+    """Size and time of the last change of every source."""
+    states = {path: path.stat() for path in dict.fromkeys(entry.file.path for entry in plan.entries)}
+    return {path: (state.st_size, state.st_mtime_ns) for path, state in states.items()}
 
 
 def _fingerprint(plan: Plan, files: list[PlannedFile]) -> str:
     """Identifies a conversion: its plan, its files, and the state of its sources."""
-    sources = {entry.file.path: entry.file for entry in plan.entries}
     facts = [
         __version__, plan.release, plan.variant, plan_json(plan),
         [(f.path, f.size, f.content.hex() if isinstance(f, TextFile) else "") for f in files],
-        [(str(path), f.size, path.stat().st_mtime_ns) for path, f in sources.items()],
+        [(str(path), *state) for path, state in _states(plan).items()], PIECE_BYTES,
         [asdict(s) for s in plan.sources if isinstance(s, FileRecord)],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from ltx2.convert.codes import Keep
-from ltx2.convert.files import outputs
+from ltx2.convert.pieces import values_of
 from ltx2.convert.plan import Move, Plan, packed_key, packed_layers, parameters
 from ltx2.convert.steps import to_float32
 from ltx2.quant.pack import Loss, Packed, unpack
@@ -91,15 +91,15 @@ class Quantized(Event):
 def make_report(plan: Plan, folder: ModelFolder, unfit: Iterable[str] = ()) -> Generator[Event, None, Report]:
     """Returns the report on a quantized plan that was written to `folder`.
 
-    Errors are those met while packing; layers that an earlier, interrupted run wrote are read back and compared, with
-    progress events.
+    Errors are those met while packing; layers that an earlier, interrupted run wrote, or began, are read back and
+    compared, with progress events.
     """
     layers: list[LayerReport] = []
     for name in plan.components:
         packed = packings(plan.moves(name))
-        unknown = {layer: move for layer, (move, packing) in packed.items() if packing.tally.loss is None}
+        unknown = {layer: move for layer, (move, packing) in packed.items() if not packing.tally.covers(move)}
         losses = yield from _read_back(unknown, folder.tensor_files(name))
-        losses |= {layer: packing.tally.loss for layer, (_, packing) in packed.items() if packing.tally.loss}
+        losses |= {layer: packing.tally.loss for layer, (_, packing) in packed.items() if layer not in losses}
         layers += _layer_reports(name, plan.moves(name), losses)
     totals = {name: _total(plan.moves(name)) for name in plan.components}
     return Report(tuple(layers), totals, tuple(unfit))
@@ -142,23 +142,20 @@ def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
     storage, multiplier = move.packing.storage, move.packing.multiplier
     keys = [packed_key(move.key, part) for part in ("weight", "scales", "biases")]
     keys = [key for key in keys if key in files]
-    stored = [files[key].array(key) for key in keys]
     loss, start = Loss(), 0
     for rows in _few_rows(move):
-        packed = Packed(*(array[start : start + len(rows)] for array in stored))
+        packed = Packed(*(files[key].rows(key, start, start + len(rows)) for key in keys))
         values = to_float32(rows, move.form.dtype)
         restored = unpack(packed, storage, multiplier.value if multiplier else 1.0)
         loss += Loss(_squares(restored - values), _squares(values))
         start += len(rows)
-    for key in keys:
-        files[key].release(key)
     return loss
 
 
 def _few_rows(move: Move) -> Iterator[Array]:
     """The tensor before packing, in pieces that are small also when unpacked."""
     step = max(1, FEW_VALUES // move.form.shape[1])
-    for chunk in outputs(replace(move, packing=None))[0].chunks():
+    for chunk in values_of(move):
         for start in range(0, len(chunk), step):
             yield chunk[start : start + step]
 

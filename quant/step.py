@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from threading import Lock
 
 import numpy as np
 
-from ltx2.convert.files import outputs
+from ltx2.convert.pieces import values_of
 from ltx2.convert.plan import Move, packed_layers
 from ltx2.convert.steps import Form, Packing, Storage
 from ltx2.quant.kinds import kind_of
@@ -17,15 +18,22 @@ from ltx2.runtime.tensorfile import Array, bf16_to_f32
 MULTIPLIER = "weight_scale"  # the last name part of an output multiplier
 
 
-@dataclass
 class Tally:
-    """What packing a tensor has cost so far; `loss` is None while none of it was packed."""
+    """What packing a tensor has cost so far, counted by threads that each pack some of its rows."""
 
-    loss: Loss | None = None
+    def __init__(self) -> None:
+        self.rows, self.loss = 0, Loss()
+        self._lock = Lock()
 
-    def add(self, loss: Loss) -> None:
-        """Count one more part of the tensor."""
-        self.loss = loss if self.loss is None else self.loss + loss
+    def add(self, rows: int, loss: Loss) -> None:
+        """Count some more rows."""
+        with self._lock:
+            self.rows += rows
+            self.loss += loss
+
+    def covers(self, move: Move) -> bool:
+        """Whether that is all of the tensor: a run that continues another one packs only a part of one."""
+        return self.rows == move.form.shape[0]
 
 
 class Multiplier(Mapping[str, Array]):
@@ -94,7 +102,7 @@ class Quantize(Packing):
             raise CheckpointError(
                 f"{self.name} cannot be quantized", str(error), "use the checkpoint as published"
             ) from error
-        self.tally.add(loss)
+        self.tally.add(len(rows), loss)
         biases = {} if packed.biases is None else {"biases": packed.biases}
         return {"weight": packed.codes, "scales": packed.scales} | biases
 
@@ -109,7 +117,7 @@ def quantized(move: Move, form: Storage, multiplier: float | None = None) -> Mov
 
 def _largest(move: Move) -> float:
     """The largest absolute value of the tensor as it would be without packing."""
-    return max(_largest_of(rows) for rows in outputs(replace(move, packing=None))[0].chunks())
+    return max(_largest_of(rows) for rows in values_of(move))
 
 
 def _largest_of(rows: Array) -> float:

@@ -11,7 +11,8 @@ import numpy as np
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.latents import AUDIO_FREQUENCIES, Grid, Latents
 from ltx2.runtime.paths import check_output
-from ltx2.runtime.tensorfile import Array, Output, open_tensorfile, write_tensorfile
+from ltx2.runtime.tensorfile import open_tensorfile
+from ltx2.runtime.tensorwrite import write_tensorfile
 
 MOST_BYTES = 10**9  # of one tensor; a minute of 4K has 0.75 GB of latents
 
@@ -29,13 +30,8 @@ def write_tensors(
 ) -> None:
     """Write tensors as float32; the file appears under its name only when complete."""
     check_output(path)
-    outputs = [_output(name, np.array(value.astype(mx.float32))) for name, value in tensors.items()]
-    for _ in write_tensorfile(Path(path), outputs, metadata or {}):
-        pass
-
-
-def _output(name: str, values: Array) -> Output:
-    return Output(name, "F32", values.shape, lambda: [values])
+    values = {name: ("F32", np.array(value.astype(mx.float32))) for name, value in tensors.items()}
+    write_tensorfile(Path(path), values, metadata or {})
 
 
 def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array]:

@@ -1,22 +1,15 @@
-"""safetensors files with numpy only: read headers, map tensors, and write a file as a stream of row chunks.
+"""safetensors files with numpy only: headers, and tensors on demand, mapped or read by ranges of bytes."""
 
-Memory stays bounded whatever the file's size: tensors are memory-mapped for reading, and a file's header is known
-before its data, so output is written (and hashed) chunk by chunk under a temporary name."""
-
-import hashlib
 import json
 import mmap
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import FileIO
 from math import prod
 from pathlib import Path
-from types import EllipsisType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -24,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ltx2.runtime.errors import CheckpointError, UnsupportedError
 from ltx2.runtime.paths import open_regular
+from ltx2.runtime.ranges import RangeReader
 
 # numpy has no bfloat16 or float8: their codes travel as unsigned integers of the same width.
 NUMPY_DTYPES: Mapping[str, str] = {
@@ -32,8 +26,6 @@ NUMPY_DTYPES: Mapping[str, str] = {
     "BOOL": "|b1",
 }  # fmt: skip
 HEADER_BYTES = 4 << 20  # the longest that is read: 80,000 tensors take 3 s and 300 MB; published ones have 1.5 MB
-SYNC_BYTES = 256 << 20  # written data reach the disk in portions, so that no single sync takes long
-CHUNK_BYTES = 16 << 20  # rows are grouped into chunks of about this size
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -74,14 +66,7 @@ class TensorFile:
 
         Raises UnsupportedError for a dtype that no published file uses.
         """
-        info = self.tensors[name]
-        if info.dtype not in NUMPY_DTYPES:
-            raise UnsupportedError(
-                f"tensor {name} of {self.path.name} cannot be read",
-                f"its dtype is {info.dtype}",
-                f"use a file with {', '.join(NUMPY_DTYPES)}",
-            )
-        dtype = np.dtype(NUMPY_DTYPES[info.dtype])
+        info, dtype = self.tensors[name], self.numpy_dtype(name)
         try:
             return np.frombuffer(self._map, dtype, prod(info.shape), info.start).reshape(info.shape)
         except ValueError as error:  # shorter than when it was opened, or a shape beyond numpy's limits
@@ -89,12 +74,28 @@ class TensorFile:
                 f"tensor {name} of {self.path.name} cannot be read", str(error), "check that nothing writes the file"
             ) from error
 
-    def release(self, name: str) -> None:
-        """Give the tensor's mapped pages back; reading it again maps them anew. Call it after streaming past."""
-        info = self.tensors[name]
-        start = info.start - info.start % mmap.PAGESIZE
-        if info.end > start:
-            self._map.madvise(mmap.MADV_DONTNEED, start, info.end - start)
+    @cached_property
+    def reader(self) -> RangeReader:
+        """The file's bytes by range, for what is read once."""
+        return RangeReader(self.path)
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Some rows (of axis 0) in memory of their own. Raises what `array` and reading raise."""
+        info, dtype = self.tensors[name], self.numpy_dtype(name)
+        row = info.nbytes // max(1, info.shape[0])
+        raw = self.reader.read(info.start + start * row, info.start + stop * row)
+        return raw.view(dtype).reshape(stop - start, *info.shape[1:])
+
+    def numpy_dtype(self, name: str) -> np.dtype[Any]:
+        """How a tensor's values travel. Raises UnsupportedError for a dtype that no published file uses."""
+        dtype = self.tensors[name].dtype
+        if dtype not in NUMPY_DTYPES:
+            raise UnsupportedError(
+                f"tensor {name} of {self.path.name} cannot be read",
+                f"its dtype is {dtype}",
+                f"use a file with {', '.join(NUMPY_DTYPES)}",
+            )
+        return np.dtype(NUMPY_DTYPES[dtype])
 
 
 def open_tensorfile(path: Path) -> TensorFile:
@@ -150,108 +151,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Output:
-    """One tensor to write. `chunks` yields its bytes in order, as C-contiguous arrays."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterable[Array]]
-
-    @property
-    def nbytes(self) -> int:
-        return np.dtype(NUMPY_DTYPES[self.dtype]).itemsize * prod(self.shape)
-
-
-@dataclass(frozen=True)
 class FileRecord:
     """A file as manifests and journals record it: base name, size in bytes, SHA-256."""
 
     name: str
     size: int
     sha256: str
-
-
-Writing = Generator[int, None, FileRecord]  # yields bytes written, returns the record of the finished file
-
-
-def write_tensorfile(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> Writing:
-    """Stream `outputs` into `path`, yielding the bytes written after each chunk; returns its FileRecord.
-
-    The file appears under its name only when complete and synced. Same outputs, same bytes.
-    """
-    return (yield from write_blocks(path, _file_blocks(outputs, metadata)))
-
-
-def write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> Writing:
-    """Write any file as `write_tensorfile` does: hashed, synced, and under its name only when complete."""
-    partial = path.with_name(path.name + ".partial")
-    digest = hashlib.sha256()
-    size = synced = 0
-    with partial.open("wb", buffering=0) as f, ThreadPoolExecutor(1) as hasher:
-        for block in blocks:
-            hashed = hasher.submit(digest.update, block)
-            _write_all(f, block)
-            hashed.result()
-            size += len(block)
-            if size - synced >= SYNC_BYTES:
-                os.fsync(f.fileno())
-                synced = size
-            yield len(block)
-        os.fsync(f.fileno())
-    partial.replace(path)
-    return FileRecord(path.name, size, digest.hexdigest())
-
-
-def _write_all(f: FileIO, block: bytes | memoryview) -> None:
-    rest = memoryview(block)
-    while rest:
-        rest = rest[f.write(rest) :]
-
-
-def tensorfile_size(outputs: Sequence[Output], metadata: Mapping[str, str]) -> int:
-    """Size in bytes of the file that `write_tensorfile` would write."""
-    return len(_header(outputs, metadata)) + sum(out.nbytes for out in outputs)
-
-
-def _header(outputs: Sequence[Output], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for out in outputs:
-        header[out.key] = {"dtype": out.dtype, "shape": list(out.shape), "data_offsets": [offset, offset + out.nbytes]}
-        offset += out.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data start 8-byte aligned, as the safetensors library writes them
-    return struct.pack("<Q", len(text)) + text
-
-
-def _file_blocks(outputs: Sequence[Output], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    yield _header(outputs, metadata)
-    for out in outputs:
-        written = 0
-        for chunk in out.chunks():
-            block = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
-            written += block.nbytes
-            yield block
-        if written != out.nbytes:
-            raise RuntimeError(f"{out.key}: {written} bytes produced, {out.nbytes} declared")
-
-
-def row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice | EllipsisType]:
-    """Slices of axis 0 that hold about CHUNK_BYTES each; `...` for a scalar, which has no axis to slice."""
-    if not shape:
-        yield ...
-        return
-    rows = max(1, CHUNK_BYTES // max(1, itemsize * prod(shape[1:])))
-    for start in range(0, shape[0], rows):
-        yield slice(start, min(shape[0], start + rows))
-
-
-def read_blocks(path: Path) -> Iterator[bytes]:
-    """A file's bytes in blocks of CHUNK_BYTES."""
-    with path.open("rb", buffering=0) as f:
-        while block := f.read(CHUNK_BYTES):
-            yield block
 
 
 def bf16_to_f32(codes: Array) -> Array:

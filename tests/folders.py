@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from ltx2.convert.compare import Repack
 from ltx2.convert.verify import Verified, verify
-from ltx2.runtime.tensorfile import Array, Output, TensorFile, TensorInfo, open_tensorfile, write_tensorfile
+from ltx2.runtime.tensorfile import TensorInfo, open_tensorfile
+from ltx2.runtime.tensorwrite import write_tensorfile
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -33,19 +33,10 @@ def verified(folder: Path, sources: Sequence[Path] = (), repack: Repack | None =
     return last
 
 
-def chunks(file: TensorFile, name: str) -> list[Array]:
-    return [file.array(name)]
-
-
 def rewrite(path: Path, change: Mapping[str, TensorInfo | None]) -> None:
     """Write a safetensors file again with tensors renamed, reshaped (TensorInfo) or left out (None)."""
     file = open_tensorfile(path)
-    outputs = []
-    for name, tensor in file.tensors.items():
-        new = change.get(name, tensor)
-        if new is not None:
-            outputs.append(Output(new.name, new.dtype, new.shape, partial(chunks, file, name)))
-    new_file = path.with_name("new")
-    for _ in write_tensorfile(new_file, outputs, {"format": "mlx"}):
-        pass
-    new_file.replace(path)
+    changed = {name: change.get(name, tensor) for name, tensor in file.tensors.items()}
+    tensors = {new.name: (new.dtype, file.array(name).reshape(new.shape)) for name, new in changed.items() if new}
+    write_tensorfile(path.with_name("new"), tensors, {"format": "mlx"})
+    path.with_name("new").replace(path)

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import pytest
 
 from ltx2.convert import rules
 from ltx2.convert.check import check_plan
-from ltx2.convert.files import WeightFile, component_files
-from ltx2.convert.plan import Drop, Move, Plan, natural_order, plan_json
+from ltx2.convert.files import WeightFile, component_files, stream_order
+from ltx2.convert.plan import Drop, Move, Plan, plan_json
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.load import build_network, parameter_shapes
 from tests import published
@@ -122,10 +122,23 @@ class TestPublishedFiles:
         shards = [file for file in made if isinstance(file, WeightFile)]
         assert [s.name for s in shards] == [f"model-{n:05d}-of-00009.safetensors" for n in range(1, 10)]
         assert all(4 * 10**9 < s.size <= 5 * 10**9 for s in shards[:-1])
-        keys = [[o.key for o in s.outputs] for s in shards]
-        assert list(chain(*keys)) == sorted((m.key for m in plan.moves("transformer")), key=natural_order)
-        blocks = [{key.split(".")[1] for key in k if key.startswith("transformer_blocks.")} for k in keys]
-        assert sum(len(b) for b in blocks) == 48  # no block in two shards
+        keys = [key for shard in shards for key in shard.tensors]
+        assert sorted(keys) == sorted(m.key for m in plan.moves("transformer"))
+        blocks = [key.split(".")[1] for key in keys if key.startswith("transformer_blocks.")]
+        assert [block for block, _ in groupby(blocks)] == sorted(map(str, range(48)))  # whole, in the file's own order
+        held = [{key.split(".")[1] for key in s.tensors if key.startswith("transformer_blocks.")} for s in shards]
+        assert sum(map(len, held)) == 48  # no block in two shards
+
+    def test_sources_are_read_from_begin_to_end(self, plan: Plan) -> None:
+        """All but small tensors that belong to a block further on, and blocks that Gemma's files split."""
+        entries = stream_order([e for e in plan.entries if isinstance(e, Move)])
+        assert stream_order(entries) == entries
+        position: dict[Path, int] = {}
+        back = 0
+        for entry in entries:
+            back += entry.tensor.nbytes if entry.tensor.start < position.get(entry.file.path, 0) else 0
+            position[entry.file.path] = max(entry.tensor.end, position.get(entry.file.path, 0))
+        assert 0 < back < 0.02 * sum(entry.tensor.nbytes for entry in entries)
 
 
 class TestPlanJson:

@@ -1,29 +1,21 @@
 """safetensors reading and streaming: what the library rejects is rejected, what we write it reads back."""
 
-import hashlib
 import json
 import struct
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ltx2.runtime import tensorfile
 from ltx2.runtime.errors import CheckpointError, UnsupportedError
 from ltx2.runtime.tensorfile import (
     NUMPY_DTYPES,
-    FileRecord,
-    Output,
     bf16_to_f32,
     f32_to_bf16,
     open_tensorfile,
-    row_chunks,
-    write_tensorfile,
 )
 
 
@@ -35,24 +27,6 @@ def raw_file(path: Path, header: dict[str, Any] | bytes, data: bytes = b"") -> P
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
-
-
-def array_output(key: str, value: np.ndarray, dtype: str = "F32", rows: int = 1) -> Output:
-    """`value` streamed `rows` rows at a time."""
-
-    def chunks() -> Iterator[np.ndarray]:
-        yield from (value[i : i + rows] for i in range(0, len(value), rows)) if value.ndim else (value,)
-
-    return Output(key, dtype, value.shape, chunks)
-
-
-def write(path: Path, outputs: list[Output], metadata: dict[str, str] | None = None) -> FileRecord:
-    steps = write_tensorfile(path, outputs, metadata or {})
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
 
 
 class TestReading:
@@ -141,118 +115,6 @@ class TestReading:
         for path in (tmp_path, tmp_path / "absent.safetensors"):
             with pytest.raises(CheckpointError, match="cannot read"):
                 open_tensorfile(path)
-
-
-class TestWriting:
-    def outputs(self) -> list[Output]:
-        rng = np.random.default_rng(0)
-        return [
-            array_output("w", rng.standard_normal((5, 3)).astype(np.float32), rows=2),
-            array_output("h", rng.integers(0, 65536, (4, 2)).astype(np.uint16), "BF16"),
-            array_output("s", np.array(3.5, np.float32)),
-            array_output("e", np.zeros((0, 4), np.float32)),
-        ]
-
-    def test_the_library_reads_it_back(self, tmp_path: Path) -> None:
-        write(tmp_path / "x.safetensors", self.outputs(), {"format": "mlx"})
-        mine = open_tensorfile(tmp_path / "x.safetensors")
-        with safe_open(tmp_path / "x.safetensors", framework="numpy") as theirs:
-            assert theirs.metadata() == {"format": "mlx"}
-            assert list(mine.tensors) == ["w", "h", "s", "e"]  # in the order given
-            for out in self.outputs():
-                assert mine.array(out.key).tobytes() == b"".join(c.tobytes() for c in out.chunks())
-                if out.dtype == "F32":
-                    np.testing.assert_array_equal(theirs.get_tensor(out.key), mine.array(out.key))
-        assert mine.tensors["w"].start % 8 == 0
-
-    def test_mlx_reads_it_back(self, tmp_path: Path) -> None:
-        import mlx.core as mx
-
-        values = np.linspace(-3, 3, 12, dtype=np.float32).reshape(3, 4)
-        outputs = [array_output("b", f32_to_bf16(values), "BF16"), array_output("f", values)]
-        write(tmp_path / "x.safetensors", outputs)
-        loaded = mx.load(str(tmp_path / "x.safetensors"))
-        assert isinstance(loaded, dict) and loaded["b"].dtype == mx.bfloat16
-        assert mx.array_equal(loaded["b"], mx.array(values).astype(mx.bfloat16))
-        assert mx.array_equal(loaded["f"], mx.array(values))
-
-    def test_strided_chunks_are_written_in_order(self, tmp_path: Path) -> None:
-        value = np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)
-        write(tmp_path / "x.safetensors", [array_output("a", value)])
-        np.testing.assert_array_equal(open_tensorfile(tmp_path / "x.safetensors").array("a"), value)
-
-    def test_same_outputs_same_bytes(self, tmp_path: Path) -> None:
-        records = [write(tmp_path / name, self.outputs(), {"b": "1", "a": "2"}) for name in ("x", "y")]
-        assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
-        assert records[0].sha256 == records[1].sha256
-
-    def test_chunking_does_not_change_the_bytes(self, tmp_path: Path) -> None:
-        value = np.arange(60, dtype=np.float32).reshape(20, 3)
-        for rows in (1, 7, 20):
-            write(tmp_path / f"{rows}", [array_output("a", value, rows=rows)])
-        assert len({(tmp_path / f"{rows}").read_bytes() for rows in (1, 7, 20)}) == 1
-
-    def test_record_matches_the_file(self, tmp_path: Path) -> None:
-        path = tmp_path / "x.safetensors"
-        record = write(path, self.outputs())
-        content = path.read_bytes()
-        assert record == FileRecord("x.safetensors", len(content), hashlib.sha256(content).hexdigest())
-
-    def test_progress_adds_up_to_the_size(self, tmp_path: Path) -> None:
-        path = tmp_path / "x.safetensors"
-        assert sum(write_tensorfile(path, self.outputs(), {})) == path.stat().st_size
-
-    def test_nothing_under_the_final_name_until_complete(self, tmp_path: Path) -> None:
-        path = tmp_path / "x.safetensors"
-        path.write_bytes(b"old")
-        steps = write_tensorfile(path, self.outputs(), {})
-        for _ in range(3):
-            next(steps)
-        steps.close()  # as a kill would stop it
-        assert path.read_bytes() == b"old"
-
-    def test_failing_producer_leaves_the_old_file(self, tmp_path: Path) -> None:
-        def broken() -> Iterator[np.ndarray]:
-            yield np.zeros(2, np.float32)
-            raise OSError("source vanished")
-
-        path = tmp_path / "x.safetensors"
-        with pytest.raises(OSError, match="vanished"):
-            write(path, [Output("a", "F32", (4,), broken)])
-        assert not path.exists()
-
-    @pytest.mark.parametrize("count", [3, 5])
-    def test_wrong_number_of_bytes_is_a_bug(self, tmp_path: Path, count: int) -> None:
-        wrong = Output("a", "F32", (4,), lambda: [np.zeros(count, np.float32)])
-        with pytest.raises(RuntimeError, match=r"a: \d+ bytes produced, 16 declared"):
-            write(tmp_path / "x.safetensors", [wrong])
-        assert not (tmp_path / "x.safetensors").exists()
-
-    def test_interrupted_writing_can_be_done_again(self, tmp_path: Path) -> None:
-        steps = write_tensorfile(tmp_path / "x", self.outputs(), {})
-        next(steps)
-        steps.close()
-        write(tmp_path / "x", self.outputs())
-        write(tmp_path / "y", self.outputs())
-        assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
-
-
-@pytest.mark.parametrize("shape", [(10, 4), (1, 4), (7,), (3, 0), (0, 4), (1000, 2, 2)])
-def test_row_chunks_cover_every_row_once(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
-    monkeypatch.setattr(tensorfile, "CHUNK_BYTES", 64)
-    array = np.arange(np.prod(shape)).reshape(shape).astype(np.float32)
-    chunks = [array[rows] for rows in row_chunks(shape, 4)]
-    assert all(chunk.nbytes <= 64 for chunk in chunks)
-    if chunks:
-        np.testing.assert_array_equal(np.concatenate(chunks), array)
-    else:
-        assert shape[0] == 0
-
-
-def test_row_chunks_of_a_wide_row_and_of_a_scalar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorfile, "CHUNK_BYTES", 64)
-    assert list(row_chunks((3, 1000), 4)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
-    assert np.array(5.0)[next(iter(row_chunks((), 4)))] == 5.0
 
 
 class TestBfloat16:
