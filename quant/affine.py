@@ -8,10 +8,10 @@ luckiest rounding of a group is a tenth better than the first."""
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import mlx.core as mx
-
-from ltx2.quant.blocks import ROUND, compiled_on_gpu, group_sums
-from ltx2.quant.search import TINY, Fit, Search, squares
+from ltx2.convert.steps import from_float32
+from ltx2.quant.arithmetic import Values
+from ltx2.quant.search import TINY, Fit, Search, squared
+from ltx2.runtime.tensorfile import Array
 
 Ranges = tuple[tuple[float, float], ...]
 
@@ -44,7 +44,7 @@ class AffineSearch(Search):
     """The groups of a block, to be stored with `bits` and with scales of `dtype`."""
 
     bits: int
-    dtype: mx.Dtype
+    dtype: str
 
     @property
     def top(self) -> float:
@@ -52,80 +52,47 @@ class AffineSearch(Search):
         return float(2**self.bits - 1)
 
     def best(self) -> Fit:
+        xp = self.on.xp
         low, high = self.values.min(axis=0), self.values.max(axis=0)
         half = (high - low) / 2
         center = (low + half) + 0.0  # never -0, which a minimum may or may not return
-        unit = mx.where(half > TINY, half, 1.0)
+        unit = xp.where(half > TINY, half, 1.0)
         ranges = RANGES[self.bits] + (WEIGHTED_RANGES[self.bits] if self.weights else ())
-        lower, upper = mx.split(mx.array(ranges), 2, axis=1)  # (ranges, 1)
-        scale, bias = self._stored((lower + upper) * half / self.top, center - lower * half)
-        fit = self._refitted(Fit(scale, bias, self._errors(scale, bias) * _squared(scale / unit)).best(), unit)
-        return fit._replace(error=fit.error * _squared(unit))
+        lower, upper = xp.split(xp.array(ranges, dtype=xp.float32), 2, axis=1)  # (ranges, 1)
+        scale, bias = self._rounded((lower + upper) * half / self.top, center - lower * half)
+        fit = self._refitted(Fit(scale, bias, self._errors(scale, bias) * squared(scale / unit)).best(xp), unit)
+        return fit._replace(error=fit.error * squared(unit))
 
-    def _stored(self, scale: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+    def _rounded(self, scale: Values, bias: Values) -> tuple[Values, Values]:
         """Scale and bias as they are stored; the scale of a constant group is 1."""
-        scale, bias = (a.astype(self.dtype).astype(mx.float32) for a in (scale, bias))
-        return mx.where(scale > 0, scale, 1.0), bias
+        scale, bias = (self.on.rounded(values, self.dtype) for values in (scale, bias))
+        return self.on.xp.where(scale > 0, scale, 1.0), bias
 
-    def _errors(self, scale: mx.array, bias: mx.array) -> mx.array:
-        """Summed squares, in units of the scale, for several scales and biases (fits, groups)."""
-        values, *weights = (a[:, None] for a in (self.values, *self.weights))
-        return group_sums(_errors(values, scale, bias, self.top, *weights))
+    def _errors(self, scale: Values, bias: Values) -> Values:
+        return self.on.affine_errors(self.values, scale, bias, self.top, *self.weights)
 
-    def _refitted(self, best: Fit, unit: mx.array) -> Fit:
+    def _refitted(self, best: Fit, unit: Values) -> Fit:
         """Least squares: the scale and bias that suit the codes best, the codes that suit those, and so on. Errors in
         `unit`s, which do not overflow."""
         fit = best
         for _ in range(REFITS[self.bits]):
-            scale, bias = self._stored(*self._least_squares(fit))
-            fit = Fit(scale, bias, self._errors(scale, bias)[0] * _squared(scale / unit))
-            best = best.better_of(fit)
+            scale, bias = self._rounded(*self._least_squares(fit))
+            fit = Fit(scale, bias, self._errors(scale[None], bias[None])[0] * squared(scale / unit))
+            best = best.better_of(fit, self.on.xp)
         return best
 
-    def _least_squares(self, fit: Fit) -> tuple[mx.array, mx.array]:
+    def _least_squares(self, fit: Fit) -> tuple[Values, Values]:
         """With codes q and remainders r, a value is scale * (q + r) + bias: fit r by a line in q."""
-        terms = _moments(self.values, fit.scale, fit.bias, self.top, *self.weights)
-        r, q, qr, qq = (group_sums(term) for term in terms)
-        count = group_sums(self.weights[0]) if self.weights else float(len(self.values))
+        r, q, qr, qq = self.on.affine_moments(self.values, fit.scale, fit.bias, self.top, *self.weights)
+        count = self.on.group_sums(self.weights[0]) if self.weights else float(len(self.values))
         mean_q, mean_r = q / count, r / count
         spread = qq - q * mean_q
-        slope = mx.where(spread > 0, (qr - r * mean_q) / spread, 0.0)
-        scale, _ = self._stored(fit.scale + fit.scale * slope, fit.bias)
+        slope = self.on.xp.where(spread > 0, (qr - r * mean_q) / spread, 0.0)
+        scale, _ = self._rounded(fit.scale + fit.scale * slope, fit.bias)
         return scale, fit.bias + (fit.scale * mean_r + (fit.scale - scale) * mean_q)
 
-    def codes(self, fit: Fit) -> mx.array:
-        return _codes(self.values, fit.scale, fit.bias, self.top)
+    def codes(self, fit: Fit) -> Values:
+        return self.on.affine_codes(self.values, fit.scale, fit.bias, self.top)
 
-    def stored(self, fit: Fit) -> tuple[mx.array, ...]:
-        return fit.scale.astype(self.dtype), fit.bias.astype(self.dtype)
-
-
-def _squared(values: mx.array) -> mx.array:
-    return values * values
-
-
-def _steps(values: mx.array, scale: mx.array, bias: mx.array, top: float) -> tuple[mx.array, mx.array]:
-    """Values in units of the scale, and the nearest codes."""
-    steps = (values - bias) / scale
-    return steps, (mx.clip(steps, 0.0, top) + ROUND) - ROUND
-
-
-@compiled_on_gpu
-def _errors(values: mx.array, scale: mx.array, bias: mx.array, top: float, *weights: mx.array) -> mx.array:
-    steps, codes = _steps(values, scale, bias, top)
-    return squares(steps - codes, *weights)
-
-
-@compiled_on_gpu
-def _moments(
-    values: mx.array, scale: mx.array, bias: mx.array, top: float, *weights: mx.array
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    steps, q = _steps(values, scale, bias, top)
-    r = steps - q
-    r, wq = (r * weights[0], q * weights[0]) if weights else (r, q)
-    return r, wq, q * r, q * wq
-
-
-@compiled_on_gpu
-def _codes(values: mx.array, scale: mx.array, bias: mx.array, top: float) -> mx.array:
-    return _steps(values, scale, bias, top)[1].astype(mx.uint32)
+    def stored(self, scale: Array, bias: Array) -> tuple[Array, ...]:
+        return from_float32(scale, self.dtype), from_float32(bias, self.dtype)

@@ -6,31 +6,17 @@ hardly differ. The few scales near the one that fits the largest value are all t
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import frexp
-from typing import NamedTuple
+from math import frexp, inf, nan
 
-import mlx.core as mx
+import numpy as np
 
 from ltx2.convert.steps import Storage
-from ltx2.quant.blocks import compiled_on_gpu, group_sums
+from ltx2.quant.arithmetic import E2M1, E4M3, EXPONENT, Grid, Values
 from ltx2.quant.kinds import kind_of
-from ltx2.quant.search import TINY, Fit, Search, squares
+from ltx2.quant.search import TINY, Fit, Search, squared
+from ltx2.runtime.tensorfile import Array
 
-EXPONENT = 0x7F800000  # of a float32
-LARGEST_SCALE = 448.0  # of E4M3, whose normal numbers begin at 2**-6
 AIM = 128.0  # the largest block of a tensor gets a scale of one to two times this
-
-
-class Grid(NamedTuple):
-    """The values of a code: `top` is the largest; between 2**low and it there are 2**mantissa values per octave, below
-    they are evenly spaced."""
-
-    top: float
-    mantissa: int
-    low: int
-
-
-E2M1, E4M3 = Grid(6.0, 1, 0), Grid(448.0, 3, -6)
 
 # Scales tried around the one that just fits: of E8M0 in powers of two, of E4M3 in its steps (4 and 5 are half as much
 # again: the largest value comes to 4, below which the grid is finer than between 4 and 6).
@@ -58,64 +44,45 @@ class MinifloatSearch(Search):
         return E4M3 if self.storage.bits == 8 else E2M1
 
     def best(self) -> Fit:
-        largest = mx.abs(self.values).max(axis=0)
-        unit = mx.where(largest > TINY, largest, 1.0)
+        xp = self.on.xp
+        largest = xp.maximum(self.values.max(axis=0), -self.values.min(axis=0)) + 0.0  # never -0
+        unit = xp.where(largest > TINY, largest, 1.0)
         scale = self._scales(largest)
-        values, *weights = (a[:, None] for a in (self.values, *self.weights))
-        ratio = scale / unit  # errors in units do not overflow
-        errors = group_sums(_errors(values, scale, *self.grid, *weights)) * (ratio * ratio)
-        fit = Fit(scale, mx.zeros_like(scale), errors).best()
-        limit = LARGEST_SCALE * self.grid.top if kind_of(self.storage).multiplied else mx.inf
-        return fit._replace(error=mx.where(largest <= limit, fit.error * (unit * unit), mx.nan))
+        errors = self.on.grid_errors(self.values, scale, self.grid, *self.weights) * squared(scale / unit)
+        fit = Fit(scale, xp.zeros_like(scale), errors).best(xp)
+        limit = E4M3.top * self.grid.top if kind_of(self.storage).multiplied else inf
+        return fit._replace(error=xp.where(largest <= limit, fit.error * squared(unit), nan))
 
-    def _scales(self, largest: mx.array) -> mx.array:
+    def _scales(self, largest: Values) -> Values:
         """The scales to try (offsets, groups), around the one that brings the largest value to the top of the grid."""
-        mode = self.storage.mode
-        offsets = mx.array(OFFSETS[mode] + (WEIGHTED_OFFSETS[mode] if self.weights else ()))[:, None]
+        mode, xp = self.storage.mode, self.on.xp
+        offsets = OFFSETS[mode] + (WEIGHTED_OFFSETS[mode] if self.weights else ())
+        beside = xp.array(offsets, dtype=xp.int32)[:, None]
         if kind_of(self.storage).multiplied:
-            codes = mx.to_fp8(largest / self.grid.top).astype(mx.int32) + offsets
-            return mx.from_fp8(mx.clip(codes, 1, 126).astype(mx.uint8), mx.float32)
-        exponents = (_bits(largest) >> 23).astype(mx.int32) - (frexp(self.grid.top)[1] - 1) + offsets
-        return (mx.clip(exponents, 1, 254).astype(mx.uint32) << 23).view(mx.float32)
+            return self._e4m3(xp.clip(self._e4m3_code(largest / self.grid.top) + beside, 1, 126))
+        exponents = self.on.cast(self.on.view(largest, "uint32") >> 23, "int32") - (frexp(self.grid.top)[1] - 1)
+        return self.on.view(self.on.cast(xp.clip(exponents + beside, 1, 254), "uint32") << 23, "float32")
 
-    def codes(self, fit: Fit) -> mx.array:
-        return (_fp8_codes if self.storage.bits == 8 else _fp4_codes)(self.values, fit.scale, *self.grid)
+    def _e4m3_code(self, values: Values) -> Values:
+        """The code of the nearest number of E4M3, int32."""
+        xp, sizes = self.on.xp, self.on.xp.minimum(values, E4M3.top)
+        octave = self.on.view(self.on.view(sizes, "uint32") & EXPONENT, "float32")
+        coarse = xp.maximum(octave, 2.0**E4M3.low) * E4M3.coarse
+        nearest = (sizes + coarse) - coarse
+        normal = self.on.cast(self.on.view(nearest, "uint32") >> E4M3.shift, "int32") - E4M3.bias
+        return xp.where(nearest < 2.0**E4M3.low, self.on.cast(nearest * (1 / E4M3.step), "int32"), normal)
 
-    def stored(self, fit: Fit) -> tuple[mx.array, ...]:
-        multiplied = kind_of(self.storage).multiplied
-        return (mx.to_fp8(fit.scale) if multiplied else (_bits(fit.scale) >> 23).astype(mx.uint8),)
+    def _e4m3(self, codes: Values) -> Values:
+        """The number that a code (int32) stands for."""
+        normal = self.on.view(self.on.cast(codes + E4M3.bias, "uint32") << E4M3.shift, "float32")
+        return self.on.xp.where(codes < 1 << E4M3.mantissa, self.on.cast(codes, "float32") * E4M3.step, normal)
 
+    def codes(self, fit: Fit) -> Values:
+        return self.on.grid_codes(self.values, fit.scale, self.grid)
 
-def _bits(values: mx.array) -> mx.array:
-    return values.view(mx.uint32)
-
-
-def _nearest(values: mx.array, scale: mx.array, top: float, mantissa: int, low: int) -> tuple[mx.array, mx.array]:
-    """Absolute values in units of the scale, and the nearest values of the grid, half to even."""
-    steps = mx.abs(values) / scale
-    sizes = mx.minimum(steps, top)
-    octave = mx.maximum((_bits(sizes) & EXPONENT).view(mx.float32), 2.0**low)
-    coarse = octave * float(3 << (22 - mantissa))  # so large that adding it leaves just `mantissa` bits
-    return steps, (sizes + coarse) - coarse
-
-
-@compiled_on_gpu
-def _errors(
-    values: mx.array, scale: mx.array, top: float, mantissa: int, low: int, *weights: mx.array
-) -> mx.array:
-    steps, nearest = _nearest(values, scale, top, mantissa, low)
-    return squares(steps - nearest, *weights)
-
-
-@compiled_on_gpu
-def _fp4_codes(values: mx.array, scale: mx.array, top: float, mantissa: int, low: int) -> mx.array:
-    """0, 0.5, 1, 1.5, 2, 3, 4, 6 are codes 0 to 7; bit 3 is the sign, never that of a zero."""
-    _, sizes = _nearest(values, scale, top, mantissa, low)
-    codes = mx.minimum(mx.minimum(sizes * 2.0, sizes + 2.0), sizes * 0.5 + 4.0)
-    return mx.where((values < 0) & (sizes > 0), codes + 8.0, codes).astype(mx.uint32)
-
-
-@compiled_on_gpu
-def _fp8_codes(values: mx.array, scale: mx.array, top: float, mantissa: int, low: int) -> mx.array:
-    _, sizes = _nearest(values, scale, top, mantissa, low)
-    return mx.to_fp8(mx.where((values < 0) & (sizes > 0), -sizes, sizes)).astype(mx.uint32)
+    def stored(self, scale: Array, bias: Array) -> tuple[Array, ...]:
+        bits = scale.view(np.uint32)
+        if not kind_of(self.storage).multiplied:
+            return ((bits >> 23).astype(np.uint8),)
+        normal = (bits >> E4M3.shift).astype(np.int32) - E4M3.bias
+        return (np.where(scale < 2.0**E4M3.low, scale / np.float32(E4M3.step), normal).astype(np.uint8),)

@@ -6,6 +6,7 @@ the bytes of the whole. Given E[x^2] of a layer's inputs as `weights`, errors co
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from math import sqrt
@@ -14,16 +15,18 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ltx2.convert.steps import Storage
+from ltx2.convert.steps import FLOATS, Storage, to_float32
 from ltx2.quant.affine import AffineSearch
-from ltx2.quant.blocks import on_gpu, pack_words, tiled, to_block
+from ltx2.quant.arithmetic import Arithmetic
 from ltx2.quant.kinds import kind_of
 from ltx2.quant.minifloat import MinifloatSearch
+from ltx2.quant.on_cpu import OnCpu
+from ltx2.quant.on_gpu import OnGpu, is_gpu
 from ltx2.quant.search import Search
-from ltx2.runtime.tensorfile import Array
+from ltx2.runtime.tensorfile import NUMPY_DTYPES, Array
 
-# Values of a block. On a CPU its arrays should stay in the cache of a core; a GPU needs many to be busy.
-CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 21
+# Values of a block: so many that a CPU's threads do not wait for the interpreter, and that a GPU is busy.
+CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 21
 MAX_THREADS = 8
 LEAST_WEIGHT = 2.0**-20  # of the largest
 GPU_WORKERS = 2  # one prepares a block while the other's is computed
@@ -65,18 +68,18 @@ def pack(
     Raises ValueError when a value is NaN or infinite, or too large for what scales can express.
     """
     _check(rows.shape[1], storage, multiplier)
-    device, packed = mx.default_device(), _empty(rows, storage)
+    packed, gpu = _empty(rows, storage), is_gpu()
     counted = None if weights is None else _usable(weights, rows.shape[1])
 
     def work(span: slice) -> Loss:
-        with mx.stream(device):
-            parts, loss = _pack_block(rows[span], storage, counted, multiplier)
+        with mx.stream(mx.gpu) if gpu else nullcontext():
+            parts, loss = _pack_block(rows[span], storage, counted, multiplier, OnGpu() if gpu else OnCpu())
         for whole, part in zip(packed, parts, strict=True):
             if whole is not None:
                 whole[span] = part
         return loss
 
-    return packed, sum(_in_threads(work, _spans(rows, device)), Loss())
+    return packed, sum(_in_threads(work, _spans(rows, GPU_BLOCK if gpu else CPU_BLOCK)), Loss())
 
 
 def unpack(packed: Packed, storage: Storage, multiplier: float = 1.0) -> Array:
@@ -96,7 +99,7 @@ def bias_correction(
 
     `mean` (width,) is E[x] of the layer's inputs.
     """
-    change = np.array(_on_device(rows).astype(mx.float32)) - unpack(packed, storage, multiplier)
+    change = to_float32(rows, _dtype(rows)) - unpack(packed, storage, multiplier)
     columns = np.ascontiguousarray(change.T) * mean.astype(np.float64)[:, None]
     return np.add.reduce(columns, axis=0).astype(np.float32)  # column by column: an order that is ours
 
@@ -125,39 +128,41 @@ def _empty(rows: Array, storage: Storage) -> Packed:
     return Packed(codes, np.empty(shape, rows.dtype), np.empty(shape, rows.dtype))
 
 
-def _spans(rows: Array, device: mx.Device) -> list[slice]:
+def _spans(rows: Array, values: int) -> list[slice]:
     count, width = rows.shape
-    values = CPU_BLOCK if device.type == mx.DeviceType.cpu else GPU_BLOCK
     step = max(1, values // width)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _pack_block(
-    rows: Array, storage: Storage, weights: Array | None, multiplier: float
+    rows: Array, storage: Storage, weights: Array | None, multiplier: float, on: Arithmetic
 ) -> tuple[Packed, Loss]:
-    search = _search(rows, storage, weights, multiplier)
-    fit = search.best()
-    parts = [pack_words(search.codes(fit), storage.bits), *search.stored(fit)]
-    norms = search.norms()
-    mx.eval(parts, fit.error, norms)
-    errors = np.array(fit.error)
-    if np.isnan(errors).any():
-        raise ValueError(_what_is_wrong(rows))
-    loss = Loss(_total(errors) * multiplier**2, _total(np.array(norms)) * multiplier**2)
-    return Packed(*(_from_device(part).reshape(len(rows), -1) for part in parts)), loss
+    search = _search(rows, storage, weights, multiplier, on)
+    with np.errstate(all="ignore"):  # what is not finite shows in the errors
+        fit = search.best()
+        scale, bias, errors = (on.numpy(part) for part in fit)
+        if np.isnan(errors).any():
+            raise ValueError(_what_is_wrong(rows))
+        norms = on.numpy(search.norms())
+        codes = on.numpy(on.words(search.codes(fit), storage.bits))
+    loss = Loss(_total(errors) * multiplier**2, _total(norms) * multiplier**2)
+    return Packed(*(part.reshape(len(rows), -1) for part in (codes, *search.stored(scale, bias)))), loss
 
 
-def _search(rows: Array, storage: Storage, weights: Array | None, multiplier: float) -> Search:
-    values = _on_device(rows)
-    block = to_block(values, storage.group_size)
-    counts = () if weights is None else (tiled(mx.array(weights), len(rows), storage.group_size),)
+def _search(rows: Array, storage: Storage, weights: Array | None, multiplier: float, on: Arithmetic) -> Search:
+    block = on.block(rows, storage.group_size, 1 / multiplier)
+    counts = () if weights is None else (on.tiled(weights, len(rows), storage.group_size),)
     if kind_of(storage).biased:
-        return AffineSearch(block, counts, storage.bits, values.dtype)
-    return MinifloatSearch(block * (1 / multiplier) if multiplier != 1 else block, counts, storage)
+        return AffineSearch(on, block, counts, storage.bits, _dtype(rows))
+    return MinifloatSearch(on, block, counts, storage)
+
+
+def _dtype(rows: Array) -> str:
+    return next(name for name in FLOATS.values() if NUMPY_DTYPES[name] == rows.dtype)
 
 
 def _what_is_wrong(rows: Array) -> str:
-    if np.isfinite(np.array(_on_device(rows).astype(mx.float32))).all():
+    if np.isfinite(to_float32(rows, _dtype(rows))).all():
         return "its values spread too far for what a scale can express"
     return "it holds NaN or infinite values"
 
@@ -167,21 +172,17 @@ def _on_device(values: Array) -> mx.array:
     return array.view(mx.bfloat16) if values.dtype == np.uint16 else array
 
 
-def _from_device(values: mx.array) -> Array:
-    return np.array(values.view(mx.uint16) if values.dtype == mx.bfloat16 else values)
-
-
 def _total(values: Array) -> float:
     return float(values.sum(dtype=np.float64))
 
 
 def _in_threads(work: Callable[[slice], Loss], spans: Sequence[slice]) -> Iterable[Loss]:
-    """MLX works on a CPU with one thread per stream, and every thread has its own."""
+    """numpy's loops release the interpreter's lock; so does MLX while a GPU works."""
     return _workers().map(work, spans) if len(spans) > 1 else map(work, spans)
 
 
 @cache
 def _workers() -> ThreadPoolExecutor:
-    """Threads that live as long as the process: MLX keeps a stream for every thread that has used it."""
-    count = GPU_WORKERS if on_gpu() else min(MAX_THREADS, os.cpu_count() or 1)
+    """Threads that live as long as the process: their buffers are used again, and MLX keeps a stream for each."""
+    count = GPU_WORKERS if is_gpu() else min(MAX_THREADS, os.cpu_count() or 1)
     return ThreadPoolExecutor(count, "ltx2-pack")

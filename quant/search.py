@@ -2,11 +2,10 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import mlx.core as mx
-
-from ltx2.quant.blocks import compiled_on_gpu, group_sums
+from ltx2.quant.arithmetic import Arithmetic, Values
+from ltx2.runtime.tensorfile import Array
 
 TINY = 1e-30  # errors of groups that are larger are counted in units of the group, which neither overflow nor vanish
 
@@ -14,19 +13,19 @@ TINY = 1e-30  # errors of groups that are larger are counted in units of the gro
 class Fit(NamedTuple):
     """Scales and biases of groups, float32 but exactly as stored, and the errors of the codes they give."""
 
-    scale: mx.array
-    bias: mx.array
-    error: mx.array
+    scale: Values
+    bias: Values
+    error: Values
 
-    def best(self) -> "Fit":
+    def best(self, xp: Any) -> "Fit":
         """Of several fits, stacked along axis 0, the one with the smallest error per group, or the first such."""
-        place = mx.argmin(mx.where(mx.isnan(self.error), mx.inf, self.error), axis=0, keepdims=True)
-        return Fit(*(mx.take_along_axis(part, place, axis=0)[0] for part in self))
+        place = xp.argmin(xp.where(xp.isnan(self.error), xp.inf, self.error), axis=0, keepdims=True)
+        return Fit(*(xp.take_along_axis(part, place, axis=0)[0] for part in self))
 
-    def better_of(self, other: "Fit") -> "Fit":
+    def better_of(self, other: "Fit", xp: Any) -> "Fit":
         """Per group the fit with the smaller error; one that is not a number never replaces another."""
         better = other.error < self.error
-        return Fit(*(mx.where(better, theirs, ours) for ours, theirs in zip(self, other, strict=True)))
+        return Fit(*(xp.where(better, theirs, ours) for ours, theirs in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -34,28 +33,27 @@ class Search(ABC):
     """The groups of a block (group size, groups). `weights`, a block like it or none, says how much each value's error
     counts."""
 
-    values: mx.array
-    weights: tuple[mx.array, ...]
+    on: Arithmetic
+    values: Values
+    weights: tuple[Values, ...]
 
     @abstractmethod
     def best(self) -> Fit:
         """The best fit found. Its error is NaN where there is none."""
 
     @abstractmethod
-    def codes(self, fit: Fit) -> mx.array:
+    def codes(self, fit: Fit) -> Values:
         """The codes (group size, groups), uint32."""
 
     @abstractmethod
-    def stored(self, fit: Fit) -> tuple[mx.array, ...]:
-        """Scales, and biases where the mode has them, as they are stored (groups,)."""
+    def stored(self, scale: Array, bias: Array) -> tuple[Array, ...]:
+        """A fit's scales, and its biases where the mode has them, as they are stored (groups,)."""
 
-    def norms(self) -> mx.array:
+    def norms(self) -> Values:
         """Summed squares of the groups."""
-        return group_sums(squares(self.values, *self.weights))
+        return self.on.squares(self.values, *self.weights)
 
 
-@compiled_on_gpu
-def squares(values: mx.array, *weights: mx.array) -> mx.array:
-    """Squares, weighted if there are weights."""
-    squared = values * values
-    return squared * weights[0] if weights else squared
+def squared(values: Values) -> Values:
+    """A ratio's square, as errors are."""
+    return values * values

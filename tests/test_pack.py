@@ -8,12 +8,14 @@ import pytest
 
 from ltx2.bench.layers import KINDS, Layer, layer
 from ltx2.convert.steps import Storage
-from ltx2.quant import affine, blocks
+from ltx2.quant import affine
 from ltx2.quant import pack as packing
-from ltx2.quant.blocks import group_sums, pack_words
+from ltx2.quant.arithmetic import Arithmetic
 from ltx2.quant.kinds import KINDS as MODES
 from ltx2.quant.kinds import kind_of
 from ltx2.quant.minifloat import output_multiplier
+from ltx2.quant.on_cpu import OnCpu
+from ltx2.quant.on_gpu import OnGpu
 from ltx2.quant.pack import Packed, bias_correction, pack, unpack
 from ltx2.runtime.tensorfile import bf16_to_f32, f32_to_bf16
 from tests.parity import relative_l2
@@ -104,7 +106,7 @@ class TestBits:
     @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
     def test_every_code_is_where_mlx_expects_it(self, bits: int) -> None:
         codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 128))
-        words = pack_words(mx.array(codes.reshape(-1, 32).T.astype(np.uint32)), bits).reshape(3, -1)
+        words = mx.array(OnCpu().words(codes.reshape(-1, 32).T.astype(np.uint32), bits).reshape(3, -1))
         ones, zeros = mx.ones((3, 4)), mx.zeros((3, 4))
         np.testing.assert_array_equal(np.array(mx.dequantize(words, ones, zeros, 32, bits)), codes)
 
@@ -193,15 +195,34 @@ class TestSameBytes:
                         np.testing.assert_array_equal(np.concatenate(theirs), ours)
                 assert sum(part.error for _, part in parts) == pytest.approx(loss.error, rel=1e-6)
 
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @every(STORAGES)
+    def test_numpy_and_mlx_agree(
+        self, monkeypatch: pytest.MonkeyPatch, storage: Storage, dtype: str, weighted: bool
+    ) -> None:
+        """Both implementations of the arithmetic, the second on whatever device MLX uses here."""
+        counts = np.random.default_rng(1).uniform(0, 9, 256) if weighted else None
+        for kind in ("gauss", "heavy", "shifted"):
+            values = stored(weights(kind, 8, 256), dtype)
+            multiplier = multiplier_of(storage, as_float32(values))
+            ours, loss = pack(values, storage, counts, multiplier)
+            monkeypatch.setattr(packing, "OnCpu", OnGpu)
+            theirs, other = pack(values, storage, counts, multiplier)
+            monkeypatch.undo()
+            for a, b in zip(ours, theirs, strict=True):
+                np.testing.assert_array_equal(a, b)  # None is None
+            assert (loss.error, loss.norm) == (other.error, other.norm)
+
     @pytest.mark.parametrize("count", [16, 32, 64, 128])
-    def test_sums_add_one_after_the_other(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-        values = np.random.default_rng(0).standard_normal((count, 3, 50)).astype(np.float32)
-        total = np.zeros((3, 50), np.float32)
+    @pytest.mark.parametrize("groups", [1, 2, 50])
+    @pytest.mark.parametrize("on", [OnCpu(), OnGpu()])
+    def test_sums_add_one_after_the_other(self, on: Arithmetic, count: int, groups: int) -> None:
+        values = np.random.default_rng(0).standard_normal((count, groups)).astype(np.float32)
+        total = np.zeros(groups, np.float32)
         for row in values:
             total += row
-        np.testing.assert_array_equal(np.array(group_sums(mx.array(values))), total)
-        monkeypatch.setattr(blocks, "on_gpu", lambda: True)
-        np.testing.assert_array_equal(np.array(group_sums(mx.array(values))), total)
+        np.testing.assert_array_equal(on.numpy(on.group_sums(on.xp.array(values))), total)
 
     def test_a_multiplier_is_exact(self) -> None:
         """Weights 2**k times as large give the same codes with a multiplier 2**k times as large."""
