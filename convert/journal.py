@@ -148,8 +148,10 @@ def _marked(line: dict[str, Any]) -> int:
 
 def _recorded(line: dict[str, Any]) -> tuple[str, FileRecord]:
     """A line's path and record. Raises ValueError, LookupError or TypeError for another line."""
-    path = line["source"] if "source" in line else line["file"]
-    return str(Path(path)), file_record(line)
+    path, record = Path(line["source"] if "source" in line else line["file"]), file_record(line)
+    if path.name != record.name:
+        raise ValueError(f"{path} is not called {record.name}")
+    return str(path), record
 
 
 def _restore(partial: Partial, lines: list[dict[str, Any]]) -> None:

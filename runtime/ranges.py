@@ -64,7 +64,7 @@ class RangeWriter:
     """
 
     def __init__(self, path: Path, size: int) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         self._close = weakref.finalize(self, os.close, self._descriptor)
         _pass_the_cache(self._descriptor)
         _reserve(self._descriptor, size)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ltx2.quant.apply import quantize
+from ltx2.convert.journal import JOURNAL, Partial
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.tensorfile import open_tensorfile
 from tests.command import Here
@@ -192,12 +192,16 @@ def test_edited_model_folders(examples: int, here: Here, stranger: Path, name: s
 def test_edited_journals(examples: int, here: Here, stranger: Path) -> None:
     """A damaged journal starts anew, continues, or is refused; it leads nowhere else."""
     out, partial = stranger.parent / "out", stranger.parent / "out.partial"
-    events = quantize(stranger, out)
-    while not list(partial.rglob("*.safetensors")):
-        next(events)
-    del events
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Partial, "finish", stop)
+        assert here("quantize", stranger, "-o", out).code == 130
     kept = Path(shutil.copytree(partial, stranger.parent / "kept"))
-    journal = next(path for path in kept.iterdir() if "journal" in path.name)
+    journal = kept / JOURNAL
+    assert len(journal.read_text().splitlines()) > 3
     before = content(stranger) | content(kept)
 
     def check(edits: list[tuple[float, str, int]]) -> None:
