@@ -26,7 +26,7 @@ from ltx2.quant.search import Search
 from ltx2.runtime.tensorfile import NUMPY_DTYPES, Array
 
 # Values of a block: so many that a CPU's threads do not wait for the interpreter, and that a GPU is busy.
-CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 21
+CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 21
 MAX_THREADS = 8
 LEAST_WEIGHT = 2.0**-20  # of the largest
 GPU_WORKERS = 2  # one prepares a block while the other's is computed
