@@ -43,13 +43,15 @@ class Multiplier(Mapping[str, Array]):
     def __init__(self, make: Callable[[], float]) -> None:
         self._make = make
         self._value: float | None = None
+        self._lock = Lock()
 
     @property
     def value(self) -> float:
         """The multiplier, a power of two."""
-        if self._value is None:
-            self._value = self._make()
-        return self._value
+        with self._lock:
+            if self._value is None:
+                self._value = self._make()
+            return self._value
 
     def __getitem__(self, part: str) -> Array:
         if part != MULTIPLIER:
