@@ -82,8 +82,7 @@ def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a clip of so many latents (frames, height, width) is decoded: the largest tile, and the largest that is not
-    the first of its frames."""
+    """How a clip of so many latents (frames, height, width) is decoded."""
 
     latents: tuple[int, int, int]
     tiling: Tiling | None
@@ -98,54 +97,69 @@ class Tiles:
         size, overlap = t.frames // self.config.temporal_scale, t.frame_overlap // self.config.temporal_scale
         return max(size, min(size + 1, length - (size - overlap) + 1))
 
-    @property
-    def sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(height, width) of the first tile and of the largest other one; (0, 0) where there is none."""
+    def spans(self) -> tuple[list[tuple[int, int, int]], ...]:
+        """Of rows and columns the first tile and the last two: (start, stop, stop of the one before)."""
         _, height, width = self.latents
         if self.tiling is None:
-            return (height, width), (0, 0)
-        scale, overlap = self.config.spatial_scale, self.tiling.overlap // self.config.spatial_scale
-        rows, columns = min(height, self.tiling.height // scale), min(width, self.tiling.width // scale)
-        below = min(rows, height - (rows - overlap)) if rows < height else 0
-        beside = min(columns, width - (columns - overlap)) if columns < width else 0
-        return (rows, columns), max((below, columns), (rows, beside), key=prod)
+            return [(0, height, 0)], [(0, width, 0)]
+        scale = self.config.spatial_scale
+        sizes, overlap = (self.tiling.height // scale, self.tiling.width // scale), self.tiling.overlap // scale
+        return tuple(_ends(length, size, overlap) for length, size in zip((height, width), sizes, strict=True))
+
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """(height, width) of the tiles that can take most, and the latents per frame that are decoded before them."""
+        rows, columns = self.spans()
+        width = self.latents[2]
+        return [
+            (bottom - top, right - left, above * width + (bottom - above) * before)
+            for top, bottom, above in rows
+            for left, right, before in columns
+        ]
+
+
+def _ends(length: int, size: int, overlap: int) -> list[tuple[int, int, int]]:
+    step = size - overlap
+    count = max(1, -(-(length - overlap) // step))
+    spans = ((i * step, min(i * step + size, length)) for i in sorted({0, max(0, count - 2), count - 1}))
+    return [(start, stop, start + overlap if start else 0) for start, stop in spans]
 
 
 def decode_video(tiles: Tiles, itemsize: int, unfold: bool) -> Activations:
-    """The largest layer of a tile, beside the pictures that tiles are added up in and the frames that wait for the next
-    tile. `unfold`: convolutions without a kernel of their own copy their input 27 times."""
+    """The largest layer of a tile, beside the tiles that are added up so far and the frames that wait for more.
+    `unfold`: convolutions without a kernel of their own copy their input 27 times."""
     config, tiling, space = tiles.config, tiles.tiling, tiles.config.spatial_scale
     pixels = prod(tiles.latents[1:]) * space * space * 3
     frames = (tiles.frames - 1) * config.temporal_scale + 1
-    first, other = (_decode_tile(config, (tiles.frames, *side), itemsize, unfold) for side in tiles.sides)
     cut = tiling is not None and tiles.frames < tiles.latents[0]
     waiting = (tiling.frame_overlap + 1) * pixels * FLOAT32 if cut and tiling is not None else 0
-    leaving = 3 * FRAMES_PER_GROUP * pixels * FLOAT32
     latents = prod(tiles.latents) * config.latent_channels * FLOAT32
-    if not prod(tiles.sides[1]):
-        finishing = frames * pixels * itemsize + max(3 * waiting, leaving)
-        needed = waiting + latents + max(first.needed, finishing)
-        return Activations(needed, max(0, waiting + latents + first.full - needed), first.largest)
-    picture = frames * pixels * FLOAT32
-    adding = frames * prod(tiles.sides[0]) * space * space * 3 * (2 * FLOAT32 + itemsize)
-    beside = picture + max(adding, leaving, 3 * waiting)
-    needed, full = (max(a, picture + b, beside) for a, b in ((first.needed, other.needed), (first.full, other.full)))
-    return Activations(waiting + latents + needed, full - needed, first.largest)
+    pieces = tiles.pieces()
+    several = len(pieces) > 1
+    per_latent = frames * space * space * 3  # values of a tile's frames
+    # When all tiles are there: what waits for the next ones is copied, groups of frames leave.
+    whole = frames * pixels * (FLOAT32 if several else itemsize)
+    needed = full = whole + max(3 * waiting, 3 * FRAMES_PER_GROUP * pixels * FLOAT32)
+    for height, width, before in pieces:
+        tile = _decode_tile(config, (tiles.frames, height, width), itemsize, unfold)
+        adding = height * width * per_latent * (2 * FLOAT32 + itemsize) if several else 0
+        late = 3 * tile.largest // 4 if several or cut else 0  # of the tile before, not yet free
+        needed = max(needed, before * per_latent * FLOAT32 + max(tile.needed, adding))
+        full = max(full, before * per_latent * FLOAT32 + max(tile.full + late, adding))
+    return Activations(waiting + latents + needed, full - needed, tile.largest)
 
 
 def _decode_tile(config: VideoVAEConfig, tile: tuple[int, int, int], itemsize: int, unfold: bool) -> Activations:
-    """A residual block's input, what of it is normalised, the padded copy of that, and the convolution's result."""
+    """A residual block's input and the padded copy of it, normalised, beside the convolution's result; and what is
+    normalised until the device has read it."""
     unit, padded = (values * itemsize for values in _largest_layer(config, tile))
     copies = 27 * padded if unfold else 0
-    queued = min(4 * unit, 90 * MB) + copies if unit < LARGE else 0
-    return Activations(3 * unit + padded + copies, queued, max(unit, copies))
+    queued = unit if unit >= LARGE else min(5 * unit, 90 * MB + unit)  # small arrays are not waited for
+    return Activations(2 * unit + padded + copies, queued + (copies if unit < LARGE else 0), unit)
 
 
 def _largest_layer(config: VideoVAEConfig, tile: tuple[int, int, int]) -> tuple[int, int]:
     """Values of the decoder's largest layer for a tile of latents (frames, height, width), and with its border."""
-    if not prod(tile):
-        return 0, 0
-    channels, sizes = config.decoder_channels, [(1, 1)]
+    channels, sizes = config.decoder_channels, [(0, 0)]
     frames, height, width = tile
     for stage in config.decoder_stages:
         if isinstance(stage, ResampleStage):
@@ -163,8 +177,7 @@ def decode_audio(config: AudioVAEConfig, audio_frames: int) -> Activations:
     widths = network.widths
     unit = frames * network.mel_bins * widths[min(1, len(widths) - 1)] * FLOAT32
     wide = 5 * 9 * widths[-1] ** 2 * FLOAT32
-    needed, full = 5 * unit + wide, wide + min(8 * unit, 300 * MB + 4 * unit)
-    return Activations(min(needed, full), max(0, full - needed), unit)
+    return Activations(5 * unit + wide, 5 * unit // 4, unit)
 
 
 def vocode(config: VocoderConfig, mel_frames: int) -> Activations:
