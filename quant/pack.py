@@ -1,4 +1,4 @@
-"""Packing weights into MLX's quantized storage, on whatever device MLX uses; the files run on MLX's own kernels.
+"""Packing weights into MLX's quantized storage, on the GPU where MLX has one; the files run on MLX's own kernels.
 
 Rows are packed in blocks, so memory does not depend on the tensor, and every group by itself, so chunks of rows give
 the bytes of the whole. Given E[x^2] of a layer's inputs as `weights`, errors count as they do in the layer's output."""
