@@ -1,4 +1,4 @@
-"""Arithmetic on blocks of groups, for which there are two implementations that give the same bits: numpy's, three times
+"""Arithmetic on blocks of groups, for which there are two implementations that give the same bits: numpy's, twice
 as fast on CPUs, and MLX's, for GPUs.
 
 A block is (group size, groups): values of a group lie along axis 0, so that all work is elementwise over groups, also

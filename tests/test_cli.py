@@ -90,8 +90,7 @@ USAGE = {
     "no number": (["generate", "x", "-m", "m", "-o", "c.mp4", "--frames", "many"], "'many' is not a valid integer"),
     "no model": (["generate", "x", "-o", "c.mp4"], "Missing option '-m'"),
     "an option without --bits": (["convert", "x", "-o", "y", "--group-size", "64"], "--group-size has no effect"),
-    "a mode without --bits": (["convert", "x", "-o", "y", "--mode", "affine"], "--mode has no effect without --bits"),
-    "a mode to come": (["quantize", "x", "-o", "y", "--mode", "mxfp4"], "'mxfp4' is not 'affine'"),
+    "an unknown mode": (["quantize", "x", "-o", "y", "--mode", "int4"], "'int4' is not one of 'affine', 'mxfp4'"),
     "too many arguments": (["generate", "two", "prompts", "-o", "c.mp4"], "unexpected extra argument"),
 }
 
