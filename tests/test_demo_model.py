@@ -12,10 +12,11 @@ from safetensors.numpy import save_file
 
 import ltx2
 from ltx2.runtime.exchange import Contexts
+from ltx2.runtime.job import Job
 from ltx2.runtime.latents import Grid, Latents, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network
-from ltx2.runtime.pipeline import Pipeline, Run
+from ltx2.runtime.pipeline import Pipeline
 from ltx2.runtime.request import Request
 from ltx2.runtime.sampling import denoise
 from ltx2.runtime.transformer.model import Prepared, StreamInput, Transformer
@@ -42,20 +43,20 @@ def demo_quantized(demo_f32: Path) -> dict[int, Path]:
 def test_networks_reproduce_the_reference(demo_f32: Path, figure: Callable[..., None], which: str) -> None:
     """One transformer call, stage 1, the upscaler and stage 2, each from the reference's own inputs."""
     folder = ModelFolder.open(demo_f32)
-    run = Run(folder, Request.from_options({"prompt": PROMPTS[which], **SIZE}))
+    job = Job(folder, Request.from_options({"prompt": PROMPTS[which], **SIZE}))
 
     def want(name: str) -> mx.array:
         return mx.array(golden(f"{which}.{name}"))
 
     transformer = load_network(folder, "transformer", Transformer)
     contexts = Contexts(want("video_context"), want("audio_context"))
-    stage1, stage2 = run.preset.stages
-    grid1, grid2 = run._grid(stage1), run._grid(stage2)
+    stage1, stage2 = job.preset.stages
+    grid1, grid2 = job.grid(stage1), job.grid(stage2)
 
     def prepared(grid: Grid) -> tuple[Prepared, Prepared]:
         return (
-            transformer.prepare_video(contexts.video, video_positions(grid, 24.0, run.scales)),
-            transformer.prepare_audio(contexts.audio, audio_positions(grid, run.scales)),
+            transformer.prepare_video(contexts.video, video_positions(grid, 24.0, job.scales)),
+            transformer.prepare_audio(contexts.audio, audio_positions(grid, job.scales)),
         )
 
     noise = Latents(want("stage1.video"), want("stage1.audio")).to_tokens()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ltx2.runtime.errors import NumericsError, UnsupportedError
+from ltx2.runtime.job import Job
 from ltx2.runtime.latents import Grid, Latents, Scales, audio_latent_count, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.pipeline import Run
@@ -117,8 +118,7 @@ class TestSteps:
 class TestNoise:
     def noises(self, model: Path, **options: Any) -> list[Latents]:
         size = {"prompt": "x", "width": 128, "height": 64, "frames": 9}
-        run = Run(ModelFolder.open(model), Request.from_options(size | options))
-        return run._noises([run._grid(stage) for stage in run.preset.stages])
+        return Run(Job(ModelFolder.open(model), Request.from_options(size | options)))._noises()
 
     def test_is_of_the_seed(self, demo_f32: Path) -> None:
         first, again, other = (self.noises(demo_f32, seed=seed) for seed in (1, 1, 2))
