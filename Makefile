@@ -19,7 +19,7 @@ OPENBLAS := $(firstword $(wildcard $(foreach d,/usr/lib/$(shell uname -m)-linux-
 PYTEST = $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1) $(VENV)/bin/python -m pytest
 
 .NOTPARALLEL:
-.PHONY: help demo test check bench test-fullsize test-fuzz clean
+.PHONY: help demo test check bench bench-convert test-fullsize test-fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ check: $(VENV)/.check ## linter, types, architecture
 bench: $(VENV)/.runtime ## time and memory of MODEL=folder, phase by phase (default: the demo model)
 	@test -d $(MODEL) || { echo "$(MODEL) is missing: run 'make demo' first, or name a model folder: make bench MODEL=..." >&2; exit 1; }
 	$(VENV)/bin/ltx2 bench $(MODEL)
+
+bench-convert: $(VENV)/.runtime ## convert beside cp, on 5 GB of random weights in build/ (needs 15 GB there)
+	$(VENV)/bin/python -m ltx2.bench.convert --out build/bench-convert.json
 
 test-fullsize: $(VENV)/.test ## full-size checks with random weights; needs a GPU
 	$(PYTEST) -m fullsize $(PYTEST_ARGS)

@@ -30,18 +30,27 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 def write_checkpoint(path: Path, blocks: int, fp8: bool) -> None:
     """A checkpoint with `blocks` transformer blocks and what makes sound, which holds all kinds of kernels; with `fp8`,
     the blocks' linears are scaled codes."""
-    networks = json.loads(resources.files(__package__).joinpath("fullsize.json").read_text())["networks"]
-    tensors: Tensors = {}
-    config: dict[str, Any] = {}
-    for component, prefix in PREFIXES.items():
-        name, values = networks[component]
-        if component == "transformer":
-            values = values | {"num_layers": blocks}
-        config[component] = values
-        tensors |= _published(prefix, parameter_shapes(build_network(name, values)))
+    tensors, config = checkpoint_tensors(blocks)
     tensors = dict(_scaled(tensors)) if fp8 else tensors
     order = sorted(tensors, key=lambda name: (list(SIZES).index(tensors[name][0]), name))
     _write(path, {name: tensors[name] for name in order}, {"config": json.dumps(config)})
+
+
+def checkpoint_tensors(blocks: int) -> tuple[Tensors, dict[str, Any]]:
+    """Names, dtypes and shapes of the tensors, and the configuration."""
+    tensors: Tensors = {}
+    config: dict[str, Any] = {}
+    for component, prefix in PREFIXES.items():
+        name, values = networks()[component]
+        config[component] = values | ({"num_layers": blocks} if component == "transformer" else {})
+        tensors |= _published(prefix, parameter_shapes(build_network(name, config[component])))
+    return tensors, config
+
+
+def networks() -> dict[str, Any]:
+    """Class and configuration of every published network by component."""
+    data = json.loads(resources.files(__package__).joinpath("fullsize.json").read_text())
+    return dict(data["networks"])
 
 
 def _published(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:

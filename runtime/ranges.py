@@ -45,15 +45,8 @@ class RangeReader:
             if not count:
                 raise changed(self.path, "it became shorter")
             rest = rest[count:]
-        self._advise("POSIX_FADV_DONTNEED", start, end)
+        _forget(self._descriptor, start, end)
         return block
-
-    def expect(self, start: int, end: int) -> None:
-        """Let the disk fetch bytes that will be read soon."""
-        self._advise("POSIX_FADV_WILLNEED", start, end)
-
-    def _advise(self, what: str, start: int, end: int) -> None:
-        _advise(self._descriptor, what, start, end)
 
 
 class RangeWriter:
@@ -82,7 +75,7 @@ class RangeWriter:
 
     def forget(self, end: int) -> None:
         """The bytes before `end` will not be read again."""
-        _advise(self._descriptor, "POSIX_FADV_DONTNEED", 0, end)
+        _forget(self._descriptor, 0, end)
 
     def close(self) -> None:
         self._close()
@@ -143,7 +136,7 @@ def _pass_the_cache(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
 
 
-def _advise(descriptor: int, what: str, start: int, end: int) -> None:
-    """Tell the system what becomes of a range, where it listens."""
+def _forget(descriptor: int, start: int, end: int) -> None:
+    """Let the system use the memory that holds a range, where it can be told."""
     if end > start and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, end - start, getattr(os, what))
+        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)

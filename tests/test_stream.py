@@ -30,7 +30,7 @@ from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.runtime.errors import DoesNotFitError, InputError, ModelFolderError
 from ltx2.runtime.events import Written
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.ranges import RangeReader
+from ltx2.runtime.ranges import Bytes, RangeReader
 from ltx2.runtime.tensorfile import TensorFile, TensorInfo, open_tensorfile
 from tests import published
 from tests.folders import contents
@@ -79,7 +79,12 @@ class TestInOrder:
 
     def test_closing_ends_the_threads(self) -> None:
         before, begun = threading.active_count(), []
-        results = in_order(lambda item: begun.append(item) or time.sleep(0.01), map(Number, range(1000)), 2, window=20)
+
+        def work(item: Number) -> None:
+            begun.append(item)
+            time.sleep(0.01)
+
+        results = in_order(work, map(Number, range(1000)), 2, window=20)
         next(results)
         results.close()
         assert threading.active_count() == before and len(begun) < 100
@@ -152,7 +157,12 @@ class TestStreamingHash:
         monkeypatch.setattr(hashing, "FAR", 1000)
         reader = RangeReader(file)
         go, read = threading.Event(), reader.read
-        reader.read = lambda start, end: go.wait() and read(start, end)  # type: ignore[method-assign,assignment]
+
+        def slow(start: int, end: int) -> Bytes:
+            go.wait()
+            return read(start, end)
+
+        monkeypatch.setattr(reader, "read", slow)
         each = StreamingHash(reader)
         each.feed(100_000, memoryview(self.DATA[100_000:200_000]), 300_000)
         for start in range(200_000, 300_000, 10_000):
