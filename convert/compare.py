@@ -10,7 +10,7 @@ import numpy as np
 
 from ltx2.convert.checkpoint import VARIANTS, Source
 from ltx2.convert.files import stream_order
-from ltx2.convert.pieces import Rows, in_order, rows_of
+from ltx2.convert.pieces import Parts, Rows, in_order, rows_of
 from ltx2.convert.plan import Move, Options, Plan, make_plan, packed_key
 from ltx2.convert.recode import Layer, decoded, kept_layers
 from ltx2.convert.steps import FLOATS, Cast
@@ -165,9 +165,13 @@ class _Check:
     def memory(self) -> int:
         return 2 * self.piece.memory
 
-    def run(self) -> list[tuple[_Place, int]]:
+    def prepare(self) -> Parts:
+        """What should be stored; see `Rows.prepare`."""
+        return self.piece.prepare(self.piece.read())
+
+    def run(self, parts: Mapping[str, Array]) -> list[tuple[_Place, int]]:
         """For every place how many values differ, of those made from the piece."""
-        parts, row = self.piece.parts(self.piece.read()), self.piece.row
+        row = self.piece.row
         return [(place, place.unequal(row, parts[key])) for key, place in self.places.items() if key in parts]
 
 
@@ -200,9 +204,9 @@ class _Comparison:
     def run(self) -> Iterator[Event]:
         """Compare everything, with progress events."""
         done, total = 0, sum(check.piece.stored for check in self._checks)
-        with closing(in_order(_Check.run, self._checks)) as results:
-            for check, found in zip(self._checks, results, strict=True):
-                for place, wrong in found:
+        with closing(in_order(_Check.prepare, self._checks)) as results:
+            for check, prepared in zip(self._checks, results, strict=True):
+                for place, wrong in check.run(prepared()):
                     place.wrong += wrong
                 done += check.piece.stored
                 yield BytesDone("comparing with the sources", done, total)

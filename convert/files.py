@@ -8,16 +8,16 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ltx2.convert.components import ComponentPlan
-from ltx2.convert.pieces import Piece, Rows, bytes_of, rows_of
+from ltx2.convert.pieces import Parts, Piece, Rows, bytes_of, rows_of
 from ltx2.convert.plan import Asset, Move, Plan, parameters
 from ltx2.convert.steps import Form
 from ltx2.runtime.layout import CONFIG, FORMAT_METADATA, INDEX
@@ -27,6 +27,7 @@ from ltx2.runtime.tensorwrite import file_header, raw_bytes
 WEIGHTS = "model.safetensors"
 HEADER_BYTES = 160  # at most, for one tensor's entry beside its name
 Block = tuple[int, memoryview]  # place in the file, bytes
+Blocks = Callable[[], tuple[Block, ...]]
 
 Stored = TypeVar("Stored", Move, Asset, Move | Asset)
 
@@ -61,9 +62,9 @@ class PlannedFile(ABC):
         """A place in the file before which all bytes stand when the pieces before this one are written."""
         return 0
 
-    def blocks(self, piece: Piece, raw: Bytes) -> Iterator[Block]:
-        """What to write where, made of a piece and its bytes."""
-        return iter(())
+    def prepare(self, piece: Piece, raw: Bytes) -> Blocks:
+        """What to write where, made of a piece and its bytes; see `Rows.prepare`."""
+        return tuple
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class CopiedFile(PlannedFile):
     def begin(self, piece: Piece) -> int:
         return piece.start - self.start
 
-    def blocks(self, piece: Piece, raw: Bytes) -> Iterator[Block]:
-        yield piece.start - self.start, raw.data
+    def prepare(self, piece: Piece, raw: Bytes) -> Blocks:
+        return lambda: ((piece.start - self.start, raw.data),)
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,15 @@ class WeightFile(PlannedFile):
         assert isinstance(piece, Rows)
         return self._begins[piece.move.key]
 
-    def blocks(self, piece: Piece, raw: Bytes) -> Iterator[Block]:
+    def prepare(self, piece: Piece, raw: Bytes) -> Blocks:
         assert isinstance(piece, Rows)
-        blocks = [(self._place(key, piece.row), raw_bytes(part)) for key, part in piece.parts(raw).items()]
+        return partial(self._blocks, piece, piece.prepare(raw))
+
+    def _blocks(self, piece: Rows, parts: Parts) -> tuple[Block, ...]:
+        blocks = tuple((self._place(key, piece.row), raw_bytes(part)) for key, part in parts().items())
         if (made := sum(len(block) for _, block in blocks)) != piece.stored:
             raise RuntimeError(f"{piece.move.key}: {made} bytes produced, {piece.stored} declared")
-        return iter(blocks)
+        return blocks
 
     def _place(self, key: str, row: int) -> int:
         form = self.tensors[key]

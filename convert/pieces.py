@@ -5,10 +5,13 @@ does not depend on any file's size."""
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, TypeVar
+
+import numpy as np
 
 from ltx2.convert.plan import Move, packed_key
 from ltx2.convert.steps import Form
@@ -28,6 +31,7 @@ class Sized(Protocol):
     def memory(self) -> int: ...
 
 
+Parts = Callable[[], Mapping[str, Array]]
 Item = TypeVar("Item", bound=Sized)
 Result = TypeVar("Result")
 
@@ -59,18 +63,32 @@ class Rows(Piece):
 
     @property
     def memory(self) -> int:
-        if self.move.packing is not None:
-            return WINDOW_BYTES  # has threads of its own, and takes much more than what it makes
-        return self.end - self.start + (self.stored if self.move.steps else 0)
+        if self.move.packing is not None and not self.move.packing.main_thread:
+            return self.end - self.start + self.stored
+        return self.end - self.start + (self.values if self.move.steps else 0)
 
-    def parts(self, raw: Bytes) -> dict[str, Array]:
-        """What becomes of the rows: rows of every tensor that is stored, by its name.
+    @property
+    def values(self) -> int:
+        """Bytes of the rows before they are packed."""
+        rows = max(1, self.move.form.shape[0] if self.move.form.shape else 1)
+        return self.move.form.nbytes * self.count // rows
+
+    def prepare(self, raw: Bytes) -> Parts:
+        """What becomes of the rows: rows of every tensor that is stored, by its name. Any thread may call this; the
+        main thread calls the result, which is at once there but for packing that must not run elsewhere.
 
         Raises NumericsError, which names the tensor, and what packing raises.
         """
         move, shape = self.move, self.move.tensor.shape
         rows = raw.view(move.file.numpy_dtype(move.tensor.name)).reshape((self.count, *shape[1:]) if shape else ())
-        values = self._transformed(rows)
+        values = np.asarray(self._transformed(rows), order="C")
+        if move.packing is not None and move.packing.main_thread:
+            return partial(self._parts, values)
+        parts = self._parts(values)
+        return lambda: parts
+
+    def _parts(self, values: Array) -> dict[str, Array]:
+        move = self.move
         if move.packing is None:
             return {move.key: values}
         parts = {**move.packing.rows(values, move.form.dtype), **(move.packing.constants() if not self.row else {})}
@@ -112,7 +130,7 @@ def rows_of(move: Move) -> Iterator[Rows]:
 def values_of(move: Move) -> Iterator[Array]:
     """A tensor as it is before it is packed, in pieces of rows."""
     for piece in rows_of(replace(move, packing=None)):
-        yield from piece.parts(piece.read()).values()
+        yield from piece.prepare(piece.read())().values()
 
 
 def in_order(

@@ -128,6 +128,11 @@ class Packing(ABC):
     """The last step where a layer's weight becomes integers in MLX's layout, alone or with scales and biases."""
 
     @property
+    def main_thread(self) -> bool:
+        """Whether `rows` must be called by the main thread only."""
+        return False
+
+    @property
     @abstractmethod
     def storage(self) -> Storage:
         """How MLX is to read the layer."""
@@ -142,7 +147,7 @@ class Packing(ABC):
 
     @abstractmethod
     def forms(self, form: Form) -> Mapping[str, Form]:
-        """Last name part -> shape and dtype, `weight` first. `weight` is streamed, the others are held in memory."""
+        """Last name part -> shape and dtype, `weight` first."""
 
     @abstractmethod
     def rows(self, rows: Array, dtype: str) -> Mapping[str, Array]:

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
-from ltx2.convert.files import Block, PlannedFile, stream_order
+from ltx2.convert.files import Block, Blocks, PlannedFile, stream_order
 from ltx2.convert.hashing import SourceHashes, StreamingHash
 from ltx2.convert.journal import Partial, file_size
 from ltx2.convert.pieces import Piece, in_order
@@ -42,11 +42,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A job's bytes, and what is to be written where."""
+    """A job's bytes, and what is to be written where: as a function, until the main thread has called it."""
 
     job: Job
     raw: Bytes
-    blocks: Sequence[Block]
+    prepared: Blocks
+    blocks: Sequence[Block] = ()
 
     @property
     def memory(self) -> int:
@@ -67,7 +68,7 @@ def stream(
 ) -> Generator[Event, None, tuple[FileRecord, ...]]:
     """Write what is missing of `files`, with progress events; returns the records of the sources.
 
-    Raises CheckpointError for a source that cannot be read, OSError when writing fails, and what `Rows.parts` raises.
+    Raises CheckpointError for a source that cannot be read, OSError when writing fails, and what `Rows.prepare` raises.
     """
     jobs = make_jobs(plan, files)
     first = _first_missing(jobs, partial)
@@ -81,7 +82,7 @@ def stream(
         writer.begin(file for file in files if file.path not in partial.files)
         with (
             closing(in_order(_load, todo)) as loaded,
-            closing(in_order(writer.store, loaded, threads=1, window=WRITE_WINDOW)) as stored,
+            closing(in_order(writer.store, map(_made, loaded), threads=1, window=WRITE_WINDOW)) as stored,
         ):
             for job in stored:
                 done += job.piece.stored
@@ -120,7 +121,11 @@ def _first_missing(jobs: Sequence[Job], partial: Partial) -> int:
 
 def _load(job: Job) -> Loaded:
     raw = job.piece.read()
-    return Loaded(job, raw, list(job.file.blocks(job.piece, raw)))
+    return Loaded(job, raw, job.file.prepare(job.piece, raw))
+
+
+def _made(loaded: Loaded) -> Loaded:
+    return replace(loaded, prepared=tuple, blocks=loaded.prepared())
 
 
 def _record(hashes: SourceHashes, partial: Partial) -> None:

@@ -6,7 +6,6 @@ the bytes of the whole. Given E[x^2] of a layer's inputs as `weights`, errors co
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from math import sqrt
@@ -26,10 +25,9 @@ from ltx2.quant.search import Search
 from ltx2.runtime.tensorfile import NUMPY_DTYPES, Array
 
 # Values of a block: so many that a CPU's threads do not wait for the interpreter, and that a GPU is busy.
-CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 21
+CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 22
 MAX_THREADS = 8
 LEAST_WEIGHT = 2.0**-20  # of the largest
-GPU_WORKERS = 2  # one prepares a block while the other's is computed
 
 
 class Packed(NamedTuple):
@@ -72,8 +70,7 @@ def pack(
     counted = None if weights is None else _usable(weights, rows.shape[1])
 
     def work(span: slice) -> Loss:
-        with mx.stream(mx.gpu) if gpu else nullcontext():
-            parts, loss = _pack_block(rows[span], storage, counted, multiplier, OnGpu() if gpu else OnCpu())
+        parts, loss = _pack_block(rows[span], storage, counted, multiplier, OnGpu() if gpu else OnCpu())
         for whole, part in zip(packed, parts, strict=True):
             if whole is not None:
                 whole[span] = part
@@ -177,12 +174,12 @@ def _total(values: Array) -> float:
 
 
 def _in_threads(work: Callable[[slice], Loss], spans: Sequence[slice]) -> Iterable[Loss]:
-    """numpy's loops release the interpreter's lock; so does MLX while a GPU works."""
-    return _workers().map(work, spans) if len(spans) > 1 else map(work, spans)
+    """numpy's loops release the interpreter's lock. MLX works in one thread: functions that it compiled in another one
+    abort the process when that ends."""
+    return map(work, spans) if is_gpu() or len(spans) == 1 else _workers().map(work, spans)
 
 
 @cache
 def _workers() -> ThreadPoolExecutor:
-    """Threads that live as long as the process: their buffers are used again, and MLX keeps a stream for each."""
-    count = GPU_WORKERS if is_gpu() else min(MAX_THREADS, os.cpu_count() or 1)
-    return ThreadPoolExecutor(count, "ltx2-pack")
+    """Threads that live as long as the process: their buffers are used again."""
+    return ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "ltx2-pack")

@@ -79,6 +79,10 @@ class Quantize(Packing):
         return f"quantize({self.form.bits},{self.form.group_size},{self.form.mode})"
 
     @property
+    def main_thread(self) -> bool:
+        return True  # functions that MLX compiled in another thread abort the process when it ends
+
+    @property
     def storage(self) -> Storage:
         return self.form
 
