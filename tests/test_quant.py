@@ -202,7 +202,7 @@ class TestSameBytes:
         assert len(shards) == (8 if "shard_size" in options else 1)
 
     def test_interrupted(self, demo_model: Path, q4: tuple[Path, Report], tmp_path: Path) -> None:
-        """Stopped when the first packed weights are written; the layers that were done keep their place in the report."""
+        """Stopped when the first packed weights are written; layers that were done keep their place in the report."""
         out = tmp_path / "q4"
         run = quantize(demo_model, out, Settings())
         while not list(out.with_name("q4.partial").glob("[ct]*/model.safetensors")):
