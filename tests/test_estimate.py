@@ -35,7 +35,7 @@ ROWS: list[dict[str, Any]] = [row for path in RECEIPTS for row in json.loads(pat
 CASE = ("case", "bits", "latent", "tiling", "audio_latents", "tokens", "limit_bytes")
 EMBEDDING, LAYER = 2 * 3840 * (262208 + 1), 445_000_000  # bytes of the text encoder's
 GB = 10**9
-SMALL = 64 * 10**6
+SMALL = 200 * 10**6
 PROMPT = "a red square"
 TOKENIZER = next(path for path in DEMO if path.is_dir())
 
@@ -260,7 +260,8 @@ def name(row: dict[str, Any]) -> str:
 class TestMeasured:
     """Receipts of one GPU: peaks of MLX with all networks at their published sizes. First calls also compile.
 
-    SMALL bytes are let pass: phases that differ by so little are not the ones that decide."""
+    SMALL bytes are let pass: by so much the peaks of one call differed in two sessions on the same machine (vocoder,
+    501 audio latents: 0.86 and 1.04 GB), and phases that differ by so little are not the ones that decide."""
 
     @pytest.mark.parametrize("row", [row for row in ROWS if row["limit_bytes"] is None], ids=name)
     def test_at_full_speed(self, row: dict[str, Any], note: Callable[[str], None]) -> None:
