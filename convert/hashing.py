@@ -8,12 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ltx2.convert.pieces import PIECE_BYTES, Piece
+from ltx2.convert.pieces import Piece
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.ranges import Bytes, RangeReader
 from ltx2.runtime.tensorfile import FileRecord, TensorFile
 
 FAR = 64 << 20  # bytes; a hash that is further behind catches up by itself
+BLOCK_BYTES = 2 << 20  # read at a time to catch up; several files may at once
 POLL_SECONDS = 1.0
 
 
@@ -65,7 +66,7 @@ class StreamingHash:
     def _read_up_to(self, end: int) -> None:
         self._behind = end - self.position > FAR
         while self.position < end and not self._stop:
-            block = self._reader.read(self.position, min(end, self.position + PIECE_BYTES)).data
+            block = self._reader.read(self.position, min(end, self.position + BLOCK_BYTES)).data
             self._digest.update(block)
             self.position += len(block)
         self._behind = False
