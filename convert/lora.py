@@ -48,6 +48,15 @@ def lora_layers(file: TensorFile) -> Layers:
     return layers
 
 
+def alphas(file: TensorFile) -> Mapping[str, str]:
+    """The name of every alpha -> of the down factor beside it: together they say how strong their module is."""
+    return {
+        parts[ALPHA].name: parts[DOWN].name
+        for parts in lora_layers(file).values()
+        if ALPHA in parts and DOWN in parts
+    }
+
+
 def recognise_lora(file: TensorFile, config: Mapping[str, Any]) -> tuple[Release, ...]:
     """The releases a LoRA can belong to: those whose signs it carries, else those that have all of its modules; none
     when nothing tells them apart. Raises as `recognise_releases` does."""

@@ -14,6 +14,7 @@ from ltx2.convert import rules
 from ltx2.convert.checkpoint import VARIANTS, Source, variant_in_name
 from ltx2.convert.codes import Codes, Dequantize, Keep, KeepBlockScales, Nvfp4
 from ltx2.convert.components import ComponentPlan, component_plan
+from ltx2.convert.lora import alphas
 from ltx2.convert.scales import dropped_beside_codes, find_codes
 from ltx2.convert.steps import FLOATS, Cast, Form, Packing, Reshape, Step, Storage, Transpose
 from ltx2.convert.together import common_release
@@ -62,7 +63,8 @@ class Move:
 
 @dataclass(frozen=True)
 class Merge:
-    """One source tensor that another one's steps use up, e.g. the scale of codes that are dequantized."""
+    """One source tensor that another one uses up: the scale of codes that are dequantized, the alpha of a LoRA's
+    factors (a scale in its config.json)."""
 
     file: TensorFile
     tensor: TensorInfo
@@ -223,8 +225,10 @@ def _of(entries: Iterable[Entry], component: str) -> list[Move]:
 def _entries(source: Source, options: Options) -> Iterator[Entry]:
     coded, unknown = find_codes(source.files), []
     for file in source.files:
+        strengths = alphas(file) if source.kind == "lora" else {}
         for name, tensor in file.tensors.items():
             owner, part = coded.scales.get(name, (name, ""))  # a scale goes where what it scales goes
+            owner = strengths.get(name, owner)
             target = rules.target(source.kind, owner)
             if reason := dropped_beside_codes(name):
                 yield Drop(file, tensor, reason)
@@ -234,6 +238,8 @@ def _entries(source: Source, options: Options) -> Iterator[Entry]:
                 yield Drop(file, tensor, target.dropped)
             elif target.asset:
                 yield Asset(file, tensor, target.component, target.key)
+            elif name in strengths:
+                yield Merge(file, tensor, _move(source, file, file.tensors[owner], target, options))
             elif part:
                 yield _scale_entry(_coded_move(source, coded.codes[owner], target, options), file, tensor, part)
             elif name in coded.codes:

@@ -13,7 +13,6 @@ UNUSED_STATISTIC = "a statistic no network uses"
 VISION = "vision and audio towers and their projectors are not part of the text encoder"
 CONSTANT = "a constant buffer, computed where it is used"
 UNUSED_CONSTANT = "a constant buffer that no network uses"
-SCALE = "the strength of a LoRA's layer: a scale in its config.json"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,6 @@ TEXT_ENCODER = (
 )
 _CHANGE = r"(?:lora_[AB]\.weight|diff|diff_b)"
 LORA = (  # official names: `target` translates the other spellings (lora_names.py)
-    Rule(r".+\.alpha", dropped=SCALE),
     Rule(
         rf"diffusion_model\.(video|audio)_embeddings_connector\.(.+\.{_CHANGE})", "connectors", r"\1_connector.\2"
     ),

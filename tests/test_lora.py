@@ -18,7 +18,7 @@ from ltx2.convert.checkpoint import open_sources
 from ltx2.convert.inspect import inspect
 from ltx2.convert.lora import misfits
 from ltx2.convert.lora_names import DIFFUSERS, modules, read_name
-from ltx2.convert.plan import Drop, lora_name
+from ltx2.convert.plan import Drop, Merge, lora_name, plan_json
 from ltx2.convert.together import common_release
 from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from ltx2.runtime.layout import ModelFolder
@@ -248,10 +248,19 @@ class TestScale:
             "scales": {f"transformer.{BLOCK}.attn1.to_q": 0.5, f"transformer.{BLOCK}.attn1.to_v": 2.0},
         }  # fmt: skip
 
-    def test_alpha_is_stored_as_scale_only(self, tmp_path: Path) -> None:
-        plan = plan_of(save(tmp_path, small(alpha=np.array([2], np.int64))))
-        assert [e.reason for e in plan.entries if isinstance(e, Drop)] == [rules.SCALE] * 2
-        assert len(plan.moves("loras/style")) == 4
+    def test_alpha_is_merged_into_the_factor_beside_it(self, tmp_path: Path) -> None:
+        """It is no tensor of the folder, and it is not dropped either."""
+        plan = plan_of(save(tmp_path, small(kohya, alpha=np.array([2], np.int64))))
+        assert len(plan.moves("loras/style")) == 4 and not any(isinstance(e, Drop) for e in plan.entries)
+        merged = {e.tensor.name: e.into.tensor.name for e in plan.entries if isinstance(e, Merge)}
+        layers = [f"lora_unet_{BLOCK.replace('.', '_')}_attn1_{layer}" for layer in ("to_q", "to_k")]
+        assert merged == {f"{layer}.alpha": f"{layer}.lora_down.weight" for layer in layers}
+
+    def test_plan_of_an_alpha(self, tmp_path: Path) -> None:
+        plan = plan_of(save(tmp_path, small(alpha=np.float32(2))), dtype="bf16")
+        entries = [e for e in plan_json(plan)["plan"] if e["name"].endswith("to_q.alpha")]
+        key = f"transformer.{BLOCK}.attn1.to_q.lora_A.weight"
+        assert [(e["component"], e["key"], e["dtype"]) for e in entries] == [("loras/style", key, "F32")]
 
     def test_official_metadata(self, tmp_path: Path) -> None:
         """One scale for narrow layers too, whose rank is lower."""
