@@ -18,6 +18,7 @@ from ltx2.convert.checkpoint import (
     special_storage,
     variant_in_name,
 )
+from ltx2.convert.lora import alphas
 from ltx2.convert.plan import SCALE_PARTS, Options, make_plan, packed_key
 from ltx2.convert.release import releases
 from ltx2.convert.scales import CodedTensors, dropped_beside_codes, find_codes
@@ -134,11 +135,13 @@ def _components(source: Source) -> dict[str, Summary]:
         coded = CodedTensors()
     summaries: dict[str, Summary] = {}
     for file in source.files:
+        owners = {name: weight for name, (weight, _) in coded.scales.items()}
+        owners |= alphas(file) if source.kind == "lora" else {}
         for name, tensor in file.tensors.items():
-            component, is_weight = _place(source.kind, coded.scales.get(name, (name, ""))[0])
+            component, is_weight = _place(source.kind, owners.get(name, name))
             codes = coded.codes.get(name)
             shape = codes.shape(Form(tensor.shape, tensor.dtype)) if codes else tensor.shape
-            counts = is_weight and name not in coded.scales
+            counts = is_weight and name not in owners
             summaries.setdefault(component, Summary()).add(tensor, prod(shape) if counts else 0)
     return summaries
 

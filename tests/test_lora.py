@@ -262,6 +262,11 @@ class TestScale:
         key = f"transformer.{BLOCK}.attn1.to_q.lora_A.weight"
         assert [(e["component"], e["key"], e["dtype"]) for e in entries] == [("loras/style", key, "F32")]
 
+    def test_alpha_is_inspected_with_its_factors_and_is_no_parameter(self, tmp_path: Path) -> None:
+        found = inspect(save(tmp_path, small(kohya, alpha=np.float32(2))))["components"]
+        assert found.keys() == {"transformer"}
+        assert (found["transformer"]["tensors"], found["transformer"]["parameters"]) == (6, 4 * RANK * 128)
+
     def test_official_metadata(self, tmp_path: Path) -> None:
         """One scale for narrow layers too, whose rank is lower."""
         narrow = spelled({f"{BLOCK}.attn1.to_v": pair(rank=2)}, official)
