@@ -9,7 +9,7 @@ and its config.json: `rank` (the largest), `modules` (how many are changed), `sc
     weight += s * (scale * lora_B @ lora_A + diff),  bias += s * diff_b"""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +85,8 @@ def check_lora(file: TensorFile) -> None:
             "use a LoRA made for LTX-2",
         )
     layers = lora_layers(file)
-    broken = [module for module, parts in layers.items() if not _complete(parts)]
+    swapped = _swapped(layers.values())
+    broken = [module for module, parts in layers.items() if swapped or not _complete(parts)]
     if broken:
         raise CheckpointError(
             f"{file.path.name} is not a complete LoRA",
@@ -141,8 +142,16 @@ def _product(down: Shape, up: Shape) -> Shape:
     """The shape of up @ down; () when they are no pair of factors."""
     if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
         return ()
-    swapped = down[0] > max(down[1], up[0])  # each stored the other way around: the "rank" is a width
-    return (up[0], down[1]) if down[0] and not swapped else ()
+    return (up[0], down[1]) if down[0] else ()
+
+
+def _swapped(layers: Iterable[Parts]) -> bool:
+    """Whether all factors are stored the other way around: every "rank" is a width, more than in and out. A rank that
+    is higher than some narrow modules are wide is none."""
+    pairs = [(parts[DOWN].shape, parts[UP].shape) for parts in layers if DOWN in parts and UP in parts]
+    return bool(pairs) and all(
+        len(down) == len(up) == 2 and down[0] > max(down[1], up[0]) for down, up in pairs
+    )
 
 
 def _complete(parts: Parts) -> bool:

@@ -406,6 +406,11 @@ class TestRefused:
         with pytest.raises(UnsupportedError, match=rf"holds {dtype} factors"):
             open_sources([path])
 
+    def test_a_rank_beyond_narrow_modules_is_no_mistake(self, tmp_path: Path) -> None:
+        """They have factors of the whole file's rank, which says nothing wrong."""
+        narrow = spelled({f"{BLOCK}.attn1.to_v": pair(rank=200)}, official)
+        check_plan(plan_of(save(tmp_path, small() | narrow)))
+
     def test_unmatched_names_are_counted(self, tmp_path: Path) -> None:
         foreign = {f"unet.{n}.lora_A.weight": np.ones((4, 4), np.float32) for n in "abcd"}
         self.refused(tmp_path, small() | foreign, r"4 of 8 tensors match.* 4 do not: unet\.a.*, .*unet\.c.* and 1 more")
