@@ -228,7 +228,7 @@ def _too_small(needed: int, out: Path) -> DoesNotFitError:
     free = shutil.disk_usage(_nearest(out)).free
     return DoesNotFitError(
         "the disk is too small",
-        f"the model needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free",
+        f"with its journal the model needs {(needed + RESERVE_BYTES) / 1e9:.3g} GB, {free / 1e9:.3g} GB are free",
         "free some space, write to another disk, or convert with --bits 4",
     )
 

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 
 from ltx2.convert import hashing
-from ltx2.convert.files import stream_order
+from ltx2.convert.files import component_files, stream_order
 from ltx2.convert.hashing import SourceHashes, StreamingHash
 from ltx2.convert.pieces import in_order
 from ltx2.convert.plan import Move, Plan
@@ -308,6 +309,16 @@ class TestDisk:
         with pytest.raises(DoesNotFitError, match=r"needs 0\.0\d+ GB, 0\.001 GB are free") as error:
             run(plan_of(UPSCALER), tmp_path / "new" / "out")
         assert error.value.exit_code == 3 and not list(tmp_path.iterdir())
+
+    def test_what_is_needed_is_more_than_what_is_free(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where only the room for the journal is missing."""
+        plan = plan_of(UPSCALER)
+        size = sum(f.size for c in plan.components.values() for f in component_files(plan, c, 10**9))
+        self.little(monkeypatch, size + 10**6)
+        with pytest.raises(DoesNotFitError) as error:
+            run(plan, tmp_path / "out")
+        needed, free = map(float, re.findall(r"([\d.]+) GB", error.value.why))
+        assert needed > free > size / 1e9
 
     def test_too_small_for_the_rest(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What is there already counts, and is kept."""
