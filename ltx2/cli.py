@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ltx2.runtime.estimate import MemoryPlan
     from ltx2.runtime.events import Event
 
+PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a file is said by what reads it
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # known here because importing quant takes time
 
 
@@ -37,12 +38,12 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("names", nargs=-1, metavar="NAME...")
-@click.option("-o", "--output", "weights", type=click.Path(path_type=Path), default="weights", help="Folder to fill.")
+@click.option("-o", "--output", "weights", type=PATH, default="weights", help="Folder to fill.")
 @click.option("--list", "listed", is_flag=True, help="List all names; needs no network.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched, and write nothing.")
 @click.option("--convert", "converted", is_flag=True, help="Then convert the bundle to a model folder.")
 @click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="With --convert: quantize on the way.")
-@click.option("-m", "--model", type=click.Path(path_type=Path), help="With --convert: the folder; default: by name.")
+@click.option("-m", "--model", type=PATH, help="With --convert: the folder; default: by name.")
 @common
 def download(
     output: Output, names: tuple[str, ...], weights: Path, listed: bool, dry_run: bool, converted: bool, **options: Any
@@ -109,8 +110,8 @@ def _follow_download(output: Output, events: "Iterable[Event]") -> tuple[dict[st
 
 
 @cli.command()
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
+@click.argument("sources", nargs=-1, required=True, type=PATH)
+@click.option("-o", "--output", "target", type=PATH, required=True, help="Model folder to write.")
 @click.option("--variant", type=click.Choice(["dev", "distilled"]), help="Where the file name does not say it.")
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Cast weights; default: as published.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Convert this component only; repeatable.")
@@ -155,14 +156,14 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
+@click.argument("model", type=PATH)
+@click.option("-o", "--output", "target", type=PATH, required=True, help="Model folder to write.")
 @click.option("--bits", type=int, help="2, 3, 4 (default), 5, 6 or 8; mxfp4, nvfp4: 4; mxfp8: 8.")
 @click.option("--mode", type=click.Choice(MODES), default="affine", show_default=True, help="Kind of codes.")
 @click.option("--group-size", type=int, help="Weights per scale: 32, 64 (default) or 128; mxfp4, mxfp8: 32; nvfp4: 16.")
 @click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
-@click.option("--report", type=click.Path(path_type=Path), help="Write bits, bytes and error of every layer (JSON).")
+@click.option("--report", type=PATH, help="Write bits, bytes and error of every layer (JSON).")
 @click.option("--force", is_flag=True, help="Replace a different model folder.")
 @common
 def quantize(output: Output, model: Path, target: Path, report: Path | None, **options: Any) -> None:
@@ -212,8 +213,8 @@ def _follow_model(
 
 @cli.command()
 @click.argument("prompt", required=False)
-@click.option("-m", "--model", type=click.Path(path_type=Path), help="Model folder (with --from: that run's).")
-@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Clip, e.g. clip.mp4.")
+@click.option("-m", "--model", type=PATH, help="Model folder (with --from: that run's).")
+@click.option("-o", "--output", "target", type=PATH, required=True, help="Clip, e.g. clip.mp4.")
 @click.option("--width", type=int, help="Pixels; a multiple of 64 (32 with --no-upscale).")
 @click.option("--height", type=int, help="Pixels; a multiple of 64 (32 with --no-upscale).")
 @click.option("--frames", type=int, help="8k+1, e.g. 121.")
@@ -226,7 +227,7 @@ def _follow_model(
 @click.option("--noise", metavar="FILE", help="Start from these noises instead of the seed.")
 @click.option("--save-latents", metavar="FILE", help="Save the latents before they are decoded.")
 @click.option("--latents", metavar="FILE", help="Decode these latents only.")
-@click.option("--from", "sidecar", metavar="CLIP.json", type=click.Path(path_type=Path), help="Repeat a run.")
+@click.option("--from", "sidecar", metavar="CLIP.json", type=PATH, help="Repeat a run.")
 @click.option("--memory-limit", type=float, metavar="GB", help="Stay below; default: what the GPU can use.")
 @click.option("--low-memory", is_flag=True, default=None, help="Take as little as possible; slower.")
 @click.option("--dry-run", is_flag=True, help="Show each phase's memory from headers, and whether it fits; do nothing.")
@@ -273,7 +274,7 @@ def _show_plan(output: Output, plan: "MemoryPlan") -> None:
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @click.option("--width", type=int, help="As for generate.")
 @click.option("--height", type=int, help="As for generate.")
 @click.option("--frames", type=int, help="As for generate.")
@@ -282,7 +283,7 @@ def _show_plan(output: Output, plan: "MemoryPlan") -> None:
 @click.option("--no-upscale", is_flag=True, default=None, help="One stage at full size.")
 @click.option("--repeat", type=int, default=3, show_default=True, help="Measured runs.")
 @click.option("--warmup", type=int, default=1, show_default=True, help="Runs before, not measured.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the receipt (JSON).")
+@click.option("--out", type=PATH, help="Write the receipt (JSON).")
 @common
 def bench(output: Output, model: Path, repeat: int, warmup: int, out: Path | None, **options: Any) -> None:
     """Measure time and memory, phase by phase and per denoise step.
@@ -308,7 +309,7 @@ def bench(output: Output, model: Path, repeat: int, warmup: int, out: Path | Non
 
 
 @cli.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @common
 def inspect(output: Output, path: Path) -> None:
     """Say what a published file or a model folder contains. Reads headers only."""
@@ -320,8 +321,8 @@ def inspect(output: Output, path: Path) -> None:
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--source", "sources", multiple=True, type=click.Path(path_type=Path), help="Compare values; repeatable.")
+@click.argument("model", type=PATH)
+@click.option("--source", "sources", multiple=True, type=PATH, help="Compare values; repeatable.")
 @common
 def verify(output: Output, model: Path, sources: tuple[Path, ...]) -> None:
     """Check every file, hash, tensor and shape of a model folder.
@@ -339,7 +340,7 @@ def verify(output: Output, model: Path, sources: tuple[Path, ...]) -> None:
 
 
 @cli.command()
-@click.argument("folder", metavar="[DIR]", default="ltx2-demo", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="[DIR]", default="ltx2-demo", type=PATH)
 @common
 def demo(output: Output, folder: Path) -> None:
     """Run the whole chain on an embedded tiny model.

@@ -54,7 +54,7 @@ class TestPresets:
 
     @pytest.mark.parametrize(
         ("release", "variant", "named"),
-        [("2.0", "dev", "dev"), ("2.0", None, "unnamed"), ("9.9", "distilled", "9.9"), (None, None, "unknown")],
+        [("2.0", "dev", "dev"), ("2.0", None, "unnamed"), ("9.9", "distilled", "9.9"), (None, None, "not known")],
     )
     def test_what_cannot_be_sampled_is_named(self, release: str | None, variant: str | None, named: str) -> None:
         with pytest.raises(UnsupportedError, match=named):
