@@ -60,10 +60,14 @@ class Partial:
             self._journal.flush()
             flush(self._journal.fileno())
 
+    def remove(self) -> None:
+        """Remove the folder: nothing in it is worth continuing."""
+        shutil.rmtree(self.path)
+
     def abandon(self) -> None:
         """Remove the folder if nothing in it is worth continuing."""
         if not (self.files or self.sources or self.pieces):
-            shutil.rmtree(self.path)
+            self.remove()
 
     def finish(self, target: Path) -> None:
         """Turn the folder into the finished one at `target`. The journal goes last, so that a crash loses nothing."""

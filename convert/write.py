@@ -22,7 +22,7 @@ from ltx2.convert.journal import JOURNAL, Partial, is_empty_folder, open_partial
 from ltx2.convert.pieces import PIECE_BYTES
 from ltx2.convert.plan import Plan, plan_json
 from ltx2.convert.stream import missing_bytes, stream
-from ltx2.runtime.errors import DoesNotFitError, InputError, ModelFolderError
+from ltx2.runtime.errors import CheckpointError, DoesNotFitError, InputError, ModelFolderError, NumericsError
 from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.layout import MANIFEST, ComponentRecord, Manifest, ModelFolder
 from ltx2.runtime.ranges import changed, write_file
@@ -65,7 +65,12 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
             if _does_not_fit(needed, out):
                 partial.abandon()
                 raise _too_small(needed, out)
-            yield from _fill(plan, files, partial)
+            try:
+                yield from _fill(plan, files, partial)
+            except (CheckpointError, NumericsError) as error:
+                if not isinstance(error.__cause__, OSError):  # a disk may recover; what a source holds stays as it is
+                    partial.remove()
+                raise
             _publish(partial, out, options.force)
     except OSError as error:
         raise _disk_error(error, out) from error
