@@ -1,0 +1,99 @@
+"""Making clips."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ltx2.commands.shared import PATH
+from ltx2.console import Output, common, say_how_to_continue
+from ltx2.runtime.errors import Ltx2Error
+
+if TYPE_CHECKING:
+    from ltx2.runtime.estimate import MemoryPlan
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("-m", "--model", type=PATH, help="Model folder (with --from: that run's).")
+@click.option("-o", "--output", "target", type=PATH, required=True, help="Clip, e.g. clip.mp4.")
+@click.option("--width", type=int, help="Pixels; a multiple of 64 (32 with --no-upscale).")
+@click.option("--height", type=int, help="Pixels; a multiple of 64 (32 with --no-upscale).")
+@click.option("--frames", type=int, help="8k+1, e.g. 121.")
+@click.option("--fps", type=float, help="Frames per second.")
+@click.option("--seed", type=int, help="Same seed, same clip.")
+@click.option("--no-audio", is_flag=True, default=None, help="Write no sound. The picture stays the same.")
+@click.option("--no-upscale", is_flag=True, default=None, help="One stage at full size, without the upscaler.")
+@click.option("--embeddings", metavar="FILE", help="Use saved prompt embeddings; skips the text encoder.")
+@click.option("--save-embeddings", metavar="FILE", help="Save the prompt's embeddings.")
+@click.option("--noise", metavar="FILE", help="Start from these noises instead of the seed.")
+@click.option("--save-latents", metavar="FILE", help="Save the latents before they are decoded.")
+@click.option("--latents", metavar="FILE", help="Decode these latents only.")
+@click.option("--from", "sidecar", metavar="CLIP.json", type=PATH, help="Repeat a run.")
+@click.option("--memory-limit", type=float, metavar="GB", help="Stay below; default: what the GPU can use.")
+@click.option("--low-memory", is_flag=True, default=None, help="Take as little as possible; slower.")
+@click.option("--dry-run", is_flag=True, help="Show each phase's memory from headers, and whether it fits; do nothing.")
+@click.option("--checkpoint-every", type=int, metavar="N", help="Keep the state after every N denoise steps.")
+@click.option("--resume", is_flag=True, default=None, help="Continue a run that was cut off, with the same result.")
+@common
+def generate(
+    output: Output, target: Path, model: Path | None, sidecar: Path | None, dry_run: bool, **options: Any
+) -> None:
+    """Make a video with sound from PROMPT.
+
+    PROMPT is not needed with --latents, --embeddings or --from. Beside clip.mp4, clip.json records the run. The
+    result of the last denoise step is kept until the clip is written: a run that is cut off then can be continued.
+    """
+    from ltx2.generation import Generation
+    from ltx2.runtime.events import Generated
+
+    if model is None and sidecar is None:
+        raise click.UsageError("Missing option '-m' / '--model'.")
+    given = {name: value for name, value in options.items() if value is not None}
+    generation = Generation(target, model, sidecar, given)
+    if dry_run:
+        _show_plan(output, generation.plan())
+        return
+    try:
+        done = output.follow(generation.events())
+    except (Ltx2Error, KeyboardInterrupt) as error:
+        if generation.left:
+            say_how_to_continue(error, "--resume")
+        raise
+    assert isinstance(done, Generated), "a generation ends with its clip"
+    data = {"clip": str(target), "sidecar": str(target.with_suffix(".json")), **done.clip.record}
+    output.result(data, f"{target}  ({len(done.clip.frames)} frames, {done.clip.record['seconds']:.1f} s)")
+
+
+def _show_plan(output: Output, plan: "MemoryPlan") -> None:
+    """The memory plan, also when it does not fit; then that is the command's failure."""
+    from ltx2.render import memory_table, print_table
+
+    if not output.quiet and not output.as_json:
+        print_table(*memory_table(plan))
+    plan.check()
+    output.result({"plan": plan.to_dict()}, f"fits: {plan.peak / 1e9:.1f} GB of {plan.limit / 1e9:.1f} GB")
+
+
+@click.command()
+@click.argument("folder", metavar="[DIR]", default="ltx2-demo", type=PATH)
+@common
+def demo(output: Output, folder: Path) -> None:
+    """Run the whole chain on an embedded tiny model.
+
+    It draws coloured shapes that move, with tones. Converted, quantized to 8 and 4 bits, used and measured in DIR
+    (default: ltx2-demo), without a network.
+    """
+    from dataclasses import asdict
+
+    from ltx2.bench.run import table
+    from ltx2.demo import Demonstrated, run_demo
+    from ltx2.render import print_table
+
+    done = output.follow(run_demo(folder))
+    assert isinstance(done, Demonstrated), "a demo ends with its summary"
+    if not output.quiet and not output.as_json:
+        print_table("bench", *table(done.receipt))
+    made = [f"model {name:5s} {path}" for name, path in done.models.items()]
+    made += [f"clip  {name:5s} {path}" for name, path in done.clips.items()]
+    output.result(asdict(done), "\n".join([f'"{done.prompt}"', *made]))

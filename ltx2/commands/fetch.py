@@ -1,0 +1,86 @@
+"""Getting published files."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ltx2.commands.shared import PATH, follow_model
+from ltx2.console import Output, common, refuse_given
+
+if TYPE_CHECKING:
+    from ltx2.runtime.events import Event
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="NAME...")
+@click.option("-o", "--output", "weights", type=PATH, default="weights", help="Folder to fill.")
+@click.option("--list", "listed", is_flag=True, help="List all names; needs no network.")
+@click.option("--dry-run", is_flag=True, help="Say what would be fetched, and write nothing.")
+@click.option("--convert", "converted", is_flag=True, help="Then convert the bundle to a model folder.")
+@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="With --convert: quantize on the way.")
+@click.option("-m", "--model", type=PATH, help="With --convert: the folder; default: by name.")
+@common
+def download(
+    output: Output, names: tuple[str, ...], weights: Path, listed: bool, dry_run: bool, converted: bool, **options: Any
+) -> None:
+    """Fetch published files from the Hugging Face Hub.
+
+    NAME is a file or a bundle of all that one model needs, such as ltx-2-distilled. Files that are there already are
+    not fetched again; run the same command again to continue after an interruption. Gated files need a login:
+    `hf auth login`.
+    """
+    from ltx2.convert.catalogue import catalogue
+    from ltx2.convert.download import Options
+    from ltx2.convert.download import download as fetch
+
+    known = catalogue()
+    if listed:
+        from ltx2.render import catalogue_lines
+
+        output.result(known.to_dict(), "\n".join(catalogue_lines(known)))
+        return
+    if not names:
+        raise click.UsageError(f"Name a file or a bundle: {', '.join(known.bundles)}. --list shows all.")
+    if not converted:
+        refuse_given(options, "--convert")
+    elif len(names) != 1 or names[0] not in known.bundles:
+        raise click.UsageError("--convert takes one bundle, which has all that a model needs.")
+    chosen, bits = known.choose(names), int(options["bits"]) if options["bits"] else None
+    model = (options["model"] or weights / f"{names[0]}{f'-q{bits}' if bits else ''}") if converted else None
+    fetched, text = _follow_download(output, fetch(chosen, weights, Options(model, bits, dry_run)))
+    if model is not None and not dry_run:
+        sources, variant = [p.source(weights) for p in chosen], known.bundles[names[0]].variant
+        fetched["converted"], model_text = _convert_to(output, model, bits, sources, variant)
+        text += f"\n{model_text}"
+    output.result(fetched, text)
+
+
+def _convert_to(
+    output: Output, model: Path, bits: int | None, sources: list[Path], variant: str
+) -> tuple[dict[str, Any], str]:
+    """Go on from a download."""
+    from ltx2.api import conversion, plan_conversion
+    from ltx2.convert.write import WriteOptions
+    from ltx2.quant.apply import Settings
+
+    settings = Settings(bits) if bits else None
+    plan = plan_conversion(sources, variant=variant)
+    return follow_model(output, conversion(plan, model, settings, WriteOptions()))
+
+
+def _follow_download(output: Output, events: "Iterable[Event]") -> tuple[dict[str, Any], str]:
+    """Follow a download; what came of it, as data and for people."""
+    from dataclasses import asdict
+
+    from ltx2.runtime.events import Downloaded, DownloadPlanned
+
+    done = output.follow(events)
+    if isinstance(done, DownloadPlanned):
+        return {**asdict(done), "missing": done.missing}, ""
+    assert isinstance(done, Downloaded), "a download ends with its files"
+    size = sum(file.bytes for file in done.files if file.fetched)
+    count = sum(file.fetched for file in done.files)
+    text = f"{count} of {len(done.files)} files fetched ({size / 1e9:.2f} GB, {done.seconds:.1f} s), all are whole"
+    return {"files": [asdict(file) for file in done.files], "seconds": round(done.seconds, 3)}, text

@@ -1,0 +1,116 @@
+"""Making model folders and looking into them."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ltx2.commands.shared import PATH, follow_model
+from ltx2.console import Output, common, refuse_given
+from ltx2.runtime.errors import Ltx2Error
+
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # known here because importing quant takes time
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True, type=PATH)
+@click.option("-o", "--output", "target", type=PATH, required=True, help="Model folder to write.")
+@click.option("--variant", type=click.Choice(["dev", "distilled"]), help="Where the file name does not say it.")
+@click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Cast weights; default: as published.")
+@click.option("--only", multiple=True, metavar="COMPONENT", help="Convert this component only; repeatable.")
+@click.option("--bits", type=int, help="Quantize on the way, without a 16-bit copy on disk.")
+@click.option("--mode", type=click.Choice(MODES), help="Quantize with this kind of codes; affine with --bits alone.")
+@click.option("--group-size", type=int, help="Weights per scale, with --bits: 32, 64 (default) or 128.")
+@click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer, with --bits.")
+@click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
+@click.option("--dry-run", is_flag=True, help="Read headers only; --json prints the plan.")
+@click.option("--force", is_flag=True, help="Replace a different model folder.")
+@common
+def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bool, **options: Any) -> None:
+    """Turn published checkpoints into one MLX model folder.
+
+    SOURCES are recognised by content: an LTX-2 checkpoint, upscalers, LoRAs, a Gemma folder. Run the same command
+    again to continue after an interruption.
+    """
+    from ltx2.api import conversion, plan_conversion
+    from ltx2.convert.check import check_plan
+    from ltx2.convert.plan import plan_json
+    from ltx2.convert.write import WriteOptions
+    from ltx2.quant.apply import Settings, quantize_plan
+    from ltx2.render import plan_summary
+
+    written = WriteOptions(options.pop("shard_size"), options.pop("force"))
+    packing = {name: options.pop(name) for name in ("bits", "mode", "group_size", "recipe")}
+    packed = packing["bits"] is not None or packing["mode"] is not None
+    if not packed:
+        refuse_given(packing, "--bits")
+    settings = Settings(**packing | {"mode": packing["mode"] or MODES[0]}) if packed else None
+    plan = plan_conversion(sources, **options)
+    if dry_run:
+        try:
+            check_plan(plan)
+        except Ltx2Error as error:  # the plan is what was asked for; converting would be refused
+            if not output.quiet:
+                click.echo(f"warning: convert would refuse this plan: {error.what}: {error.why}", err=True)
+        plan = quantize_plan(plan, settings) if settings else plan
+        output.result(plan_json(plan), plan_summary(plan))
+        return
+    output.result(*follow_model(output, conversion(plan, target, settings, written)))
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.option("-o", "--output", "target", type=PATH, required=True, help="Model folder to write.")
+@click.option("--bits", type=int, help="2, 3, 4 (default), 5, 6 or 8; mxfp4, nvfp4: 4; mxfp8: 8.")
+@click.option("--mode", type=click.Choice(MODES), default="affine", show_default=True, help="Kind of codes.")
+@click.option("--group-size", type=int, help="Weights per scale: 32, 64 (default) or 128; mxfp4, mxfp8: 32; nvfp4: 16.")
+@click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer.")
+@click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
+@click.option("--report", type=PATH, help="Write bits, bytes and error of every layer (JSON).")
+@click.option("--force", is_flag=True, help="Replace a different model folder.")
+@common
+def quantize(output: Output, model: Path, target: Path, report: Path | None, **options: Any) -> None:
+    """Write a smaller copy of a model folder.
+
+    Sensitive layers get more bits than --bits (recipe "mixed"); "uniform" gives all layers the same.
+    """
+    from ltx2.convert.write import WriteOptions
+    from ltx2.quant.apply import Settings
+    from ltx2.quant.apply import quantize as quantize_folder
+    from ltx2.runtime.paths import check_output
+
+    written = WriteOptions(force=options.pop("force"))
+    if report is not None:
+        check_output(report)
+    output.result(*follow_model(output, quantize_folder(model, target, Settings(**options), written), report))
+
+
+@click.command()
+@click.argument("path", type=PATH)
+@common
+def inspect(output: Output, path: Path) -> None:
+    """Say what a published file or a model folder contains. Reads headers only."""
+    from ltx2.convert.inspect import inspect as describe
+    from ltx2.render import described
+
+    found = describe(path)
+    output.result(found, "\n".join(described(found)))
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.option("--source", "sources", multiple=True, type=PATH, help="Compare values; repeatable.")
+@common
+def verify(output: Output, model: Path, sources: tuple[Path, ...]) -> None:
+    """Check every file, hash, tensor and shape of a model folder.
+
+    With --source, a checkpoint that it was converted from, also every value.
+    """
+    from ltx2.convert.verify import Verified
+    from ltx2.convert.verify import verify as check_folder
+    from ltx2.quant.apply import repack
+
+    done = output.follow(check_folder(model, sources, repack))
+    assert isinstance(done, Verified), "a verification ends with what it found"
+    values = f", {done.compared} compared with the sources" if sources else ""
+    output.result(done.to_dict(), f"{model} is sound: {done.files} files, {done.tensors} tensors{values}")

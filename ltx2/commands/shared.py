@@ -1,0 +1,45 @@
+"""What several commands have in common."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ltx2.console import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ltx2.runtime.events import Event
+
+PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a file is said by what reads it
+
+
+def follow_model(
+    output: Output, events: "Iterable[Event]", report: Path | None = None
+) -> tuple[dict[str, Any], str]:
+    """Follow a conversion or quantization; the finished folder, as data and for people."""
+    from ltx2.quant.report import Quantized
+    from ltx2.runtime.events import Written
+    from ltx2.runtime.paths import write_text
+
+    quantized: dict[str, Any] = {}
+
+    def watched() -> "Iterable[Event]":
+        for event in events:
+            if isinstance(event, Quantized):
+                quantized.update(event.report.to_dict())
+            yield event
+
+    done = output.follow(watched())
+    assert isinstance(done, Written), "a conversion ends with its folder"
+    if report is not None:
+        write_text(report, json.dumps(quantized, indent=2) + "\n")
+    size = f"{done.bytes / 1e9:.2f} GB"
+    text = f"{done.path} is already there ({size})" if done.reused else f"{done.path}  ({size}, {done.seconds:.1f} s)"
+    if quantized:
+        total = quantized["totals"]["all"]
+        text += f"\n{total['bits_per_weight']:.2f} bits per weight, {total['bytes_before'] / 1e9:.2f} GB before"
+    data = {"model": done.path, "bytes": done.bytes, "seconds": round(done.seconds, 3), "reused": done.reused}
+    return data | ({"report": quantized} if quantized else {}), text
