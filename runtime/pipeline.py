@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.audio_vae import AudioAutoencoder
@@ -41,17 +42,21 @@ from ltx2.runtime.vocoder import Vocoder
 SILENT = 1e-4  # of full scale, -80 dB
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
+Network = TypeVar("Network", bound=nn.Module)
 Work = Generator[Event, None, Result]
+Observe = Callable[[str, nn.Module], None]
 
 
 class Pipeline:
     """A model folder, ready to generate. Headers are read here; weights are read phase by phase.
 
+    `observe` is called with every phase's component and network, before the network is used: to watch its layers.
     Raises ModelFolderError for another folder, UnsupportedError for a release that is only converted so far.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, observe: Observe | None = None) -> None:
         self.folder = ModelFolder.open(Path(path))
+        self.observe = observe
         check_release(self.folder.manifest.release)
 
     def generate(self, prompt: str | None = None, **options: Any) -> Clip:
@@ -67,7 +72,7 @@ class Pipeline:
         The request is checked before this returns; raises InputError, UnsupportedError, ModelFolderError or
         DoesNotFitError.
         """
-        return Run(self._job(prompt, options)).events()
+        return Run(self._job(prompt, options), self.observe).events()
 
     def plan(self, prompt: str | None = None, **options: Any) -> MemoryPlan:
         """How much memory every phase of a generation would take; reads headers only. Raises as `stream`, but not for
@@ -83,9 +88,10 @@ class Pipeline:
 class Run:
     """One generation: the checked job, how its memory is used, and what its phases took."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, observe: Observe | None = None) -> None:
         job.check()
         self.job = job
+        self.observe = observe
         self.request = job.request
         self.plan = plan_memory(job)
         self.plan.check()
@@ -148,6 +154,13 @@ class Run:
         yield done
         return result
 
+    def _load(self, component: str, expected: type[Network]) -> Network:
+        """A phase's network, after the observer has seen it."""
+        network = load_network(self.job.folder, component, expected)
+        if self.observe is not None:
+            self.observe(component, network)
+        return network
+
     def _latents(self) -> Work[Latents]:
         if self.request.latents is not None:
             return self.job.read_latents(self.request.latents)
@@ -184,7 +197,7 @@ class Run:
         return (yield from self._phase("connectors", self._connect, hidden, tokens))
 
     def _encode_text(self, phase: Phase, tokens: Encoded) -> Work[list[mx.array]]:
-        network = load_network(self.job.folder, "text_encoder", Gemma3TextEncoder)
+        network = self._load("text_encoder", Gemma3TextEncoder)
         phase.loaded(network.config.num_hidden_layers + 1)
         states = []
         for state in network.hidden_states(mx.array(tokens.ids), mx.array(tokens.mask), release=True):
@@ -193,7 +206,7 @@ class Run:
         return states
 
     def _connect(self, phase: Phase, hidden: list[mx.array], tokens: Encoded) -> Work[Contexts]:
-        network = load_network(self.job.folder, "connectors", EmbeddingsConnectors)
+        network = self._load("connectors", EmbeddingsConnectors)
         read_weights(network)
         phase.loaded()
         contexts = Contexts(*network(hidden, mx.array(tokens.mask)))
@@ -241,7 +254,7 @@ class Run:
 
     def _denoise(self, phase: Phase, stage: Stage, state: State) -> Work[Latents]:
         """The steps of a stage that are left after `state`."""
-        transformer = load_network(self.job.folder, "transformer", Transformer)
+        transformer = self._load("transformer", Transformer)
         read_weights(transformer)
         assert state.contexts is not None, "they are kept until the last step"
         grid, fps, scales = self.job.grid(stage), self.job.sizes.fps, self.job.scales
@@ -269,8 +282,8 @@ class Run:
 
     def _upscale(self, phase: Phase, latents: Latents) -> Work[Latents]:
         """x2 in both picture directions, on latents without the VAE's normalisation; the audio passes through."""
-        statistics = load_network(self.job.folder, "video_vae", VideoAutoencoder).per_channel_statistics
-        network = load_network(self.job.folder, "spatial_upscaler", LatentUpsampler)
+        statistics = self._load("video_vae", VideoAutoencoder).per_channel_statistics
+        network = self._load("spatial_upscaler", LatentUpsampler)
         read_weights(network)
         phase.loaded()
         video = statistics.normalise(network(statistics.unnormalise(latents.video)))
@@ -281,7 +294,7 @@ class Run:
     # Decoding
 
     def _decode_video(self, phase: Phase, latents: mx.array) -> Work[np.ndarray]:
-        network = load_network(self.job.folder, "video_vae", VideoAutoencoder)
+        network = self._load("video_vae", VideoAutoencoder)
         read_weights(network.decoder)
         phase.loaded()
         sizes, done = self.job.sizes, 0
@@ -295,7 +308,7 @@ class Run:
         return frames
 
     def _decode_audio(self, phase: Phase, latents: mx.array) -> Work[mx.array]:
-        network = load_network(self.job.folder, "audio_vae", AudioAutoencoder)
+        network = self._load("audio_vae", AudioAutoencoder)
         read_weights(network.decoder)
         phase.loaded()
         mel = network.decode(latents)
@@ -304,7 +317,7 @@ class Run:
         return mel
 
     def _vocode(self, phase: Phase, mel: mx.array) -> Work[tuple[np.ndarray, int]]:
-        network = load_network(self.job.folder, "vocoder", Vocoder)
+        network = self._load("vocoder", Vocoder)
         read_weights(network)
         phase.loaded()
         waveform = network(mel)
