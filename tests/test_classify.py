@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.classify import classify
+from ltx2.bench.classify import classify
 from tests.golden import golden
 
 RATE = 24000

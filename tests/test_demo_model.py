@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import ltx2
+from ltx2.bench.classify import classify
+from ltx2.bench.demo_prompts import random_prompts
 from ltx2.runtime.exchange import Contexts
 from ltx2.runtime.job import Job
 from ltx2.runtime.latents import Grid, Latents, audio_positions, video_positions
@@ -22,7 +24,6 @@ from ltx2.runtime.sampling import denoise
 from ltx2.runtime.transformer.model import Prepared, StreamInput, Transformer
 from ltx2.runtime.upsampler import LatentUpsampler
 from ltx2.runtime.video_vae.model import VideoAutoencoder
-from tests.classify import classify
 from tests.golden import PROMPTS, golden
 from tests.parity import relative_l2
 
@@ -111,26 +112,6 @@ def test_pipeline_reproduces_the_reference_clip(
     figure(f"golden {which}: sound, rel L2", relative_l2(clip.audio, audio), limit=1e-3)
 
 
-def random_prompts(count: int, seed: int) -> list[tuple[str, dict[str, str]]]:
-    """Prompts of the demo model's grammar with the attributes they ask for."""
-    rng = np.random.default_rng(seed)
-    motions = {name: f"moves {name}" for name in ("left", "right", "up", "down")} | {"still": "stands still"}
-    sounds = {name: f"with a {name} tone" for name in ("low", "middle", "high")} | {"silence": "in silence"}
-    prompts = []
-    for _ in range(count):
-        want = {
-            "shape": str(rng.choice(["circle", "square", "triangle", "star"])),
-            "colour": str(rng.choice(["red", "green", "blue", "yellow", "orange", "purple"])),
-            "background": str(rng.choice(["white", "black", "gray", "cyan"])),
-            "motion": str(rng.choice(list(motions))),
-            "tone": str(rng.choice(list(sounds))),
-        }
-        article = "an" if want["colour"] == "orange" else "a"
-        figure = f"{article} {want['colour']} {want['shape']} {motions[want['motion']]}"
-        prompts.append((f"{figure} on a {want['background']} background {sounds[want['tone']]}", want))
-    return prompts
-
-
 BATCH = 6  # prompts a test makes clips of; several tests keep all cores busy
 # Lightricks' modules follow 61 of 64 prompts (ltx2/demo/README.md), and every miss of theirs is a shape.
 LEAST = 5
@@ -139,13 +120,13 @@ LEAST = 5
 def check_followed(model: Path, batch: int, name: str, note: Note) -> None:
     """Clips of one batch of prompts show all five attributes; one of them may not."""
     pipeline, misses = Pipeline(model), []
-    prompts = list(enumerate(random_prompts(24, seed=0)))[batch * BATCH : (batch + 1) * BATCH]
-    for seed, (prompt, want) in prompts:
-        clip = pipeline.generate(prompt, seed=seed, **SIZE)
+    prompts = list(enumerate(random_prompts(24)))[batch * BATCH : (batch + 1) * BATCH]
+    for seed, prompt in prompts:
+        clip = pipeline.generate(prompt.text, seed=seed, **SIZE)
         seen = classify(clip.frames, clip.audio, clip.sample_rate)
-        wrong = {name: seen[name] for name in want if seen[name] != want[name]}
+        wrong = {name: seen[name] for name, value in prompt.want.items() if seen[name] != value}
         if wrong:
-            misses.append(f"{prompt}: {wrong}")
+            misses.append(f"{prompt.text}: {wrong}")
     right = len(prompts) - len(misses)
     note(f"demo prompts followed, {name}: {right} of {len(prompts)} {misses}")
     assert right >= LEAST, misses

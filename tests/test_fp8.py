@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ltx2
+from ltx2.bench.classify import classify
 from ltx2.convert.codes import Fp8, Scale
 from ltx2.convert.plan import plan_json
 from ltx2.convert.steps import FLOATS, Form, from_float32
@@ -22,7 +23,6 @@ from ltx2.runtime.quantized import QuantizedLinear
 from ltx2.runtime.tensorfile import open_tensorfile
 from ltx2.runtime.transformer.model import Transformer
 from tests import encoded
-from tests.classify import classify
 from tests.encoded import PREFIX, Encode, Tensors
 from tests.folders import contents, verified
 from tests.golden import golden_velocity
