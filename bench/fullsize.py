@@ -23,7 +23,8 @@ from ltx2.bench.stats import Timing, write_receipt
 from ltx2.runtime.audio_vae import AudioAutoencoder
 from ltx2.runtime.latents import AUDIO_FREQUENCIES, Grid, Latents, Scales, audio_positions, video_positions
 from ltx2.runtime.load import build_network, parameter_shapes
-from ltx2.runtime.machine import machine_facts, process_peak_memory
+from ltx2.runtime.machine import machine_facts
+from ltx2.runtime.process import process_peak_memory
 from ltx2.runtime.sampling import denoise
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
 from ltx2.runtime.transformer.model import Transformer

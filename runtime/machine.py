@@ -40,16 +40,6 @@ def total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def process_peak_memory() -> int:
-    """The most bytes of memory this process has held so far."""
-    if sys.platform == "linux":  # where ru_maxrss starts at the parent's peak
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def chip_name() -> str:
     """The processor's name, e.g. "Apple M4 Max"."""
     if sys.platform == "darwin":

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from ltx2.runtime.events import PhaseDone, StepDone
-from ltx2.runtime.machine import device_memory, process_peak_memory
+from ltx2.runtime.machine import device_memory
+from ltx2.runtime.process import process_peak_memory
 
 # MLX keeps freed buffers for reuse, without a limit of its own; a sixteenth of the memory is enough to reuse a step's.
 CACHE_FRACTION = 1 / 16

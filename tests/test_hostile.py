@@ -296,7 +296,7 @@ class TestSideFiles:
 MEASURED = """
 import sys, time
 from ltx2.cli import run
-from ltx2.runtime.machine import process_peak_memory
+from ltx2.runtime.process import process_peak_memory
 code = run(sys.argv[1:])
 print()
 print(time.process_time(), process_peak_memory())
