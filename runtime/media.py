@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any, cast
 
-import imageio_ffmpeg  # type: ignore[import-untyped]
 import numpy as np
 
 from ltx2.runtime.errors import InputError, MediaError, NumericsError
@@ -99,6 +98,8 @@ def read_video(path: Path) -> tuple[Array, float]:
 
     Raises InputError when there is no such file, MediaError when it cannot be read.
     """
+    import imageio_ffmpeg  # type: ignore[import-untyped]
+
     if not path.is_file():
         raise InputError(f"cannot read {path}", "there is no such file", "check the path")
     try:
@@ -197,6 +198,8 @@ def _feed(stdin: IO[bytes], pictures: Iterable[Array]) -> bool:
 
 
 def _program() -> str:
+    import imageio_ffmpeg  # here: what computes and writes no video works without it
+
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:

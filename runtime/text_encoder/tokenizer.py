@@ -1,14 +1,16 @@
 """Prompts to token ids, with the tokenizer files that come with the text encoder."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import tokenizers
 
 from ltx2.runtime.errors import ModelFolderError
 from ltx2.runtime.jsonfile import read_object
 from ltx2.runtime.paths import check_regular
+
+if TYPE_CHECKING:
+    import tokenizers
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -27,7 +29,7 @@ class Encoded(NamedTuple):
 class Tokenizer:
     """A tokenizer that puts the beginning-of-sequence token first and nothing at the end; no chat template."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, bos: int, pad: int) -> None:
+    def __init__(self, backend: "tokenizers.Tokenizer", bos: int, pad: int) -> None:
         self._backend = backend
         self.bos = bos
         self.pad = pad
@@ -38,6 +40,8 @@ class Tokenizer:
 
         Raises ModelFolderError when they are missing or unusable.
         """
+        import tokenizers  # here: what encodes no prompt works without it
+
         path = folder / TOKENIZER
         try:
             check_regular(path)
@@ -79,7 +83,7 @@ def _unreadable(path: Path, error: Exception) -> ModelFolderError:
     )
 
 
-def _token_id(backend: tokenizers.Tokenizer, config: dict[str, Any], *names: str) -> int:
+def _token_id(backend: "tokenizers.Tokenizer", config: dict[str, Any], *names: str) -> int:
     """The id of the first of the named special tokens that the tokenizer has."""
     for name in names:
         token = config.get(name)
