@@ -235,18 +235,11 @@ def _refusal(plan: MemoryPlan) -> DoesNotFitError:
     if worst.weights > plan.limit:
         component = "transformer" if worst.name.startswith("stage") else worst.name
         why = f"its weights alone are {worst.weights / GB:.1f} GB, and {has}"
-        return DoesNotFitError(f"the {component} does not fit in memory", why, _smaller_weights(job))
+        return DoesNotFitError(f"the {component} does not fit in memory", why, job.folder.how_to_shrink())
     what = f"{sizes.frames} frames of {sizes.width}x{sizes.height} do not fit in memory"
     why = f"{worst.name} takes {worst.least / GB:.1f} GB, {worst.weights / GB:.1f} GB of it weights, and {has}"
     found = [] if job.request.latents else list(_smaller(plan))
-    return DoesNotFitError(what, why, f"use {', or '.join(found)}" if found else _smaller_weights(job))
-
-
-def _smaller_weights(job: Job) -> str:
-    folder = job.folder
-    if any(record.quantization for record in folder.manifest.components.values()):
-        return "convert or quantize again with fewer --bits, or --recipe uniform"
-    return f"make it smaller: ltx2 quantize {folder.path} -o {folder.path}-q4 --bits 4"
+    return DoesNotFitError(what, why, f"use {', or '.join(found)}" if found else job.folder.how_to_shrink())
 
 
 def _smaller(plan: MemoryPlan) -> Iterator[str]:

@@ -9,11 +9,11 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.exchange import Contexts, read_embeddings, read_latents, read_noise
 from ltx2.runtime.latents import Grid, Latents, Scales
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.load import check_network
+from ltx2.runtime.load import check_network, encode_prompt
 from ltx2.runtime.paths import check_output
 from ltx2.runtime.presets import Preset, Stage, decoding_preset, load_preset
 from ltx2.runtime.request import Request, Sizes
-from ltx2.runtime.text_encoder.tokenizer import Encoded, Tokenizer
+from ltx2.runtime.text_encoder.tokenizer import Encoded
 from ltx2.runtime.transformer.config import TransformerConfig
 from ltx2.runtime.video_vae.config import VideoVAEConfig
 
@@ -68,8 +68,7 @@ class Job:
     def tokens(self) -> Encoded:
         """The prompt's tokens."""
         assert self.request.prompt is not None, "checked in with_defaults"
-        tokenizer = Tokenizer.load(self.folder.component_path("text_encoder"))
-        return tokenizer.encode(self.request.prompt, self.preset.text_tokens)
+        return encode_prompt(self.folder, self.request.prompt, self.preset.text_tokens)
 
     def read_latents(self, path: str) -> Latents:
         return read_latents(path, self.video_config.latent_channels, self.audio_config.latent_channels)

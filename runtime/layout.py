@@ -165,6 +165,12 @@ class ModelFolder:
                 f"{manifest} cannot be read", str(error), "convert the checkpoint again, or update ltx2"
             ) from error
 
+    def how_to_shrink(self) -> str:
+        """What to do where its weights do not fit in memory."""
+        if any(record.quantization for record in self.manifest.components.values()):
+            return "convert or quantize again with fewer --bits, or --recipe uniform"
+        return f"make it smaller: ltx2 quantize {self.path} -o {self.path}-q4 --bits 4"
+
     def hashes(self) -> dict[str, list[str]]:
         """SHA-256 of every component's files, as they were written."""
         return {name: [file.sha256 for file in c.files] for name, c in sorted(self.manifest.components.items())}

@@ -2,6 +2,7 @@
 quantization, and every tensor must fit."""
 
 from collections.abc import Callable, Mapping
+from functools import singledispatch
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
@@ -13,6 +14,7 @@ from ltx2.runtime.config import AS_PUBLISHED
 from ltx2.runtime.errors import ConfigError, ModelFolderError, UnsupportedError
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.quantized import quantize_like
+from ltx2.runtime.text_encoder.tokenizer import Encoded, Tokenizer
 
 # Class name in ltx2.json -> module with `build(config) -> nn.Module`. Imported on demand.
 NETWORKS: Mapping[str, str] = {
@@ -59,12 +61,20 @@ def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in parameters}
 
 
+@singledispatch
 def load_weights(folder: ModelFolder, component: str) -> dict[str, mx.array]:
-    """The component's tensors as lazy arrays: data are read when they are first used."""
+    """The component's tensors as lazy arrays: data are read when they are first used. A kind of folder that has no
+    files registers its own way, and of `encode_prompt` too."""
     weights: dict[str, mx.array] = {}
     for path in folder.weight_files(component):
         weights.update(cast(dict[str, mx.array], mx.load(str(path))))
     return weights
+
+
+@singledispatch
+def encode_prompt(folder: ModelFolder, prompt: str, length: int) -> Encoded:
+    """A prompt's tokens by the tokenizer that comes with the text encoder. Raises what `Tokenizer.load` raises."""
+    return Tokenizer.load(folder.component_path("text_encoder")).encode(prompt, length)
 
 
 def build_component(folder: ModelFolder, component: str, stored: Shapes) -> nn.Module:

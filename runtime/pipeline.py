@@ -54,8 +54,8 @@ class Pipeline:
     Raises ModelFolderError for another folder, UnsupportedError for a release that is only converted so far.
     """
 
-    def __init__(self, path: str | Path, observe: Observe | None = None) -> None:
-        self.folder = ModelFolder.open(Path(path))
+    def __init__(self, model: str | Path | ModelFolder, observe: Observe | None = None) -> None:
+        self.folder = model if isinstance(model, ModelFolder) else ModelFolder.open(Path(model))
         self.observe = observe
         check_release(self.folder.manifest.release)
 
