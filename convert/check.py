@@ -38,7 +38,7 @@ def incomplete_parts(plan: Plan) -> Iterator[str]:
     """What a component lacks that comes in another file, which is not among the sources."""
     for name, component in plan.components.items():
         if not is_lora(name) and not is_computed(plan.release):
-            keys = {move.key for move in plan.moves(name)}
+            keys = parameters(plan.moves(name)).keys()
             yield from (f"{name}: {part}" for part in missing_parts(component.cls, component.config, keys))
 
 
@@ -54,7 +54,7 @@ def planned_shapes(plan: Plan, component: str) -> Shapes:
             f"{len(twice)} tensors would be stored twice",
             "use the checkpoint as published",
         )
-    return {move.key: move.values.shape for move in parameters(moves)}
+    return {key: form.shape for key, form in parameters(moves).items()}
 
 
 def _check_files(plan: Plan, component: str) -> None:

@@ -264,9 +264,9 @@ class Keep(Packing):
         scales = {part: Form(value.shape, "F32") for part, value in self.constants().items()}
         return {"weight": Form((*form.shape[:-1], width), "U32"), **scales}
 
-    def rows(self, rows: Array, dtype: str) -> Mapping[str, Array]:
+    def rows(self, rows: Array, form: Form, start: int) -> Mapping[str, Array]:
         self.codes.factors(0, 1)  # is stored as it is, so this is where it is checked
-        return {"weight": rows if dtype == "U32" else self.codes.words(rows)}
+        return {"weight": rows if form.dtype == "U32" else self.codes.words(rows)}
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ def _index(moves: list[Move], weights: list[WeightFile]) -> bytes:
     where = {key: file.name for file in weights for key in file.tensors}
     total = {
         "total_size": sum(form.nbytes for file in weights for form in file.tensors.values()),
-        "total_parameters": sum(prod(move.values.shape) for move in parameters(moves)),
+        "total_parameters": sum(prod(form.shape) for form in parameters(moves).values()),
     }
     return _json({"metadata": total, "weight_map": dict(sorted(where.items()))})
 

@@ -91,7 +91,8 @@ class Rows(Piece):
         move = self.move
         if move.packing is None:
             return {move.key: values}
-        parts = {**move.packing.rows(values, move.form.dtype), **(move.packing.constants() if not self.row else {})}
+        constants = {} if self.row else move.packing.constants()
+        parts = {**move.packing.rows(values, move.form, self.row), **constants}
         return {packed_key(move.key, part): value for part, value in parts.items()}
 
     def _transformed(self, rows: Array) -> Array:

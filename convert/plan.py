@@ -54,6 +54,11 @@ class Move:
         """The path of the layer the tensor belongs to: its key without the last part."""
         return self.key.rpartition(".")[0]
 
+    def parameters(self) -> dict[str, Form]:
+        """The network's parameters that it fills, packed or not."""
+        beside = self.packing.absorbed() if self.packing else {}
+        return {self.key: self.values} | {packed_key(self.key, part): form for part, form in beside.items()}
+
     def stored(self) -> dict[str, Form]:
         """Name, shape and dtype of every tensor this one becomes."""
         if self.packing is None:
@@ -63,8 +68,8 @@ class Move:
 
 @dataclass(frozen=True)
 class Merge:
-    """One source tensor that another one uses up: the scale of codes that are dequantized, the alpha of a LoRA's
-    factors (a scale in its config.json)."""
+    """One source tensor that another one uses up: the scale of codes that are dequantized, the bias that packing
+    corrects, the alpha of a LoRA's factors (a scale in its config.json)."""
 
     file: TensorFile
     tensor: TensorInfo
@@ -139,11 +144,16 @@ def packed_layers(moves: Iterable[Move]) -> dict[str, Move]:
     return {layer: found[layer] for layer in sorted(found, key=natural_order)}
 
 
-def parameters(moves: Iterable[Move]) -> list[Move]:
-    """A component's tensors that its network has too: all but the scales of layers that are kept packed."""
+def parameters(moves: Iterable[Move]) -> dict[str, Form]:
+    """Name, shape and float type of a component's tensors that its network has too: all but the scales of layers that
+    are kept packed."""
     moves = list(moves)
     scales = {f"{layer}.{part}" for layer in packed_layers(moves) for part in SCALE_PARTS}
-    return [move for move in moves if move.key not in scales]
+    found: dict[str, Form] = {}
+    for move in moves:
+        if move.key not in scales:
+            found |= move.parameters()
+    return found
 
 
 def quantization_config(moves: Iterable[Move]) -> dict[str, Any] | None:

@@ -141,6 +141,10 @@ class Packing(ABC):
         """Shape and float type of the weight that is packed, or that codes of this form stand for."""
         return form
 
+    def absorbed(self) -> Mapping[str, Form]:
+        """Parts that replace a parameter beside the weight: last name part -> shape and float type."""
+        return {}
+
     def constants(self) -> Mapping[str, Array]:
         """Parts that depend on no row; the only ones of `forms` that `rows` does not make."""
         return {}
@@ -150,8 +154,8 @@ class Packing(ABC):
         """Last name part -> shape and dtype, `weight` first."""
 
     @abstractmethod
-    def rows(self, rows: Array, dtype: str) -> Mapping[str, Array]:
-        """The rows of every output for these rows of the input, which have safetensors dtype `dtype`."""
+    def rows(self, rows: Array, form: Form, start: int) -> Mapping[str, Array]:
+        """The rows of every output for some rows of a tensor of this form, the first of which is row `start`."""
 
 
 def to_float32(values: Array, dtype: str) -> Array:

@@ -133,7 +133,7 @@ def _total(moves: list[Move]) -> Total:
         after = sum(form.nbytes for form in move.stored().values())
         kept = isinstance(move.packing, Keep)
         total += Total(after if kept else move.form.nbytes, after, 0)
-    return total + Total(0, 0, sum(prod(move.values.shape) for move in parameters(moves)))
+    return total + Total(0, 0, sum(prod(form.shape) for form in parameters(moves).values()))
 
 
 def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:

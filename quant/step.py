@@ -99,7 +99,7 @@ class Quantize(Packing):
             parts["biases"] = parts["scales"]
         return parts if self.multiplier is None else parts | {MULTIPLIER: Form((), "F32")}
 
-    def rows(self, rows: Array, dtype: str) -> Mapping[str, Array]:
+    def rows(self, rows: Array, form: Form, start: int) -> Mapping[str, Array]:
         """Raises CheckpointError when a value is not finite or cannot be represented."""
         multiplier = 1.0 if self.multiplier is None else self.multiplier.value
         try:
