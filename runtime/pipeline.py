@@ -27,6 +27,8 @@ from ltx2.runtime.machine import available_memory
 from ltx2.runtime.memory import Phase
 from ltx2.runtime.numerics import check_finite
 from ltx2.runtime.presets import Stage, check_release
+from ltx2.runtime.products import Choice
+from ltx2.runtime.quantized import choose_products
 from ltx2.runtime.request import Request
 from ltx2.runtime.sampling import check_latents, denoise, mix_noise
 from ltx2.runtime.sidecar import make_record
@@ -96,6 +98,7 @@ class Run:
         self.plan = plan_memory(job)
         self.plan.check()
         self.phases: list[PhaseDone] = []
+        self.products: dict[str, Choice] = {}
         self.seconds = 0.0  # of an earlier run that this one continues
         self.state: StateFile | None = None
         if job.request.state is not None and job.request.latents is None:
@@ -118,6 +121,7 @@ class Run:
                 yield Warned("the sound is silent throughout; --no-audio leaves it out")
         record = make_record(self.job.folder, self.request, self.phases, self._seconds())
         record["memory_plan"] = self.plan.to_dict()
+        record["products"] = {form: dict(choice.by_rows) for form, choice in self.products.items()}
         state = self.state.path if self.state is not None else None
         yield Generated(Clip(frames, audio, sample_rate, self.job.sizes.fps, latents.as_numpy(), record, state))
 
@@ -157,6 +161,7 @@ class Run:
     def _load(self, component: str, expected: type[Network]) -> Network:
         """A phase's network, after the observer has seen it."""
         network = load_network(self.job.folder, component, expected)
+        self.products |= choose_products(network, self.request.matmul)
         if self.observe is not None:
             self.observe(component, network)
         return network

@@ -5,23 +5,15 @@ one value or one per row, that its product is multiplied by: so weights publishe
 they were published in. FP8 codes need no other scale; MLX's, all 1, are made here, once per shape of a network."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
+from ltx2.runtime.products import Choice, Codes, Form, choose
+
 UNIT = 127  # of the mx formats, whose scales are powers of two: 1
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a layer's weight is packed, as config.json says it."""
-
-    group_size: int
-    bits: int
-    mode: str = "affine"
 
 
 class QuantizedLinear(nn.Module):
@@ -39,6 +31,7 @@ class QuantizedLinear(nn.Module):
         elif shared_scales is None:
             self.scales = mx.zeros(groups, mx.uint8)
         self._shared_scales = shared_scales
+        self.choice = Choice()
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., inputs) -> (..., outputs), in x's dtype."""
@@ -51,17 +44,15 @@ class QuantizedLinear(nn.Module):
         y = _scaled(y, self.weight_scale) if bias is None else _scaled_biased(y, self.weight_scale, bias)
         return y.astype(x.dtype)
 
+    @property
+    def form(self) -> Form:
+        """How the weight is packed."""
+        return Form(self.group_size, self.bits, self.mode)
+
     def _product(self, x: mx.array) -> mx.array:
-        return mx.quantized_matmul(
-            x,
-            self.weight,
-            scales=self.scales if self._shared_scales is None else self._shared_scales,
-            biases=self.get("biases"),
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-        )
+        scales = self.scales if self._shared_scales is None else self._shared_scales
+        codes = Codes(self.weight, scales, self.get("biases"), self.form, plain=self._shared_scales is not None)
+        return self.choice.product(x.size // x.shape[-1])(x, codes)
 
 
 @mx.compile
@@ -97,6 +88,25 @@ def quantize_like(network: nn.Module, quantization: Mapping[str, Any], stored: M
 
     leaves = tree_map_with_path(packed, network.leaf_modules(), is_leaf=nn.Module.is_module)
     network.update_modules(leaves)
+
+
+def choose_products(network: nn.Module, wanted: str) -> dict[str, Choice]:
+    """Let a network's packed layers multiply in the fastest way on this machine, or in the `wanted` one; returns what
+    was chosen for each form of weights."""
+    chosen: dict[str, Choice] = {}
+    for module in network.modules():
+        if isinstance(module, QuantizedLinear):
+            form = str(module.form)
+            if form not in chosen:
+                chosen[form] = choose(module.form, _dtype(module), wanted)
+            module.choice = chosen[form]
+    return chosen
+
+
+def _dtype(layer: QuantizedLinear) -> mx.Dtype:
+    """What a layer computes in."""
+    floats = (layer.get("bias"), layer.scales if layer.mode == "affine" else None)
+    return next((array.dtype for array in floats if array is not None), mx.bfloat16)
 
 
 def _unit_scales(linear: nn.Linear, form: Form, shared: dict[tuple[int, int], mx.array]) -> mx.array | None:

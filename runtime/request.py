@@ -11,6 +11,7 @@ from typing import Any
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.latents import Grid, Scales, audio_latent_count
 from ltx2.runtime.presets import Preset, Stage
+from ltx2.runtime.products import AUTO, CHOICES
 
 SEEDS = 1 << 64  # a key of MLX's generator is 64 bits
 # What a given file stands for, so that these options have nothing left to do.
@@ -53,6 +54,7 @@ class Request:
     latents: str | None = None
     memory_limit: float | None = None  # GB
     low_memory: bool = False
+    matmul: str = AUTO  # with packed weights
     state: str | None = None  # the file that an interrupted run is continued from
     checkpoint_every: int | None = None  # steps
     resume: bool = False
@@ -64,6 +66,9 @@ class Request:
         if self.memory_limit is not None and not 0 < self.memory_limit < math.inf:
             why = "it must be a positive number of GB (1e9 bytes)"
             raise InputError(f"memory limit {self.memory_limit:g} is not valid", why, "use 24, for example")
+        if self.matmul not in CHOICES:
+            why = f"it is one of {', '.join(CHOICES)}"
+            raise InputError(f"matmul {self.matmul!r} is not known", why, "leave it out")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             why = "it counts denoise steps, at least 1"
             raise InputError(f"checkpoint every {self.checkpoint_every} is not valid", why, "use 1")

@@ -12,6 +12,8 @@ from ltx2.runtime.errors import Ltx2Error
 if TYPE_CHECKING:
     from ltx2.runtime.estimate import MemoryPlan
 
+MATMUL = ("auto", "packed", "dequantized", "widened")  # known here because importing the runtime takes time
+
 
 @click.command()
 @click.argument("prompt", required=False)
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--from", "sidecar", metavar="CLIP.json", type=PATH, help="Repeat a run.")
 @click.option("--memory-limit", type=float, metavar="GB", help="Stay below; default: what the GPU can use.")
 @click.option("--low-memory", is_flag=True, default=None, help="Take as little as possible; slower.")
+@click.option("--matmul", type=click.Choice(MATMUL), help="With quantized weights; auto: the fastest, measured once.")
 @click.option("--dry-run", is_flag=True, help="Show each phase's memory from headers, and whether it fits; do nothing.")
 @click.option("--checkpoint-every", type=int, metavar="N", help="Keep the state after every N denoise steps.")
 @click.option("--resume", is_flag=True, default=None, help="Continue a run that was cut off, with the same result.")

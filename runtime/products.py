@@ -1,0 +1,182 @@
+"""How to multiply with packed weights: by MLX's kernel for them, or by unpacking them first and multiplying as usual.
+
+Few rows favour the first, many the second, and where they cross is the machine's: the two are up to five times apart,
+either way. So it is measured, once per machine and form of weights, and kept in a file."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+
+from ltx2.runtime.errors import Ltx2Error
+from ltx2.runtime.paths import write_text
+
+AUTO = "auto"
+ROWS = (128, 1024, 4096)  # measured: a sound's or a prompt's tokens, a text's, a picture's
+SIDE = 4096  # of the weights that are measured
+REPETITIONS = 5
+FILE = Path(".cache") / "ltx2" / "products.json"  # under the user's home
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a layer's weight is packed, as config.json says it."""
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+    def __str__(self) -> str:
+        return f"{self.mode}-{self.bits}-{self.group_size}"
+
+
+class Codes(NamedTuple):
+    """A packed weight (outputs, inputs): MLX's codes, scales and biases. `plain`: all scales are 1."""
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array | None
+    form: Form
+    plain: bool = False
+
+
+Product = Callable[[mx.array, Codes], mx.array]
+
+
+def packed(x: mx.array, codes: Codes) -> mx.array:
+    """x (..., inputs) @ W^T by MLX's kernel for packed weights."""
+    weight, scales, biases, form, _ = codes
+    return mx.quantized_matmul(
+        x,
+        weight,
+        scales=scales,
+        biases=biases,
+        transpose=True,
+        group_size=form.group_size,
+        bits=form.bits,
+        mode=form.mode,
+    )
+
+
+def dequantized(x: mx.array, codes: Codes) -> mx.array:
+    """x (..., inputs) @ W^T, with W unpacked by MLX's kernel to x's dtype."""
+    weight, scales, biases, form, _ = codes
+    unpacked = mx.dequantize(weight, scales, biases, form.group_size, form.bits, form.mode, dtype=x.dtype)
+    return x @ unpacked.T
+
+
+def widened(x: mx.array, codes: Codes) -> mx.array:
+    """x (..., inputs) @ W^T, with W unpacked by one fused elementwise kernel, where the form allows it."""
+    weight, scales, biases, form, plain = codes
+    if plain and form.bits == 8:
+        return x @ mx.from_fp8(weight.view(mx.uint8), dtype=x.dtype).T
+    if biases is None or form.bits not in (4, 8):
+        return dequantized(x, codes)
+    # Codes as (outputs, groups, words of a group, codes of a word): 8 halves of a byte, or the 4 bytes.
+    if form.bits == 4:
+        words, shifts = weight.reshape(*scales.shape, -1, 1), mx.arange(0, 32, 4, dtype=mx.uint32)
+    else:
+        words, shifts = weight.view(mx.uint8).reshape(*scales.shape, -1, 4), mx.zeros(1, mx.uint8)
+    values = _unpacker(x.dtype)(words, shifts, scales[..., None, None], biases[..., None, None])
+    return x @ values.reshape(weight.shape[0], -1).T
+
+
+@cache
+def _unpacker(dtype: mx.Dtype) -> Callable[..., mx.array]:
+    """Codes to values of a dtype, computed in float32 and rounded once."""
+
+    @mx.compile
+    def values(words: mx.array, shifts: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        codes = words >> shifts
+        codes = codes & 15 if words.dtype == mx.uint32 else codes
+        return (codes.astype(mx.float32) * scales.astype(mx.float32) + biases.astype(mx.float32)).astype(dtype)
+
+    return cast(Callable[..., mx.array], values)
+
+
+PRODUCTS: Mapping[str, Product] = {"packed": packed, "dequantized": dequantized, "widened": widened}
+CHOICES = (AUTO, *PRODUCTS)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The product for each number of rows (batch x tokens): that of the nearest measured number, or of all."""
+
+    by_rows: tuple[tuple[int, str], ...] = ((1, "packed"),)
+
+    def product(self, rows: int) -> Product:
+        """The function for so many rows."""
+        _, name = min(self.by_rows, key=lambda entry: abs(math.log(entry[0] / max(rows, 1))))
+        return PRODUCTS[name]
+
+
+def choose(form: Form, dtype: mx.Dtype, wanted: str) -> Choice:
+    """The products of a form: the one that is wanted, or (`auto`) the fastest on this machine for each number of
+    rows. On a CPU, which is for tests, always MLX's own: the same bits in every run."""
+    if wanted != AUTO:
+        return Choice(((1, wanted),))
+    if _on_cpu():
+        return Choice()
+    kept, key = _read(), f"{mx.device_info().get('device_name')}, mlx {metadata.version('mlx')}, {form}, {dtype}"
+    if key not in kept:
+        kept[key] = {str(rows): _times(form, dtype, rows) for rows in ROWS}
+        _write(kept)
+    return Choice(tuple((int(rows), min(times, key=lambda name: times[name])) for rows, times in kept[key].items()))
+
+
+def _on_cpu() -> bool:
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+Kept = dict[str, dict[str, dict[str, float]]]  # machine and form -> rows -> product -> seconds
+
+
+def _times(form: Form, dtype: mx.Dtype, rows: int) -> dict[str, float]:
+    """Seconds of every product, the fastest of some: what disturbs a measurement only makes it slower."""
+    codes, x = _example(form, dtype), mx.ones((1, rows, SIDE), dtype)
+    mx.eval(x, *(part for part in codes[:3] if part is not None))
+    times = dict.fromkeys(PRODUCTS, math.inf)
+    for _ in range(1 + REPETITIONS):  # the first compiles
+        for name, product in PRODUCTS.items():
+            start = time.perf_counter()
+            mx.eval(product(x, codes))
+            times[name] = min(times[name], time.perf_counter() - start)
+    return times
+
+
+def _example(form: Form, dtype: mx.Dtype) -> Codes:
+    """Weights of ones or so: times do not depend on the values."""
+    words = mx.full((SIDE, SIDE * form.bits // 32), 0x11111111, mx.uint32)
+    shape = (SIDE, SIDE // form.group_size)
+    if form.mode == "affine":
+        return Codes(words, mx.ones(shape, dtype), mx.zeros(shape, dtype), form)
+    return Codes(words, mx.full(shape, 56, mx.uint8), None, form, plain=form.mode == "mxfp8")
+
+
+def _read() -> Kept:
+    try:
+        kept = json.loads((Path.home() / FILE).read_text())
+        return {key: {rows: _known(times) for rows, times in entry.items()} for key, entry in kept.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):  # none yet, or another's
+        return {}
+
+
+def _known(times: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(times[name]) for name in PRODUCTS}
+
+
+def _write(kept: Kept) -> None:
+    """What cannot be kept is measured again the next time."""
+    try:
+        path = Path.home() / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(kept, indent=1) + "\n")
+    except (OSError, RuntimeError, Ltx2Error):
+        return
