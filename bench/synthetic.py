@@ -4,13 +4,13 @@ timed on. Names and shapes are the networks' own, read backwards through the pub
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ltx2.bench.published import published
 from ltx2.runtime.load import build_network, parameter_shapes
 from ltx2.runtime.tensorfile import Array
 
@@ -49,8 +49,7 @@ def checkpoint_tensors(blocks: int) -> tuple[Tensors, dict[str, Any]]:
 
 def networks() -> dict[str, Any]:
     """Class and configuration of every published network by component."""
-    data = json.loads(resources.files(__package__).joinpath("fullsize.json").read_text())
-    return dict(data["networks"])
+    return dict(published()["networks"])
 
 
 def _published(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "runtime": {"runtime"},
     "convert": {"convert", "runtime"},
     "quant": {"quant", "convert", "runtime"},
-    "bench": {"bench", "runtime"},
+    "bench": {"bench", "quant", "convert", "runtime"},
     "ltx2": {"api", "demo", *PARTS},
 }
 COMMANDS = ("shared", "fetch", "models", "clips", "measure")
