@@ -36,6 +36,7 @@ MAY_ALSO_IMPORT = {
     **{f"ltx2/commands/{name}.py": COMMANDS_IMPORT for name in COMMANDS},
     "ltx2/console.py": {"render"},
     "convert/__init__.py": {"api"},  # makes ltx2.convert(...) callable
+    "bench/quality.py": {"convert"},
 }
 NETWORK_PARTS = {name.split(".")[2] for name in NETWORKS.values()}  # transformer, video_vae, audio_vae, ...
 NOT_FOR_NETWORKS = {"layout", "load", "memory", "events", "pipeline"}
@@ -46,6 +47,7 @@ USERS = {
     "rich": {"ltx2/render.py"},
     "huggingface_hub": {"convert/hub.py"},
     "imageio_ffmpeg": {"runtime/media.py"},
+    "matplotlib": {"bench/plot.py"},
     "tokenizers": {"runtime/text_encoder/tokenizer.py"},
     **{name: set[str]() for name in ("torch", "diffusers", "transformers", "mlx_lm")},
 }
