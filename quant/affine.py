@@ -91,6 +91,9 @@ class AffineSearch(Search):
         scale, _ = self._rounded(fit.scale + fit.scale * slope, fit.bias)
         return scale, fit.bias + (fit.scale * mean_r + (fit.scale - scale) * mean_q)
 
+    def drift(self, fit: Fit, means: Values) -> Values:
+        return fit.scale * self.on.affine_drift(self.values, fit.scale, fit.bias, self.top, means)
+
     def codes(self, fit: Fit) -> Values:
         return self.on.affine_codes(self.values, fit.scale, fit.bias, self.top)
 

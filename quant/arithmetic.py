@@ -99,6 +99,10 @@ class Arithmetic(ABC):
         """With codes q and remainders r: the sums of r, q, q r, q q."""
 
     @abstractmethod
+    def affine_drift(self, values: Values, scale: Values, bias: Values, top: float, means: Values) -> Values:
+        """Sums of what rounding to codes takes away, each times its mean, in units of the scale (groups,)."""
+
+    @abstractmethod
     def affine_codes(self, values: Values, scale: Values, bias: Values, top: float) -> Values:
         """The codes, uint32."""
 
@@ -106,6 +110,10 @@ class Arithmetic(ABC):
     def grid_errors(self, values: Values, scale: Values, grid: Grid, *weights: Values) -> Values:
         """Summed squares of what rounding to a grid changes, in units of the scale, for several scales
         (fits, groups)."""
+
+    @abstractmethod
+    def grid_drift(self, values: Values, scale: Values, grid: Grid, means: Values) -> Values:
+        """Sums of what rounding to a grid takes away, each times its mean, in units of the scale (groups,)."""
 
     @abstractmethod
     def grid_codes(self, values: Values, scale: Values, grid: Grid) -> Values:

@@ -93,6 +93,11 @@ class OnCpu(Arithmetic):
         qr = self.group_sums(np.multiply(q, r, out=r))
         return *sums, qr, self.group_sums(np.multiply(q, wq, out=buffer))
 
+    def affine_drift(self, values: Array, scale: Array, bias: Array, top: float, means: Array) -> Array:
+        t, q = self._steps(values, scale, bias, top)
+        np.subtract(t, q, out=t)
+        return self.group_sums(np.multiply(t, means, out=t))
+
     def affine_codes(self, values: Array, scale: Array, bias: Array, top: float) -> Array:
         return _integers(self._steps(values, scale, bias, top)[1])
 
@@ -103,6 +108,11 @@ class OnCpu(Arithmetic):
             np.subtract(t, q, out=t)
             errors[place] = self._squares(np.multiply(t, t, out=t), *weights)
         return errors
+
+    def grid_drift(self, values: Array, scale: Array, grid: Grid, means: Array) -> Array:
+        t, q = self._nearest(values, scale, grid)
+        np.negative(np.subtract(t, q, out=t), out=t, where=values < 0)
+        return self.group_sums(np.multiply(t, means, out=t))
 
     def grid_codes(self, values: Array, scale: Array, grid: Grid) -> Array:
         t, sizes = self._nearest(values, scale, grid)

@@ -84,12 +84,20 @@ class OnGpu(Arithmetic):
         r, q, qr, qq = (self.group_sums(a) for a in _affine_moments(values, scale, bias, top, *weights))
         return r, q, qr, qq
 
+    def affine_drift(
+        self, values: mx.array, scale: mx.array, bias: mx.array, top: float, means: mx.array
+    ) -> mx.array:
+        return self.group_sums(_affine_drift(values, scale, bias, top, means))
+
     def affine_codes(self, values: mx.array, scale: mx.array, bias: mx.array, top: float) -> mx.array:
         return _affine_codes(values, scale, bias, top)
 
     def grid_errors(self, values: mx.array, scale: mx.array, grid: Grid, *weights: mx.array) -> mx.array:
         values, *weights = (a[:, None] for a in (values, *weights))  # type: ignore[assignment]
         return self.group_sums(_grid_errors(values, scale, grid, *weights))
+
+    def grid_drift(self, values: mx.array, scale: mx.array, grid: Grid, means: mx.array) -> mx.array:
+        return self.group_sums(_grid_drift(values, scale, grid, means))
 
     def grid_codes(self, values: mx.array, scale: mx.array, grid: Grid) -> mx.array:
         return _grid_codes(values, scale, grid)
@@ -131,6 +139,12 @@ def _affine_moments(
 
 
 @compiled
+def _affine_drift(values: mx.array, scale: mx.array, bias: mx.array, top: float, means: mx.array) -> mx.array:
+    steps, codes = _steps(values, scale, bias, top)
+    return (steps - codes) * means
+
+
+@compiled
 def _affine_codes(values: mx.array, scale: mx.array, bias: mx.array, top: float) -> mx.array:
     return _steps(values, scale, bias, top)[1].astype(mx.uint32)
 
@@ -147,6 +161,13 @@ def _nearest(values: mx.array, scale: mx.array, grid: Grid) -> tuple[mx.array, m
 def _grid_errors(values: mx.array, scale: mx.array, grid: Grid, *weights: mx.array) -> mx.array:
     steps, nearest = _nearest(values, scale, grid)
     return _squares(steps - nearest, *weights)
+
+
+@compiled
+def _grid_drift(values: mx.array, scale: mx.array, grid: Grid, means: mx.array) -> mx.array:
+    steps, nearest = _nearest(values, scale, grid)
+    change = steps - nearest
+    return mx.where(values < 0, -change, change) * means
 
 
 @compiled

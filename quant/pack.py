@@ -1,7 +1,7 @@
 """Packing weights into MLX's quantized storage, on the GPU where MLX has one; the files run on MLX's own kernels.
 
 Rows are packed in blocks, so memory does not depend on the tensor, and every group by itself, so chunks of rows give
-the bytes of the whole. Given E[x^2] of a layer's inputs as `weights`, errors count as they do in the layer's output."""
+the bytes of the whole. Given what a layer's inputs are like, errors count as they do in the layer's output."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,8 @@ import numpy as np
 
 from ltx2.convert.steps import FLOATS, Storage, to_float32
 from ltx2.quant.affine import AffineSearch
-from ltx2.quant.arithmetic import Arithmetic
+from ltx2.quant.arithmetic import Arithmetic, Values
+from ltx2.quant.inputs import Columns, Inputs
 from ltx2.quant.kinds import kind_of
 from ltx2.quant.minifloat import MinifloatSearch
 from ltx2.quant.on_cpu import OnCpu
@@ -27,22 +28,23 @@ from ltx2.runtime.tensorfile import NUMPY_DTYPES, Array
 # Values of a block: so many that a CPU's threads do not wait for the interpreter, and that a GPU is busy.
 CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 22
 MAX_THREADS = 8
-LEAST_WEIGHT = 2.0**-20  # of the largest
 
 
 class Packed(NamedTuple):
     """Quantized rows: `codes` uint32 (rows, width * bits / 32); `scales` and, in affine mode, `biases`
-    (rows, width / group size) in the tensor's own dtype (BF16 as uint16), or E8M0 or E4M3 scales as uint8."""
+    (rows, width / group size) in the tensor's own dtype (BF16 as uint16), or E8M0 or E4M3 scales as uint8. `drift`, of
+    inputs whose mean is known, is (W - W') E[x], float32 (rows,): what the layer's own bias must make up for."""
 
     codes: Array
     scales: Array
     biases: Array | None = None
+    drift: Array | None = None
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Summed squares of what quantizing changed and of the values themselves, both weighted if the search was;
-    losses of parts add up."""
+    """Summed squares of what quantizing changed and of the values themselves, as they count in the layer's output if
+    its inputs are known; losses of parts add up."""
 
     error: float = 0.0
     norm: float = 0.0
@@ -52,25 +54,26 @@ class Loss:
 
     @property
     def relative(self) -> float:
-        """||W' - W|| / ||W||: the relative error of W's output, for inputs whose channels do not correlate."""
+        """||W' - W|| / ||W||: the relative error of W's output, for inputs whose channels do not correlate and, where
+        nothing is known of them, are of one size."""
         return sqrt(self.error / self.norm) if self.norm else 0.0
 
 
 def pack(
-    rows: Array, storage: Storage, weights: Array | None = None, multiplier: float = 1.0
+    rows: Array, storage: Storage, inputs: Inputs | None = None, multiplier: float = 1.0
 ) -> tuple[Packed, Loss]:
     """Quantize rows (rows, width) of BF16 (as uint16 codes), float16 or float32.
 
-    `width` is a multiple of the group size. `weights` (width,) is E[x^2] of the inputs. `multiplier`, a power of two
-    that the layer's output is multiplied with, serves nvfp4: `output_multiplier` of the whole tensor's largest value.
-    Raises ValueError when a value is NaN or infinite, or too large for what scales can express.
+    `width` is a multiple of the group size. `multiplier`, a power of two that the layer's output is multiplied with,
+    serves nvfp4: `output_multiplier` of the whole tensor's largest value. Raises ValueError when a value is NaN or
+    infinite, or too large for what scales can express.
     """
     _check(rows.shape[1], storage, multiplier)
-    packed, gpu = _empty(rows, storage), is_gpu()
-    counted = None if weights is None else _usable(weights, rows.shape[1])
+    columns = None if inputs is None else inputs.columns(rows.shape[1])
+    packed, gpu = _empty(rows, storage, columns), is_gpu()
 
     def work(span: slice) -> Loss:
-        parts, loss = _pack_block(rows[span], storage, counted, multiplier, OnGpu() if gpu else OnCpu())
+        parts, loss = _pack_block(rows[span], storage, columns, multiplier, OnGpu() if gpu else OnCpu())
         for whole, part in zip(packed, parts, strict=True):
             if whole is not None:
                 whole[span] = part
@@ -89,18 +92,6 @@ def unpack(packed: Packed, storage: Storage, multiplier: float = 1.0) -> Array:
     return np.array(mx.dequantize(codes, scales.astype(mx.float32), biases, *form))
 
 
-def bias_correction(
-    rows: Array, packed: Packed, storage: Storage, mean: Array, multiplier: float = 1.0
-) -> Array:
-    """(W - W') E[x], float32 (rows,): what to add to the layer's bias so that quantizing leaves its mean output.
-
-    `mean` (width,) is E[x] of the layer's inputs.
-    """
-    change = to_float32(rows, _dtype(rows)) - unpack(packed, storage, multiplier)
-    columns = np.ascontiguousarray(change.T) * mean.astype(np.float64)[:, None]
-    return np.add.reduce(columns, axis=0).astype(np.float32)  # column by column: an order that is ours
-
-
 def _check(width: int, storage: Storage, multiplier: float) -> None:
     if width % storage.group_size:
         raise ValueError(f"width {width} is no multiple of the group size {storage.group_size}")
@@ -108,21 +99,13 @@ def _check(width: int, storage: Storage, multiplier: float) -> None:
         raise ValueError(f"{storage.mode} has no output multiplier")
 
 
-def _usable(weights: Array, width: int) -> Array:
-    """Weights as float32; columns that saw (almost) no input still count a little."""
-    counted = weights.astype(np.float32)
-    if counted.shape != (width,) or not np.isfinite(counted).all() or (counted < 0).any():
-        raise ValueError(f"weights are not {width} finite numbers of at least 0")
-    return np.maximum(counted, counted.max() * LEAST_WEIGHT) if counted.any() else np.ones_like(counted)
-
-
-def _empty(rows: Array, storage: Storage) -> Packed:
+def _empty(rows: Array, storage: Storage, columns: Columns | None) -> Packed:
     count, width = rows.shape
     shape = (count, width // storage.group_size)
-    codes = np.empty((count, width * storage.bits // 32), np.uint32)
-    if not kind_of(storage).biased:
-        return Packed(codes, np.empty(shape, np.uint8))
-    return Packed(codes, np.empty(shape, rows.dtype), np.empty(shape, rows.dtype))
+    codes, biased = np.empty((count, width * storage.bits // 32), np.uint32), kind_of(storage).biased
+    scales, biases = (np.empty(shape, rows.dtype if biased else np.uint8) for _ in range(2))
+    drift = np.empty(count, np.float32) if columns and columns.means is not None else None
+    return Packed(codes, scales, biases if biased else None, drift)
 
 
 def _spans(rows: Array, values: int) -> list[slice]:
@@ -132,26 +115,40 @@ def _spans(rows: Array, values: int) -> list[slice]:
 
 
 def _pack_block(
-    rows: Array, storage: Storage, weights: Array | None, multiplier: float, on: Arithmetic
+    rows: Array, storage: Storage, columns: Columns | None, multiplier: float, on: Arithmetic
 ) -> tuple[Packed, Loss]:
-    search = _search(rows, storage, weights, multiplier, on)
+    def tiled(counts: Array | None) -> tuple[Values, ...]:
+        return () if counts is None else (on.tiled(counts, len(rows), storage.group_size),)
+
+    errors_count, values_count, means = columns or (None, None, None)
+    search = _search(rows, storage, tiled(errors_count), multiplier, on)
     with np.errstate(all="ignore"):  # what is not finite shows in the errors
         fit = search.best()
         scale, bias, errors = (on.numpy(part) for part in fit)
         if np.isnan(errors).any():
             raise ValueError(_what_is_wrong(rows))
-        norms = on.numpy(search.norms())
         codes = on.numpy(on.words(search.codes(fit), storage.bits))
+        norms = on.numpy(search.norms(*tiled(values_count)))  # the search's own weights are not valid any more
+        drift = on.numpy(search.drift(fit, *tiled(means))) if means is not None else None
     loss = Loss(_total(errors) * multiplier**2, _total(norms) * multiplier**2)
-    return Packed(*(part.reshape(len(rows), -1) for part in (codes, *search.stored(scale, bias)))), loss
+    scales, *biases = (part.reshape(len(rows), -1) for part in search.stored(scale, bias))
+    drift = _row_sums(drift, len(rows)) * np.float32(multiplier) if drift is not None else None
+    return Packed(codes.reshape(len(rows), -1), scales, biases[0] if biases else None, drift), loss
 
 
-def _search(rows: Array, storage: Storage, weights: Array | None, multiplier: float, on: Arithmetic) -> Search:
+def _search(
+    rows: Array, storage: Storage, weights: tuple[Values, ...], multiplier: float, on: Arithmetic
+) -> Search:
     block = on.block(rows, storage.group_size, 1 / multiplier)
-    counts = () if weights is None else (on.tiled(weights, len(rows), storage.group_size),)
     if kind_of(storage).biased:
-        return AffineSearch(on, block, counts, storage.bits, _dtype(rows))
-    return MinifloatSearch(on, block, counts, storage)
+        return AffineSearch(on, block, weights, storage.bits, _dtype(rows))
+    return MinifloatSearch(on, block, weights, storage)
+
+
+def _row_sums(values: Array, rows: int) -> Array:
+    """Of the groups of every row, added one after the other in float64."""
+    columns = np.ascontiguousarray(values.reshape(rows, -1).T, np.float64)
+    return np.add.accumulate(columns, axis=0)[-1].astype(np.float32)
 
 
 def _dtype(rows: Array) -> str:

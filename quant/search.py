@@ -49,9 +49,13 @@ class Search(ABC):
     def stored(self, scale: Array, bias: Array) -> tuple[Array, ...]:
         """A fit's scales, and its biases where the mode has them, as they are stored (groups,)."""
 
-    def norms(self) -> Values:
-        """Summed squares of the groups."""
-        return self.on.squares(self.values, *self.weights)
+    @abstractmethod
+    def drift(self, fit: Fit, means: Values) -> Values:
+        """What the groups' products with `means`, a block like the values, lose (groups,)."""
+
+    def norms(self, *weights: Values) -> Values:
+        """Summed squares of the groups, weighted where there are weights."""
+        return self.on.squares(self.values, *weights)
 
 
 def squared(values: Values) -> Values:

@@ -1,0 +1,194 @@
+"""What the inputs of a model's linear layers are like while it works: E[x^2] and E[x] of every channel, in a file.
+
+Such a file belongs to a model, not to one of its folders: as many bits, FP8 or a float type, the layers' inputs are the
+same. Layers are named as in the model folder."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ltx2.convert.pieces import values_of
+from ltx2.convert.plan import Move, Plan
+from ltx2.convert.steps import FLOATS, to_float32
+from ltx2.quant.inputs import Inputs
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.jsonfile import parse_object
+from ltx2.runtime.layout import COMPONENTS, file_record
+from ltx2.runtime.tensorfile import Array, FileRecord, TensorFile, TensorInfo, f32_to_bf16, open_tensorfile
+from ltx2.runtime.tensorwrite import write_tensorfile
+
+KIND = {"format": "linear input statistics"}  # tells the file from other safetensors files
+ABOUT = "about"
+MEAN_SQUARE, MEAN, SENSITIVITY = "mean_square", "mean", "sensitivity"
+NAME = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)\.({MEAN_SQUARE}|{MEAN}|{SENSITIVITY})")
+MAKE = "make it with ltx2 calibrate"
+READ_BYTES = 4 << 20
+
+Layer = tuple[str, str]  # component, and path in its network
+
+
+@dataclass(frozen=True)
+class About:
+    """Where statistics come from. `identities` tells the networks of one model from those of another: component ->
+    `identity`. `prompts` and `options` are what was generated."""
+
+    tool_version: str
+    release: str | None
+    variant: str | None
+    identities: Mapping[str, str]
+    sources: tuple[FileRecord, ...]
+    prompts: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, text: str) -> "About":
+        """Raises ValueError, LookupError, TypeError or AttributeError for another text."""
+        data = parse_object(text)
+        data["sources"] = tuple(file_record(source) for source in data["sources"])
+        data["prompts"] = tuple(map(str, data["prompts"]))
+        data["identities"] = {str(name): str(value) for name, value in data["identities"].items()}
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """An opened file of statistics; values are read when they are asked for. `record` identifies the file."""
+
+    file: TensorFile
+    record: FileRecord
+    about: About
+
+    @classmethod
+    def open(cls, path: Path) -> "Statistics":
+        """Raises CheckpointError for what is no safetensors file, InputError for one that holds something else."""
+        file = open_tensorfile(path)
+        if file.metadata.get("format") != KIND["format"]:
+            raise InputError(f"{path} holds no statistics", "it is a safetensors file of another kind", MAKE)
+        try:
+            about = About.from_json(file.metadata[ABOUT])
+            _check_tensors(file.tensors)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(f"the statistics {path} cannot be used", why, MAKE) from error
+        return cls(file, FileRecord(path.name, file.size, _sha256(path)), about)
+
+    @cached_property
+    def layers(self) -> dict[Layer, int]:
+        """The layers there are statistics of, and their widths."""
+        parts = ((NAME.fullmatch(name), tensor) for name, tensor in self.file.tensors.items())
+        return {(m[1], m[2]): t.shape[0] for m, t in parts if m is not None and m[3] == MEAN_SQUARE}
+
+    def inputs(self, component: str, layer: str, biased: bool) -> Inputs | None:
+        """Of one layer, None where there are none. Raises InputError for values that are not what their name says."""
+        if (component, layer) not in self.layers:
+            return None
+        mean_square, mean = (self._values(f"{component}.{layer}.{part}") for part in (MEAN_SQUARE, MEAN))
+        if (mean_square < 0).any():
+            raise InputError(f"{self.file.path}: mean squares of {component}.{layer} are negative", "none can be", MAKE)
+        return Inputs(mean_square, mean if biased else None)
+
+    @cached_property
+    def sensitivities(self) -> dict[Layer, float]:
+        """Squared relative change of the velocity per squared relative error of a layer's output, where measured."""
+        found = {}
+        for name in self.file.tensors:
+            match = NAME.fullmatch(name)
+            if match is not None and match[3] == SENSITIVITY:
+                found[match[1], match[2]] = float(self._values(name))
+        return found
+
+    def _values(self, name: str) -> Array:
+        values = np.array(self.file.array(name))
+        if not np.isfinite(values).all():
+            raise InputError(f"{self.file.path}: {name} is not finite", "the model computed no numbers there", MAKE)
+        return values
+
+    def check(self, plan: Plan) -> Iterator[str]:
+        """What may be wrong about using them for a model, as warnings.
+
+        Raises InputError when they are of another network, or of none of the plan's.
+        """
+        common = [name for name in plan.components if any(component == name for component, _ in self.layers)]
+        if not common:
+            theirs = ", ".join(dict.fromkeys(component for component, _ in self.layers)) or "nothing"
+            raise self._misfit(f"they are of {theirs}, the model holds {', '.join(plan.components)}")
+        widths = {(m.component, m.layer): m.values.shape[-1] for m in _weights(plan)}
+        for (component, layer), width in self.layers.items():
+            if component in common and widths.get((component, layer)) != width:
+                have = widths.get((component, layer), "no such layer")
+                raise self._misfit(f"{component}.{layer} has {width} inputs in one and {have} in the other")
+        yield from self._strangers(plan, common)
+
+    def _misfit(self, why: str) -> InputError:
+        return InputError(f"the statistics {self.file.path} do not fit the model", why, "calibrate this model")
+
+    def _strangers(self, plan: Plan, components: Sequence[str]) -> Iterator[str]:
+        ours, theirs = (plan.release, plan.variant), (self.about.release, self.about.variant)
+        strange = [n for n in components if self.about.identities.get(n) not in (None, identity(plan, n))]
+        what = f"the statistics {self.file.path.name} were made with another model"
+        if ours != theirs and (plan.release or plan.variant):
+            names = (" ".join(filter(None, name)) for name in (theirs, ours))
+            yield "{}: {}, this is {}; they may fit it less well".format(what, *names)
+        elif strange:
+            yield f"{what} (its {', '.join(strange)} differs); they may fit this one less well"
+
+
+def identity(plan: Plan, component: str) -> str:
+    """What tells one trained network from another, however its layers are stored: a hash of its norms' weights, which
+    nothing packs. In bfloat16, which they are published in."""
+    digest = hashlib.sha256()
+    moves = [m for m in plan.moves(component) if m.key.endswith(".weight") and len(m.form.shape) == 1]
+    for move in sorted(moves, key=lambda move: move.key):
+        digest.update(move.key.encode())
+        for rows in values_of(move):
+            digest.update(f32_to_bf16(to_float32(rows, move.form.dtype)).tobytes())
+    return digest.hexdigest()
+
+
+def write_statistics(
+    path: Path, layers: Mapping[Layer, Inputs], about: About, sensitivities: Mapping[Layer, float] | None = None
+) -> None:
+    """Write a file of statistics; it appears under its name only when complete. Same values, same bytes."""
+    tensors: dict[str, tuple[str, Array]] = {}
+    for (component, layer), inputs in sorted(layers.items()):
+        assert inputs.mean is not None, "both moments are known of every layer"
+        tensors[f"{component}.{layer}.{MEAN_SQUARE}"] = "F32", inputs.mean_square.astype(np.float32)
+        tensors[f"{component}.{layer}.{MEAN}"] = "F32", inputs.mean.astype(np.float32)
+    for (component, layer), value in sorted((sensitivities or {}).items()):
+        tensors[f"{component}.{layer}.{SENSITIVITY}"] = "F32", np.array(value, np.float32)
+    write_tensorfile(path, tensors, KIND | {ABOUT: json.dumps(asdict(about))})
+
+
+def _weights(plan: Plan) -> Iterator[Move]:
+    """The weights of linear layers, and others of two axes."""
+    for component in plan.components:
+        for move in plan.moves(component):
+            if move.key.endswith(".weight") and len(move.values.shape) == 2 and move.values.dtype in FLOATS.values():
+                yield move
+
+
+def _check_tensors(tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises ValueError for tensors that are no statistics."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in tensors.items():
+        match = NAME.fullmatch(name)
+        axes = 0 if match and match[3] == SENSITIVITY else 1
+        if match is None or tensor.dtype != "F32" or len(tensor.shape) != axes:
+            raise ValueError(f"{name!r}, {tensor.dtype} {list(tensor.shape)}, is no statistic that this version knows")
+        if axes and shapes.setdefault(f"{match[1]}.{match[2]}", tensor.shape) != tensor.shape:
+            raise ValueError(f"{name} has another shape than the layer's other moment")
+    alone = [layer for layer in shapes if not {f"{layer}.{MEAN_SQUARE}", f"{layer}.{MEAN}"} <= tensors.keys()]
+    if alone:
+        raise ValueError(f"of {alone[0]} only one moment is there")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
