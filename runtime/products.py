@@ -47,13 +47,13 @@ class Codes(NamedTuple):
     plain: bool = False
 
 
-Product = Callable[[mx.array, Codes], mx.array]
+Product = Callable[[mx.array, Codes, mx.array | None], mx.array]
 
 
-def packed(x: mx.array, codes: Codes) -> mx.array:
-    """x (..., inputs) @ W^T by MLX's kernel for packed weights."""
+def packed(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
+    """x (..., inputs) @ W^T + bias by MLX's kernel for packed weights."""
     weight, scales, biases, form, _ = codes
-    return mx.quantized_matmul(
+    product = mx.quantized_matmul(
         x,
         weight,
         scales=scales,
@@ -63,29 +63,34 @@ def packed(x: mx.array, codes: Codes) -> mx.array:
         bits=form.bits,
         mode=form.mode,
     )
+    return product if bias is None else product + bias
 
 
-def dequantized(x: mx.array, codes: Codes) -> mx.array:
-    """x (..., inputs) @ W^T, with W unpacked by MLX's kernel to x's dtype."""
+def dequantized(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
+    """x (..., inputs) @ W^T + bias, with W unpacked by MLX's kernel to x's dtype."""
     weight, scales, biases, form, _ = codes
     unpacked = mx.dequantize(weight, scales, biases, form.group_size, form.bits, form.mode, dtype=x.dtype)
-    return x @ unpacked.T
+    return _linear(x, unpacked, bias)
 
 
-def widened(x: mx.array, codes: Codes) -> mx.array:
-    """x (..., inputs) @ W^T, with W unpacked by one fused elementwise kernel, where the form allows it."""
+def widened(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
+    """x (..., inputs) @ W^T + bias, with W unpacked by one fused elementwise kernel, where the form allows it."""
     weight, scales, biases, form, plain = codes
     if plain and form.bits == 8:
-        return x @ mx.from_fp8(weight.view(mx.uint8), dtype=x.dtype).T
+        return _linear(x, mx.from_fp8(weight.view(mx.uint8), dtype=x.dtype), bias)
     if biases is None or form.bits not in (4, 8):
-        return dequantized(x, codes)
+        return dequantized(x, codes, bias)
     # Codes as (outputs, groups, words of a group, codes of a word): 8 halves of a byte, or the 4 bytes.
     if form.bits == 4:
         words, shifts = weight.reshape(*scales.shape, -1, 1), mx.arange(0, 32, 4, dtype=mx.uint32)
     else:
         words, shifts = weight.view(mx.uint8).reshape(*scales.shape, -1, 4), mx.zeros(1, mx.uint8)
     values = _unpacker(x.dtype)(words, shifts, scales[..., None, None], biases[..., None, None])
-    return x @ values.reshape(weight.shape[0], -1).T
+    return _linear(x, values.reshape(weight.shape[0], -1), bias)
+
+
+def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
 @cache
@@ -146,7 +151,7 @@ def _times(form: Form, dtype: mx.Dtype, rows: int) -> dict[str, float]:
     for _ in range(1 + REPETITIONS):  # the first compiles
         for name, product in PRODUCTS.items():
             start = time.perf_counter()
-            mx.eval(product(x, codes))
+            mx.eval(product(x, codes, None))
             times[name] = min(times[name], time.perf_counter() - start)
     return times
 

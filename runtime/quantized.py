@@ -37,8 +37,7 @@ class QuantizedLinear(nn.Module):
         """x (..., inputs) -> (..., outputs), in x's dtype."""
         bias = self.get("bias")
         if "weight_scale" not in self:
-            y = self._product(x)
-            return y if bias is None else y + bias
+            return self._product(x, bias)
         # Sums of products with codes, which are hundreds of times as large as the weights, may not fit float16.
         y = self._product(x.astype(mx.float32) if x.dtype == mx.float16 else x)
         y = _scaled(y, self.weight_scale) if bias is None else _scaled_biased(y, self.weight_scale, bias)
@@ -49,10 +48,10 @@ class QuantizedLinear(nn.Module):
         """How the weight is packed."""
         return Form(self.group_size, self.bits, self.mode)
 
-    def _product(self, x: mx.array) -> mx.array:
+    def _product(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         scales = self.scales if self._shared_scales is None else self._shared_scales
         codes = Codes(self.weight, scales, self.get("biases"), self.form, plain=self._shared_scales is not None)
-        return self.choice.product(x.size // x.shape[-1])(x, codes)
+        return self.choice.product(x.size // x.shape[-1])(x, codes, bias)
 
 
 @mx.compile

@@ -29,7 +29,9 @@ def codes_of(form: Form) -> tuple[Codes, mx.array]:
 def test_every_product_is_that_of_the_unpacked_weight(form: Form, name: str) -> None:
     codes, weight = codes_of(form)
     x = mx.random.normal((2, 5, 256), key=mx.random.key(2))
-    assert relative_l2(PRODUCTS[name](x, codes), x @ weight.T) < 1e-6
+    assert relative_l2(PRODUCTS[name](x, codes, None), x @ weight.T) < 1e-6
+    bias = mx.random.normal((96,), key=mx.random.key(5))
+    assert relative_l2(PRODUCTS[name](x, codes, bias), x @ weight.T + bias) < 1e-6
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -39,14 +41,14 @@ def test_codes_published_as_fp8_have_no_scales(name: str) -> None:
     codes = Codes(words, mx.full((64, 4), 127, mx.uint8), None, Form(32, 8, "mxfp8"), plain=True)
     x = mx.random.normal((3, 128), key=mx.random.key(4))
     want = x @ mx.from_fp8(words.view(mx.uint8), dtype=mx.float32).T
-    assert relative_l2(PRODUCTS[name](x, codes), want) < 1e-6
+    assert relative_l2(PRODUCTS[name](x, codes, None), want) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_unpacked_weights_have_the_dtype_of_the_stream(dtype: mx.Dtype) -> None:
     codes, _ = codes_of(Form(64, 4))
     x = mx.ones((1, 256), dtype)
-    assert {PRODUCTS[name](x, codes).dtype for name in ("dequantized", "widened")} == {dtype}
+    assert {PRODUCTS[name](x, codes, None).dtype for name in ("dequantized", "widened")} == {dtype}
 
 
 def test_the_nearest_measured_number_of_rows_decides() -> None:
