@@ -1,5 +1,5 @@
-"""What `generate` does around the pipeline: repeats an earlier run's options, puts the clip in its place, and says how
-a run that ends early is continued."""
+"""What `generate` does around the pipeline: repeats an earlier run's options, and knows whether a run that ended early
+can be continued."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,12 +7,10 @@ from typing import Any
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.estimate import MemoryPlan
-from ltx2.runtime.events import Event, Generated, PhaseStarted, Warned
-from ltx2.runtime.media import check_target
-from ltx2.runtime.paths import check_output
+from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.pipeline import Pipeline
 from ltx2.runtime.request import repeated
-from ltx2.runtime.sidecar import Sidecar, sidecar_path
+from ltx2.runtime.sidecar import Sidecar
 from ltx2.runtime.state import state_path
 
 
@@ -20,14 +18,11 @@ class Generation:
     """One clip to be made at `target`, of the `given` options and, with a `sidecar`, of those of an earlier run."""
 
     def __init__(self, target: Path, model: Path | None, sidecar: Path | None, given: Mapping[str, Any]) -> None:
-        check_target(target)
-        check_output(sidecar_path(target))
-        self.target = target
         self.state = state_path(target)
         self._found = _stamp(self.state)
         earlier = Sidecar.read(sidecar) if sidecar else None
         options = repeated(earlier.request, given) if earlier else dict(given)
-        self.options = options | {"state": self.state}
+        self.options = options | {"output": target, "state": self.state}
         self.pipeline = Pipeline(model or _earlier_model(earlier, sidecar))
         self._begun = False
         self._changed = sidecar if earlier and earlier.files != self.pipeline.folder.hashes() else None
@@ -43,14 +38,11 @@ class Generation:
         return self.pipeline.plan(**self.options)
 
     def events(self) -> Iterator[Event]:
-        """Those of the pipeline; before the last one the clip is written."""
+        """Those of the pipeline."""
         if self._changed is not None:
             yield Warned(f"this is not the model that {self._changed} was made with, so the clip will be another one")
         for event in self.pipeline.stream(**self.options):
             self._begun = True
-            if isinstance(event, Generated):
-                yield PhaseStarted("mp4")
-                event.clip.save(self.target)
             yield event
 
 

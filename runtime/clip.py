@@ -1,4 +1,4 @@
-"""A finished clip in memory, and how it is saved."""
+"""A finished clip: its frames in memory, what is saved of it, and what is left to do once its video file is there."""
 
 import json
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ import numpy as np
 
 from ltx2.runtime.media import AudioTrack, write_video
 from ltx2.runtime.paths import write_text
+from ltx2.runtime.request import Sizes
 from ltx2.runtime.sidecar import sidecar_path
 
 
@@ -31,7 +32,25 @@ class Clip:
         video = Path(path)
         audio = None if self.audio is None else AudioTrack(self.audio, self.sample_rate)
         write_video(video, [self.frames], fps=self.fps, audio=audio)
-        write_text(sidecar_path(video), json.dumps(self.record, indent=2) + "\n")
-        if self.state is not None:
-            self.state.unlink(missing_ok=True)
+        conclude(video, self.record, self.state)
         return video
+
+
+class FrameBuffer:
+    """All frames of a clip, filled group by group: collecting the groups would need their memory twice."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.frames = np.empty((sizes.frames, sizes.height, sizes.width, 3), np.uint8)
+        self._done = 0
+
+    def write(self, frames: np.ndarray) -> None:
+        """Add a group (F, H, W, 3)."""
+        self.frames[self._done : self._done + len(frames)] = frames
+        self._done += len(frames)
+
+
+def conclude(video: Path, record: Mapping[str, Any], state: Path | None) -> None:
+    """Write the sidecar beside a finished video; the state of its run is not needed any more."""
+    write_text(sidecar_path(video), json.dumps(record, indent=2) + "\n")
+    if state is not None:
+        state.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from ltx2.runtime.activations import Activations, Tiles
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.job import Job
 from ltx2.runtime.machine import available_memory
+from ltx2.runtime.media import encoding_memory
 from ltx2.runtime.memory import limited, reusable_memory
 from ltx2.runtime.presets import Stage
 from ltx2.runtime.request import Sizes
@@ -202,18 +203,23 @@ class Model:
             yield Need(f"stage{number}", self.weights("transformer"), used)
 
     def _decoders(self, sizes: Sizes, tiling: Tiling | None) -> Iterator[Need]:
-        grid, frames = self.job.grid(FULL, sizes), sizes.frames * sizes.height * sizes.width * 3
+        grid = self.job.grid(FULL, sizes)
+        if not self.job.request.no_audio:
+            audio = self.job.audio_config
+            used = network.decode_audio(audio, grid.audio_frames)
+            yield Need("audio_vae", self.weights("audio_vae", "decoder."), used)
+            mel = grid.audio_frames * audio.temporal_scale
+            vocoder = VocoderConfig.from_dict(self.config("vocoder"))
+            yield Need("vocoder", self.weights("vocoder"), network.vocode(vocoder, mel))
         tiles = Tiles((grid.frames, grid.height, grid.width), tiling, self.job.video_config)
         used = network.decode_video(tiles, self.itemsize("video_vae"), unfolds())
-        yield Need("video_vae", self.weights("video_vae", "decoder."), used, frames)
-        if self.job.request.no_audio:
-            return
-        audio = self.job.audio_config
-        used = network.decode_audio(audio, grid.audio_frames)
-        yield Need("audio_vae", self.weights("audio_vae", "decoder."), used, frames)
-        mel = grid.audio_frames * audio.temporal_scale
-        vocoder = VocoderConfig.from_dict(self.config("vocoder"))
-        yield Need("vocoder", self.weights("vocoder"), network.vocode(vocoder, mel), frames)
+        yield Need("video_vae", self.weights("video_vae", "decoder."), used, self._clip(sizes))
+
+    def _clip(self, sizes: Sizes) -> int:
+        """Bytes of finished frames: all of them, or what their encoder holds."""
+        if self.job.request.output is not None:
+            return encoding_memory(sizes.width, sizes.height)
+        return sizes.frames * sizes.height * sizes.width * 3
 
 
 def unfolds() -> bool:

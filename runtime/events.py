@@ -1,8 +1,10 @@
 """Typed progress events. Generating, converting and quantizing are generators of these; whoever drives them
 decides what to show."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ltx2.runtime.clip import Clip
@@ -70,9 +72,17 @@ class BytesDone(Event):
 
 @dataclass(frozen=True)
 class Generated(Event):
-    """Last event of a generation."""
+    """Last event of a generation whose clip is in memory."""
 
     clip: "Clip"
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """Last event of a generation that wrote its clip while it decoded it: the mp4 file, and what its sidecar holds."""
+
+    path: Path
+    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from ltx2.runtime.exchange import Contexts, read_embeddings, read_latents, read_
 from ltx2.runtime.latents import Grid, Latents, Scales
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import check_network, encode_prompt
+from ltx2.runtime.media import check_target
 from ltx2.runtime.paths import check_output
 from ltx2.runtime.presets import Preset, Stage, decoding_preset, load_preset
 from ltx2.runtime.request import Request, Sizes
+from ltx2.runtime.sidecar import sidecar_path
 from ltx2.runtime.text_encoder.tokenizer import Encoded
 from ltx2.runtime.transformer.config import TransformerConfig
 from ltx2.runtime.video_vae.config import VideoVAEConfig
@@ -86,6 +88,9 @@ class Job:
         for component in self.components:
             check_network(self.folder, component)
         request = self.request
+        if request.output is not None:
+            check_target(Path(request.output))
+            check_output(sidecar_path(Path(request.output)))
         for path in (request.save_embeddings, request.save_latents, request.state):
             if path is not None:
                 check_output(Path(path))

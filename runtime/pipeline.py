@@ -14,16 +14,18 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.audio_vae import AudioAutoencoder
-from ltx2.runtime.clip import Clip
+from ltx2.runtime.clip import Clip, FrameBuffer, conclude
 from ltx2.runtime.connectors import EmbeddingsConnectors
+from ltx2.runtime.errors import InputError
 from ltx2.runtime.estimate import MemoryPlan, plan_memory
-from ltx2.runtime.events import Event, Generated, PhaseDone, PhaseStarted, Warned
+from ltx2.runtime.events import Event, Generated, PhaseDone, PhaseStarted, Saved, Warned
 from ltx2.runtime.exchange import Contexts, write_embeddings, write_latents
 from ltx2.runtime.job import Job
 from ltx2.runtime.latents import Latents, audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network, read_weights
 from ltx2.runtime.machine import available_memory
+from ltx2.runtime.media import AudioTrack, video_writer
 from ltx2.runtime.memory import Phase
 from ltx2.runtime.numerics import check_finite
 from ltx2.runtime.presets import Stage, check_release
@@ -62,14 +64,18 @@ class Pipeline:
         check_release(self.folder.manifest.release)
 
     def generate(self, prompt: str | None = None, **options: Any) -> Clip:
-        """Run `stream` to its end and return the clip."""
+        """Run `stream` to its end and return the clip, with all its frames in memory."""
+        if options.get("output") is not None:
+            fix = "leave it out and use clip.save, or use stream, which writes frames as they are decoded"
+            raise InputError("generate has no output", "it returns the clip with all its frames", fix)
         for event in self.stream(prompt, **options):
             if isinstance(event, Generated):
                 return event.clip
         raise RuntimeError("the generation ended without a clip")
 
     def stream(self, prompt: str | None = None, **options: Any) -> Iterator[Event]:
-        """Typed progress events; the last one is Generated with the clip. Options are the command's, underscored.
+        """Typed progress events. Options are the command's, underscored. The last event is Generated with the clip or,
+        with `output`, Saved: then frames went into that file as they were decoded, and were never in memory together.
 
         The request is checked before this returns; raises InputError, UnsupportedError, ModelFolderError or
         DoesNotFitError.
@@ -106,24 +112,40 @@ class Run:
         self.earlier = self.state.read() if self.state is not None and job.request.resume else None
 
     def events(self) -> Iterator[Event]:
-        """All phases, then Generated."""
+        """All phases, then Generated or, with an output, Saved."""
         self._started = time.perf_counter()
         yield from self._warnings()
         latents = yield from self._latents()
         if self.request.save_latents:
             write_latents(self.request.save_latents, latents)
-        frames = yield from self._phase("video_vae", self._decode_video, latents.video)
-        audio, sample_rate = None, 0
-        if not self.request.no_audio:
-            mel = yield from self._phase("audio_vae", self._decode_audio, latents.audio)
-            audio, sample_rate = yield from self._phase("vocoder", self._vocode, mel)
-            if np.abs(audio).max() < SILENT:
-                yield Warned("the sound is silent throughout; --no-audio leaves it out")
+        audio = None if self.request.no_audio else (yield from self._audio(latents.audio))
+        if self.request.output is None:
+            yield from self._generated(latents, audio)
+        else:
+            yield from self._saved(Path(self.request.output), latents, audio)
+
+    def _generated(self, latents: Latents, audio: AudioTrack | None) -> Iterator[Event]:
+        """The clip in memory."""
+        frames, sizes = FrameBuffer(self.job.sizes), self.job.sizes
+        yield from self._phase("video_vae", self._decode_video, latents.video, frames.write)
+        samples, rate = (audio.samples, audio.sample_rate) if audio is not None else (None, 0)
+        state = self.state.path if self.state is not None else None
+        yield Generated(Clip(frames.frames, samples, rate, sizes.fps, latents.as_numpy(), self._record(), state))
+
+    def _saved(self, path: Path, latents: Latents, audio: AudioTrack | None) -> Iterator[Event]:
+        """The clip in its file; frames are there as they are decoded, so that no more than a tile's are in memory."""
+        with video_writer(path, fps=self.job.sizes.fps, audio=audio) as writer:
+            yield from self._phase("video_vae", self._decode_video, latents.video, writer.write)
+            yield PhaseStarted("mp4")
+        record = self._record()
+        conclude(path, record, self.state.path if self.state is not None else None)
+        yield Saved(path, record)
+
+    def _record(self) -> dict[str, Any]:
         record = make_record(self.job.folder, self.request, self.phases, self._seconds())
         record["memory_plan"] = self.plan.to_dict()
         record["products"] = {form: dict(choice.by_rows) for form, choice in self.products.items()}
-        state = self.state.path if self.state is not None else None
-        yield Generated(Clip(frames, audio, sample_rate, self.job.sizes.fps, latents.as_numpy(), record, state))
+        return record
 
     def _seconds(self) -> float:
         return self.seconds + time.perf_counter() - self._started
@@ -298,19 +320,13 @@ class Run:
 
     # Decoding
 
-    def _decode_video(self, phase: Phase, latents: mx.array) -> Work[np.ndarray]:
-        network = self._load("video_vae", VideoAutoencoder)
-        read_weights(network.decoder)
-        phase.loaded()
-        sizes, done = self.job.sizes, 0
-        # Filled group by group: a long clip has gigabytes, and collecting groups would need them twice.
-        frames = np.empty((sizes.frames, sizes.height, sizes.width, 3), np.uint8)
-        for group in decode_frames(network, latents, self.plan.tiling):
-            frames[done : done + group.shape[0]] = np.array(mx.round(group * 255).astype(mx.uint8))
-            done += group.shape[0]
-            del group  # not held while the next tile is decoded
-            yield phase.step()
-        return frames
+    def _audio(self, latents: mx.array) -> Work[AudioTrack]:
+        """Before the picture: it is small, and a video file is written with its sound at hand."""
+        mel = yield from self._phase("audio_vae", self._decode_audio, latents)
+        audio = yield from self._phase("vocoder", self._vocode, mel)
+        if np.abs(audio.samples).max() < SILENT:
+            yield Warned("the sound is silent throughout; --no-audio leaves it out")
+        return audio
 
     def _decode_audio(self, phase: Phase, latents: mx.array) -> Work[mx.array]:
         network = self._load("audio_vae", AudioAutoencoder)
@@ -321,11 +337,24 @@ class Run:
         yield phase.step()
         return mel
 
-    def _vocode(self, phase: Phase, mel: mx.array) -> Work[tuple[np.ndarray, int]]:
+    def _vocode(self, phase: Phase, mel: mx.array) -> Work[AudioTrack]:
         network = self._load("vocoder", Vocoder)
         read_weights(network)
         phase.loaded()
         waveform = network(mel)
         check_finite(waveform, "the sound's samples")
         yield phase.step()
-        return np.array(waveform[0], order="C"), network.sample_rate(1 / self.job.scales.audio_hop)
+        return AudioTrack(np.array(waveform[0], order="C"), network.sample_rate(1 / self.job.scales.audio_hop))
+
+    def _decode_video(self, phase: Phase, latents: mx.array, write: Callable[[np.ndarray], None]) -> Work[None]:
+        """Give the frames away group by group, uint8 (F, H, W, 3)."""
+        network = self._load("video_vae", VideoAutoencoder)
+        read_weights(network.decoder)
+        phase.loaded()
+        for group in decode_frames(network, latents, self.plan.tiling):
+            frames = np.array(mx.round(group * 255).astype(mx.uint8))
+            del group  # not held while the next tile is decoded
+            done = phase.step()
+            write(frames)
+            phase.pause()
+            yield done

@@ -22,7 +22,7 @@ REPLACED: Mapping[str, tuple[str, ...]] = {
     "embeddings": ("prompt",),
 }  # fmt: skip
 # How a clip is made, not which: not part of its record.
-UNRECORDED = ("state", "checkpoint_every", "resume")
+UNRECORDED = ("output", "state", "checkpoint_every", "resume")
 
 
 def repeated(earlier: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,6 +55,7 @@ class Request:
     memory_limit: float | None = None  # GB
     low_memory: bool = False
     matmul: str = AUTO  # with packed weights
+    output: str | None = None  # the mp4 file that frames are written to as they are decoded; else the clip has them
     state: str | None = None  # the file that an interrupted run is continued from
     checkpoint_every: int | None = None  # steps
     resume: bool = False
@@ -159,6 +160,7 @@ def _flag(value: Any) -> bool:
 
 # By the type of a Request's field: how a user's value is read, and what it must be.
 READERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
+    str: (_text, "a text"),
     str | None: (_text, "a text or path"),
     int | None: (_whole, "a whole number"),
     float | None: (float, "a number"),

@@ -76,7 +76,7 @@ class TestPlan:
     def test_phases_are_the_pipelines(self, model: Callable[[int], Pipeline]) -> None:
         names = [phase.name for phase in model(16).plan(PROMPT).phases]
         stages = ["stage1", "spatial_upscaler", "stage2"]
-        assert names == ["text_encoder", "connectors", *stages, "video_vae", "audio_vae", "vocoder"]
+        assert names == ["text_encoder", "connectors", *stages, "audio_vae", "vocoder", "video_vae"]
         names = [phase.name for phase in model(16).plan(PROMPT, no_upscale=True, no_audio=True).phases]
         assert names == ["text_encoder", "connectors", "stage1", "video_vae"]
 
@@ -108,7 +108,7 @@ class TestPlan:
             assert phase.total == phase.weights + phase.activations + phase.clip
         assert plan.peak == max(phase.total for phase in plan.phases)
         clip = 121 * 512 * 768 * 3
-        assert [p.clip for p in plan.phases] == [0] * 5 + [clip] * 3
+        assert [p.clip for p in plan.phases] == [0] * 7 + [clip]
 
     @pytest.mark.parametrize("changes", [{"frames": 241}, {"width": 1280}, {"height": 1024}])
     def test_larger_clips_take_more(self, model: Callable[[int], Pipeline], changes: dict[str, int]) -> None:

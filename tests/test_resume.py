@@ -89,7 +89,7 @@ def phases(sidecar: Path) -> list[str]:
 
 KILLED = {
     "while decoding": ("video_vae", 1, [], (2, 3)),
-    "before the sound": ("vocoder", 0, ["--checkpoint-every", "5"], (2, 3)),
+    "before the picture": ("video_vae", 0, ["--checkpoint-every", "5"], (2, 3)),
     "some steps after the state": ("stage1", 6, ["--checkpoint-every", "4"], (1, 4)),
     "between stages": ("stage2", 1, ["--checkpoint-every", "8"], (1, 8)),
     "in the second stage": ("stage2", 2, ["--checkpoint-every", "2"], (2, 2)),

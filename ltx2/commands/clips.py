@@ -48,7 +48,7 @@ def generate(
     result of the last denoise step is kept until the clip is written: a run that is cut off then can be continued.
     """
     from ltx2.generation import Generation
-    from ltx2.runtime.events import Generated
+    from ltx2.runtime.events import Saved
 
     if model is None and sidecar is None:
         raise click.UsageError("Missing option '-m' / '--model'.")
@@ -63,9 +63,9 @@ def generate(
         if generation.left:
             say_how_to_continue(error, "--resume")
         raise
-    assert isinstance(done, Generated), "a generation ends with its clip"
-    data = {"clip": str(target), "sidecar": str(target.with_suffix(".json")), **done.clip.record}
-    output.result(data, f"{target}  ({len(done.clip.frames)} frames, {done.clip.record['seconds']:.1f} s)")
+    assert isinstance(done, Saved), "a generation ends with its clip"
+    data = {"clip": str(target), "sidecar": str(target.with_suffix(".json")), **done.record}
+    output.result(data, f"{target}  ({done.record['request']['frames']} frames, {done.record['seconds']:.1f} s)")
 
 
 def _show_plan(output: Output, plan: "MemoryPlan") -> None:

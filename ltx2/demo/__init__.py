@@ -14,7 +14,7 @@ from ltx2.convert.write import write_plan
 from ltx2.quant.apply import Settings, quantize
 from ltx2.quant.report import Quantized
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.events import Event, Generated, Section
+from ltx2.runtime.events import Event, Section
 from ltx2.runtime.pipeline import Pipeline
 
 SOURCES = Path(__file__).parent / "model"
@@ -80,10 +80,7 @@ def _convert(model: Path) -> Iterator[Event]:
 
 def _generate(model: Path, clip: Path) -> Iterator[Event]:
     yield Section("generate", f'ltx2 generate "{PROMPT}" -m {model} -o {clip} {_options()}')
-    for event in Pipeline(model).stream(PROMPT, **SIZE):
-        if isinstance(event, Generated):
-            event.clip.save(clip)
-        yield event
+    yield from Pipeline(model).stream(PROMPT, output=clip, **SIZE)
 
 
 def _options(*, seed: bool = True) -> str:
