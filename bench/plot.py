@@ -13,6 +13,7 @@ from ltx2.runtime.paths import check_output
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
     from matplotlib.figure import Figure as Figure
+    from matplotlib.figure import SubFigure as SubFigure
 
 FORMATS = (".png", ".svg")
 INK, FAINT = "#333333", "#dddddd"

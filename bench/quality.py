@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from ltx2.bench.metrics import Array, Difference, log_spectral_distance, psnr
@@ -75,16 +76,22 @@ class Quality:
             self.peaks += clip.record["phases"]
 
 
-def run_quality(model: Path, reference: Path, prompts: Sequence[str], case: Case) -> Iterator[Event]:
-    """Compare two model folders on some prompts, the n-th with the case's seed + n; the last event is Compared.
+def run_quality(
+    model: Path, reference: Path, prompts: Sequence[str], options: Mapping[str, Any], dtype: mx.Dtype | None = None
+) -> Iterator[Event]:
+    """Compare two model folders on some prompts; the last event is Compared.
 
-    Raises InputError for folders that are not of one architecture, and what a generation raises.
+    `options` are those of `generate` without the prompt; the first prompt has their seed, every next one a seed more.
+    Both models compute in `dtype`, or each in that of its weights. Packed weights are unpacked to multiply: what is
+    compared are weights, not kernels. Raises InputError for folders that are not of one architecture, and what a
+    generation raises.
     """
+    case = Case({"seed": 0, "matmul": "dequantized", **options}, dtype)
     opened = ModelFolder.open(model), ModelFolder.open(reference)
     check_comparable(*opened, case)
     layers, measured, strips = packed_layers(opened[0]), Quality(), []
     for number, prompt in enumerate(prompts, start=1):
-        turn = replace(case, options={**case.options, "seed": (case.options.get("seed") or 0) + number - 1})
+        turn = replace(case, options={**case.options, "seed": case.options["seed"] + number - 1})
         which = f"prompt {number} of {len(prompts)}"
         yield Section(f"reference, {which}", _command(reference, prompt, turn))
         recording = yield from record(reference, prompt, turn, layers)
@@ -243,30 +250,45 @@ def _digits(value: float) -> float:
 
 
 def tables(receipt: Row) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, columns and rows for people: the sum of it, every step, and the layers that lose most."""
+    """Title, columns and rows for people: size, what was lost in all, every step, and the layers that lose most."""
+    yield _size_table(receipt)
     yield _summary_table(receipt)
     columns = ["step", "noise", "video error", "cosine", "audio error", "cosine"]
     yield "velocity on the reference's tokens", columns, [_step_texts(row) for row in receipt["steps"]]
     if receipt["layers"]:
         worst = sorted(receipt["layers"], key=lambda row: -row["relative_error"])
-        title = f"output error of the worst of {len(worst)} quantized layers, on the reference's inputs"
+        title = f"worst of {len(worst)} quantized layers: output error on the reference's inputs"
         rows = [[f"{r['component']}.{r['layer']}", _form(r), _percent(r["relative_error"])] for r in worst[:WORST]]
         yield title, ["layer", "stored as", "error"], rows
 
 
+def _size_table(receipt: Row) -> tuple[str, list[str], list[list[str]]]:
+    """Of the components that are stored in another way, and of all."""
+    ours, theirs = (receipt[name] for name in ("model", "reference"))
+    pairs = [(name, part, theirs["components"].get(name)) for name, part in ours["components"].items()]
+    pairs = [*(pair for pair in pairs if pair[1] != pair[2]), ("all", ours, theirs)]
+    rows = [[name, *(text for part in parts for text in _size_texts(part))] for name, *parts in pairs]
+    title = f"{ours['path']} beside {theirs['path']}"
+    return title, ["size", "model", "bits per weight", "reference", "bits per weight"], rows
+
+
+def _size_texts(part: Row | None) -> list[str]:
+    if part is None:
+        return ["", ""]
+    size = part["bytes"]
+    return [f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB", f"{part['bits_per_weight']:.2f}"]
+
+
 def _summary_table(receipt: Row) -> tuple[str, list[str], list[list[str]]]:
-    summary, model, reference = (receipt[name] for name in ("summary", "model", "reference"))
+    summary, count = receipt["summary"], len(receipt["clips"])
     ratio, distance = summary["psnr_db"], summary["log_spectral_distance_db"]
     pairs = (("text", receipt["contexts"]), ("velocity", summary["velocity"]), ("final latents", summary["latents"]))
     rows = [[f"{what}, relative error", *(_percent(found[name]) for name in ENDS)] for what, found in pairs]
     rows += [
         ["frames, PSNR", "the same" if ratio is None else f"{ratio:.1f} dB", ""],
         ["sound, log-spectral distance", "", "" if distance is None else f"{distance:.2f} dB"],
-        ["size of the model", _size(model), ""],
-        ["size of the reference", _size(reference), ""],
     ]
-    count = len(receipt["clips"])
-    title = f"{model['path']} beside {reference['path']}, {count} prompt{'s' if count > 1 else ''}"
+    title = f"{count} prompts: all their texts and steps, the median of their clips" if count > 1 else "one prompt"
     return title, ["", "video", "audio"], rows
 
 
@@ -282,6 +304,3 @@ def _form(row: Row) -> str:
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
-
-def _size(facts: Row) -> str:
-    return f"{facts['bytes'] / 1e9:.2f} GB, {facts['bits_per_weight']:.2f} bits per weight"
