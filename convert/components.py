@@ -12,6 +12,7 @@ from ltx2.convert.gemma import text_config
 from ltx2.convert.lora_scale import lora_config
 from ltx2.runtime.config import AS_PUBLISHED
 from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.tensorfile import FileRecord
 from ltx2.runtime.text_encoder.config import ConnectorsConfig
 
 # Component -> section of a checkpoint's configuration, and the class where the section does not name it.
@@ -34,13 +35,15 @@ TEXT_PROJECTION = re.compile(r"text_embedding_projection\.(?:\w+_)?aggregate_emb
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """One component to write: folder name, network class, config.json, and files copied beside the weights."""
+    """One component to write: folder name, network class, config.json, files copied beside the weights, how layers are
+    quantized, and with which statistics."""
 
     name: str
     cls: str
     config: Mapping[str, Any]
     companions: tuple[Path, ...] = ()
     quantization: Mapping[str, Any] | None = None
+    statistics: FileRecord | None = None
 
 
 def component_plan(name: str, sources: Sequence[Source]) -> ComponentPlan:

@@ -172,6 +172,7 @@ def _manifest(
             tuple(records[f.path] for f in files if f.component == name),
             main_dtype(plan.moves(name)),
             component.quantization,
+            component.statistics,
         )
         for name, component in plan.components.items()
     }

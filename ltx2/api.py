@@ -8,8 +8,9 @@ from ltx2.convert.catalogue import catalogue
 from ltx2.convert.checkpoint import open_sources
 from ltx2.convert.plan import Options, Plan, make_plan
 from ltx2.convert.write import SHARD_GB, WriteOptions, write_plan
-from ltx2.quant.apply import AFFINE, Settings, write_quantized
+from ltx2.quant.apply import Settings, write_quantized
 from ltx2.quant.apply import quantize as quantize_folder
+from ltx2.quant.kinds import AFFINE
 from ltx2.quant.recipe import DEFAULT
 from ltx2.quant.report import Quantized, Report
 from ltx2.runtime.errors import InputError

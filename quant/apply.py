@@ -1,42 +1,49 @@
 """Quantizing as a change of the plan: the same tensors, written by the same code, some of them packed. That is why
 `convert --bits` gives the bytes of convert and quantize in turn, in the same bounded memory."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from math import frexp, inf
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ltx2.convert.folder import folder_plan
-from ltx2.convert.plan import Entry, Merge, Move, Plan, packed_layers, quantization_config
+from ltx2.convert.plan import Move, Plan, packed_layers
 from ltx2.convert.recode import Layer, decoded, kept_layers
-from ltx2.convert.steps import FLOATS, Storage
+from ltx2.convert.steps import Storage
 from ltx2.convert.write import WriteOptions, write_plan
-from ltx2.quant.kinds import KINDS, kind_of
+from ltx2.quant.kinds import AFFINE, KINDS, kind_of
 from ltx2.quant.recipe import DEFAULT, load_recipe
+from ltx2.quant.replan import Forms, Given, packed_plan
 from ltx2.quant.report import Quantized, make_report
-from ltx2.quant.step import MULTIPLIER, packings, quantized
+from ltx2.quant.statistics import Statistics
+from ltx2.quant.step import packings
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.layout import ModelFolder
 
 HALVED = 8  # bits of the smallest codes that are quantized further
-AFFINE, AFFINE_GROUP = "affine", 64  # what layers get that a mode has no bits for
+AFFINE_GROUP = 64  # what layers get that a mode has no bits for
 EMBEDDING = "embed_tokens"  # MLX's embeddings have no output multiplier
 DEFAULT_BITS = 4
-Forms = Mapping[str, Mapping[str, Storage]]  # component -> path of a layer -> how it is stored
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the user chose: bits of the layers that the recipe does not raise, values per scale (None: what the mode
-    has, or 4 and 64), recipe (a name or a file), the components to quantize (none: all that the recipe names), and the
-    kind of codes."""
+    has, or 4 and 64), recipe (a name or a file), the components to quantize (none: all that the recipe names), the
+    kind of codes, and the file of statistics of the layers' inputs."""
 
     bits: int | None = None
     group_size: int | None = None
     recipe: str = DEFAULT
     only: tuple[str, ...] = ()
     mode: str = AFFINE
+    stats: Path | None = None
+
+    @cached_property
+    def statistics(self) -> Statistics | None:
+        """The opened file. Raises InputError or CheckpointError when it is none."""
+        return None if self.stats is None else Statistics.open(self.stats)
 
     @property
     def storage(self) -> Storage:
@@ -80,6 +87,7 @@ def write_quantized(
     settings = settings or Settings()
     quantized = quantize_plan(plan, settings)
     unfit = _unfit(quantized, recipe_forms(plan, settings))
+    yield from _warnings(plan, quantized, settings)
     if unfit:
         width = f"their width is no multiple of {settings.storage.group_size}"
         yield Warned(f"{len(unfit)} layers are not quantized, {width}; the first is {unfit[0]}")
@@ -98,40 +106,25 @@ def quantize_plan(plan: Plan, settings: Settings) -> Plan:
     """
     _check(plan, settings)
     forms = recipe_forms(plan, settings)
-    quantized = _packed_plan(decoded(plan, dict.fromkeys(_shrinking(plan, forms), "bf16")), forms)
-    components = {
-        name: replace(component, quantization=quantization_config(quantized.moves(name)))
-        for name, component in plan.components.items()
-    }
+    statistics = settings.statistics
+    if statistics is not None:
+        statistics.check(plan)
+    given = Given(dict.fromkeys(plan.components, statistics) if statistics else {})
+    quantized = packed_plan(decoded(plan, dict.fromkeys(_shrinking(plan, forms), "bf16")), forms, given)
     _check_effect(quantized, settings)
-    return replace(quantized, components=components)
+    return quantized
 
 
-def repack(plan: Plan, model: ModelFolder) -> Plan:
-    """The plan with the layers packed that are packed in `model`, and as they are there; what verifying compares."""
-    forms = {name: _stored_forms(model, name) for name in model.manifest.components}
-    return _packed_plan(plan, forms, _stored_multipliers(model, forms))
-
-
-def _stored_multipliers(model: ModelFolder, forms: Forms) -> dict[tuple[str, str], float]:
-    """The output multipliers of layers that this tool quantized; 1 for values that it does not write."""
-    found = {}
-    for name, layers in forms.items():
-        where = {key: file for file in model.tensor_files(name) for key in file.tensors}
-        for layer, storage in layers.items():
-            key = f"{layer}.{MULTIPLIER}"
-            if kind_of(storage).multiplied and key in where and where[key].tensors[key].dtype == "F32":
-                value = float(where[key].array(key).reshape(-1)[0])
-                found[name, layer] = value if 0 < value < inf and frexp(value)[0] == 0.5 else 1.0
-    return found
-
-
-def _stored_forms(model: ModelFolder, component: str) -> dict[str, Storage]:
-    config = model.config(component).get("quantization", {})
-    names = [name for file in model.tensor_files(component) for name in file.tensors]
-    layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
-    entries = {layer: config.get(layer, config) for layer in layers}
-    return {layer: Storage(e["bits"], e["group_size"], e.get("mode", AFFINE)) for layer, e in entries.items()}
+def _warnings(plan: Plan, quantized: Plan, settings: Settings) -> Iterator[Event]:
+    """What may be wrong about the statistics."""
+    if settings.statistics is None:
+        return
+    for message in settings.statistics.strangers(plan):
+        yield Warned(message)
+    layers = {f"{n}.{layer}": p for n in plan.components for layer, (_, p) in packings(quantized.moves(n)).items()}
+    without = [name for name, packing in layers.items() if packing.known is None and not name.endswith(EMBEDDING)]
+    if without:
+        yield Warned(f"{len(without)} layers have no statistics and are packed without; the first is {without[0]}")
 
 
 def recipe_forms(plan: Plan, settings: Settings) -> Forms:
@@ -155,28 +148,6 @@ def _shrinking(plan: Plan, forms: Forms) -> Iterator[Layer]:
                 "use 4 bits or more, which leave it as it is, or quantize the bf16 model",
             )
         yield component, layer
-
-
-def _packed_plan(plan: Plan, forms: Forms, multipliers: Mapping[tuple[str, str], float] | None = None) -> Plan:
-    """`multipliers`: of layers that were packed before, by component and path."""
-    known = multipliers or {}
-    return replace(plan, entries=tuple(_packed_entry(entry, forms, known) for entry in plan.entries))
-
-
-def _packed_entry(entry: Entry, forms: Forms, multipliers: Mapping[tuple[str, str], float]) -> Entry:
-    if isinstance(entry, Merge):
-        return replace(entry, into=_packed(entry.into, forms, multipliers))
-    return _packed(entry, forms, multipliers) if isinstance(entry, Move) else entry
-
-
-def _packed(move: Move, forms: Forms, multipliers: Mapping[tuple[str, str], float]) -> Move:
-    """The move with its layer's form, where that has one and the tensor is a weight that can be packed."""
-    storage, form = forms.get(move.component, {}).get(move.layer), move.form
-    if storage is None or move.packing is not None or not move.key.endswith(".weight"):
-        return move
-    if len(form.shape) != 2 or form.dtype not in FLOATS.values() or form.shape[1] % storage.group_size:
-        return move
-    return quantized(move, storage, multipliers.get((move.component, move.layer)))
 
 
 def _unfit(quantized: Plan, forms: Forms) -> list[str]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from ltx2.convert.steps import Storage
 
+AFFINE = "affine"
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -17,7 +19,7 @@ class Kind:
 
 
 KINDS: Mapping[str, Kind] = {
-    "affine": Kind((2, 3, 4, 5, 6, 8), (32, 64, 128), biased=True),  # scale * code + bias, in the tensor's dtype
+    AFFINE: Kind((2, 3, 4, 5, 6, 8), (32, 64, 128), biased=True),  # scale * code + bias, in the tensor's dtype
     "mxfp4": Kind((4,), (32,)),  # E2M1 codes, power-of-two scales (E8M0)
     "mxfp8": Kind((8,), (32,)),  # E4M3 codes, power-of-two scales
     "nvfp4": Kind((4,), (16,), multiplied=True),  # E2M1 codes, E4M3 scales

@@ -16,7 +16,7 @@ from ltx2.quant.pack import Loss, Packed, unpack
 from ltx2.quant.step import Quantize, packings
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.tensorfile import Array, TensorFile
+from ltx2.runtime.tensorfile import Array, FileRecord, TensorFile
 
 FEW_VALUES = 1 << 20  # read back at a time
 DIGITS = 4  # significant digits of an error; fewer than differ between the ways it is summed
@@ -25,8 +25,8 @@ DIGITS = 4  # significant digits of an error; fewer than differ between the ways
 @dataclass(frozen=True)
 class LayerReport:
     """One quantized layer, or one that stays in the codes it was published in and loses nothing. `bytes` counts codes,
-    scales and biases; `relative_error` is ||W' - W|| / ||W||, which is the relative error to expect in the layer's
-    output for inputs without structure."""
+    scales and biases. `relative_error` is of the "weights", ||W' - W|| / ||W||, or where the layer's inputs x are known
+    of its "output": the ||W'x - Wx|| / ||Wx|| to expect, its mean kept by the bias, if channels do not correlate."""
 
     component: str
     layer: str
@@ -35,6 +35,7 @@ class LayerReport:
     mode: str
     bytes: int
     relative_error: float
+    error_of: str
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,13 @@ class Total:
 
 @dataclass(frozen=True)
 class Report:
-    """`unfit` are layers of the recipe that stay as they are, because their width is no multiple of the group size."""
+    """`unfit` are layers of the recipe that stay as they are, because their width is no multiple of the group size;
+    `statistics` is the file that layers were packed with."""
 
     layers: tuple[LayerReport, ...]
     totals: Mapping[str, Total]
     unfit: tuple[str, ...] = ()
+    statistics: FileRecord | None = None
 
     @property
     def total(self) -> Total:
@@ -77,6 +80,7 @@ class Report:
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "unfit": list(self.unfit),
+            "statistics": asdict(self.statistics) if self.statistics else None,
             "totals": {n: asdict(t) | {"bits_per_weight": t.bits_per_weight} for n, t in totals.items()},
         }
 
@@ -102,7 +106,8 @@ def make_report(plan: Plan, folder: ModelFolder, unfit: Iterable[str] = ()) -> G
         losses |= {layer: packing.tally.loss for layer, (_, packing) in packed.items() if layer not in losses}
         layers += _layer_reports(name, plan.moves(name), losses)
     totals = {name: _total(plan.moves(name)) for name in plan.components}
-    return Report(tuple(layers), totals, tuple(unfit))
+    records = (component.statistics for component in plan.components.values())
+    return Report(tuple(layers), totals, tuple(unfit), next(filter(None, records), None))
 
 
 def _layer_reports(component: str, moves: list[Move], losses: Mapping[str, Loss]) -> Iterator[LayerReport]:
@@ -113,7 +118,8 @@ def _layer_reports(component: str, moves: list[Move], losses: Mapping[str, Loss]
     for layer, move in packed_layers(moves).items():
         assert move.packing is not None
         storage, error = move.packing.storage, float(f"{losses.get(layer, Loss()).relative:.{DIGITS}g}")
-        yield LayerReport(component, layer, storage.bits, storage.group_size, storage.mode, sizes[layer], error)
+        of = "output" if isinstance(move.packing, Quantize) and move.packing.known else "weights"
+        yield LayerReport(component, layer, storage.bits, storage.group_size, storage.mode, sizes[layer], error, of)
 
 
 def _read_back(moves: Mapping[str, Move], files: Iterable[TensorFile]) -> Generator[Event, None, dict[str, Loss]]:
@@ -131,8 +137,9 @@ def _total(moves: list[Move]) -> Total:
     total = Total(0, 0, 0)
     for move in moves:
         after = sum(form.nbytes for form in move.stored().values())
+        absorbed = sum(form.nbytes for form in move.packing.absorbed().values()) if move.packing else 0
         kept = isinstance(move.packing, Keep)
-        total += Total(after if kept else move.form.nbytes, after, 0)
+        total += Total(after if kept else move.form.nbytes + absorbed, after, 0)
     return total + Total(0, 0, sum(prod(form.shape) for form in parameters(moves).values()))
 
 
@@ -140,6 +147,8 @@ def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
     """Compare a written layer with its source. `files` holds the file of every tensor of the component."""
     assert isinstance(move.packing, Quantize)
     storage, multiplier = move.packing.storage, move.packing.multiplier
+    columns = move.packing.known.inputs().columns(move.form.shape[1]) if move.packing.known else None
+    errors, norms = (columns.errors, columns.values) if columns else (1.0, 1.0)
     keys = [packed_key(move.key, part) for part in ("weight", "scales", "biases")]
     keys = [key for key in keys if key in files]
     loss, start = Loss(), 0
@@ -147,7 +156,7 @@ def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
         packed = Packed(*(files[key].rows(key, start, start + len(rows)) for key in keys))
         values = to_float32(rows, move.form.dtype)
         restored = unpack(packed, storage, multiplier.value if multiplier else 1.0)
-        loss += Loss(_squares(restored - values), _squares(values))
+        loss += Loss(_squares(restored - values, errors), _squares(values, norms))
         start += len(rows)
     return loss
 
@@ -160,5 +169,5 @@ def _few_rows(move: Move) -> Iterator[Array]:
             yield chunk[start : start + step]
 
 
-def _squares(values: Array) -> float:
-    return float(np.square(values, dtype=np.float64).sum())
+def _squares(values: Array, counts: Array | float) -> float:
+    return float((np.square(values, dtype=np.float64) * counts).sum())

@@ -6,7 +6,7 @@ same. Layers are named as in the model folder."""
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -110,12 +110,9 @@ class Statistics:
             raise InputError(f"{self.file.path}: {name} is not finite", "the model computed no numbers there", MAKE)
         return values
 
-    def check(self, plan: Plan) -> Iterator[str]:
-        """What may be wrong about using them for a model, as warnings.
-
-        Raises InputError when they are of another network, or of none of the plan's.
-        """
-        common = [name for name in plan.components if any(component == name for component, _ in self.layers)]
+    def check(self, plan: Plan) -> None:
+        """Raises InputError when they are of other networks than the plan's."""
+        common = self._common(plan)
         if not common:
             theirs = ", ".join(dict.fromkeys(component for component, _ in self.layers)) or "nothing"
             raise self._misfit(f"they are of {theirs}, the model holds {', '.join(plan.components)}")
@@ -124,20 +121,23 @@ class Statistics:
             if component in common and widths.get((component, layer)) != width:
                 have = widths.get((component, layer), "no such layer")
                 raise self._misfit(f"{component}.{layer} has {width} inputs in one and {have} in the other")
-        yield from self._strangers(plan, common)
+
+    def strangers(self, plan: Plan) -> Iterator[str]:
+        """Warnings: that they are of another model than the plan's, with the same networks."""
+        what = f"the statistics {self.file.path.name} were made with another model"
+        strange = [n for n in self._common(plan) if self.about.identities.get(n) != identity(plan, n)]
+        if plan.variant and (plan.release, plan.variant) != (self.about.release, self.about.variant):
+            theirs, ours = f"{self.about.release} {self.about.variant}", f"{plan.release} {plan.variant}"
+            yield f"{what} ({theirs}, this is {ours}) and may fit this one less well"
+        elif strange:
+            yield f"{what} (another {', '.join(strange)}) and may fit this one less well"
+
+    def _common(self, plan: Plan) -> list[str]:
+        components = {component for component, _ in self.layers}
+        return [name for name in plan.components if name in components]
 
     def _misfit(self, why: str) -> InputError:
         return InputError(f"the statistics {self.file.path} do not fit the model", why, "calibrate this model")
-
-    def _strangers(self, plan: Plan, components: Sequence[str]) -> Iterator[str]:
-        ours, theirs = (plan.release, plan.variant), (self.about.release, self.about.variant)
-        strange = [n for n in components if self.about.identities.get(n) not in (None, identity(plan, n))]
-        what = f"the statistics {self.file.path.name} were made with another model"
-        if ours != theirs and (plan.release or plan.variant):
-            names = (" ".join(filter(None, name)) for name in (theirs, ours))
-            yield "{}: {}, this is {}; they may fit it less well".format(what, *names)
-        elif strange:
-            yield f"{what} (its {', '.join(strange)} differs); they may fit this one less well"
 
 
 def identity(plan: Plan, component: str) -> str:

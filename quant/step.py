@@ -2,20 +2,25 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from threading import Lock
 
 import numpy as np
 
 from ltx2.convert.pieces import values_of
 from ltx2.convert.plan import Move, packed_layers
-from ltx2.convert.steps import Form, Packing, Storage
+from ltx2.convert.steps import Form, Packing, Storage, from_float32, to_float32
+from ltx2.quant.inputs import Inputs
 from ltx2.quant.kinds import kind_of
 from ltx2.quant.minifloat import output_multiplier
 from ltx2.quant.pack import Loss, pack
+from ltx2.quant.statistics import Statistics
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.tensorfile import Array, bf16_to_f32
 
 MULTIPLIER = "weight_scale"  # the last name part of an output multiplier
+BIAS = "bias"  # of a layer's own bias, which is not one of a group's
+SHORT = 12  # digits of a hash that tell files apart
 
 
 class Tally:
@@ -66,17 +71,47 @@ class Multiplier(Mapping[str, Array]):
 
 
 @dataclass(frozen=True)
+class Known:
+    """What is known of a layer beside its weight: statistics of its inputs, which are read when they are used, and the
+    bias that can make up for what packing changes in its mean output."""
+
+    statistics: Statistics
+    component: str
+    layer: str
+    bias: Move | None
+
+    def inputs(self) -> Inputs:
+        """Raises InputError for values that are no statistics."""
+        found = self.statistics.inputs(self.component, self.layer, biased=self.bias is not None)
+        assert found is not None, "this is made for layers that have statistics"
+        return found
+
+    def corrected(self, drift: Array, start: int) -> Array:
+        """The bias of the rows from `start` on, plus what these rows lose, rounded to its own dtype."""
+        assert self.bias is not None, "without a bias no drift is computed"
+        values = to_float32(self._bias[start : start + len(drift)], self.bias.form.dtype)
+        return from_float32(values + drift, self.bias.form.dtype)
+
+    @cached_property
+    def _bias(self) -> Array:
+        assert self.bias is not None
+        return np.concatenate(list(values_of(self.bias)))
+
+
+@dataclass(frozen=True)
 class Quantize(Packing):
     """Codes and scales in place of a weight. `name` is the source tensor's, for errors; `multiplier` belongs to modes
-    that have one."""
+    that have one. Where the layer's inputs are known, its bias is a part of this as well."""
 
     form: Storage
     name: str
     multiplier: Multiplier | None = field(default=None, compare=False)
+    known: Known | None = field(default=None, compare=False)
     tally: Tally = field(default_factory=Tally, compare=False)
 
     def __str__(self) -> str:
-        return f"quantize({self.form.bits},{self.form.group_size},{self.form.mode})"
+        known = f",stats={self.known.statistics.record.sha256[:SHORT]}" if self.known else ""
+        return f"quantize({self.form.bits},{self.form.group_size},{self.form.mode}{known})"
 
     @property
     def main_thread(self) -> bool:
@@ -85,6 +120,9 @@ class Quantize(Packing):
     @property
     def storage(self) -> Storage:
         return self.form
+
+    def absorbed(self) -> Mapping[str, Form]:
+        return {BIAS: self.known.bias.form} if self.known and self.known.bias else {}
 
     def constants(self) -> Mapping[str, Array]:
         return {} if self.multiplier is None else self.multiplier
@@ -97,28 +135,34 @@ class Quantize(Packing):
         parts = {"weight": codes, "scales": Form(groups, form.dtype if biased else "U8")}
         if biased:
             parts["biases"] = parts["scales"]
+        parts |= self.absorbed()
         return parts if self.multiplier is None else parts | {MULTIPLIER: Form((), "F32")}
 
     def rows(self, rows: Array, form: Form, start: int) -> Mapping[str, Array]:
         """Raises CheckpointError when a value is not finite or cannot be represented."""
         multiplier = 1.0 if self.multiplier is None else self.multiplier.value
+        inputs = self.known.inputs() if self.known else None
         try:
-            packed, loss = pack(rows, self.form, None, multiplier)
+            packed, loss = pack(rows, self.form, inputs, multiplier)
         except ValueError as error:
             raise CheckpointError(
                 f"{self.name} cannot be quantized", str(error), "use the checkpoint as published"
             ) from error
         self.tally.add(len(rows), loss)
-        biases = {} if packed.biases is None else {"biases": packed.biases}
-        return {"weight": packed.codes, "scales": packed.scales} | biases
+        parts = {"weight": packed.codes, "scales": packed.scales}
+        if packed.biases is not None:
+            parts["biases"] = packed.biases
+        if self.known and packed.drift is not None:
+            parts[BIAS] = self.known.corrected(packed.drift, start)
+        return parts
 
 
-def quantized(move: Move, form: Storage, multiplier: float | None = None) -> Move:
+def quantized(move: Move, form: Storage, known: Known | None = None, multiplier: float | None = None) -> Move:
     """The move with its weight quantized; `multiplier` is given where the tensor was packed before."""
     made = None
     if kind_of(form).multiplied:
         made = Multiplier(lambda: output_multiplier(_largest(move)) if multiplier is None else multiplier)
-    return replace(move, packing=Quantize(form, move.tensor.name, made))
+    return replace(move, packing=Quantize(form, move.tensor.name, made, known))
 
 
 def _largest(move: Move) -> float:

@@ -41,12 +41,24 @@ def is_lora(component: str) -> bool:
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """What ltx2.json says of one component. `cls` is written as "class"; `files` includes config and tokenizer."""
+    """What ltx2.json says of one component. `cls` is written as "class"; `files` includes config and tokenizer;
+    `statistics` is the file that layers were packed with."""
 
     cls: str
     files: tuple[FileRecord, ...]
     dtype: str
     quantization: Mapping[str, Any] | None = None
+    statistics: FileRecord | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ltx2.json says it."""
+        data = {
+            "class": self.cls,
+            "files": [asdict(f) for f in self.files],
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+        }
+        return data | ({"statistics": asdict(self.statistics)} if self.statistics else {})
 
 
 @dataclass(frozen=True)
@@ -61,15 +73,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Deterministic text: same content, same bytes."""
-        components = {
-            name: {
-                "class": c.cls,
-                "files": [asdict(f) for f in c.files],
-                "dtype": c.dtype,
-                "quantization": c.quantization,
-            }
-            for name, c in sorted(self.components.items())
-        }
+        components = {name: component.to_dict() for name, component in sorted(self.components.items())}
         data = {
             "release": self.release,
             "variant": self.variant,
@@ -110,8 +114,9 @@ def _component(name: str, data: Mapping[str, Any]) -> ComponentRecord:
     files = tuple(file_record(file) for file in data["files"])
     if len({file.name for file in files}) < len(files):
         raise ValueError(f"{name} lists a file twice")
+    quantization, statistics = checked_quantization(data["quantization"]), data.get("statistics")
     return ComponentRecord(
-        _text(data["class"]), files, _text(data["dtype"]), checked_quantization(data["quantization"])
+        _text(data["class"]), files, _text(data["dtype"]), quantization, file_record(statistics) if statistics else None
     )
 
 

@@ -14,7 +14,8 @@ from ltx2.bench.classify import classify
 from ltx2.convert.codes import Fp8, Scale
 from ltx2.convert.plan import plan_json
 from ltx2.convert.steps import FLOATS, Form, from_float32
-from ltx2.quant.apply import Settings, quantize_plan, repack
+from ltx2.quant.apply import Settings, quantize_plan
+from ltx2.quant.replan import repack
 from ltx2.runtime.errors import CheckpointError, InputError, Ltx2Error, NumericsError, UnsupportedError
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import build_network, load_network, load_weights, parameter_shapes

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import ltx2
-from ltx2.quant.apply import Settings, quantize, quantize_plan, repack
+from ltx2.quant.apply import Settings, quantize, quantize_plan
+from ltx2.quant.replan import repack
 from ltx2.quant.report import Quantized, Report
 from ltx2.quant.step import Multiplier, Quantize
 from ltx2.runtime.errors import InputError

@@ -12,7 +12,7 @@ import ltx2
 from ltx2.convert.codes import BlockScales, Nvfp4, Scale
 from ltx2.convert.plan import plan_json
 from ltx2.convert.steps import FLOATS, Form, from_float32
-from ltx2.quant.apply import repack
+from ltx2.quant.replan import repack
 from ltx2.runtime.errors import CheckpointError, Ltx2Error, NumericsError, UnsupportedError
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network, load_weights

@@ -19,8 +19,9 @@ from safetensors.numpy import save_file
 
 from ltx2 import api
 from ltx2.convert.plan import Drop, Move, Plan, plan_json
-from ltx2.quant.apply import Settings, quantize, quantize_plan, repack
+from ltx2.quant.apply import Settings, quantize, quantize_plan
 from ltx2.quant.recipe import Recipe, Rule, load_recipe, recipe_names
+from ltx2.quant.replan import repack
 from ltx2.quant.report import Quantized, Report
 from ltx2.quant.step import packings
 from ltx2.runtime.errors import CheckpointError, InputError, ModelFolderError, VerificationError
@@ -278,7 +279,7 @@ class TestFolder:
         assert data["totals"]["text_encoder"]["bits_per_weight"] == pytest.approx(4.97, abs=0.01)
         assert len(data["layers"]) == len(report.layers)
         assert data["layers"][0].keys() == {
-            "component", "layer", "bits", "group_size", "mode", "bytes", "relative_error",
+            "component", "layer", "bits", "group_size", "mode", "bytes", "relative_error", "error_of",
         }
 
     def test_mlx_lm_loads_the_text_encoder(self, model: Path, tmp_path: Path, figure: Figure) -> None:

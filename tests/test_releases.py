@@ -13,7 +13,7 @@ import ltx2
 from ltx2.convert.files import component_files
 from ltx2.convert.inspect import inspect
 from ltx2.convert.write import write_plan
-from ltx2.quant.apply import repack
+from ltx2.quant.replan import repack
 from ltx2.runtime.errors import UnsupportedError, VerificationError
 from ltx2.runtime.events import Warned
 from ltx2.runtime.layout import ModelFolder

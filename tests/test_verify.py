@@ -9,7 +9,7 @@ import pytest
 
 import ltx2
 from ltx2.convert.verify import Verified, verify
-from ltx2.quant.apply import repack
+from ltx2.quant.replan import repack
 from ltx2.runtime.errors import ModelFolderError, UnsupportedError, VerificationError
 from ltx2.runtime.events import BytesDone
 from ltx2.runtime.layout import ModelFolder

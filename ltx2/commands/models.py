@@ -108,7 +108,7 @@ def verify(output: Output, model: Path, sources: tuple[Path, ...]) -> None:
     """
     from ltx2.convert.verify import Verified
     from ltx2.convert.verify import verify as check_folder
-    from ltx2.quant.apply import repack
+    from ltx2.quant.replan import repack
 
     done = output.follow(check_folder(model, sources, repack))
     assert isinstance(done, Verified), "a verification ends with what it found"

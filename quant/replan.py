@@ -1,0 +1,134 @@
+"""A plan with layers packed: by chosen forms, or again as a model folder holds them, which is what verifying compares.
+
+Where the inputs of a layer are known, its bias is no tensor of its own any more: packing corrects it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import frexp, inf
+
+from ltx2.convert.plan import Entry, Merge, Move, Plan, quantization_config
+from ltx2.convert.steps import FLOATS, Storage
+from ltx2.quant.kinds import AFFINE, kind_of
+from ltx2.quant.statistics import Statistics
+from ltx2.quant.step import BIAS, MULTIPLIER, SHORT, Known, packings, quantized
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.tensorfile import FileRecord
+
+Forms = Mapping[str, Mapping[str, Storage]]  # component -> path of a layer -> how it is stored
+Layer = tuple[str, str]  # component, path
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known when a plan's layers are packed: statistics by component, and the multipliers of layers that were
+    packed before."""
+
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    multipliers: Mapping[Layer, float] = field(default_factory=dict)
+
+
+def packed_plan(plan: Plan, forms: Forms, given: Given) -> Plan:
+    """The plan with every layer packed that has a form and whose weight can be packed in it."""
+    biases = {_layer(e): e for e in plan.entries if isinstance(e, Move) and _is_bias(e)}
+    packed = {
+        _layer(move): move
+        for entry in plan.entries
+        if isinstance(entry, Move) and (move := _packed(entry, forms, given, biases.get(_layer(entry)))) is not None
+    }
+    replanned = replace(plan, entries=tuple(_replanned(entry, packed) for entry in plan.entries))
+    components = {
+        name: replace(
+            component,
+            quantization=quantization_config(replanned.moves(name)),
+            statistics=_record(replanned, name) or component.statistics,
+        )
+        for name, component in plan.components.items()
+    }
+    return replace(replanned, components=components)
+
+
+def _layer(move: Move) -> Layer:
+    return move.component, move.layer
+
+
+def _is_bias(move: Move) -> bool:
+    return move.key.endswith(f".{BIAS}") and move.packing is None and move.form.dtype in FLOATS.values()
+
+
+def _packed(move: Move, forms: Forms, given: Given, bias: Move | None) -> Move | None:
+    """The move with its layer's form, where that has one and the tensor is a weight that can be packed."""
+    storage, form = forms.get(move.component, {}).get(move.layer), move.form
+    if storage is None or move.packing is not None or not move.key.endswith(".weight"):
+        return None
+    if len(form.shape) != 2 or form.dtype not in FLOATS.values() or form.shape[1] % storage.group_size:
+        return None
+    statistics = given.statistics.get(move.component)
+    known = None
+    if statistics is not None and _layer(move) in statistics.layers:
+        fits = bias is not None and bias.form.shape == form.shape[:1]
+        known = Known(statistics, *_layer(move), bias if fits else None)
+    return quantized(move, storage, known, given.multipliers.get(_layer(move)))
+
+
+def _replanned(entry: Entry, packed: Mapping[Layer, Move]) -> Entry:
+    if isinstance(entry, Merge):
+        weight = packed.get(_layer(entry.into))
+        return entry if weight is None else replace(entry, into=weight)
+    weight = packed.get(_layer(entry)) if isinstance(entry, Move) else None
+    if weight is None or not isinstance(entry, Move):
+        return entry
+    if entry.key == weight.key:
+        return weight
+    return Merge(entry.file, entry.tensor, weight) if entry.key in weight.parameters() else entry
+
+
+def _record(plan: Plan, component: str) -> FileRecord | None:
+    """The statistics that its layers are packed with."""
+    known = (packing.known for _, packing in packings(plan.moves(component)).values())
+    return next((k.statistics.record for k in known if k is not None), None)
+
+
+def repack(plan: Plan, model: ModelFolder, statistics: Statistics | None = None) -> Plan:
+    """The plan with the layers packed that are packed in `model`, and as they are there.
+
+    Raises InputError unless `statistics` are those that they were packed with.
+    """
+    common = [name for name in plan.components if model.has(name)]
+    forms = {name: _stored_forms(model, name) for name in common}
+    needed = {name: record for name in common if (record := model.record(name).statistics)}
+    _check_statistics(needed, statistics)
+    known = dict.fromkeys(needed, statistics) if statistics else {}
+    return packed_plan(plan, forms, Given(known, _stored_multipliers(model, forms)))
+
+
+def _check_statistics(needed: Mapping[str, FileRecord], statistics: Statistics | None) -> None:
+    for component, record in needed.items():
+        if statistics is None or statistics.record.sha256 != record.sha256:
+            given = "another file was given" if statistics else "they are needed to pack its layers again"
+            what = f"the {component} was quantized with the statistics {record.name} (SHA-256 {record.sha256[:SHORT]})"
+            raise InputError(what, given, f"add --stats {record.name}, or verify without sources")
+    if statistics is not None and not needed:
+        why = "nothing that the sources hold was quantized with statistics"
+        raise InputError(f"{statistics.record.name} is not needed", why, "leave out --stats")
+
+
+def _stored_forms(model: ModelFolder, component: str) -> dict[str, Storage]:
+    config = model.config(component).get("quantization", {})
+    names = [name for file in model.tensor_files(component) for name in file.tensors]
+    layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
+    entries = {layer: config.get(layer, config) for layer in layers}
+    return {layer: Storage(e["bits"], e["group_size"], e.get("mode", AFFINE)) for layer, e in entries.items()}
+
+
+def _stored_multipliers(model: ModelFolder, forms: Forms) -> dict[Layer, float]:
+    """The output multipliers of layers that this tool quantized; 1 for values that it does not write."""
+    found = {}
+    for name, layers in forms.items():
+        where = {key: file for file in model.tensor_files(name) for key in file.tensors}
+        for layer, storage in layers.items():
+            key = f"{layer}.{MULTIPLIER}"
+            if kind_of(storage).multiplied and key in where and where[key].tensors[key].dtype == "F32":
+                value = float(where[key].array(key).reshape(-1)[0])
+                found[name, layer] = value if 0 < value < inf and frexp(value)[0] == 0.5 else 1.0
+    return found
