@@ -17,7 +17,17 @@ from rich.text import Text
 from ltx2.convert.catalogue import Bundle, Catalogue, Published
 from ltx2.convert.plan import Drop, Plan
 from ltx2.runtime.errors import printable
-from ltx2.runtime.events import BytesDone, DownloadPlanned, Event, PhaseDone, PhaseStarted, Section, StepDone, Warned
+from ltx2.runtime.events import (
+    BytesDone,
+    DownloadPlanned,
+    Event,
+    Noted,
+    PhaseDone,
+    PhaseStarted,
+    Section,
+    StepDone,
+    Warned,
+)
 
 if TYPE_CHECKING:
     from ltx2.runtime.estimate import MemoryPlan
@@ -83,6 +93,9 @@ class Progress:
             case DownloadPlanned():
                 for line in download_lines(event):
                     self._print(line)
+            case Noted(message=message):
+                self._set(message)
+                self._print(message)
             case Warned(message=message):
                 self._print(f"warning: {message}")
             case Section(title=title, command=command):

@@ -55,6 +55,13 @@ class Section(Event):
 
 
 @dataclass(frozen=True)
+class Noted(Event):
+    """What goes on beside phases and steps, for people."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Warned(Event):
     """Something the user should know that does not stop the work."""
 
