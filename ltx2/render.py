@@ -24,6 +24,7 @@ from ltx2.runtime.events import (
     Noted,
     PhaseDone,
     PhaseStarted,
+    PromptStarted,
     Section,
     StepDone,
     Warned,
@@ -98,6 +99,8 @@ class Progress:
                 self._print(message)
             case Warned(message=message):
                 self._print(f"warning: {message}")
+            case PromptStarted():
+                self._print(f"prompt {event.number} of {event.count}: {event.prompt}")
             case Section(title=title, command=command):
                 self._print("", title, f"$ {command}")
 

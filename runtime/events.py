@@ -62,6 +62,15 @@ class Noted(Event):
 
 
 @dataclass(frozen=True)
+class PromptStarted(Event):
+    """The next of several prompts begins."""
+
+    number: int
+    count: int
+    prompt: str
+
+
+@dataclass(frozen=True)
 class Warned(Event):
     """Something the user should know that does not stop the work."""
 

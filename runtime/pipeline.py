@@ -73,9 +73,10 @@ class Pipeline:
                 return event.clip
         raise RuntimeError("the generation ended without a clip")
 
-    def stream(self, prompt: str | None = None, **options: Any) -> Iterator[Event]:
-        """Typed progress events. Options are the command's, underscored. The last event is Generated with the clip or,
-        with `output`, Saved: then frames went into that file as they were decoded, and were never in memory together.
+    def stream(self, prompt: str | None = None, **options: Any) -> Generator[Event, None, None]:
+        """Typed progress events; closing the stream ends the work. Options are the command's, underscored. The last
+        event is Generated with the clip or, with `output`, Saved: then frames went into that file as they were decoded,
+        and were never in memory together.
 
         The request is checked before this returns; raises InputError, UnsupportedError, ModelFolderError or
         DoesNotFitError.
@@ -111,7 +112,7 @@ class Run:
             self.state = StateFile(Path(job.request.state), Owner.of(job))
         self.earlier = self.state.read() if self.state is not None and job.request.resume else None
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> Generator[Event, None, None]:
         """All phases, then Generated or, with an output, Saved."""
         self._started = time.perf_counter()
         yield from self._warnings()

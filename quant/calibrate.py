@@ -1,0 +1,171 @@
+"""Statistics of the inputs of a model's linear layers, taken while it works: whole prompts through text encoder,
+connectors and every denoise step, up to the latents.
+
+Layers are watched, not changed. Sums are taken input by input, so memory stays what generating takes."""
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ltx2 import __version__
+from ltx2.convert.folder import folder_plan
+from ltx2.quant.inputs import Inputs
+from ltx2.quant.statistics import About, Layer, identity, write_statistics
+from ltx2.runtime.errors import InputError, NumericsError
+from ltx2.runtime.events import Event, PhaseStarted, PromptStarted
+from ltx2.runtime.job import DECODERS
+from ltx2.runtime.jsonfile import read_object
+from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.observe import watch
+from ltx2.runtime.paths import check_output, open_regular
+from ltx2.runtime.pipeline import Pipeline
+from ltx2.runtime.tensorfile import Array
+
+BUILT_IN = Path(__file__).with_name("prompts.json")
+WATCHED = ("text_encoder", "connectors", "transformer")  # components with layers that are quantized
+PART = 1 << 23  # values of an input that are squared at a time
+
+
+@dataclass(frozen=True)
+class Calibrated(Event):
+    """Last event of a calibration: the file, how many layers it describes, and how many inputs (tokens of all steps)
+    the one that saw most has seen."""
+
+    path: str
+    layers: int
+    prompts: int
+    inputs: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The command's JSON result."""
+        return {"stats": self.path, **{k: v for k, v in asdict(self).items() if k != "path"}}
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Sums over some inputs, float64 (width,) both."""
+
+    count: int
+    total: Array
+    squares: Array
+
+    def __add__(self, other: "_Moments") -> "_Moments":
+        return _Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+    @classmethod
+    def of(cls, x: mx.array) -> "_Moments":
+        """Of all tokens of x (..., width). Sums of a part are float32, of parts float64."""
+        rows = x.reshape(-1, x.shape[-1])
+        step, parts = max(1, PART // rows.shape[1]), []
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step].astype(mx.float32)
+            sums = part.sum(axis=0), mx.square(part).sum(axis=0)
+            mx.eval(sums)
+            parts.append([np.array(values, np.float64) for values in sums])
+        total, squares = np.sum(parts, axis=0)
+        return cls(len(rows), total, squares)
+
+    def inputs(self) -> Inputs:
+        return Inputs((self.squares / self.count).astype(np.float32), (self.total / self.count).astype(np.float32))
+
+
+class Recorder:
+    """Watches networks and sums up what their linear layers are given; `observe` is a pipeline's."""
+
+    def __init__(self) -> None:
+        self._moments: dict[Layer, _Moments] = {}
+        self._latest: tuple[mx.array, _Moments] | None = None
+
+    def observe(self, component: str, network: nn.Module) -> None:
+        """Watch a network from now on, if its layers may be quantized."""
+        self._latest = None
+        if component in WATCHED:
+            watch(network, partial(self._see, component))
+
+    def _see(self, component: str, path: str, _: nn.Module, x: mx.array) -> None:
+        if self._latest is None or self._latest[0] is not x:  # queries, keys and values are made of the same input
+            self._latest = x, _Moments.of(x)
+        key, moments = (component, path), self._latest[1]
+        self._moments[key] = self._moments[key] + moments if key in self._moments else moments
+
+    @property
+    def most(self) -> int:
+        """Inputs of the layer that saw most."""
+        return max((moments.count for moments in self._moments.values()), default=0)
+
+    def layers(self) -> dict[Layer, Inputs]:
+        """All layers seen. Raises NumericsError when a mean is not finite."""
+        layers = {layer: moments.inputs() for layer, moments in self._moments.items()}
+        for (component, path), inputs in layers.items():
+            if inputs.mean is None or not np.isfinite([inputs.mean, inputs.mean_square]).all():
+                what = f"the inputs of {component}.{path} are not finite"
+                raise NumericsError(what, "the model computes no numbers there", "verify the model: ltx2 verify MODEL")
+        return layers
+
+
+def calibrate(
+    model: Path, out: Path, prompts: Sequence[str] = (), options: Mapping[str, Any] | None = None
+) -> Iterator[Event]:
+    """Generate each of the prompts (none: those that come with ltx2) up to its latents, and write the statistics of all
+    linear layers' inputs. The last event is Calibrated; the file appears only then. `options` are those of generating;
+    the seed is the first prompt's, others count on from it.
+
+    Raises what generating raises, and InputError when `out` cannot be written.
+    """
+    started = time.monotonic()
+    check_output(out)
+    recorder, options = Recorder(), dict(options or {})
+    pipeline, prompts = Pipeline(model, recorder.observe), tuple(prompts) or built_in_prompts()
+    seed = options.pop("seed", None) or 0
+    for number, prompt in enumerate(prompts):
+        yield PromptStarted(number + 1, len(prompts), prompt)
+        yield from _until_decoding(pipeline.stream(prompt, seed=seed + number, no_audio=True, **options))
+    about = _about(pipeline.folder, prompts, options | {"seed": seed})
+    layers = recorder.layers()
+    write_statistics(out, layers, about)
+    yield Calibrated(str(out), len(layers), len(prompts), recorder.most, time.monotonic() - started)
+
+
+def _until_decoding(events: Generator[Event, None, None]) -> Iterator[Event]:
+    """The events of a generation up to its latents; what would follow is not done."""
+    with closing(events):
+        for event in events:
+            if isinstance(event, PhaseStarted) and event.name in DECODERS:
+                return
+            yield event
+
+
+def _about(folder: ModelFolder, prompts: Sequence[str], options: Mapping[str, Any]) -> About:
+    plan, manifest = folder_plan(folder), folder.manifest
+    identities = {name: identity(plan, name) for name in WATCHED}
+    return About(
+        __version__, manifest.release, manifest.variant, identities, manifest.sources, tuple(prompts), options
+    )
+
+
+def built_in_prompts() -> tuple[str, ...]:
+    """The prompts that come with ltx2."""
+    return tuple(read_object(BUILT_IN)["prompts"])
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """A file's prompts, one per line. Raises InputError when there is none."""
+    try:
+        with open_regular(path) as file:
+            lines = file.read().decode().splitlines()
+    except (OSError, ValueError) as error:
+        fix = "name a text file with one prompt per line"
+        raise InputError(f"cannot read the prompts {path}", str(error), fix) from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise InputError(f"{path} holds no prompt", "all of its lines are empty", "write one prompt per line")
+    return prompts
