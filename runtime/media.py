@@ -64,9 +64,9 @@ def check_target(path: Path) -> None:
 
 
 def encoding_memory(width: int, height: int) -> int:
-    """Bytes that ffmpeg takes while it encodes, for any number of frames: it looks ahead, one picture more per thread.
-    Measured at 768x512 and 1920x1088 with 1, 3 and 18 threads."""
-    threads = 3 * (os.cpu_count() or 1) // 2  # as libx264 chooses
+    """Bytes that ffmpeg takes while it encodes, for any number of frames: it looks ahead, further with more threads.
+    Measured at 768x512 and 1920x1088 with 1, 3 and 18 of them."""
+    threads = min(3 * (os.cpu_count() or 1) // 2, height // 32)  # as libx264 chooses
     return 40_000_000 + width * height * (250 + 15 * threads)
 
 

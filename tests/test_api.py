@@ -15,7 +15,7 @@ import ltx2
 from ltx2 import api
 from ltx2.cli import cli
 from ltx2.runtime.errors import InputError, ModelFolderError
-from ltx2.runtime.events import Event, Generated, PhaseDone, PhaseStarted, StepDone
+from ltx2.runtime.events import Event, Generated, PhaseDone, PhaseStarted, Saved, StepDone
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.media import read_video
 from ltx2.runtime.request import Request
@@ -180,6 +180,22 @@ class TestStream:
         *before, last = events
         assert isinstance(last, Generated) and not any(isinstance(event, Generated) for event in before)
         np.testing.assert_array_equal(last.clip.frames, clip.frames)
+
+    def test_frames_go_into_a_file(self, demo_f32: Path, clip: ltx2.Clip, tmp_path: Path) -> None:
+        """While they are decoded, with the bytes of saving the clip; generate, which returns them, takes no file."""
+        clip.save(tmp_path / "saved.mp4")
+        pipe, path = ltx2.load(demo_f32), tmp_path / "kite.mp4"
+        *_, last = pipe.stream(PROMPT, output=path, **SIZE)
+        assert isinstance(last, Saved) and last.path == path
+        assert path.read_bytes() == (tmp_path / "saved.mp4").read_bytes()
+        assert json.loads(path.with_suffix(".json").read_text()) == json.loads(json.dumps(last.record))
+        with pytest.raises(InputError, match="leave it out and use clip"):
+            pipe.generate(PROMPT, output=path)
+
+    @pytest.mark.parametrize("name", ["gone/kite.mp4", "kite.avi"])
+    def test_a_file_that_cannot_be_written(self, demo_f32: Path, tmp_path: Path, name: str) -> None:
+        with pytest.raises(InputError, match="cannot write"):
+            ltx2.load(demo_f32).stream(PROMPT, output=tmp_path / name)
 
     def test_phases_are_started_and_done_one_after_the_other(self, events: list[Event]) -> None:
         open_phase: str | None = None

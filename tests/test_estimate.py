@@ -17,6 +17,7 @@ from ltx2.runtime.audio_vae import AudioVAEConfig
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.estimate import COMMAND_BUFFER, MemoryPlan
 from ltx2.runtime.latents import Grid
+from ltx2.runtime.media import encoding_memory
 from ltx2.runtime.pipeline import Pipeline
 from ltx2.runtime.text_encoder.config import ConnectorsConfig, Gemma3Config
 from ltx2.runtime.transformer.config import TransformerConfig
@@ -109,6 +110,11 @@ class TestPlan:
         assert plan.peak == max(phase.total for phase in plan.phases)
         clip = 121 * 512 * 768 * 3
         assert [p.clip for p in plan.phases] == [0] * 7 + [clip]
+
+    def test_a_clip_that_is_written_takes_what_its_encoder_does(self, model: Callable[[int], Pipeline]) -> None:
+        """As much for any number of frames."""
+        short, long = (model(4).plan(PROMPT, frames=frames, output="clip.mp4").phases for frames in (121, 241))
+        assert short[-1].clip == long[-1].clip == encoding_memory(768, 512) < 241 * 512 * 768 * 3
 
     @pytest.mark.parametrize("changes", [{"frames": 241}, {"width": 1280}, {"height": 1024}])
     def test_larger_clips_take_more(self, model: Callable[[int], Pipeline], changes: dict[str, int]) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import tracemalloc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import ltx2
 from ltx2.cli import run
+from ltx2.runtime.events import Saved
 from ltx2.runtime.job import DECODERS
 from ltx2.runtime.media import read_video
 from tests.command import SIZE, Here
@@ -198,6 +200,27 @@ class TestLatents:
         good = {"video": np.ones((1, 32, 2, 2, 2), np.float32), "audio": np.ones((1, 2, 9, 16), np.float32)}
         save_file({k: v for k, v in (good | change).items() if v is not None}, tmp_path / "latents")
         generate("--latents", tmp_path / "latents", size=[]).failed(1, said)
+
+
+class TestMemory:
+    def test_does_not_depend_on_the_number_of_frames(self, demo_f32: Path, made: Made, tmp_path: Path) -> None:
+        """Neither numpy's (which tracemalloc sees) nor MLX's, when frames go into a file."""
+
+        def peaks(latents: int) -> tuple[int, int]:
+            shapes = {"video": (1, 32, latents, 2, 2), "audio": (1, 2, 8 * latents, 16)}
+            save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "latents")
+            tracemalloc.start()
+            options: dict[str, Any] = {"no_audio": True, "low_memory": True, "output": tmp_path / "clip.mp4"}
+            *_, last = ltx2.load(demo_f32).stream(latents=tmp_path / "latents", **options)
+            _, most = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert isinstance(last, Saved)
+            return most, last.record["phases"][0]["mlx_peak_bytes"]
+
+        (short, short_mlx), (long, long_mlx) = peaks(6), peaks(16)
+        frames = (121 - 41) * 64 * 64 * 3
+        assert long < short + frames / 4
+        assert long_mlx < 1.1 * short_mlx
 
 
 class TestEmbeddings:

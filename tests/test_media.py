@@ -1,7 +1,10 @@
 """Writing clips: nothing is cut, colours and sound survive, and a failure leaves nothing behind."""
 
+import os
 import re
+import signal
 import subprocess
+import tracemalloc
 import wave
 from collections.abc import Iterator
 from fractions import Fraction
@@ -12,7 +15,8 @@ import numpy as np
 import pytest
 
 from ltx2.runtime.errors import InputError, MediaError, NumericsError
-from ltx2.runtime.media import AudioTrack, Encoding, read_video, write_video
+from ltx2.runtime.media import AudioTrack, Encoding, VideoWriter, read_video, video_writer, write_video
+from tests.programs import ffmpeg_that
 
 RATE = 24000
 
@@ -177,6 +181,100 @@ def test_ffmpeg_failure_carries_its_words(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="no-such-preset"):
         write_video(tmp_path / "a.mp4", endless, fps=24, encoding=Encoding(preset="no-such-preset"))
     assert list(tmp_path.iterdir()) == []
+
+
+def process(writer: VideoWriter) -> int:
+    """ffmpeg's."""
+    assert writer._process is not None
+    return writer._process.pid
+
+
+class TestGrowingFile:
+    """A file that is written while frames are computed."""
+
+    def test_has_another_name_until_it_is_complete(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.mp4"
+        with video_writer(path, fps=24, audio=AudioTrack(tone(0.4), RATE)) as writer:
+            for group in np.split(movie(10), 5):
+                writer.write(group)
+                assert [p.name for p in tmp_path.iterdir()] == ["a.mp4.partial"]
+        assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+        assert read_video(path)[0].shape[0] == 10
+
+    def test_what_a_killed_run_left_makes_way(self, tmp_path: Path) -> None:
+        """Also while its ffmpeg still writes to it."""
+        left = tmp_path / "a.mp4.partial"
+        left.write_bytes(b"half a clip")
+        with left.open("ab") as orphan:
+            write_video(tmp_path / "a.mp4", movie(3), fps=24)
+            orphan.write(b"more")
+        assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+        assert read_video(tmp_path / "a.mp4")[0].shape[0] == 3
+
+    def test_is_written_by_one_at_a_time(self, tmp_path: Path) -> None:
+        with video_writer(tmp_path / "a.mp4", fps=24) as first:
+            first.write(movie(2))
+            with (
+                pytest.raises(InputError, match="another process is writing it"),
+                video_writer(tmp_path / "a.mp4", fps=24) as second,
+            ):
+                second.write(movie(1))
+            first.write(movie(2))
+        assert read_video(tmp_path / "a.mp4")[0].shape[0] == 4
+
+    def test_ctrl_c_is_not_for_ffmpeg(self, tmp_path: Path) -> None:
+        """It would end the file before the block could."""
+        with video_writer(tmp_path / "a.mp4", fps=24) as writer:
+            writer.write(movie(1))
+            assert os.getpgid(process(writer)) != os.getpgid(0)
+
+    def test_memory_does_not_depend_on_the_number_of_frames(self, tmp_path: Path) -> None:
+        """tracemalloc sees what numpy holds."""
+
+        def peak(count: int) -> int:
+            frames = (np.full((8, 128, 128, 3), i % 256, np.uint8) for i in range(count // 8))
+            tracemalloc.start()
+            write_video(tmp_path / "a.mp4", frames, fps=24)
+            _, most = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            return most
+
+        assert peak(400) < peak(40) + 2 * 128 * 128 * 3 < 4 * 8 * 128 * 128 * 3
+
+
+class TestFailingFfmpeg:
+    @pytest.mark.parametrize("moment", ["during", "at the end"])
+    def test_killed(self, tmp_path: Path, moment: str) -> None:
+        path = tmp_path / "a.mp4"
+        path.write_bytes(b"old")
+        with (
+            pytest.raises(MediaError, match=r"a\.mp4.*ffmpeg was ended by signal 9"),
+            video_writer(path, fps=24) as writer,
+        ):
+            writer.write(movie(8, 256, 256))
+            os.kill(process(writer), signal.SIGKILL)
+            if moment == "during":
+                writer.write(movie(64, 256, 256))  # more than a pipe holds
+                raise AssertionError("nobody has read this")
+        assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and path.read_bytes() == b"old"
+
+    def test_disk_is_full(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        ffmpeg_that(monkeypatch, tmp_path, "has no space left")
+        (tmp_path / "clips").mkdir()
+        with pytest.raises(MediaError, match="No space left on device"):
+            write_video(tmp_path / "clips" / "a.mp4", movie(48, 128, 128), fps=24)
+        assert list((tmp_path / "clips").iterdir()) == []
+
+    def test_lacks_an_encoder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Found before a frame is computed."""
+
+        def never() -> Iterator[np.ndarray]:
+            raise AssertionError("frames were computed for a file that cannot be written")
+            yield
+
+        ffmpeg_that(monkeypatch, tmp_path, "lacks libx264")
+        with pytest.raises(MediaError, match=r"lacks libx264.*IMAGEIO_FFMPEG_EXE"):
+            write_video(tmp_path / "a.mp4", never(), fps=24)
 
 
 def test_missing_ffmpeg_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

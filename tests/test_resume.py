@@ -19,6 +19,7 @@ from ltx2.cli import run
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.tensorfile import open_tensorfile
 from tests.command import SIZE, Here
+from tests.programs import ffmpeg_that
 
 PROMPT = "a red square"
 STATE = "clip.unfinished.safetensors"
@@ -110,7 +111,7 @@ class TestKilled:
         assert ended.code == 0 and "warning" not in ended.err, ended
         assert same(tmp_path / "latents", whole / "latents")
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
-        assert not (tmp_path / STATE).exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.json", "clip.mp4", "latents"]
 
     def test_text_is_encoded_once(self, here: Here, demo_f32: Path, whole: Path, tmp_path: Path) -> None:
         """From a prompt; the record of the run has the phases of both processes."""
@@ -155,6 +156,7 @@ class TestInterrupted:
     ) -> None:
         ended = stopped(signal.SIGINT, *where)
         assert ended.returncode == 130 and "Traceback" not in ended.stderr
+        assert {path.name for path in tmp_path.iterdir()} <= {STATE, "latents"}
         (command,) = (line for line in ended.stderr.splitlines() if "this continues: " in line)
         _, *args = shlex.split(command.partition("this continues: ")[2])
         assert here(*args).code == 0
@@ -165,6 +167,21 @@ class TestInterrupted:
         ended = stopped(signal.SIGINT, "stage1", 2, "--json")
         assert ended.returncode == 130
         assert json.loads(ended.stdout)["error"]["fix"] == "run the same command again"
+
+
+class TestFailed:
+    def test_while_writing_the_clip(
+        self, here: Here, arguments: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The disk is full, some room is made, the run goes on."""
+        with monkeypatch.context() as patch:
+            ffmpeg_that(patch, tmp_path, "has no space left")
+            ended = here(*arguments)
+            ended.failed(1, "cannot write", "clip.mp4", "No space left on device", "this continues: ltx2 generate")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [STATE, "ffmpeg", "latents"]
+        ended = here(*arguments, "--resume")
+        assert ended.code == 0 and "stage" not in ended.err
+        assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
 
 
 @pytest.fixture
