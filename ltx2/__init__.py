@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ltx2.api import calibrate as calibrate
     from ltx2.api import convert as convert  # for type checkers a function only; at run time also the sub-package
     from ltx2.api import download as download
     from ltx2.api import load as load
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Name -> module that has it. Imported on first use, so that `import ltx2` and `ltx2 --help` stay instant.
-_LAZY = {"download": "ltx2.api", "load": "ltx2.api", "quantize": "ltx2.api", "Clip": "ltx2.runtime.clip"}
+_LAZY = {
+    "calibrate": "ltx2.api", "download": "ltx2.api", "load": "ltx2.api", "quantize": "ltx2.api",
+    "Clip": "ltx2.runtime.clip",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from ltx2.convert.catalogue import catalogue
 from ltx2.convert.checkpoint import open_sources
@@ -56,16 +57,18 @@ def convert(
     mode: str | None = None,
     group_size: int | None = None,
     recipe: str = DEFAULT,
+    stats: StrPath | None = None,
     shard_size: float = SHARD_GB,
     force: bool = False,
 ) -> Path:
     """Convert published checkpoints into a model folder; returns its path. With `bits` or `mode` the folder is
     quantized, with the bytes of converting and quantizing in turn."""
     plan = plan_conversion(sources, variant=variant, dtype=dtype, only=only)
-    chosen = Settings(bits, group_size, recipe, mode=mode or AFFINE)
+    chosen = Settings(bits, group_size, recipe, mode=mode or AFFINE, stats=_path(stats))
     settings = None if bits is None and mode is None else chosen
     if settings is None and chosen != Settings():
-        raise InputError("nothing is quantized", "group_size and recipe have no effect without bits", "give bits=4")
+        why = "group_size, recipe and stats have no effect without bits"
+        raise InputError("nothing is quantized", why, "give bits=4")
     for _ in conversion(plan, Path(out), settings, WriteOptions(shard_size, force)):
         pass
     return Path(out)
@@ -76,6 +79,22 @@ def conversion(plan: Plan, out: Path, settings: Settings | None, options: WriteO
     return write_plan(plan, out, options) if settings is None else write_quantized(plan, out, settings, options)
 
 
+def calibrate(
+    model: StrPath,
+    out: StrPath,
+    *,
+    prompts: Sequence[str] = (),
+    **options: Any,
+) -> Path:
+    """Measure what a model's layers are given, for `quantize` and `convert`; returns the file. Generates the prompts
+    (none: 16 that come with ltx2) up to their latents; `options` are those of `generate`."""
+    from ltx2.quant.calibrate import calibrate as calibrate_folder
+
+    for _ in calibrate_folder(Path(model), Path(out), prompts, options):
+        pass
+    return Path(out)
+
+
 def quantize(
     model: StrPath,
     out: StrPath,
@@ -84,12 +103,17 @@ def quantize(
     mode: str = AFFINE,
     group_size: int | None = None,
     recipe: str = DEFAULT,
+    stats: StrPath | None = None,
     only: Sequence[str] = (),
     shard_size: float = SHARD_GB,
     force: bool = False,
 ) -> Report:
     """Write a smaller copy of a model folder; returns what became of every layer. `bits` and `group_size` are by
-    default 4 and 64, or what the mode has."""
-    settings = Settings(bits, group_size, recipe, tuple(only), mode)
+    default 4 and 64, or what the mode has. `stats` is a file that `calibrate` wrote."""
+    settings = Settings(bits, group_size, recipe, tuple(only), mode, _path(stats))
     events = quantize_folder(Path(model), Path(out), settings, WriteOptions(shard_size, force))
     return next(event.report for event in list(events) if isinstance(event, Quantized))
+
+
+def _path(path: StrPath | None) -> Path | None:
+    return None if path is None else Path(path)

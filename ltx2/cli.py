@@ -28,6 +28,7 @@ def cli() -> None:
 for command in (
     fetch.download,
     models.convert,
+    models.calibrate,
     models.quantize,
     clips.generate,
     measure.bench,

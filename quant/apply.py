@@ -47,7 +47,15 @@ class Settings:
 
     @property
     def storage(self) -> Storage:
-        """How layers are stored that the recipe does not raise. Raises InputError when MLX has no such form."""
+        """How layers are stored that the recipe does not raise. Raises as `check`."""
+        self.check()
+        kind = KINDS[self.mode]
+        bits = DEFAULT_BITS if DEFAULT_BITS in kind.bits else kind.bits[0]
+        group_size = AFFINE_GROUP if AFFINE_GROUP in kind.group_sizes else kind.group_sizes[0]
+        return Storage(self.bits or bits, self.group_size or group_size, self.mode)
+
+    def check(self) -> None:
+        """Raises InputError for a form that MLX does not have."""
         if self.mode not in KINDS:
             raise _not_possible("--mode", self.mode, KINDS)
         kind = KINDS[self.mode]
@@ -55,9 +63,6 @@ class Settings:
         for option, value, values in given:
             if value is not None and value not in values:
                 raise _not_possible(option, value, values)
-        bits = DEFAULT_BITS if DEFAULT_BITS in kind.bits else kind.bits[0]
-        group_size = AFFINE_GROUP if AFFINE_GROUP in kind.group_sizes else kind.group_sizes[0]
-        return Storage(self.bits or bits, self.group_size or group_size, self.mode)
 
     def storage_of(self, layer: str, bits: int) -> Storage:
         """How a layer is stored that the recipe gives so many bits."""

@@ -10,6 +10,7 @@ from ltx2.commands.shared import PATH, follow_model
 from ltx2.console import Output, common, refuse_given
 
 if TYPE_CHECKING:
+    from ltx2.quant.apply import Settings
     from ltx2.runtime.events import Event
 
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--list", "listed", is_flag=True, help="List all names; needs no network.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched, and write nothing.")
 @click.option("--convert", "converted", is_flag=True, help="Then convert the bundle to a model folder.")
-@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="With --convert: quantize on the way.")
+@click.option("--bits", type=int, help="With --convert: quantize on the way, to 2, 3, 4, 5, 6 or 8 bits.")
 @click.option("-m", "--model", type=PATH, help="With --convert: the folder; default: by name.")
 @common
 def download(
@@ -47,25 +48,35 @@ def download(
         refuse_given(options, "--convert")
     elif len(names) != 1 or names[0] not in known.bundles:
         raise click.UsageError("--convert takes one bundle, which has all that a model needs.")
-    chosen, bits = known.choose(names), int(options["bits"]) if options["bits"] else None
+    chosen, bits = known.choose(names), options["bits"]
+    settings = _settings(bits)
     model = (options["model"] or weights / f"{names[0]}{f'-q{bits}' if bits else ''}") if converted else None
     fetched, text = _follow_download(output, fetch(chosen, weights, Options(model, bits, dry_run)))
     if model is not None and not dry_run:
         sources, variant = [p.source(weights) for p in chosen], known.bundles[names[0]].variant
-        fetched["converted"], model_text = _convert_to(output, model, bits, sources, variant)
+        fetched["converted"], model_text = _convert_to(output, model, settings, sources, variant)
         text += f"\n{model_text}"
     output.result(fetched, text)
 
 
+def _settings(bits: int | None) -> "Settings | None":
+    """How to quantize, if at all. Raises InputError for bits that are not possible, before anything is fetched."""
+    if bits is None:
+        return None
+    from ltx2.quant.apply import Settings
+
+    settings = Settings(bits)
+    settings.check()
+    return settings
+
+
 def _convert_to(
-    output: Output, model: Path, bits: int | None, sources: list[Path], variant: str
+    output: Output, model: Path, settings: "Settings | None", sources: list[Path], variant: str
 ) -> tuple[dict[str, Any], str]:
     """Go on from a download."""
     from ltx2.api import conversion, plan_conversion
     from ltx2.convert.write import WriteOptions
-    from ltx2.quant.apply import Settings
 
-    settings = Settings(bits) if bits else None
     plan = plan_conversion(sources, variant=variant)
     return follow_model(output, conversion(plan, model, settings, WriteOptions()))
 

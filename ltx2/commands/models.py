@@ -22,6 +22,7 @@ MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # known here because importing qu
 @click.option("--mode", type=click.Choice(MODES), help="Quantize with this kind of codes; affine with --bits alone.")
 @click.option("--group-size", type=int, help="Weights per scale, with --bits: 32, 64 (default) or 128.")
 @click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer, with --bits.")
+@click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote, with --bits: for better codes.")
 @click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
 @click.option("--dry-run", is_flag=True, help="Read headers only; --json prints the plan.")
 @click.option("--force", is_flag=True, help="Replace a different model folder.")
@@ -40,7 +41,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     from ltx2.render import plan_summary
 
     written = WriteOptions(options.pop("shard_size"), options.pop("force"))
-    packing = {name: options.pop(name) for name in ("bits", "mode", "group_size", "recipe")}
+    packing = {name: options.pop(name) for name in ("bits", "mode", "group_size", "recipe", "stats")}
     packed = packing["bits"] is not None or packing["mode"] is not None
     if not packed:
         refuse_given(packing, "--bits")
@@ -65,24 +66,56 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 @click.option("--mode", type=click.Choice(MODES), default="affine", show_default=True, help="Kind of codes.")
 @click.option("--group-size", type=int, help="Weights per scale: 32, 64 (default) or 128; mxfp4, mxfp8: 32; nvfp4: 16.")
 @click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer.")
+@click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote: for better codes of the same size.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
 @click.option("--report", type=PATH, help="Write bits, bytes and error of every layer (JSON).")
+@click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
 @click.option("--force", is_flag=True, help="Replace a different model folder.")
 @common
 def quantize(output: Output, model: Path, target: Path, report: Path | None, **options: Any) -> None:
     """Write a smaller copy of a model folder.
 
-    Sensitive layers get more bits than --bits (recipe "mixed"); "uniform" gives all layers the same.
+    Sensitive layers get more bits than --bits (recipe "mixed"); "uniform" gives all layers the same. With --stats,
+    errors of weights count as much as the model's own inputs make them count, and biases make up for part of them.
     """
     from ltx2.convert.write import WriteOptions
     from ltx2.quant.apply import Settings
     from ltx2.quant.apply import quantize as quantize_folder
     from ltx2.runtime.paths import check_output
 
-    written = WriteOptions(force=options.pop("force"))
+    written = WriteOptions(options.pop("shard_size"), options.pop("force"))
     if report is not None:
         check_output(report)
     output.result(*follow_model(output, quantize_folder(model, target, Settings(**options), written), report))
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.option("-o", "--output", "target", type=PATH, required=True, help="Statistics to write, *.safetensors.")
+@click.option("--prompts", type=PATH, metavar="FILE", help="One prompt per line; default: 16 that come with ltx2.")
+@click.option("--width", type=int, help="As for generate.")
+@click.option("--height", type=int, help="As for generate.")
+@click.option("--frames", type=int, help="As for generate.")
+@click.option("--fps", type=float, help="As for generate.")
+@click.option("--seed", type=int, help="Of the first prompt; the others count on from it.")
+@click.option("--no-upscale", is_flag=True, default=None, help="As for generate.")
+@click.option("--memory-limit", type=float, metavar="GB", help="As for generate.")
+@click.option("--low-memory", is_flag=True, default=None, help="As for generate.")
+@common
+def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, **options: Any) -> None:
+    """Measure what a model's layers are given, for quantize --stats.
+
+    Generates prompts up to their latents and writes mean and mean square of every layer's inputs. One file serves all
+    folders of a model, and convert --bits.
+    """
+    from ltx2.quant.calibrate import Calibrated, read_prompts
+    from ltx2.quant.calibrate import calibrate as calibrate_folder
+
+    given = {name: value for name, value in options.items() if value is not None}
+    done = output.follow(calibrate_folder(model, target, read_prompts(prompts) if prompts else (), given))
+    assert isinstance(done, Calibrated), "a calibration ends with its file"
+    seen = f"{done.layers} layers, {done.prompts} prompts, up to {done.inputs} inputs of a layer"
+    output.result(done.to_dict(), f"{done.path}  ({seen}, {done.seconds:.1f} s)")
 
 
 @click.command()
@@ -100,17 +133,24 @@ def inspect(output: Output, path: Path) -> None:
 @click.command()
 @click.argument("model", type=PATH)
 @click.option("--source", "sources", multiple=True, type=PATH, help="Compare values; repeatable.")
+@click.option("--stats", type=PATH, metavar="FILE", help="With --source: the statistics it was quantized with.")
 @common
-def verify(output: Output, model: Path, sources: tuple[Path, ...]) -> None:
+def verify(output: Output, model: Path, sources: tuple[Path, ...], stats: Path | None) -> None:
     """Check every file, hash, tensor and shape of a model folder.
 
     With --source, a checkpoint that it was converted from, also every value.
     """
+    from functools import partial
+
     from ltx2.convert.verify import Verified
     from ltx2.convert.verify import verify as check_folder
     from ltx2.quant.replan import repack
+    from ltx2.quant.statistics import Statistics
 
-    done = output.follow(check_folder(model, sources, repack))
+    if not sources:
+        refuse_given(["stats"], "--source")
+    statistics = Statistics.open(stats) if stats else None
+    done = output.follow(check_folder(model, sources, partial(repack, statistics=statistics)))
     assert isinstance(done, Verified), "a verification ends with what it found"
     values = f", {done.compared} compared with the sources" if sources else ""
     output.result(done.to_dict(), f"{model} is sound: {done.files} files, {done.tensors} tensors{values}")
