@@ -99,7 +99,7 @@ def run_quality(
         comparison = yield from compare(model, recording, turn)
         measured.add(recording, comparison)
         strips.append((strip(recording.clip.frames), strip(comparison.clip.frames)))
-    yield Compared(_receipt(opened, measured, recording), tuple(strips))
+    yield Compared(make_receipt(opened, measured, recording), tuple(strips))
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -174,7 +174,8 @@ def _command(model: Path, prompt: str, case: Case) -> str:
     return shlex.join(words)
 
 
-def _receipt(folders: tuple[ModelFolder, ModelFolder], measured: Quality, last: Recording) -> Row:
+def make_receipt(folders: tuple[ModelFolder, ModelFolder], measured: Quality, last: Recording) -> Row:
+    """The receipt of comparing the first folder with the second."""
     model, reference = folders
     request = last.clip.record["request"]
     sizes = ("width", "height", "frames", "fps", "no_audio", "no_upscale")

@@ -22,7 +22,6 @@ from ltx2.runtime.exchange import Contexts, read_embeddings
 from ltx2.runtime.job import Job
 from ltx2.runtime.latents import audio_positions, video_positions
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.load import read_weights
 from ltx2.runtime.observe import intercept
 from ltx2.runtime.pipeline import Observe, Pipeline
 from ltx2.runtime.presets import Stage
@@ -34,6 +33,7 @@ from ltx2.runtime.transformer.model import Prepared, StreamInput, Transformer
 ROWS = {"text_encoder": 16, "connectors": 16, "transformer": 2}
 # The transformer's first and last layer of each stream: what they are given and what they return is one step.
 ENDS = {"video": ("patchify_proj", "proj_out"), "audio": ("audio_patchify_proj", "audio_proj_out")}
+FIRST = ENDS["video"][0]  # of all layers that are called at a step
 
 Layer = tuple[str, str]  # component, path
 StepKey = tuple[int, int, float]  # stage, step (both from 1), noise level
@@ -167,7 +167,7 @@ class _Recorder:
     def _keep_step(self, path: str, x: mx.array, y: mx.array) -> None:
         for stream, (first, last) in ENDS.items():
             if path == first:
-                if stream == next(iter(ENDS)):
+                if path == FIRST:
                     self.stages[-1].append(Step({}, {}))
                 self.stages[-1][-1].tokens[stream] = x
             elif path == last:
@@ -185,15 +185,20 @@ class _Pupil:
         self._job = job
         self._dtype = dtype
         self._stage = 0
+        self._transformer: Transformer | None = None  # until it has been taught
 
     def __call__(self, component: str, network: nn.Module) -> None:
         _cast(network, self._dtype)
         if component in ROWS:
             intercept(network, partial(self._call, component))
         if component == "transformer":
-            self._teach(cast(Transformer, network))
+            self._transformer = cast(Transformer, network)
 
     def _call(self, component: str, path: str, layer: nn.Module, x: mx.array) -> mx.array:
+        # At the first step's first layer the network is ready: its weights are read, or are supplied block by block.
+        if self._transformer is not None and path == FIRST:
+            transformer, self._transformer = self._transformer, None
+            self._teach(transformer)
         key = component, path
         rows = self._recording.rows.get(key)
         if rows and key not in self.layers:  # measured when it is first called: then its weights are there
@@ -203,7 +208,6 @@ class _Pupil:
 
     def _teach(self, transformer: Transformer) -> None:
         """The velocities at the tokens of the reference's steps."""
-        read_weights(transformer)
         stage = self._job.preset.stages[self._stage]
         steps = self._recording.stages[self._stage]
         self._stage += 1
