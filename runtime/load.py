@@ -1,7 +1,7 @@
 """From a model folder's component to an MLX module: configuration decides the class, the files decide the
 quantization, and every tensor must fit."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import singledispatch
 from importlib import import_module
 from typing import Any, TypeVar, cast
@@ -113,14 +113,19 @@ def load_network(folder: ModelFolder, component: str, expected: type[Module]) ->
 
 
 def read_weights(network: nn.Module) -> None:
-    """Read a network's weights from disk now, some at a time.
+    """Read a network's weights from disk now, some at a time."""
+    read_arrays(value for _, value in cast(list[tuple[str, mx.array]], tree_flatten(network.parameters())))
+
+
+def read_arrays(values: Iterable[mx.array]) -> None:
+    """Read arrays of files from disk now, some at a time.
 
     Otherwise the first use would read them inside GPU commands, and a command that waits for a disk is one that
     macOS ends.
     """
     pending: list[mx.array] = []
     size = 0
-    for _, value in cast(list[tuple[str, mx.array]], tree_flatten(network.parameters())):
+    for value in values:
         pending.append(value)
         size += value.nbytes
         if size >= READ_BYTES:

@@ -1,0 +1,181 @@
+"""A transformer that is larger than memory: some of its blocks are read from disk in every step, each while the blocks
+before it compute.
+
+MLX reads them, on a thread and a stream of their own: a Mac's processor writes what it reads into memory that the GPU
+shares, CUDA copies it beside the work that runs. A block is used when all of it is there, so that no GPU command waits
+for a disk (macOS ends those that do), and its arrays are dropped when the device is done with them: two blocks are in
+memory, the one in use and the one that is read."""
+
+import re
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.load import load_weights, read_arrays
+from ltx2.runtime.transformer.model import Transformer
+
+OF_FILES = ("[read]", "[load")  # how MLX's messages about them begin
+IN_MEMORY = 2  # of the blocks that are read in every step
+BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+Weights = list[tuple[str, mx.array]]
+
+
+def block_of(name: str) -> int | None:
+    """The transformer block that a parameter belongs to."""
+    found = BLOCK.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def held_bytes(sizes: Sequence[int], streamed: Collection[int]) -> int:
+    """Bytes of all blocks that are in memory at once, when those of `streamed` are read in every step."""
+    read = [sizes[i] for i in streamed]
+    return sum(sizes) - sum(read) + IN_MEMORY * max(read, default=0)
+
+
+def choose_streamed(sizes: Sequence[int], room: int) -> tuple[int, ...]:
+    """The blocks to read in every step so that `room` bytes hold all there is of them, with the fewest bytes read; all
+    of them where nothing fits. They are spread evenly, which gives reading the whole step's time.
+
+    `sizes` are bytes by block. Those of one file may differ: the blocks that are kept at more bits stay in memory if
+    what is read can be of the smaller ones.
+    """
+    every = tuple(range(len(sizes)))
+    if sum(sizes) <= room:
+        return ()
+    choices = [every]
+    for largest in sorted(set(sizes)):
+        small = [i for i in every if sizes[i] <= largest]
+        spread = (_spread(small, count) for count in range(1, len(small) + 1))
+        choices += [next((chosen for chosen in spread if held_bytes(sizes, chosen) <= room), every)]
+    return min(choices, key=lambda chosen: sum(sizes[i] for i in chosen))
+
+
+def _spread(indices: Sequence[int], count: int) -> tuple[int, ...]:
+    """So many of the indices, at even distances."""
+    return tuple(indices[(2 * k + 1) * len(indices) // (2 * count)] for k in range(count))
+
+
+@contextmanager
+def streamed(folder: ModelFolder, transformer: Transformer, blocks: Sequence[int]) -> Iterator["BlockStream | None"]:
+    """The loaded transformer is ready to use: the weights of `blocks` are read when they are needed, all others are in
+    memory. None where no block is streamed."""
+    read_arrays(value for name, value in _parameters(transformer) if block_of(name) not in blocks)
+    if not blocks:
+        yield None
+        return
+    stream = BlockStream(folder, transformer, blocks)
+    transformer.supply = stream
+    try:
+        yield stream
+    finally:
+        transformer.supply = None
+        stream.close()
+
+
+class BlockStream:
+    """Has a transformer's blocks in memory when they are used. `read_bytes` were read so far; the transformer has
+    waited `waited` seconds for them."""
+
+    def __init__(self, folder: ModelFolder, transformer: Transformer, blocks: Sequence[int]) -> None:
+        self.read_bytes = 0
+        self.waited = 0.0
+        self._blocks = transformer.transformer_blocks
+        # Arrays that nobody evaluates take no memory: they stand in for a block's weights while it is not in use.
+        self._absent = {index: _parameters(self._blocks[index]) for index in blocks}
+        self._file = _BlockReader(folder, {index: [name for name, _ in self._absent[index]] for index in blocks})
+        self._following = dict(zip(blocks, [*blocks[1:], blocks[0]], strict=True))
+        self._used: tuple[int, Sequence[mx.array]] | None = None  # the last block that was queued, and its results
+        self._reading: Future[Weights] | None = None
+        self._read(blocks[0])
+
+    def ready(self, index: int) -> None:
+        """The block's weights are in memory when this returns. Raises CheckpointError when they cannot be read."""
+        if index not in self._absent:
+            return
+        if self._next != index:  # a pass over the blocks was left before its end
+            self._read(index)
+        assert self._reading is not None, "the next block is read while one is in use"
+        start = time.perf_counter()
+        weights = self._reading.result()
+        self.waited += time.perf_counter() - start
+        self.read_bytes += sum(value.nbytes for _, value in weights)
+        self._reading = None
+        self._blocks[index].load_weights(weights, strict=True)
+
+    def queued(self, index: int, results: Sequence[mx.array]) -> None:
+        """The block's work is handed to the device: the one before is dropped when the device is done with it."""
+        if self._used is not None:
+            last, computed = self._used
+            mx.eval(computed)
+            self._drop(last)
+        self._used = (index, results) if index in self._absent else None
+        if self._reading is None:
+            self._read(self._following[self._next])
+
+    def close(self) -> None:
+        """Drop what was read, and read no more."""
+        if self._reading is not None and not self._reading.cancel():
+            self._reading.exception()  # waits; nobody needs that block, nor how reading it ended
+        self._reading = self._used = None
+        for index in self._absent:
+            self._drop(index)
+
+    def _read(self, index: int) -> None:
+        self._next, self._reading = index, _reader().submit(self._file.read, index)
+
+    def _drop(self, index: int) -> None:
+        self._blocks[index].load_weights(self._absent[index], strict=True)
+
+
+class _BlockReader:
+    """Some blocks' weights by names inside the block, in the reading thread."""
+
+    def __init__(self, folder: ModelFolder, names: Mapping[int, Sequence[str]]) -> None:
+        self._folder = folder
+        self._names = names
+        self._opened: dict[int, dict[str, mx.array]] = {}
+
+    def read(self, index: int) -> Weights:
+        """Raises CheckpointError."""
+        try:
+            if index not in self._opened:  # an array keeps what it has read: every step takes new ones
+                self._opened = self._open()
+            found = self._opened.pop(index)
+            weights = [(name, found[name]) for name in self._names[index]]
+            mx.eval([value for _, value in weights])
+        except (OSError, ValueError, LookupError) as error:
+            raise self._unreadable(error) from error
+        except RuntimeError as error:  # all that MLX raises
+            raise self._unreadable(error) if str(error).startswith(OF_FILES) else error from error
+        return weights
+
+    def _unreadable(self, error: Exception) -> CheckpointError:
+        what = f"the transformer of {self._folder.path} cannot be read any more"
+        return CheckpointError(what, str(error), "check the disk, and let no other program change the model folder")
+
+    def _open(self) -> dict[int, dict[str, mx.array]]:
+        opened: dict[int, dict[str, mx.array]] = {index: {} for index in self._names}
+        for name, value in load_weights(self._folder, "transformer").items():
+            found = BLOCK.fullmatch(name)
+            if found and int(found[1]) in opened:
+                opened[int(found[1])][found[2]] = value
+        return opened
+
+
+@cache
+def _reader() -> ThreadPoolExecutor:
+    """One thread for all transformers: MLX makes streams for every thread that uses it, and keeps them."""
+    return ThreadPoolExecutor(1, "ltx2-reader")
+
+
+def _parameters(module: nn.Module) -> Weights:
+    return cast(Weights, tree_flatten(module.parameters()))
