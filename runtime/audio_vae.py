@@ -12,6 +12,7 @@ import mlx.nn as nn
 from ltx2.runtime.config import AS_PUBLISHED, Config, Repeats
 from ltx2.runtime.errors import ConfigError
 from ltx2.runtime.latent_statistics import LatentStatistics
+from ltx2.runtime.work import evaluate
 
 NORM_EPS = 1e-6
 
@@ -197,7 +198,7 @@ class Level(nn.Module):
         for resample in ("downsample", "upsample"):
             if resample in self:
                 x = self[resample](x)
-        mx.eval(x)  # bounds the memory and the GPU's work per command
+        evaluate(x)  # before more is queued: bounds the memory
         return x
 
 

@@ -12,6 +12,7 @@ from ltx2.runtime.errors import ModelFolderError
 from ltx2.runtime.text_encoder.config import ConnectorsConfig
 from ltx2.runtime.transformer.attention import Attention, FeedForward
 from ltx2.runtime.transformer.rope import Rope, rope_tables
+from ltx2.runtime.work import divided, evaluate
 
 RANGE = 8.0  # one layer's states span this much after normalisation
 EPS = 1e-6
@@ -72,7 +73,7 @@ class Connector(nn.Module):
         x = fill_with_registers(features, valid, self.learnable_registers, rope.cos.shape[1])
         for block in self.transformer_1d_blocks:
             x = block(x, rope)
-            mx.eval(x)  # bounds each GPU command
+            evaluate(x)  # before more is queued: bounds the memory
         return mx.fast.rms_norm(x, None, self.eps)
 
 
@@ -108,7 +109,7 @@ class EmbeddingsConnectors(nn.Module):
         rope = self._rope(mask.shape[1])
         video = self.video_connector(features, valid, rope)
         audio = self.audio_connector(features, valid, rope)
-        mx.eval(video, audio)
+        evaluate(video, audio)
         return video, audio
 
     def _project(self, hidden_states: Iterable[mx.array], mask: mx.array) -> tuple[mx.array, mx.array]:
@@ -120,13 +121,19 @@ class EmbeddingsConnectors(nn.Module):
             _fits("width of a hidden state", state.shape[-1], self.config.caption_channels)
             valid = valid[:, -state.shape[1] :]
             layers.append(normalized(state, valid).astype(dtype))
-            mx.eval(layers[-1])
+            evaluate(layers[-1])
         _fits("number of hidden states", len(layers), self.config.num_hidden_states)
         stacked = mx.stack(layers, axis=-1).flatten(2)  # feature-major, layer-minor
         layers.clear()
-        features = self.text_projection.aggregate_embed(stacked)
-        mx.eval(features)
+        features = self._aggregated(stacked)
+        evaluate(features)
         return features, valid
+
+    def _aggregated(self, stacked: mx.array) -> mx.array:
+        def project(part: slice) -> mx.array:
+            return self.text_projection.aggregate_embed(stacked[:, part])
+
+        return divided(project, stacked.shape[1], axis=1, flops=2 * stacked.size * self.config.caption_channels)
 
     def _rope(self, length: int) -> Rope:
         """Positions are plain indices here, without the midpoints the transformer uses."""

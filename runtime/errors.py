@@ -80,6 +80,12 @@ class NumericsError(Ltx2Error):
     kind = "numerics"
 
 
+class DeviceError(Ltx2Error):
+    """Work that the GPU, or the system on its behalf, has ended."""
+
+    kind = "device"
+
+
 class MediaError(Ltx2Error):
     """A picture, sound or video file that could not be read or written."""
 

@@ -36,7 +36,8 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class PhaseDone(Event):
-    """The phase's network is freed. Peaks are bytes: MLX's during this phase, the process's since it began."""
+    """The phase's network is freed. Peaks are bytes: MLX's during this phase, the process's since it began. The longest
+    evaluation is None where no single one was waited for."""
 
     name: str
     seconds: float
@@ -44,6 +45,7 @@ class PhaseDone(Event):
     step_seconds: tuple[float, ...]
     mlx_peak_bytes: int
     process_peak_bytes: int
+    longest_eval_seconds: float | None = None
 
 
 @dataclass(frozen=True)

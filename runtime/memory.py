@@ -8,12 +8,23 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
+from ltx2.runtime.errors import DeviceError
 from ltx2.runtime.events import PhaseDone, StepDone
 from ltx2.runtime.machine import device_memory
 from ltx2.runtime.process import process_peak_memory
+from ltx2.runtime.work import meter
 
 # MLX keeps freed buffers for reuse, without a limit of its own; a sixteenth of the memory is enough to reuse a step's.
 CACHE_FRACTION = 1 / 16
+# By what MLX says; the first that applies.
+FIXES = {
+    "malloc]": "use a smaller size, --low-memory, or a --memory-limit below the planned peak",
+    "Insufficient Memory": "close other programs, or use a smaller size, --low-memory or --memory-limit",
+    "Command buffer execution failed": (
+        "macOS ends GPU work that keeps the display waiting: close programs that draw, or use a smaller size"
+    ),
+}
+SAMPLED = 1  # the step, from 0, in which evaluations are waited for one by one, to know their times; the first compiles
 
 
 def reusable_memory() -> int:
@@ -33,6 +44,18 @@ def limited(memory: int, cache: int) -> Iterator[None]:
         mx.set_cache_limit(before[1])
 
 
+@contextmanager
+def explained(phase: str) -> Iterator[None]:
+    """What MLX raises where the GPU's memory, or the system's patience with it, ends becomes a DeviceError."""
+    try:
+        yield
+    except RuntimeError as error:
+        fix = next((fix for said, fix in FIXES.items() if said in str(error)), None)
+        if fix is None:
+            raise
+        raise DeviceError(f"the GPU did not finish {phase}", str(error), fix) from error
+
+
 class Phase:
     """Stopwatch and memory meter of one phase, from construction to `finish`."""
 
@@ -42,6 +65,7 @@ class Phase:
         self._step_seconds: list[float] = []
         self._load_seconds = 0.0
         mx.reset_peak_memory()
+        meter.start()
         self._start = self._mark = time.perf_counter()
 
     def loaded(self, steps: int = 0) -> None:
@@ -55,6 +79,7 @@ class Phase:
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         self._step_seconds.append(seconds)
+        meter.waits = len(self._step_seconds) == SAMPLED
         return StepDone(self.name, len(self._step_seconds), self._steps, seconds, mx.get_active_memory())
 
     def pause(self) -> None:
@@ -72,4 +97,5 @@ class Phase:
             tuple(self._step_seconds),
             mx.get_peak_memory(),
             process_peak_memory(),
+            meter.longest,
         )

@@ -26,7 +26,7 @@ from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network, read_weights
 from ltx2.runtime.machine import available_memory
 from ltx2.runtime.media import AudioTrack, video_writer
-from ltx2.runtime.memory import Phase
+from ltx2.runtime.memory import Phase, explained
 from ltx2.runtime.numerics import check_finite
 from ltx2.runtime.presets import Stage, check_release
 from ltx2.runtime.products import Choice
@@ -35,6 +35,7 @@ from ltx2.runtime.request import Request
 from ltx2.runtime.sampling import check_latents, denoise, mix_noise
 from ltx2.runtime.sidecar import make_record
 from ltx2.runtime.state import Owner, State, StateFile
+from ltx2.runtime.streaming import streamed
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
 from ltx2.runtime.text_encoder.tokenizer import Encoded
 from ltx2.runtime.transformer.model import Transformer
@@ -44,6 +45,7 @@ from ltx2.runtime.video_vae.tiling import decode_frames
 from ltx2.runtime.vocoder import Vocoder
 
 SILENT = 1e-4  # of full scale, -80 dB
+SLOW = 0.1  # of a stage's time, in which it waits for the disk
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 Network = TypeVar("Network", bound=nn.Module)
@@ -152,7 +154,7 @@ class Run:
         return self.seconds + time.perf_counter() - self._started
 
     def _warnings(self) -> Iterator[Event]:
-        for message in self.request.without_effect():
+        for message in [*self.request.without_effect(), *self.plan.warnings()]:
             yield Warned(message)
         if self.request.memory_limit is not None and self.plan.limit > (has := available_memory()):
             yield Warned(f"--memory-limit {self.request.memory_limit:g} is more than the {has / 1e9:.1f} GB there are")
@@ -174,7 +176,7 @@ class Run:
         """Run one phase; its network is a local of `work`, so it is free when `work` returns."""
         phase = Phase(name)
         yield PhaseStarted(name)
-        with self.plan.phase(name).applied():
+        with self.plan.phase(name).applied(), explained(name):
             result = yield from work(phase, *args, **kwargs)
         done = phase.finish()
         self.phases.append(done)
@@ -283,7 +285,14 @@ class Run:
     def _denoise(self, phase: Phase, stage: Stage, state: State) -> Work[Latents]:
         """The steps of a stage that are left after `state`."""
         transformer = self._load("transformer", Transformer)
-        read_weights(transformer)
+        with streamed(self.job.folder, transformer, self.plan.phase(phase.name).streamed) as stream:
+            latents = yield from self._steps(phase, stage, state, transformer)
+        if stream is not None and stream.share > SLOW:
+            slow = f"{phase.name} has waited for the disk {100 * stream.share:.0f} % of its time"
+            yield Warned(f"{slow}: fewer bits, or more memory, leave less to read")
+        return latents
+
+    def _steps(self, phase: Phase, stage: Stage, state: State, transformer: Transformer) -> Work[Latents]:
         assert state.contexts is not None, "they are kept until the last step"
         grid, fps, scales = self.job.grid(stage), self.job.sizes.fps, self.job.scales
         prepared = (

@@ -8,6 +8,7 @@ import mlx.core as mx
 from ltx2.runtime.latents import Latents
 from ltx2.runtime.numerics import check_varied
 from ltx2.runtime.transformer.model import Prepared, StreamInput, Transformer
+from ltx2.runtime.work import evaluate
 
 
 def mix_noise(start: Latents | None, noise: Latents, sigma: float) -> Latents:
@@ -33,7 +34,7 @@ def denoise(
         velocity = transformer(StreamInput(video, level, level), StreamInput(audio, level, level), *prepared)
         video = euler_step(video, velocity[0], sigma, following)
         audio = euler_step(audio, velocity[1], sigma, following)
-        mx.eval(video, audio)
+        evaluate(video, audio)
         yield Latents(video, audio)
 
 

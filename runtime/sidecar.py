@@ -41,11 +41,13 @@ def make_record(folder: ModelFolder, request: Request, phases: Sequence[PhaseDon
 
 
 def _phase(phase: PhaseDone) -> dict[str, Any]:
+    longest = phase.longest_eval_seconds
     return {
         "name": phase.name,
         "seconds": round(phase.seconds, 3),
         "load_seconds": round(phase.load_seconds, 3),
         "step_seconds": [round(s, 4) for s in phase.step_seconds],
+        "longest_eval_seconds": None if longest is None else round(longest, 4),
         "mlx_peak_bytes": phase.mlx_peak_bytes,
         "process_peak_bytes": phase.process_peak_bytes,
     }

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from ltx2.runtime.config import Config, Repeats
 from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.video_vae.layers import depth_to_space
+from ltx2.runtime.work import evaluate
 
 GROUPS = 32
 # Scale of the rational resampler -> factor up, then factor down.
@@ -101,11 +102,11 @@ class LatentUpsampler(nn.Module):
         x = nn.silu(self.initial_norm(self.initial_conv(x)))
         for block in self.res_blocks:
             x = block(x)
-            mx.eval(x)  # bounds the work of one evaluation: a GPU watchdog ends long ones
+            evaluate(x)  # before more is queued: bounds the memory
         x = self._resample(x)
         for block in self.post_upsample_res_blocks:
             x = block(x)
-            mx.eval(x)
+            evaluate(x)
         return self.final_conv(x).transpose(0, 4, 1, 2, 3).astype(latents.dtype)
 
     def _resample(self, x: mx.array) -> mx.array:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from ltx2.runtime.config import AS_PUBLISHED, Config
 from ltx2.runtime.errors import ConfigError, UnsupportedError
+from ltx2.runtime.work import evaluate
 
 CHANNELS = 2
 MEL_BINS = 64
@@ -86,9 +87,9 @@ class ResBlock(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:  # (B, T, C)
         for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
             y = conv1(nn.leaky_relu(x, SLOPE))
-            mx.eval(y)  # bounds the memory and the GPU's work per command
+            evaluate(y)  # before more is queued: bounds the memory
             x = x + conv2(nn.leaky_relu(y, SLOPE))
-            mx.eval(x)
+            evaluate(x)
         return x
 
 
@@ -142,7 +143,7 @@ class Vocoder(nn.Module):
         x = self.conv_pre(x)
         for stage, up in enumerate(self.ups):
             x = self._mean_of_blocks(stage, up(nn.leaky_relu(x, SLOPE)))
-            mx.eval(x)  # bounds the memory and the GPU's work per command
+            evaluate(x)
         x = self.conv_post(nn.leaky_relu(x, FINAL_SLOPE))
         return mx.tanh(x).transpose(0, 2, 1)
 

@@ -153,6 +153,7 @@ class TestSidecar:
         assert (len(by_name["stage1"]["step_seconds"]), len(by_name["stage2"]["step_seconds"])) == (8, 3)
         for phase in record["phases"]:
             assert phase["seconds"] >= 0 and phase["mlx_peak_bytes"] > 0 and phase["process_peak_bytes"] > 0
+            assert 0 < phase["longest_eval_seconds"] < phase["seconds"]
         assert sum(phase["seconds"] for phase in record["phases"]) <= record["seconds"] + 0.1
 
 

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import ltx2
 from ltx2.cli import run
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.tensorfile import open_tensorfile
+from ltx2.runtime.video_vae.tiling import decode_frames
 from tests.command import SIZE, Here
 from tests.programs import ffmpeg_that
 
@@ -181,6 +182,25 @@ class TestFailed:
         assert sorted(path.name for path in tmp_path.iterdir()) == [STATE, "ffmpeg", "latents"]
         ended = here(*arguments, "--resume")
         assert ended.code == 0 and "stage" not in ended.err
+        assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
+
+
+    def test_on_the_gpu(
+        self, here: Here, arguments: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """macOS ends its work after the first frames."""
+
+        def ended(*arguments: Any) -> Iterator[Any]:
+            yield next(decode_frames(*arguments))
+            raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity (0000000e).")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ltx2.runtime.pipeline.decode_frames", ended)
+            failed = here(*arguments, "--json")
+        error = failed.json["error"]
+        assert failed.code == 1 and error["kind"] == "device" and "this continues: ltx2 generate" in error["fix"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [STATE, "latents"]
+        assert here(*arguments, "--resume").code == 0
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
 
 

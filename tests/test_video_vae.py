@@ -380,9 +380,9 @@ def test_largest_activation(official: Official, monkeypatch: pytest.MonkeyPatch,
     sizes: list[int] = []
     convolve, extend = layers.CausalConv3d.__call__, layers._extend
 
-    def spy_extend(x: mx.array, border: layers.Border) -> mx.array:
-        sizes.append(extend(x, border).size)
-        return extend(x, border)
+    def spy_extend(x: mx.array, before: int, after: int, reflect: bool) -> mx.array:
+        sizes.append(extend(x, before, after, reflect).size)
+        return extend(x, before, after, reflect)
 
     def spy_convolve(self: layers.CausalConv3d, x: mx.array) -> mx.array:
         sizes.append(convolve(self, x).size)

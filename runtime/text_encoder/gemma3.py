@@ -12,6 +12,7 @@ import numpy as np
 
 from ltx2.runtime.text_encoder.config import Gemma3Config
 from ltx2.runtime.transformer.attention import gelu_tanh
+from ltx2.runtime.work import evaluate
 
 
 class Masks(NamedTuple):
@@ -168,7 +169,7 @@ class Gemma3TextEncoder(nn.Module):
 
 def _evaluated(x: mx.array, module: nn.Module, release: bool) -> mx.array:
     """Evaluate `x`, after which `module` is not needed any more."""
-    mx.eval(x)
+    evaluate(x)
     if release:
         module.clear()  # a Module is the dict of its parameters and children
     return x

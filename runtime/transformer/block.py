@@ -9,6 +9,7 @@ from ltx2.runtime.transformer.attention import Attention, FeedForward
 from ltx2.runtime.transformer.config import TransformerConfig
 from ltx2.runtime.transformer.modulation import add_table, gated_add, rms_modulate
 from ltx2.runtime.transformer.rope import Rope
+from ltx2.runtime.work import parts, queue
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,16 @@ class TransformerBlock(nn.Module):
         rows_y = add_table(self.audio_scale_shift_table, audio.modulation)
         x = self._attend(x, video, rows_x, self.attn1, self.attn2)
         y = self._attend(y, audio, rows_y, self.audio_attn1, self.audio_attn2)
+        self._hand_over(x, y)
         x, y = self._exchange(x, y, video, audio)
+        self._hand_over(x, y)
         return self._feed(x, rows_x, self.ff), self._feed(y, rows_y, self.audio_ff)
+
+    def _hand_over(self, x: mx.array, y: mx.array) -> None:
+        """What is computed so far goes to the device where a whole block is too much at once."""
+        _, tokens, dim = x.shape
+        if parts(4 * x.size * (6 * dim + tokens)) > 1:  # the video's self-attention and feed-forward network
+            queue(x, y)
 
     def _attend(
         self, x: mx.array, stream: StreamContext, rows: list[mx.array], own: Attention, text: Attention

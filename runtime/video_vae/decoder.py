@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from ltx2.runtime.video_vae.config import ResampleStage, ResStage, VideoVAEConfig
 from ltx2.runtime.video_vae.layers import Border, CausalConv3d, ResBlocks, Upsample, activate
+from ltx2.runtime.work import evaluate
 
 
 class Decoder(nn.Module):
@@ -32,9 +33,9 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             for layer in block.res_blocks if isinstance(block, ResBlocks) else [block]:
                 x = layer(x)  # here, so that nobody holds the last layer's result: a fifth of the memory
-                mx.eval(x)
+                evaluate(x)
         x = unpatchify(self.conv_out(activate(x)), self.patch_size)
-        mx.eval(x)
+        evaluate(x)
         return x
 
 

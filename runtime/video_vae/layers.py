@@ -1,14 +1,16 @@
 """Building blocks of the video VAE, channels last: (batch, frames, height, width, channels).
 
 Every convolution is 3x3x3 over a clip extended by one position per side (in time by copies of the edge frames), and
-every normalisation is a weightless one over the channels of a position. Blocks evaluate their result, which bounds
-the work of one evaluation (a GPU watchdog ends long ones) and frees activations as early as possible."""
+every normalisation is a weightless one over the channels of a position. Blocks evaluate their result, which frees
+activations as early as possible; convolutions that are too large for this GPU are computed in parts (see work.py)."""
 
 from dataclasses import dataclass
 from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from ltx2.runtime.work import divided, evaluate
 
 NORM_EPS = 1e-8
 LARGE = 1 << 26  # bytes
@@ -39,14 +41,21 @@ class CausalConv3d(nn.Module):
         self.border = border
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(_extend(x, self.border))
+        before, after = (2, 0) if self.border.causal else (1, 1)
+
+        def frames(part: slice) -> mx.array:
+            """Some of the result, from those that they depend on; beyond the clip's ends these are copies."""
+            start, stop = part.start - before, part.stop + after
+            return self.conv(_extend(x[:, max(0, start) : stop], max(0, -start), max(0, stop - x.shape[1]), reflect))
+
+        reflect = self.border.reflect
+        return divided(frames, x.shape[1], axis=1, flops=2 * self.conv.weight.size * prod(x.shape[:4]))
 
 
-def _extend(x: mx.array, border: Border) -> mx.array:
-    """Copies of the edge frames; with reflection, also one row and column per side."""
-    before, after = (2, 0) if border.causal else (1, 1)
+def _extend(x: mx.array, before: int, after: int, reflect: bool) -> mx.array:
+    """So many copies of the edge frames; with reflection, also one row and column per side."""
     first, last = x[:, :1], x[:, -1:]
-    if not border.reflect:
+    if not reflect:
         return mx.concatenate([first] * before + [x] + [last] * after, axis=1)
     # One padded copy, its edges then written in place from `x`: concatenating axis by axis takes three copies.
     y = mx.pad(x, [(0, 0), (before, after), (1, 1), (1, 1), (0, 0)])
@@ -71,7 +80,7 @@ def _reflect(x: mx.array, axis: int) -> mx.array:
 def settled(x: mx.array) -> mx.array:
     """`x`, computed if it is large: what it was computed from is free then, before anything else is queued."""
     if x.nbytes >= LARGE:
-        mx.eval(x)
+        evaluate(x)
     return x
 
 
@@ -99,7 +108,7 @@ class ResBlocks(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         for block in self.res_blocks:
             x = block(x)
-            mx.eval(x)
+            evaluate(x)
         return x
 
 
@@ -118,7 +127,7 @@ class Downsample(nn.Module):
         skip = space_to_depth(x, self.stride)
         skip = skip.reshape(*skip.shape[:-1], self.out_channels, -1).mean(axis=-1)
         x = space_to_depth(self.conv(x), self.stride) + skip
-        mx.eval(x)
+        evaluate(x)
         return x
 
 
@@ -140,7 +149,7 @@ class Upsample(nn.Module):
             y = (y.reshape(*skip.shape[:-1], -1, skip.shape[-1]) + skip[..., None, :]).reshape(y.shape)
         if self.stride[0] > 1:
             y = y[:, 1:]  # the first latent frame stands for one frame only
-        mx.eval(y)
+        evaluate(y)
         return y
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.numerics import check_finite
+from ltx2.runtime.work import evaluate
 
 FRAMES_PER_GROUP = 8  # bounds the float32 frames handed out at a time
 Weights = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
@@ -218,7 +219,7 @@ class _Picture:
     def _add_cell(self, cell: tuple[int, int], tile: mx.array, high: "_Part", wide: "_Part") -> None:
         part = tile[:, high.pixels, wide.pixels] * (high.weights[:, None, None] * wide.weights[:, None])
         self._cells[cell] = part + self._cells[cell] if cell in self._cells else part
-        mx.eval(self._cells[cell])
+        evaluate(self._cells[cell])
 
     def __getitem__(self, frames: slice) -> mx.array:
         """(n, H, W, 3), float32"""
@@ -261,7 +262,7 @@ def _finished(
         before = pending[group] if pending is not None and group.start < start else None
         yield _to_unit(_weighted(frames[group], weights[group], before))
     rest = frames[final:] * weights[final:]
-    mx.eval(rest)
+    evaluate(rest)
     return rest
 
 
@@ -277,5 +278,5 @@ def _to_unit(frames: mx.array) -> mx.array:
     """[-1, 1] -> [0, 1], clamped. Raises NumericsError for what is not finite, which clamping would hide."""
     check_finite(frames, "the decoded frames")
     frames = mx.clip((frames + 1) / 2, 0, 1)
-    mx.eval(frames)
+    evaluate(frames)
     return frames
