@@ -2,8 +2,8 @@
 read. Time and memory do not depend on the values, so the one pipeline runs on it and says what a machine will do before
 43 GB are downloaded; only the disk is left out.
 
-Quantized ones have the layers, widths and tensors that `ltx2 quantize` would write, for the same plan decides; codes are
-random as they stand, nothing is packed."""
+Quantized ones have the layers, widths and tensors that `ltx2 quantize` would write, for the same plan decides; codes
+are random as they stand, nothing is packed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,7 @@ from ltx2.convert.catalogue import Bundle, catalogue
 from ltx2.convert.folder import folder_plan
 from ltx2.convert.steps import Form
 from ltx2.quant.apply import Settings, quantize_plan
+from ltx2.quant.kinds import AFFINE
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.layout import ComponentRecord, Manifest, ModelFolder
 from ltx2.runtime.load import build_network, encode_prompt, load_weights, parameter_shapes
@@ -28,7 +29,6 @@ from ltx2.runtime.tensorfile import TensorFile, TensorInfo
 from ltx2.runtime.text_encoder.tokenizer import Encoded
 
 Tensors = Mapping[str, Form]
-PACKED = ("U32", "U8")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def random_folder(name: str, settings: Settings | None = None) -> RandomFolder:
     path = Path(name)
     configs = {component: config for component, (_, config) in data["networks"].items()}
     tensors = {component: dict(_plain(*network)) for component, network in data["networks"].items()}
-    records = {component: ComponentRecord(cls, (), "bf16") for component, (cls, _) in data["networks"].items()}
+    records = {component: ComponentRecord(cls, (), "BF16") for component, (cls, _) in data["networks"].items()}
     manifest = Manifest(bundle.release, bundle.variant, "random", records)
     folder = RandomFolder(path, manifest, configs, tensors)
     return folder if settings is None else _quantized(folder, settings)
@@ -119,7 +119,9 @@ def _quantized(folder: RandomFolder, settings: Settings) -> RandomFolder:
     tensors = {
         name: {key: form for move in plan.moves(name) for key, form in move.stored().items()} for name in records
     }
-    return replace(folder, manifest=replace(folder.manifest, components=records), tensors=tensors)
+    kind = f"q{settings.storage.bits}" if settings.mode == AFFINE else settings.mode
+    path = folder.path.with_name(f"{folder.path.name}-{kind}")
+    return replace(folder, path=path, manifest=replace(folder.manifest, components=records), tensors=tensors)
 
 
 def _headers(tensors: Tensors) -> Iterator[tuple[str, TensorInfo]]:

@@ -1,106 +1,196 @@
-"""Benchmark a model folder through the same pipeline that generates: warm-up excluded, repeated, every phase timed."""
+"""Benchmark model folders, or random weights, through the same pipeline that generates: warm-up not counted, repeated,
+every phase timed.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+All cases run once, then all once more the other way round, and so on: what the machine does in between (it warms up, it
+does something else for a while) falls on all cases alike."""
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from ltx2.bench.stats import Timing
-from ltx2.runtime.clip import Clip
-from ltx2.runtime.errors import InputError
-from ltx2.runtime.events import Event, Generated, PhaseDone
-from ltx2.runtime.machine import machine_facts
+import mlx.core as mx
+import mlx.nn as nn
+
+from ltx2.bench.ceilings import Ceilings, measure_ceilings
+from ltx2.bench.compare import check_comparable, compare
+from ltx2.bench.random_values import DTYPES
+from ltx2.bench.receipt import CaseRuns, PhaseRun, case_receipt, circumstances, identity
+from ltx2.bench.suite import Schedule, Task
+from ltx2.bench.trace import MemoryTrace
+from ltx2.runtime.errors import DoesNotFitError
+from ltx2.runtime.estimate import FULL
+from ltx2.runtime.events import Event, Generated, Noted, PhaseDone, PhaseStarted, Warned
+from ltx2.runtime.exchange import Contexts, write_embeddings, write_latents
+from ltx2.runtime.job import Job
+from ltx2.runtime.latents import Latents
+from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.pipeline import Pipeline
+from ltx2.runtime.process import disk_bytes_read
+from ltx2.runtime.quantized import QuantizedLinear
+from ltx2.runtime.transformer.config import TransformerConfig
 
 PROMPT = "a red square moves left on a white background with a low tone"
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: one request, repeated. The first `warmup` runs are not counted."""
+    """What is measured: a part of a generation with a model."""
 
-    model: Path
-    options: dict[str, Any]
-    repetitions: int = 3
-    warmup: int = 1
+    model: ModelFolder
+    task: Task = field(default_factory=Task)
 
 
 @dataclass(frozen=True)
 class Benched(Event):
-    """Last event of a benchmark: the receipt, as it is written to a file."""
+    """The receipt, as it is written to a file, of all that was measured so far; the last event of a benchmark has all
+    of it."""
 
     receipt: dict[str, Any]
 
 
-def run_bench(case: Case) -> Iterator[Event]:
-    """The events of every run; the last one is Benched. Raises InputError and what the pipeline raises."""
-    if case.repetitions < 1 or case.warmup < 0:
-        why = "measured runs must be at least 1, warm-up runs 0 or more"
-        raise InputError("nothing to measure", why, "use --repeat 3 --warmup 1")
-    pipeline = Pipeline(case.model)
-    runs: list[list[PhaseDone]] = []
-    clip: Clip | None = None
-    for number in range(case.warmup + case.repetitions):
-        phases: list[PhaseDone] = []
-        for event in pipeline.stream(PROMPT, **case.options):
-            if isinstance(event, PhaseDone):
-                phases.append(event)
-            if isinstance(event, Generated):
-                clip = event.clip
-            else:
-                yield event
-        if number >= case.warmup:
-            runs.append(phases)
-    assert clip is not None, "a generation ends with its clip"
-    yield Benched(_receipt(case, runs, clip))
+def run_bench(
+    cases: Sequence[Case], schedule: Schedule, suite: str | None = None, old: Mapping[str, Any] | None = None
+) -> Iterator[Event]:
+    """The events of every run, and Benched after every measured round. `old`: a receipt to compare with. What does not
+    fit is left out with a warning.
+
+    Raises before anything is read or made DoesNotFitError where no case fits, InputError where `old` has none of them;
+    and what the pipeline raises.
+    """
+    with TemporaryDirectory() as folder:
+        subjects = yield from _fitting(cases, Path(folder))
+        if old is not None:
+            check_comparable(old, (subject.identity for subject in subjects))
+        yield Noted("measuring what this machine reaches at best")
+        ceilings = {dtype: measure_ceilings(DTYPES[dtype]) for dtype in sorted({s.dtype for s in subjects})}
+        head = circumstances(schedule, suite, list(ceilings.values()))
+        for number in range(schedule.warmup + schedule.repeat):
+            yield from _round(subjects, schedule, number)
+            if number >= schedule.warmup:
+                receipt = head | {"cases": [case_receipt(s.result(ceilings[s.dtype])) for s in subjects]}
+                yield Benched(receipt if old is None else receipt | {"comparison": compare(old, receipt).to_dict()})
 
 
-def _receipt(case: Case, runs: list[list[PhaseDone]], clip: Clip) -> dict[str, Any]:
-    request = clip.record["request"]
-    sizes = ("width", "height", "frames", "fps", "seed", "no_audio", "no_upscale")
-    return {
-        "kind": "bench",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine_facts(),
-        "model": clip.record["model"],
-        "case": {name: request[name] for name in sizes},
-        "warmup": case.warmup,
-        "repetitions": case.repetitions,
-        "total_seconds": Timing.of([sum(p.seconds for p in phases) for phases in runs]).to_dict(),
-        "phases": [_phase([phases[i] for phases in runs]) for i in range(len(runs[0]))],
-    }
+def _round(subjects: Sequence["_Subject"], schedule: Schedule, number: int) -> Iterator[Event]:
+    """All cases once, every second time the other way round."""
+    for subject in subjects if number % 2 == 0 else reversed(subjects):
+        if schedule.cooldown:
+            yield Noted(f"resting for {schedule.cooldown:g} s")
+            time.sleep(schedule.cooldown)
+        yield Noted(f"run {number + 1} of {schedule.warmup + schedule.repeat}: {subject.name}")
+        yield from subject.run(counted=number >= schedule.warmup)
 
 
-def _phase(runs: list[PhaseDone]) -> dict[str, Any]:
-    steps = [seconds for run in runs for seconds in run.step_seconds]
-    return {
-        "name": runs[0].name,
-        "seconds": Timing.of([run.seconds for run in runs]).to_dict(),
-        "load_seconds": Timing.of([run.load_seconds for run in runs]).to_dict(),
-        "step_seconds": Timing.of(steps).to_dict() if steps else None,
-        "mlx_peak_bytes": max(run.mlx_peak_bytes for run in runs),
-        "process_peak_bytes": max(run.process_peak_bytes for run in runs),
-    }
+def _fitting(cases: Sequence[Case], folder: Path) -> Generator[Event, None, list["_Subject"]]:
+    """The cases that fit in memory, ready to run."""
+    fitting, refused = [], []
+    for number, case in enumerate(cases):
+        subject = _Subject(case, folder / f"{number}.safetensors")
+        try:
+            subject.plan.check()
+            fitting.append(subject)
+        except DoesNotFitError as error:
+            refused.append((subject.name, error))
+    if not fitting:
+        raise refused[0][1]
+    for name, unfit in refused:
+        yield Warned(f"left out: {name}: {unfit.what} ({unfit.why})")
+    return fitting
 
 
-def table(receipt: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows for people."""
-    columns = ["phase", "seconds", "spread", "s/step", "steps", "peak GiB (MLX)", "process so far"]
-    rows = []
-    for phase in receipt["phases"]:
-        step = phase["step_seconds"]
-        rows.append(
-            [
-                phase["name"],
-                f"{phase['seconds']['median']:.2f}",
-                f"{100 * phase['seconds']['spread']:.0f} %",
-                f"{step['median']:.3f}" if step else "",
-                str(step["repetitions"] // receipt["repetitions"]) if step else "",
-                f"{phase['mlx_peak_bytes'] / 2**30:.2f}",
-                f"{phase['process_peak_bytes'] / 2**30:.2f}",
-            ]
-        )
-    total = receipt["total_seconds"]
-    rows.append(["total", f"{total['median']:.2f}", f"{100 * total['spread']:.0f} %", "", "", "", ""])
-    return columns, rows
+class _Subject:
+    """A case, ready to run, and what its runs have given."""
+
+    def __init__(self, case: Case, file: Path) -> None:
+        """Reads headers. `file`: for what a part of a generation starts from."""
+        self._case = case
+        self._pipeline = Pipeline(case.model, self._observe)
+        whole = self._pipeline.plan(PROMPT, **dict(case.task.options)).job
+        self._options = _start(whole, case.task, file)
+        self.plan = self._pipeline.plan(**self._options)
+        ends = {"text": "connectors", "denoise": f"stage{len(whole.preset.stages)}"}
+        self._last = ends.get(case.task.part)  # None: it ends by itself
+        self._runs: list[list[PhaseRun]] = []
+        self._trace: dict[str, Any] = {}
+        self._products: dict[str, dict[int, str]] = {}
+
+    @property
+    def name(self) -> str:
+        """For people: model, part and sizes."""
+        sizes, task = self.plan.job.sizes, self._case.task
+        what = ", ".join([task.part, *(name.replace("_", " ") for name, value in task.options if value is True)])
+        return f"{self._case.model.path.name}, {what}: {sizes.frames} frames of {sizes.width}x{sizes.height}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As a receipt has it."""
+        return identity(self._case.task.part, self.plan.job)
+
+    @property
+    def dtype(self) -> str:
+        """What the networks compute in, as the folder spells it."""
+        dtype = self._case.model.record("video_vae").dtype
+        return dtype if dtype in DTYPES else "BF16"
+
+    def run(self, counted: bool) -> Iterator[Event]:
+        """One run of the case: its events."""
+        phases: list[PhaseRun] = []
+        with MemoryTrace() as trace, closing(self._events()) as events:
+            read = None
+            for event in events:
+                if isinstance(event, PhaseStarted):
+                    trace.begin(event.name)
+                    read = disk_bytes_read()
+                if isinstance(event, PhaseDone):
+                    phases.append(PhaseRun(event, trace.end(), _since(read)))
+                if not isinstance(event, Generated):
+                    yield event
+                if isinstance(event, PhaseDone) and event.name == self._last:
+                    break
+        if counted:
+            self._runs.append(phases)
+            self._trace = trace.to_dict()
+
+    def _events(self) -> Generator[Event, None, None]:
+        yield from self._pipeline.stream(**self._options)
+
+    def result(self, ceilings: Ceilings) -> CaseRuns:
+        """What the receipt is made from."""
+        part = self._case.task.part
+        return CaseRuns(self.name, part, self.plan, ceilings, self._runs, self._trace, self._products)
+
+    def _observe(self, component: str, network: nn.Module) -> None:
+        """How each form of packed weights is multiplied."""
+        for module in network.modules():
+            if isinstance(module, QuantizedLinear):
+                self._products[str(module.form)] = dict(module.choice.by_rows)
+
+
+def _start(job: Job, task: Task, file: Path) -> dict[str, Any]:
+    """The options of a generation that begins with this part: from values in `file` that are random, since times do not
+    depend on them."""
+    options = dict(task.options)
+    if task.part == "denoise":
+        config = TransformerConfig.from_dict(job.folder.config("transformer"))
+        shape = (1, job.preset.text_tokens, config.caption_channels)
+        write_embeddings(str(file), Contexts(_normal(shape), _normal(shape)))
+        return options | {"embeddings": str(file)}
+    if task.part == "decode":
+        grid = job.grid(FULL)
+        write_latents(str(file), Latents(_normal(grid.video_shape), _normal(grid.audio_shape)))
+        return {name: value for name, value in options.items() if name != "no_upscale"} | {"latents": str(file)}
+    return options | {"prompt": PROMPT}
+
+
+def _normal(shape: tuple[int, ...]) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(0))
+
+
+def _since(read: int | None) -> int | None:
+    """Bytes read from disks since `read` had been."""
+    now = disk_bytes_read()
+    return None if read is None or now is None else now - read

@@ -13,6 +13,7 @@ import pytest
 
 import ltx2
 from ltx2 import api
+from ltx2.bench.suite import OPTIONS
 from ltx2.cli import cli
 from ltx2.runtime.errors import InputError, ModelFolderError
 from ltx2.runtime.events import Event, Generated, PhaseDone, PhaseStarted, Saved, StepDone
@@ -82,8 +83,10 @@ class TestSameAsTheCommandLine:
         assert defaults == {option: signature[option].default for option in defaults}
 
     def test_bench_takes_options_of_generate(self) -> None:
-        comparing = {"compared", "reference", "prompts", "plot"}
-        assert options("bench") - {"repeat", "warmup", "out"} - comparing <= options("generate")
+        """Those that change what a clip costs; the others say what is measured, how often, and what becomes of it."""
+        own = {"models", "part", "suite", "repeat", "warmup", "cooldown", "compare", "out", "plot"}
+        own |= {"random", "bits", "mode", "group_size", "recipe"} | {"compared", "reference", "prompts"}
+        assert options("bench") - own <= options("generate") and set(OPTIONS) <= options("bench")
 
 
 class TestConvert:

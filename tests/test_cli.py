@@ -336,7 +336,8 @@ class TestOutput:
         args = ["bench", demo_f32, *SIZE, "--warmup", "0"]
         done = here(*args, "--repeat", "2", "--out", receipt, "--json")
         assert done.json == json.loads(receipt.read_text())
-        assert [phase["name"] for phase in done.json["phases"]][2:5] == ["stage1", "spatial_upscaler", "stage2"]
+        (case,) = done.json["cases"]
+        assert [phase["name"] for phase in case["phases"]][2:5] == ["stage1", "spatial_upscaler", "stage2"]
         table = here(*args, "--repeat", "1")
         assert table.out == "" and "spatial_upscaler" in table.err, "names are never cut off"
 

@@ -74,6 +74,9 @@ def _show_plan(output: Output, plan: "MemoryPlan") -> None:
 
     if not output.quiet and not output.as_json:
         print_table(*memory_table(plan))
+    if not output.quiet:
+        for message in plan.warnings():
+            click.echo(f"warning: {message}", err=True)
     plan.check()
     output.result({"plan": plan.to_dict()}, f"fits: {plan.peak / 1e9:.1f} GB of {plan.limit / 1e9:.1f} GB")
 
@@ -89,14 +92,15 @@ def demo(output: Output, folder: Path) -> None:
     """
     from dataclasses import asdict
 
-    from ltx2.bench.run import table
+    from ltx2.bench.receipt import tables
     from ltx2.demo import Demonstrated, run_demo
     from ltx2.render import print_table
 
     done = output.follow(run_demo(folder))
     assert isinstance(done, Demonstrated), "a demo ends with its summary"
     if not output.quiet and not output.as_json:
-        print_table("bench", *table(done.receipt))
+        for table in tables(done.receipt):
+            print_table(*table)
     made = [f"model {name:5s} {path}" for name, path in done.models.items()]
     made += [f"clip  {name:5s} {path}" for name, path in done.clips.items()]
     output.result(asdict(done), "\n".join([f'"{done.prompt}"', *made]))

@@ -1,76 +1,103 @@
 """Measuring."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ltx2.commands.clips import MATMUL
+from ltx2.commands.models import MODES
 from ltx2.commands.shared import PATH
 from ltx2.console import Output, common, refuse_given
 
-COMPARING = ("reference", "prompts", "seed", "plot")  # options that only a comparison has
-TIMING = ("repeat", "warmup")
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ltx2.runtime.events import Event
+
+QUALITY_ONLY = ("reference", "prompts", "seed")
+SPEED_ONLY = ("random", "suite", "part", "repeat", "warmup", "cooldown", "compare")
+RANDOM_ONLY = ("bits", "mode", "group_size", "recipe")
 
 
 @click.command()
-@click.argument("model", required=False, type=PATH)
-@click.option("--width", type=int, help="As for generate.")
+@click.argument("models", nargs=-1, metavar="[MODEL]...", type=PATH)
+@click.option("--random", metavar="NAME", help="A published model's shapes, with random weights.")
+@click.option("--bits", type=int, multiple=True, help="Of --random's weights, 16 for none packed; repeatable.")
+@click.option("--mode", type=click.Choice(MODES), help="Kind of codes of --random's weights.")
+@click.option("--group-size", type=int, help="Of --random's weights, as for quantize.")
+@click.option("--recipe", metavar="NAME|FILE", help="Of --random's weights, as for quantize.")
+@click.option("--suite", metavar="NAME|FILE", help="Cases: quick (default), full, parts, sizes, bits, or your file.")
+@click.option("--part", type=click.Choice(["clip", "text", "denoise", "decode"]), help="Only this of every case.")
+@click.option("--width", type=int, help="As for generate, in place of the suite's.")
 @click.option("--height", type=int, help="As for generate.")
 @click.option("--frames", type=int, help="As for generate.")
 @click.option("--fps", type=float, help="As for generate.")
 @click.option("--no-audio", is_flag=True, default=None, help="Leave out the sound's decoding.")
 @click.option("--no-upscale", is_flag=True, default=None, help="One stage at full size.")
-@click.option("--repeat", type=int, default=3, show_default=True, help="Measured runs.")
-@click.option("--warmup", type=int, default=1, show_default=True, help="Runs before, not measured.")
+@click.option("--memory-limit", type=float, metavar="GB", help="As for generate.")
+@click.option("--low-memory", is_flag=True, default=None, help="As for generate.")
+@click.option("--matmul", type=click.Choice(MATMUL), help="As for generate.")
+@click.option("--repeat", type=int, help="Measured runs of every case; default: the suite's.")
+@click.option("--warmup", type=int, help="Runs before, not measured; default: the suite's.")
+@click.option("--cooldown", type=float, metavar="SECONDS", help="Rest before every run.")
+@click.option("--compare", metavar="OLD.json", type=PATH, help="What became faster or slower since that receipt.")
 @click.option("--out", type=PATH, help="Write the receipt (JSON).")
+@click.option("--plot", metavar="FILE", type=PATH, help="Draw the receipt (.png or .svg).")
 @click.option("--quality", "compared", metavar="MODEL", type=PATH, help="Compare this model with --reference.")
 @click.option("--reference", metavar="MODEL", type=PATH, help="The model that the one of --quality was made from.")
-@click.option("--prompts", metavar="FILE", type=PATH, help="One prompt a line, with --quality; default: one of ours.")
+@click.option("--prompts", metavar="FILE", type=PATH, help="One prompt a line, with --quality; default: three of ours.")
 @click.option("--seed", type=int, help="Of the first prompt's noise, with --quality.")
-@click.option("--plot", metavar="FILE", type=PATH, help="Draw what --quality finds (.png or .svg).")
 @common
-def bench(output: Output, model: Path | None, compared: Path | None, out: Path | None, **options: Any) -> None:
-    """Measure time and memory, or what quantizing has cost.
+def bench(output: Output, models: tuple[Path, ...], compared: Path | None, **options: Any) -> None:
+    """Measure time and memory, phase by phase and per denoise step; or what quantizing has cost.
 
-    Runs whole generations, phase by phase and per denoise step: the median and the spread ((slowest - fastest) /
-    median) of --repeat runs. With --quality and --reference both models make the same clips: the error of every layer
-    and step on the reference's inputs, and how far latents, frames and sound are apart.
+    Runs every case of a suite with every MODEL and with --random's weights, in turns: medians and spreads, (slowest -
+    fastest) / median. --random NAME (as in `ltx2 download --list`) needs no download. With --quality and --reference
+    both models make the same clips: the error of every layer and step on the reference's inputs, the distance of
+    latents, frames and sound.
     """
     from ltx2.runtime.paths import check_output
 
+    out, plot = options.pop("out"), options.pop("plot")
     if out is not None:
         check_output(out)
-    given = {name: value for name, value in options.items() if value is not None}
+    if plot is not None:
+        from ltx2.bench.plot import check_plot
+
+        check_plot(plot)
+    given = {name: value for name, value in options.items() if value not in (None, ())}
     if compared is not None:
-        _compare(output, model, compared, out, given)
+        _compare(output, models, compared, (out, plot), given)
         return
-    refuse_given(COMPARING, "--quality")
-    if model is None:
-        raise click.UsageError("Missing argument 'MODEL'.")
-    _time(output, model, out, given)
+    refuse_given(QUALITY_ONLY, "--quality")
+    if not (models or "random" in given):
+        raise click.UsageError("Missing argument 'MODEL', or option '--random'.")
+    _time(output, models, (out, plot), given)
 
 
-def _compare(output: Output, model: Path | None, compared: Path, out: Path | None, options: dict[str, Any]) -> None:
-    from ltx2.bench.plot import check_plot
-    from ltx2.bench.quality import Compared, read_prompts, run_quality, tables
+Files = tuple[Path | None, Path | None]  # of the receipt and of its picture
+
+
+def _compare(
+    output: Output, models: tuple[Path, ...], compared: Path, files: Files, options: dict[str, Any]
+) -> None:
+    from ltx2.bench.quality import Compared, built_in_prompts, run_quality, tables
     from ltx2.bench.quality_plot import plot_quality
-    from ltx2.bench.run import PROMPT
     from ltx2.bench.stats import write_receipt
+    from ltx2.quant.calibrate import read_prompts
     from ltx2.render import print_table
 
-    refuse_given(TIMING, "a MODEL to be timed")
-    if model is not None:
+    refuse_given((*SPEED_ONLY, *RANDOM_ONLY), "a MODEL to be timed")
+    if models:
         raise click.UsageError("MODEL has no effect with --quality.")
     if "reference" not in options:
         raise click.UsageError("Missing option '--reference', which --quality needs.")
-    reference, prompts, plot = (options.pop(name, None) for name in ("reference", "prompts", "plot"))
-    if plot is not None:
-        check_plot(plot)
-    texts = (PROMPT,) if prompts is None else read_prompts(prompts)
-    for name in TIMING:
-        del options[name]
+    reference, prompts = (options.pop(name, None) for name in ("reference", "prompts"))
+    texts = built_in_prompts() if prompts is None else read_prompts(prompts)
     done = output.follow(run_quality(compared, reference, texts, options))
     assert isinstance(done, Compared), "a comparison ends with its receipt"
+    out, plot = files
     if out is not None:
         write_receipt(out, done.receipt)
     if plot is not None:
@@ -81,17 +108,47 @@ def _compare(output: Output, model: Path | None, compared: Path, out: Path | Non
     output.result(done.receipt)
 
 
-def _time(output: Output, model: Path, out: Path | None, options: dict[str, Any]) -> None:
-    from ltx2.bench.run import Benched, Case, run_bench, table
+def _time(output: Output, models: tuple[Path, ...], files: Files, options: dict[str, Any]) -> None:
+    from ltx2.bench.cases import bench_cases
+    from ltx2.bench.compare import read_receipt, table
+    from ltx2.bench.receipt import tables
+    from ltx2.bench.receipt_plot import plot_receipt
+    from ltx2.bench.run import Benched, run_bench
     from ltx2.bench.stats import write_receipt
+    from ltx2.bench.suite import DEFAULT, load_suite
     from ltx2.render import print_table
 
-    repeat, warmup = (options.pop(name) for name in TIMING)
-    done = output.follow(run_bench(Case(model, options, repeat, warmup)))
+    old = read_receipt(options.pop("compare")) if "compare" in options else None
+    random = _random(options)
+    schedule = {name: options.pop(name, None) for name in ("repeat", "warmup", "cooldown")}
+    suite = load_suite(options.pop("suite", DEFAULT)).changed(options.pop("part", None), options, schedule)
+    out, plot = files
+
+    def events() -> "Iterator[Event]":
+        for event in run_bench(bench_cases(models, random, suite), suite.schedule, suite.name, old):
+            if isinstance(event, Benched) and out is not None:
+                write_receipt(out, event.receipt)  # after every round: what is interrupted leaves what it measured
+            yield event
+
+    done = output.follow(events())
     assert isinstance(done, Benched), "a benchmark ends with its receipt"
-    if out is not None:
-        write_receipt(out, done.receipt)
+    if plot is not None:
+        plot_receipt(plot, done.receipt)
     if not output.quiet and not output.as_json:
-        facts = done.receipt["machine"]
-        print_table(f"{model} on {facts['device']}, mlx {facts['mlx']}", *table(done.receipt))
+        for shown in tables(done.receipt):
+            print_table(*shown)
+        if old is not None:
+            print_table(*table(done.receipt["comparison"]))
     output.result(done.receipt)
+
+
+def _random(options: dict[str, Any]) -> Any:
+    """The random weights that are asked for, or None."""
+    from ltx2.bench.cases import RandomWeights
+    from ltx2.quant.apply import Settings
+
+    given = {name: options.pop(name) for name in RANDOM_ONLY if name in options}
+    if "random" not in options:
+        refuse_given(RANDOM_ONLY, "--random")
+        return None
+    return RandomWeights(options.pop("random"), given.pop("bits", ()), Settings(**given))

@@ -10,11 +10,13 @@ import mlx.core as mx
 from ltx2.api import plan_conversion
 from ltx2.bench.run import Benched, Case, run_bench
 from ltx2.bench.stats import write_receipt
+from ltx2.bench.suite import Schedule, Task
 from ltx2.convert.write import write_plan
 from ltx2.quant.apply import Settings, quantize
 from ltx2.quant.report import Quantized
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Section
+from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.pipeline import Pipeline
 
 SOURCES = Path(__file__).parent / "model"
@@ -60,7 +62,8 @@ def run_demo(folder: Path) -> Iterator[Event]:
     receipt: dict[str, Any] = {}
     command = f"ltx2 bench {models['full']} {_options(seed=False)} --repeat 2 --warmup 0 --out {folder / 'bench.json'}"
     yield Section("bench", command)
-    for event in run_bench(Case(models["full"], SIZE, repetitions=2, warmup=0)):
+    case = Case(ModelFolder.open(models["full"]), Task("clip", tuple(SIZE.items())))
+    for event in run_bench([case], Schedule(repeat=2, warmup=0)):
         if isinstance(event, Benched):
             receipt = event.receipt
         yield event
