@@ -190,13 +190,14 @@ def memory_table(plan: "MemoryPlan") -> tuple[str, list[str], list[list[str]]]:
     sizes, tiling = plan.job.sizes, plan.tiling
     tiles = f"video decoded in tiles of {tiling.width}x{tiling.height}, {tiling.frames} frames" if tiling else ""
     title = f"{sizes.frames} frames of {sizes.width}x{sizes.height}, GB; {tiles or 'video decoded in one piece'}"
-    columns = ["phase", "weights", "activations", "clip", "total", "reusable cache"]
+    columns = ["phase", "weights", "activations", "clip", "total", "reusable cache", "disk, per step"]
     rows = []
     for phase in plan.phases:
         numbers = (phase.weights, phase.activations, phase.clip, phase.total, phase.cache)
         slowed = " (slowed)" if phase.held_back else ""
-        rows.append([phase.name + slowed, *(f"{number / 1e9:.2f}" for number in numbers)])
-    rows.append(["limit", "", "", "", f"{plan.limit / 1e9:.2f}", ""])
+        read = f"{phase.read / 1e9:.2f}, {len(phase.streamed)} blocks" if phase.streamed else ""
+        rows.append([phase.name + slowed, *(f"{number / 1e9:.2f}" for number in numbers), read])
+    rows.append(["limit", "", "", "", f"{plan.limit / 1e9:.2f}", "", ""])
     return title, columns, rows
 
 

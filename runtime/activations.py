@@ -19,6 +19,10 @@ from ltx2.runtime.vocoder import VocoderConfig
 
 MB = 10**6
 FLOAT32 = 4
+# A device that is waited for after every operation has still one command buffer's arrays, and lets go of them late.
+UNDER_WAY = 150 * MB
+UNPACKED = 2  # weights that are there at once where layers unpack theirs: one is made while one is multiplied with
+UNPACKED_QUEUED = 4  # at full speed
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,13 @@ class Activations:
 
 def text_encoder(config: Gemma3Config, layer: int, embedding: int, tokens: int, itemsize: int) -> Activations:
     """Weights are read layer by layer and released: beside the largest part of them (a `layer` or the `embedding`, in
-    bytes) stand all states so far, and a layer's attention and feed-forward network."""
+    bytes) stand all states so far, and a layer's attention and feed-forward network. The device may let go of one part
+    when the first weight of the next is read."""
     state = tokens * config.hidden_size * itemsize
     states = (config.num_hidden_layers + 1) * state
     inside = 4 * state + 3 * tokens * config.intermediate_size * itemsize
     needed = max(embedding + 2 * state, layer + states + inside) - max(embedding, layer)
-    return Activations(needed, 0, tokens * config.intermediate_size * itemsize)
+    return Activations(needed, layer // 4, tokens * config.intermediate_size * itemsize)
 
 
 def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int) -> Activations:
@@ -53,9 +58,12 @@ def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int
     return Activations(needed, full - needed, states)
 
 
-def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int) -> Activations:
+def denoise_step(
+    config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int, *, unpacked: int = 0
+) -> Activations:
     """Kept over the steps: rotary tables in float32, projected text, latents. In a block: keys and values of the text,
-    and per token the residual stream, its normalised copy and the feed-forward network's four-fold width."""
+    and per token the residual stream, its normalised copy and the feed-forward network's four-fold width. `unpacked`:
+    bytes of the largest packed weight once it is unpacked, where layers unpack theirs to multiply."""
     video, audio = config.video_dim, config.audio_dim
     tables = FLOAT32 * ((video + audio) * grid.tokens + 2 * audio * grid.audio_frames)
     channels = config.in_channels * grid.tokens + config.audio_in_channels * grid.audio_frames
@@ -63,10 +71,10 @@ def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsi
     kept = tables + text + 4 * FLOAT32 * channels
     unit = (video * grid.tokens + audio * grid.audio_frames) * itemsize
     keys = 4 * text_tokens * (video + audio) * itemsize
-    needed = kept + keys + 13 * unit // 2
+    needed = kept + keys + 13 * unit // 2 + UNPACKED * unpacked
     # Up to ten command buffers wait for the device. Each ends after some operations, or some megabytes.
-    full = kept + keys + min(47 * unit, 700 * MB + 11 * unit)
-    return Activations(needed, full - needed, 4 * unit)
+    full = kept + keys + min(47 * unit, 700 * MB + 11 * unit) + UNPACKED_QUEUED * unpacked
+    return Activations(needed, full - needed, max(4 * unit, unpacked))
 
 
 def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
@@ -136,13 +144,13 @@ def decode_video(tiles: Tiles, itemsize: int, unfold: bool) -> Activations:
     pieces = tiles.pieces()
     several = len(pieces) > 1
     per_latent = frames * space * space * 3  # values of a tile's frames
-    # When all tiles are there: what waits for the next ones is copied, groups of frames leave.
+    # When all tiles are there: what waits for the next ones is put together, groups of frames leave.
     whole = frames * pixels * (FLOAT32 if several else itemsize)
-    needed = full = whole + max(3 * waiting, 3 * FRAMES_PER_GROUP * pixels * FLOAT32)
+    needed = full = whole + max(2 * waiting, 3 * FRAMES_PER_GROUP * pixels * FLOAT32)
     for height, width, before in pieces:
         tile = _decode_tile(config, (tiles.frames, height, width), itemsize, unfold)
         adding = height * width * per_latent * (2 * FLOAT32 + itemsize) if several else 0
-        late = 3 * tile.largest // 4 if several or cut else 0  # of the tile before, not yet free
+        late = 100 * MB + 3 * tile.largest // 4 if several else 0  # of the tile before, not yet free
         needed = max(needed, before * per_latent * FLOAT32 + max(tile.needed, adding))
         full = max(full, before * per_latent * FLOAT32 + max(tile.full + late, adding))
     return Activations(waiting + latents + needed, full - needed, tile.largest)
@@ -153,8 +161,10 @@ def _decode_tile(config: VideoVAEConfig, tile: tuple[int, int, int], itemsize: i
     normalised until the device has read it."""
     unit, padded = (values * itemsize for values in _largest_layer(config, tile))
     copies = 27 * padded if unfold else 0
-    queued = unit if unit >= LARGE else min(5 * unit, 90 * MB + unit)  # small arrays are not waited for
-    return Activations(2 * unit + padded + copies, queued + (copies if unit < LARGE else 0), unit)
+    if unit >= LARGE:
+        return Activations(2 * unit + padded + copies, unit, unit)
+    # Small arrays are not waited for.
+    return Activations(3 * unit + padded + copies, min(4 * unit, 90 * MB) + copies, unit)
 
 
 def _largest_layer(config: VideoVAEConfig, tile: tuple[int, int, int]) -> tuple[int, int]:
@@ -172,19 +182,24 @@ def _largest_layer(config: VideoVAEConfig, tile: tuple[int, int, int]) -> tuple[
 
 def decode_audio(config: AudioVAEConfig, audio_frames: int) -> Activations:
     """In float32 whatever the weights, which are widened as they are used. The largest arrays are those that an
-    upsampling repeats, at the finest resolution."""
+    upsampling repeats, at the finest resolution: one, padded for a convolution, and its result."""
     network, frames = config.network, audio_frames * config.temporal_scale
     widths = network.widths
     unit = frames * network.mel_bins * widths[min(1, len(widths) - 1)] * FLOAT32
     wide = 5 * 9 * widths[-1] ** 2 * FLOAT32
-    return Activations(5 * unit + wide, 5 * unit // 4, unit)
+    needed, full = wide + min(5 * unit, 13 * unit // 5 + UNDER_WAY), wide + min(8 * unit, 21 * unit // 5 + 110 * MB)
+    return Activations(needed, max(0, full - needed), unit)
 
 
 def vocode(config: VocoderConfig, mel_frames: int) -> Activations:
-    """In float32. A pair of convolutions at a time, beside the stage's input and the sum of its blocks."""
-    width, rate, unit, wide = config.upsample_initial_channel, 1, 0, 0
+    """In float32. The hungriest of the stages: its upsampling kernel, rearranged and widened, and a pair of
+    convolutions at a time beside the stage's input and the sum of its blocks."""
+    width, rate, needed, full, largest = config.upsample_initial_channel, 1, 0, 0, 0
     for factor, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
-        wide = max(wide, width * width * kernel * FLOAT32)
+        wide = 2 * width * (width // 2) * -(-kernel // factor) * factor * FLOAT32
         width, rate = width // 2, rate * factor
-        unit = max(unit, width * rate * mel_frames * FLOAT32)
-    return Activations(10 * unit + wide, 2 * unit, unit)
+        unit = width * rate * mel_frames * FLOAT32
+        needed = max(needed, wide + min(29 * unit // 2, 10 * unit + UNDER_WAY))
+        full = max(full, wide + 147 * unit // 10)
+        largest = max(largest, unit)
+    return Activations(needed, full - needed, largest)

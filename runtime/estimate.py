@@ -1,7 +1,7 @@
 """How much memory a generation takes, phase by phase, before anything but headers is read; in which tiles the video
 decoder stays below a limit; and, where nothing does, the nearest settings that would."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -18,6 +18,7 @@ from ltx2.runtime.media import encoding_memory
 from ltx2.runtime.memory import limited, reusable_memory
 from ltx2.runtime.presets import Stage
 from ltx2.runtime.request import Sizes
+from ltx2.runtime.streaming import block_of, choose_streamed, held_bytes
 from ltx2.runtime.tensorfile import TensorInfo
 from ltx2.runtime.text_encoder.config import ConnectorsConfig, Gemma3Config
 from ltx2.runtime.transformer.config import TransformerConfig
@@ -34,30 +35,48 @@ COMMAND_BUFFER = 100 * 10**6
 
 @dataclass(frozen=True)
 class Need:
-    """What one phase takes: bytes of weights, of what it computes with, and of the clip's finished frames."""
+    """What one phase takes: bytes of weights, of what it computes with, and of the clip's finished frames. `blocks`:
+    bytes of those parts of the weights that can be read from disk in every step instead of being kept."""
 
     name: str
     weights: int
     activations: Activations
     clip: int = 0
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def least_weights(self) -> int:
+        return min(self.weights, self.held(range(len(self.blocks))))
 
     @property
     def least(self) -> int:
-        return self.weights + self.activations.needed + self.clip
+        return self.least_weights + self.activations.needed + self.clip
+
+    def held(self, streamed: Collection[int]) -> int:
+        """Bytes of weights in memory when these blocks are read in every step."""
+        return self.weights - sum(self.blocks) + held_bytes(self.blocks, streamed)
 
     def within(self, limit: int, reusable: int) -> "PhasePlan":
-        """At full speed if the limit allows it, else with as much queued as it allows."""
-        room = limit - self.weights - self.clip
+        """At full speed if the limit allows it, with as many blocks in memory as it allows; else with as much queued.
+
+        Blocks make way first: reading them costs no time as long as the disk is faster than the device, and waiting
+        for the device at every operation takes about twice the time.
+        """
+        kept = self.weights - sum(self.blocks)
+        streamed = choose_streamed(self.blocks, limit - self.clip - kept - self.activations.full)
+        weights, read = self.held(streamed), sum(self.blocks[i] for i in streamed)
+        room = limit - self.clip - weights
         used = max(self.activations.needed, min(self.activations.full, room))
         held_back = self.activations.largest + COMMAND_BUFFER if used < self.activations.full else 0
         cache = 0 if held_back else max(0, min(reusable, room - used))
-        return PhasePlan(self.name, self.weights, used, self.clip, cache, held_back)
+        return PhasePlan(self.name, weights, used, self.clip, cache, held_back, streamed, read)
 
 
 @dataclass(frozen=True)
 class PhasePlan:
     """One phase within a limit. `cache` bounds freed memory that is kept for reuse, and makes way when it is needed.
-    `held_back` is not 0 where the limit leaves less than full speed takes: MLX is told to wait so many bytes early."""
+    `held_back` is not 0 where the limit leaves less than full speed takes: MLX is told to wait so many bytes early.
+    The blocks in `streamed` are not kept: `read` bytes are read from disk in every step."""
 
     name: str
     weights: int
@@ -65,6 +84,8 @@ class PhasePlan:
     clip: int
     cache: int
     held_back: int
+    streamed: tuple[int, ...] = ()
+    read: int = 0
 
     @property
     def total(self) -> int:
@@ -90,9 +111,10 @@ class MemoryPlan:
 
     @cached_property
     def phases(self) -> tuple[PhasePlan, ...]:
-        low = self.job.request.low_memory
-        reusable = 0 if low else reusable_memory()
-        return tuple(need.within(need.least if low else self.limit, reusable) for need in self.needs)
+        if not self.job.request.low_memory:
+            return tuple(need.within(self.limit, reusable_memory()) for need in self.needs)
+        # What the hungriest phase takes at least is taken anyway: the others may use as much.
+        return tuple(need.within(_least(self.needs), 0) for need in self.needs)
 
     def phase(self, name: str) -> PhasePlan:
         return next(phase for phase in self.phases if phase.name == name)
@@ -110,6 +132,12 @@ class MemoryPlan:
         if not self.fits:
             raise _refusal(self)
 
+    def warnings(self) -> Iterator[str]:
+        """What staying within the limit costs."""
+        reads = [f"{phase.read / GB:.1f} GB in every step of {phase.name}" for phase in self.phases if phase.streamed]
+        if reads:
+            yield f"the transformer is not kept in memory as a whole: it is read from disk, {' and '.join(reads)}"
+
     def to_dict(self) -> dict[str, Any]:
         """For `--json`; memory in bytes."""
         return {
@@ -124,11 +152,17 @@ class MemoryPlan:
 
 def plan_memory(job: Job) -> MemoryPlan:
     """The plan of a checked job on this machine. Its tiles are the first that stay below the limit, from Lightricks'
-    choice down; with `low_memory` the smallest."""
+    choice down; with `low_memory` below what is taken in any case."""
     given, model = job.request.memory_limit, Model(job)
     limit = available_memory() if given is None else int(given * GB)
-    tiling, needs = model.choose(job.sizes, 0 if job.request.low_memory else limit)
+    low = job.request.low_memory
+    tiling, needs = model.choose(job.sizes, _least(model.choose(job.sizes, 0)[1]) if low else limit)
     return MemoryPlan(job, needs, limit, tiling)
+
+
+def _least(needs: Iterable[Need]) -> int:
+    """Bytes below which some phase cannot go."""
+    return max(need.least for need in needs)
 
 
 class Model:
@@ -156,7 +190,7 @@ class Model:
         for tiling in tilings(config, grid.frames, grid.height, grid.width):
             needs = tuple(self.needs(sizes, tiling))
             least = next(need.least for need in needs if need.name == "video_vae")
-            if max(need.least for need in needs) <= limit:
+            if _least(needs) <= limit:
                 return tiling, needs
             found.append((least, tiling, needs))
         _, tiling, needs = min(found, key=lambda choice: choice[0])
@@ -200,7 +234,15 @@ class Model:
                 used = network.upscale(upscaler, grid, self.itemsize("spatial_upscaler"))
                 yield Need("spatial_upscaler", self.weights("spatial_upscaler"), used)
             used = network.denoise_step(config, self.job.grid(stage, sizes), text, width)
-            yield Need(f"stage{number}", self.weights("transformer"), used)
+            yield Need(f"stage{number}", self.weights("transformer"), used, blocks=self._blocks())
+
+    def _blocks(self) -> tuple[int, ...]:
+        """Bytes of the transformer's blocks."""
+        sizes: dict[int, int] = {}
+        for name, tensor in self.tensors["transformer"].items():
+            if (index := block_of(name)) is not None:
+                sizes[index] = sizes.get(index, 0) + tensor.nbytes
+        return tuple(sizes[index] for index in sorted(sizes))
 
     def _decoders(self, sizes: Sizes, tiling: Tiling | None) -> Iterator[Need]:
         grid = self.job.grid(FULL, sizes)
@@ -238,12 +280,12 @@ def _refusal(plan: MemoryPlan) -> DoesNotFitError:
     has = f"this computer has {plan.limit / GB:.1f} GB for it"
     if job.request.memory_limit is not None:
         has = f"the limit is {plan.limit / GB:.1f} GB"
-    if worst.weights > plan.limit:
+    if worst.least_weights > plan.limit:
         component = "transformer" if worst.name.startswith("stage") else worst.name
-        why = f"its weights alone are {worst.weights / GB:.1f} GB, and {has}"
+        why = f"{worst.least_weights / GB:.1f} GB of its weights must be there at once, and {has}"
         return DoesNotFitError(f"the {component} does not fit in memory", why, job.folder.how_to_shrink())
     what = f"{sizes.frames} frames of {sizes.width}x{sizes.height} do not fit in memory"
-    why = f"{worst.name} takes {worst.least / GB:.1f} GB, {worst.weights / GB:.1f} GB of it weights, and {has}"
+    why = f"{worst.name} takes {worst.least / GB:.1f} GB, {worst.least_weights / GB:.1f} GB of it weights, and {has}"
     found = [] if job.request.latents else list(_smaller(plan))
     return DoesNotFitError(what, why, f"use {', or '.join(found)}" if found else job.folder.how_to_shrink())
 
@@ -255,7 +297,7 @@ def _smaller(plan: MemoryPlan) -> Iterator[str]:
     least = -(-job.video_config.smallest_side // scale) * scale
 
     def fits(other: Sizes) -> bool:
-        return max(need.least for need in model.choose(other, plan.limit)[1]) <= plan.limit
+        return _least(model.choose(other, plan.limit)[1]) <= plan.limit
 
     def shorter(count: int) -> Sizes:
         return replace(sizes, frames=(count - 1) * job.scales.temporal + 1)

@@ -83,11 +83,12 @@ def streamed(folder: ModelFolder, transformer: Transformer, blocks: Sequence[int
 
 class BlockStream:
     """Has a transformer's blocks in memory when they are used. `read_bytes` were read so far; the transformer has
-    waited `waited` seconds for them."""
+    waited `waited` seconds for them since it got the first one."""
 
     def __init__(self, folder: ModelFolder, transformer: Transformer, blocks: Sequence[int]) -> None:
         self.read_bytes = 0
         self.waited = 0.0
+        self._started: float | None = None
         self._blocks = transformer.transformer_blocks
         # Arrays that nobody evaluates take no memory: they stand in for a block's weights while it is not in use.
         self._absent = {index: _parameters(self._blocks[index]) for index in blocks}
@@ -104,9 +105,12 @@ class BlockStream:
         if self._next != index:  # a pass over the blocks was left before its end
             self._read(index)
         assert self._reading is not None, "the next block is read while one is in use"
-        start = time.perf_counter()
+        asked = time.perf_counter()
         weights = self._reading.result()
-        self.waited += time.perf_counter() - start
+        if self._started is None:
+            self._started = time.perf_counter()
+        else:
+            self.waited += time.perf_counter() - asked
         self.read_bytes += sum(value.nbytes for _, value in weights)
         self._reading = None
         self._blocks[index].load_weights(weights, strict=True)
@@ -120,6 +124,11 @@ class BlockStream:
         self._used = (index, results) if index in self._absent else None
         if self._reading is None:
             self._read(self._following[self._next])
+
+    @property
+    def share(self) -> float:
+        """Of the time so far, how much the transformer has waited."""
+        return self.waited / (time.perf_counter() - self._started) if self._started is not None else 0.0
 
     def close(self) -> None:
         """Drop what was read, and read no more."""

@@ -5,7 +5,7 @@ the blocks through small projections; positions are seconds and pixels, not indi
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +15,7 @@ from ltx2.runtime.transformer.block import StreamContext, TransformerBlock
 from ltx2.runtime.transformer.config import TransformerConfig
 from ltx2.runtime.transformer.modulation import AdaLayerNormSingle
 from ltx2.runtime.transformer.rope import Positions, Rope, rope_tables
+from ltx2.runtime.work import queue
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class CaptionProjection(nn.Module):
         return self.linear_2(gelu_tanh(self.linear_1(text)))
 
 
+class Supply(Protocol):
+    """Where the blocks' weights come from, if they are not in memory all the time."""
+
+    def ready(self, index: int) -> None:
+        """Called before a block is used."""
+
+    def queued(self, index: int, results: tuple[mx.array, mx.array]) -> None:
+        """Called when the block's work is handed to the device; `results` depend on all of it."""
+
+
 class Transformer(nn.Module):
     """AVTransformer3DModel. Attribute names are the checkpoint's."""
 
@@ -69,6 +80,7 @@ class Transformer(nn.Module):
         self.audio_scale_shift_table = mx.zeros((2, audio))
         self.proj_out = nn.Linear(video, config.out_channels)
         self.audio_proj_out = nn.Linear(audio, config.audio_out_channels)
+        self.supply: Supply | None = None
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -105,9 +117,13 @@ class Transformer(nn.Module):
         audio_context, audio_embedded = self._audio_context(audio, video, audio_prepared)
         x = self.patchify_proj(video.tokens.astype(self.dtype))
         y = self.audio_patchify_proj(audio.tokens.astype(self.dtype))
-        for block in self.transformer_blocks:
+        for index, block in enumerate(self.transformer_blocks):
+            if self.supply is not None:
+                self.supply.ready(index)
             x, y = block(x, y, video_context, audio_context)
-            mx.async_eval(x, y)  # hand the device one block at a time: bounded command buffers, no waiting here
+            queue(x, y)  # one block at a time, no waiting here
+            if self.supply is not None:
+                self.supply.queued(index, (x, y))
         eps = self.config.norm_eps
         x = self.proj_out(_output_norm(x, self.scale_shift_table, video_embedded, eps))
         y = self.audio_proj_out(_output_norm(y, self.audio_scale_shift_table, audio_embedded, eps))
