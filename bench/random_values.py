@@ -53,7 +53,7 @@ def _scale(part: str, form: Form, entry: Mapping[str, Any]) -> mx.array:
     mode, deviation = entry["mode"], (form.shape[1] * entry["group_size"]) ** -0.5
     if mode == "affine":  # codes are evenly spread from 0 to `top`
         top = (1 << entry["bits"]) - 1
-        step = deviation * 12**0.5 / top
+        step = deviation * (12 / (top * (top + 2))) ** 0.5
         return mx.full(form.shape, step if part == "scales" else -step * top / 2, DTYPES[form.dtype])
     one, behind = EXPONENTS[mode]
     factor = deviation / RMS[mode] / (MULTIPLIER if mode == "nvfp4" else 1)

@@ -107,7 +107,8 @@ def _phase(runs: Sequence[PhaseRun], case: CaseRuns, work: Mapping[str, PhaseWor
     done = [run.done for run in runs]
     name, steps = done[0].name, [seconds for phase in done for seconds in phase.step_seconds]
     read = [run.disk_bytes for run in runs if run.disk_bytes is not None]
-    planned = {phase.name: phase.total - phase.clip for phase in case.plan.phases}
+    longest = [p.longest_eval_seconds for p in done if p.longest_eval_seconds is not None]
+    planned = case.plan.phase(name)
     return {
         "name": name,
         "seconds": Timing.of([phase.seconds for phase in done]).to_dict(),
@@ -115,8 +116,10 @@ def _phase(runs: Sequence[PhaseRun], case: CaseRuns, work: Mapping[str, PhaseWor
         "steps": len(done[0].step_seconds),
         "step_seconds": Timing.of(steps).to_dict() if steps else None,
         "mlx_peak_bytes": max(phase.mlx_peak_bytes for phase in done),
-        "planned_bytes": planned[name],
+        "planned_bytes": planned.total - planned.clip,
         "process_peak_bytes": max(run.process_bytes for run in runs),
+        "longest_eval_seconds": round(max(longest), 5) if longest else None,
+        "streamed_bytes_per_step": planned.read,
         "disk_bytes_read": int(median(read)) if read else None,
         **_shares(work[name], median(phase.seconds - phase.load_seconds for phase in done), case.ceilings),
     }
@@ -134,7 +137,7 @@ def _shares(work: PhaseWork, seconds: float, ceilings: Ceilings) -> dict[str, An
 
 Table = tuple[str, list[str], list[list[str]]]
 COLUMNS = [
-    "phase", "seconds", "spread", "load", "s/step", "steps", "matmul", "copy", "MLX", "plan", "process", "read",
+    "phase", "seconds", "spread", "load", "s/step", "steps", "eval", "matmul", "copy", "MLX", "plan", "process", "read",
 ]  # fmt: skip
 
 
@@ -146,7 +149,7 @@ def tables(receipt: Mapping[str, Any]) -> list[Table]:
         f"{c['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s and {c['copy_bytes_per_second'] / 1e9:.3g} GB/s"
         for c in receipt["ceilings"]
     )
-    legend = f"matmul, copy: share of {best}; MLX, plan, process: most memory, GiB; read: GB from disks"
+    legend = f"eval: longest evaluation, s; matmul, copy: of {best}; MLX, plan, process: peak GiB; read: GB"
     return [(f"{case['name']} {where}\n{legend}", COLUMNS, _rows(case)) for case in receipt["cases"]]
 
 
@@ -165,6 +168,7 @@ def _row(phase: Mapping[str, Any]) -> list[str]:
         f"{phase['load_seconds']['median']:.2f}",
         f"{step['median']:.3f}" if step else "",
         str(phase["steps"] or ""),
+        "" if phase["longest_eval_seconds"] is None else f"{phase['longest_eval_seconds']:.3f}",
         _percent(phase["matmul_share"]),
         _percent(phase["copy_share"]),
         *(f"{phase[name] / GIB:.2f}" for name in ("mlx_peak_bytes", "planned_bytes", "process_peak_bytes")),

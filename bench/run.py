@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from ltx2.bench.ceilings import Ceilings, measure_ceilings
 from ltx2.bench.compare import check_comparable, compare
+from ltx2.bench.random_model import RandomFolder
 from ltx2.bench.random_values import DTYPES
 from ltx2.bench.receipt import CaseRuns, PhaseRun, case_receipt, circumstances, identity
 from ltx2.bench.suite import Schedule, Task
@@ -99,6 +100,9 @@ def _fitting(cases: Sequence[Case], folder: Path) -> Generator[Event, None, list
         raise refused[0][1]
     for name, unfit in refused:
         yield Warned(f"left out: {name}: {unfit.what} ({unfit.why})")
+    for subject in fitting:
+        if subject.skips_reading:
+            yield Warned(f"{subject.name}: what every step would read from disk is made in memory instead")
     return fitting
 
 
@@ -135,6 +139,11 @@ class _Subject:
         """What the networks compute in, as the folder spells it."""
         dtype = self._case.model.record("video_vae").dtype
         return dtype if dtype in DTYPES else "BF16"
+
+    @property
+    def skips_reading(self) -> bool:
+        """Whether the plan reads weights in every step that are in no file."""
+        return isinstance(self._case.model, RandomFolder) and any(phase.read for phase in self.plan.phases)
 
     def run(self, counted: bool) -> Iterator[Event]:
         """One run of the case: its events."""

@@ -130,9 +130,10 @@ class Catalogue:
         }  # fmt: skip
 
     def _unknown(self, name: str) -> InputError:
-        near = get_close_matches(name, [*self.bundles, *self.published], n=3, cutoff=0.5)
+        known = [*self.bundles, *(published.removesuffix(".safetensors") for published in self.published)]
+        near = get_close_matches(name.removesuffix(".safetensors"), known, n=3, cutoff=0.5)
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
-        return InputError(f"nothing is published as {name}", f"the catalogue has no such name{meant}", "see --list")
+        return InputError(f"nothing is published as {name}", f"the catalogue has no such name{meant}", "see ltx2 download --list")
 
 
 @cache
