@@ -21,7 +21,7 @@ FIGURE = "figure"  # key of the measured figures among a test's properties, whic
 def pytest_configure(config: pytest.Config) -> None:
     """Compare on the CPU: a GPU's float32 products may round more coarsely. Commands that tests start as processes
     use the machine's own device."""
-    if config.option.markexpr != "fullsize":
+    if config.option.markexpr not in ("fullsize", "speed"):
         mx.set_default_device(mx.cpu)
 
 
