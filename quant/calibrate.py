@@ -31,7 +31,7 @@ from ltx2.runtime.tensorfile import Array
 
 BUILT_IN = Path(__file__).with_name("prompts.json")
 WATCHED = ("text_encoder", "connectors", "transformer")  # components with layers that are quantized
-PART = 1 << 23  # values of an input that are squared at a time
+ROWS = 1024  # of an input that are added in float32
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,20 @@ class _Moments:
 
     @classmethod
     def of(cls, x: mx.array) -> "_Moments":
-        """Of all tokens of x (..., width). Sums of a part are float32, of parts float64."""
+        """Of all tokens of x (..., width)."""
         rows = x.reshape(-1, x.shape[-1])
-        step, parts = max(1, PART // rows.shape[1]), []
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step].astype(mx.float32)
-            sums = part.sum(axis=0), mx.square(part).sum(axis=0)
-            mx.eval(sums)
-            parts.append([np.array(values, np.float64) for values in sums])
-        total, squares = np.sum(parts, axis=0)
+        sums = [_sums(rows[start : start + ROWS]) for start in range(0, len(rows), ROWS)]
+        mx.eval(sums)
+        total, squares = np.sum([[np.array(values, np.float64) for values in pair] for pair in sums], axis=0)
         return cls(len(rows), total, squares)
 
     def inputs(self) -> Inputs:
         return Inputs((self.squares / self.count).astype(np.float32), (self.total / self.count).astype(np.float32))
+
+
+def _sums(rows: mx.array) -> tuple[mx.array, mx.array]:
+    values = rows.astype(mx.float32)
+    return values.sum(axis=0), mx.square(values).sum(axis=0)
 
 
 class Recorder:

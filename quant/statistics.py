@@ -118,9 +118,10 @@ class Statistics:
             raise self._misfit(f"they are of {theirs}, the model holds {', '.join(plan.components)}")
         widths = {(m.component, m.layer): m.values.shape[-1] for m in _weights(plan)}
         for (component, layer), width in self.layers.items():
-            if component in common and widths.get((component, layer)) != width:
-                have = widths.get((component, layer), "no such layer")
-                raise self._misfit(f"{component}.{layer} has {width} inputs in one and {have} in the other")
+            if component in common and (component, layer) not in widths:
+                raise self._misfit(f"the model has no {component}.{layer}")
+            if component in common and width != (ours := widths[component, layer]):
+                raise self._misfit(f"{component}.{layer} has {ours} inputs, there it has {width}")
 
     def strangers(self, plan: Plan) -> Iterator[str]:
         """Warnings: that they are of another model than the plan's, with the same networks."""
