@@ -17,6 +17,8 @@ from ltx2.runtime.estimate import MemoryPlan
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.job import Job
 from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.memory import SAMPLED
+from ltx2.runtime.work import ceiling as eval_ceiling
 
 GIB = 1 << 30
 
@@ -52,6 +54,7 @@ def circumstances(schedule: Schedule, suite: str | None, ceilings: Sequence[Ceil
         "machine": host_facts(),
         "environment": mlx_environment(),
         "ceilings": [asdict(ceiling) for ceiling in ceilings],
+        "eval_ceiling_seconds": eval_ceiling(),
         "suite": suite,
         **asdict(schedule),
     }
@@ -105,13 +108,14 @@ def _forms(folder: ModelFolder, component: str) -> dict[str, int]:
 
 def _phase(runs: Sequence[PhaseRun], case: CaseRuns, work: Mapping[str, PhaseWork]) -> dict[str, Any]:
     done = [run.done for run in runs]
-    name, steps = done[0].name, [seconds for phase in done for seconds in phase.step_seconds]
+    name, steps = done[0].name, [seconds for phase in done for seconds in _usual_steps(phase)]
     read = [run.disk_bytes for run in runs if run.disk_bytes is not None]
     longest = [p.longest_eval_seconds for p in done if p.longest_eval_seconds is not None]
     planned = case.plan.phase(name)
     return {
         "name": name,
         "seconds": Timing.of([phase.seconds for phase in done]).to_dict(),
+        "work_seconds": Timing.of([phase.seconds - phase.load_seconds for phase in done]).to_dict(),
         "load_seconds": Timing.of([phase.load_seconds for phase in done]).to_dict(),
         "steps": len(done[0].step_seconds),
         "step_seconds": Timing.of(steps).to_dict() if steps else None,
@@ -123,6 +127,11 @@ def _phase(runs: Sequence[PhaseRun], case: CaseRuns, work: Mapping[str, PhaseWor
         "disk_bytes_read": int(median(read)) if read else None,
         **_shares(work[name], median(phase.seconds - phase.load_seconds for phase in done), case.ceilings),
     }
+
+
+def _usual_steps(phase: PhaseDone) -> list[float]:
+    """Without the one in which single evaluations are timed, which takes longer for it."""
+    return [seconds for step, seconds in enumerate(phase.step_seconds) if step != SAMPLED]
 
 
 def _shares(work: PhaseWork, seconds: float, ceilings: Ceilings) -> dict[str, Any]:

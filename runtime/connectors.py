@@ -125,15 +125,10 @@ class EmbeddingsConnectors(nn.Module):
         _fits("number of hidden states", len(layers), self.config.num_hidden_states)
         stacked = mx.stack(layers, axis=-1).flatten(2)  # feature-major, layer-minor
         layers.clear()
-        features = self._aggregated(stacked)
+        aggregate, flops = self.text_projection.aggregate_embed, 2 * stacked.size * self.config.caption_channels
+        features = divided(aggregate, stacked, axis=1, flops=flops)
         evaluate(features)
         return features, valid
-
-    def _aggregated(self, stacked: mx.array) -> mx.array:
-        def project(part: slice) -> mx.array:
-            return self.text_projection.aggregate_embed(stacked[:, part])
-
-        return divided(project, stacked.shape[1], axis=1, flops=2 * stacked.size * self.config.caption_channels)
 
     def _rope(self, length: int) -> Rope:
         """Positions are plain indices here, without the midpoints the transformer uses."""

@@ -1,4 +1,4 @@
-"""Work in bounded pieces: how long each evaluation takes, and into how many parts a large operation is cut.
+"""Work in bounded pieces: how long each evaluation takes, and where a large operation is cut into parts.
 
 macOS ends a GPU command that runs for seconds, because the display waits behind it. A command is what MLX submits at
 once: it closes one after 40 or 50 operations, or when their arrays hold as many Mi of values (device.cpp of its Metal
@@ -11,12 +11,12 @@ import math
 import time
 from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
 
 import mlx.core as mx
 
-SECONDS = 0.5  # of one operation, at the speed of a matrix product; convolutions and attention are less than 4 x slower
-SMALL = 10**12  # floating-point operations that no GPU takes longer for: the slowest, an M1's, has 2.3 TFLOP/s
+SECONDS = 0.5  # of one operation, at the speed of a matrix product
+SLOWER = 4  # than a matrix product: what convolutions and attention are taken to be at most
+SMALL = 2.0**40  # floating-point operations that the slowest GPU does in that time: an M1's, with 2.3 TFLOP/s
 SIDE = 2048  # of the matrices that are multiplied to find out
 
 
@@ -52,23 +52,29 @@ meter = Meter()
 evaluate, queue = meter.evaluate, meter.queue
 
 
-def divided(compute: Callable[[slice], mx.array], length: int, axis: int, flops: float) -> mx.array:
-    """What `compute` makes of the whole `length` of an axis of its result: at once, or part by part, each evaluated by
-    itself, where one operation of so many `flops` is too large for this machine."""
-    count = parts(flops)
-    if count == 1:
-        return compute(slice(0, length))
-    edges = [length * i // min(count, length) for i in range(min(count, length) + 1)]
+def divided(function: Callable[[mx.array], mx.array], x: mx.array, axis: int, flops: float) -> mx.array:
+    """function(x), of which every position along `axis` depends on its own of `x` alone: at once or, where its largest
+    operation has too many `flops` for this machine, in parts."""
+    if not too_large(flops):
+        return function(x)
+    before = (slice(None),) * axis
+    return in_parts(lambda part: function(x[(*before, part)]), x.shape[axis], axis, flops)
+
+
+def in_parts(compute: Callable[[slice], mx.array], length: int, axis: int, flops: float) -> mx.array:
+    """What `compute` makes of the parts of an axis, joined; each is evaluated by itself, and as large as this machine
+    should be given, where all of them have so many `flops`."""
+    step = max(1, int(length * limit() / flops))
     pieces = []
-    for start, stop in pairwise(edges):
-        pieces.append(compute(slice(start, stop)))
+    for start in range(0, length, step):
+        pieces.append(compute(slice(start, min(start + step, length))))
         evaluate(pieces[-1])
     return mx.concatenate(pieces, axis)
 
 
-def parts(flops: float) -> int:
-    """Into how many parts an operation is to be cut here."""
-    return 1 if flops <= SMALL else max(1, math.ceil(flops / limit()))
+def too_large(flops: float) -> bool:
+    """Whether so many floating-point operations are more than this machine should be given as one."""
+    return flops > SMALL and flops > limit()
 
 
 def limit() -> float:
@@ -78,10 +84,15 @@ def limit() -> float:
     return max(SMALL, SECONDS * speed())
 
 
+def ceiling() -> float | None:
+    """Seconds that one operation takes at most on this machine, as they are cut here. None where nothing is."""
+    return None if limit() == math.inf else SLOWER * limit() / speed()
+
+
 @cache
 def speed() -> float:
-    """Floating-point operations per second of a matrix product in 16 bits, rounded down to a power of two: the same
-    machine cuts in the same way in every run."""
+    """Floating-point operations per second of a matrix product in 16 bits, rounded down to a power of two: noise shall
+    not decide how a machine cuts."""
     x = mx.ones((SIDE, SIDE), mx.bfloat16)
     mx.eval(x @ x)  # compiles
     times = []

@@ -36,10 +36,10 @@ class Attention(nn.Module):
         k = self._heads(self.k_norm(self.to_k(source)), rope if context is None else context_rope)
         v = self._heads(self.to_v(source), None)
 
-        def attend(part: slice) -> mx.array:
-            return mx.fast.scaled_dot_product_attention(q[:, :, part], k, v, scale=self.scale)
+        def attend(q: mx.array) -> mx.array:
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
-        out = divided(attend, q.shape[2], axis=2, flops=4 * q.size * k.shape[2])
+        out = divided(attend, q, axis=2, flops=4 * q.size * k.shape[2])
         return self.to_out(out.transpose(0, 2, 1, 3).flatten(2))
 
     def _heads(self, x: mx.array, rope: Rope | None) -> mx.array:
@@ -57,10 +57,10 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(4 * dim, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        def feed(part: slice) -> mx.array:
-            return self.proj_out(gelu_tanh(self.proj_in(x[:, part])))
+        return divided(self._feed, x, axis=1, flops=8 * x.size * x.shape[-1])
 
-        return divided(feed, x.shape[1], axis=1, flops=8 * x.size * x.shape[-1])
+    def _feed(self, x: mx.array) -> mx.array:
+        return self.proj_out(gelu_tanh(self.proj_in(x)))
 
 
 @mx.compile  # not shapeless: that takes a strided kernel, 3x slower

@@ -9,7 +9,7 @@ from ltx2.runtime.transformer.attention import Attention, FeedForward
 from ltx2.runtime.transformer.config import TransformerConfig
 from ltx2.runtime.transformer.modulation import add_table, gated_add, rms_modulate
 from ltx2.runtime.transformer.rope import Rope
-from ltx2.runtime.work import parts, queue
+from ltx2.runtime.work import queue, too_large
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TransformerBlock(nn.Module):
     def _hand_over(self, x: mx.array, y: mx.array) -> None:
         """What is computed so far goes to the device where a whole block is too much at once."""
         _, tokens, dim = x.shape
-        if parts(4 * x.size * (6 * dim + tokens)) > 1:  # the video's self-attention and feed-forward network
+        if too_large(4 * x.size * (6 * dim + tokens)):  # the video's self-attention and feed-forward network
             queue(x, y)
 
     def _attend(

@@ -10,7 +10,7 @@ from math import prod
 import mlx.core as mx
 import mlx.nn as nn
 
-from ltx2.runtime.work import divided, evaluate
+from ltx2.runtime.work import evaluate, in_parts, too_large
 
 NORM_EPS = 1e-8
 LARGE = 1 << 26  # bytes
@@ -41,15 +41,17 @@ class CausalConv3d(nn.Module):
         self.border = border
 
     def __call__(self, x: mx.array) -> mx.array:
+        flops = 2 * self.conv.weight.size * prod(x.shape[:4])
+        if too_large(flops):
+            return in_parts(lambda part: self._frames(x, part), x.shape[1], axis=1, flops=flops)
+        return self._frames(x, slice(0, x.shape[1]))
+
+    def _frames(self, x: mx.array, part: slice) -> mx.array:
+        """Some of the result, from the frames that they depend on; beyond the clip's ends these are copies."""
         before, after = (2, 0) if self.border.causal else (1, 1)
-
-        def frames(part: slice) -> mx.array:
-            """Some of the result, from those that they depend on; beyond the clip's ends these are copies."""
-            start, stop = part.start - before, part.stop + after
-            return self.conv(_extend(x[:, max(0, start) : stop], max(0, -start), max(0, stop - x.shape[1]), reflect))
-
-        reflect = self.border.reflect
-        return divided(frames, x.shape[1], axis=1, flops=2 * self.conv.weight.size * prod(x.shape[:4]))
+        start, stop = part.start - before, part.stop + after
+        before, after = max(0, -start), max(0, stop - x.shape[1])
+        return self.conv(_extend(x[:, max(0, start) : stop], before, after, self.border.reflect))
 
 
 def _extend(x: mx.array, before: int, after: int, reflect: bool) -> mx.array:
