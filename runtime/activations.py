@@ -4,7 +4,7 @@ A GPU works behind the host, which queues operations ahead of it: an array is fr
 when the program is. So every figure has two parts. What must be there at once is read off the code. What is queued
 beside it is fitted to measurements (bench/results/memory-*.json), and is what a memory limit can do without."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from ltx2.runtime.audio_vae import AudioVAEConfig
@@ -37,6 +37,10 @@ class Activations:
     @property
     def full(self) -> int:
         return self.needed + self.queued
+
+    def beside(self, more: int) -> "Activations":
+        """With so many bytes more there at once."""
+        return replace(self, needed=self.needed + more)
 
 
 def text_encoder(config: Gemma3Config, layer: int, embedding: int, tokens: int, itemsize: int) -> Activations:

@@ -5,11 +5,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import mlx.core as mx
 
 from ltx2.runtime import activations as network
+from ltx2.runtime import cpu_activations as cpu
 from ltx2.runtime.activations import Activations, Tiles
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.job import Job
@@ -29,6 +31,7 @@ from ltx2.runtime.vocoder import VocoderConfig
 GB = 10**9
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 FULL = Stage(1, ())
+PACKED = "packed"  # the way to multiply that unpacks no weights
 # MLX looks at its limit after it has queued an operation: it passes it by one array and what a command buffer holds.
 COMMAND_BUFFER = 100 * 10**6
 
@@ -171,10 +174,15 @@ class Model:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.tensors = {name: _tensors(job, name) for name in job.components}
+        self._weights: dict[tuple[str, str], int] = {}
 
     def weights(self, component: str, prefix: str = "") -> int:
         """Bytes of the tensors whose names begin with `prefix`."""
-        return sum(t.nbytes for name, t in self.tensors[component].items() if name.startswith(prefix))
+        key = component, prefix
+        if key not in self._weights:  # many plans are made of one model
+            tensors = self.tensors[component].items()
+            self._weights[key] = sum(tensor.nbytes for name, tensor in tensors if name.startswith(prefix))
+        return self._weights[key]
 
     def itemsize(self, component: str) -> int:
         """Bytes of a value that the network computes with; its tables may be wider, packed weights narrower."""
@@ -207,15 +215,17 @@ class Model:
 
     def _text(self) -> Iterator[Need]:
         tokens, length = int(self.job.tokens.mask.sum()), self.job.preset.text_tokens
-        embedding, layer = self._streamed()
+        embedding, layer = self._text_parts
         gemma = Gemma3Config.from_dict(self.config("text_encoder"))
         used = network.text_encoder(gemma, layer, embedding, tokens, self.itemsize("text_encoder"))
         yield Need("text_encoder", max(embedding, layer), used)
         config = ConnectorsConfig.from_dict(self.config("connectors"))
-        used = network.connectors(config, tokens, length, self.itemsize("connectors"))
+        width = self.itemsize("connectors")
+        used = network.connectors(config, tokens, length, width).beside(on_cpu(cpu.connectors(config, length, width)))
         yield Need("connectors", self.weights("connectors"), used)
 
-    def _streamed(self) -> tuple[int, int]:
+    @cached_property
+    def _text_parts(self) -> tuple[int, int]:
         """Bytes of the text encoder's embedding and of its largest layer: they are read and released one by one."""
         layers: dict[str, int] = {}
         for name, tensor in self.tensors["text_encoder"].items():
@@ -231,11 +241,16 @@ class Model:
             if number > 1:
                 upscaler = UpsamplerConfig.from_dict(self.config("spatial_upscaler"))
                 grid = self.job.grid(stages[number - 2], sizes)
-                used = network.upscale(upscaler, grid, self.itemsize("spatial_upscaler"))
+                itemsize = self.itemsize("spatial_upscaler")
+                used = network.upscale(upscaler, grid, itemsize)
+                used = used.beside(on_cpu(cpu.upscale(upscaler, used.largest, itemsize)))
                 yield Need("spatial_upscaler", self.weights("spatial_upscaler"), used)
-            used = network.denoise_step(config, self.job.grid(stage, sizes), text, width)
-            yield Need(f"stage{number}", self.weights("transformer"), used, blocks=self._blocks())
+            grid = self.job.grid(stage, sizes)
+            used = network.denoise_step(config, grid, text, width, unpacked=width * self._unpacked)
+            used = used.beside(on_cpu(cpu.denoise_step(config, grid, text, width)))
+            yield Need(f"stage{number}", self.weights("transformer"), used, blocks=self._blocks)
 
+    @cached_property
     def _blocks(self) -> tuple[int, ...]:
         """Bytes of the transformer's blocks."""
         sizes: dict[int, int] = {}
@@ -244,17 +259,33 @@ class Model:
                 sizes[index] = sizes.get(index, 0) + tensor.nbytes
         return tuple(sizes[index] for index in sorted(sizes))
 
+    @cached_property
+    def _unpacked(self) -> int:
+        """Values of the transformer's largest packed weight, where layers unpack theirs to multiply."""
+        if self.job.request.matmul == PACKED or uses_cpu():
+            return 0
+        quantization = self.config("transformer").get("quantization", {})
+        counts = [0]
+        for name, tensor in self.tensors["transformer"].items():
+            if tensor.dtype == "U32":
+                entry = quantization.get(name.removesuffix(".weight"), quantization)
+                counts.append(prod(tensor.shape) * 32 // entry["bits"])
+        return max(counts)
+
     def _decoders(self, sizes: Sizes, tiling: Tiling | None) -> Iterator[Need]:
         grid = self.job.grid(FULL, sizes)
         if not self.job.request.no_audio:
             audio = self.job.audio_config
             used = network.decode_audio(audio, grid.audio_frames)
+            used = used.beside(on_cpu(cpu.decode_audio(audio, grid.audio_frames)))
             yield Need("audio_vae", self.weights("audio_vae", "decoder."), used)
-            mel = grid.audio_frames * audio.temporal_scale
             vocoder = VocoderConfig.from_dict(self.config("vocoder"))
-            yield Need("vocoder", self.weights("vocoder"), network.vocode(vocoder, mel))
-        tiles = Tiles((grid.frames, grid.height, grid.width), tiling, self.job.video_config)
-        used = network.decode_video(tiles, self.itemsize("video_vae"), unfolds())
+            used = network.vocode(vocoder, grid.audio_frames * audio.temporal_scale)
+            used = used.beside(on_cpu(cpu.vocode(vocoder, used.largest)))
+            yield Need("vocoder", self.weights("vocoder"), used)
+        video, width = self.job.video_config, self.itemsize("video_vae")
+        tiles = Tiles((grid.frames, grid.height, grid.width), tiling, video)
+        used = network.decode_video(tiles, width, uses_cpu()).beside(on_cpu(cpu.decode_video(video, width)))
         yield Need("video_vae", self.weights("video_vae", "decoder."), used, self._clip(sizes))
 
     def _clip(self, sizes: Sizes) -> int:
@@ -264,9 +295,14 @@ class Model:
         return sizes.frames * sizes.height * sizes.width * 3
 
 
-def unfolds() -> bool:
-    """Whether convolutions over three axes copy their input: the CPU has no kernel for them."""
-    return mx.default_device() == mx.Device(mx.cpu)
+def uses_cpu() -> bool:
+    """Whether MLX computes on the CPU here."""
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+def on_cpu(size: int) -> int:
+    """What is held on a CPU only."""
+    return size if uses_cpu() else 0
 
 
 def _tensors(job: Job, component: str) -> dict[str, TensorInfo]:

@@ -16,6 +16,7 @@ from ltx2.runtime.activations import Activations, Tiles
 from ltx2.runtime.audio_vae import AudioVAEConfig
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.estimate import COMMAND_BUFFER, MemoryPlan
+from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.latents import Grid
 from ltx2.runtime.media import encoding_memory
 from ltx2.runtime.pipeline import Pipeline
@@ -36,7 +37,6 @@ ROWS: list[dict[str, Any]] = [row for path in RECEIPTS for row in json.loads(pat
 CASE = ("case", "bits", "latent", "tiling", "audio_latents", "tokens", "limit_bytes")
 EMBEDDING, LAYER = 2 * 3840 * (262208 + 1), 445_000_000  # bytes of the text encoder's
 GB = 10**9
-SMALL = 200 * 10**6
 PROMPT = "a red square"
 TOKENIZER = next(path for path in DEMO if path.is_dir())
 
@@ -62,7 +62,7 @@ def computer(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     def has(memory: float) -> None:
         monkeypatch.setattr("ltx2.runtime.estimate.available_memory", lambda: int(memory * GB))
 
-    monkeypatch.setattr("ltx2.runtime.estimate.unfolds", lambda: False)
+    monkeypatch.setattr("ltx2.runtime.estimate.uses_cpu", lambda: False)
     has(100)
     return has
 
@@ -132,19 +132,42 @@ class TestLimit:
     ) -> None:
         computer(40)
         assert model(16).plan(PROMPT).limit == 40 * GB
-        computer(30)
+        computer(2)
         error = refusal(model(16).plan(PROMPT))
-        assert error.what == "the transformer does not fit in memory" and "this computer has 30.0 GB" in error.why
+        assert error.what == "the connectors does not fit in memory" and "this computer has 2.0 GB" in error.why
         assert "ltx2 quantize" in error.fix and "--bits 4" in error.fix
 
+    def test_blocks_make_way(self, model: Callable[[int], Pipeline]) -> None:
+        """As few as will do; the plan says what that costs, and everything else runs as it does without a limit."""
+        free, tight = model(4).plan(PROMPT), model(4).plan(PROMPT, memory_limit=11.0)
+        assert free.fits and tight.fits and tight.peak <= 11 * GB < free.peak
+        for usual, stage in ((p, tight.phase(p.name)) for p in free.phases if p.name.startswith("stage")):
+            assert stage.activations == usual.activations and not stage.held_back and not usual.streamed
+            assert 0 < len(stage.streamed) < 48 and stage.weights < usual.weights
+            block = stage.read // len(stage.streamed)
+            assert 11 * GB - stage.total < block, "one more block would not fit"
+            assert stage.weights == usual.weights - stage.read + 2 * block
+        (said,) = tight.warnings()
+        assert "2.0 GB in every step of stage1 and 2.6 GB in every step of stage2" in said, said
+        assert not list(free.warnings())
+
+    def test_a_transformer_larger_than_memory(self, model: Callable[[int], Pipeline]) -> None:
+        """19B in 16 bits, 37.8 GB."""
+        plan = model(16).plan(PROMPT, memory_limit=8.0)
+        assert plan.fits and plan.phase("stage2").read > 30 * GB
+
+    def test_the_transformer_waits_for_the_gpu_before_anything_is_refused(
+        self, model: Callable[[int], Pipeline]
+    ) -> None:
+        plan = model(4).plan(PROMPT, width=1920, height=1088, memory_limit=4.2)
+        stage = plan.phase("stage2")
+        assert stage.held_back and len(stage.streamed) == 48 and stage.total <= 4.2 * GB
+
     def test_tiles_become_smaller(self, model: Callable[[int], Pipeline]) -> None:
-        """And the transformer waits for the GPU before anything is refused."""
-        free = model(4).plan(PROMPT, width=1280, height=704)
-        tight = model(4).plan(PROMPT, width=1280, height=704, memory_limit=13.0)
-        assert free.fits and tight.fits and tight.peak <= 13 * GB < free.peak
-        assert tight.phase("stage2").held_back and not free.phase("stage2").held_back
-        latents = model(4).plan(PROMPT, no_audio=True, memory_limit=12.0, width=1920, height=1088, frames=121)
-        assert latents.phase("video_vae").total <= 12 * GB
+        size = {"width": 1280, "height": 704}
+        free, tight = model(4).plan(PROMPT, **size), model(4).plan(PROMPT, memory_limit=3.05, **size)
+        assert free.tiling is not None and tight.tiling is not None and tight.tiling.height < free.tiling.height
+        assert tight.phase("video_vae").total <= 3.05 * GB < free.phase("video_vae").total
 
     def test_tilings_take_less_and_less(self) -> None:
         config = video_config()
@@ -156,17 +179,21 @@ class TestLimit:
             assert sizes == sorted(sizes, reverse=True) and len(sizes) > 4
 
     def test_low_memory_is_the_least(self, model: Callable[[int], Pipeline]) -> None:
+        """Of the hungriest phase, here the connectors, which are not streamed; the others use what that one takes."""
         usual, low = model(4).plan(PROMPT), model(4).plan(PROMPT, low_memory=True)
-        assert low.tiling is not None and usual.tiling is not None and low.tiling.frames < usual.tiling.frames
         for phase, least in zip(usual.phases, low.phases, strict=True):
             assert least.total <= phase.total and least.cache == 0
-        assert low.peak < usual.peak
+        assert low.peak == low.phase("connectors").total < 0.25 * usual.peak
+        assert not low.phase("stage1").held_back and 40 < len(low.phase("stage1").streamed) < 48
+        assert len(low.phase("stage2").streamed) == 48
+        assert not model(4).plan(PROMPT, memory_limit=low.peak / GB - 0.001).fits
+        assert model(4).plan(PROMPT, memory_limit=low.peak / GB + 0.001).fits
 
     def test_nearest_sizes(self, model: Callable[[int], Pipeline]) -> None:
         """What is suggested fits; one step more does not."""
-        options = {"width": 1920, "height": 1088, "frames": 241, "memory_limit": 13.0}
+        options = {"width": 1920, "height": 1088, "frames": 241, "memory_limit": 4.5}
         error = refusal(model(4).plan(PROMPT, **options))
-        assert error.what == "241 frames of 1920x1088 do not fit in memory" and "the limit is 13.0 GB" in error.why
+        assert error.what == "241 frames of 1920x1088 do not fit in memory" and "the limit is 4.5 GB" in error.why
         found = re.fullmatch(r"use --frames (\d+), or --width (\d+) --height (\d+)", error.fix)
         assert found is not None, error.fix
         frames, width, height = map(int, found.groups())
@@ -177,7 +204,7 @@ class TestLimit:
         assert not model(4).plan(PROMPT, **options | {"width": width + 64, "height": height + 64}).fits
 
     def test_weights_that_are_packed_already(self, model: Callable[[int], Pipeline]) -> None:
-        assert "fewer --bits" in refusal(model(4).plan(PROMPT, memory_limit=8.0)).fix
+        assert "fewer --bits" in refusal(model(4).plan(PROMPT, memory_limit=2.0)).fix
 
     @pytest.mark.parametrize("limit", [0, -1, float("inf"), float("nan")])
     def test_limits_that_are_none(self, model: Callable[[int], Pipeline], limit: float) -> None:
@@ -264,29 +291,38 @@ def name(row: dict[str, Any]) -> str:
 
 
 class TestMeasured:
-    """Receipts of one GPU: peaks of MLX with all networks at their published sizes. First calls also compile.
-
-    SMALL bytes are let pass: by so much the peaks of one call differed in two sessions on the same machine (vocoder,
-    501 audio latents: 0.86 and 1.04 GB), and phases that differ by so little are not the ones that decide."""
+    """Receipts of one GPU: peaks of MLX with all networks at their published sizes. First calls also compile."""
 
     @pytest.mark.parametrize("row", [row for row in ROWS if row["limit_bytes"] is None], ids=name)
     def test_at_full_speed(self, row: dict[str, Any], note: Callable[[str], None]) -> None:
-        """Never more than 5 % below, at most 10 % above. From tile to tile the GPU frees arrays sooner or later: calls
-        differ by up to 15 % among themselves."""
+        """Never more than 5 % below, at most 10 % above."""
         peak = max(row["peak_bytes"][1:])
         above = row["weight_bytes"] + planned(row).full - peak
         note(f"memory plan of {name(row)}: {peak / GB:.2f} GB measured, {100 * above / peak:+.1f} %")
-        least = -0.09 if row.get("tiling") else -0.05
-        assert least * peak <= above <= 0.10 * peak or abs(above) < SMALL
+        assert -0.05 * peak <= above <= 0.10 * peak
 
     @pytest.mark.parametrize("row", [row for row in ROWS if row["limit_bytes"] is not None], ids=name)
     def test_under_a_limit(self, row: dict[str, Any]) -> None:
-        """MLX passes its limit by what the plan allows for, or takes what is needed at least."""
+        """MLX passes its limit by what the plan allows for, or takes what is needed at least. Arrays are free sooner
+        or later, calls of the vocoder differ by a fifth: the least of them counts."""
         plan, peak = planned(row), min(row["peak_bytes"][1:])
         passed = row["limit_bytes"] + plan.largest + COMMAND_BUFFER
-        assert peak <= 1.05 * max(passed, row["weight_bytes"] + plan.needed) + SMALL
+        assert peak <= 1.05 * max(passed, row["weight_bytes"] + plan.needed)
 
     def test_all_networks_are_measured(self) -> None:
         phases = {"text encoder", "connectors", "denoise step", "upscaler", "video decode", "audio decode", "vocoder"}
         assert {row["case"] for row in ROWS} == phases
         assert {row["bits"] for row in ROWS if row["case"] == "denoise step"} == {4, 8, 16}
+
+    def test_on_a_cpu(self, demo_f32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every phase of the demo model, on this computer. Half a megabyte is let pass: its networks are tiny."""
+        monkeypatch.undo()
+        pipeline, options = Pipeline(demo_f32), {"width": 64, "height": 64, "frames": 17}
+        plan = pipeline.plan(PROMPT, **options)
+        done = [event for event in pipeline.stream(PROMPT, **options) if isinstance(event, PhaseDone)]
+        assert [phase.name for phase in done] == [phase.name for phase in plan.phases]
+        for phase in done:
+            planned, measured = plan.phase(phase.name), phase.mlx_peak_bytes
+            above = planned.weights + planned.activations - measured
+            slack = 10**6 / 2
+            assert -0.05 * measured - slack <= above <= 0.25 * measured + slack, (phase.name, measured, above)
