@@ -24,6 +24,7 @@ from ltx2.runtime.events import BytesDone, Warned
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.tensorfile import bf16_to_f32, open_tensorfile
 from tests.command import Here
+from tests.encoded import demo_encoded, scaled, write
 from tests.folders import contents, verified
 from tests.official import DEMO, MONOLITH, plan_of
 
@@ -154,6 +155,19 @@ class TestFolder:
         assert len(rows) == 2, "the weight, and the bias that becomes a part of it"
         digits = Statistics.open(stats).record.sha256[:12]
         assert all(row["transform"] == [f"quantize(4,64,affine,stats={digits})"] for row in rows)
+
+
+class TestFp8:
+    def test_the_bf16_models_statistics_serve(self, stats: Path, tmp_path: Path) -> None:
+        """Layers whose codes become fewer bits are decoded, weighed and corrected like any other."""
+        source = write(tmp_path / "demo-distilled.safetensors", demo_encoded(scaled))
+        settings = Settings(stats=stats, recipe="uniform")
+        events = list(write_quantized(plan_of(source), tmp_path / "q4", settings))
+        assert warnings(events) == []
+        report = next(event.report for event in events if isinstance(event, Quantized))
+        assert {row.error_of for row in report.layers} == {"output"}
+        found = verified(tmp_path / "q4", [source], partial(repack, statistics=Statistics.open(stats)))
+        assert found.compared == found.tensors
 
 
 class TestVerify:
