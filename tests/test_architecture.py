@@ -52,7 +52,9 @@ USERS = {
     **{name: set[str]() for name in ("torch", "diffusers", "transformers", "mlx_lm")},
 }
 # The last: `python -m ltx2.bench.fullsize`.
-PRINTERS = {"ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "bench/convert.py", "bench/fullsize.py"}
+PRINTERS = {
+    "ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "bench/convert.py", "bench/fullsize.py", "bench/table.py",
+}  # fmt: skip
 WITHOUT_MLX = [
     *(f"convert/{name}.py" for name in ("release", "rules", "plan", "steps", "checkpoint", "codes", "scales")),
     *(f"quant/{name}.py" for name in ("kinds", "recipe")),

@@ -13,6 +13,8 @@ import click
 import pytest
 
 from ltx2 import api
+from ltx2.bench.compare import read_receipt
+from ltx2.bench.table import markdown, tables_in
 from ltx2.cli import cli
 from ltx2.convert.catalogue import catalogue
 from ltx2.convert.plan import Plan
@@ -238,6 +240,12 @@ CASES = {
 
 
 class TestMeasured:
+    @pytest.mark.parametrize("path", ["README.md", "docs/performance.md"])
+    def test_generated_tables(self, path: str) -> None:
+        """Those between marks are what `python -m ltx2.bench.table` prints."""
+        for receipts, shown in tables_in((ROOT / path).read_text(encoding="utf-8")):
+            assert shown == markdown([read_receipt(ROOT / receipt) for receipt in receipts]), receipts
+
     def test_table(self) -> None:
         measured = receipt("results")
         rows = table("## Measured")
