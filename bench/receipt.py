@@ -158,7 +158,9 @@ def tables(receipt: Mapping[str, Any]) -> list[Table]:
         f"{c['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s and {c['copy_bytes_per_second'] / 1e9:.3g} GB/s"
         for c in receipt["ceilings"]
     )
-    legend = f"eval: longest evaluation, s; matmul, copy: of {best}; MLX, plan, process: peak GiB; read: GB"
+    allowed = receipt["eval_ceiling_seconds"]
+    longest = "longest evaluation, s" if allowed is None else f"longest evaluation, s, of {allowed:.2g} allowed"
+    legend = f"eval: {longest}; matmul, copy: of {best}; MLX, plan, process: peak GiB; read: GB"
     return [(f"{case['name']} {where}\n{legend}", COLUMNS, _rows(case)) for case in receipt["cases"]]
 
 
