@@ -50,7 +50,7 @@ RANDOM_ONLY = ("bits", "mode", "group_size", "recipe")
 @click.option("--seed", type=int, help="Of the first prompt's noise, with --quality.")
 @common
 def bench(output: Output, models: tuple[Path, ...], compared: Path | None, **options: Any) -> None:
-    """Measure time and memory of every step, or what quantizing has cost.
+    """Measure time and memory, or what quantizing has cost.
 
     Runs every case of a suite with every MODEL and with --random's weights, in turns: medians and spreads, (slowest -
     fastest) / median. --random NAME (as in `ltx2 download --list`) needs no download. With --quality and --reference
