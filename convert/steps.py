@@ -35,15 +35,18 @@ class Form:
 
 @dataclass(frozen=True)
 class Storage:
-    """How MLX keeps a layer's weight in integers: bits of a code, values that share a scale, kind of code."""
+    """How MLX keeps a layer's weight in integers: bits of a code, values that share a scale, kind of code; and, unless
+    0, the size of the blocks in which it is rotated as its inputs are."""
 
     bits: int
     group_size: int
     mode: str
+    rotation: int = 0
 
     def entry(self) -> dict[str, Any]:
         """As config.json says it."""
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        entry = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return entry | ({"rotation": self.rotation} if self.rotation else {})
 
 
 class Step(ABC):

@@ -80,6 +80,14 @@ class Arithmetic(ABC):
         """As a numpy array."""
 
     @abstractmethod
+    def array(self, values: Array) -> Values:
+        """A numpy array as one of these."""
+
+    @abstractmethod
+    def evaluate(self, *values: Values) -> None:
+        """Compute them now, so that no more work than that is queued."""
+
+    @abstractmethod
     def group_sums(self, values: Values) -> Values:
         """Sums over axis 0, added one after the other."""
 

@@ -62,6 +62,12 @@ class OnGpu(Arithmetic):
     def numpy(self, values: mx.array) -> Array:
         return np.array(values)
 
+    def array(self, values: Array) -> mx.array:
+        return mx.array(values)
+
+    def evaluate(self, *values: mx.array) -> None:
+        mx.eval(values)
+
     def group_sums(self, values: mx.array) -> mx.array:
         total, *rest = mx.split(values, range(ADDED, len(values), ADDED))
         total = _added(*mx.unstack(total))

@@ -68,7 +68,7 @@ def pack(
     serves nvfp4: `output_multiplier` of the whole tensor's largest value. Raises ValueError when a value is NaN or
     infinite, or too large for what scales can express.
     """
-    _check(rows.shape[1], storage, multiplier)
+    check_form(rows.shape[1], storage, multiplier)
     columns = None if inputs is None else inputs.columns(rows.shape[1])
     packed, gpu = _empty(rows, storage, columns), is_gpu()
 
@@ -92,7 +92,8 @@ def unpack(packed: Packed, storage: Storage, multiplier: float = 1.0) -> Array:
     return np.array(mx.dequantize(codes, scales.astype(mx.float32), biases, *form))
 
 
-def _check(width: int, storage: Storage, multiplier: float) -> None:
+def check_form(width: int, storage: Storage, multiplier: float) -> None:
+    """Raises ValueError for rows of this width that cannot be stored so."""
     if width % storage.group_size:
         raise ValueError(f"width {width} is no multiple of the group size {storage.group_size}")
     if multiplier != 1 and not kind_of(storage).multiplied:
@@ -121,12 +122,13 @@ def _pack_block(
         return () if counts is None else (on.tiled(counts, len(rows), storage.group_size),)
 
     errors_count, values_count, means = columns or (None, None, None)
-    search = _search(rows, storage, tiled(errors_count), multiplier, on)
+    block = on.block(rows, storage.group_size, 1 / multiplier)
+    search = search_of(block, storage, tiled(errors_count), dtype_of(rows), on)
     with np.errstate(all="ignore"):  # what is not finite shows in the errors
         fit = search.best()
         scale, bias, errors = (on.numpy(part) for part in fit)
         if np.isnan(errors).any():
-            raise ValueError(_what_is_wrong(rows))
+            raise ValueError(what_is_wrong(rows))
         codes = on.numpy(on.words(search.codes(fit), storage.bits))
         norms = on.numpy(search.norms(*tiled(values_count)))  # the search's own weights are not valid any more
         drift = on.numpy(search.drift(fit, *tiled(means))) if means is not None else None
@@ -136,12 +138,12 @@ def _pack_block(
     return Packed(codes.reshape(len(rows), -1), scales, biases[0] if biases else None, drift), loss
 
 
-def _search(
-    rows: Array, storage: Storage, weights: tuple[Values, ...], multiplier: float, on: Arithmetic
+def search_of(
+    block: Values, storage: Storage, weights: tuple[Values, ...], dtype: str, on: Arithmetic
 ) -> Search:
-    block = on.block(rows, storage.group_size, 1 / multiplier)
+    """The search for the scales of a block's groups, which are stored in `dtype` where they are floats."""
     if kind_of(storage).biased:
-        return AffineSearch(on, block, weights, storage.bits, _dtype(rows))
+        return AffineSearch(on, block, weights, storage.bits, dtype)
     return MinifloatSearch(on, block, weights, storage)
 
 
@@ -151,12 +153,14 @@ def _row_sums(values: Array, rows: int) -> Array:
     return np.add.accumulate(columns, axis=0)[-1].astype(np.float32)
 
 
-def _dtype(rows: Array) -> str:
+def dtype_of(rows: Array) -> str:
+    """The safetensors dtype of rows as they are packed."""
     return next(name for name in FLOATS.values() if NUMPY_DTYPES[name] == rows.dtype)
 
 
-def _what_is_wrong(rows: Array) -> str:
-    if np.isfinite(to_float32(rows, _dtype(rows))).all():
+def what_is_wrong(rows: Array) -> str:
+    """Why rows cannot be packed."""
+    if np.isfinite(to_float32(rows, dtype_of(rows))).all():
         return "its values spread too far for what a scale can express"
     return "it holds NaN or infinite values"
 

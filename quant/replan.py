@@ -5,10 +5,12 @@ Where the inputs of a layer are known, its bias is no tensor of its own any more
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import frexp, inf
+from typing import Any
 
 from ltx2.convert.plan import Entry, Merge, Move, Plan, quantization_config
 from ltx2.convert.steps import FLOATS, Storage
 from ltx2.quant.kinds import AFFINE, kind_of
+from ltx2.quant.replay import Replay
 from ltx2.quant.statistics import Statistics
 from ltx2.quant.step import BIAS, MULTIPLIER, SHORT, Known, packings, quantized
 from ltx2.runtime.errors import InputError
@@ -21,11 +23,12 @@ Layer = tuple[str, str]  # component, path
 
 @dataclass(frozen=True)
 class Given:
-    """What is known when a plan's layers are packed: statistics by component, and the multipliers of layers that were
-    packed before."""
+    """What is known when a plan's layers are packed: statistics by component, the multipliers of layers that were
+    packed before, and the replay of recorded calls for GPTQ."""
 
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
     multipliers: Mapping[Layer, float] = field(default_factory=dict)
+    replay: Replay | None = None
 
 
 def packed_plan(plan: Plan, forms: Forms, given: Given) -> Plan:
@@ -67,7 +70,8 @@ def _packed(move: Move, forms: Forms, given: Given, bias: Move | None) -> Move |
     known = None
     if statistics is not None and _layer(move) in statistics.layers:
         fits = bias is not None and bias.form.shape == form.shape[:1]
-        known = Known(statistics, *_layer(move), bias if fits else None)
+        replay = given.replay if given.replay is not None and Replay.covers(*_layer(move)) else None
+        known = Known(statistics, *_layer(move), bias if fits else None, replay)
     return quantized(move, storage, known, given.multipliers.get(_layer(move)))
 
 
@@ -117,8 +121,11 @@ def _stored_forms(model: ModelFolder, component: str) -> dict[str, Storage]:
     config = model.config(component).get("quantization", {})
     names = [name for file in model.tensor_files(component) for name in file.tensors]
     layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
-    entries = {layer: config.get(layer, config) for layer in layers}
-    return {layer: Storage(e["bits"], e["group_size"], e.get("mode", AFFINE)) for layer, e in entries.items()}
+    return {layer: _form(config.get(layer, config)) for layer in layers}
+
+
+def _form(entry: Mapping[str, Any]) -> Storage:
+    return Storage(entry["bits"], entry["group_size"], entry.get("mode", AFFINE), entry.get("rotation", 0))
 
 
 def _stored_multipliers(model: ModelFolder, forms: Forms) -> dict[Layer, float]:

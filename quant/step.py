@@ -10,10 +10,13 @@ import numpy as np
 from ltx2.convert.pieces import values_of
 from ltx2.convert.plan import Move, packed_layers
 from ltx2.convert.steps import Form, Packing, Storage, from_float32, to_float32
+from ltx2.quant.correlations import Feedback
+from ltx2.quant.gptq import pack_in_turn
 from ltx2.quant.inputs import Inputs
 from ltx2.quant.kinds import kind_of
 from ltx2.quant.minifloat import output_multiplier
 from ltx2.quant.pack import Loss, pack
+from ltx2.quant.replay import Replay
 from ltx2.quant.statistics import Statistics
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.tensorfile import Array, bf16_to_f32
@@ -73,18 +76,25 @@ class Multiplier(Mapping[str, Array]):
 @dataclass(frozen=True)
 class Known:
     """What is known of a layer beside its weight: statistics of its inputs, which are read when they are used, and the
-    bias that can make up for what packing changes in its mean output."""
+    bias that can make up for what packing changes in its mean output. With a `replay`, codes are chosen by GPTQ."""
 
     statistics: Statistics
     component: str
     layer: str
     bias: Move | None
+    replay: Replay | None = None
 
     def inputs(self) -> Inputs:
         """Raises InputError for values that are no statistics."""
         found = self.statistics.inputs(self.component, self.layer, biased=self.bias is not None)
         assert found is not None, "this is made for layers that have statistics"
         return found
+
+    def feedback(self, form: Storage) -> Feedback | None:
+        """What GPTQ needs, None without it. Raises InputError for recorded calls that are not of such a model."""
+        if self.replay is None:
+            return None
+        return self.replay.feedback(self.layer, form.group_size, form.rotation, biased=self.bias is not None)
 
     def corrected(self, drift: Array, start: int) -> Array:
         """The bias of the rows from `start` on, plus what these rows lose, rounded to its own dtype."""
@@ -111,7 +121,9 @@ class Quantize(Packing):
 
     def __str__(self) -> str:
         known = f",stats={self.known.statistics.record.sha256[:SHORT]}" if self.known else ""
-        return f"quantize({self.form.bits},{self.form.group_size},{self.form.mode}{known})"
+        method = ",gptq" if self.known and self.known.replay else ""
+        rotation = f",rotation={self.form.rotation}" if self.form.rotation else ""
+        return f"quantize({self.form.bits},{self.form.group_size},{self.form.mode}{rotation}{method}{known})"
 
     @property
     def main_thread(self) -> bool:
@@ -141,9 +153,11 @@ class Quantize(Packing):
     def rows(self, rows: Array, form: Form, start: int) -> Mapping[str, Array]:
         """Raises CheckpointError when a value is not finite or cannot be represented."""
         multiplier = 1.0 if self.multiplier is None else self.multiplier.value
-        inputs = self.known.inputs() if self.known else None
         try:
-            packed, loss = pack(rows, self.form, inputs, multiplier)
+            if self.known and (feedback := self.known.feedback(self.form)):
+                packed, loss = pack_in_turn(rows, self.form, feedback, multiplier)
+            else:
+                packed, loss = pack(rows, self.form, self.known.inputs() if self.known else None, multiplier)
         except ValueError as error:
             raise CheckpointError(
                 f"{self.name} cannot be quantized", str(error), "use the checkpoint as published"

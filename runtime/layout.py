@@ -33,6 +33,7 @@ QUANTIZATIONS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mxfp8": ((32,), (8,)),
     "nvfp4": ((16,), (4,)),
 }
+ROTATIONS = (16, 64, 256)  # sizes of the blocks in which a layer's inputs may be rotated
 
 
 def is_lora(component: str) -> bool:
@@ -135,7 +136,7 @@ def checked_quantization(data: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(data, dict):
         raise ValueError(f"quantization is {data!r}")
-    others = [entry for key, entry in data.items() if key not in ("group_size", "bits", "mode")]
+    others = [entry for key, entry in data.items() if key not in ("group_size", "bits", "mode", "rotation")]
     for entry in (data, *others):
         if entry is False:  # mlx-lm's way to say that a layer is not quantized
             continue
@@ -143,6 +144,8 @@ def checked_quantization(data: Any) -> dict[str, Any] | None:
         group_sizes, widths = QUANTIZATIONS.get(mode, ((), ()))
         if group_size not in group_sizes or bits not in widths:
             raise ValueError(f"there is no quantization {mode} with {bits!r} bits in groups of {group_size!r}")
+        if (rotation := entry.get("rotation", 0)) not in (0, *ROTATIONS) or type(rotation) is not int:
+            raise ValueError(f"there is no rotation in blocks of {rotation!r}")
     return data
 
 

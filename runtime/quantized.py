@@ -2,7 +2,8 @@
 
 One module serves all. Beside MLX's own names (`weight`, `scales`, `biases`, `bias`) a layer may have a `weight_scale`,
 one value or one per row, that its product is multiplied by: so weights published as FP8 or NVFP4 run as the very codes
-they were published in. FP8 codes need no other scale; MLX's, all 1, are made here, once per shape of a network."""
+they were published in. FP8 codes need no other scale; MLX's, all 1, are made here, once per shape of a network. A
+layer's inputs may be rotated first (rotation.py)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +12,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
+from ltx2.runtime.config import AS_PUBLISHED
+from ltx2.runtime.errors import ConfigError
 from ltx2.runtime.products import Choice, Codes, Form, choose
+from ltx2.runtime.rotation import rotated
 
 UNIT = 127  # of the mx formats, whose scales are powers of two: 1
 
 
 class QuantizedLinear(nn.Module):
-    """x @ W^T * weight_scale + bias, with W (outputs, inputs) in packed form."""
+    """x @ W^T * weight_scale + bias, with W (outputs, inputs) in packed form. Where `rotation` is not 0, W is that of
+    inputs rotated in blocks of this size."""
+
+    rotation = 0
 
     def __init__(self, inputs: int, outputs: int, form: Form, shared_scales: mx.array | None = None) -> None:
         """Without `bias` and `weight_scale`; a layer that has them gets them as attributes. `shared_scales` (outputs,
@@ -36,6 +43,8 @@ class QuantizedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., inputs) -> (..., outputs), in x's dtype."""
         bias = self.get("bias")
+        if self.rotation:
+            x = rotated(x, self.rotation)
         if "weight_scale" not in self:
             return self._product(x, bias)
         # Sums of products with codes, which are hundreds of times as large as the weights, may not fit float16.
@@ -80,7 +89,9 @@ def quantize_like(network: nn.Module, quantization: Mapping[str, Any], stored: M
         form = Form(entry["group_size"], entry["bits"], entry.get("mode", "affine"))
         if isinstance(module, nn.Linear):
             scales = None if f"{path}.scales" in stored else _unit_scales(module, form, shared)
-            return _packed_linear(module, form, scales, stored.get(f"{path}.weight_scale"))
+            layer = _packed_linear(module, form, scales, stored.get(f"{path}.weight_scale"))
+            layer.rotation = _rotation(path, module, entry)
+            return layer
         if isinstance(module, nn.Embedding) and module.weight.shape[1] % form.group_size == 0:
             return module.to_quantized(form.group_size, form.bits, form.mode)
         return module
@@ -106,6 +117,16 @@ def _dtype(layer: QuantizedLinear) -> mx.Dtype:
     """What a layer computes in."""
     floats = (layer.get("bias"), layer.scales if layer.mode == "affine" else None)
     return next((array.dtype for array in floats if array is not None), mx.bfloat16)
+
+
+def _rotation(path: str, linear: nn.Linear, entry: Mapping[str, Any]) -> int:
+    """The size of the blocks that a layer's inputs are rotated in, or 0. Raises ConfigError for an impossible one."""
+    size = int(entry.get("rotation", 0))
+    width = linear.weight.shape[1]
+    if size and width % size:
+        why = f"it has {width} inputs"
+        raise ConfigError(f"the inputs of {path} cannot be rotated in blocks of {size}", why, AS_PUBLISHED)
+    return size
 
 
 def _unit_scales(linear: nn.Linear, form: Form, shared: dict[tuple[int, int], mx.array]) -> mx.array | None:

@@ -1,0 +1,95 @@
+"""How a layer's inputs go together: what GPTQ must know of them."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ltx2.quant.arithmetic import Arithmetic, Values
+from ltx2.runtime.rotation import hadamard
+from ltx2.runtime.tensorfile import Array
+
+# Added to the diagonal of correlations, in units of its mean: DAMPING divided by how many tokens there were for each
+# column. Of few tokens, correlations are mostly chance.
+DAMPING, LEAST_DAMPING = 0.2, 0.01
+LEAF = 256  # columns of a triangular matrix that are inverted at once
+
+
+@dataclass(frozen=True)
+class Correlations:
+    """Of so many tokens' inputs x: E[x x^T] (width, width) and E[x] (width,), float32."""
+
+    products: Array
+    mean: Array
+    tokens: int
+
+    def rotated(self, size: int) -> "Correlations":
+        """Of inputs that are rotated in blocks of this size."""
+        products = rotated(rotated(self.products, size).T, size)
+        return replace(self, products=products, mean=rotated(self.mean, size))
+
+
+def rotated(values: Array, size: int) -> Array:
+    """As runtime/rotation.py rotates (..., width), in float32."""
+    return (values.reshape(-1, size) @ hadamard(size)).reshape(values.shape)
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What the columns of a layer can do for each other. In the `order` in which they are rounded, the inverse of the
+    damped correlations is U^T U with U = `upper`, upper triangular; `counts` says how much an error of each column in
+    turn counts when those after it make up for it. `correlations` (width, width) are in the columns' own order.
+
+    With a `mean` (width,), correlations are around it: the layer's bias makes up for the change of its mean output.
+    """
+
+    on: Arithmetic
+    order: Array
+    upper: Values
+    counts: Values
+    correlations: Values
+    mean: Array | None
+
+    def squares(self, values: Array) -> float:
+        """Rows of values (rows, width) times inputs: the mean squares, summed over rows."""
+        rows = self.on.array(values)
+        products = self.on.numpy(((rows @ self.correlations) * rows).sum(axis=1))
+        return float(products.sum(dtype=np.float64))
+
+
+def make_feedback(given: Correlations, group_size: int, biased: bool, on: Arithmetic) -> Feedback:
+    """For groups of neighbouring columns, of a layer that may have a bias. Raises ValueError for correlations that no
+    inputs have."""
+    correlations = given.products - np.outer(given.mean, given.mean) if biased else given.products
+    order = rounding_order(np.diagonal(correlations), group_size)
+    damped, width = correlations[np.ix_(order, order)], len(order)
+    unit = float(np.trace(damped)) / width or 1.0  # 0 where nothing varies
+    if not np.isfinite(unit):
+        raise ValueError("what was measured of its inputs is not finite")
+    damped[np.diag_indices(width)] += unit * max(LEAST_DAMPING, DAMPING * width / given.tokens)
+    try:  # a lower L with L L^T = H, from last to first, is an upper R with R R^T = H, and U = R^-1
+        upper = np.ascontiguousarray(inverted(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1])
+    except np.linalg.LinAlgError as error:
+        raise ValueError(f"what was measured of its inputs is impossible: {error}") from error
+    counts = 1 / np.square(np.diagonal(upper))
+    upper, counts, correlations = (on.array(values) for values in (upper, counts, correlations))
+    return Feedback(on, order, upper, counts, correlations, given.mean if biased else None)
+
+
+def rounding_order(variances: Array, group_size: int) -> Array:
+    """Columns, group by group: the group, and within it the column, first whose inputs vary most."""
+    groups = variances.reshape(-1, group_size)
+    within = np.argsort(-groups, axis=1, kind="stable")
+    first = np.argsort(-groups.max(axis=1), kind="stable")
+    return (first[:, None] * group_size + within[first]).reshape(-1)
+
+
+def inverted(lower: Array) -> Array:
+    """The inverse of a lower triangular matrix: of its halves, and what joins them."""
+    size = len(lower)
+    if size <= LEAF:
+        return np.tril(np.linalg.inv(lower))
+    half = size // 2
+    inverse = np.zeros_like(lower)
+    inverse[:half, :half], inverse[half:, half:] = inverted(lower[:half, :half]), inverted(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
