@@ -14,7 +14,8 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.jsonfile import read_object
 
 LEAST_NOISE = 0.01
-# Facts of a machine that change its speed, beside MLX and ltx2, whose versions are what is compared.
+VERSIONS = ("mlx", "ltx2")
+# Facts of a machine that change its speed, beside those, which are what is compared.
 MACHINE = ("chip", "device", "cores", "gpu_cores", "memory_bytes", "system", "power", "power_mode")
 TOTAL = "in all"
 STAGE = "stage"  # phases of alike steps
@@ -53,9 +54,11 @@ class Comparison:
 
     verdicts: tuple[Verdict, ...]
     warnings: tuple[str, ...]
+    older: Mapping[str, Any]  # when the old receipt was made, and by which versions
 
     def to_dict(self) -> dict[str, Any]:
-        return {"verdicts": [verdict.to_dict() for verdict in self.verdicts], "warnings": list(self.warnings)}
+        verdicts = [verdict.to_dict() for verdict in self.verdicts]
+        return {"older": dict(self.older), "warnings": list(self.warnings), "verdicts": verdicts}
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
@@ -84,7 +87,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Comparison:
     before, after = ({_key(case): case for case in receipt["cases"]} for receipt in (old, new))
     both = [key for key in after if key in before]
     verdicts = [verdict for key in both for verdict in _verdicts(before[key], after[key])]
-    return Comparison(tuple(verdicts), tuple(_warnings(old, new, [before, after], len(both))))
+    older = {"created": old["created"], **{name: old["machine"][name] for name in VERSIONS}}
+    return Comparison(tuple(verdicts), tuple(_warnings(old, new, [before, after], len(both))), older)
 
 
 def _key(case: Mapping[str, Any]) -> str:
@@ -140,5 +144,6 @@ def table(comparison: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]
         ]
         for verdict in verdicts
     ]
-    title = "\n".join(["compared with the older receipt", *comparison["warnings"]])
-    return title, ["phase", "old s", "new s", "verdict"], rows
+    older = comparison["older"]
+    title = f"compared with {older['created'][:10]} (mlx {older['mlx']}, ltx2 {older['ltx2']})"
+    return "\n".join([title, *comparison["warnings"]]), ["phase", "old s", "new s", "verdict"], rows

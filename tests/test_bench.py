@@ -13,7 +13,7 @@ import pytest
 
 from ltx2.bench import ceilings, host, trace
 from ltx2.bench.cases import RandomWeights, bench_cases
-from ltx2.bench.compare import compare, read_receipt
+from ltx2.bench.compare import compare, read_receipt, table
 from ltx2.bench.receipt import tables
 from ltx2.bench.run import Benched, Case, run_bench
 from ltx2.bench.suite import OPTIONS, PARTS, Schedule, Suite, Task, load_suite, suite_names
@@ -115,10 +115,11 @@ class TestRuns:
         rests: list[float] = []
         monkeypatch.setattr(time, "sleep", rests.append)
         model = ModelFolder.open(demo_f32)
-        cases = [Case(model, Task("decode", (*SMALL, ("no_audio", silent)))) for silent in (False, True)]
+        options = (*SMALL, ("no_audio", True))
+        cases = [Case(model, Task("decode", (*options, ("low_memory", low)))) for low in (False, True)]
         events, receipt = ran(run_bench(cases, Schedule(repeat=2, warmup=1, cooldown=30), "mine"))
         notes = [event.message for event in events if isinstance(event, Noted)]
-        runs = [(note[:10], "no audio" in note) for note in notes if note.startswith("run")]
+        runs = [(note[:10], "low memory" in note) for note in notes if note.startswith("run")]
         assert runs == [
             ("run 1 of 3", False), ("run 1 of 3", True), ("run 2 of 3", True), ("run 2 of 3", False),
             ("run 3 of 3", False), ("run 3 of 3", True),
@@ -173,7 +174,7 @@ class TestRuns:
     def test_command(self, here: Here, demo_f32: Path, tmp_path: Path) -> None:
         """A receipt, then another one compared with it and drawn."""
         old, plot = tmp_path / "old.json", tmp_path / "bench.png"
-        args = ["bench", demo_f32, *SIZE, "--part", "decode", "--warmup", "0", "--repeat", "2"]
+        args = ["bench", demo_f32, *SIZE, "--part", "decode", "--warmup", "0", "--repeat", "1"]
         assert here(*args, "--out", old, "-q").code == 0
         found = here(*args, "--compare", old, "--plot", plot, "--json").json["comparison"]
         assert found["verdicts"][-1]["phase"] == "in all" and found["warnings"] == []
@@ -205,7 +206,8 @@ def receipt() -> Receipt:
     total = {"median": 11.0, "spread": 0.03, "repetitions": 3}
     case: dict[str, Any] = {"name": "m: 9 frames", "part": "clip", "options": {"width": 64}, "model": {"release": "x"}}
     case |= {"phases": phases, "total_seconds": total}
-    return {"kind": "bench", "machine": {"chip": "M4"}, "environment": {}, "cases": [case]}
+    machine = {"chip": "M4", "mlx": "0.32", "ltx2": "1.0"}
+    return {"kind": "bench", "created": "2026-01-02T03", "machine": machine, "environment": {}, "cases": [case]}
 
 
 def changed(receipt: Receipt, change: Callable[[Receipt], object]) -> Receipt:
@@ -247,6 +249,14 @@ class TestVerdicts:
     def test_phases_steps_and_all(self, receipt: Receipt) -> None:
         phases = [verdict.phase for verdict in compare(receipt, receipt).verdicts]
         assert phases == ["stage1", "stage1, a step", "vocoder", "in all"]
+
+    def test_what_is_compared(self, receipt: Receipt) -> None:
+        new = changed(receipt, lambda r: r["machine"].update(mlx="0.33"))
+        found = compare(receipt, new).to_dict()
+        assert found["older"] == {"created": "2026-01-02T03", "mlx": "0.32", "ltx2": "1.0"} and not found["warnings"]
+        title, columns, rows = table(found)
+        assert title == "compared with 2026-01-02 (mlx 0.32, ltx2 1.0)" and rows[-1][0] == "in all"
+        assert len(columns) == len(rows[0]) and rows[0][3].startswith("within noise")
 
     @pytest.mark.parametrize(("name", "value"), [("part", "text"), ("options", {"width": 128}), ("model", {})])
     def test_other_cases_are_refused(self, receipt: Receipt, name: str, value: Any) -> None:

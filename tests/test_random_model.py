@@ -1,5 +1,7 @@
 """Random weights in place of a published model's: the tensors that a conversion would write, values that compute."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,11 +9,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from ltx2.bench import random_model
+from ltx2.bench import fullsize, random_model
 from ltx2.bench.cases import RandomWeights, bench_cases
 from ltx2.bench.random_model import RandomFolder, random_folder
 from ltx2.bench.random_values import POOL, RandomValues
-from ltx2.bench.run import Benched, run_bench
+from ltx2.bench.receipt import tables
+from ltx2.bench.run import run_bench
 from ltx2.bench.suite import Schedule, load_suite
 from ltx2.convert.steps import Form
 from ltx2.quant.apply import Settings, quantize_plan
@@ -21,7 +24,7 @@ from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import encode_prompt, load_network
 from ltx2.runtime.transformer.model import Transformer
 from tests import published
-from tests.command import Here
+from tests.command import SIZE, Here
 from tests.official import plan_of
 
 SMALL = {"width": 64, "height": 64, "frames": 1}
@@ -134,16 +137,17 @@ class TestRuns:
         assert block.attn1.to_q.bits == 4 and block.attn1.to_q.weight.dtype == mx.uint32
         assert network.patchify_proj.weight.dtype == mx.bfloat16 and block.scale_shift_table.dtype == mx.float32
 
-    def test_measured(self) -> None:
-        """The connectors' 16-bit values are finite, or the pipeline would refuse them."""
+    def test_measured(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Values are finite, or the pipeline would refuse them."""
         suite = load_suite("quick").changed("decode", SMALL, {"repeat": 1, "warmup": 0})
-        last = list(run_bench(bench_cases([], RandomWeights(NAME, (16, 4)), suite), suite.schedule))[-1]
-        assert isinstance(last, Benched)
-        models = [case["model"] for case in last.receipt["cases"]]
-        assert [model["weights"] for model in models] == ["random"] * 2
-        assert models[0]["layers"]["transformer"] == {}
-        assert any(form.startswith("affine-4") for form in models[1]["layers"]["transformer"])
-        assert [case["name"].split(",")[0] for case in last.receipt["cases"]] == [NAME, f"{NAME}-q4"]
+        receipt = fullsize.run(RandomWeights(NAME, (4,)), suite, fullsize.show_event)
+        (case,) = receipt["cases"]
+        assert case["model"]["weights"] == "random" and case["model"]["layers"]["video_vae"] == {}
+        assert any(form.startswith("affine-4") for form in case["model"]["layers"]["transformer"])
+        assert case["name"].split(",")[0] == f"{NAME}-q4"
+        fullsize.show_table(*tables(receipt)[0])
+        shown = capsys.readouterr().out
+        assert shown.count("video_vae") == 2 and f"run 1 of 1: {NAME}-q4" in shown and "total" in shown
 
     def test_what_would_be_read_in_every_step_is_told(self) -> None:
         suite = load_suite("quick").changed("denoise", SMALL | {"low_memory": True}, {})
@@ -154,6 +158,17 @@ class TestRuns:
 def test_what_does_not_fit_is_refused_before_anything_is_made(here: Here) -> None:
     mx.clear_cache()
     mx.reset_peak_memory()
-    done = here("bench", "--random", NAME, "--bits", "4", "--memory-limit", "1")
-    done.failed(3, "do not fit" if "frames of" in done.err else "does not fit", "the limit is 1.0 GB")
+    done = here("bench", "--random", NAME, "--bits", "4", "--memory-limit", "1", *SIZE)
+    done.failed(3, "not fit in memory", "the limit is 1.0 GB", "--bits")
     assert mx.get_peak_memory() < 100 << 20
+
+
+def test_without_the_command_lines_libraries() -> None:
+    """As GPU machines are that have MLX, numpy and safetensors only."""
+    missing = ("click", "rich", "imageio_ffmpeg", "tokenizers", "huggingface_hub", "matplotlib", "pytest")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+        "from ltx2.bench import fullsize; sys.argv[1:] = ['--name', 'nothing', '--out', 'r.json']; fullsize.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: nothing is published as nothing"), done.stderr
