@@ -119,9 +119,17 @@ def _quantized(folder: RandomFolder, settings: Settings) -> RandomFolder:
     tensors = {
         name: {key: form for move in plan.moves(name) for key, form in move.stored().items()} for name in records
     }
-    kind = f"q{settings.storage.bits}" if settings.mode == AFFINE else settings.mode
-    path = folder.path.with_name(f"{folder.path.name}-{kind}")
+    path = folder.path.with_name(f"{folder.path.name}-{_kind(settings)}")
     return replace(folder, path=path, manifest=replace(folder.manifest, components=records), tensors=tensors)
+
+
+def _kind(settings: Settings) -> str:
+    """What a folder of such weights would be called: q4, mxfp8, q3-uniform, q4-small."""
+    bits = f"q{settings.storage.bits}" if settings.mode == AFFINE else settings.mode
+    if settings.recipe == Settings().recipe:
+        return bits
+    recipe = Path(str(settings.recipe)).stem
+    return recipe if settings.bits is None and settings.mode == AFFINE else f"{bits}-{recipe}"
 
 
 def _headers(tensors: Tensors) -> Iterator[tuple[str, TensorInfo]]:

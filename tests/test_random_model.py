@@ -71,6 +71,17 @@ def test_other_names(name: str, error: type[Exception], said: str) -> None:
         random_folder(name)
 
 
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (Settings(bits=4), "q4"), (Settings(mode="nvfp4"), "nvfp4"), (Settings(recipe="uniform"), "uniform"),
+        (Settings(bits=3, recipe="uniform"), "q3-uniform"), (Settings(mode="mxfp8", recipe="uniform"), "mxfp8-uniform"),
+    ],
+)  # fmt: skip
+def test_named_like_a_folder(settings: Settings, name: str) -> None:
+    assert random_model._kind(settings) == name
+
+
 def test_a_bundle_is_its_model() -> None:
     assert stored(random_folder("ltx-2-distilled")) == stored(random_folder(f"{NAME}.safetensors"))
 
