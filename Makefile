@@ -3,8 +3,8 @@
 
 VENV := .venv
 PYTHON ?=# the Python to make .venv with; empty: the first suitable one
-MODEL ?= demo/model# model folder for `make bench`
-PYTEST_ARGS ?=# for example PYTEST_ARGS="-k rope -x"
+MODEL ?= demo/model# model folder for `make bench-model`
+PYTEST_ARGS ?=# for example PYTEST_ARGS="-k rope -x"; with make bench, PYTEST_ARGS=--benchmark-compare for the last run
 
 # The parity tests' reference. On Linux the default index has CUDA builds of several GB; for the CPU build:
 # make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -19,7 +19,7 @@ OPENBLAS := $(firstword $(wildcard $(foreach d,/usr/lib/$(shell uname -m)-linux-
 PYTEST = $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1) $(VENV)/bin/python -m pytest
 
 .NOTPARALLEL:
-.PHONY: help demo test check bench bench-convert test-fullsize test-fuzz clean
+.PHONY: help demo test check bench bench-model bench-convert test-fullsize test-fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -35,8 +35,11 @@ check: $(VENV)/.check ## linter, types, architecture
 	$(VENV)/bin/mypy
 	$(PYTEST) -q tests/test_architecture.py
 
-bench: $(VENV)/.runtime ## time and memory of MODEL=folder, phase by phase (default: the demo model)
-	@test -d $(MODEL) || { echo "$(MODEL) is missing: run 'make demo' first, or name a model folder: make bench MODEL=..." >&2; exit 1; }
+bench: $(VENV)/.test ## speed of single functions, kept in .benchmarks; PYTEST_ARGS=--benchmark-compare: against the run before
+	$(PYTEST) -m speed tests/bench_hot.py --benchmark-autosave --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
+
+bench-model: $(VENV)/.runtime ## time and memory of MODEL=folder, phase by phase (default: the demo model)
+	@test -d $(MODEL) || { echo "$(MODEL) is missing: run 'make demo' first, or name a folder: make bench-model MODEL=..." >&2; exit 1; }
 	$(VENV)/bin/ltx2 bench $(MODEL)
 
 bench-convert: $(VENV)/.runtime ## convert beside cp, on 5 GB of random weights in build/ (needs 15 GB there)
