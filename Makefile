@@ -14,12 +14,13 @@ TORCH_INDEX ?=
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL = $(if $(UV),$(UV) pip install --python $(VENV)/bin/python,$(VENV)/bin/python -m pip install --disable-pip-version-check)
 
-# MLX's CPU wheel for Linux brings the slow reference BLAS; an installed OpenBLAS takes its place in the test process.
+# MLX's CPU wheel for Linux brings the slow reference BLAS; an installed OpenBLAS takes its place in a process.
 OPENBLAS := $(firstword $(wildcard $(foreach d,/usr/lib/$(shell uname -m)-linux-gnu /usr/lib64 /usr/lib,$(d)/libopenblas.so.0)))
-PYTEST = $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1) $(VENV)/bin/python -m pytest
+WITH_OPENBLAS = $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1)
+PYTEST = $(WITH_OPENBLAS) $(VENV)/bin/python -m pytest
 
 .NOTPARALLEL:
-.PHONY: help demo test check bench bench-model bench-convert test-fullsize test-fuzz clean
+.PHONY: help demo test check bench bench-model bench-convert bench-quality test-fullsize test-fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -45,6 +46,9 @@ bench-model: $(VENV)/.runtime ## time and memory of MODEL=folder, phase by phase
 bench-convert: $(VENV)/.runtime ## convert beside cp, on 5 GB of random weights in build/ (needs 15 GB there)
 	$(VENV)/bin/python -m ltx2.bench.convert --out build/bench-convert.json
 
+bench-quality: $(VENV)/.plot ## what quantizing costs the demo model, beside mx.quantize: 64 prompts, half an hour on 2 cores, into build/
+	$(WITH_OPENBLAS) $(VENV)/bin/python -m ltx2.bench.demo_quality --out build/demo-quality.json --plot build/demo-quality.png
+
 test-fullsize: $(VENV)/.test ## full-size checks with random weights; needs a GPU
 	$(PYTEST) -m fullsize $(PYTEST_ARGS)
 
@@ -59,6 +63,10 @@ clean: ## remove .venv, caches, builds and demo/ (never weights/)
 
 $(VENV)/.runtime: pyproject.toml $(VENV)/.created
 	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.plot: $(VENV)/.runtime
+	$(INSTALL) -e '.[plot]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.created

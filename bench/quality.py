@@ -1,11 +1,13 @@
 """What quantizing (or anything else) has cost a model, against the model it was made from: layer by layer and step by
 step on the reference's own inputs, then as latents, pictures and sound of the same prompts and noise."""
 
+import json
 import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from importlib import resources
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -34,11 +36,10 @@ from ltx2.runtime.events import Event, Section
 from ltx2.runtime.job import Job
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.machine import machine_facts
-from ltx2.runtime.paths import open_regular
 from ltx2.runtime.request import Request
 
-PROMPT_BYTES = 1 << 20  # of a file of prompts
 FORMS = ("quantization", "quantization_config")  # of a configuration: how weights are stored, not what they are for
+PARTS = ("weight", "scales", "biases", "weight_scale")  # of a packed layer
 STRIP = 5  # frames that are kept of a clip, to be looked at
 WORST = 10  # layers of the table
 SAME = 1e9  # dB, stands for infinitely many where medians are taken
@@ -102,18 +103,9 @@ def run_quality(
     yield Compared(make_receipt(opened, measured, recording), tuple(strips))
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line, empty lines left out. Raises InputError when there is none or the file cannot be read."""
-    what = f"there are no prompts in {path}"
-    try:
-        with open_regular(path) as file:
-            text = file.read(PROMPT_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(what, str(error), "name a text file with one prompt on each line") from error
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not prompts:
-        raise InputError(what, "all its lines are empty", "write one prompt on each line")
-    return prompts
+def built_in_prompts() -> tuple[str, ...]:
+    """What models are compared on where nothing else is said."""
+    return tuple(json.loads((resources.files(__package__) / "prompts.json").read_text())["prompts"])
 
 
 def check_comparable(model: ModelFolder, reference: ModelFolder, case: Case) -> None:
@@ -197,21 +189,32 @@ def make_receipt(folders: tuple[ModelFolder, ModelFolder], measured: Quality, la
 
 
 def model_facts(folder: ModelFolder) -> Row:
-    """What tells a model folder from others, and the size of its tensors."""
+    """What tells a model folder from others, and the size of its tensors: of all, and of the packed layers."""
     manifest, components = folder.manifest, inspect(folder.path)["components"]
-    size, weights = (sum(part[key] for part in components.values()) for key in ("bytes", "parameters"))
+    sizes = {name: (part["bytes"], part["parameters"]) for name, part in components.items()}
     return {
         "path": str(folder.path),
         "release": manifest.release,
         "variant": manifest.variant,
         "files": folder.hashes(),
-        "bytes": size,
-        "bits_per_weight": round(8 * size / weights, 3),
-        "components": {
-            name: {"bytes": part["bytes"], "bits_per_weight": round(8 * part["bytes"] / part["parameters"], 3)}
-            for name, part in components.items()
-        },
+        **_size(sum(size for size, _ in sizes.values()), sum(weights for _, weights in sizes.values())),
+        "components": {name: _size(*size) | _packed_size(folder, name) for name, size in sizes.items()},
     }
+
+
+def _size(size: int, weights: int) -> Row:
+    return {"bytes": size, "bits_per_weight": round(8 * size / weights, 3)}
+
+
+def _packed_size(folder: ModelFolder, component: str) -> Row:
+    """Of the weights that are stored as codes, with their scales and biases."""
+    form = folder.config(component).get("quantization", {})
+    tensors = {name: tensor for file in folder.tensor_files(component) for name, tensor in file.tensors.items()}
+    layers = packed_layers(folder).get(component, set())
+    size = sum(tensors[name].nbytes for layer in layers for part in PARTS if (name := f"{layer}.{part}") in tensors)
+    codes = {layer: tensors[f"{layer}.weight"].nbytes for layer in layers}
+    weights = sum(8 * nbytes // form.get(layer, form)["bits"] for layer, nbytes in codes.items())
+    return {"packed": _size(size, weights)} if layers else {}
 
 
 def _layer_rows(model: ModelFolder, layers: Mapping[Layer, Difference]) -> list[Row]:

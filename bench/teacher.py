@@ -4,6 +4,7 @@ The reference's run is recorded: some inputs of every layer that the other model
 and velocities. The other model is then given these same inputs, layer by layer and step by step (teacher forcing),
 before it makes the clip on its own. Only one network is in memory at a time."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,9 +29,9 @@ from ltx2.runtime.presets import Stage
 from ltx2.runtime.request import Request
 from ltx2.runtime.transformer.model import Prepared, StreamInput, Transformer
 
-# Components that have packed layers, and how many inputs of one call of a layer are kept: a transformer is called
-# once a step, the others once a clip. A published model's take 0.6 GB.
-ROWS = {"text_encoder": 16, "connectors": 16, "transformer": 2}
+# Components that have packed layers, which of a layer's calls (every n-th) are kept, and how many inputs of one: a
+# transformer is called once a step, the others once a clip. A published model's take 0.6 GB.
+KEPT = {"text_encoder": (1, 16), "connectors": (1, 16), "transformer": (3, 5)}
 # The transformer's first and last layer of each stream: what they are given and what they return is one step.
 ENDS = {"video": ("patchify_proj", "proj_out"), "audio": ("audio_patchify_proj", "audio_proj_out")}
 FIRST = ENDS["video"][0]  # of all layers that are called at a step
@@ -93,7 +94,7 @@ class Comparison:
 def packed_layers(folder: ModelFolder) -> dict[str, set[str]]:
     """Paths of the layers that are stored as codes, by component."""
     found: dict[str, set[str]] = {}
-    for component in ROWS:
+    for component in KEPT:
         names = {name for file in folder.tensor_files(component) for name in file.tensors}
         parts = ("scales", "weight_scale")
         found[component] = {n.rpartition(".")[0] for n in names if n.rpartition(".")[2] in parts}
@@ -140,6 +141,7 @@ class _Recorder:
     def __init__(self, layers: Mapping[str, Collection[str]], dtype: mx.Dtype | None) -> None:
         self.rows: dict[Layer, list[Rows]] = {}
         self.stages: list[list[Step]] = []
+        self._calls: Counter[Layer] = Counter()
         self._layers = layers
         self._dtype = dtype
 
@@ -147,20 +149,23 @@ class _Recorder:
         _cast(network, self._dtype)
         if component == "transformer":
             self.stages.append([])
-        if component in ROWS:
+        if component in KEPT:
             intercept(network, partial(self._call, component))
 
     def _call(self, component: str, path: str, layer: nn.Module, x: mx.array) -> mx.array:
         y = _apply(layer, x)
+        every, _ = KEPT[component]
         if path in self._layers[component]:
-            self._keep_rows((component, path), layer, x)
+            if self._calls[component, path] % every == 0:
+                self._keep_rows((component, path), layer, x)
+            self._calls[component, path] += 1
         if component == "transformer":
             self._keep_step(path, x, y)
         return y
 
     def _keep_rows(self, key: Layer, layer: nn.Module, x: mx.array) -> None:
         kept = self.rows.setdefault(key, [])
-        inputs, bias = _some_rows(x, ROWS[key[0]], len(kept)), layer.get("bias")
+        inputs, bias = _some_rows(x, KEPT[key[0]][1], len(kept)), layer.get("bias")
         kept.append(Rows(inputs, _product(layer, inputs, bias), bias))
         mx.eval(inputs, kept[-1].products)  # or the whole input would stay in memory
 
@@ -189,7 +194,7 @@ class _Pupil:
 
     def __call__(self, component: str, network: nn.Module) -> None:
         _cast(network, self._dtype)
-        if component in ROWS:
+        if component in KEPT:
             intercept(network, partial(self._call, component))
         if component == "transformer":
             self._transformer = cast(Transformer, network)

@@ -53,7 +53,8 @@ USERS = {
 }
 # The last: `python -m ltx2.bench.fullsize`.
 PRINTERS = {
-    "ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "bench/convert.py", "bench/fullsize.py", "bench/table.py",
+    "ltx2/cli.py", "ltx2/console.py", "ltx2/render.py",
+    "bench/convert.py", "bench/demo_quality.py", "bench/fullsize.py", "bench/table.py",
 }  # fmt: skip
 WITHOUT_MLX = [
     *(f"convert/{name}.py" for name in ("release", "rules", "plan", "steps", "checkpoint", "codes", "scales")),
