@@ -20,7 +20,7 @@ from ltx2.runtime.errors import DoesNotFitError, DownloadError, InputError, Ltx2
 from ltx2.runtime.events import BytesDone, Downloaded, DownloadPlanned, Event, FetchedFile, PlannedFile, Warned
 
 QUESTIONS = 8  # asked at once
-MORE_BITS = 3
+MORE_BITS, LEAST_BITS = 3, 8
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,11 @@ def _plan(wanted: Sequence[Wanted], missing: Sequence[Wanted], weights: Path, op
 
 def _converted(wanted: Sequence[Wanted], options: Options) -> int:
     """Bytes that the converted model will add, at most: 16-bit weights keep theirs; scales, and layers that keep more
-    bits, cost less than MORE_BITS per weight. Converting knows it exactly, and checks again."""
+    bits, cost less than MORE_BITS per weight, or LEAST_BITS with the weights'. Converting knows it exactly, and checks
+    again."""
     if options.model is None or options.model.exists():
         return 0
-    width = options.bits + MORE_BITS if options.bits else 16
+    width = max(options.bits + MORE_BITS, LEAST_BITS) if options.bits else 16
     total = sum(file.size * min(width, file.published.bits) // file.published.bits for file in wanted)
     partial = options.model.with_name(options.model.name + ".partial")
     return max(0, total - sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()))

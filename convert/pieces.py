@@ -128,6 +128,15 @@ def rows_of(move: Move) -> Iterator[Rows]:
         yield Rows(move.file.reader, start, end, size, move, row, rows)
 
 
+def rows_at(move: Move, row: int, count: int) -> Array:
+    """Some rows of a tensor as it is before it is packed, without reading the others."""
+    plain, tensor = replace(move, packing=None), move.tensor
+    assert tensor.shape and not any(step.whole for step in move.steps), "rows are made of rows"
+    start, end = (tensor.start + tensor.nbytes * n // tensor.shape[0] for n in (row, row + count))
+    piece = Rows(move.file.reader, start, end, end - start, plain, row, count)
+    return piece.prepare(piece.read())()[move.key]
+
+
 def values_of(move: Move) -> Iterator[Array]:
     """A tensor as it is before it is packed, in pieces of rows."""
     for piece in rows_of(replace(move, packing=None)):

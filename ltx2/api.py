@@ -12,7 +12,6 @@ from ltx2.convert.write import SHARD_GB, WriteOptions, write_plan
 from ltx2.quant.apply import Settings, write_quantized
 from ltx2.quant.apply import quantize as quantize_folder
 from ltx2.quant.kinds import AFFINE
-from ltx2.quant.recipe import DEFAULT
 from ltx2.quant.report import Quantized, Report
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event
@@ -56,18 +55,19 @@ def convert(
     bits: int | None = None,
     mode: str | None = None,
     group_size: int | None = None,
-    recipe: str = DEFAULT,
+    recipe: str | None = None,
+    fit: int | None = None,
     stats: StrPath | None = None,
     shard_size: float = SHARD_GB,
     force: bool = False,
 ) -> Path:
-    """Convert published checkpoints into a model folder; returns its path. With `bits` or `mode` the folder is
-    quantized, with the bytes of converting and quantizing in turn."""
+    """Convert published checkpoints into a model folder; returns its path. With `bits`, `mode`, `recipe` or `fit` the
+    folder is quantized, with the bytes of converting and quantizing in turn."""
     plan = plan_conversion(sources, variant=variant, dtype=dtype, only=only)
-    chosen = Settings(bits, group_size, recipe, mode=mode or AFFINE, stats=_path(stats))
-    settings = None if bits is None and mode is None else chosen
+    chosen = Settings(bits, group_size, recipe, mode=mode or AFFINE, stats=_path(stats), fit=fit)
+    settings = None if all(value is None for value in (bits, mode, recipe, fit)) else chosen
     if settings is None and chosen != Settings():
-        why = "group_size, recipe and stats have no effect without bits"
+        why = "group_size and stats have no effect without bits, recipe or fit"
         raise InputError("nothing is quantized", why, "give bits=4")
     for _ in conversion(plan, Path(out), settings, WriteOptions(shard_size, force)):
         pass
@@ -83,14 +83,15 @@ def calibrate(
     model: StrPath,
     out: StrPath,
     *,
-    prompts: Sequence[str] = (),
+    prompts: str | Iterable[str] = (),
     **options: Any,
 ) -> Path:
     """Measure what a model's layers are given, for `quantize` and `convert`; returns the file. Generates the prompts
     (none: 16 that come with ltx2) up to their latents; `options` are those of `generate`."""
     from ltx2.quant.calibrate import calibrate as calibrate_folder
 
-    for _ in calibrate_folder(Path(model), Path(out), prompts, options):
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for _ in calibrate_folder(Path(model), Path(out), texts, options):
         pass
     return Path(out)
 
@@ -102,15 +103,17 @@ def quantize(
     bits: int | None = None,
     mode: str = AFFINE,
     group_size: int | None = None,
-    recipe: str = DEFAULT,
+    recipe: str | None = None,
+    fit: int | None = None,
     stats: StrPath | None = None,
     only: Sequence[str] = (),
     shard_size: float = SHARD_GB,
     force: bool = False,
 ) -> Report:
-    """Write a smaller copy of a model folder; returns what became of every layer. `bits` and `group_size` are by
-    default 4 and 64, or what the mode has. `stats` is a file that `calibrate` wrote."""
-    settings = Settings(bits, group_size, recipe, tuple(only), mode, _path(stats))
+    """Write a smaller copy of a model folder; returns what became of every layer. `bits` are by default the recipe's,
+    or 4 or what the mode has; the recipe is by default the preset for them (`q4`). `fit` chooses bits in place of
+    `bits`, for a Mac of so many GB of memory. `stats` is a file that `calibrate` wrote."""
+    settings = Settings(bits, group_size, recipe, tuple(only), mode, _path(stats), fit)
     events = quantize_folder(Path(model), Path(out), settings, WriteOptions(shard_size, force))
     return next(event.report for event in list(events) if isinstance(event, Quantized))
 

@@ -1,8 +1,8 @@
 """Quantizing as a change of the plan: the same tensors, written by the same code, some of them packed. That is why
 `convert --bits` gives the bytes of convert and quantize in turn, in the same bounded memory."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,58 +11,92 @@ from ltx2.convert.plan import Move, Plan, packed_layers
 from ltx2.convert.recode import Layer, decoded, kept_layers
 from ltx2.convert.steps import Storage
 from ltx2.convert.write import WriteOptions, write_plan
-from ltx2.quant.kinds import AFFINE, KINDS, kind_of
-from ltx2.quant.recipe import DEFAULT, load_recipe
+from ltx2.quant.budget import TRANSFORMER, mac_budget
+from ltx2.quant.fit import HALVED, fit_transformer
+from ltx2.quant.fitted import Fit, Fitted
+from ltx2.quant.kinds import AFFINE, KINDS, Kind, kind_of
+from ltx2.quant.recipe import GENERAL, Recipe, choose_recipe
 from ltx2.quant.replan import Forms, Given, packed_plan
 from ltx2.quant.report import Quantized, make_report
+from ltx2.quant.sample import known_errors
 from ltx2.quant.statistics import Statistics
 from ltx2.quant.step import packings
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.layout import ModelFolder
 
-HALVED = 8  # bits of the smallest codes that are quantized further
 AFFINE_GROUP = 64  # what layers get that a mode has no bits for
 EMBEDDING = "embed_tokens"  # MLX's embeddings have no output multiplier
 DEFAULT_BITS = 4
+BESIDE = 8  # bits of the layers beside a fitted transformer, unless its recipe has its own
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose: bits of the layers that the recipe does not raise, values per scale (None: what the mode
-    has, or 4 and 64), recipe (a name or a file), the components to quantize (none: all that the recipe names), the
-    kind of codes, and the file of statistics of the layers' inputs."""
+    """What the user chose: bits of the layers that the recipe does not raise (None: the recipe's own, or what the mode
+    has), values per scale (None: 64, or what the mode has), recipe (a name or a file; None: the preset for the bits),
+    the components to quantize (none: all that the recipe names), the kind of codes, the file of statistics of the
+    layers' inputs, and the memory in GB of the Mac that the transformer's bits are chosen for, in place of `bits`."""
 
     bits: int | None = None
     group_size: int | None = None
-    recipe: str = DEFAULT
+    recipe: str | None = None
     only: tuple[str, ...] = ()
     mode: str = AFFINE
     stats: Path | None = None
+    fit: int | None = None
 
     @cached_property
     def statistics(self) -> Statistics | None:
         """The opened file. Raises InputError or CheckpointError when it is none."""
         return None if self.stats is None else Statistics.open(self.stats)
 
+    @cached_property
+    def rules(self) -> Recipe:
+        """The recipe. Raises InputError when there is none or it is malformed."""
+        return choose_recipe(GENERAL if self.fit and not self.recipe else self.recipe, self.bits or self._usual_bits)
+
     @property
     def storage(self) -> Storage:
         """How layers are stored that the recipe does not raise. Raises as `check`."""
         self.check()
-        kind = KINDS[self.mode]
-        bits = DEFAULT_BITS if DEFAULT_BITS in kind.bits else kind.bits[0]
-        group_size = AFFINE_GROUP if AFFINE_GROUP in kind.group_sizes else kind.group_sizes[0]
-        return Storage(self.bits or bits, self.group_size or group_size, self.mode)
+        group_size = AFFINE_GROUP if AFFINE_GROUP in self._kind.group_sizes else self._kind.group_sizes[0]
+        usual = BESIDE if self.fit else self._usual_bits
+        bits = self.bits or self.rules.own_bits or usual
+        return Storage(bits, self.group_size or group_size, self.mode)
 
     def check(self) -> None:
-        """Raises InputError for a form that MLX does not have."""
+        """Raises InputError for a form that MLX does not have, and for what does not go together."""
         if self.mode not in KINDS:
             raise _not_possible("--mode", self.mode, KINDS)
-        kind = KINDS[self.mode]
+        kind = self._kind
         given = (("--bits", self.bits, kind.bits), ("--group-size", self.group_size, kind.group_sizes))
         for option, value, values in given:
             if value is not None and value not in values:
                 raise _not_possible(option, value, values)
+        own = self.bits or self.rules.own_bits
+        if own is not None and own not in kind.bits:
+            why = f"{self.mode} has {' or '.join(map(str, kind.bits))}"
+            fix = f"choose another recipe, or add --bits {kind.bits[0]}"
+            raise InputError(f"the recipe {self.rules.name} has {own} bits", why, fix)
+        if self.fit is not None:
+            self._check_fit()
+
+    def _check_fit(self) -> None:
+        if self.bits is not None or self.mode != AFFINE:
+            option = "--bits" if self.bits is not None else "--mode"
+            why = "every layer's bits are chosen, among the sizes of affine codes"
+            raise InputError(f"{option} does not go with --fit", why, f"leave out {option}, or --fit")
+        if self.only and TRANSFORMER not in self.only:
+            raise InputError("--fit chooses the transformer's bits", "--only leaves that out", "leave out one of them")
+
+    @property
+    def _kind(self) -> Kind:
+        return KINDS[self.mode]
+
+    @property
+    def _usual_bits(self) -> int:
+        return DEFAULT_BITS if DEFAULT_BITS in self._kind.bits else self._kind.bits[0]
 
     def storage_of(self, layer: str, bits: int) -> Storage:
         """How a layer is stored that the recipe gives so many bits."""
@@ -90,30 +124,50 @@ def write_quantized(
     Raises what `quantize_plan` and `write_plan` raise.
     """
     settings = settings or Settings()
-    quantized = quantize_plan(plan, settings)
-    unfit = _unfit(quantized, recipe_forms(plan, settings))
+    fit = yield from fitted(plan, settings)
+    forms = recipe_forms(plan, settings, fit)
+    quantized = _quantized(plan, settings, forms)
+    unfit = _unfit(quantized, forms)
     yield from _warnings(plan, quantized, settings)
     if unfit:
         width = f"their width is no multiple of {settings.storage.group_size}"
         yield Warned(f"{len(unfit)} layers are not quantized, {width}; the first is {unfit[0]}")
     for event in write_plan(quantized, out, options):
         if isinstance(event, Written):
-            yield Quantized((yield from make_report(quantized, ModelFolder.open(out), unfit)))
+            report = yield from make_report(quantized, ModelFolder.open(out), unfit)
+            yield Quantized(replace(report, fit=fit))
         yield event
 
 
-def quantize_plan(plan: Plan, settings: Settings) -> Plan:
+def quantize_plan(plan: Plan, settings: Settings, fit: Fit | None = None) -> Plan:
     """The plan with every layer packed that the recipe names and whose width is a multiple of the group size. A layer
-    that was published as codes stays as it is where the recipe asks for as many bits or more.
+    that was published as codes stays as it is where the recipe asks for as many bits or more. With --fit in the
+    settings, `fit` is what `fitted` has returned.
 
     Raises InputError for settings that are not possible or do not fit the plan, and for what is quantized already;
     UnsupportedError for codes that should become smaller and cannot.
     """
+    assert (fit is None) == (settings.fit is None), "fitting takes time, and tells how far it is"
     _check(plan, settings)
-    forms = recipe_forms(plan, settings)
+    return _quantized(plan, settings, recipe_forms(plan, settings, fit))
+
+
+def fitted(plan: Plan, settings: Settings) -> Generator[Event, None, Fit | None]:
+    """What --fit chooses, None without it. The last event, if there is any, is Fitted.
+
+    Raises as `quantize_plan`, and DoesNotFitError when the Mac is too small.
+    """
+    _check(plan, settings)
+    if settings.fit is None:
+        return None
+    budget, size = mac_budget(plan, settings.fit), settings.storage.group_size
+    fit = yield from fit_transformer(plan, settings.rules, size, settings.statistics, budget)
+    yield Fitted(fit)
+    return fit
+
+
+def _quantized(plan: Plan, settings: Settings, forms: Forms) -> Plan:
     statistics = settings.statistics
-    if statistics is not None:
-        statistics.check(plan)
     given = Given(dict.fromkeys(plan.components, statistics) if statistics else {})
     quantized = packed_plan(decoded(plan, dict.fromkeys(_shrinking(plan, forms), "bf16")), forms, given)
     _check_effect(quantized, settings)
@@ -132,12 +186,15 @@ def _warnings(plan: Plan, quantized: Plan, settings: Settings) -> Iterator[Event
         yield Warned(f"{len(without)} layers have no statistics and are packed without; the first is {without[0]}")
 
 
-def recipe_forms(plan: Plan, settings: Settings) -> Forms:
-    """How the recipe wants the layers of the chosen components stored, whether their width allows it or not."""
-    recipe, least = load_recipe(settings.recipe), settings.storage.bits
-    chosen = [name for name in plan.components if name in settings.only or not settings.only]
-    bits = {name: recipe.bits(name, [m.layer for m in plan.moves(name)], least) for name in chosen}
-    return {name: {layer: settings.storage_of(layer, n) for layer, n in bits[name].items()} for name in chosen}
+def recipe_forms(plan: Plan, settings: Settings, fit: Fit | None = None) -> Forms:
+    """How the recipe, or what was fitted, wants the layers of the chosen components stored, whether their width allows
+    it or not."""
+    storage, forms = settings.storage, {}
+    for name in [name for name in plan.components if name in settings.only or not settings.only]:
+        error = known_errors(plan, name, AFFINE_GROUP, settings.statistics)
+        bits = settings.rules.bits(name, [move.layer for move in plan.moves(name)], storage.bits, error)
+        forms[name] = {layer: settings.storage_of(layer, n) for layer, n in bits.items()}
+    return forms | ({TRANSFORMER: fit.forms(storage.group_size)} if fit else {})
 
 
 def _shrinking(plan: Plan, forms: Forms) -> Iterator[Layer]:
@@ -162,6 +219,9 @@ def _unfit(quantized: Plan, forms: Forms) -> list[str]:
 
 
 def _check(plan: Plan, settings: Settings) -> None:
+    settings.check()
+    if settings.statistics is not None:
+        settings.statistics.check(plan)
     for name in settings.only:
         if name not in plan.components:
             raise InputError(f"there is no {name}", f"the model holds {', '.join(plan.components)}", "check --only")
@@ -195,6 +255,6 @@ def _check_effect(plan: Plan, settings: Settings) -> None:
         size = settings.storage.group_size
         raise InputError(
             f"there is nothing to quantize in {', '.join(idle or plan.components)}",
-            f"recipe {settings.recipe} names none of its layers, or no width is a multiple of {size}",
+            f"recipe {settings.rules.name} names none of its layers, or no width is a multiple of {size}",
             "choose other components, another recipe or a smaller --group-size, or leave the model as it is",
         )

@@ -12,6 +12,7 @@ from ltx2.convert.codes import Keep
 from ltx2.convert.pieces import values_of
 from ltx2.convert.plan import Move, Plan, packed_key, packed_layers, parameters
 from ltx2.convert.steps import to_float32
+from ltx2.quant.fitted import Fit
 from ltx2.quant.pack import Loss, Packed, unpack
 from ltx2.quant.step import Quantize, packings
 from ltx2.runtime.events import BytesDone, Event
@@ -62,12 +63,13 @@ class Total:
 @dataclass(frozen=True)
 class Report:
     """`unfit` are layers of the recipe that stay as they are, because their width is no multiple of the group size;
-    `statistics` is the file that layers were packed with."""
+    `statistics` is the file that layers were packed with, `fit` how bits were chosen for a Mac's memory."""
 
     layers: tuple[LayerReport, ...]
     totals: Mapping[str, Total]
     unfit: tuple[str, ...] = ()
     statistics: FileRecord | None = None
+    fit: Fit | None = None
 
     @property
     def total(self) -> Total:
@@ -82,6 +84,7 @@ class Report:
             "unfit": list(self.unfit),
             "statistics": asdict(self.statistics) if self.statistics else None,
             "totals": {n: asdict(t) | {"bits_per_weight": t.bits_per_weight} for n, t in totals.items()},
+            "fit": self.fit.to_dict() if self.fit else None,
         }
 
 

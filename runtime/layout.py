@@ -43,13 +43,14 @@ def is_lora(component: str) -> bool:
 @dataclass(frozen=True)
 class ComponentRecord:
     """What ltx2.json says of one component. `cls` is written as "class"; `files` includes config and tokenizer;
-    `statistics` is the file that layers were packed with."""
+    `statistics` is the file that layers were packed with, `method` how their codes were chosen if not by a search."""
 
     cls: str
     files: tuple[FileRecord, ...]
     dtype: str
     quantization: Mapping[str, Any] | None = None
     statistics: FileRecord | None = None
+    method: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As ltx2.json says it."""
@@ -59,7 +60,8 @@ class ComponentRecord:
             "dtype": self.dtype,
             "quantization": self.quantization,
         }
-        return data | ({"statistics": asdict(self.statistics)} if self.statistics else {})
+        data |= {"statistics": asdict(self.statistics)} if self.statistics else {}
+        return data | ({"method": self.method} if self.method else {})
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,14 @@ def _component(name: str, data: Mapping[str, Any]) -> ComponentRecord:
     files = tuple(file_record(file) for file in data["files"])
     if len({file.name for file in files}) < len(files):
         raise ValueError(f"{name} lists a file twice")
-    quantization, statistics = checked_quantization(data["quantization"]), data.get("statistics")
+    statistics = data.get("statistics")
     return ComponentRecord(
-        _text(data["class"]), files, _text(data["dtype"]), quantization, file_record(statistics) if statistics else None
+        _text(data["class"]),
+        files,
+        _text(data["dtype"]),
+        checked_quantization(data["quantization"]),
+        file_record(statistics) if statistics else None,
+        _text(data.get("method"), None),
     )
 
 
@@ -176,7 +183,7 @@ class ModelFolder:
     def how_to_shrink(self) -> str:
         """What to do where its weights do not fit in memory."""
         if any(record.quantization for record in self.manifest.components.values()):
-            return "convert or quantize again with fewer --bits, or --recipe uniform"
+            return "convert or quantize again with fewer --bits, or with --fit and this computer's memory in GB"
         return f"make it smaller: ltx2 quantize {self.path} -o {self.path}-q4 --bits 4"
 
     def hashes(self) -> dict[str, list[str]]:

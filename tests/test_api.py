@@ -98,7 +98,7 @@ class TestConvert:
     def test_one_path_needs_no_list(self, tmp_path: Path, source: Any) -> None:
         assert ModelFolder.open(ltx2.convert(source, tmp_path / "model")).has("spatial_upscaler")
 
-    @pytest.mark.parametrize("option", [{"group_size": 32}, {"recipe": "uniform"}])
+    @pytest.mark.parametrize("option", [{"group_size": 32}, {"stats": "stats.safetensors"}])
     def test_no_option_is_ignored(self, tmp_path: Path, option: dict[str, Any]) -> None:
         with pytest.raises(InputError, match="no effect without bits"):
             ltx2.convert([MONOLITH], tmp_path / "model", variant="distilled", **option)

@@ -393,7 +393,7 @@ class TestBeforeTheFirstByte:
         self.room(monkeypatch, LENGTH - TestCuts.CUT)
         assert fetched(run(weights, MODEL)) == {MODEL: True}
 
-    @pytest.mark.parametrize(("bits", "factor"), [(None, 1), (8, 11 / 16), (4, 7 / 16)])
+    @pytest.mark.parametrize(("bits", "factor"), [(None, 1), (8, 11 / 16), (4, 8 / 16)])
     def test_room_for_the_model(
         self, hub: Hub, weights: Path, monkeypatch: pytest.MonkeyPatch, bits: int | None, factor: float
     ) -> None:
@@ -454,7 +454,9 @@ class TestCommand:
     def test_options_without_effect(self, here: Here) -> None:
         here("download", MODEL, "--bits", "4").failed(2, "--bits has no effect without --convert")
         here("download", MODEL, "--convert").failed(2, "one bundle")
-        here("download", "ltx-2-distilled", "--convert", "--bits", "7").failed(2, "--bits")
+        here("download", "ltx-2-distilled", "--convert", "--bits", "7").failed(1, "--bits 7")
+        here("download", "ltx-2-distilled", "--convert", "--recipe", "q5").failed(1, "no recipe 'q5'")
+        here("download", MODEL, "--recipe", "q4").failed(2, "--recipe has no effect without --convert")
 
     def test_failures(self, hub: Hub, here: Here, weights: Path) -> None:
         here("download", "nothing", "-o", weights).failed(1, "nothing is published as nothing", "--list")

@@ -50,7 +50,7 @@ class TestFolder:
         bits, group_size = MODES[mode]
         raised = {("affine", 6, 64), ("affine", 8, 64)} if bits == 4 else set()
         assert counts.keys() == {(mode, bits, group_size), *raised}
-        config = ModelFolder.open(path).config("text_encoder")["quantization"]
+        config = ModelFolder.open(path).config("transformer")["quantization"]
         assert {k: config[k] for k in ("mode", "bits", "group_size")} == {
             "mode": mode, "bits": bits, "group_size": group_size,
         }  # fmt: skip

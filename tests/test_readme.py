@@ -210,9 +210,9 @@ class TestSizes:
 
     @staticmethod
     def sizes(plan: Plan, how: str) -> dict[str, int]:
-        bits, recipe = re.search(r"--bits (\d)", how), re.search(r"--recipe (\w+)", how)
-        if bits is not None:
-            plan = quantize_plan(plan, Settings(int(bits[1]), recipe=recipe[1] if recipe else "mixed"))
+        bits, recipe = re.search(r"--bits (\d)", how), re.search(r"--recipe ([\w-]+)", how)
+        if bits or recipe:
+            plan = quantize_plan(plan, Settings(int(bits[1]) if bits else None, recipe=recipe[1] if recipe else None))
         return {n: sum(f.nbytes for m in plan.moves(n) for f in m.stored().values()) for n in plan.components}
 
     @staticmethod

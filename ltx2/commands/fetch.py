@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched, and write nothing.")
 @click.option("--convert", "converted", is_flag=True, help="Then convert the bundle to a model folder.")
 @click.option("--bits", type=int, help="With --convert: quantize on the way, to 2, 3, 4, 5, 6 or 8 bits.")
+@click.option("--recipe", metavar="NAME|FILE", help="With --convert: quantize by this recipe, see quantize.")
 @click.option("-m", "--model", type=PATH, help="With --convert: the folder; default: by name.")
 @common
 def download(
@@ -48,9 +49,9 @@ def download(
         refuse_given(options, "--convert")
     elif len(names) != 1 or names[0] not in known.bundles:
         raise click.UsageError("--convert takes one bundle, which has all that a model needs.")
-    chosen, bits = known.choose(names), options["bits"]
-    settings = _settings(bits)
-    model = (options["model"] or weights / f"{names[0]}{f'-q{bits}' if bits else ''}") if converted else None
+    chosen, settings = known.choose(names), _settings(options["bits"], options["recipe"])
+    bits = settings.storage.bits if settings else None
+    model = (options["model"] or weights / _name(names[0], options["bits"], options["recipe"])) if converted else None
     fetched, text = _follow_download(output, fetch(chosen, weights, Options(model, bits, dry_run)))
     if model is not None and not dry_run:
         sources, variant = [p.source(weights) for p in chosen], known.bundles[names[0]].variant
@@ -59,15 +60,20 @@ def download(
     output.result(fetched, text)
 
 
-def _settings(bits: int | None) -> "Settings | None":
-    """How to quantize, if at all. Raises InputError for bits that are not possible, before anything is fetched."""
-    if bits is None:
+def _settings(bits: int | None, recipe: str | None) -> "Settings | None":
+    """How to quantize, if at all. Raises InputError for what is not possible, before anything is fetched."""
+    if bits is None and recipe is None:
         return None
     from ltx2.quant.apply import Settings
 
-    settings = Settings(bits)
+    settings = Settings(bits, recipe=recipe)
     settings.check()
     return settings
+
+
+def _name(bundle: str, bits: int | None, recipe: str | None) -> str:
+    """Of a bundle's model folder: ltx-2-distilled, ltx-2-distilled-q4."""
+    return "-".join([bundle, *([Path(recipe).stem] if recipe else []), *([f"q{bits}"] if bits else [])])
 
 
 def _convert_to(

@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
-from ltx2.commands.shared import PATH, follow_model
+from ltx2.commands.shared import PATH, follow_fit, follow_model
 from ltx2.console import Output, common, refuse_given
 from ltx2.runtime.errors import Ltx2Error
 
+PACKS = ("bits", "mode", "recipe", "fit")  # options that each make a conversion quantize
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # known here because importing quant takes time
 
 
@@ -20,11 +21,12 @@ MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # known here because importing qu
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Convert this component only; repeatable.")
 @click.option("--bits", type=int, help="Quantize on the way, without a 16-bit copy on disk.")
 @click.option("--mode", type=click.Choice(MODES), help="Quantize with this kind of codes; affine with --bits alone.")
-@click.option("--group-size", type=int, help="Weights per scale, with --bits: 32, 64 (default) or 128.")
-@click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer, with --bits.")
-@click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote, with --bits: for better codes.")
+@click.option("--recipe", metavar="NAME|FILE", help="Quantize by this recipe, see quantize: q4, for example.")
+@click.option("--fit", type=int, metavar="GB", help="Quantize for a Mac of so much memory, see quantize.")
+@click.option("--group-size", type=int, help="Weights per scale, when quantizing: 32, 64 (default) or 128.")
+@click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote, when quantizing: for better codes.")
 @click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
-@click.option("--dry-run", is_flag=True, help="Read headers only; --json prints the plan.")
+@click.option("--dry-run", is_flag=True, help="Read headers (--fit: some weights); --json prints the plan.")
 @click.option("--force", is_flag=True, help="Replace a different model folder.")
 @common
 def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bool, **options: Any) -> None:
@@ -41,10 +43,10 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     from ltx2.render import plan_summary
 
     written = WriteOptions(options.pop("shard_size"), options.pop("force"))
-    packing = {name: options.pop(name) for name in ("bits", "mode", "group_size", "recipe", "stats")}
-    packed = packing["bits"] is not None or packing["mode"] is not None
+    packing = {name: options.pop(name) for name in (*PACKS, "group_size", "stats")}
+    packed = any(packing[name] is not None for name in PACKS)
     if not packed:
-        refuse_given(packing, "--bits")
+        refuse_given(packing, "--bits, --recipe or --fit")
     settings = Settings(**packing | {"mode": packing["mode"] or MODES[0]}) if packed else None
     plan = plan_conversion(sources, **options)
     if dry_run:
@@ -53,8 +55,10 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
         except Ltx2Error as error:  # the plan is what was asked for; converting would be refused
             if not output.quiet:
                 click.echo(f"warning: convert would refuse this plan: {error.what}: {error.why}", err=True)
-        plan = quantize_plan(plan, settings) if settings else plan
-        output.result(plan_json(plan), plan_summary(plan))
+        fit = follow_fit(output, plan, settings) if settings and settings.fit else None
+        plan = quantize_plan(plan, settings, fit) if settings else plan
+        fitted = {"fit": fit.to_dict()} if fit else {}
+        output.result(plan_json(plan) | fitted, "\n".join([plan_summary(plan), *(fit.reasons() if fit else [])]))
         return
     output.result(*follow_model(output, conversion(plan, target, settings, written)))
 
@@ -63,9 +67,10 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", "target", type=PATH, required=True, help="Model folder to write.")
 @click.option("--bits", type=int, help="2, 3, 4 (default), 5, 6 or 8; mxfp4, nvfp4: 4; mxfp8: 8.")
+@click.option("--recipe", metavar="NAME|FILE", help="Bits per layer; default: q4, or what --bits says.")
+@click.option("--fit", type=int, metavar="GB", help="Choose bits for a Mac of so much memory: 16, 24, 32, 48, 64.")
 @click.option("--mode", type=click.Choice(MODES), default="affine", show_default=True, help="Kind of codes.")
 @click.option("--group-size", type=int, help="Weights per scale: 32, 64 (default) or 128; mxfp4, mxfp8: 32; nvfp4: 16.")
-@click.option("--recipe", default="mixed", show_default=True, metavar="NAME|FILE", help="Bits per layer.")
 @click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote: for better codes of the same size.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
 @click.option("--report", type=PATH, help="Write bits, bytes and error of every layer (JSON).")
@@ -75,8 +80,15 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 def quantize(output: Output, model: Path, target: Path, report: Path | None, **options: Any) -> None:
     """Write a smaller copy of a model folder.
 
-    Sensitive layers get more bits than --bits (recipe "mixed"); "uniform" gives all layers the same. With --stats,
-    errors of weights count as much as the model's own inputs make them count, and biases make up for part of them.
+    A recipe says which layers get more bits than the rest. q8, q6, q4 and q3 are made for their bits; q4-small is q4
+    with a text encoder of 6 bits, or 4 where --stats says that it bears them; "mixed" raises the same layers above any
+    --bits, "uniform" none. --bits N alone is --recipe qN, or "mixed" where there is no qN; beside --recipe it takes
+    the place of the recipe's bits.
+
+    --fit chooses each layer's bits in the transformer, at least those of its recipe ("mixed"), such that it fits a Mac
+    of that memory with a clip of 121 frames of 768x512 and loses least. It measures what every layer would lose, on a
+    part of it, which takes minutes; what that means for the clip, if --stats has sensitivities. With --stats, errors
+    of weights count as much as the model's own inputs make them count, and biases make up for part of them.
     """
     from ltx2.convert.write import WriteOptions
     from ltx2.quant.apply import Settings

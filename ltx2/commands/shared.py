@@ -11,6 +11,9 @@ from ltx2.console import Output
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ltx2.convert.plan import Plan
+    from ltx2.quant.apply import Settings
+    from ltx2.quant.fitted import Fit
     from ltx2.runtime.events import Event
 
 PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a file is said by what reads it
@@ -25,11 +28,13 @@ def follow_model(
     from ltx2.runtime.paths import write_text
 
     quantized: dict[str, Any] = {}
+    fits: list[Fit] = []
 
     def watched() -> "Iterable[Event]":
         for event in events:
             if isinstance(event, Quantized):
                 quantized.update(event.report.to_dict())
+                fits.extend([event.report.fit] if event.report.fit else [])
             yield event
 
     done = output.follow(watched())
@@ -41,5 +46,27 @@ def follow_model(
     if quantized:
         total = quantized["totals"]["all"]
         text += f"\n{total['bits_per_weight']:.2f} bits per weight, {total['bytes_before'] / 1e9:.2f} GB before"
+    for fit in fits:
+        show_fit(output, fit)
+        text = "\n".join([text, *fit.reasons()])
     data = {"model": done.path, "bytes": done.bytes, "seconds": round(done.seconds, 3), "reused": done.reused}
     return data | ({"report": quantized} if quantized else {}), text
+
+
+def follow_fit(output: Output, plan: "Plan", settings: "Settings") -> "Fit":
+    """Choose bits for --fit."""
+    from ltx2.quant.apply import fitted
+    from ltx2.quant.fitted import Fitted
+
+    done = output.follow(fitted(plan, settings))
+    assert isinstance(done, Fitted), "fitting ends with its choice"
+    show_fit(output, done.fit)
+    return done.fit
+
+
+def show_fit(output: Output, fit: "Fit") -> None:
+    """What was chosen, for people."""
+    from ltx2.render import print_table
+
+    if not output.quiet and not output.as_json:
+        print_table(*fit.table())
