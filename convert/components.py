@@ -36,7 +36,7 @@ TEXT_PROJECTION = re.compile(r"text_embedding_projection\.(?:\w+_)?aggregate_emb
 @dataclass(frozen=True)
 class ComponentPlan:
     """One component to write: folder name, network class, config.json, files copied beside the weights, how layers are
-    quantized, and with which statistics."""
+    quantized, with which statistics and, if not by a search, by which method."""
 
     name: str
     cls: str
@@ -44,6 +44,7 @@ class ComponentPlan:
     companions: tuple[Path, ...] = ()
     quantization: Mapping[str, Any] | None = None
     statistics: FileRecord | None = None
+    method: str | None = None
 
 
 def component_plan(name: str, sources: Sequence[Source]) -> ComponentPlan:

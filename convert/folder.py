@@ -18,7 +18,8 @@ def folder_plan(folder: ModelFolder) -> Plan:
     for name, record in folder.manifest.components.items():
         extra = [folder.path / name / f.name for f in record.files if _is_companion(f.name)]
         config = {k: v for k, v in folder.config(name).items() if k not in STORAGE_KEYS}
-        components[name] = ComponentPlan(name, record.cls, config, tuple(extra), record.quantization, record.statistics)
+        packed = (record.quantization, record.statistics, record.method)
+        components[name] = ComponentPlan(name, record.cls, config, tuple(extra), *packed)
         entries += _moves(name, folder.tensor_files(name), record.quantization or {})
     manifest = folder.manifest
     return Plan(tuple(entries), components, manifest.release, manifest.variant, manifest.sources)

@@ -173,6 +173,7 @@ def _manifest(
             main_dtype(plan.moves(name)),
             component.quantization,
             component.statistics,
+            component.method,
         )
         for name, component in plan.components.items()
     }

@@ -18,6 +18,7 @@ import numpy as np
 from ltx2 import __version__
 from ltx2.convert.folder import folder_plan
 from ltx2.quant.inputs import Inputs
+from ltx2.quant.recording import CallRecorder
 from ltx2.quant.statistics import About, Layer, identity, write_statistics
 from ltx2.runtime.errors import InputError, NumericsError
 from ltx2.runtime.events import Event, PhaseStarted, PromptStarted
@@ -80,9 +81,11 @@ def _sums(rows: mx.array) -> tuple[mx.array, mx.array]:
 
 
 class Recorder:
-    """Watches networks and sums up what their linear layers are given; `observe` is a pipeline's."""
+    """Watches networks and sums up what their linear layers are given, and may keep some of the denoiser's `calls`;
+    `observe` is a pipeline's."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: CallRecorder | None = None) -> None:
+        self.calls = calls
         self._moments: dict[Layer, _Moments] = {}
         self._latest: tuple[mx.array, _Moments] | None = None
 
@@ -91,6 +94,8 @@ class Recorder:
         self._latest = None
         if component in WATCHED:
             watch(network, partial(self._see, component))
+        if self.calls is not None:
+            self.calls.observe(network)
 
     def _see(self, component: str, path: str, _: nn.Module, x: mx.array) -> None:
         if self._latest is None or self._latest[0] is not x:  # queries, keys and values are made of the same input
@@ -114,25 +119,28 @@ class Recorder:
 
 
 def calibrate(
-    model: Path, out: Path, prompts: Sequence[str] = (), options: Mapping[str, Any] | None = None
+    model: Path, out: Path, prompts: Sequence[str] = (), options: Mapping[str, Any] | None = None, gptq: bool = False
 ) -> Iterator[Event]:
     """Generate each of the prompts (none: those that come with ltx2) up to its latents, and write the statistics of all
-    linear layers' inputs. The last event is Calibrated; the file appears only then. `options` are those of generating;
-    the seed is the first prompt's, others count on from it.
+    linear layers' inputs; for `gptq`, also a part of the denoiser's calls. The last event is Calibrated; the file
+    appears only then. `options` are those of generating; the seed is the first prompt's, others count on from it.
 
     Raises what generating raises, and InputError when `out` cannot be written.
     """
     started = time.monotonic()
     check_output(out)
-    recorder, options = Recorder(), dict(options or {})
+    calls = CallRecorder() if gptq else None
+    recorder, options = Recorder(calls), dict(options or {})
     pipeline, prompts = Pipeline(model, recorder.observe), tuple(prompts) or built_in_prompts()
     seed = options.pop("seed", None) or 0
     for number, prompt in enumerate(prompts):
         yield PromptStarted(number + 1, len(prompts), prompt)
+        if calls is not None:
+            calls.next_prompt()
         yield from _until_decoding(pipeline.stream(prompt, seed=seed + number, no_audio=True, **options))
     about = _about(pipeline.folder, prompts, options | {"seed": seed})
     layers = recorder.layers()
-    write_statistics(out, layers, about)
+    write_statistics(out, layers, about, calls=calls.tensors() if calls is not None else None)
     yield Calibrated(str(out), len(layers), len(prompts), recorder.most, time.monotonic() - started)
 
 

@@ -8,19 +8,27 @@ from ltx2.quant.arithmetic import Arithmetic, Values
 from ltx2.runtime.rotation import hadamard
 from ltx2.runtime.tensorfile import Array
 
-# Added to the diagonal of correlations, in units of its mean: DAMPING divided by how many tokens there were for each
-# column. Of few tokens, correlations are mostly chance.
-DAMPING, LEAST_DAMPING = 0.2, 0.01
+# What is measured on few tokens is mostly chance, and tokens of one prompt are alike: the correlations between columns
+# are believed the less, the fewer there were. Chosen on other prompts' errors: on the demo model with 1 to 32 prompts,
+# on bench/layers.py with 1 to 6 tokens for each column; twice or half as much changes the error by some percent.
+PROMPTS, TOKENS = 4.0, 2.0
+LEAST = 1e-3  # of the diagonal's mean, added to the diagonal: some inputs never vary
 LEAF = 256  # columns of a triangular matrix that are inverted at once
 
 
 @dataclass(frozen=True)
 class Correlations:
-    """Of so many tokens' inputs x: E[x x^T] (width, width) and E[x] (width,), float32."""
+    """E[x x^T] (width, width) and E[x] (width,) of inputs x, float32, and of how many tokens and prompts they are."""
 
     products: Array
     mean: Array
     tokens: int
+    prompts: int
+
+    @property
+    def damping(self) -> float:
+        """How much is added to the diagonal, relative to itself."""
+        return max(PROMPTS / self.prompts, TOKENS * len(self.mean) / self.tokens)
 
     def rotated(self, size: int) -> "Correlations":
         """Of inputs that are rotated in blocks of this size."""
@@ -61,11 +69,11 @@ def make_feedback(given: Correlations, group_size: int, biased: bool, on: Arithm
     inputs have."""
     correlations = given.products - np.outer(given.mean, given.mean) if biased else given.products
     order = rounding_order(np.diagonal(correlations), group_size)
-    damped, width = correlations[np.ix_(order, order)], len(order)
-    unit = float(np.trace(damped)) / width or 1.0  # 0 where nothing varies
+    damped, variances = correlations[np.ix_(order, order)], np.diagonal(correlations)[order]
+    unit = float(variances.mean()) or 1.0  # 0 where nothing varies
     if not np.isfinite(unit):
         raise ValueError("what was measured of its inputs is not finite")
-    damped[np.diag_indices(width)] += unit * max(LEAST_DAMPING, DAMPING * width / given.tokens)
+    damped[np.diag_indices(len(order))] += given.damping * variances + LEAST * unit
     try:  # a lower L with L L^T = H, from last to first, is an upper R with R R^T = H, and U = R^-1
         upper = np.ascontiguousarray(inverted(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1])
     except np.linalg.LinAlgError as error:

@@ -8,24 +8,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ltx2.runtime.observe import Stream, watch_calls
 from ltx2.runtime.tensorfile import Array, TensorFile
-from ltx2.runtime.transformer.model import Prepared, StreamInput, Transformer
-from ltx2.runtime.transformer.rope import Positions
+from ltx2.runtime.transformer.model import StreamInput, Transformer
 
 EVERY = 3  # calls of a stage, of which one is kept; which one changes from prompt to prompt
 PARTS = ("tokens", "timesteps", "sigma", "positions")
 NAME = re.compile(rf"replay\.\d{{1,6}}\.(text|\d{{1,6}})\.(?:video|audio)(?:\.({'|'.join(PARTS)}))?")
 DTYPES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
 Tensors = dict[str, tuple[str, Array]]  # name -> safetensors dtype and values
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What one stream was given: tokens and noise levels, text (1, text tokens, width), positions (axes, tokens)."""
-
-    given: StreamInput
-    text: mx.array
-    positions: Positions
 
 
 @dataclass(frozen=True)
@@ -37,11 +28,11 @@ class Call:
 
 
 class CallRecorder:
-    """Keeps calls of the first `prompts` prompts' transformers."""
+    """Keeps a part of a pipeline's denoise steps."""
 
-    def __init__(self, prompts: int) -> None:
-        self.prompts = prompts
+    def __init__(self) -> None:
         self._kept: list[list[Call]] = []
+        self._seen = 0
 
     def next_prompt(self) -> None:
         """What is seen from now on belongs to another prompt."""
@@ -49,9 +40,14 @@ class CallRecorder:
 
     def observe(self, network: nn.Module) -> None:
         """Watch a network, which is one stage's, if it is a transformer."""
-        if isinstance(network, Transformer) and len(self._kept) <= self.prompts:
-            network.__class__ = _Recorded
-            network.recording = _Recording(self._kept[-1], len(self._kept) - 1)
+        if isinstance(network, Transformer):
+            self._seen = len(self._kept)  # another step's turn for every prompt
+            watch_calls(network, self._see)
+
+    def _see(self, video: Stream, audio: Stream) -> None:
+        if self._seen % EVERY == 0:
+            self._kept[-1].append(Call(video, audio))
+        self._seen += 1
 
     def tensors(self) -> Tensors:
         """The calls as they are written to a file."""
@@ -61,41 +57,8 @@ class CallRecorder:
                 for name, stream in vars(call).items():
                     tensors[f"replay.{prompt}.text.{name}"] = _tensor(stream.text)
                     values = vars(stream.given) | {"positions": mx.array(stream.positions)}
-                    tensors |= {f"replay.{prompt}.{number}.{name}.{p}": _tensor(values[p]) for p in PARTS}
+                    tensors |= {f"replay.{prompt}.{number}.{name}.{part}": _tensor(values[part]) for part in PARTS}
         return tensors
-
-
-class _Recording:
-    """One stage's calls."""
-
-    def __init__(self, kept: list[Call], prompt: int) -> None:
-        self._kept, self._wait = kept, prompt % EVERY
-        self.video: tuple[mx.array, Positions] | None = None
-        self.audio: tuple[mx.array, Positions] | None = None
-
-    def called(self, video: StreamInput, audio: StreamInput) -> None:
-        assert self.video is not None and self.audio is not None, "streams are prepared before they are denoised"
-        if self._wait % EVERY == 0:
-            self._kept.append(Call(Stream(video, *self.video), Stream(audio, *self.audio)))
-        self._wait += 1
-
-
-class _Recorded(Transformer):
-    recording: _Recording
-
-    def prepare_video(self, text: mx.array, positions: Positions) -> Prepared:
-        self.recording.video = text, positions
-        return super().prepare_video(text, positions)
-
-    def prepare_audio(self, text: mx.array, positions: Positions) -> Prepared:
-        self.recording.audio = text, positions
-        return super().prepare_audio(text, positions)
-
-    def __call__(
-        self, video: StreamInput, audio: StreamInput, video_prepared: Prepared, audio_prepared: Prepared
-    ) -> tuple[mx.array, mx.array]:
-        self.recording.called(video, audio)
-        return super().__call__(video, audio, video_prepared, audio_prepared)
 
 
 def read_calls(file: TensorFile) -> Iterator[Call]:

@@ -17,6 +17,8 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.tensorfile import FileRecord
 
+GPTQ = "gptq"
+ALONE = "verify without sources: every byte is checked by the hashes"
 Forms = Mapping[str, Mapping[str, Storage]]  # component -> path of a layer -> how it is stored
 Layer = tuple[str, str]  # component, path
 
@@ -45,6 +47,7 @@ def packed_plan(plan: Plan, forms: Forms, given: Given) -> Plan:
             component,
             quantization=quantization_config(replanned.moves(name)),
             statistics=_record(replanned, name) or component.statistics,
+            method=GPTQ if _replayed(replanned, name) else component.method,
         )
         for name, component in plan.components.items()
     }
@@ -93,12 +96,21 @@ def _record(plan: Plan, component: str) -> FileRecord | None:
     return next((k.statistics.record for k in known if k is not None), None)
 
 
+def _replayed(plan: Plan, component: str) -> bool:
+    """Whether some layer's codes are chosen by GPTQ."""
+    return any(p.known and p.known.replay for _, p in packings(plan.moves(component)).values())
+
+
 def repack(plan: Plan, model: ModelFolder, statistics: Statistics | None = None) -> Plan:
     """The plan with the layers packed that are packed in `model`, and as they are there.
 
-    Raises InputError unless `statistics` are those that they were packed with.
+    Raises InputError unless `statistics` are those that they were packed with, and for codes chosen by GPTQ.
     """
     common = [name for name in plan.components if model.has(name)]
+    for name in common:
+        if model.record(name).method == GPTQ:
+            why = "they depend on how a machine adds up, so that another one would find other codes"
+            raise InputError(f"the codes of the {name}, which GPTQ chose, cannot be compared", why, ALONE)
     forms = {name: _stored_forms(model, name) for name in common}
     needed = {name: record for name in common if (record := model.record(name).statistics)}
     _check_statistics(needed, statistics)

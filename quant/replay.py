@@ -20,9 +20,9 @@ from ltx2.convert.recode import decoded, kept_layers
 from ltx2.quant.correlations import Correlations, Feedback, make_feedback
 from ltx2.quant.on_cpu import OnCpu
 from ltx2.quant.on_gpu import OnGpu, is_gpu
-from ltx2.quant.recording import Call, Stream
+from ltx2.quant.recording import Call
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.observe import watch
+from ltx2.runtime.observe import Stream, watch
 from ltx2.runtime.transformer.block import StreamContext, TransformerBlock
 from ltx2.runtime.transformer.config import TransformerConfig
 from ltx2.runtime.transformer.model import Prepared, Transformer
@@ -88,7 +88,7 @@ class Replay:
             self._states, self._next = self._begun(), 0
         while self._next < block:
             self._run(self._block())
-        network, sums = self._block(), _Sums()
+        network, sums = self._block(), _Sums(len({id(call.video.text) for call in self._calls}))
         watch(network, sums.see)
         self._run(network)
         return sums
@@ -168,7 +168,8 @@ class _Streams:
 class _Sums:
     """Of a block's inputs: their products, by layer. `twin` is the first layer that has the same inputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompts: int) -> None:
+        self._prompts = prompts
         self.twin: dict[str, str] = {}
         self._products: dict[str, mx.array] = {}
         self._totals: dict[str, mx.array] = {}
@@ -196,4 +197,5 @@ class _Sums:
         """Of a layer's inputs."""
         path = self.twin[path]
         tokens = self._tokens[path]
-        return Correlations(np.array(self._products[path]) / tokens, np.array(self._totals[path]) / tokens, tokens)
+        products, mean = (np.array(sums[path]) / tokens for sums in (self._products, self._totals))
+        return Correlations(products, mean, tokens, self._prompts)

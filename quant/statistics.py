@@ -18,6 +18,8 @@ from ltx2.convert.pieces import values_of
 from ltx2.convert.plan import Move, Plan
 from ltx2.convert.steps import FLOATS, to_float32
 from ltx2.quant.inputs import Inputs
+from ltx2.quant.recording import NAME as CALL_NAME
+from ltx2.quant.recording import Call, read_calls
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.jsonfile import parse_object
 from ltx2.runtime.layout import COMPONENTS, file_record
@@ -104,6 +106,14 @@ class Statistics:
                 found[match[1], match[2]] = float(self._values(name))
         return found
 
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """The denoiser's calls that were recorded, if any. Raises InputError where a part of one is missing."""
+        try:
+            return tuple(read_calls(self.file))
+        except LookupError as error:
+            raise InputError(f"{self.file.path}: a recorded call is not whole", str(error), MAKE) from error
+
     def _values(self, name: str) -> Array:
         values = np.array(self.file.array(name))
         if not np.isfinite(values).all():
@@ -154,10 +164,15 @@ def identity(plan: Plan, component: str) -> str:
 
 
 def write_statistics(
-    path: Path, layers: Mapping[Layer, Inputs], about: About, sensitivities: Mapping[Layer, float] | None = None
+    path: Path,
+    layers: Mapping[Layer, Inputs],
+    about: About,
+    sensitivities: Mapping[Layer, float] | None = None,
+    calls: Mapping[str, tuple[str, Array]] | None = None,
 ) -> None:
-    """Write a file of statistics; it appears under its name only when complete. Same values, same bytes."""
-    tensors: dict[str, tuple[str, Array]] = {}
+    """Write a file of statistics, with the tensors of recorded `calls` if any; it appears under its name only when
+    complete. Same values, same bytes."""
+    tensors = dict(calls or {})
     for (component, layer), inputs in sorted(layers.items()):
         assert inputs.mean is not None, "both moments are known of every layer"
         tensors[f"{component}.{layer}.{MEAN_SQUARE}"] = "F32", inputs.mean_square.astype(np.float32)
@@ -179,6 +194,8 @@ def _check_tensors(tensors: Mapping[str, TensorInfo]) -> None:
     """Raises ValueError for tensors that are no statistics."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors.items():
+        if CALL_NAME.fullmatch(name) and tensor.dtype in FLOATS.values():
+            continue
         match = NAME.fullmatch(name)
         axes = 0 if match and match[3] == SENSITIVITY else 1
         if match is None or tensor.dtype != "F32" or len(tensor.shape) != axes:

@@ -1,14 +1,17 @@
 """Linear layers of a network that are called through a function of ours: to see their inputs, or to change their
-outputs. A layer stays the module that it is, with its parameters under their names."""
+outputs; and a denoiser whose calls are seen. A module stays what it is, with its parameters under their names."""
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.quantized import QuantizedLinear
+from ltx2.runtime.transformer.model import Prepared, StreamInput, Transformer
+from ltx2.runtime.transformer.rope import Positions
 
 # path in the network (the layer's name in the model folder), the layer as it was, its input -> its output
 Call = Callable[[str, nn.Module, mx.array], mx.array]
@@ -57,3 +60,43 @@ def _called(layer: nn.Module, kind: type[nn.Module], x: mx.array) -> mx.array:
     plain.__class__ = kind
     call: Call = layer._call
     return call(layer._path, plain, x)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What one stream of a denoiser was given: tokens and noise levels, text (1, text tokens, width), positions (axes,
+    tokens)."""
+
+    given: StreamInput
+    text: mx.array
+    positions: Positions
+
+
+Called = Callable[[Stream, Stream], None]  # with the video's and the audio's
+
+
+def watch_calls(transformer: Transformer, called: Called) -> None:
+    """From now on `called` is told what the transformer is given before each of its calls. Several may be told."""
+    if not isinstance(transformer, _WatchedTransformer):
+        transformer.__class__ = _WatchedTransformer
+        transformer._called = []
+    transformer._called.append(called)
+
+
+class _WatchedTransformer(Transformer):
+    _called: list[Called]
+
+    def prepare_video(self, text: mx.array, positions: Positions) -> Prepared:
+        self._video = text, positions
+        return super().prepare_video(text, positions)
+
+    def prepare_audio(self, text: mx.array, positions: Positions) -> Prepared:
+        self._audio = text, positions
+        return super().prepare_audio(text, positions)
+
+    def __call__(
+        self, video: StreamInput, audio: StreamInput, video_prepared: Prepared, audio_prepared: Prepared
+    ) -> tuple[mx.array, mx.array]:
+        for called in self._called:
+            called(Stream(video, *self._video), Stream(audio, *self._audio))
+        return super().__call__(video, audio, video_prepared, audio_prepared)
