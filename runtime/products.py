@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -69,41 +69,59 @@ def packed(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
 def dequantized(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
     """x (..., inputs) @ W^T + bias, with W unpacked by MLX's kernel to x's dtype."""
     weight, scales, biases, form, _ = codes
-    unpacked = mx.dequantize(weight, scales, biases, form.group_size, form.bits, form.mode, dtype=x.dtype)
-    return _linear(x, unpacked, bias)
+    parts = (weight, scales) if biases is None else (weight, scales, biases)
+    return _dequantized_linear(x, parts, () if bias is None else (bias,), form.group_size, form.bits, form.mode)
 
 
 def widened(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
     """x (..., inputs) @ W^T + bias, with W unpacked by one fused elementwise kernel, where the form allows it."""
     weight, scales, biases, form, plain = codes
+    biased = () if bias is None else (bias,)
     if plain and form.bits == 8:
-        return _linear(x, mx.from_fp8(weight.view(mx.uint8), dtype=x.dtype), bias)
+        return _fp8_linear(x, weight, *biased)
     if biases is None or form.bits not in (4, 8):
         return dequantized(x, codes, bias)
-    # Codes as (outputs, groups, words of a group, codes of a word): 8 halves of a byte, or the 4 bytes.
-    if form.bits == 4:
-        words, shifts = weight.reshape(*scales.shape, -1, 1), mx.arange(0, 32, 4, dtype=mx.uint32)
-    else:
-        words, shifts = weight.view(mx.uint8).reshape(*scales.shape, -1, 4), mx.zeros(1, mx.uint8)
-    values = _unpacker(x.dtype)(words, shifts, scales[..., None, None], biases[..., None, None])
-    return _linear(x, values.reshape(weight.shape[0], -1), bias)
+    return (_nibble_linear if form.bits == 4 else _byte_linear)(x, weight, scales, biases, *biased)
 
 
-def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+# Whole layers are compiled: called 1300 times a step, each operation from Python would cost more than it takes.
+
+
+@mx.compile
+def _dequantized_linear(
+    x: mx.array, parts: tuple[mx.array, ...], bias: tuple[mx.array, ...], group_size: int, bits: int, mode: str
+) -> mx.array:
+    weight, scales, *biases = parts
+    first = biases[0] if biases else None
+    values = mx.dequantize(weight, scales, first, group_size=group_size, bits=bits, mode=mode, dtype=x.dtype)
+    return _linear(x, values, *bias)
+
+
+@mx.compile
+def _fp8_linear(x: mx.array, codes: mx.array, *bias: mx.array) -> mx.array:
+    return _linear(x, mx.from_fp8(codes.view(mx.uint8), dtype=x.dtype), *bias)
+
+
+@mx.compile
+def _byte_linear(x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, *bias: mx.array) -> mx.array:
+    values = codes.view(mx.uint8).reshape(*scales.shape, -1)
+    return _linear(x, _unpacked(values, scales[..., None], biases[..., None], x.dtype), *bias)
+
+
+@mx.compile
+def _nibble_linear(x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, *bias: mx.array) -> mx.array:
+    words = codes.reshape(*scales.shape, -1, 1) >> mx.arange(0, 32, 4, dtype=mx.uint32)
+    return _linear(x, _unpacked(words & 15, scales[..., None, None], biases[..., None, None], x.dtype), *bias)
+
+
+def _unpacked(codes: mx.array, scales: mx.array, biases: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Codes (outputs, ...) to values (outputs, inputs), computed in float32 and rounded once."""
+    values = codes.astype(mx.float32) * scales.astype(mx.float32) + biases.astype(mx.float32)
+    return values.astype(dtype).reshape(codes.shape[0], -1)
+
+
+def _linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-
-
-@cache
-def _unpacker(dtype: mx.Dtype) -> Callable[..., mx.array]:
-    """Codes to values of a dtype, computed in float32 and rounded once."""
-
-    @mx.compile
-    def values(words: mx.array, shifts: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        codes = words >> shifts
-        codes = codes & 15 if words.dtype == mx.uint32 else codes
-        return (codes.astype(mx.float32) * scales.astype(mx.float32) + biases.astype(mx.float32)).astype(dtype)
-
-    return cast(Callable[..., mx.array], values)
 
 
 PRODUCTS: Mapping[str, Product] = {"packed": packed, "dequantized": dequantized, "widened": widened}
@@ -116,6 +134,7 @@ class Choice:
 
     by_rows: tuple[tuple[int, str], ...] = ((1, "packed"),)
 
+    @cache  # noqa: B019 (there are few choices, and few numbers of rows)
     def product(self, rows: int) -> Product:
         """The function for so many rows."""
         _, name = min(self.by_rows, key=lambda entry: abs(math.log(entry[0] / max(rows, 1))))

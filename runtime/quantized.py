@@ -38,7 +38,7 @@ class QuantizedLinear(nn.Module):
         elif shared_scales is None:
             self.scales = mx.zeros(groups, mx.uint8)
         self._shared_scales = shared_scales
-        self.choice = Choice()
+        self.form, self.choice = form, Choice()
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., inputs) -> (..., outputs), in x's dtype."""
@@ -51,11 +51,6 @@ class QuantizedLinear(nn.Module):
         y = self._product(x.astype(mx.float32) if x.dtype == mx.float16 else x)
         y = _scaled(y, self.weight_scale) if bias is None else _scaled_biased(y, self.weight_scale, bias)
         return y.astype(x.dtype)
-
-    @property
-    def form(self) -> Form:
-        """How the weight is packed."""
-        return Form(self.group_size, self.bits, self.mode)
 
     def _product(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         scales = self.scales if self._shared_scales is None else self._shared_scales
