@@ -73,7 +73,7 @@ def short_text_and_few_steps() -> Iterator[None]:
 def quantized(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("quantized")
     for bits in (8, 4):
-        ltx2.quantize(demo_f32, folder / f"q{bits}", bits=bits)
+        ltx2.quantize(demo_f32, folder / f"q{bits}", bits=bits, recipe="uniform")
     return {bits: folder / f"q{bits}" for bits in (8, 4)}
 
 
@@ -212,19 +212,17 @@ class TestComparison:
         assert few["reference"]["bits_per_weight"] == 32
         for name in ("video", "audio"):
             assert 0 < many["contexts"][name] < few["contexts"][name] < 0.3
-            for what in ("velocity", "latents"):
-                assert 0 < many["summary"][what][name] < few["summary"][what][name] < 0.3
+            for what, most in (("velocity", 0.3), ("latents", 2)):
+                assert 0 < many["summary"][what][name] < few["summary"][what][name] < most
             for ours, theirs in zip(many["steps"], few["steps"], strict=True):
                 assert theirs[name]["cosine"] < ours[name]["cosine"] < 1
         assert few["summary"]["psnr_db"] < many["summary"]["psnr_db"] < 100
 
     def test_layers_say_how_they_are_stored(self, receipts: dict[int, dict[str, Any]]) -> None:
-        errors: dict[int, list[float]] = {}
-        for row in receipts[4]["layers"]:
-            assert (row["mode"], row["group_size"]) == ("affine", 64)
-            errors.setdefault(row["bits"], []).append(row["relative_error"])
-        assert sorted(errors) == [4, 6, 8]
-        assert np.median(errors[8]) < 0.01 < np.median(errors[6]) * 2 < 0.05 < np.median(errors[4]) < 0.12
+        for bits, most in ((8, 0.01), (4, 0.2)):
+            rows = receipts[bits]["layers"]
+            assert {(row["mode"], row["bits"], row["group_size"]) for row in rows} == {("affine", bits, 64)}
+            assert all(most / 20 < row["relative_error"] < most for row in rows)
 
     def test_a_damaged_layer_is_the_worst(
         self, quantized: dict[int, Path], recording: Recording, demo_f32: Path, tmp_path: Path
