@@ -4,6 +4,7 @@ of both clips one above the other."""
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ Strips = Sequence[tuple[Array, Array]]
 GAP, WHITE = 4, 255  # pixels between frames
 AMPLIFIED = 8  # what differs between two frames
 MANY_STEPS = 14  # whose noise levels cannot all be written
+PROMPT_LENGTH = 120  # characters that are shown of one
 MOST_STRIPS = 4  # prompts whose clips are shown
 
 
@@ -151,7 +153,7 @@ def _draw_strips(figure: "SubFigure", strips: Strips, clips: Sequence[Row]) -> N
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
         ratio = "the same frames" if clip["psnr_db"] is None else f"PSNR {clip['psnr_db']:.1f} dB"
-        axis.set_title(f"{clip['prompt']} ({ratio})", fontweight="normal")
+        axis.set_title(f"{shorten(clip['prompt'], PROMPT_LENGTH)} ({ratio})", fontweight="normal")
 
 
 def _side_by_side(frames: Array) -> Array:
