@@ -21,6 +21,7 @@ from ltx2.convert.folder import folder_plan
 from ltx2.convert.steps import Form
 from ltx2.quant.apply import Settings, quantize_plan
 from ltx2.quant.kinds import AFFINE
+from ltx2.runtime.blockfile import Names, Weights, open_blocks
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.layout import ComponentRecord, Manifest, ModelFolder
 from ltx2.runtime.load import build_network, encode_prompt, load_weights, parameter_shapes
@@ -58,6 +59,35 @@ class RandomFolder(ModelFolder):
 @load_weights.register
 def _(folder: RandomFolder, component: str) -> dict[str, mx.array]:
     return folder.arrays(component)
+
+
+@dataclass(frozen=True)
+class _RandomBlock:
+    """A block that is made anew every time it is read."""
+
+    folder: RandomFolder
+    component: str
+    names: Names
+
+    @property
+    def size(self) -> int:
+        forms = self.folder.tensors[self.component]
+        return sum(forms[stored].itemsize * prod(forms[stored].shape) for stored in self.names.values())
+
+    def read(self) -> Weights:
+        values = RandomValues(self.folder.record(self.component).quantization or {})
+        forms = self.folder.tensors[self.component]
+        made = [(name, values.tensor(stored, forms[stored])) for name, stored in self.names.items()]
+        mx.eval([value for _, value in made])
+        return made
+
+    def views(self, made: Weights, /) -> Weights:
+        return made
+
+
+@open_blocks.register
+def _(folder: RandomFolder, component: str, names: Mapping[int, Names]) -> Mapping[int, _RandomBlock]:
+    return {index: _RandomBlock(folder, component, found) for index, found in names.items()}
 
 
 @encode_prompt.register

@@ -262,7 +262,7 @@ class Model:
     @cached_property
     def _unpacked(self) -> int:
         """Values of the transformer's largest packed weight, where layers unpack theirs to multiply."""
-        if self.job.request.matmul == PACKED or uses_cpu():
+        if self.job.request.matmul == PACKED:
             return 0
         quantization = self.config("transformer").get("quantization", {})
         counts = [0]

@@ -8,7 +8,7 @@ import fcntl
 import os
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.paths import check_regular
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+BUFFERS = 1024  # that one call of the system fills
 
 
 class RangeReader:
-    """One file's bytes by range. Raises CheckpointError when it cannot be opened; closes when no longer used."""
+    """One file's bytes by range. Raises CheckpointError when it cannot be opened; closes when no longer used.
 
-    def __init__(self, path: Path) -> None:
+    `cached` is for what is read again and again: the system may keep it in memory that nobody needs.
+    """
+
+    def __init__(self, path: Path, *, cached: bool = False) -> None:
         self.path = path
         try:
             check_regular(path)
@@ -31,22 +35,29 @@ class RangeReader:
         except OSError as error:
             raise _unreadable(path, error) from error
         weakref.finalize(self, os.close, self._descriptor)
-        _pass_the_cache(self._descriptor)
+        if not cached:
+            _pass_the_cache(self._descriptor)
 
     def read(self, start: int, end: int) -> Bytes:
         """Bytes [start, end). Raises CheckpointError when they cannot be read or are not there any more."""
         block = np.empty(end - start, np.uint8)
-        rest = block.data
+        self.fill(start, [block.data])
+        _forget(self._descriptor, start, end)
+        return block
+
+    def fill(self, start: int, buffers: Sequence[memoryview]) -> None:
+        """Read into buffers of bytes, one after the other, what stands in the file from `start` on. Raises as `read`,
+        which keeps nothing in the system's cache."""
+        rest = [buffer for buffer in buffers if buffer]
         while rest:
             try:
-                count = os.preadv(self._descriptor, [rest], end - len(rest))
+                count = os.preadv(self._descriptor, rest[:BUFFERS], start)
             except OSError as error:
                 raise _unreadable(self.path, error) from error
             if not count:
                 raise changed(self.path, "it became shorter")
-            rest = rest[count:]
-        _forget(self._descriptor, start, end)
-        return block
+            start += count
+            rest = _after(rest, count)
 
 
 class RangeWriter:
@@ -115,6 +126,15 @@ def sync_folder(folder: Path) -> None:
 def changed(path: Path, how: str) -> CheckpointError:
     """The error for a source that another program writes to."""
     return CheckpointError(f"{path} changed while it was read", how, "let no other program write it, and run again")
+
+
+def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of buffers when `count` bytes are filled."""
+    for done, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[done + 1 :]]
+        count -= len(buffer)
+    return []
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -1,10 +1,9 @@
 """A transformer that is larger than memory: some of its blocks are read from disk in every step, each while the blocks
 before it compute.
 
-MLX reads them, on a thread and a stream of their own: a Mac's processor writes what it reads into memory that the GPU
-shares, CUDA copies it beside the work that runs. A block is used when all of it is there, so that no GPU command waits
-for a disk (macOS ends those that do), and its arrays are dropped when the device is done with them: two blocks are in
-memory, the one in use and the one that is read."""
+Reading has a thread of its own. A block is used when all of it is there, so that no GPU command waits for a disk (macOS
+ends those that do), and dropped when the device is done with it: two are in memory, the one in use and the one that is
+read."""
 
 import re
 import time
@@ -12,21 +11,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.blockfile import Source, Weights, open_blocks
 from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.load import load_weights, read_arrays
+from ltx2.runtime.load import read_arrays
 from ltx2.runtime.transformer.model import Transformer
 
-OF_FILES = ("[read]", "[load")  # how MLX's messages about them begin
 IN_MEMORY = 2  # of the blocks that are read in every step
 BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
-Weights = list[tuple[str, mx.array]]
 
 
 def block_of(name: str) -> int | None:
@@ -72,7 +69,7 @@ def streamed(folder: ModelFolder, transformer: Transformer, blocks: Sequence[int
     if not blocks:
         yield None
         return
-    stream = BlockStream(folder, transformer, blocks)
+    stream = BlockStream(transformer, open_blocks(folder, "transformer", _names(transformer, blocks)))
     transformer.supply = stream
     try:
         yield stream
@@ -81,22 +78,33 @@ def streamed(folder: ModelFolder, transformer: Transformer, blocks: Sequence[int
         stream.close()
 
 
+def _names(transformer: Transformer, blocks: Sequence[int]) -> dict[int, dict[str, str]]:
+    """The parameters of these blocks: name in the block -> name in the transformer."""
+    names: dict[int, dict[str, str]] = {index: {} for index in blocks}
+    for name, _ in _parameters(transformer):
+        found = BLOCK.fullmatch(name)
+        if found and int(found[1]) in names:
+            names[int(found[1])][found[2]] = name
+    return names
+
+
 class BlockStream:
     """Has a transformer's blocks in memory when they are used. `read_bytes` were read so far; the transformer has
     waited `waited` seconds for them since it got the first one."""
 
-    def __init__(self, folder: ModelFolder, transformer: Transformer, blocks: Sequence[int]) -> None:
+    def __init__(self, transformer: Transformer, files: Mapping[int, Source]) -> None:
         self.read_bytes = 0
         self.waited = 0.0
         self._started: float | None = None
         self._blocks = transformer.transformer_blocks
+        self._files = files
         # Arrays that nobody evaluates take no memory: they stand in for a block's weights while it is not in use.
-        self._absent = {index: _parameters(self._blocks[index]) for index in blocks}
-        self._file = _BlockReader(folder, {index: [name for name, _ in self._absent[index]] for index in blocks})
-        self._following = dict(zip(blocks, [*blocks[1:], blocks[0]], strict=True))
+        self._absent = {index: _parameters(self._blocks[index]) for index in files}
+        order = list(files)
+        self._following = dict(zip(order, [*order[1:], order[0]], strict=True))
         self._used: tuple[int, Sequence[mx.array]] | None = None  # the last block that was queued, and its results
-        self._reading: Future[Weights] | None = None
-        self._read(blocks[0])
+        self._reading: Future[Any] | None = None
+        self._read(order[0])
 
     def ready(self, index: int) -> None:
         """The block's weights are in memory when this returns. Raises CheckpointError when they cannot be read."""
@@ -106,14 +114,14 @@ class BlockStream:
             self._read(index)
         assert self._reading is not None, "the next block is read while one is in use"
         asked = time.perf_counter()
-        weights = self._reading.result()
+        memory = self._reading.result()
         if self._started is None:
             self._started = time.perf_counter()
         else:
             self.waited += time.perf_counter() - asked
-        self.read_bytes += sum(value.nbytes for _, value in weights)
+        self.read_bytes += self._files[index].size
         self._reading = None
-        self._blocks[index].load_weights(weights, strict=True)
+        self._blocks[index].load_weights(self._files[index].views(memory), strict=True)
 
     def queued(self, index: int, results: Sequence[mx.array]) -> None:
         """The block's work is handed to the device: the one before is dropped when the device is done with it."""
@@ -139,45 +147,10 @@ class BlockStream:
             self._drop(index)
 
     def _read(self, index: int) -> None:
-        self._next, self._reading = index, _reader().submit(self._file.read, index)
+        self._next, self._reading = index, _reader().submit(self._files[index].read)
 
     def _drop(self, index: int) -> None:
         self._blocks[index].load_weights(self._absent[index], strict=True)
-
-
-class _BlockReader:
-    """Some blocks' weights by names inside the block, in the reading thread."""
-
-    def __init__(self, folder: ModelFolder, names: Mapping[int, Sequence[str]]) -> None:
-        self._folder = folder
-        self._names = names
-        self._opened: dict[int, dict[str, mx.array]] = {}
-
-    def read(self, index: int) -> Weights:
-        """Raises CheckpointError."""
-        try:
-            if index not in self._opened:  # an array keeps what it has read: every step takes new ones
-                self._opened = self._open()
-            found = self._opened.pop(index)
-            weights = [(name, found[name]) for name in self._names[index]]
-            mx.eval([value for _, value in weights])
-        except (OSError, ValueError, LookupError) as error:
-            raise self._unreadable(error) from error
-        except RuntimeError as error:  # all that MLX raises
-            raise self._unreadable(error) if str(error).startswith(OF_FILES) else error from error
-        return weights
-
-    def _unreadable(self, error: Exception) -> CheckpointError:
-        what = f"the transformer of {self._folder.path} cannot be read any more"
-        return CheckpointError(what, str(error), "check the disk, and let no other program change the model folder")
-
-    def _open(self) -> dict[int, dict[str, mx.array]]:
-        opened: dict[int, dict[str, mx.array]] = {index: {} for index in self._names}
-        for name, value in load_weights(self._folder, "transformer").items():
-            found = BLOCK.fullmatch(name)
-            if found and int(found[1]) in opened:
-                opened[int(found[1])][found[2]] = value
-        return opened
 
 
 @cache

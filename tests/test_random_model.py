@@ -22,10 +22,12 @@ from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Warned
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import encode_prompt, load_network
+from ltx2.runtime.streaming import streamed
 from ltx2.runtime.transformer.model import Transformer
 from tests import published
 from tests.command import SIZE, Here
 from tests.official import plan_of
+from tests.test_streaming import same, steps
 
 SMALL = {"width": 64, "height": 64, "frames": 1}
 NAME = "ltx-2-19b-distilled"
@@ -159,6 +161,15 @@ class TestRuns:
         fullsize.show_table(*tables(receipt)[0])
         shown = capsys.readouterr().out
         assert shown.count("video_vae") == 2 and f"run 1 of 1: {NAME}-q4" in shown and "total" in shown
+
+    def test_blocks_that_are_not_kept_are_made_again(self) -> None:
+        """The same ones, in every step."""
+        folder, shown = random_folder(NAME, Settings(bits=4, group_size=32)), []
+        for blocks in ((), (0, 2, 5)):
+            network = load_network(folder, "transformer", Transformer)
+            with streamed(folder, network, blocks):
+                shown.append(steps(network))
+        assert same(*shown)
 
     def test_what_would_be_read_in_every_step_is_told(self) -> None:
         suite = load_suite("quick").changed("denoise", SMALL | {"low_memory": True}, {})
