@@ -172,6 +172,7 @@ def _evaluated(x: mx.array, module: nn.Module, release: bool) -> mx.array:
     evaluate(x)
     if release:
         module.clear()  # a Module is the dict of its parameters and children
+        mx.synchronize()  # a device lets go of arrays a little later: the next layer would be read beside this one
     return x
 
 
