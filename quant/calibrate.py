@@ -19,6 +19,7 @@ from ltx2 import __version__
 from ltx2.convert.folder import folder_plan
 from ltx2.quant.inputs import Inputs
 from ltx2.quant.recording import CallRecorder
+from ltx2.quant.sensitivity import Steps, measure
 from ltx2.quant.statistics import About, Layer, identity, write_statistics
 from ltx2.runtime.errors import InputError, NumericsError
 from ltx2.runtime.events import Event, PhaseStarted, PromptStarted
@@ -119,29 +120,44 @@ class Recorder:
 
 
 def calibrate(
-    model: Path, out: Path, prompts: Sequence[str] = (), options: Mapping[str, Any] | None = None, gptq: bool = False
+    model: Path,
+    out: Path,
+    prompts: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    gptq: bool = False,
+    sensitivity: bool = False,
 ) -> Iterator[Event]:
     """Generate each of the prompts (none: those that come with ltx2) up to its latents, and write the statistics of all
-    linear layers' inputs; for `gptq`, also a part of the denoiser's calls. The last event is Calibrated; the file
-    appears only then. `options` are those of generating; the seed is the first prompt's, others count on from it.
+    linear layers' inputs; for `gptq`, also a part of the denoiser's calls; with `sensitivity`, also what errors of the
+    transformer's layers change in the velocity. The last event is Calibrated; the file appears only then. `options` are
+    those of generating; the seed is the first prompt's, others count on from it.
 
     Raises what generating raises, and InputError when `out` cannot be written.
     """
     started = time.monotonic()
     check_output(out)
-    calls = CallRecorder() if gptq else None
+    calls, steps = CallRecorder() if gptq else None, Steps() if sensitivity else None
     recorder, options = Recorder(calls), dict(options or {})
-    pipeline, prompts = Pipeline(model, recorder.observe), tuple(prompts) or built_in_prompts()
+    pipeline, prompts = Pipeline(model, partial(_observe, recorder, steps)), tuple(prompts) or built_in_prompts()
     seed = options.pop("seed", None) or 0
     for number, prompt in enumerate(prompts):
         yield PromptStarted(number + 1, len(prompts), prompt)
         if calls is not None:
             calls.next_prompt()
+        if steps is not None:
+            steps.next_prompt()
         yield from _until_decoding(pipeline.stream(prompt, seed=seed + number, no_audio=True, **options))
+    found = (yield from measure(pipeline.folder, steps)) if steps is not None else None
     about = _about(pipeline.folder, prompts, options | {"seed": seed})
     layers = recorder.layers()
-    write_statistics(out, layers, about, calls=calls.tensors() if calls is not None else None)
+    write_statistics(out, layers, about, found, calls.tensors() if calls is not None else None)
     yield Calibrated(str(out), len(layers), len(prompts), recorder.most, time.monotonic() - started)
+
+
+def _observe(recorder: Recorder, steps: Steps | None, component: str, network: nn.Module) -> None:
+    recorder.observe(component, network)
+    if steps is not None:
+        steps.observe(component, network)
 
 
 def _until_decoding(events: Generator[Event, None, None]) -> Iterator[Event]:
