@@ -288,7 +288,7 @@ class Run:
         with streamed(self.job.folder, transformer, self.plan.phase(phase.name).streamed) as stream:
             latents = yield from self._steps(phase, stage, state, transformer)
         if stream is not None and stream.share > SLOW:
-            slow = f"{phase.name} has waited for the disk {100 * stream.share:.0f} % of its time"
+            slow = f"{phase.name} has waited {100 * stream.share:.0f} % of its time for blocks to be read"
             yield Warned(f"{slow}: fewer bits, or more memory, leave less to read")
         return latents
 
