@@ -27,25 +27,32 @@ SIZE = {"width": 192, "height": 128, "frames": 25}  # what the model was trained
 REFERENCE = "bf16"
 MOST_PROMPTS = 256  # that models may be compared on
 CALIBRATION_PROMPTS, CALIBRATION_SEED = 16, 1
+FIRST_SEED = 1000  # of the noise that models are calibrated with; those that are compared begin with 0
 PARTS = ("weight", "scales", "biases")  # of a packed layer
 
 
 @dataclass(frozen=True)
 class DemoModel:
-    """One form of the demo model: quantized with the given arguments, or filled with stock codes like another one."""
+    """One form of the demo model: quantized with the given arguments, or filled with stock codes like another one.
+    `shown`: some of its frames are in the picture."""
 
     name: str
     series: str
     quantize: tuple[str, ...] = ()
     stock: str | None = None
+    shown: bool = False
 
 
 def demo_models(names: Collection[str] = ()) -> list[DemoModel]:
     """All that are compared, or those of the given names and what they are made from."""
-    data = json.loads((resources.files(__package__) / "demo_models.json").read_text())
-    models = [DemoModel(**{**row, "quantize": tuple(row.get("quantize", ()))}) for row in data["models"]]
+    models = [DemoModel(**{**row, "quantize": tuple(row.get("quantize", ()))}) for row in _data()["models"]]
     wanted = {*names, *(model.stock for model in models if model.name in names)}
     return [model for model in models if model.name in wanted or not names]
+
+
+def _data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((resources.files(__package__) / "demo_models.json").read_text())
+    return data
 
 
 def make_models(folder: Path, models: Sequence[DemoModel]) -> dict[str, Path]:
@@ -56,26 +63,27 @@ def make_models(folder: Path, models: Sequence[DemoModel]) -> dict[str, Path]:
     with resources.as_file(resources.files("ltx2") / "demo" / "model") as sources:
         found = sorted(path for path in sources.iterdir() if path.is_dir() or path.suffix == ".safetensors")
         _ltx2("convert", *found, "-o", paths[REFERENCE], "--variant", "distilled", "--force")
-    stats = folder / "stats.safetensors"
+    arguments: list[str] = _data()["calibrate"]
+    stats = folder / f"stats{''.join(arguments)}.safetensors"
     if any("{stats}" in part for model in models for part in model.quantize) and not stats.exists():
-        _calibrate(paths[REFERENCE], stats)
+        _calibrate(paths[REFERENCE], stats, arguments)
     for model in models:
         if model.stock is None:
-            arguments = [part.format(stats=stats) for part in model.quantize]
-            _ltx2("quantize", paths[REFERENCE], "-o", paths[model.name], "--force", *arguments)
+            how = [part.format(stats=stats) for part in model.quantize]
+            _ltx2("quantize", paths[REFERENCE], "-o", paths[model.name], "--force", *how)
         else:
             fill_with_stock(paths[model.stock], paths[REFERENCE], paths[model.name])
     return paths
 
 
-def _calibrate(model: Path, stats: Path) -> None:
+def _calibrate(model: Path, stats: Path, arguments: Sequence[str]) -> None:
     """On other prompts than those that models are compared on."""
     compared = {prompt.text for prompt in random_prompts(MOST_PROMPTS)}
     others = [prompt.text for prompt in random_prompts(MOST_PROMPTS, CALIBRATION_SEED) if prompt.text not in compared]
     prompts = stats.with_name("calibration.txt")
     prompts.write_text("\n".join(others[:CALIBRATION_PROMPTS]) + "\n")
     size = [word for name, value in SIZE.items() for word in (f"--{name}", value)]
-    _ltx2("calibrate", model, "-o", stats, "--prompts", prompts, "--seed", CALIBRATION_SEED * 1000, *size)
+    _ltx2("calibrate", model, "-o", stats, "--prompts", prompts, "--seed", FIRST_SEED, *size, *arguments)
 
 
 def _ltx2(*arguments: object) -> None:

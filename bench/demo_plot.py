@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ltx2.bench.metrics import Array
-from ltx2.bench.plot import COLOURS, INK, drawing
+from ltx2.bench.plot import COLOURS, INK, drawing, log_scale
 
 if TYPE_CHECKING:
     from ltx2.bench.plot import Axes, SubFigure
@@ -19,7 +19,7 @@ GAP, WHITE = 3, 255  # pixels between frames
 
 PANELS: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
     ("velocity of the video, on the reference's tokens", "relative error, %", lambda m: 100 * m["velocity"]["video"]),
-    ("output of the quantized layers", "relative error, %", lambda m: 100 * m["layers"]),
+    ("output of the transformer's quantized layers", "relative error, %", lambda m: 100 * m["layers"]),
     ("frames beside the reference's", "PSNR, dB", lambda m: m["psnr_db"]),
     ("prompts followed (dotted: by the reference)", "prompts", lambda m: m["followed"]),
 )
@@ -40,8 +40,7 @@ def plot_demo(path: Path, receipt: Row, strips: Mapping[str, Sequence[Array]]) -
             _draw_series(panel, models, value)
             panel.set(title=title, ylabel=unit, xlabel="bits per weight of the transformer's quantized layers")
             if "%" in unit:
-                panel.set_yscale("log")
-                panel.yaxis.set_major_formatter("{x:g}")
+                log_scale(panel)
         panels[-1].axhline(reference["followed"], color=INK, linewidth=0.8, linestyle=":")
         panels[0].legend()
         _draw_clips(below, strips)

@@ -44,6 +44,7 @@ ATTRIBUTES = ("colour", "shape", "motion", "tone", "background")
 FOLLOWED = ATTRIBUTES[:4]  # a prompt is followed whose clip shows all of these
 MEASURES = ("psnr_db", "log_spectral_distance_db", "layers")  # of a clip; of both streams:
 PAIRS = ("contexts", "velocity", "cosine", "latents")
+TRANSFORMER = "transformer"
 STRIPS = 3  # prompts whose clips are shown
 Row = dict[str, Any]
 Value = TypeVar("Value")
@@ -106,7 +107,9 @@ def _shown(clip: Clip, prompt: Prompt) -> Row:
 
 
 def _distances(recording: Recording, comparison: Comparison, layers: Mapping[str, Collection[str]]) -> Row:
-    errors = [d.relative for (part, layer), d in comparison.layers.items() if layer in layers[part]]
+    """`layers`: the root mean square of the relative errors of the transformer's packed layers."""
+    known = ((layer, d.relative) for (component, layer), d in comparison.layers.items() if component == TRANSFORMER)
+    errors = [error for layer, error in known if layer in layers[TRANSFORMER]]
     velocity = {name: sum((s[name] for s in comparison.velocity.values()), Difference()) for name in ENDS}
     return {
         **clip_row(recording, comparison),
@@ -238,7 +241,8 @@ def main() -> None:
         _say("".join(f"{cell:>12s}" for cell in row))
     if args.plot is not None:
         shown = range(min(STRIPS, len(prompts)))
-        strips = {name: [np.load(models.strip(name, number)) for number in shown] for name in models.paths}
+        names = [REFERENCE, *(model.name for model in chosen if model.shown)]
+        strips = {name: [np.load(models.strip(name, number)) for number in shown] for name in names}
         plot_demo(args.plot, receipt, strips)
 
 

@@ -48,6 +48,13 @@ def drawing(path: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
         partial.replace(path)
 
 
+def log_scale(axis: "Axes") -> None:
+    """Values upwards by their logarithm, with plain numbers at 1, 2 and 5."""
+    axis.set_yscale("log", subs=[2, 5])
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+
+
 def _matplotlib() -> ModuleType:
     try:
         import matplotlib

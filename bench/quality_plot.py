@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ltx2.bench.metrics import Array
-from ltx2.bench.plot import COLOURS, INK, drawing
+from ltx2.bench.plot import COLOURS, INK, drawing, log_scale
 from ltx2.bench.teacher import ENDS
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ def _draw_steps(axis: "Axes", steps: Sequence[Row]) -> None:
             label = name if stage == steps[0]["stage"] else None
             axis.plot(places, errors, color=colour, marker="o", markersize=3.5, linewidth=1.2, label=label)
     if any(step[name]["relative_error"] for step in steps for name in ENDS):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
+        log_scale(axis)
     axis.set_title("velocity of each step, on the reference's tokens")
     axis.set_ylabel("relative error, %")
     every = max(1, len(steps) // MANY_STEPS)
@@ -130,8 +129,7 @@ def _draw_forms(axis: "Axes", layers: Sequence[Row]) -> None:
         errors = [100 * row["relative_error"] for row in rows]
         axis.plot(places + spread, errors, "o", color=colour, markersize=2.5, alpha=0.6, label=component)
     if any(row["relative_error"] for row in layers):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
+        log_scale(axis)
     axis.set_title("output error of every layer, by how it is stored")
     axis.set_ylabel("relative error, %")
     axis.set_xticks(range(len(forms)), [f"{mode} {bits}" for mode, bits in forms])
