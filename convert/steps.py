@@ -6,7 +6,7 @@ arrays; BF16 and FP8 as their integer codes (see runtime/tensorfile.py)."""
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,11 @@ class Storage:
     group_size: int
     mode: str
     rotation: int = 0
+
+    @property
+    def block(self) -> int:
+        """A layer's width is a multiple of this."""
+        return lcm(self.group_size, self.rotation or 1)
 
     def entry(self) -> dict[str, Any]:
         """As config.json says it."""

@@ -11,7 +11,7 @@ from ltx2.convert.plan import Options, Plan, make_plan
 from ltx2.convert.write import SHARD_GB, WriteOptions, write_plan
 from ltx2.quant.apply import Settings, write_quantized
 from ltx2.quant.apply import quantize as quantize_folder
-from ltx2.quant.kinds import AFFINE
+from ltx2.quant.kinds import AFFINE, SEARCH
 from ltx2.quant.report import Quantized, Report
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event
@@ -58,16 +58,17 @@ def convert(
     recipe: str | None = None,
     fit: int | None = None,
     stats: StrPath | None = None,
+    method: str | None = None,
     shard_size: float = SHARD_GB,
     force: bool = False,
 ) -> Path:
     """Convert published checkpoints into a model folder; returns its path. With `bits`, `mode`, `recipe` or `fit` the
     folder is quantized, with the bytes of converting and quantizing in turn."""
     plan = plan_conversion(sources, variant=variant, dtype=dtype, only=only)
-    chosen = Settings(bits, group_size, recipe, mode=mode or AFFINE, stats=_path(stats), fit=fit)
+    chosen = Settings(bits, group_size, recipe, (), mode or AFFINE, _path(stats), fit, method or SEARCH)
     settings = None if all(value is None for value in (bits, mode, recipe, fit)) else chosen
     if settings is None and chosen != Settings():
-        why = "group_size and stats have no effect without bits, recipe or fit"
+        why = "group_size, stats and method have no effect without bits, recipe or fit"
         raise InputError("nothing is quantized", why, "give bits=4")
     for _ in conversion(plan, Path(out), settings, WriteOptions(shard_size, force)):
         pass
@@ -84,14 +85,17 @@ def calibrate(
     out: StrPath,
     *,
     prompts: str | Iterable[str] = (),
+    gptq: bool = False,
+    sensitivity: bool = False,
     **options: Any,
 ) -> Path:
     """Measure what a model's layers are given, for `quantize` and `convert`; returns the file. Generates the prompts
-    (none: 16 that come with ltx2) up to their latents; `options` are those of `generate`."""
+    (none: 16 that come with ltx2) up to their latents; `options` are those of `generate`. With `gptq` the
+    file serves those methods too, with `sensitivity` it says which layers matter most, for `fit`."""
     from ltx2.quant.calibrate import calibrate as calibrate_folder
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    for _ in calibrate_folder(Path(model), Path(out), texts, options):
+    for _ in calibrate_folder(Path(model), Path(out), texts, options, gptq, sensitivity):
         pass
     return Path(out)
 
@@ -106,14 +110,16 @@ def quantize(
     recipe: str | None = None,
     fit: int | None = None,
     stats: StrPath | None = None,
+    method: str = SEARCH,
     only: Sequence[str] = (),
     shard_size: float = SHARD_GB,
     force: bool = False,
 ) -> Report:
     """Write a smaller copy of a model folder; returns what became of every layer. `bits` are by default the recipe's,
     or 4 or what the mode has; the recipe is by default the preset for them (`q4`). `fit` chooses bits in place of
-    `bits`, for a Mac of so many GB of memory. `stats` is a file that `calibrate` wrote."""
-    settings = Settings(bits, group_size, recipe, tuple(only), mode, _path(stats), fit)
+    `bits`, for a Mac of so many GB of memory. `stats` is a file that `calibrate` wrote, which the `method`s "gptq" and
+    "gptq-hadamard" need."""
+    settings = Settings(bits, group_size, recipe, tuple(only), mode, _path(stats), fit, method)
     events = quantize_folder(Path(model), Path(out), settings, WriteOptions(shard_size, force))
     return next(event.report for event in list(events) if isinstance(event, Quantized))
 

@@ -14,9 +14,10 @@ from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.quant.budget import TRANSFORMER, mac_budget
 from ltx2.quant.fit import HALVED, fit_transformer
 from ltx2.quant.fitted import Fit, Fitted
-from ltx2.quant.kinds import AFFINE, KINDS, Kind, kind_of
+from ltx2.quant.kinds import AFFINE, GPTQ, GPTQ_HADAMARD, KINDS, METHODS, SEARCH, Kind, kind_of
 from ltx2.quant.recipe import GENERAL, Recipe, choose_recipe
 from ltx2.quant.replan import Forms, Given, packed_plan
+from ltx2.quant.replay import Replay
 from ltx2.quant.report import Quantized, make_report
 from ltx2.quant.sample import known_errors
 from ltx2.quant.statistics import Statistics
@@ -28,6 +29,8 @@ from ltx2.runtime.layout import ModelFolder
 AFFINE_GROUP = 64  # what layers get that a mode has no bits for
 EMBEDDING = "embed_tokens"  # MLX's embeddings have no output multiplier
 DEFAULT_BITS = 4
+ROTATION = 64  # inputs of a block; wider ones gain some percent more on bench/layers.py, and nothing on the demo model
+UNROTATED = 8  # bits that lose too little for rotating to be worth its time
 BESIDE = 8  # bits of the layers beside a fitted transformer, unless its recipe has its own
 
 
@@ -36,7 +39,8 @@ class Settings:
     """What the user chose: bits of the layers that the recipe does not raise (None: the recipe's own, or what the mode
     has), values per scale (None: 64, or what the mode has), recipe (a name or a file; None: the preset for the bits),
     the components to quantize (none: all that the recipe names), the kind of codes, the file of statistics of the
-    layers' inputs, and the memory in GB of the Mac that the transformer's bits are chosen for, in place of `bits`."""
+    layers' inputs, the memory in GB of the Mac that the transformer's bits are chosen for, in place of `bits`, and how
+    the codes of the transformer's blocks are chosen."""
 
     bits: int | None = None
     group_size: int | None = None
@@ -45,6 +49,7 @@ class Settings:
     mode: str = AFFINE
     stats: Path | None = None
     fit: int | None = None
+    method: str = SEARCH
 
     @cached_property
     def statistics(self) -> Statistics | None:
@@ -81,6 +86,11 @@ class Settings:
             raise InputError(f"the recipe {self.rules.name} has {own} bits", why, fix)
         if self.fit is not None:
             self._check_fit()
+        if self.method not in METHODS:
+            raise _not_possible("--method", self.method, METHODS)
+        if self.method == GPTQ_HADAMARD and self.mode != AFFINE:
+            why = "its scales are made for weights as they are"
+            raise InputError(f"--mode {self.mode} does not go with {GPTQ_HADAMARD}", why, f"use --method {GPTQ}")
 
     def _check_fit(self) -> None:
         if self.bits is not None or self.mode != AFFINE:
@@ -168,10 +178,24 @@ def fitted(plan: Plan, settings: Settings) -> Generator[Event, None, Fit | None]
 
 def _quantized(plan: Plan, settings: Settings, forms: Forms) -> Plan:
     statistics = settings.statistics
-    given = Given(dict.fromkeys(plan.components, statistics) if statistics else {})
+    replay = _replay(plan, settings) if settings.method != SEARCH else None
+    given = Given(dict.fromkeys(plan.components, statistics) if statistics else {}, replay=replay)
     quantized = packed_plan(decoded(plan, dict.fromkeys(_shrinking(plan, forms), "bf16")), forms, given)
     _check_effect(quantized, settings)
     return quantized
+
+
+def _replay(plan: Plan, settings: Settings) -> Replay:
+    """What GPTQ learns about the layers' inputs from. Raises InputError when there is nothing to learn from, or for."""
+    option = f"--method {settings.method}"
+    if settings.statistics is None or not settings.statistics.calls:
+        what = "it has not recorded" if settings.statistics else "nothing says"
+        why, fix = f"{what} what the denoiser is given", "add --stats FILE, a file of ltx2 calibrate --gptq"
+        raise InputError(f"{option} is not possible", why, fix)
+    if TRANSFORMER not in (settings.only or plan.components) or TRANSFORMER not in plan.components:
+        why = "it is for the transformer's blocks, which are left out"
+        raise InputError(f"{option} has no effect", why, f"leave out {option}")
+    return Replay(plan, settings.statistics.calls)
 
 
 def _warnings(plan: Plan, quantized: Plan, settings: Settings) -> Iterator[Event]:
@@ -194,7 +218,19 @@ def recipe_forms(plan: Plan, settings: Settings, fit: Fit | None = None) -> Form
         error = known_errors(plan, name, AFFINE_GROUP, settings.statistics)
         bits = settings.rules.bits(name, [move.layer for move in plan.moves(name)], storage.bits, error)
         forms[name] = {layer: settings.storage_of(layer, n) for layer, n in bits.items()}
-    return forms | ({TRANSFORMER: fit.forms(storage.group_size)} if fit else {})
+    forms |= {TRANSFORMER: fit.forms(storage.group_size)} if fit else {}
+    return _rotated(forms) if settings.method == GPTQ_HADAMARD else forms
+
+
+def _rotated(forms: Forms) -> Forms:
+    """With the layers rotated that gain by it."""
+    return {
+        name: {
+            layer: replace(form, rotation=ROTATION) if form.bits < UNROTATED and Replay.covers(name, layer) else form
+            for layer, form in layers.items()
+        }
+        for name, layers in forms.items()
+    }
 
 
 def _shrinking(plan: Plan, forms: Forms) -> Iterator[Layer]:

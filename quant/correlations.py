@@ -1,9 +1,10 @@
 """How a layer's inputs go together: what GPTQ must know of them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
+from ltx2.convert.steps import Storage
 from ltx2.quant.arithmetic import Arithmetic, Values
 from ltx2.runtime.rotation import hadamard
 from ltx2.runtime.tensorfile import Array
@@ -25,15 +26,17 @@ class Correlations:
     tokens: int
     prompts: int
 
-    @property
-    def damping(self) -> float:
-        """How much is added to the diagonal, relative to itself."""
-        return max(PROMPTS / self.prompts, TOKENS * len(self.mean) / self.tokens)
-
-    def rotated(self, size: int) -> "Correlations":
-        """Of inputs that are rotated in blocks of this size."""
-        products = rotated(rotated(self.products, size).T, size)
-        return replace(self, products=products, mean=rotated(self.mean, size))
+    def damped(self, correlations: Array) -> Array:
+        """Correlations, around the mean or not, as far as they are to be believed. Raises ValueError for what no inputs
+        can have."""
+        variances = np.diagonal(correlations)
+        unit = float(variances.mean()) or 1.0  # 0 where nothing varies
+        if not np.isfinite(unit):
+            raise ValueError("what was measured of its inputs is not finite")
+        share = max(PROMPTS / self.prompts, TOKENS * len(variances) / self.tokens)
+        damped = correlations.copy()
+        damped[np.diag_indices(len(variances))] += share * variances + LEAST * unit
+        return damped
 
 
 def rotated(values: Array, size: int) -> Array:
@@ -64,23 +67,28 @@ class Feedback:
         return float(products.sum(dtype=np.float64))
 
 
-def make_feedback(given: Correlations, group_size: int, biased: bool, on: Arithmetic) -> Feedback:
-    """For groups of neighbouring columns, of a layer that may have a bias. Raises ValueError for correlations that no
-    inputs have."""
+def make_feedback(given: Correlations, storage: Storage, biased: bool, on: Arithmetic) -> Feedback:
+    """For a layer that is to be stored so, and that may have a bias. Raises ValueError for correlations that no inputs
+    have."""
     correlations = given.products - np.outer(given.mean, given.mean) if biased else given.products
-    order = rounding_order(np.diagonal(correlations), group_size)
-    damped, variances = correlations[np.ix_(order, order)], np.diagonal(correlations)[order]
-    unit = float(variances.mean()) or 1.0  # 0 where nothing varies
-    if not np.isfinite(unit):
-        raise ValueError("what was measured of its inputs is not finite")
-    damped[np.diag_indices(len(order))] += given.damping * variances + LEAST * unit
-    try:  # a lower L with L L^T = H, from last to first, is an upper R with R R^T = H, and U = R^-1
-        upper = np.ascontiguousarray(inverted(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1])
-    except np.linalg.LinAlgError as error:
-        raise ValueError(f"what was measured of its inputs is impossible: {error}") from error
+    damped, mean = given.damped(correlations), given.mean
+    if size := storage.rotation:
+        correlations, damped = (rotated(rotated(values, size).T, size) for values in (correlations, damped))
+        mean = rotated(mean, size)
+    order = rounding_order(np.diagonal(correlations), storage.group_size)
+    upper = inverse_factor(damped[np.ix_(order, order)])
     counts = 1 / np.square(np.diagonal(upper))
     upper, counts, correlations = (on.array(values) for values in (upper, counts, correlations))
-    return Feedback(on, order, upper, counts, correlations, given.mean if biased else None)
+    return Feedback(on, order, upper, counts, correlations, mean if biased else None)
+
+
+def inverse_factor(matrix: Array) -> Array:
+    """The upper triangular U with U^T U = matrix^-1. Raises ValueError where there is none."""
+    try:  # a lower L with L L^T = matrix, from last to first, is an upper R with R R^T = matrix, and U = R^-1
+        lower = np.linalg.cholesky(matrix[::-1, ::-1])
+    except np.linalg.LinAlgError as error:
+        raise ValueError(f"what was measured of its inputs is impossible: {error}") from error
+    return np.ascontiguousarray(inverted(lower)[::-1, ::-1])
 
 
 def rounding_order(variances: Array, group_size: int) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ltx2.convert.plan import Entry, Merge, Move, Plan, quantization_config
 from ltx2.convert.steps import FLOATS, Storage
-from ltx2.quant.kinds import AFFINE, kind_of
+from ltx2.quant.kinds import AFFINE, GPTQ, kind_of
 from ltx2.quant.replay import Replay
 from ltx2.quant.statistics import Statistics
 from ltx2.quant.step import BIAS, MULTIPLIER, SHORT, Known, packings, quantized
@@ -17,7 +17,6 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.tensorfile import FileRecord
 
-GPTQ = "gptq"
 ALONE = "verify without sources: every byte is checked by the hashes"
 Forms = Mapping[str, Mapping[str, Storage]]  # component -> path of a layer -> how it is stored
 Layer = tuple[str, str]  # component, path
@@ -67,7 +66,7 @@ def _packed(move: Move, forms: Forms, given: Given, bias: Move | None) -> Move |
     storage, form = forms.get(move.component, {}).get(move.layer), move.form
     if storage is None or move.packing is not None or not move.key.endswith(".weight"):
         return None
-    if len(form.shape) != 2 or form.dtype not in FLOATS.values() or form.shape[1] % storage.group_size:
+    if len(form.shape) != 2 or form.dtype not in FLOATS.values() or form.shape[1] % storage.block:
         return None
     statistics = given.statistics.get(move.component)
     known = None
@@ -98,7 +97,7 @@ def _record(plan: Plan, component: str) -> FileRecord | None:
 
 def _replayed(plan: Plan, component: str) -> bool:
     """Whether some layer's codes are chosen by GPTQ."""
-    return any(p.known and p.known.replay for _, p in packings(plan.moves(component)).values())
+    return any(packing.method == GPTQ for _, packing in packings(plan.moves(component)).values())
 
 
 def repack(plan: Plan, model: ModelFolder, statistics: Statistics | None = None) -> Plan:

@@ -17,6 +17,7 @@ import numpy as np
 from ltx2.convert.pieces import values_of
 from ltx2.convert.plan import Move, Plan
 from ltx2.convert.recode import decoded, kept_layers
+from ltx2.convert.steps import Storage
 from ltx2.quant.correlations import Correlations, Feedback, make_feedback
 from ltx2.quant.on_cpu import OnCpu
 from ltx2.quant.on_gpu import OnGpu, is_gpu
@@ -62,8 +63,8 @@ class Replay:
         """Whether a layer is one of a transformer block."""
         return component == COMPONENT and LAYER.fullmatch(layer) is not None
 
-    def feedback(self, layer: str, group_size: int, rotation: int, biased: bool) -> Feedback:
-        """For a layer that is covered, with inputs rotated in blocks of `rotation` unless 0.
+    def feedback(self, layer: str, storage: Storage, biased: bool) -> Feedback:
+        """For a layer that is covered, and that is to be stored so.
 
         Raises InputError for calls that are not of such a transformer, ValueError for what no inputs can be.
         """
@@ -74,13 +75,12 @@ class Replay:
             self._feedbacks.clear()
             self._sums = None  # not held beside the next
             self._sums = self._measured(block)
-        key = (self._sums.twin[path], group_size, rotation, biased)
+        key = (self._sums.twin[path], storage.group_size, storage.rotation, biased)
         if key not in self._feedbacks:
             if len(self._feedbacks) == KEPT:
                 del self._feedbacks[next(iter(self._feedbacks))]
-            found = self._sums.correlations(path)
-            found = found.rotated(rotation) if rotation else found
-            self._feedbacks[key] = make_feedback(found, group_size, biased, OnGpu() if is_gpu() else OnCpu())
+            found, on = self._sums.correlations(path), OnGpu() if is_gpu() else OnCpu()
+            self._feedbacks[key] = make_feedback(found, storage, biased, on)
         return self._feedbacks[key]
 
     def _measured(self, block: int) -> "_Sums":

@@ -11,8 +11,8 @@ import numpy as np
 from ltx2.convert.codes import Keep
 from ltx2.convert.pieces import values_of
 from ltx2.convert.plan import Move, Plan, packed_key, packed_layers, parameters
-from ltx2.convert.steps import to_float32
 from ltx2.quant.fitted import Fit
+from ltx2.quant.gptq import output_loss, stored_values
 from ltx2.quant.pack import Loss, Packed, unpack
 from ltx2.quant.step import Quantize, packings
 from ltx2.runtime.events import BytesDone, Event
@@ -27,7 +27,9 @@ DIGITS = 4  # significant digits of an error; fewer than differ between the ways
 class LayerReport:
     """One quantized layer, or one that stays in the codes it was published in and loses nothing. `bytes` counts codes,
     scales and biases. `relative_error` is of the "weights", ||W' - W|| / ||W||, or where the layer's inputs x are known
-    of its "output": the ||W'x - Wx|| / ||Wx|| to expect, its mean kept by the bias, if channels do not correlate."""
+    of its "output": the ||W'x - Wx|| / ||Wx|| to expect, its mean kept by the bias, if channels do not correlate. They
+    may with the `method` "gptq", which knows how; it is None for published codes. `rotation` is the size of the blocks
+    in which inputs are rotated, or 0."""
 
     component: str
     layer: str
@@ -37,6 +39,8 @@ class LayerReport:
     bytes: int
     relative_error: float
     error_of: str
+    method: str | None
+    rotation: int
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,10 @@ def _layer_reports(component: str, moves: list[Move], losses: Mapping[str, Loss]
     for layer, move in packed_layers(moves).items():
         assert move.packing is not None
         storage, error = move.packing.storage, float(f"{losses.get(layer, Loss()).relative:.{DIGITS}g}")
-        of = "output" if isinstance(move.packing, Quantize) and move.packing.known else "weights"
-        yield LayerReport(component, layer, storage.bits, storage.group_size, storage.mode, sizes[layer], error, of)
+        quantize = move.packing if isinstance(move.packing, Quantize) else None
+        of, method = "output" if quantize and quantize.known else "weights", quantize.method if quantize else None
+        form = (storage.bits, storage.group_size, storage.mode)
+        yield LayerReport(component, layer, *form, sizes[layer], error, of, method, storage.rotation)
 
 
 def _read_back(moves: Mapping[str, Move], files: Iterable[TensorFile]) -> Generator[Event, None, dict[str, Loss]]:
@@ -149,17 +155,21 @@ def _total(moves: list[Move]) -> Total:
 def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
     """Compare a written layer with its source. `files` holds the file of every tensor of the component."""
     assert isinstance(move.packing, Quantize)
-    storage, multiplier = move.packing.storage, move.packing.multiplier
-    columns = move.packing.known.inputs().columns(move.form.shape[1]) if move.packing.known else None
+    storage, multiplier, known = move.packing.storage, move.packing.multiplier, move.packing.known
+    columns = known.inputs().columns(move.form.shape[1]) if known else None
     errors, norms = (columns.errors, columns.values) if columns else (1.0, 1.0)
+    feedback = known.feedback(storage) if known else None
     keys = [packed_key(move.key, part) for part in ("weight", "scales", "biases")]
     keys = [key for key in keys if key in files]
     loss, start = Loss(), 0
     for rows in _few_rows(move):
         packed = Packed(*(files[key].rows(key, start, start + len(rows)) for key in keys))
-        values = to_float32(rows, move.form.dtype)
-        restored = unpack(packed, storage, multiplier.value if multiplier else 1.0)
-        loss += Loss(_squares(restored - values, errors), _squares(values, norms))
+        values = stored_values(rows, storage)
+        change = unpack(packed, storage, multiplier.value if multiplier else 1.0) - values
+        if feedback is not None:
+            loss += output_loss(values, change, feedback)
+        else:
+            loss += Loss(_squares(change, errors), _squares(values, norms))
         start += len(rows)
     return loss
 

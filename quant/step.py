@@ -13,7 +13,7 @@ from ltx2.convert.steps import Form, Packing, Storage, from_float32, to_float32
 from ltx2.quant.correlations import Feedback
 from ltx2.quant.gptq import pack_in_turn
 from ltx2.quant.inputs import Inputs
-from ltx2.quant.kinds import kind_of
+from ltx2.quant.kinds import GPTQ, SEARCH, kind_of
 from ltx2.quant.minifloat import output_multiplier
 from ltx2.quant.pack import Loss, pack
 from ltx2.quant.replay import Replay
@@ -94,7 +94,7 @@ class Known:
         """What GPTQ needs, None without it. Raises InputError for recorded calls that are not of such a model."""
         if self.replay is None:
             return None
-        return self.replay.feedback(self.layer, form.group_size, form.rotation, biased=self.bias is not None)
+        return self.replay.feedback(self.layer, form, biased=self.bias is not None)
 
     def corrected(self, drift: Array, start: int) -> Array:
         """The bias of the rows from `start` on, plus what these rows lose, rounded to its own dtype."""
@@ -121,9 +121,14 @@ class Quantize(Packing):
 
     def __str__(self) -> str:
         known = f",stats={self.known.statistics.record.sha256[:SHORT]}" if self.known else ""
-        method = ",gptq" if self.known and self.known.replay else ""
         rotation = f",rotation={self.form.rotation}" if self.form.rotation else ""
+        method = f",{self.method}" if self.method != SEARCH else ""
         return f"quantize({self.form.bits},{self.form.group_size},{self.form.mode}{rotation}{method}{known})"
+
+    @property
+    def method(self) -> str:
+        """How codes are chosen."""
+        return GPTQ if self.known and self.known.replay else SEARCH
 
     @property
     def main_thread(self) -> bool:

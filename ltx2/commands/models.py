@@ -10,6 +10,7 @@ from ltx2.console import Output, common, refuse_given
 from ltx2.runtime.errors import Ltx2Error
 
 PACKS = ("bits", "mode", "recipe", "fit")  # options that each make a conversion quantize
+METHODS = ("search", "gptq", "gptq-hadamard")
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # known here because importing quant takes time
 
 
@@ -25,6 +26,7 @@ MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # known here because importing qu
 @click.option("--fit", type=int, metavar="GB", help="Quantize for a Mac of so much memory, see quantize.")
 @click.option("--group-size", type=int, help="Weights per scale, when quantizing: 32, 64 (default) or 128.")
 @click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote, when quantizing: for better codes.")
+@click.option("--method", type=click.Choice(METHODS), help="How codes are chosen, when quantizing; see quantize.")
 @click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
 @click.option("--dry-run", is_flag=True, help="Read headers (--fit: some weights); --json prints the plan.")
 @click.option("--force", is_flag=True, help="Replace a different model folder.")
@@ -43,11 +45,12 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     from ltx2.render import plan_summary
 
     written = WriteOptions(options.pop("shard_size"), options.pop("force"))
-    packing = {name: options.pop(name) for name in (*PACKS, "group_size", "stats")}
+    packing = {name: options.pop(name) for name in (*PACKS, "group_size", "stats", "method")}
     packed = any(packing[name] is not None for name in PACKS)
     if not packed:
         refuse_given(packing, "--bits, --recipe or --fit")
-    settings = Settings(**packing | {"mode": packing["mode"] or MODES[0]}) if packed else None
+    usual = {"mode": packing["mode"] or MODES[0], "method": packing["method"] or METHODS[0]}
+    settings = Settings(**packing | usual) if packed else None
     plan = plan_conversion(sources, **options)
     if dry_run:
         try:
@@ -72,6 +75,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 @click.option("--mode", type=click.Choice(MODES), default="affine", show_default=True, help="Kind of codes.")
 @click.option("--group-size", type=int, help="Weights per scale: 32, 64 (default) or 128; mxfp4, mxfp8: 32; nvfp4: 16.")
 @click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote: for better codes of the same size.")
+@click.option("--method", type=click.Choice(METHODS), default=METHODS[0], show_default=True, help="How codes are chosen.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
 @click.option("--report", type=PATH, help="Write bits, bytes and error of every layer (JSON).")
 @click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
@@ -89,6 +93,11 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
     of that memory with a clip of 121 frames of 768x512 and loses least. It measures what every layer would lose, on a
     part of it, which takes minutes; what that means for the clip, if --stats has sensitivities. With --stats, errors
     of weights count as much as the model's own inputs make them count, and biases make up for part of them.
+
+    --method gptq chooses the codes of the transformer's blocks one column after the other, each so that it makes up for
+    the errors of those before. It needs a file of calibrate --gptq, the more prompts the better, and computes the steps
+    in it again, block by block. gptq-hadamard also rotates these layers' inputs, after which weights are easier to
+    round: it loses least, and every step of a clip takes a little longer.
     """
     from ltx2.convert.write import WriteOptions
     from ltx2.quant.apply import Settings
@@ -105,6 +114,7 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", "target", type=PATH, required=True, help="Statistics to write, *.safetensors.")
 @click.option("--prompts", type=PATH, metavar="FILE", help="One prompt per line; default: 16 that come with ltx2.")
+@click.option("--sensitivity", is_flag=True, help="Also measure which layers matter most, for quantize --fit.")
 @click.option("--width", type=int, help="As for generate.")
 @click.option("--height", type=int, help="As for generate.")
 @click.option("--frames", type=int, help="As for generate.")
@@ -113,18 +123,24 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
 @click.option("--no-upscale", is_flag=True, default=None, help="As for generate.")
 @click.option("--memory-limit", type=float, metavar="GB", help="As for generate.")
 @click.option("--low-memory", is_flag=True, default=None, help="As for generate.")
+@click.option("--gptq", is_flag=True, help="Also keep some denoise steps for quantize --method gptq: 20 MB a prompt.")
 @common
-def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, **options: Any) -> None:
+def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, gptq: bool, **options: Any) -> None:
     """Measure what a model's layers are given, for quantize --stats.
 
     Generates prompts up to their latents and writes mean and mean square of every layer's inputs. One file serves all
     folders of a model, and convert --bits.
+
+    --sensitivity tries errors in 172 groups of the transformer's layers at 9 steps of the first stage: it takes as
+    long as 1550 more of those steps, and the memory of a whole transformer. A smaller --width, --height and --frames
+    make both cheaper.
     """
     from ltx2.quant.calibrate import Calibrated, read_prompts
     from ltx2.quant.calibrate import calibrate as calibrate_folder
 
+    sensitivity, texts = options.pop("sensitivity"), read_prompts(prompts) if prompts else ()
     given = {name: value for name, value in options.items() if value is not None}
-    done = output.follow(calibrate_folder(model, target, read_prompts(prompts) if prompts else (), given))
+    done = output.follow(calibrate_folder(model, target, texts, given, gptq, sensitivity))
     assert isinstance(done, Calibrated), "a calibration ends with its file"
     seen = f"{done.layers} layers, {done.prompts} prompts, up to {done.inputs} inputs of a layer"
     output.result(done.to_dict(), f"{done.path}  ({seen}, {done.seconds:.1f} s)")
