@@ -289,8 +289,11 @@ def _check_effect(plan: Plan, settings: Settings) -> None:
     idle = [name for name in settings.only if name not in quantized]
     if idle or not quantized:
         size = settings.storage.group_size
+        why = f"recipe {settings.rules.name} names none of its layers, or no width is a multiple of {size}"
+        if settings.fit:
+            why = f"a Mac of {settings.fit} GB has room for it as it is"
         raise InputError(
             f"there is nothing to quantize in {', '.join(idle or plan.components)}",
-            f"recipe {settings.rules.name} names none of its layers, or no width is a multiple of {size}",
+            why,
             "choose other components, another recipe or a smaller --group-size, or leave the model as it is",
         )

@@ -7,6 +7,7 @@ where there are none, every weight of the transformer counts alike."""
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from time import monotonic
 
@@ -25,6 +26,7 @@ from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.events import Event, PhaseStarted, StepDone
 
 CANDIDATES = (3, 4, 5, 6, 8)  # bits; a layer may also stay as it is
+USUAL = 4
 HALVED = 8  # bits of the smallest codes that are quantized further
 PHASE = "choosing bits"
 SAMPLE_BYTES = 16 << 20  # about what packing a layer's sample takes
@@ -53,9 +55,9 @@ class Layer:
         floor, (bits, _) = CANDIDATES[max(0, CANDIDATES.index(self.least) - lowered)], self.plain
         return {n: self._bytes(n) for n in CANDIDATES if floor <= n < bits and bits >= HALVED}
 
-    def smallest(self, lowered: int) -> int:
-        """Bytes that it has at least."""
-        return min([self.plain[1], *self.sizes(lowered).values()])
+    def smallest(self, lowered: int, usual: int) -> int:
+        """Bytes that it has at least, with as many bits as are usual."""
+        return min([self.plain[1], *(size for bits, size in self.sizes(lowered).items() if bits >= usual)])
 
     def _bytes(self, bits: int) -> int:
         parts = Quantize(self.layer.storage(bits), self.path).forms(self.layer.weight.form)
@@ -66,9 +68,10 @@ def fit_transformer(
     plan: Plan, recipe: Recipe, group_size: int, statistics: Statistics | None, budget: Budget
 ) -> Generator[Event, None, Fit]:
     """Choose; same plan, statistics and budget, same choice. The recipe says which layers are packed, and at how many
-    bits at least: its floors are lowered, together and by as little as possible, only where not even they fit.
+    bits at least. Where there is no room for that beside 4 bits for the others, its floors are lowered, together and by
+    as little as possible: what they keep for some layers is not worth 3 bits in most.
 
-    Raises DoesNotFitError when nothing does.
+    Raises DoesNotFitError when not even 3 bits everywhere fit.
     """
     layers = list(_layers(plan, recipe, group_size, statistics))
     total = sum(form.nbytes for move in plan.moves(TRANSFORMER) for form in move.stored().values())
@@ -84,7 +87,7 @@ def fit_transformer(
         for path, o in found.items()
     )
     used = fixed + sum(option.bytes for option in found.values())
-    return Fit(budget, chosen, used, measured, lowered, fixed + sum(layer.smallest(0) for layer in layers))
+    return Fit(budget, chosen, used, measured, lowered, fixed + sum(layer.smallest(0, USUAL) for layer in layers))
 
 
 def _layers(plan: Plan, recipe: Recipe, group_size: int, statistics: Statistics | None) -> Iterator[Layer]:
@@ -102,13 +105,13 @@ def _layers(plan: Plan, recipe: Recipe, group_size: int, statistics: Statistics 
 
 def _lowered(layers: Sequence[Layer], fixed: int, budget: Budget) -> int:
     """By how many sizes floors must be lowered."""
-    for lowered in range(len(CANDIDATES)):
-        needed = fixed + sum(layer.smallest(lowered) for layer in layers)
+    for usual, lowered in product((USUAL, CANDIDATES[0]), range(len(CANDIDATES))):
+        needed = fixed + sum(layer.smallest(lowered, usual) for layer in layers)
         if needed <= budget.weights:
             return lowered
     what = f"the transformer cannot be made to fit a Mac of {budget.memory_gb} GB"
     why = f"with {CANDIDATES[0]} bits in every layer it has {needed / GB:.2f} GB, {budget.weights / GB:.2f} GB are left"
-    raise DoesNotFitError(f"{what}", f"{why} for it beside {budget.clip}", "choose a larger --fit")
+    raise DoesNotFitError(what, f"{why} for it beside {budget.clip}", "choose a larger --fit")
 
 
 def _errors(layers: Sequence[Layer], lowered: int) -> Generator[Event, None, dict[str, dict[int, float]]]:

@@ -41,7 +41,7 @@ class Chosen:
 @dataclass(frozen=True)
 class Fit:
     """The choice. `bytes` are the whole transformer's; `measured`: whether sensitivities were; `lowered`: by how many
-    sizes the recipe's floors had to be lowered, which without that take `floors` bytes."""
+    sizes the recipe's floors had to be lowered; beside 4 bits for all else they take `floors` bytes."""
 
     budget: Budget
     layers: tuple[Chosen, ...]
@@ -99,7 +99,8 @@ class Fit:
             lines.append(f"sensitivity: not measured, so every weight counts alike; outputs' mean error is {percent}")
         if self.lowered:
             sizes = "one size" if self.lowered == 1 else f"{self.lowered} sizes"
-            lines.append(f"the bits that the recipe asks for at least take {_gb(self.floors)}: lowered by {sizes}")
+            needed = f"the recipe's least bits, beside 4 for all other layers, take {_gb(self.floors)}"
+            lines.append(f"{needed}: they are lowered by {sizes}")
         return lines
 
     def table(self) -> tuple[str, list[str], list[list[str]]]:

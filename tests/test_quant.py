@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from ltx2 import api
+from ltx2.convert.folder import folder_plan
 from ltx2.convert.plan import Drop, Move, Plan, plan_json
 from ltx2.quant.apply import Settings, quantize, quantize_plan
-from ltx2.quant.recipe import Recipe, Rule, load_recipe, recipe_names
+from ltx2.quant.inputs import Inputs
+from ltx2.quant.recipe import FOLDER, Recipe, Rule, load_recipe, recipe_names
 from ltx2.quant.replan import repack
 from ltx2.quant.report import Quantized, Report
+from ltx2.quant.statistics import About, identity, write_statistics
 from ltx2.quant.step import packings
 from ltx2.runtime.errors import CheckpointError, InputError, ModelFolderError, VerificationError
 from ltx2.runtime.events import BytesDone, Warned, Written
@@ -189,6 +193,80 @@ class TestRecipe:
         assert recipe_names() == ["mixed", "q3", "q4", "q4-small", "q6", "q8", "uniform"]
 
 
+class TestPresets:
+    """Recipes that are made for their bits."""
+
+    @pytest.mark.parametrize(
+        ("recipe", "transformer", "text"),
+        [("q8", 20.35, 12.5), ("q6", 16.3, 12.5), ("q4", 13.48, 12.5), ("q4-small", 13.48, 9.81), ("q3", 9.95, 12.5)],
+    )  # fmt: skip
+    def test_sizes_of_the_published_model(
+        self, published_plan: Plan, recipe: str, transformer: float, text: float
+    ) -> None:
+        plan = quantize_plan(published_plan, Settings(recipe=recipe))
+        sizes = {n: sum(f.nbytes for m in plan.moves(n) for f in m.stored().values()) / 1e9 for n in plan.components}
+        assert (round(sizes["transformer"], 2), round(sizes["text_encoder"], 2)) == (transformer, text)
+
+    @pytest.mark.parametrize(
+        ("settings", "recipe", "bits"),
+        [(Settings(), "q4", 4), (Settings(3), "q3", 3), (Settings(5), "mixed", 5), (Settings(recipe="q6"), "q6", 6),
+         (Settings(5, recipe="q4"), "q4", 5), (Settings(recipe="uniform"), "uniform", 4),
+         (Settings(mode="mxfp8"), "q8", 8), (Settings(recipe="mixed", mode="nvfp4"), "mixed", 4)],
+    )  # fmt: skip
+    def test_what_is_chosen(self, settings: Settings, recipe: str, bits: int) -> None:
+        assert (settings.rules.name, settings.storage.bits) == (recipe, bits)
+
+    def test_bits_that_the_mode_has_not(self) -> None:
+        with pytest.raises(InputError, match="q6 has 6 bits"):
+            Settings(recipe="q6", mode="nvfp4").check()
+
+    def test_smallest(self, published_plan: Plan) -> None:
+        bits = packed_bits(quantize_plan(published_plan, Settings(3)), "transformer")
+        sensitive = ("attn1.to_v", "attn1.to_out", "attn2.to_out")
+        assert {bits[f"transformer_blocks.20.{layer}"] for layer in sensitive} == {4}
+        others = set(VIDEO_LAYERS) - set(sensitive)
+        assert {bits[f"transformer_blocks.20.{layer}"] for layer in others} == {3}
+        assert {n for layer, n in bits.items() if "audio_attn1" in layer or ".47." in layer} == {4}
+        assert bits["caption_projection.linear_1"] == 8
+
+    def test_text_encoder_at_4_bits_where_it_bears_them(self, demo_f32: Path, tmp_path: Path) -> None:
+        """The preset, with a limit that parts the layers of the demo model."""
+        recipe = json.loads((FOLDER / "q4-small.json").read_text())
+        (rule,) = (rule for rule in recipe["at_most"] if "error" in rule)
+        rule["error"] = 0.07
+        (tmp_path / "small.json").write_text(json.dumps(recipe))
+        plan, stats = folder_plan(ModelFolder.open(demo_f32)), tmp_path / "stats.safetensors"
+        widths = {m.layer: m.form.shape[1] for m in plan.moves("text_encoder") if m.key.endswith("_proj.weight")}
+        draw = np.random.default_rng(0)
+        uneven = {layer: 3 * ("self_attn" in layer) * draw.standard_normal(width) for layer, width in widths.items()}
+        inputs = {("text_encoder", layer): Inputs(np.exp(logs), 0 * logs) for layer, logs in uneven.items()}
+        about = About("0", plan.release, plan.variant, {"text_encoder": identity(plan, "text_encoder")}, (), ())
+        write_statistics(stats, inputs, about)
+        without = Settings(recipe=str(tmp_path / "small.json"), only=("text_encoder",))
+        embedding = {"model.embed_tokens": 8}
+        assert packed_bits(quantize_plan(plan, without), "text_encoder") == dict.fromkeys(widths, 6) | embedding
+        found = packed_bits(quantize_plan(plan, replace(without, stats=stats)), "text_encoder")
+        at_4 = api.quantize(demo_f32, tmp_path / "q", bits=4, recipe="uniform", only=["text_encoder"], stats=stats)
+        errors = {row.layer: row.relative_error for row in at_4.layers if row.layer in widths}
+        assert found == {layer: 4 if error <= 0.07 else 6 for layer, error in errors.items()} | embedding
+        assert {4, 6} <= set(found.values())
+
+    def test_rules_of_another_recipe(self, tmp_path: Path) -> None:
+        """A recipe that extends one has its rules; what is raised may be limited, never below the chosen bits."""
+        limit = {"component": "text_encoder", "layers": ".+", "bits": 5}
+        for name, text in (
+            ("mine.json", {"extends": "q6", "at_most": [limit]}),
+            ("yours.json", {"extends": "mine.json", "bits": 3}),
+        ):
+            (tmp_path / name).write_text(json.dumps(text))
+        mine, yours = (load_recipe(str(tmp_path / name)) for name in ("mine.json", "yours.json"))
+        assert (mine.own_bits, yours.own_bits) == (6, 3) and yours.quantize == mine.quantize
+        layer = "model.layers.0.mlp.up_proj"
+        at = [yours.bits("text_encoder", [layer], bits)[layer] for bits in (3, 5, 6, 8)]
+        assert at == [5, 5, 6, 8]
+        assert yours.bits("transformer", ["caption_projection.linear_1"], 3) == {"caption_projection.linear_1": 8}
+
+
 class TestSameBytes:
     @pytest.mark.parametrize(
         "options",
@@ -287,7 +365,7 @@ class TestFolder:
         assert data["totals"]["text_encoder"]["bits_per_weight"] == pytest.approx(8.55, abs=0.01)
         assert len(data["layers"]) == len(report.layers)
         assert data["layers"][0].keys() == {
-            "component", "layer", "bits", "group_size", "mode", "bytes", "relative_error", "error_of",
+            "component", "layer", "bits", "group_size", "mode", "bytes", "relative_error", "error_of", "method", "rotation",
         }
 
     def test_mlx_lm_loads_the_text_encoder(self, model: Path, tmp_path: Path, figure: Figure) -> None:
