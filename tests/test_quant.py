@@ -365,7 +365,8 @@ class TestFolder:
         assert data["totals"]["text_encoder"]["bits_per_weight"] == pytest.approx(8.55, abs=0.01)
         assert len(data["layers"]) == len(report.layers)
         assert data["layers"][0].keys() == {
-            "component", "layer", "bits", "group_size", "mode", "bytes", "relative_error", "error_of", "method", "rotation",
+            "component", "layer", "bits", "group_size", "mode", "bytes", "relative_error", "error_of", "method",
+            "rotation",
         }
 
     def test_mlx_lm_loads_the_text_encoder(self, model: Path, tmp_path: Path, figure: Figure) -> None:
