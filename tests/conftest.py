@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ltx2.runtime.quantized import QuantizedLinear
 from tests.command import SIZE, Done, Here
 from tests.hostile import HANGS
 from tests.official import DEMO, MONOLITH, Official, random_official
@@ -105,22 +104,6 @@ def here(capfd: pytest.CaptureFixture[str]) -> Here:
         return Done(code, *capfd.readouterr())
 
     return call
-
-
-@pytest.fixture
-def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed layers unpack their weights and multiply, several times faster on a CPU than MLX's own kernel, which
-    test_quant.py and test_fp8.py find to be the same product."""
-
-    def product(layer: QuantizedLinear, x: mx.array) -> mx.array:
-        scales = layer.scales if layer._shared_scales is None else layer._shared_scales
-        weight = mx.dequantize(
-            layer.weight, scales, layer.get("biases"),
-            group_size=layer.group_size, bits=layer.bits, mode=layer.mode, dtype=x.dtype,
-        )  # fmt: skip
-        return x @ weight.T
-
-    monkeypatch.setattr(QuantizedLinear, "_product", product)
 
 
 @pytest.fixture

@@ -137,7 +137,6 @@ def test_24_prompts_are_followed(demo_f32: Path, batch: int, note: Note) -> None
     check_followed(demo_f32, batch, "float32", note)
 
 
-@pytest.mark.usefixtures("plain_products")
 @pytest.mark.parametrize(("bits", "batch"), [(8, 0), (8, 1), (4, 2)])
 def test_prompts_are_followed_when_quantized(
     demo_quantized: dict[int, Path], bits: int, batch: int, note: Note

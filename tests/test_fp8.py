@@ -297,14 +297,12 @@ class TestRun:
         limits = {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 4e-3}
         assert relative_l2(np.array(y.astype(mx.float32)), wanted) < limits[dtype]
 
-    @pytest.mark.usefixtures("plain_products")
     def test_generate(self, kept: Path, plain: Path, figure: Figure) -> None:
         size = {"width": 64, "height": 64, "frames": 9, "seed": 3}
         ours, theirs = (ltx2.load(folder).generate("a red circle", **size).latents for folder in (kept, plain))
         for name in ("video", "audio"):
             figure(f"FP8 as codes: final {name} latents, rel L2", relative_l2(ours[name], theirs[name]), limit=1e-4)
 
-    @pytest.mark.usefixtures("plain_products")
     def test_a_prompt_is_followed(self, kept: Path) -> None:
         prompt = "a blue square moves left on a white background with a high tone"
         clip = ltx2.load(kept).generate(prompt, width=192, height=128, frames=25, seed=0)
