@@ -4,7 +4,7 @@ step on the reference's own inputs, then as latents, pictures and sound of the s
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import resources
@@ -62,6 +62,7 @@ class Quality:
     contexts: Differences = field(default_factory=lambda: defaultdict(Difference))
     clips: list[Row] = field(default_factory=list)
     peaks: list[Row] = field(default_factory=list)
+    request: Row = field(default_factory=dict)
 
     def add(self, recording: Recording, comparison: Comparison) -> None:
         """Count the clips of one more prompt."""
@@ -73,6 +74,7 @@ class Quality:
         for name in ENDS:
             self.contexts[name] += comparison.contexts[name]
         self.clips.append(clip_row(recording, comparison))
+        self.request = recording.clip.record["request"]
         for clip in (recording.clip, comparison.clip):
             self.peaks += clip.record["phases"]
 
@@ -88,19 +90,27 @@ def run_quality(
     generation raises.
     """
     case = Case({"seed": 0, "matmul": "dequantized", **options}, dtype)
-    opened = ModelFolder.open(model), ModelFolder.open(reference)
-    check_comparable(*opened, case)
-    layers, measured, strips = packed_layers(opened[0]), Quality(), []
-    for number, prompt in enumerate(prompts, start=1):
-        turn = replace(case, options={**case.options, "seed": case.options["seed"] + number - 1})
-        which = f"prompt {number} of {len(prompts)}"
-        yield Section(f"reference, {which}", _command(reference, prompt, turn))
-        recording = yield from record(reference, prompt, turn, layers)
-        yield Section(f"compared with it, {which}", _command(model, prompt, turn))
-        comparison = yield from compare(model, recording, turn)
-        measured.add(recording, comparison)
-        strips.append((strip(recording.clip.frames), strip(comparison.clip.frames)))
-    yield Compared(make_receipt(opened, measured, recording), tuple(strips))
+    folders = ModelFolder.open(model), ModelFolder.open(reference)
+    check_comparable(*folders, case)
+    measured, strips = Quality(), []
+    for number, prompt in enumerate(prompts):
+        turn = replace(case, options={**case.options, "seed": case.options["seed"] + number})
+        which = f"prompt {number + 1} of {len(prompts)}"
+        strips.append((yield from _compare_on(prompt, which, folders, turn, measured)))
+    yield Compared(make_receipt(folders, measured), tuple(strips))
+
+
+def _compare_on(
+    prompt: str, which: str, folders: tuple[ModelFolder, ModelFolder], case: Case, measured: Quality
+) -> Generator[Event, None, tuple[Array, Array]]:
+    """Count one prompt's clips; returns frames of both. What was recorded is gone before the next prompt's is."""
+    model, reference = folders
+    yield Section(f"reference, {which}", _command(reference.path, prompt, case))
+    recording = yield from record(reference.path, prompt, case, packed_layers(model))
+    yield Section(f"compared with it, {which}", _command(model.path, prompt, case))
+    comparison = yield from compare(model.path, recording, case)
+    measured.add(recording, comparison)
+    return strip(recording.clip.frames), strip(comparison.clip.frames)
 
 
 def built_in_prompts() -> tuple[str, ...]:
@@ -166,18 +176,17 @@ def _command(model: Path, prompt: str, case: Case) -> str:
     return shlex.join(words)
 
 
-def make_receipt(folders: tuple[ModelFolder, ModelFolder], measured: Quality, last: Recording) -> Row:
+def make_receipt(folders: tuple[ModelFolder, ModelFolder], measured: Quality) -> Row:
     """The receipt of comparing the first folder with the second."""
     model, reference = folders
-    request = last.clip.record["request"]
-    sizes = ("width", "height", "frames", "fps", "no_audio", "no_upscale")
+    options = ("width", "height", "frames", "fps", "no_audio", "no_upscale", "matmul")
     receipt = {
         "kind": "quality",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_facts(),
         "model": model_facts(model),
         "reference": model_facts(reference),
-        "case": {name: request[name] for name in sizes},
+        "case": {name: measured.request[name] for name in options},
         **{f"{name}_peak_bytes": max(p[f"{name}_peak_bytes"] for p in measured.peaks) for name in ("mlx", "process")},
         "contexts": {name: _digits(measured.contexts[name].relative) for name in ENDS},
         "layers": _layer_rows(model, measured.layers),

@@ -103,7 +103,7 @@ def receipt_of(comparison: Comparison, recording: Recording, folders: tuple[Path
     """As `compared`, of runs that are known."""
     measured, (model, reference) = Quality(), map(ModelFolder.open, folders)
     measured.add(recording, comparison)
-    return make_receipt((model, reference), measured, recording)
+    return make_receipt((model, reference), measured)
 
 
 class TestMetrics:
