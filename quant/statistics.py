@@ -104,6 +104,8 @@ class Statistics:
             match = NAME.fullmatch(name)
             if match is not None and match[3] == SENSITIVITY:
                 found[match[1], match[2]] = float(self._values(name))
+                if found[match[1], match[2]] < 0:
+                    raise InputError(f"{self.file.path}: {name} is negative", "no change is", MAKE)
         return found
 
     @cached_property

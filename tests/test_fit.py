@@ -26,7 +26,7 @@ from ltx2.quant.recipe import Recipe, Rule, load_recipe
 from ltx2.quant.recording import Call
 from ltx2.quant.sample import candidates
 from ltx2.quant.sensitivity import Method, velocities
-from ltx2.quant.statistics import Statistics
+from ltx2.quant.statistics import Statistics, write_statistics
 from ltx2.runtime.errors import DoesNotFitError, InputError
 from ltx2.runtime.events import BytesDone
 from ltx2.runtime.layout import ModelFolder
@@ -192,6 +192,14 @@ class TestSensitivity:
         named = load_recipe("uniform").bits(TRANSFORMER, [m.layer for m in plan.moves(TRANSFORMER)], 8)
         assert stats.sensitivities.keys() == {(TRANSFORMER, layer) for layer in named}
         assert all(value > 0 for value in stats.sensitivities.values())
+
+    def test_negative_ones_are_refused(self, stats: Statistics, tmp_path: Path) -> None:
+        layer = (TRANSFORMER, "caption_projection.linear_1")
+        inputs = stats.inputs(*layer, biased=True)
+        assert inputs is not None
+        write_statistics(tmp_path / "stats.safetensors", {layer: inputs}, stats.about, {layer: -1.0})
+        with pytest.raises(InputError, match="negative"):
+            _ = Statistics.open(tmp_path / "stats.safetensors").sensitivities
 
     @pytest.mark.parametrize("kind", ["ff.proj_in", "attn1.to_v"])
     def test_foretells_what_packing_changes(
