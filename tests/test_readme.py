@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -122,7 +121,7 @@ class TestPython:
                 yield ast.unparse(node.func), {str(word.arg) for word in node.keywords}
 
     def test_calls(self) -> None:
-        functions = ("load", "download", "convert", "quantize")
+        functions = ("load", "download", "convert", "calibrate", "quantize")
         takes = {f"ltx2.{name}": set(inspect.signature(getattr(api, name)).parameters) for name in functions}
         request = set(Request.__dataclass_fields__)
         takes |= {"pipe.generate": request, "pipe.stream": request, "clip.save": set()}
@@ -176,10 +175,11 @@ class TestNames:
         assert f"stage 2: transformer, {second.steps} steps" in README and second.downscale == 1
 
 
-def receipt(heading: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """Rows by case and bits of the one receipt that the README's tables are made from."""
-    (path,) = (ROOT / "bench" / "results").glob("nvidia-h200-*.json")
-    return {(row["case"], row["bits"]): row for row in json.loads(path.read_text())[heading]}
+def receipt() -> dict[str, Any]:
+    """The receipt that the README's table of speed is made from."""
+    path = re.search(r"bench table: (\S+)", README)
+    assert path is not None
+    return read_receipt(ROOT / path[1])
 
 
 @pytest.fixture(scope="module")
@@ -224,45 +224,24 @@ class TestSizes:
         return transformer + 1.3 * GIB <= share * memory * GIB
 
     def test_what_a_clip_needs_beside_the_weights(self, plan: Plan) -> None:
-        peak = receipt("results")["stage 2 step", 16]["mlx_peak_bytes"]
+        phases = {phase["name"]: phase for phase in receipt()["cases"][0]["phases"]}
+        peak = phases["stage2"]["mlx_peak_bytes"]
         assert f"{(peak - self.sizes(plan, '')['transformer']) / GIB:.1f}" == "1.3"
-
-
-# The README's words for a case of the receipt.
-CASES = {
-    "text encoder, 100 tokens": "text encoder, 100 tokens",
-    "transformer, one step of stage 1": "stage 1 step",
-    "transformer, one step of stage 2": "stage 2 step",
-    "spatial upscaler": "spatial upscaler x2",
-    "video decode, one piece": "video decode, one piece",
-    "video decode, tiled": "video decode, tiled",
-}
 
 
 class TestMeasured:
     @pytest.mark.parametrize("path", ["README.md", "docs/performance.md"])
     def test_generated_tables(self, path: str) -> None:
         """Those between marks are what `python -m ltx2.bench.table` prints."""
-        for receipts, shown in tables_in((ROOT / path).read_text(encoding="utf-8")):
+        found = list(tables_in((ROOT / path).read_text(encoding="utf-8")))
+        assert found or path != "README.md"
+        for receipts, shown in found:
             assert shown == markdown([read_receipt(ROOT / receipt) for receipt in receipts]), receipts
 
-    def test_table(self) -> None:
-        measured = receipt("results")
-        rows = table("## Measured")
-        assert [row[0] for row in rows] == list(CASES)
-        for name, *cells in rows:
-            times = [measured.get((CASES[name], bits)) for bits in (16, 8, 4)]
-            shown = [f"{1000 * row['seconds']['median']:.0f} ms" if row else "" for row in times]
-            peak = f"{measured[CASES[name], 16]['mlx_peak_bytes'] / GIB:.1f} GiB"
-            assert cells == [shown[0], peak, *shown[1:]], name
-
     def test_what_was_measured(self) -> None:
-        (path,) = (ROOT / "bench" / "results").glob("nvidia-h200-*.json")
-        data = json.loads(path.read_text())
+        data = receipt()
         text = " ".join(README[README.index("\n## Measured") :].split())
         assert data["machine"]["device"] in text and f"mlx {data['machine']['mlx']}" in text
-        assert data["weights"] == "random" and "random weights" in text
-        frames, height, width, fps = re.findall(r"\d+", data["size"])
-        assert f"{frames} frames of {width}x{height} at {fps} fps" in text
-        assert {row["seconds"]["repetitions"] for row in data["results"]} == {9} and "medians of 9" in text
-        assert all(row["finite"] for row in data["results"])
+        options = data["cases"][0]["options"]
+        assert f"{options['frames']} frames of {options['width']}x{options['height']} at {options['fps']:g} fps" in text
+        assert f"medians of {data['repeat']} clips" in text
