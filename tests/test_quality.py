@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from itertools import pairwise
 from math import inf, log10
 from pathlib import Path
@@ -24,7 +24,7 @@ from ltx2.bench.quality import Compared, Quality, make_receipt, run_quality, tab
 from ltx2.bench.quality_plot import error_maps
 from ltx2.bench.teacher import Case, Comparison, Recording, compare, packed_layers, record
 from ltx2.quant import calibrate
-from ltx2.runtime import job
+from ltx2.runtime import job, pipeline, streaming
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event
 from ltx2.runtime.layout import ModelFolder
@@ -32,6 +32,8 @@ from ltx2.runtime.load import load_weights
 from ltx2.runtime.presets import Preset, Stage
 from ltx2.runtime.tensorfile import open_tensorfile
 from ltx2.runtime.tensorwrite import write_tensorfile
+from ltx2.runtime.transformer.config import TransformerConfig
+from ltx2.runtime.transformer.model import Transformer
 from tests.command import SIZE, Here
 
 # One stage, no sound: what a second stage and sounds add is seen in test_demo_quality.py.
@@ -186,7 +188,15 @@ class TestRecording:
 
 class TestComparison:
     def test_with_itself(self, quantized: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Nothing differs, not even in the last bit. Of both models never more than one network is in memory."""
+        """Nothing differs, not even in the last bit, and not if one reads its blocks from disk in every step. Of both
+        never more than one network is in memory."""
+        transformers: list[TransformerConfig] = []
+
+        def streamed(folder: ModelFolder, transformer: Transformer, blocks: Sequence[int]) -> Any:
+            transformers.append(transformer.config)
+            return streaming.streamed(folder, transformer, range(6) if len(transformers) == 2 else blocks)
+
+        monkeypatch.setattr(pipeline, "streamed", streamed)
         networks: list[weakref.ref[nn.Module]] = []
 
         def loaded(network: nn.Module, _dtype: Any) -> None:
@@ -196,7 +206,7 @@ class TestComparison:
 
         monkeypatch.setattr(teacher, "_cast", loaded)
         receipt = compared(quantized[4], quantized[4])
-        assert len(networks) == 8
+        assert (len(networks), len(transformers)) == (8, 2)
         assert len(receipt["layers"]) > 200 and len(receipt["steps"]) == 2
         assert {row["relative_error"] for row in receipt["layers"]} == {0}
         for row in receipt["steps"]:
