@@ -27,12 +27,9 @@ class Correlations:
     prompts: int
 
     def damped(self, correlations: Array) -> Array:
-        """Correlations, around the mean or not, as far as they are to be believed. Raises ValueError for what no inputs
-        can have."""
+        """Correlations, around the mean or not, as far as they are to be believed."""
         variances = np.diagonal(correlations)
         unit = float(variances.mean()) or 1.0  # 0 where nothing varies
-        if not np.isfinite(unit):
-            raise ValueError("what was measured of its inputs is not finite")
         share = max(PROMPTS / self.prompts, TOKENS * len(variances) / self.tokens)
         damped = correlations.copy()
         damped[np.diag_indices(len(variances))] += share * variances + LEAST * unit
@@ -70,6 +67,8 @@ class Feedback:
 def make_feedback(given: Correlations, storage: Storage, biased: bool, on: Arithmetic) -> Feedback:
     """For a layer that is to be stored so, and that may have a bias. Raises ValueError for correlations that no inputs
     have."""
+    if not np.isfinite(np.trace(given.products)):
+        raise ValueError("what was measured of its inputs is not finite")
     correlations = given.products - np.outer(given.mean, given.mean) if biased else given.products
     damped, mean = given.damped(correlations), given.mean
     if size := storage.rotation:

@@ -29,4 +29,4 @@ def rotated(x: mx.array, size: int) -> mx.array:
 
 @cache
 def _matrix(size: int, dtype: mx.Dtype) -> mx.array:
-    return mx.array(hadamard(size)).astype(dtype)
+    return mx.array(hadamard(size), dtype)

@@ -75,7 +75,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 @click.option("--mode", type=click.Choice(MODES), default="affine", show_default=True, help="Kind of codes.")
 @click.option("--group-size", type=int, help="Weights per scale: 32, 64 (default) or 128; mxfp4, mxfp8: 32; nvfp4: 16.")
 @click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote: for better codes of the same size.")
-@click.option("--method", type=click.Choice(METHODS), default=METHODS[0], show_default=True, help="How codes are chosen.")
+@click.option("--method", type=click.Choice(METHODS), default="search", show_default=True, help="How codes are chosen.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
 @click.option("--report", type=PATH, help="Write bits, bytes and error of every layer (JSON).")
 @click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
@@ -115,6 +115,7 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
 @click.option("-o", "--output", "target", type=PATH, required=True, help="Statistics to write, *.safetensors.")
 @click.option("--prompts", type=PATH, metavar="FILE", help="One prompt per line; default: 16 that come with ltx2.")
 @click.option("--sensitivity", is_flag=True, help="Also measure which layers matter most, for quantize --fit.")
+@click.option("--gptq", is_flag=True, help="Also keep some denoise steps for quantize --method gptq: 20 MB a prompt.")
 @click.option("--width", type=int, help="As for generate.")
 @click.option("--height", type=int, help="As for generate.")
 @click.option("--frames", type=int, help="As for generate.")
@@ -123,7 +124,6 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
 @click.option("--no-upscale", is_flag=True, default=None, help="As for generate.")
 @click.option("--memory-limit", type=float, metavar="GB", help="As for generate.")
 @click.option("--low-memory", is_flag=True, default=None, help="As for generate.")
-@click.option("--gptq", is_flag=True, help="Also keep some denoise steps for quantize --method gptq: 20 MB a prompt.")
 @common
 def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, gptq: bool, **options: Any) -> None:
     """Measure what a model's layers are given, for quantize --stats.
