@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,7 +32,7 @@ from ltx2.bench.metrics import Array, Difference
 from ltx2.bench.plot import check_plot
 from ltx2.bench.quality import clip_row, model_facts, strip
 from ltx2.bench.stats import write_receipt
-from ltx2.bench.teacher import ENDS, Case, Comparison, Recording, compare, packed_layers, record
+from ltx2.bench.teacher import ENDS, Case, Comparison, Recording, compare, make, packed_layers, record
 from ltx2.runtime.clip import Clip
 from ltx2.runtime.events import Event
 from ltx2.runtime.layout import ModelFolder
@@ -40,6 +40,7 @@ from ltx2.runtime.machine import machine_facts
 from ltx2.runtime.paths import check_output, write_text
 
 PROMPTS = 64
+COMPARED = 12  # of them: models are compared layer by layer and step by step, which takes four times as long as a clip
 ATTRIBUTES = ("colour", "shape", "motion", "tone", "background")
 FOLLOWED = ATTRIBUTES[:4]  # a prompt is followed whose clip shows all of these
 MEASURES = ("psnr_db", "log_spectral_distance_db", "layers")  # of a clip; of both streams:
@@ -74,16 +75,30 @@ def measure_prompt(models: Models, number: int, prompt: Prompt) -> None:
         return
     # In float32 whatever the weights' dtype: a CPU computes bf16 coarsely, and what is compared are the weights.
     case = Case({**SIZE, "fps": 24.0, "seed": number, "matmul": "dequantized"}, mx.float32)
-    layers = {name: packed_layers(ModelFolder.open(models.paths[name])) for name in missing}
-    recording = _end(record(models.paths[REFERENCE], prompt.text, case, _union(layers.values())))
-    for name in missing:
-        clip, row = recording.clip, Row()
-        if name != REFERENCE:
-            comparison = _end(compare(models.paths[name], recording, case))
-            clip, row = comparison.clip, _distances(recording, comparison, layers[name])
+    measured = _compared(models, missing, prompt, case) if number < COMPARED else _made(models, missing, prompt, case)
+    for name, clip, row in measured:
         if number < STRIPS:
             _write_array(models.strip(name, number), strip(clip.frames))
         _write_json(models.result(name, number), {"key": keys[name], **_shown(clip, prompt), **row})
+
+
+Measured = Iterator[tuple[str, Clip, Row]]  # a model's name, its clip, how far it is from the reference's
+
+
+def _compared(models: Models, names: Sequence[str], prompt: Prompt, case: Case) -> Measured:
+    layers = {name: packed_layers(ModelFolder.open(models.paths[name])) for name in names}
+    recording = _end(record(models.paths[REFERENCE], prompt.text, case, _union(layers.values())))
+    for name in names:
+        if name == REFERENCE:
+            yield name, recording.clip, {}
+            continue
+        comparison = _end(compare(models.paths[name], recording, case))
+        yield name, comparison.clip, _distances(recording, comparison, layers[name])
+
+
+def _made(models: Models, names: Sequence[str], prompt: Prompt, case: Case) -> Measured:
+    for name in names:
+        yield name, _end(make(models.paths[name], prompt.text, case)), {}
 
 
 def result_key(model: Path, reference: Path, prompt: Prompt) -> Row:
@@ -157,13 +172,14 @@ def summary(models: Models, prompts: Sequence[Prompt], chosen: Sequence[DemoMode
         "machine": machine_facts(),
         "dtype": "float32",
         "prompts": len(prompts),
+        "compared": min(COMPARED, len(prompts)),
         "size": SIZE,
         "models": rows,
     }
 
 
 def _model_row(models: Models, model: DemoModel, prompts: Sequence[Prompt]) -> Row:
-    """Size, how many prompts are followed, and medians over the prompts."""
+    """Size, how many prompts are followed, and medians over the first of them."""
     path = models.paths[model.name]
     results = [
         read_result(models.result(model.name, number), result_key(path, models.paths[REFERENCE], prompt))
@@ -181,8 +197,9 @@ def _model_row(models: Models, model: DemoModel, prompts: Sequence[Prompt]) -> R
     }
     if model.name == REFERENCE:
         return row
-    single = {name: _median(result[name] for result in found) for name in MEASURES}
-    pairs = {name: {end: _median(r[name][end] for r in found) for end in ENDS} for name in PAIRS}
+    compared = found[:COMPARED]
+    single = {name: _median(result[name] for result in compared) for name in MEASURES}
+    pairs = {name: {end: _median(r[name][end] for r in compared) for end in ENDS} for name in PAIRS}
     return row | single | pairs
 
 

@@ -120,6 +120,12 @@ def compare(model: Path, recording: Recording, case: Case) -> Generator[Event, N
     return Comparison(pupil.layers, pupil.velocity, text, latents, clip)
 
 
+def make(model: Path, prompt: str, case: Case) -> Generator[Event, None, Clip]:
+    """Make the clip alone, computed as those that are compared; returns it."""
+    _, clip = yield from _generated(model, prompt, case, lambda _, network: _cast(network, case.dtype))
+    return clip
+
+
 def _generated(
     model: Path, prompt: str, case: Case, observe: Observe
 ) -> Generator[Event, None, tuple[Contexts, Clip]]:
