@@ -133,7 +133,8 @@ class Catalogue:
         known = [*self.bundles, *(published.removesuffix(".safetensors") for published in self.published)]
         near = get_close_matches(name.removesuffix(".safetensors"), known, n=3, cutoff=0.5)
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
-        return InputError(f"nothing is published as {name}", f"the catalogue has no such name{meant}", "see ltx2 download --list")
+        why = f"the catalogue has no such name{meant}"
+        return InputError(f"nothing is published as {name}", why, "see ltx2 download --list")
 
 
 @cache

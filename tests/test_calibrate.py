@@ -1,12 +1,13 @@
 """Calibrating: sums that stay exact, of every layer's own inputs, and files of statistics that are what they say."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -86,6 +87,7 @@ class TestSums:
         x = (1000 + np.random.default_rng(0).standard_normal((1, 1 << 16, 4))).astype(np.float32)
         inputs = recorded(x, times=64)
         exact = x.reshape(-1, 4).astype(np.float64)
+        assert inputs.mean is not None
         np.testing.assert_allclose(inputs.mean, exact.mean(0), rtol=1e-6)
         np.testing.assert_allclose(inputs.mean_square, np.square(exact).mean(0), rtol=1e-6)
 
@@ -94,6 +96,7 @@ class TestSums:
         whole = recorded(x)
         monkeypatch.setattr(calibrating, "ROWS", 30)
         parts = recorded(x)
+        assert parts.mean is not None and whole.mean is not None
         np.testing.assert_allclose(parts.mean, whole.mean, rtol=1e-5)
         np.testing.assert_allclose(parts.mean_square, whole.mean_square, rtol=1e-6)
 
@@ -143,8 +146,8 @@ class TestModel:
 
     def test_interrupted_it_leaves_nothing(self, demo_f32: Path, tmp_path: Path) -> None:
         events = calibrate(demo_f32, tmp_path / "s.safetensors", [PROMPT], OPTIONS)
-        next(event for event in events if isinstance(event, PhaseStarted))
-        events.close()
+        with closing(cast(Generator[Event, None, None], events)):
+            next(event for event in events if isinstance(event, PhaseStarted))
         assert not any(tmp_path.iterdir())
 
     def test_a_place_that_cannot_be_written_is_refused_at_once(self, demo_f32: Path, tmp_path: Path) -> None:
@@ -169,7 +172,7 @@ class TestModel:
 
 def output_errors(model: Path, folders: Mapping[str, ModelFolder], prompt: str) -> dict[str, dict[str, float]]:
     """Of the packed transformer layers of some folders, beside the model's own, over three steps."""
-    squares: dict[str, Counter[str]] = {name: Counter() for name in folders}
+    squares: dict[str, dict[str, float]] = {name: defaultdict(float) for name in folders}
 
     def observe(component: str, network: nn.Module) -> None:
         if component == "transformer":
@@ -180,7 +183,7 @@ def output_errors(model: Path, folders: Mapping[str, ModelFolder], prompt: str) 
         for name, layers in packed.items():
             if path in layers:
                 weight, bias = layers[path]
-                squares[name][path] += mx.square(x @ weight.T + bias - layer(x)).sum().item()
+                squares[name][path] += float(np.array(mx.square(x @ weight.T + bias - layer(x)).sum()))
 
     steps = (e for e in Pipeline(model, observe).stream(prompt, **OPTIONS) if getattr(e, "phase", "") == "stage1")
     assert len(list(islice(steps, 3))) == 3

@@ -19,7 +19,7 @@ from ltx2.quant.replan import repack
 from ltx2.runtime.errors import CheckpointError, InputError, Ltx2Error, NumericsError, UnsupportedError
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import build_network, load_network, load_weights, parameter_shapes
-from ltx2.runtime.quantized import Form as Packed
+from ltx2.runtime.products import Form as Packed
 from ltx2.runtime.quantized import QuantizedLinear
 from ltx2.runtime.tensorfile import open_tensorfile
 from ltx2.runtime.transformer.model import Transformer

@@ -10,7 +10,8 @@ import numpy as np
 from ltx2.runtime.layout import ModelFolder
 from ltx2.runtime.load import load_network, parameter_shapes
 from ltx2.runtime.observe import intercept, watch
-from ltx2.runtime.quantized import Form, QuantizedLinear
+from ltx2.runtime.products import Form
+from ltx2.runtime.quantized import QuantizedLinear
 from ltx2.runtime.text_encoder.gemma3 import Gemma3TextEncoder
 from ltx2.runtime.transformer.attention import FeedForward
 

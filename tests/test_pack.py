@@ -345,6 +345,7 @@ def test_a_layers_bias_can_keep_its_mean_output(storage: Storage, dtype: str) ->
     multiplier = multiplier_of(storage, as_float32(values))
     packed, _ = pack(values, storage, inputs, multiplier)
     change = (as_float32(values) - unpack(packed, storage, multiplier)).astype(np.float64)
+    assert packed.drift is not None
     np.testing.assert_allclose(packed.drift, change @ inputs.mean, rtol=1e-3, atol=1e-6)
     assert pack(values, storage, Inputs(inputs.mean_square), multiplier)[0].drift is None
 
@@ -355,6 +356,7 @@ def test_the_loss_is_the_outputs() -> None:
     x = (rng.standard_normal((4000, 1024)) * rng.uniform(0.2, 3, 1024) + rng.uniform(-2, 2, 1024)).astype(np.float32)
     inputs = Inputs(np.square(x).mean(0), x.mean(0))
     packed, loss = pack(values, storage, inputs)
+    assert packed.drift is not None
     error = x @ unpack(packed, storage).T + packed.drift - x @ values.T
     assert loss.error == pytest.approx(np.square(error).sum() / len(x), rel=0.03)
     assert loss.norm == pytest.approx(float((np.square(values) @ inputs.mean_square).sum()), rel=1e-4)

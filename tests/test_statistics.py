@@ -71,7 +71,8 @@ class TestBias:
         inputs = Statistics.open(stats).inputs("transformer", LAYER, biased=True)
         assert inputs is not None and inputs.mean is not None
         codes, scales, biases = (tensor(q4[0], f"{LAYER}.{part}") for part in ("weight", "scales", "biases"))
-        packed = mx.dequantize(mx.array(codes), *(mx.array(bf16_to_f32(a)) for a in (scales, biases)), 64, 4)
+        scale, offset = (mx.array(bf16_to_f32(a)) for a in (scales, biases))
+        packed = mx.dequantize(mx.array(codes), scale, offset, group_size=64, bits=4)
         ours = np.array(packed) @ inputs.mean + bf16_to_f32(tensor(q4[0], f"{LAYER}.bias"))
         weight, bias = (bf16_to_f32(tensor(demo_model, f"{LAYER}.{part}")) for part in ("weight", "bias"))
         before = np.array(packed) @ inputs.mean + bias
