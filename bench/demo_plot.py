@@ -48,7 +48,8 @@ def plot_demo(path: Path, receipt: Row, strips: Mapping[str, Sequence[Array]]) -
 
 def _title(receipt: Row) -> str:
     size, machine = receipt["size"], receipt["machine"]
-    clips = f"{receipt['prompts']} prompts, {size['frames']} frames of {size['width']}x{size['height']}"
+    clips = f"{receipt['prompts']} prompts, {receipt['compared']} of them compared with the reference"
+    clips += f", {size['frames']} frames of {size['width']}x{size['height']}"
     return f"the embedded demo model: {clips}, computed in {receipt['dtype']} on {machine['chip']}"
 
 
