@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from ltx2 import api
 from ltx2.bench.compare import read_receipt
+from ltx2.bench.demo_plot import packed_bits
 from ltx2.bench.table import markdown, tables_in
 from ltx2.cli import cli
 from ltx2.convert.catalogue import catalogue
@@ -245,3 +247,19 @@ class TestMeasured:
         options = data["cases"][0]["options"]
         assert f"{options['frames']} frames of {options['width']}x{options['height']} at {options['fps']:g} fps" in text
         assert f"medians of {data['repeat']} clips" in text
+
+    def test_what_quantizing_costs(self) -> None:
+        """The table under Quantization is the demo model's receipt."""
+        (path,) = (ROOT / "bench" / "results").glob("quality-demo-*.json")
+        data = json.loads(path.read_text())
+        models = {model["name"]: model for model in data["models"]}
+        endings = ("-stock", "", "-stats", "-gptq", "-gptq-hadamard")
+        rows = table("### Quantization")
+        assert [row[0] for row in rows] == ["`q8`", "`q6`", "`q4`", "`q3`"]
+        for name, bits, *cells in rows:
+            assert bits == f"{packed_bits(models[name.strip('`')]):.2f}"
+            for ending, cell in zip(endings, cells, strict=True):
+                model = models.get(name.strip("`") + ending)
+                assert cell == (f"{100 * model['velocity']['video']:.2f} %" if model else ""), (name, ending)
+        text = " ".join(README.split())
+        assert f"{data['compared']} prompts, medians" in text and f"of {data['prompts']} prompts" in text
