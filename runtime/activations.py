@@ -54,12 +54,16 @@ def text_encoder(config: Gemma3Config, layer: int, embedding: int, tokens: int, 
     return Activations(needed, layer // 4, tokens * config.intermediate_size * itemsize)
 
 
-def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int) -> Activations:
-    """The text encoder's states, normalised and stacked; later the states beside the connectors' `length` tokens."""
+def connectors(
+    config: ConnectorsConfig, tokens: int, length: int, itemsize: int, *, unpacked: int = 0
+) -> Activations:
+    """The text encoder's states, normalised and stacked; later the states beside the connectors' `length` tokens.
+    `unpacked` as in a denoise step."""
     states = config.num_hidden_states * tokens * config.caption_channels * itemsize
     position = length * config.dim * itemsize
     needed, full = (max(3 * states + 2 * position, states + units * position) for units in (16, 22))
-    return Activations(needed, full - needed, states)
+    needed, full = needed + UNPACKED * unpacked, full + UNPACKED_QUEUED * unpacked
+    return Activations(needed, full - needed, max(states, unpacked))
 
 
 def denoise_step(

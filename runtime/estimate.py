@@ -19,6 +19,7 @@ from ltx2.runtime.machine import available_memory
 from ltx2.runtime.media import encoding_memory
 from ltx2.runtime.memory import limited, reusable_memory
 from ltx2.runtime.presets import Stage
+from ltx2.runtime.quantized import UNPACKABLE
 from ltx2.runtime.request import Sizes
 from ltx2.runtime.streaming import block_of, choose_streamed, held_bytes
 from ltx2.runtime.tensorfile import TensorInfo
@@ -221,7 +222,8 @@ class Model:
         yield Need("text_encoder", max(embedding, layer), used)
         config = ConnectorsConfig.from_dict(self.config("connectors"))
         width = self.itemsize("connectors")
-        used = network.connectors(config, tokens, length, width).beside(on_cpu(cpu.connectors(config, length, width)))
+        used = network.connectors(config, tokens, length, width, unpacked=width * self._unpacked("connectors"))
+        used = used.beside(on_cpu(cpu.connectors(config, length, width)))
         yield Need("connectors", self.weights("connectors"), used)
 
     @cached_property
@@ -246,7 +248,7 @@ class Model:
                 used = used.beside(on_cpu(cpu.upscale(upscaler, used.largest, itemsize)))
                 yield Need("spatial_upscaler", self.weights("spatial_upscaler"), used)
             grid = self.job.grid(stage, sizes)
-            used = network.denoise_step(config, grid, text, width, unpacked=width * self._unpacked)
+            used = network.denoise_step(config, grid, text, width, unpacked=width * self._unpacked("transformer"))
             used = used.beside(on_cpu(cpu.denoise_step(config, grid, text, width)))
             yield Need(f"stage{number}", self.weights("transformer"), used, blocks=self._blocks)
 
@@ -259,18 +261,17 @@ class Model:
                 sizes[index] = sizes.get(index, 0) + tensor.nbytes
         return tuple(sizes[index] for index in sorted(sizes))
 
-    @cached_property
-    def _unpacked(self) -> int:
-        """Values of the transformer's largest packed weight, where layers unpack theirs to multiply."""
+    def _unpacked(self, component: str) -> int:
+        """Values of the largest packed weight that is unpacked to multiply with it."""
         if self.job.request.matmul == PACKED:
             return 0
-        quantization = self.config("transformer").get("quantization", {})
+        quantization = self.config(component).get("quantization", {})
         counts = [0]
-        for name, tensor in self.tensors["transformer"].items():
+        for name, tensor in self.tensors[component].items():
             if tensor.dtype == "U32":
                 entry = quantization.get(name.removesuffix(".weight"), quantization)
                 counts.append(prod(tensor.shape) * 32 // entry["bits"])
-        return max(counts)
+        return max(count for count in counts if count <= UNPACKABLE)
 
     def _decoders(self, sizes: Sizes, tiling: Tiling | None) -> Iterator[Need]:
         grid = self.job.grid(FULL, sizes)

@@ -6,6 +6,7 @@ they were published in. FP8 codes need no other scale; MLX's, all 1, are made he
 layer's inputs may be rotated first (rotation.py)."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from ltx2.runtime.errors import ConfigError
 from ltx2.runtime.products import Choice, Codes, Form, choose
 from ltx2.runtime.rotation import rotated
 
+UNPACKABLE = 1 << 28  # values of a weight: a larger one, unpacked, would be as large as a network
 UNIT = 127  # of the mx formats, whose scales are powers of two: 1
 
 
@@ -104,7 +106,8 @@ def choose_products(network: nn.Module, wanted: str) -> dict[str, Choice]:
             form = str(module.form)
             if form not in chosen:
                 chosen[form] = choose(module.form, _dtype(module), wanted)
-            module.choice = chosen[form]
+            if prod(module.weight.shape) * 32 // module.bits <= UNPACKABLE:
+                module.choice = chosen[form]
     return chosen
 
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 import ltx2.runtime.products as products
+import ltx2.runtime.quantized as quantized
 from ltx2.runtime.products import PRODUCTS, Choice, Codes, Form, choose
 from ltx2.runtime.quantized import QuantizedLinear, choose_products
 from tests.parity import relative_l2
@@ -119,3 +120,10 @@ def test_the_wanted_product_is_used_by_every_layer() -> None:
     chosen = choose_products(layer, "widened")
     assert layer.choice == Choice(((1, "widened"),)) == chosen["affine-4-64"]
     assert "choice" not in layer.parameters()
+
+
+def test_a_weight_as_large_as_a_network_is_never_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "UNPACKABLE", 256 * 96 - 1)
+    layer = QuantizedLinear(256, 96, Form(64, 4))
+    choose_products(layer, "widened")
+    assert layer.choice == Choice()
