@@ -83,7 +83,7 @@ def test_quantizing_keeps_the_parameters(demo_model: Path, tmp_path: Path) -> No
     for name, part in before["components"].items():
         assert after["components"][name]["parameters"] == part["parameters"]
     assert after["bytes"] < before["bytes"]
-    assert after["components"]["transformer"]["quantization"]["bits"] == 3
+    assert after["components"]["transformer"]["quantization"]["bits"] == 4  # of most layers of the preset
 
 
 def test_nothing_to_inspect(tmp_path: Path) -> None:
