@@ -5,11 +5,13 @@ layer, so that disks alone limit it."""
 
 from dataclasses import asdict, dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ltx2.convert.plan import Plan
 from ltx2.convert.steps import FLOATS
+from ltx2.quant.recipe import BITS, EVERY, load_recipe
 from ltx2.runtime.activations import denoise_step
 from ltx2.runtime.audio_vae import AudioVAEConfig
 from ltx2.runtime.errors import InputError
@@ -70,12 +72,16 @@ def _macs() -> dict[str, Any]:
 
 
 def _activations(plan: Plan, sizes: Sizes) -> int:
-    """Of a step at full size, which takes most, at full speed. Tables may be wider than what is computed with."""
+    """Of a step at full size, which takes most, at full speed, with packed weights unpacked to multiply. Tables may be
+    wider than what is computed with."""
     config = TransformerConfig.from_dict(plan.components[TRANSFORMER].config)
     forms = [form for move in plan.moves(TRANSFORMER) for form in move.stored().values()]
     width = min(form.itemsize for form in forms if form.dtype in FLOATS.values())
     tokens = decoding_preset(plan.release).text_tokens
-    return denoise_step(config, _grid(plan, sizes), tokens, width).full
+    weights = {move.layer: prod(move.values.shape) for move in plan.moves(TRANSFORMER) if move.key.endswith(".weight")}
+    packed = load_recipe(EVERY).bits(TRANSFORMER, list(weights), max(BITS))
+    largest = max((weights[layer] for layer in packed), default=0)
+    return denoise_step(config, _grid(plan, sizes), tokens, width, unpacked=width * largest).full
 
 
 def _grid(plan: Plan, sizes: Sizes) -> Grid:

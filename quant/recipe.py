@@ -18,6 +18,7 @@ from ltx2.runtime.jsonfile import read_object
 from ltx2.runtime.layout import COMPONENTS
 
 BITS = KINDS["affine"].bits
+EVERY = "uniform"  # the recipe that names all layers that are ever packed
 FOLDER = Path(__file__).parent / "recipes"
 GENERAL = "mixed"  # for bits that no preset is made for
 KEYS = {"about", "extends", "bits", "quantize", "at_least", "at_most"}

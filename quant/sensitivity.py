@@ -20,7 +20,7 @@ import mlx.nn as nn
 
 from ltx2.convert.plan import natural_order
 from ltx2.quant.budget import TRANSFORMER
-from ltx2.quant.recipe import block_counts, block_of, load_recipe
+from ltx2.quant.recipe import EVERY, block_counts, block_of, load_recipe
 from ltx2.quant.recording import Call
 from ltx2.quant.statistics import Layer
 from ltx2.runtime.events import Event, PhaseStarted, StepDone
@@ -33,7 +33,6 @@ from ltx2.runtime.transformer.model import Transformer
 
 PHASE = "sensitivity"
 STREAMS = ("video", "audio")
-LAYERS = "uniform"  # the recipe that names all layers that are ever packed
 Velocities = tuple[mx.array, mx.array]  # of video and audio
 
 
@@ -140,7 +139,7 @@ def _size(values: mx.array) -> mx.array:
 def _groups(transformer: Transformer, bands: int) -> list[frozenset[str]]:
     """Paths of the layers that are tried together."""
     paths = [path for path, layer in transformer.named_modules() if isinstance(layer, nn.Linear | QuantizedLinear)]
-    paths = sorted(load_recipe(LAYERS).bits(TRANSFORMER, paths, 8), key=natural_order)
+    paths = sorted(load_recipe(EVERY).bits(TRANSFORMER, paths, 8), key=natural_order)
     counts, groups = block_counts(paths), defaultdict(set)
     for path in paths:
         block = block_of(path)
