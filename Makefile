@@ -47,7 +47,7 @@ bench-convert: $(VENV)/.runtime ## convert beside cp, on 5 GB of random weights 
 	$(VENV)/bin/python -m ltx2.bench.convert --out build/bench-convert.json
 
 bench-quality: $(VENV)/.plot ## what quantizing costs the demo model, beside mx.quantize: 64 prompts, half an hour on 2 cores, into build/
-	$(WITH_OPENBLAS) $(VENV)/bin/python -m ltx2.bench.demo_quality --out build/demo-quality.json --plot build/demo-quality.png
+	$(WITH_OPENBLAS) $(VENV)/bin/python -m ltx2.bench.quality.demo_quality --out build/demo-quality.json --plot build/demo-quality.png
 
 test-fullsize: $(VENV)/.test ## full-size checks with random weights; needs a GPU
 	$(PYTEST) -m fullsize $(PYTEST_ARGS)

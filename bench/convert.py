@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ltx2.bench.stats import Timing, write_receipt
-from ltx2.bench.synthetic import write_checkpoint
-from ltx2.runtime.machine import machine_facts
+from ltx2.bench.random.synthetic import write_checkpoint
+from ltx2.bench.speed.stats import Timing, write_receipt
+from ltx2.runtime.machine.facts import machine_facts
 
 BLOCKS = 5  # of the published 48: a file of about 4 GB, 2 GB with FP8
 ROUNDS = 5

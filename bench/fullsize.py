@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ltx2.bench.cases import RandomWeights, bench_cases
-from ltx2.bench.published import published
-from ltx2.bench.receipt import tables
-from ltx2.bench.run import Benched, run_bench
-from ltx2.bench.stats import write_receipt
-from ltx2.bench.suite import DEFAULT, PARTS, Suite, load_suite
+from ltx2.bench.random.published import published
+from ltx2.bench.speed.cases import RandomWeights, bench_cases
+from ltx2.bench.speed.receipt import tables
+from ltx2.bench.speed.run import Benched, run_bench
+from ltx2.bench.speed.stats import write_receipt
+from ltx2.bench.speed.suite import DEFAULT, PARTS, Suite, load_suite
 from ltx2.quant.apply import Settings
-from ltx2.quant.kinds import AFFINE, KINDS
+from ltx2.quant.codes.kinds import AFFINE, KINDS
 from ltx2.runtime.errors import Ltx2Error
 from ltx2.runtime.events import Event, Noted, PhaseDone, Warned
 

@@ -20,18 +20,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ltx2.bench.stats import write_receipt
-from ltx2.runtime.audio_vae import AudioAutoencoder
-from ltx2.runtime.connectors import EmbeddingsConnectors
-from ltx2.runtime.latents import AUDIO_FREQUENCIES, Grid, Latents, Scales, audio_positions, video_positions
-from ltx2.runtime.load import build_network
-from ltx2.runtime.machine import machine_facts
-from ltx2.runtime.sampling import denoise
-from ltx2.runtime.transformer.model import Transformer
-from ltx2.runtime.video_vae.model import VideoAutoencoder
-from ltx2.runtime.video_vae.tiling import Tiling, decode_frames, tilings
+from ltx2.bench.speed.stats import write_receipt
+from ltx2.runtime.machine.facts import machine_facts
+from ltx2.runtime.networks.audio.vae import AudioAutoencoder
+from ltx2.runtime.networks.load import build_network
+from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
+from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
+from ltx2.runtime.networks.video_vae.tiling import Tiling, decode_frames, tilings
+from ltx2.runtime.sampling.denoise import denoise
+from ltx2.runtime.sampling.latents import AUDIO_FREQUENCIES, Grid, Latents, Scales, audio_positions, video_positions
 
-DATA = json.loads(resources.files(__package__).joinpath("fullsize.json").read_text())
+DATA = json.loads(resources.files("ltx2.bench.random").joinpath("fullsize.json").read_text())
 CALLS = 3  # the first one also compiles
 TINY = 16 << 20  # a limit below any need
 BITS = (16, 8, 4)

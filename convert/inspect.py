@@ -7,8 +7,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ltx2.convert import rules
-from ltx2.convert.checkpoint import (
+from ltx2.convert.names import rules
+from ltx2.convert.names.release import releases
+from ltx2.convert.plan.entries import SCALE_PARTS, Options, make_plan, packed_key
+from ltx2.convert.sources.checkpoint import (
     VARIANTS,
     Source,
     check_source,
@@ -18,15 +20,13 @@ from ltx2.convert.checkpoint import (
     special_storage,
     variant_in_name,
 )
-from ltx2.convert.lora import alphas
-from ltx2.convert.plan import SCALE_PARTS, Options, make_plan, packed_key
-from ltx2.convert.release import releases
-from ltx2.convert.scales import CodedTensors, dropped_beside_codes, find_codes
-from ltx2.convert.steps import Form
+from ltx2.convert.sources.lora import alphas
+from ltx2.convert.tensors.scales import CodedTensors, dropped_beside_codes, find_codes
+from ltx2.convert.tensors.steps import Form
 from ltx2.runtime.errors import CheckpointError, Ltx2Error, UnsupportedError
-from ltx2.runtime.layout import MANIFEST, ModelFolder
-from ltx2.runtime.presets import decoding_preset, load_preset
-from ltx2.runtime.tensorfile import TensorFile, TensorInfo
+from ltx2.runtime.files.tensors import TensorFile, TensorInfo
+from ltx2.runtime.generate.presets import decoding_preset, load_preset
+from ltx2.runtime.model.layout import MANIFEST, ModelFolder
 
 OTHER, DROPPED = "other", "dropped"
 UNUSED = ("temporal_upscaler", "duration_head")  # components that generate does not use yet, as LoRAs

@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ltx2.convert.checkpoint import open_sources, read_json
 from ltx2.convert.compare import Repack, compare_values
-from ltx2.convert.lora import misfits
-from ltx2.convert.networks import name_differences
-from ltx2.convert.pieces import Piece, bytes_of, in_order
-from ltx2.convert.release import is_computed
+from ltx2.convert.names.networks import name_differences
+from ltx2.convert.names.release import is_computed
+from ltx2.convert.output.pieces import Piece, bytes_of, in_order
+from ltx2.convert.sources.checkpoint import open_sources, read_json
+from ltx2.convert.sources.lora import misfits
 from ltx2.runtime.errors import Ltx2Error, VerificationError
 from ltx2.runtime.events import BytesDone, Event
-from ltx2.runtime.layout import INDEX, MANIFEST, ModelFolder, is_lora
-from ltx2.runtime.load import Shapes, build_component, parameter_shapes, shape_differences
-from ltx2.runtime.ranges import RangeReader
+from ltx2.runtime.files.ranges import RangeReader
+from ltx2.runtime.model.layout import INDEX, MANIFEST, ModelFolder, is_lora
+from ltx2.runtime.networks.load import Shapes, build_component, parameter_shapes, shape_differences
 
 LISTED = 20  # differences named in the error
 

@@ -14,19 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ltx2 import __version__
-from ltx2.convert.check import check_plan, incomplete_parts
-from ltx2.convert.checkpoint import TOKENIZER
-from ltx2.convert.files import PlannedFile, TextFile, component_files, main_dtype
-from ltx2.convert.hashing import SourceHashes
-from ltx2.convert.journal import JOURNAL, Partial, is_empty_folder, open_partial
-from ltx2.convert.pieces import PIECE_BYTES
-from ltx2.convert.plan import Plan, plan_json
-from ltx2.convert.stream import missing_bytes, stream
+from ltx2.convert.output.files import PlannedFile, TextFile, component_files, main_dtype
+from ltx2.convert.output.hashing import SourceHashes
+from ltx2.convert.output.journal import JOURNAL, Partial, is_empty_folder, open_partial
+from ltx2.convert.output.pieces import PIECE_BYTES
+from ltx2.convert.output.stream import missing_bytes, stream
+from ltx2.convert.plan.check import check_plan, incomplete_parts
+from ltx2.convert.plan.entries import Plan, plan_json
+from ltx2.convert.sources.checkpoint import TOKENIZER
 from ltx2.runtime.errors import CheckpointError, DoesNotFitError, InputError, ModelFolderError, NumericsError
 from ltx2.runtime.events import Event, Warned, Written
-from ltx2.runtime.layout import MANIFEST, ComponentRecord, Manifest, ModelFolder
-from ltx2.runtime.ranges import changed, write_file
-from ltx2.runtime.tensorfile import FileRecord
+from ltx2.runtime.files.ranges import changed, write_file
+from ltx2.runtime.files.tensors import FileRecord
+from ltx2.runtime.model.layout import MANIFEST, ComponentRecord, Manifest, ModelFolder
 
 SHARD_GB = 5.0
 RESERVE_BYTES = 16 << 20  # for folders, journal and manifest
@@ -51,9 +51,7 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
     _check_options(plan, out, options)
     check_plan(plan)
     yield from _warnings(plan)
-    files = [
-        f for c in plan.components.values() for f in component_files(plan, c, int(options.shard_gb * 10**9))
-    ]
+    files = [f for c in plan.components.values() for f in component_files(plan, c, int(options.shard_gb * 10**9))]
     if out.exists() and (yield from _already_there(plan, files, out, options)):
         (out / JOURNAL).unlink(missing_ok=True)  # a crash may have left it
         yield Written(str(out), _total(files), time.monotonic() - started, reused=True)

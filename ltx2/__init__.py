@@ -1,7 +1,7 @@
 """LTX-2 audio-video models on Apple Silicon with MLX: download, convert, quantize, generate, bench.
 
-    pipe = ltx2.load("weights/ltx-2-distilled-q4")
-    pipe.generate("a red kite over dunes").save("kite.mp4")
+pipe = ltx2.load("weights/ltx-2-distilled-q4")
+pipe.generate("a red kite over dunes").save("kite.mp4")
 """
 
 from importlib import import_module
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from ltx2.api import download as download
     from ltx2.api import load as load
     from ltx2.api import quantize as quantize
-    from ltx2.runtime.clip import Clip as Clip
+    from ltx2.runtime.generate.clip import Clip as Clip
 
 __version__ = "0.1.0"
 
 # Name -> module that has it. Imported on first use, so that `import ltx2` and `ltx2 --help` stay instant.
 _LAZY = {
     "calibrate": "ltx2.api", "download": "ltx2.api", "load": "ltx2.api", "quantize": "ltx2.api",
-    "Clip": "ltx2.runtime.clip",
+    "Clip": "ltx2.runtime.generate.clip",
 }  # fmt: skip
 
 

@@ -5,17 +5,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ltx2.convert.catalogue import catalogue
-from ltx2.convert.checkpoint import open_sources
-from ltx2.convert.plan import Options, Plan, make_plan
+from ltx2.convert.fetch.catalogue import catalogue
+from ltx2.convert.plan.entries import Options, Plan, make_plan
+from ltx2.convert.sources.checkpoint import open_sources
 from ltx2.convert.write import SHARD_GB, WriteOptions, write_plan
 from ltx2.quant.apply import Settings, write_quantized
 from ltx2.quant.apply import quantize as quantize_folder
-from ltx2.quant.kinds import AFFINE, SEARCH
+from ltx2.quant.codes.kinds import AFFINE, SEARCH
 from ltx2.quant.report import Quantized, Report
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event
-from ltx2.runtime.pipeline import Pipeline
+from ltx2.runtime.generate.pipeline import Pipeline
 
 StrPath = str | PathLike[str]
 Sources = StrPath | Iterable[StrPath]
@@ -29,7 +29,7 @@ def load(model: StrPath) -> Pipeline:
 def download(names: str | Iterable[str], *, to: StrPath = "weights") -> list[Path]:
     """Fetch published files or bundles by name (`ltx2 download --list`) into a folder, whatever is missing of them;
     returns what `convert` takes: files, and the folder of a text encoder that has several."""
-    from ltx2.convert.download import download as fetch  # loads an HTTP library
+    from ltx2.convert.fetch.download import download as fetch  # loads an HTTP library
 
     chosen = catalogue().choose([names] if isinstance(names, str) else names)
     for _ in fetch(chosen, Path(to)):
@@ -92,7 +92,7 @@ def calibrate(
     """Measure what a model's layers are given, for `quantize` and `convert`; returns the file. Generates the prompts
     (none: 16 that come with ltx2) up to their latents; `options` are those of `generate`. With `gptq` the
     file serves those methods too, with `sensitivity` it says which layers matter most, for `fit`."""
-    from ltx2.quant.calibrate import calibrate as calibrate_folder
+    from ltx2.quant.measure.calibrate import calibrate as calibrate_folder
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     for _ in calibrate_folder(Path(model), Path(out), texts, options, gptq, sensitivity):

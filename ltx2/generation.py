@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.estimate import MemoryPlan
 from ltx2.runtime.events import Event, Warned
-from ltx2.runtime.pipeline import Pipeline
-from ltx2.runtime.request import repeated
-from ltx2.runtime.sidecar import Sidecar
-from ltx2.runtime.state import state_path
+from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.request import repeated
+from ltx2.runtime.generate.resume import state_path
+from ltx2.runtime.generate.sidecar import Sidecar
+from ltx2.runtime.memory.plan import MemoryPlan
 
 
 class Generation:

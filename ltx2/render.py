@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ltx2.convert.catalogue import Bundle, Catalogue, Published
-from ltx2.convert.plan import Drop, Plan
+from ltx2.convert.fetch.catalogue import Bundle, Catalogue, Published
+from ltx2.convert.plan.entries import Drop, Plan
 from ltx2.runtime.errors import printable
 from ltx2.runtime.events import (
     BytesDone,
@@ -31,7 +31,7 @@ from ltx2.runtime.events import (
 )
 
 if TYPE_CHECKING:
-    from ltx2.runtime.estimate import MemoryPlan
+    from ltx2.runtime.memory.plan import MemoryPlan
 
 SILENCE_SECONDS = 4.0  # five are promised
 BEAT_SECONDS = 0.5

@@ -6,25 +6,25 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ltx2.convert.folder import folder_plan
-from ltx2.convert.plan import Move, Plan, packed_layers
-from ltx2.convert.recode import Layer, decoded, kept_layers
-from ltx2.convert.steps import Storage
+from ltx2.convert.plan.entries import Move, Plan, packed_layers
+from ltx2.convert.plan.folder import folder_plan
+from ltx2.convert.plan.recode import Layer, decoded, kept_layers
+from ltx2.convert.tensors.steps import Storage
 from ltx2.convert.write import WriteOptions, write_plan
-from ltx2.quant.budget import TRANSFORMER, mac_budget
-from ltx2.quant.fit import HALVED, fit_transformer
-from ltx2.quant.fitted import Fit, Fitted
-from ltx2.quant.kinds import AFFINE, GPTQ, GPTQ_HADAMARD, KINDS, METHODS, SEARCH, Kind, kind_of
-from ltx2.quant.recipe import GENERAL, Recipe, choose_recipe
-from ltx2.quant.replan import Forms, Given, packed_plan
-from ltx2.quant.replay import Replay
+from ltx2.quant.choose.budget import TRANSFORMER, mac_budget
+from ltx2.quant.choose.fit import HALVED, fit_transformer
+from ltx2.quant.choose.fitted import Fit, Fitted
+from ltx2.quant.choose.sample import known_errors
+from ltx2.quant.codes.kinds import AFFINE, GPTQ, GPTQ_HADAMARD, KINDS, METHODS, SEARCH, Kind, kind_of
+from ltx2.quant.measure.replay import Replay
+from ltx2.quant.measure.statistics import Statistics
+from ltx2.quant.plan.replan import Forms, Given, packed_plan
+from ltx2.quant.plan.step import packings
+from ltx2.quant.recipes.recipe import GENERAL, Recipe, choose_recipe
 from ltx2.quant.report import Quantized, make_report
-from ltx2.quant.sample import known_errors
-from ltx2.quant.statistics import Statistics
-from ltx2.quant.step import packings
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event, Warned, Written
-from ltx2.runtime.layout import ModelFolder
+from ltx2.runtime.model.layout import ModelFolder
 
 AFFINE_GROUP = 64  # what layers get that a mode has no bits for
 EMBEDDING = "embed_tokens"  # MLX's embeddings have no output multiplier

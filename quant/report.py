@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from ltx2.convert.codes import Keep
-from ltx2.convert.pieces import values_of
-from ltx2.convert.plan import Move, Plan, packed_key, packed_layers, parameters
-from ltx2.quant.fitted import Fit
-from ltx2.quant.gptq import output_loss, stored_values
-from ltx2.quant.pack import Loss, Packed, unpack
-from ltx2.quant.step import Quantize, packings
+from ltx2.convert.output.pieces import values_of
+from ltx2.convert.plan.entries import Move, Plan, packed_key, packed_layers, parameters
+from ltx2.convert.tensors.codes import Keep
+from ltx2.quant.choose.fitted import Fit
+from ltx2.quant.codes.gptq import output_loss, stored_values
+from ltx2.quant.codes.pack import Loss, Packed, unpack
+from ltx2.quant.plan.step import Quantize, packings
 from ltx2.runtime.events import BytesDone, Event
-from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.tensorfile import Array, FileRecord, TensorFile
+from ltx2.runtime.files.tensors import Array, FileRecord, TensorFile
+from ltx2.runtime.model.layout import ModelFolder
 
 FEW_VALUES = 1 << 20  # read back at a time
 DIGITS = 4  # significant digits of an error; fewer than differ between the ways it is summed

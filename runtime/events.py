@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ltx2.runtime.clip import Clip
+    from ltx2.runtime.generate.clip import Clip
 
 
 @dataclass(frozen=True)

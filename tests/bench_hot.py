@@ -12,25 +12,25 @@ import pytest
 from mlx.utils import tree_map
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ltx2.bench.published import published
-from ltx2.bench.random_values import RandomValues
-from ltx2.convert.codes import Fp8, Scale
-from ltx2.convert.pieces import bytes_of
-from ltx2.convert.steps import Form, Storage
-from ltx2.quant.pack import pack
-from ltx2.runtime.products import Form as Packing
-from ltx2.runtime.quantized import QuantizedLinear, choose_products
-from ltx2.runtime.tensorfile import open_tensorfile
-from ltx2.runtime.tensorwrite import write_tensorfile
-from ltx2.runtime.transformer.attention import Attention, gelu_tanh
-from ltx2.runtime.transformer.block import StreamContext, TransformerBlock
-from ltx2.runtime.transformer.config import TransformerConfig
-from ltx2.runtime.transformer.modulation import gated_add, rms_modulate
-from ltx2.runtime.transformer.rope import Rope, apply_rope, rope_tables
-from ltx2.runtime.video_vae.layers import Border
-from ltx2.runtime.video_vae.layers import ResBlock as VideoResBlock
-from ltx2.runtime.vocoder import ResBlock as VocoderResBlock
-from ltx2.runtime.vocoder import Upsample
+from ltx2.bench.random.published import published
+from ltx2.bench.random.values import RandomValues
+from ltx2.convert.output.pieces import bytes_of
+from ltx2.convert.tensors.codes import Fp8, Scale
+from ltx2.convert.tensors.steps import Form, Storage
+from ltx2.quant.codes.pack import pack
+from ltx2.runtime.files.tensors import open_tensorfile
+from ltx2.runtime.files.tensorwrite import write_tensorfile
+from ltx2.runtime.layers.attention import Attention, gelu_tanh
+from ltx2.runtime.layers.matmul import Form as Packing
+from ltx2.runtime.layers.packed import QuantizedLinear, choose_products
+from ltx2.runtime.layers.rope import Rope, apply_rope, rope_tables
+from ltx2.runtime.networks.audio.vocoder import ResBlock as VocoderResBlock
+from ltx2.runtime.networks.audio.vocoder import Upsample
+from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
+from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.transformer.modulation import gated_add, rms_modulate
+from ltx2.runtime.networks.video_vae.layers import Border
+from ltx2.runtime.networks.video_vae.layers import ResBlock as VideoResBlock
 
 pytestmark = pytest.mark.speed
 

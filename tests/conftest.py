@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.command import SIZE, Done, Here
-from tests.hostile import HANGS
-from tests.official import DEMO, MONOLITH, Official, random_official
+from tests.support.command import SIZE, Done, Here
+from tests.support.hostile import HANGS
+from tests.support.official import DEMO, MONOLITH, Official, random_official
 
 FIGURE = "figure"  # key of the measured figures among a test's properties, which reach us from every worker process
 

@@ -16,51 +16,54 @@ from typing import TypeVar
 
 import pytest
 
-from ltx2.runtime.load import NETWORKS
-
 ROOT = Path(__file__).parent.parent
 PARTS = ("convert", "runtime", "quant", "bench")  # at the top, imported as ltx2.<part> through symlinks
 
-MAY_IMPORT = {
-    "runtime": {"runtime"},
-    "convert": {"convert", "runtime"},
-    "quant": {"quant", "convert", "runtime"},
-    "bench": {"bench", "quant", "convert", "runtime"},
-    "ltx2": {"api", "demo", *PARTS},
-}
-COMMANDS = ("shared", "fetch", "models", "clips", "measure")
-COMMANDS_IMPORT = {"commands", "console", "generation", "render"}
-MAY_ALSO_IMPORT = {
-    "ltx2/__main__.py": {"cli"},
-    "ltx2/cli.py": {"commands", "console"},
-    **{f"ltx2/commands/{name}.py": COMMANDS_IMPORT for name in COMMANDS},
-    "ltx2/console.py": {"render"},
-    "convert/__init__.py": {"api"},  # makes ltx2.convert(...) callable
-    "bench/quality.py": {"convert"},
-}
-NETWORK_PARTS = {name.split(".")[2] for name in NETWORKS.values()}  # transformer, video_vae, audio_vae, ...
-NOT_FOR_NETWORKS = {"layout", "load", "memory", "events", "pipeline"}
 
+def _layers(*folders: str) -> dict[str, set[str]]:
+    """Each folder may import those before it."""
+    return {folder: set(folders[:index]) for index, folder in enumerate(folders)}
+
+
+# Folder -> folders that it may import beside itself and `ltx2.__version__`. Sub-folders count with the folder above
+# them from the third level on: runtime/networks/audio is runtime/networks.
+MAY_IMPORT = _layers(
+    "runtime", "runtime/machine", "runtime/files", "runtime/model", "runtime/media", "runtime/layers",
+    "runtime/networks", "runtime/sampling", "runtime/memory", "runtime/generate",
+    "convert/names", "convert/tensors", "convert/sources", "convert/plan", "convert/output", "convert/fetch", "convert",
+    "quant/codes", "quant/recipes", "quant/measure", "quant/plan", "quant/choose", "quant",
+    "bench/random", "bench/plots", "bench/speed", "bench/quality", "bench",
+    "ltx2/demo", "ltx2", "ltx2/commands",
+) | {
+    "runtime/files": {"runtime"},
+    "runtime/model": {"runtime", "runtime/files"},
+    "runtime/media": {"runtime", "runtime/files"},
+}  # fmt: skip
+MAY_ALSO_IMPORT = {
+    "ltx2/cli.py": {"ltx2/commands"},
+    "ltx2/demo/__init__.py": {"ltx2"},  # it uses the public functions, as a user would
+}
 # Only users of a library; an empty set: none outside the tests.
 USERS = {
-    "click": {"ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", *(f"ltx2/commands/{name}.py" for name in COMMANDS)},
+    "click": {"ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "ltx2/commands"},
     "rich": {"ltx2/render.py"},
-    "huggingface_hub": {"convert/hub.py"},
-    "imageio_ffmpeg": {"runtime/media.py"},
-    "matplotlib": {"bench/plot.py"},
-    "tokenizers": {"runtime/text_encoder/tokenizer.py"},
+    "huggingface_hub": {"convert/fetch/hub.py"},
+    "imageio_ffmpeg": {"runtime/media"},
+    "matplotlib": {"bench/plots/plot.py"},
+    "tokenizers": {"runtime/networks/text/tokenizer.py"},
     **{name: set[str]() for name in ("torch", "diffusers", "transformers", "mlx_lm")},
 }
-# The last: `python -m ltx2.bench.fullsize`.
 PRINTERS = {
-    "ltx2/cli.py", "ltx2/console.py", "ltx2/render.py",
-    "bench/convert.py", "bench/demo_quality.py", "bench/fullsize.py", "bench/table.py",
+    "ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "bench/speed/table.py",
+    "bench/convert.py", "bench/quality/demo_quality.py", "bench/fullsize.py",  # python -m ltx2.bench.…
 }  # fmt: skip
-WITHOUT_MLX = [
-    *(f"convert/{name}.py" for name in ("release", "rules", "plan", "steps", "checkpoint", "codes", "scales")),
-    *(f"quant/{name}.py" for name in ("kinds", "recipe")),
-    *(f"runtime/{name}.py" for name in ("config", "errors", "layout", "tensorfile")),
-]
+WITHOUT_MLX = ("convert/names", "convert/tensors", "runtime/model", "runtime/files", "quant/recipes")
+WITHOUT_MLX_FILES = (
+    "runtime/errors.py",
+    "convert/sources/checkpoint.py",
+    "convert/plan/entries.py",
+    "quant/codes/kinds.py",
+)
 MAX_LINES = {"tests": 600}
 MAX_LINES_ELSEWHERE = 400
 MAX_FUNCTION_LINES = 100
@@ -87,6 +90,11 @@ class Source:
     @property
     def part(self) -> str:
         return self.path.split("/")[0]
+
+    @property
+    def folder(self) -> str:
+        """As MAY_IMPORT names it."""
+        return "/".join(self.path.split("/")[:-1][:2])
 
     def of_type(self, kind: type[Node]) -> Iterator[Node]:
         return (node for node in ast.walk(self.tree) if isinstance(node, kind))
@@ -117,22 +125,23 @@ Rule = Callable[[Source], Violations]
 
 
 def import_directions(source: Source) -> Violations:
-    allowed = MAY_IMPORT.get(source.part, set()) | MAY_ALSO_IMPORT.get(source.path, set())
+    allowed = {source.folder} | MAY_IMPORT.get(source.folder, set()) | MAY_ALSO_IMPORT.get(source.path, set())
     for line, name in source.imports():
         if name.startswith("."):
             yield line, "relative import"
-        package, module, *_ = [*name.split("."), ""]
-        if package == "ltx2" and source.part != "tests" and module not in ("", "__version__", *allowed):
-            yield line, f"{source.part} imports {name}"
+        package, *parts = name.split(".")
+        if package == "ltx2" and source.part != "tests" and parts != ["__version__"] and _folder(parts) not in allowed:
+            yield line, f"{source.folder} imports {name}"
 
 
-def networks_stay_pure(source: Source) -> Violations:
-    folder, _, rest = source.path.partition("/")
-    if folder != "runtime" or re.split(r"[/.]", rest)[0] not in NETWORK_PARTS:
-        return
-    for line, name in source.imports():
-        if name.startswith("ltx2.runtime.") and name.split(".")[2] in NOT_FOR_NETWORKS:
-            yield line, f"a network imports {name}"
+def _folder(parts: list[str]) -> str:
+    """Of an import below `ltx2`: ["runtime", "files", "paths", "write_text"] is runtime/files."""
+    if not parts or parts[0] not in (*PARTS, "demo", "commands"):
+        return "ltx2"
+    if parts[0] not in PARTS:
+        return f"ltx2/{parts[0]}"
+    folder = "/".join(parts[:2])
+    return folder if (ROOT / folder).is_dir() else parts[0]
 
 
 def library_users(source: Source) -> Violations:
@@ -140,9 +149,9 @@ def library_users(source: Source) -> Violations:
         return
     for line, name in source.imports():
         library = name.split(".")[0]
-        if library in USERS and source.path not in USERS[library]:
+        if library in USERS and not {source.path, source.folder} & USERS[library]:
             yield line, f"{library} is for {', '.join(sorted(USERS[library])) or 'the tests only'}"
-        if library == "mlx" and source.path in WITHOUT_MLX:
+        if library == "mlx" and (source.folder in WITHOUT_MLX or source.path in WITHOUT_MLX_FILES):
             yield line, "works without MLX"
 
 
@@ -230,16 +239,15 @@ def no_path_of_one_machine(source: Source) -> Violations:
 
 
 def references_through_parity(source: Source) -> Violations:
-    """tests/parity.py decides whether a missing reference skips or fails."""
-    if source.part == "tests" and source.path != "tests/parity.py":
+    """tests/support/parity.py decides whether a missing reference skips or fails."""
+    if source.part == "tests" and source.path != "tests/support/parity.py":
         for call in source.of_type(ast.Call):
             if ast.unparse(call.func).endswith("importorskip"):
-                yield call.lineno, "importorskip: use tests.parity.require"
+                yield call.lineno, "importorskip: use tests.support.parity.require"
 
 
 RULES: list[Rule] = [
     import_directions,
-    networks_stay_pure,
     library_users,
     only_the_command_line_prints,
     releases_are_data,
@@ -255,7 +263,7 @@ RULES: list[Rule] = [
 
 def python_files() -> list[Path]:
     """Every source file once, at its real place."""
-    found = [path for part in (*PARTS, "tests", "ltx2/demo") for path in (ROOT / part).rglob("*.py")]
+    found = [path for part in (*PARTS, "tests", "ltx2/demo", "ltx2/commands") for path in (ROOT / part).rglob("*.py")]
     return sorted([*(ROOT / "ltx2").glob("*.py"), *found])
 
 
@@ -273,38 +281,38 @@ def test_every_part_is_read() -> None:
 
 
 BAD: list[tuple[Rule, str, str]] = [
-    (import_directions, "runtime/load.py", "from ltx2.convert import plan"),
-    (import_directions, "runtime/load.py", "from ltx2 import convert"),
-    (import_directions, "runtime/load.py", "def f():\n    import ltx2.convert.plan"),
-    (import_directions, "runtime/load.py", "from . import layout"),
-    (import_directions, "convert/plan.py", "from ltx2.quant.pack import pack"),
-    (import_directions, "quant/pack.py", "import ltx2.bench"),
-    (import_directions, "bench/run.py", "from ltx2.api import load"),
-    (import_directions, "ltx2/api.py", "from ltx2.cli import main"),
-    (import_directions, "ltx2/demo/__init__.py", "from ltx2 import render"),
-    (networks_stay_pure, "runtime/transformer/block.py", "from ltx2.runtime.events import Event"),
-    (networks_stay_pure, "runtime/vocoder.py", "from ltx2.runtime import layout"),
-    (library_users, "convert/plan.py", "import huggingface_hub.utils"),
+    (import_directions, "runtime/networks/load.py", "from ltx2.convert import plan"),
+    (import_directions, "runtime/networks/load.py", "from ltx2 import convert"),
+    (import_directions, "runtime/networks/load.py", "def f():\n    import ltx2.convert.plan.entries"),
+    (import_directions, "runtime/networks/load.py", "from . import layout"),
+    (import_directions, "convert/plan/entries.py", "from ltx2.quant.codes.pack import pack"),
+    (import_directions, "quant/codes/pack.py", "import ltx2.bench"),
+    (import_directions, "bench/speed/run.py", "from ltx2.api import load"),
+    (import_directions, "ltx2/api.py", "from ltx2.commands import clips"),
+    (import_directions, "ltx2/demo/__init__.py", "from ltx2.commands import clips"),
+    (import_directions, "runtime/networks/text/gemma3.py", "from ltx2.runtime.memory.meter import Phase"),
+    (import_directions, "runtime/sampling/denoise.py", "from ltx2.runtime.generate.job import Job"),
+    (library_users, "convert/plan/entries.py", "import huggingface_hub.utils"),
     (library_users, "ltx2/api.py", "from rich.table import Table"),
-    (library_users, "runtime/load.py", "import torch"),
-    (library_users, "convert/rules.py", "import mlx.core as mx"),
-    (only_the_command_line_prints, "runtime/load.py", "print(1)"),
+    (library_users, "runtime/networks/load.py", "import torch"),
+    (library_users, "convert/names/rules.py", "import mlx.core as mx"),
+    (only_the_command_line_prints, "runtime/networks/load.py", "print(1)"),
     (only_the_command_line_prints, "ltx2/api.py", "import sys\nsys.stdout.write('1')"),
-    (releases_are_data, "runtime/load.py", "x = '2.3'"),
-    (releases_are_data, "runtime/load.py", "x = f'ltx-2.3-{y}'"),
-    (releases_are_data, "runtime/load.py", "x = 'LTX23'"),
-    (releases_are_data, "runtime/load.py", "x = 'ltx-2-19b-dev'"),
-    (releases_are_data, "runtime/load.py", "x = 'only release 2.0 works'"),
-    (releases_are_data, "runtime/load.py", "if manifest.release == 'x': y = 1"),
+    (releases_are_data, "runtime/networks/load.py", "x = '2.3'"),
+    (releases_are_data, "runtime/networks/load.py", "x = f'ltx-2.3-{y}'"),
+    (releases_are_data, "runtime/networks/load.py", "x = 'LTX23'"),
+    (releases_are_data, "runtime/networks/load.py", "x = 'ltx-2-19b-dev'"),
+    (releases_are_data, "runtime/networks/load.py", "x = 'only release 2.0 works'"),
+    (releases_are_data, "runtime/networks/load.py", "if manifest.release == 'x': y = 1"),
     (no_swallowed_exception, "tests/test_a.py", "try: x()\nexcept: pass"),
     (no_swallowed_exception, "ltx2/api.py", "try: x()\nexcept (ValueError, Exception): y = 1"),
     (no_swallowed_exception, "ltx2/api.py", "with contextlib.suppress(Exception): x()"),
-    (no_environment_variables, "runtime/load.py", "import os\nx = os.environ.get('A')"),
-    (no_environment_variables, "runtime/load.py", "from os import getenv"),
-    (strict_weights, "runtime/load.py", "network.load_weights(w, strict=False)"),
-    (sizes, "runtime/load.py", "x = 1\n" * 401),
-    (sizes, "runtime/load.py", "def f():\n" + "    x = 1\n" * 100),
-    (sizes, "runtime/load.py", "def f(a, b, c, d, *, e, f, g): ..."),
+    (no_environment_variables, "runtime/networks/load.py", "import os\nx = os.environ.get('A')"),
+    (no_environment_variables, "runtime/networks/load.py", "from os import getenv"),
+    (strict_weights, "runtime/networks/load.py", "network.load_weights(w, strict=False)"),
+    (sizes, "runtime/networks/load.py", "x = 1\n" * 401),
+    (sizes, "runtime/networks/load.py", "def f():\n" + "    x = 1\n" * 100),
+    (sizes, "runtime/networks/load.py", "def f(a, b, c, d, *, e, f, g): ..."),
     (sizes, "ltx2/api.py", "def f(a, b, c, d, e, f, g): ..."),
     (documented, "quant/__init__.py", ""),
     (documented, "tests/test_a.py", "import os"),
@@ -314,22 +322,30 @@ BAD: list[tuple[Rule, str, str]] = [
 ]
 
 GOOD: list[tuple[Rule, str, str]] = [
-    (import_directions, "convert/plan.py", "from ltx2 import __version__\nfrom ltx2.runtime.errors import Ltx2Error"),
-    (import_directions, "quant/apply.py", "from ltx2.convert.steps import cast"),
+    (
+        import_directions,
+        "convert/plan/entries.py",
+        "from ltx2 import __version__\nfrom ltx2.runtime.errors import Ltx2Error",
+    ),
+    (import_directions, "quant/apply.py", "from ltx2.convert.tensors.steps import cast"),
     (import_directions, "ltx2/__main__.py", "from ltx2.cli import main"),
     (import_directions, "tests/test_cli.py", "from ltx2.cli import run"),
-    (networks_stay_pure, "runtime/transformer/model.py", "from ltx2.runtime.config import Config"),
-    (networks_stay_pure, "runtime/pipeline.py", "from ltx2.runtime import events"),
+    (import_directions, "runtime/networks/transformer/model.py", "from ltx2.runtime.model.config import Config"),
+    (import_directions, "runtime/generate/pipeline.py", "from ltx2.runtime import events"),
     (library_users, "ltx2/render.py", "from rich.table import Table"),
     (library_users, "convert/write.py", "import mlx.core as mx"),
     (only_the_command_line_prints, "ltx2/cli.py", "print(1)"),
-    (releases_are_data, "runtime/load.py", "x = 2.0\ny = 'ltx2.json'\nz = '2.05 GB'\nw = '''LTX-2 checkpoint'''"),
-    (releases_are_data, "runtime/load.py", "def f():\n    '''Release 2.0 has no gates.'''"),
-    (releases_are_data, "runtime/presets/__init__.py", "x = data['release'] != release"),
-    (no_swallowed_exception, "runtime/media.py", "try: x()\nexcept BaseException:\n    y()\n    raise"),
-    (no_swallowed_exception, "runtime/media.py", "with suppress(BrokenPipeError): x()"),
-    (no_environment_variables, "tests/parity.py", "import os\nx = os.environ['CI']"),
-    (strict_weights, "runtime/load.py", "zip(a, b, strict=False)\nnetwork.load_weights(w, strict=True)"),
+    (
+        releases_are_data,
+        "runtime/networks/load.py",
+        "x = 2.0\ny = 'ltx2.json'\nz = '2.05 GB'\nw = '''LTX-2 checkpoint'''",
+    ),
+    (releases_are_data, "runtime/networks/load.py", "def f():\n    '''Release 2.0 has no gates.'''"),
+    (releases_are_data, "runtime/generate/presets/__init__.py", "x = data['release'] != release"),
+    (no_swallowed_exception, "runtime/media/video.py", "try: x()\nexcept BaseException:\n    y()\n    raise"),
+    (no_swallowed_exception, "runtime/media/video.py", "with suppress(BrokenPipeError): x()"),
+    (no_environment_variables, "tests/support/parity.py", "import os\nx = os.environ['CI']"),
+    (strict_weights, "runtime/networks/load.py", "zip(a, b, strict=False)\nnetwork.load_weights(w, strict=True)"),
     (sizes, "ltx2/api.py", "def f(a, *, b, c, d, e, f, g, h): ..."),
     (sizes, "ltx2/cli.py", "@cli.command()\n@click.option('-a')\ndef f(a, b, c, d, e, f, g): ..."),
     (no_path_of_one_machine, "tests/test_a.py", "x = 'frame/work/root', './work'"),
@@ -353,7 +369,9 @@ def test_every_rule_is_proved() -> None:
 
 def test_planning_does_not_load_mlx() -> None:
     """The import rule sees one file; this sees what those files import in turn."""
-    modules = ["ltx2." + path[:-3].replace("/", ".") for path in WITHOUT_MLX if (ROOT / path).exists()]
+    paths = [path for part in WITHOUT_MLX for path in sorted((ROOT / part).rglob("*.py"))]
+    paths = [path.relative_to(ROOT).as_posix() for path in paths] + list(WITHOUT_MLX_FILES)
+    modules = ["ltx2." + path[:-3].removesuffix("/__init__").replace("/", ".") for path in paths]
     code = f"import sys, {', '.join(modules)}; sys.exit('mlx.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

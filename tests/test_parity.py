@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import parity
+from tests.support import parity
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from ltx2.console import Output, common, say_how_to_continue
 from ltx2.runtime.errors import Ltx2Error
 
 if TYPE_CHECKING:
-    from ltx2.runtime.estimate import MemoryPlan
+    from ltx2.runtime.memory.plan import MemoryPlan
 
 MATMUL = ("auto", "packed", "dequantized", "widened")  # known here because importing the runtime takes time
 
@@ -92,7 +92,7 @@ def demo(output: Output, folder: Path) -> None:
     """
     from dataclasses import asdict
 
-    from ltx2.bench.receipt import tables
+    from ltx2.bench.speed.receipt import tables
     from ltx2.demo import Demonstrated, run_demo
     from ltx2.render import print_table
 

@@ -33,9 +33,9 @@ def download(
     not fetched again; run the same command again to continue after an interruption. Gated files need a login:
     `hf auth login`.
     """
-    from ltx2.convert.catalogue import catalogue
-    from ltx2.convert.download import Options
-    from ltx2.convert.download import download as fetch
+    from ltx2.convert.fetch.catalogue import catalogue
+    from ltx2.convert.fetch.download import Options
+    from ltx2.convert.fetch.download import download as fetch
 
     known = catalogue()
     if listed:

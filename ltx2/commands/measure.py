@@ -57,13 +57,13 @@ def bench(output: Output, models: tuple[Path, ...], compared: Path | None, **opt
     both models make the same clips: the error of every layer and step on the reference's inputs, the distance of
     latents, frames and sound.
     """
-    from ltx2.runtime.paths import check_output
+    from ltx2.runtime.files.paths import check_output
 
     out, plot = options.pop("out"), options.pop("plot")
     if out is not None:
         check_output(out)
     if plot is not None:
-        from ltx2.bench.plot import check_plot
+        from ltx2.bench.plots.plot import check_plot
 
         check_plot(plot)
     given = {name: value for name, value in options.items() if value not in (None, ())}
@@ -79,13 +79,11 @@ def bench(output: Output, models: tuple[Path, ...], compared: Path | None, **opt
 Files = tuple[Path | None, Path | None]  # of the receipt and of its picture
 
 
-def _compare(
-    output: Output, models: tuple[Path, ...], compared: Path, files: Files, options: dict[str, Any]
-) -> None:
-    from ltx2.bench.quality import Compared, built_in_prompts, run_quality, tables
-    from ltx2.bench.quality_plot import plot_quality
-    from ltx2.bench.stats import write_receipt
-    from ltx2.quant.calibrate import read_prompts
+def _compare(output: Output, models: tuple[Path, ...], compared: Path, files: Files, options: dict[str, Any]) -> None:
+    from ltx2.bench.plots.quality import plot_quality
+    from ltx2.bench.quality.quality import Compared, built_in_prompts, run_quality, tables
+    from ltx2.bench.speed.stats import write_receipt
+    from ltx2.quant.measure.calibrate import read_prompts
     from ltx2.render import print_table
 
     refuse_given((*SPEED_ONLY, *RANDOM_ONLY), "a MODEL to be timed")
@@ -109,13 +107,13 @@ def _compare(
 
 
 def _time(output: Output, models: tuple[Path, ...], files: Files, options: dict[str, Any]) -> None:
-    from ltx2.bench.cases import bench_cases
-    from ltx2.bench.compare import read_receipt, table
-    from ltx2.bench.receipt import tables
-    from ltx2.bench.receipt_plot import plot_receipt
-    from ltx2.bench.run import Benched, run_bench
-    from ltx2.bench.stats import write_receipt
-    from ltx2.bench.suite import DEFAULT, load_suite
+    from ltx2.bench.plots.receipt import plot_receipt
+    from ltx2.bench.speed.cases import bench_cases
+    from ltx2.bench.speed.compare import read_receipt, table
+    from ltx2.bench.speed.receipt import tables
+    from ltx2.bench.speed.run import Benched, run_bench
+    from ltx2.bench.speed.stats import write_receipt
+    from ltx2.bench.speed.suite import DEFAULT, load_suite
     from ltx2.render import print_table
 
     old = read_receipt(options.pop("compare")) if "compare" in options else None
@@ -144,7 +142,7 @@ def _time(output: Output, models: tuple[Path, ...], files: Files, options: dict[
 
 def _random(options: dict[str, Any]) -> Any:
     """The random weights that are asked for, or None."""
-    from ltx2.bench.cases import RandomWeights
+    from ltx2.bench.speed.cases import RandomWeights
     from ltx2.quant.apply import Settings
 
     given = {name: options.pop(name) for name in RANDOM_ONLY if name in options}

@@ -38,8 +38,8 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     again to continue after an interruption.
     """
     from ltx2.api import conversion, plan_conversion
-    from ltx2.convert.check import check_plan
-    from ltx2.convert.plan import plan_json
+    from ltx2.convert.plan.check import check_plan
+    from ltx2.convert.plan.entries import plan_json
     from ltx2.convert.write import WriteOptions
     from ltx2.quant.apply import Settings, quantize_plan
     from ltx2.render import plan_summary
@@ -102,7 +102,7 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
     from ltx2.convert.write import WriteOptions
     from ltx2.quant.apply import Settings
     from ltx2.quant.apply import quantize as quantize_folder
-    from ltx2.runtime.paths import check_output
+    from ltx2.runtime.files.paths import check_output
 
     written = WriteOptions(options.pop("shard_size"), options.pop("force"))
     if report is not None:
@@ -135,8 +135,8 @@ def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, g
     long as 1550 more of those steps, and the memory of a whole transformer. A smaller --width, --height and --frames
     make both cheaper.
     """
-    from ltx2.quant.calibrate import Calibrated, read_prompts
-    from ltx2.quant.calibrate import calibrate as calibrate_folder
+    from ltx2.quant.measure.calibrate import Calibrated, read_prompts
+    from ltx2.quant.measure.calibrate import calibrate as calibrate_folder
 
     sensitivity, texts = options.pop("sensitivity"), read_prompts(prompts) if prompts else ()
     given = {name: value for name, value in options.items() if value is not None}
@@ -172,8 +172,8 @@ def verify(output: Output, model: Path, sources: tuple[Path, ...], stats: Path |
 
     from ltx2.convert.verify import Verified
     from ltx2.convert.verify import verify as check_folder
-    from ltx2.quant.replan import repack
-    from ltx2.quant.statistics import Statistics
+    from ltx2.quant.measure.statistics import Statistics
+    from ltx2.quant.plan.replan import repack
 
     if not sources:
         refuse_given(["stats"], "--source")

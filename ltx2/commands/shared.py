@@ -11,21 +11,19 @@ from ltx2.console import Output
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ltx2.convert.plan import Plan
+    from ltx2.convert.plan.entries import Plan
     from ltx2.quant.apply import Settings
-    from ltx2.quant.fitted import Fit
+    from ltx2.quant.choose.fitted import Fit
     from ltx2.runtime.events import Event
 
 PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a file is said by what reads it
 
 
-def follow_model(
-    output: Output, events: "Iterable[Event]", report: Path | None = None
-) -> tuple[dict[str, Any], str]:
+def follow_model(output: Output, events: "Iterable[Event]", report: Path | None = None) -> tuple[dict[str, Any], str]:
     """Follow a conversion or quantization; the finished folder, as data and for people."""
     from ltx2.quant.report import Quantized
     from ltx2.runtime.events import Written
-    from ltx2.runtime.paths import write_text
+    from ltx2.runtime.files.paths import write_text
 
     quantized: dict[str, Any] = {}
     fits: list[Fit] = []
@@ -56,7 +54,7 @@ def follow_model(
 def follow_fit(output: Output, plan: "Plan", settings: "Settings") -> "Fit":
     """Choose bits for --fit."""
     from ltx2.quant.apply import fitted
-    from ltx2.quant.fitted import Fitted
+    from ltx2.quant.choose.fitted import Fitted
 
     done = output.follow(fitted(plan, settings))
     assert isinstance(done, Fitted), "fitting ends with its choice"

@@ -8,16 +8,16 @@ from typing import Any
 import mlx.core as mx
 
 from ltx2.api import plan_conversion
-from ltx2.bench.run import Benched, Case, run_bench
-from ltx2.bench.stats import write_receipt
-from ltx2.bench.suite import Schedule, Task
+from ltx2.bench.speed.run import Benched, Case, run_bench
+from ltx2.bench.speed.stats import write_receipt
+from ltx2.bench.speed.suite import Schedule, Task
 from ltx2.convert.write import write_plan
 from ltx2.quant.apply import Settings, quantize
 from ltx2.quant.report import Quantized
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Section
-from ltx2.runtime.layout import ModelFolder
-from ltx2.runtime.pipeline import Pipeline
+from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.model.layout import ModelFolder
 
 SOURCES = Path(__file__).parent / "model"
 PROMPT = "a yellow star moves right on a black background with a high tone"

@@ -1,0 +1,65 @@
+"""Pictures of receipts, drawn with matplotlib, which is an optional part of the installation: the only module that
+imports it. `with drawing(path, (width, height)) as figure:` draws and writes a file."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from ltx2.runtime.errors import InputError, UnsupportedError
+from ltx2.runtime.files.paths import check_output
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.figure import SubFigure as SubFigure
+
+FORMATS = (".png", ".svg")
+INK, FAINT = "#333333", "#dddddd"
+COLOURS = ("#2a6f97", "#d1783c", "#5a8f5a", "#8a5a9e", "#8c8c8c")  # of series, in this order
+STYLE = {
+    "font.size": 8, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.titleweight": "bold",
+    "axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.grid": True, "grid.color": FAINT, "grid.linewidth": 0.6, "legend.frameon": False, "savefig.dpi": 130,
+}  # fmt: skip
+
+
+def check_plot(path: Path) -> None:
+    """What would prevent writing a plot, before the work starts. Raises InputError for a file that cannot be written
+    or whose name says no format, UnsupportedError where matplotlib is not installed."""
+    if path.suffix not in FORMATS:
+        raise InputError(f"cannot plot into {path}", "its name ends in no known format", f"use {' or '.join(FORMATS)}")
+    check_output(path)
+    _matplotlib()
+
+
+@contextmanager
+def drawing(path: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
+    """An empty figure to draw on; it is written when the block ends. Raises what `check_plot` raises."""
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    with _matplotlib().rc_context(STYLE):
+        figure = Figure(figsize=inches, layout="constrained")
+        yield figure
+        partial = path.with_name(f"{path.name}.partial")
+        figure.savefig(partial, format=path.suffix[1:])
+        partial.replace(path)
+
+
+def log_scale(axis: "Axes") -> None:
+    """Values upwards by their logarithm, with plain numbers at 1, 2 and 5."""
+    axis.set_yscale("log", subs=[2, 5])
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+
+
+def _matplotlib() -> ModuleType:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UnsupportedError(
+            "plots cannot be drawn", "matplotlib is not installed", "pip install 'ltx2[plot]', or leave out --plot"
+        ) from error
+    return matplotlib

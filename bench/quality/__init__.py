@@ -1,0 +1,1 @@
+"""What quantizing costs: a quantized model against its original."""

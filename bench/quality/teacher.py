@@ -1,0 +1,268 @@
+"""A model held against its reference while each makes the same clip.
+
+The reference's run is recorded: some inputs of every layer that the other model has packed, and every step's tokens
+and velocities. The other model is then given these same inputs, layer by layer and step by step (teacher forcing),
+before it makes the clip on its own. Only one network is in memory at a time."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ltx2.bench.quality.metrics import Array, Difference
+from ltx2.runtime.events import Event, Generated
+from ltx2.runtime.generate.clip import Clip
+from ltx2.runtime.generate.exchange import Contexts, read_embeddings
+from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.observe import intercept
+from ltx2.runtime.generate.pipeline import Observe, Pipeline
+from ltx2.runtime.generate.presets import Stage
+from ltx2.runtime.generate.request import Request
+from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.transformer.model import Prepared, StreamInput, Transformer
+from ltx2.runtime.sampling.latents import audio_positions, video_positions
+
+# Components that have packed layers, which of a layer's calls (every n-th) are kept, and how many inputs of one: a
+# transformer is called once a step, the others once a clip. A published model's take 0.6 GB.
+KEPT = {"text_encoder": (1, 16), "connectors": (1, 16), "transformer": (3, 5)}
+# The transformer's first and last layer of each stream: what they are given and what they return is one step.
+ENDS = {"video": ("patchify_proj", "proj_out"), "audio": ("audio_patchify_proj", "audio_proj_out")}
+FIRST = ENDS["video"][0]  # of all layers that are called at a step
+
+Layer = tuple[str, str]  # component, path
+StepKey = tuple[int, int, float]  # stage, step (both from 1), noise level
+Streams = dict[str, mx.array]  # "video" and "audio"
+Differences = dict[str, Difference]  # of both streams
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared: options of `generate` without the prompt, and the dtype that both models compute in (None:
+    each in that of its weights)."""
+
+    options: Mapping[str, Any]
+    dtype: mx.Dtype | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some inputs (rows, width) of a layer, and its outputs without the bias."""
+
+    inputs: mx.array
+    products: mx.array
+    bias: mx.array | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the transformer was given at one step, and what it returned: (1, tokens, channels) of each stream."""
+
+    tokens: Streams
+    velocities: Streams
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The reference's run for one prompt."""
+
+    prompt: str
+    rows: Mapping[Layer, list[Rows]]
+    stages: list[list[Step]]
+    contexts: Contexts
+    clip: Clip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far the other model's run for one prompt is from the reference's: every layer on the reference's inputs,
+    every step on its tokens, the text on its own, and the clip it made on its own."""
+
+    layers: Mapping[Layer, Difference]
+    velocity: Mapping[StepKey, Differences]
+    contexts: Differences
+    latents: Differences
+    clip: Clip
+
+
+def packed_layers(folder: ModelFolder) -> dict[str, set[str]]:
+    """Paths of the layers that are stored as codes, by component."""
+    found: dict[str, set[str]] = {}
+    for component in KEPT:
+        names = {name for file in folder.tensor_files(component) for name in file.tensors}
+        parts = ("scales", "weight_scale")
+        found[component] = {n.rpartition(".")[0] for n in names if n.rpartition(".")[2] in parts}
+    return found
+
+
+def record(
+    model: Path, prompt: str, case: Case, layers: Mapping[str, Collection[str]]
+) -> Generator[Event, None, Recording]:
+    """Make the clip with the reference; returns its run. `layers`: those whose inputs are kept, by component."""
+    recorder = _Recorder(layers, case.dtype)
+    contexts, clip = yield from _generated(model, prompt, case, recorder)
+    return Recording(prompt, recorder.rows, recorder.stages, contexts, clip)
+
+
+def compare(model: Path, recording: Recording, case: Case) -> Generator[Event, None, Comparison]:
+    """Make the clip with the other model, after giving it the reference's inputs; returns how far they are apart."""
+    request = Request.from_options({"prompt": recording.prompt, **case.options})
+    pupil = _Pupil(recording, Job(ModelFolder.open(model), request), case.dtype)
+    contexts, clip = yield from _generated(model, recording.prompt, case, pupil)
+    text = {name: _difference(getattr(recording.contexts, name), getattr(contexts, name)) for name in ENDS}
+    latents = {name: Difference.between(recording.clip.latents[name], clip.latents[name]) for name in ENDS}
+    return Comparison(pupil.layers, pupil.velocity, text, latents, clip)
+
+
+def make(model: Path, prompt: str, case: Case) -> Generator[Event, None, Clip]:
+    """Make the clip alone, computed as those that are compared; returns it."""
+    _, clip = yield from _generated(model, prompt, case, lambda _, network: _cast(network, case.dtype))
+    return clip
+
+
+def _generated(model: Path, prompt: str, case: Case, observe: Observe) -> Generator[Event, None, tuple[Contexts, Clip]]:
+    """Run the pipeline; returns what it made of the text, and the clip."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "contexts.safetensors"
+        pipeline = Pipeline(model, observe)
+        for event in pipeline.stream(prompt, **case.options, save_embeddings=file):
+            if isinstance(event, Generated):
+                width = pipeline.folder.config("transformer")["caption_channels"]
+                return read_embeddings(file, width), event.clip
+            yield event
+    raise RuntimeError("the generation ended without a clip")
+
+
+class _Recorder:
+    """Observes the reference's networks."""
+
+    def __init__(self, layers: Mapping[str, Collection[str]], dtype: mx.Dtype | None) -> None:
+        self.rows: dict[Layer, list[Rows]] = {}
+        self.stages: list[list[Step]] = []
+        self._calls: Counter[Layer] = Counter()
+        self._layers = layers
+        self._dtype = dtype
+
+    def __call__(self, component: str, network: nn.Module) -> None:
+        _cast(network, self._dtype)
+        if component == "transformer":
+            self.stages.append([])
+        if component in KEPT:
+            intercept(network, partial(self._call, component))
+
+    def _call(self, component: str, path: str, layer: nn.Module, x: mx.array) -> mx.array:
+        y = _apply(layer, x)
+        every, _ = KEPT[component]
+        if path in self._layers[component]:
+            if self._calls[component, path] % every == 0:
+                self._keep_rows((component, path), layer, x)
+            self._calls[component, path] += 1
+        if component == "transformer":
+            self._keep_step(path, x, y)
+        return y
+
+    def _keep_rows(self, key: Layer, layer: nn.Module, x: mx.array) -> None:
+        kept = self.rows.setdefault(key, [])
+        inputs, bias = _some_rows(x, KEPT[key[0]][1], len(kept)), layer.get("bias")
+        kept.append(Rows(inputs, _product(layer, inputs, bias), bias))
+        mx.eval(inputs, kept[-1].products)  # or the whole input would stay in memory
+
+    def _keep_step(self, path: str, x: mx.array, y: mx.array) -> None:
+        for stream, (first, last) in ENDS.items():
+            if path == first:
+                if path == FIRST:
+                    self.stages[-1].append(Step({}, {}))
+                self.stages[-1][-1].tokens[stream] = x
+            elif path == last:
+                self.stages[-1][-1].velocities[stream] = y
+                mx.eval(y)
+
+
+class _Pupil:
+    """Observes the other model's networks, and gives them the reference's inputs first."""
+
+    def __init__(self, recording: Recording, job: Job, dtype: mx.Dtype | None) -> None:
+        self.layers: dict[Layer, Difference] = {}
+        self.velocity: dict[StepKey, Differences] = {}
+        self._recording = recording
+        self._job = job
+        self._dtype = dtype
+        self._stage = 0
+        self._transformer: Transformer | None = None  # until it has been taught
+
+    def __call__(self, component: str, network: nn.Module) -> None:
+        _cast(network, self._dtype)
+        if component in KEPT:
+            intercept(network, partial(self._call, component))
+        if component == "transformer":
+            self._transformer = cast(Transformer, network)
+
+    def _call(self, component: str, path: str, layer: nn.Module, x: mx.array) -> mx.array:
+        # At the first step's first layer the network is ready: its weights are read, or are supplied block by block.
+        if self._transformer is not None and path == FIRST:
+            transformer, self._transformer = self._transformer, None
+            self._teach(transformer)
+        key = component, path
+        rows = self._recording.rows.get(key)
+        if rows and key not in self.layers:  # measured when it is first called: then its weights are there
+            pairs = ((row.products, _product(layer, row.inputs, row.bias)) for row in rows)
+            self.layers[key] = sum((_difference(*pair) for pair in pairs), Difference())
+        return _apply(layer, x)
+
+    def _teach(self, transformer: Transformer) -> None:
+        """The velocities at the tokens of the reference's steps."""
+        stage = self._job.preset.stages[self._stage]
+        steps = self._recording.stages[self._stage]
+        self._stage += 1
+        prepared = self._prepared(transformer, stage)
+        for number, (step, sigma) in enumerate(zip(steps, stage.sigmas, strict=False), start=1):
+            level = mx.full((1, 1), sigma)
+            video, audio = (StreamInput(step.tokens[stream], level, level) for stream in ENDS)
+            velocities = dict(zip(ENDS, transformer(video, audio, *prepared), strict=True))
+            self.velocity[self._stage, number, sigma] = {
+                stream: _difference(step.velocities[stream], velocities[stream]) for stream in ENDS
+            }
+
+    def _prepared(self, transformer: Transformer, stage: Stage) -> tuple[Prepared, Prepared]:
+        grid, scales, contexts = self._job.grid(stage), self._job.scales, self._recording.contexts
+        return (
+            transformer.prepare_video(contexts.video, video_positions(grid, self._job.sizes.fps, scales)),
+            transformer.prepare_audio(contexts.audio, audio_positions(grid, scales)),
+        )
+
+
+def _cast(network: nn.Module, dtype: mx.Dtype | None) -> None:
+    if dtype is not None:
+        network.set_dtype(dtype)
+
+
+def _apply(layer: nn.Module, x: mx.array) -> mx.array:
+    return cast(Callable[[mx.array], mx.array], layer)(x)
+
+
+def _some_rows(x: mx.array, count: int, call: int) -> mx.array:
+    """Up to `count` rows (rows, width) of a layer's input, evenly spaced, other ones in each call."""
+    rows = x.reshape(-1, x.shape[-1])
+    total = rows.shape[0]
+    step = max(1, total // count)
+    return rows[call % step :: step][:count]
+
+
+def _product(layer: nn.Module, inputs: mx.array, bias: mx.array | None) -> mx.array:
+    """The layer's output less the given bias, in float32: 16 bits would round as coarsely as codes of 8 bits do."""
+    y = _apply(layer, inputs.astype(mx.float32))
+    return y if bias is None else y - bias.astype(mx.float32)
+
+
+def _difference(reference: mx.array, other: mx.array) -> Difference:
+    return Difference.between(_numbers(reference), _numbers(other))
+
+
+def _numbers(values: mx.array) -> Array:
+    return np.array(values.astype(mx.float32))

@@ -1,0 +1,1 @@
+"""A model of random weights in the published shapes."""

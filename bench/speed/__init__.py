@@ -1,0 +1,1 @@
+"""Time and memory, phase by phase: suites, runs, receipts."""

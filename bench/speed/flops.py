@@ -1,0 +1,230 @@
+"""The arithmetic of every phase, counted from shapes: floating-point operations of linear layers, attentions and
+convolutions (two per multiplication and addition), and the bytes that these must at least move: every weight as it is
+stored once per evaluation, and what goes in and out of each of them. Elementwise work is not counted.
+
+What a tiling of the video decoder computes twice is no work of the clip either, so that tiles cost efficiency."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.presets import Stage
+from ltx2.runtime.memory.plan import FULL, Model
+from ltx2.runtime.networks.audio.vae import AudioVAEConfig
+from ltx2.runtime.networks.audio.vocoder import CHANNELS, MEL_BINS, VocoderConfig
+from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
+from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.transformer.modulation import FREQUENCIES
+from ltx2.runtime.networks.upsampler import RATIONAL_SCALES, UpsamplerConfig
+from ltx2.runtime.networks.video_vae.config import ResampleStage, VideoVAEConfig
+from ltx2.runtime.sampling.latents import Grid
+
+FLOAT32 = 4
+EMBEDDING = "model.embed_tokens."  # of which only the prompt's rows are read
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations, and values that go in and out of them beside weights."""
+
+    flops: int = 0
+    values: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.values + other.values)
+
+    def __mul__(self, times: int) -> "Work":
+        return Work(times * self.flops, times * self.values)
+
+
+@dataclass(frozen=True)
+class PhaseWork:
+    """What a whole phase computes and moves at least."""
+
+    flops: int
+    bytes: int
+
+
+def count(job: Job) -> dict[str, PhaseWork]:
+    """The work of every phase of a job by its name. Reads headers."""
+    return dict(_phases(job, Model(job)))
+
+
+def _phases(job: Job, model: Model) -> Iterator[tuple[str, PhaseWork]]:
+    request = job.request
+    if request.latents is None:
+        if request.embeddings is None:
+            yield from _text(job, model)
+        for number, stage in enumerate(job.preset.stages, start=1):
+            yield from _stage(job, model, number, stage)
+    grid = job.grid(FULL)
+    latents = (grid.frames, grid.height, grid.width)
+    work, decoder = decode_video(job.video_config, latents), model.weights("video_vae", "decoder.")
+    yield "video_vae", _moving(work, model.itemsize("video_vae"), decoder)
+    if request.no_audio:
+        return
+    audio = job.audio_config
+    decoder = model.weights("audio_vae", "decoder.")
+    yield "audio_vae", _moving(decode_audio(audio, grid.audio_frames), FLOAT32, decoder)
+    config = VocoderConfig.from_dict(model.config("vocoder"))
+    mel_frames = (grid.audio_frames - 1) * audio.temporal_scale + 1
+    yield "vocoder", _moving(vocode(config, mel_frames), FLOAT32, model.weights("vocoder"))
+
+
+def _text(job: Job, model: Model) -> Iterator[tuple[str, PhaseWork]]:
+    tokens, length = int(job.tokens.mask.sum()), job.preset.text_tokens
+    weights = model.weights("text_encoder") - model.weights("text_encoder", EMBEDDING)
+    work = encode_text(Gemma3Config.from_dict(model.config("text_encoder")), tokens)
+    yield "text_encoder", _moving(work, model.itemsize("text_encoder"), weights)
+    work = connect(ConnectorsConfig.from_dict(model.config("connectors")), tokens, length)
+    yield "connectors", _moving(work, model.itemsize("connectors"), model.weights("connectors"))
+
+
+def _stage(job: Job, model: Model, number: int, stage: Stage) -> Iterator[tuple[str, PhaseWork]]:
+    if number > 1:
+        config = UpsamplerConfig.from_dict(model.config("spatial_upscaler"))
+        work = upscale(config, job.grid(job.preset.stages[number - 2]))
+        itemsize = model.itemsize("spatial_upscaler")
+        yield "spatial_upscaler", _moving(work, itemsize, model.weights("spatial_upscaler"))
+    transformer = TransformerConfig.from_dict(model.config("transformer"))
+    step = denoise_step(transformer, job.grid(stage), job.preset.text_tokens)
+    work = step * stage.steps + project_text(transformer, job.preset.text_tokens)
+    weights = stage.steps * model.weights("transformer")
+    yield f"stage{number}", _moving(work, model.itemsize("transformer"), weights)
+
+
+def _moving(work: Work, itemsize: int, weights: int) -> PhaseWork:
+    return PhaseWork(work.flops, work.values * itemsize + weights)
+
+
+# Operations
+
+
+def linear(tokens: int, inputs: int, outputs: int) -> Work:
+    return Work(2 * tokens * inputs * outputs, tokens * (inputs + outputs))
+
+
+def attention(queries: int, keys: int, width: int, key_width: int | None = None) -> Work:
+    """Softmax(Q K^T) V over all heads, `width` together; keys and values may have fewer."""
+    return Work(4 * queries * keys * width, 2 * queries * width + 2 * keys * (key_width or width))
+
+
+def convolution(positions: int, taps: int, inputs: int, outputs: int) -> Work:
+    """With as many positions in as out."""
+    return linear(positions, taps * inputs, outputs) + Work(0, positions * inputs * (1 - taps))
+
+
+# Networks
+
+
+def denoise_step(config: TransformerConfig, grid: Grid, text: int) -> Work:
+    """One call of the transformer."""
+    video, audio = config.video_dim, config.audio_dim
+    x, y = grid.tokens, grid.audio_frames
+    block = _stream(video, x, text) + _stream(audio, y, text)
+    block += _cross(x, video, y, audio, audio) + _cross(y, audio, x, video, audio)
+    ends = linear(x, config.in_channels, video) + linear(x, video, config.out_channels)
+    ends += linear(y, config.audio_in_channels, audio) + linear(y, audio, config.audio_out_channels)
+    noise_levels = (_modulation(width, rows) for width in (video, audio) for rows in (6, 4, 1))
+    return block * config.num_layers + sum(noise_levels, ends)
+
+
+def project_text(config: TransformerConfig, text: int) -> Work:
+    """The text's features to both streams' widths, once per stage."""
+    widths = (config.video_dim, config.audio_dim)
+    return sum((linear(text, config.caption_channels, w) + linear(text, w, w) for w in widths), Work())
+
+
+def _stream(width: int, tokens: int, text: int) -> Work:
+    """Self-attention, attention to the text, feed-forward network."""
+    own, other = _cross(tokens, width, tokens, width, width), _cross(tokens, width, text, width, width)
+    return own + other + _feed_forward(tokens, width)
+
+
+def _cross(queries: int, width: int, keys: int, key_width: int, inner: int) -> Work:
+    """Attention with its four projections."""
+    projections = linear(queries, width, inner) + linear(queries, inner, width)
+    return projections + linear(keys, key_width, inner) * 2 + attention(queries, keys, inner)
+
+
+def _feed_forward(tokens: int, width: int) -> Work:
+    return linear(tokens, width, 4 * width) + linear(tokens, 4 * width, width)
+
+
+def _modulation(width: int, rows: int) -> Work:
+    return linear(1, FREQUENCIES, width) + linear(1, width, width) + linear(1, width, rows * width)
+
+
+def encode_text(config: Gemma3Config, tokens: int) -> Work:
+    width = config.hidden_size
+    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    layer = linear(tokens, width, heads) + linear(tokens, width, keys) * 2 + linear(tokens, heads, width)
+    layer += attention(tokens, tokens, heads, keys)
+    layer += linear(tokens, width, config.intermediate_size) * 2 + linear(tokens, config.intermediate_size, width)
+    return layer * config.num_hidden_layers
+
+
+def connect(config: ConnectorsConfig, tokens: int, length: int) -> Work:
+    block = _cross(length, config.dim, length, config.dim, config.dim) + _feed_forward(length, config.dim)
+    projection = linear(tokens, config.text_projection_in_features, config.caption_channels)
+    return projection + block * (2 * config.connector_num_layers)
+
+
+def upscale(config: UpsamplerConfig, grid: Grid) -> Work:
+    """`grid` is of the latents that come in; the spatial upscaler."""
+    mid, blocks = config.mid_channels, 2 * config.num_blocks_per_stage
+    up, down = RATIONAL_SCALES[config.spatial_scale] if config.rational else (2, 1)
+    sizes = grid.tokens, grid.frames * -(-grid.height * up // down) * -(-grid.width * up // down)
+    ends = convolution(sizes[0], 27, config.in_channels, mid) + convolution(sizes[1], 27, mid, config.in_channels)
+    inner = (convolution(size, 27, mid, mid) * blocks for size in sizes)
+    return sum(inner, ends + convolution(sizes[0], 9, mid, mid * up * up))
+
+
+def decode_video(config: VideoVAEConfig, latents: tuple[int, ...]) -> Work:
+    """`latents`: frames, height, width."""
+    channels, sizes = config.decoder_channels, latents
+    work = convolution(prod(sizes), 27, config.latent_channels, channels)
+    for stage in config.decoder_stages:
+        if isinstance(stage, ResampleStage):
+            widened = channels * prod(stage.stride) // stage.multiplier
+            work += convolution(prod(sizes), 27, channels, widened)
+            channels //= stage.multiplier
+            sizes = tuple(n * s for n, s in zip(sizes, stage.stride, strict=True))
+            sizes = (sizes[0] - stage.stride[0] + 1, *sizes[1:])
+        else:
+            work += convolution(prod(sizes), 27, channels, channels) * (2 * stage.num_layers)
+    return work + convolution(prod(sizes), 27, channels, 3 * config.patch_size**2)
+
+
+def decode_audio(config: AudioVAEConfig, frames: int) -> Work:
+    network = config.network
+    width, bins = network.widths[-1], config.latent_frequencies
+    size = frames * bins
+    work = convolution(size, 9, network.z_channels, width) + convolution(size, 9, width, width) * 4
+    for level, outputs in reversed(list(enumerate(network.widths))):
+        if outputs != width:
+            work += convolution(size, 9, width, outputs) + convolution(size, 1, width, outputs)
+        same = 2 * (network.num_res_blocks + 1) - (outputs != width)
+        work += convolution(size, 9, outputs, outputs) * same
+        width = outputs
+        if level:
+            work += convolution(4 * size, 9, width, width)  # of its frames the first is left out afterwards
+            frames, bins = 2 * frames - 1, 2 * bins
+            size = frames * bins
+    return work + convolution(size, 9, width, network.out_ch)
+
+
+def vocode(config: VocoderConfig, mel_frames: int) -> Work:
+    width, frames = config.upsample_initial_channel, mel_frames
+    work = convolution(frames, 7, CHANNELS * MEL_BINS, width)
+    pairs = sum(
+        2 * size * len(dilations)
+        for size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True)
+    )
+    calls = sum(2 * len(dilations) for dilations in config.resblock_dilation_sizes)
+    for factor, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
+        work += linear(frames, width, kernel * width // 2)  # transposed: each frame makes `kernel` samples
+        width, frames = width // 2, frames * factor
+        work += Work(2 * frames * pairs * width * width, 2 * calls * frames * width)
+    return work + convolution(frames, 7, width, CHANNELS)

@@ -1,0 +1,191 @@
+"""A benchmark's receipt (JSON): what was measured on which machine, and what every phase took; and its tables."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any
+
+from ltx2.bench.random.model import RandomFolder
+from ltx2.bench.speed.ceilings import Ceilings
+from ltx2.bench.speed.flops import PhaseWork, count
+from ltx2.bench.speed.host import host_facts, mlx_environment
+from ltx2.bench.speed.stats import Timing
+from ltx2.bench.speed.suite import OPTIONS, Schedule
+from ltx2.runtime.events import PhaseDone
+from ltx2.runtime.generate.job import Job
+from ltx2.runtime.machine.bounded import ceiling as eval_ceiling
+from ltx2.runtime.memory.meter import SAMPLED
+from ltx2.runtime.memory.plan import MemoryPlan
+from ltx2.runtime.model.layout import ModelFolder
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class PhaseRun:
+    """One phase of one run; the most memory the process held in it, and the bytes read from disks, where known."""
+
+    done: PhaseDone
+    process_bytes: int
+    disk_bytes: int | None
+
+
+@dataclass(frozen=True)
+class CaseRuns:
+    """A case and its measured runs. `trace` is the last one's memory, `products` how each form of packed weights was
+    multiplied, by rows."""
+
+    name: str
+    part: str
+    plan: MemoryPlan
+    ceilings: Ceilings
+    runs: Sequence[Sequence[PhaseRun]]
+    trace: Mapping[str, Any]
+    products: Mapping[str, Mapping[int, str]]
+
+
+def circumstances(schedule: Schedule, suite: str | None, ceilings: Sequence[Ceilings]) -> dict[str, Any]:
+    """What a receipt says beside its cases."""
+    return {
+        "kind": "bench",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": host_facts(),
+        "environment": mlx_environment(),
+        "ceilings": [asdict(ceiling) for ceiling in ceilings],
+        "eval_ceiling_seconds": eval_ceiling(),
+        "suite": suite,
+        **asdict(schedule),
+    }
+
+
+def identity(part: str, job: Job) -> dict[str, Any]:
+    """What decides how long a case takes, but for the machine and the program."""
+    request = job.request.to_dict()
+    return {"part": part, "options": {name: request[name] for name in OPTIONS}, "model": _model(job.folder)}
+
+
+def case_receipt(case: CaseRuns) -> dict[str, Any]:
+    """One of the receipt's `cases`: seconds, bytes, and shares of 1."""
+    job, work = case.plan.job, count(case.plan.job)
+    totals = [sum(phase.done.seconds for phase in run) for run in case.runs]
+    return {
+        "name": case.name,
+        **identity(case.part, job),
+        "products": case.products,
+        "total_seconds": Timing.of(totals).to_dict(),
+        "phases": [_phase(list(runs), case, work) for runs in zip(*case.runs, strict=True)],
+        "memory": dict(case.trace),
+    }
+
+
+def _model(folder: ModelFolder) -> dict[str, Any]:
+    manifest = folder.manifest
+    return {
+        "weights": "random" if isinstance(folder, RandomFolder) else "files",
+        "release": manifest.release,
+        "variant": manifest.variant,
+        "dtypes": {name: record.dtype for name, record in sorted(manifest.components.items())},
+        "layers": {name: _forms(folder, name) for name in sorted(manifest.components)},
+    }
+
+
+def _forms(folder: ModelFolder, component: str) -> dict[str, int]:
+    """How many layers are packed in which form."""
+    quantization = folder.record(component).quantization
+    if not quantization:
+        return {}
+    counts: Counter[str] = Counter()
+    for file in folder.tensor_files(component):
+        for name in file.tensors:
+            layer, _, part = name.rpartition(".")
+            if part == "scales":
+                entry = quantization.get(layer, quantization)
+                counts[f"{entry.get('mode', 'affine')}-{entry['bits']}-{entry['group_size']}"] += 1
+    return dict(sorted(counts.items()))
+
+
+def _phase(runs: Sequence[PhaseRun], case: CaseRuns, work: Mapping[str, PhaseWork]) -> dict[str, Any]:
+    done = [run.done for run in runs]
+    name, steps = done[0].name, [seconds for phase in done for seconds in _usual_steps(phase)]
+    read = [run.disk_bytes for run in runs if run.disk_bytes is not None]
+    longest = [p.longest_eval_seconds for p in done if p.longest_eval_seconds is not None]
+    planned = case.plan.phase(name)
+    return {
+        "name": name,
+        "seconds": Timing.of([phase.seconds for phase in done]).to_dict(),
+        "work_seconds": Timing.of([phase.seconds - phase.load_seconds for phase in done]).to_dict(),
+        "load_seconds": Timing.of([phase.load_seconds for phase in done]).to_dict(),
+        "steps": len(done[0].step_seconds),
+        "step_seconds": Timing.of(steps).to_dict() if steps else None,
+        "mlx_peak_bytes": max(phase.mlx_peak_bytes for phase in done),
+        "planned_bytes": planned.total - planned.clip,
+        "process_peak_bytes": max(run.process_bytes for run in runs),
+        "longest_eval_seconds": round(max(longest), 5) if longest else None,
+        "streamed_bytes_per_step": planned.read,
+        "disk_bytes_read": int(median(read)) if read else None,
+        **_shares(work[name], median(phase.seconds - phase.load_seconds for phase in done), case.ceilings),
+    }
+
+
+def _usual_steps(phase: PhaseDone) -> list[float]:
+    """Without the one in which single evaluations are timed, which takes longer for it."""
+    return [seconds for step, seconds in enumerate(phase.step_seconds) if step != SAMPLED]
+
+
+def _shares(work: PhaseWork, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+    """Of what the machine reaches at best, while the phase computes: loading is not counted."""
+    return {
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "matmul_share": round(work.flops / seconds / ceilings.matmul_flops_per_second, 4),
+        "copy_share": round(work.bytes / seconds / ceilings.copy_bytes_per_second, 4),
+    }
+
+
+Table = tuple[str, list[str], list[list[str]]]
+COLUMNS = [
+    "phase", "seconds", "spread", "load", "s/step", "steps", "eval", "matmul", "copy", "MLX", "plan", "process", "read",
+]  # fmt: skip
+
+
+def tables(receipt: Mapping[str, Any]) -> list[Table]:
+    """For people: title, columns and rows of every case."""
+    machine = receipt["machine"]
+    where = f"on {machine['device']}, mlx {machine['mlx']}"
+    best = " or ".join(
+        f"{c['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s and {c['copy_bytes_per_second'] / 1e9:.3g} GB/s"
+        for c in receipt["ceilings"]
+    )
+    allowed = receipt["eval_ceiling_seconds"]
+    longest = "longest evaluation, s" if allowed is None else f"longest evaluation, s, of {allowed:.2g} allowed"
+    legend = f"eval: {longest}; matmul, copy: of {best}; MLX, plan, process: peak GiB; read: GB"
+    return [(f"{case['name']} {where}\n{legend}", COLUMNS, _rows(case)) for case in receipt["cases"]]
+
+
+def _rows(case: Mapping[str, Any]) -> list[list[str]]:
+    total = case["total_seconds"]
+    rows = [_row(phase) for phase in case["phases"]]
+    return [*rows, ["total", f"{total['median']:.2f}", _percent(total["spread"]), *[""] * (len(COLUMNS) - 3)]]
+
+
+def _row(phase: Mapping[str, Any]) -> list[str]:
+    step, seconds, read = phase["step_seconds"], phase["seconds"], phase["disk_bytes_read"]
+    return [
+        phase["name"],
+        f"{seconds['median']:.2f}",
+        _percent(seconds["spread"]),
+        f"{phase['load_seconds']['median']:.2f}",
+        f"{step['median']:.3f}" if step else "",
+        str(phase["steps"] or ""),
+        "" if phase["longest_eval_seconds"] is None else f"{phase['longest_eval_seconds']:.3f}",
+        _percent(phase["matmul_share"]),
+        _percent(phase["copy_share"]),
+        *(f"{phase[name] / GIB:.2f}" for name in ("mlx_peak_bytes", "planned_bytes", "process_peak_bytes")),
+        "" if read is None else f"{read / 1e9:.2f}",
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

@@ -1,0 +1,205 @@
+"""Benchmark model folders, or random weights, through the same pipeline that generates: warm-up not counted, repeated,
+every phase timed.
+
+All cases run once, then all once more the other way round, and so on: what the machine does in between (it warms up, it
+does something else for a while) falls on all cases alike."""
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ltx2.bench.random.model import RandomFolder
+from ltx2.bench.random.values import DTYPES
+from ltx2.bench.speed.ceilings import Ceilings, measure_ceilings
+from ltx2.bench.speed.compare import check_comparable, compare
+from ltx2.bench.speed.receipt import CaseRuns, PhaseRun, case_receipt, circumstances, identity
+from ltx2.bench.speed.suite import Schedule, Task
+from ltx2.bench.speed.trace import MemoryTrace
+from ltx2.runtime.errors import DoesNotFitError
+from ltx2.runtime.events import Event, Generated, Noted, PhaseDone, PhaseStarted, Warned
+from ltx2.runtime.generate.exchange import Contexts, write_embeddings, write_latents
+from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.machine.process import disk_bytes_read
+from ltx2.runtime.memory.plan import FULL
+from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.sampling.latents import Latents
+
+PROMPT = "a red square moves left on a white background with a low tone"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a part of a generation with a model."""
+
+    model: ModelFolder
+    task: Task = field(default_factory=Task)
+
+
+@dataclass(frozen=True)
+class Benched(Event):
+    """The receipt, as it is written to a file, of all that was measured so far; the last event of a benchmark has all
+    of it."""
+
+    receipt: dict[str, Any]
+
+
+def run_bench(
+    cases: Sequence[Case], schedule: Schedule, suite: str | None = None, old: Mapping[str, Any] | None = None
+) -> Iterator[Event]:
+    """The events of every run, and Benched after every measured round. `old`: a receipt to compare with. What does not
+    fit is left out with a warning.
+
+    Raises before anything is read or made DoesNotFitError where no case fits, InputError where `old` has none of them;
+    and what the pipeline raises.
+    """
+    with TemporaryDirectory() as folder:
+        subjects = yield from _fitting(cases, Path(folder))
+        if old is not None:
+            check_comparable(old, (subject.identity for subject in subjects))
+        yield Noted("measuring what this machine reaches at best")
+        ceilings = {dtype: measure_ceilings(DTYPES[dtype]) for dtype in sorted({s.dtype for s in subjects})}
+        head = circumstances(schedule, suite, list(ceilings.values()))
+        for number in range(schedule.warmup + schedule.repeat):
+            yield from _round(subjects, schedule, number)
+            if number >= schedule.warmup:
+                receipt = head | {"cases": [case_receipt(s.result(ceilings[s.dtype])) for s in subjects]}
+                yield Benched(receipt if old is None else receipt | {"comparison": compare(old, receipt).to_dict()})
+
+
+def _round(subjects: Sequence["_Subject"], schedule: Schedule, number: int) -> Iterator[Event]:
+    """All cases once, every second time the other way round."""
+    for subject in subjects if number % 2 == 0 else reversed(subjects):
+        if schedule.cooldown:
+            yield Noted(f"resting for {schedule.cooldown:g} s")
+            time.sleep(schedule.cooldown)
+        yield Noted(f"run {number + 1} of {schedule.warmup + schedule.repeat}: {subject.name}")
+        yield from subject.run(counted=number >= schedule.warmup)
+
+
+def _fitting(cases: Sequence[Case], folder: Path) -> Generator[Event, None, list["_Subject"]]:
+    """The cases that fit in memory, ready to run."""
+    fitting, refused = [], []
+    for number, case in enumerate(cases):
+        subject = _Subject(case, folder / f"{number}.safetensors")
+        try:
+            subject.plan.check()
+            fitting.append(subject)
+        except DoesNotFitError as error:
+            refused.append((subject.name, error))
+    if not fitting:
+        raise refused[0][1]
+    for name, unfit in refused:
+        yield Warned(f"left out: {name}: {unfit.what} ({unfit.why})")
+    for subject in fitting:
+        if subject.skips_reading:
+            yield Warned(f"{subject.name}: what every step would read from disk is made in memory instead")
+    return fitting
+
+
+class _Subject:
+    """A case, ready to run, and what its runs have given."""
+
+    def __init__(self, case: Case, file: Path) -> None:
+        """Reads headers. `file`: for what a part of a generation starts from."""
+        self._case = case
+        self._pipeline = Pipeline(case.model, self._observe)
+        whole = self._pipeline.plan(PROMPT, **dict(case.task.options)).job
+        self._options = _start(whole, case.task, file)
+        self.plan = self._pipeline.plan(**self._options)
+        ends = {"text": "connectors", "denoise": f"stage{len(whole.preset.stages)}"}
+        self._last = ends.get(case.task.part)  # None: it ends by itself
+        self._runs: list[list[PhaseRun]] = []
+        self._trace: dict[str, Any] = {}
+        self._products: dict[str, dict[int, str]] = {}
+
+    @property
+    def name(self) -> str:
+        """For people: model, part and sizes."""
+        sizes, task = self.plan.job.sizes, self._case.task
+        what = ", ".join([task.part, *(name.replace("_", " ") for name, value in task.options if value is True)])
+        return f"{self._case.model.path.name}, {what}: {sizes.frames} frames of {sizes.width}x{sizes.height}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As a receipt has it."""
+        return identity(self._case.task.part, self.plan.job)
+
+    @property
+    def dtype(self) -> str:
+        """What the networks compute in, as the folder spells it."""
+        dtype = self._case.model.record("video_vae").dtype
+        return dtype if dtype in DTYPES else "BF16"
+
+    @property
+    def skips_reading(self) -> bool:
+        """Whether the plan reads weights in every step that are in no file."""
+        return isinstance(self._case.model, RandomFolder) and any(phase.read for phase in self.plan.phases)
+
+    def run(self, counted: bool) -> Iterator[Event]:
+        """One run of the case: its events."""
+        phases: list[PhaseRun] = []
+        with MemoryTrace() as trace, closing(self._events()) as events:
+            read = None
+            for event in events:
+                if isinstance(event, PhaseStarted):
+                    trace.begin(event.name)
+                    read = disk_bytes_read()
+                if isinstance(event, PhaseDone):
+                    phases.append(PhaseRun(event, trace.end(), _since(read)))
+                if not isinstance(event, Generated):
+                    yield event
+                if isinstance(event, PhaseDone) and event.name == self._last:
+                    break
+        if counted:
+            self._runs.append(phases)
+            self._trace = trace.to_dict()
+
+    def _events(self) -> Generator[Event, None, None]:
+        yield from self._pipeline.stream(**self._options)
+
+    def result(self, ceilings: Ceilings) -> CaseRuns:
+        """What the receipt is made from."""
+        part = self._case.task.part
+        return CaseRuns(self.name, part, self.plan, ceilings, self._runs, self._trace, self._products)
+
+    def _observe(self, component: str, network: nn.Module) -> None:
+        """How each form of packed weights is multiplied."""
+        for module in network.modules():
+            if isinstance(module, QuantizedLinear):
+                self._products[str(module.form)] = dict(module.choice.by_rows)
+
+
+def _start(job: Job, task: Task, file: Path) -> dict[str, Any]:
+    """The options of a generation that begins with this part: from values in `file` that are random, since times do not
+    depend on them."""
+    options = dict(task.options)
+    if task.part == "denoise":
+        config = TransformerConfig.from_dict(job.folder.config("transformer"))
+        shape = (1, job.preset.text_tokens, config.caption_channels)
+        write_embeddings(str(file), Contexts(_normal(shape), _normal(shape)))
+        return options | {"embeddings": str(file)}
+    if task.part == "decode":
+        grid = job.grid(FULL)
+        write_latents(str(file), Latents(_normal(grid.video_shape), _normal(grid.audio_shape)))
+        return {name: value for name, value in options.items() if name != "no_upscale"} | {"latents": str(file)}
+    return options | {"prompt": PROMPT}
+
+
+def _normal(shape: tuple[int, ...]) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(0))
+
+
+def _since(read: int | None) -> int | None:
+    """Bytes read from disks since `read` had been."""
+    now = disk_bytes_read()
+    return None if read is None or now is None else now - read

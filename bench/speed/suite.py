@@ -1,0 +1,104 @@
+"""What a benchmark measures, as data: suites/*.json, or a user's file.
+
+A suite is a list of cases (a part of the generation, and options of `generate` that change what it costs), how often
+each is run, and, where weights are random, at which bits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.files.jsonfile import read_object
+
+FOLDER = Path(__file__).parent / "suites"
+DEFAULT = "quick"
+# Part of a generation -> what of it runs.
+PARTS: Mapping[str, str] = {
+    "clip": "everything",
+    "text": "text encoder and connectors",
+    "denoise": "the stages, and the upscaler between them, from given embeddings",
+    "decode": "the decoders, from given latents",
+}
+OPTIONS = ("width", "height", "frames", "fps", "no_audio", "no_upscale", "memory_limit", "low_memory", "matmul")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How often a case runs: measured, and before that not measured; and seconds of rest before every run."""
+
+    repeat: int = 3
+    warmup: int = 1
+    cooldown: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.repeat < 1 or self.warmup < 0:
+            why = "measured runs must be at least 1, warm-up runs 0 or more"
+            raise InputError("nothing to measure", why, "use --repeat 3 --warmup 1")
+        if not 0 <= self.cooldown <= 3600:
+            why = "a rest before every run must be between 0 and 3600 s"
+            raise InputError(f"cool-down {self.cooldown:g} is not valid", why, "use --cooldown 30")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One case: a part of a generation with these options."""
+
+    part: str = "clip"
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named suite. `bits` are for random weights; none: as they were chosen."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    schedule: Schedule = Schedule()
+    bits: tuple[int, ...] = ()
+
+    def changed(self, part: str | None, options: Mapping[str, Any], schedule: Mapping[str, Any]) -> "Suite":
+        """With a user's choice in place of its own; None is none. Cases that became the same are one."""
+        given = {name: value for name, value in options.items() if value is not None}
+        tasks = [Task(part or task.part, tuple((dict(task.options) | given).items())) for task in self.tasks]
+        wanted = {name: value for name, value in schedule.items() if value is not None}
+        return replace(self, tasks=tuple(dict.fromkeys(tasks)), schedule=replace(self.schedule, **wanted))
+
+
+def suite_names() -> list[str]:
+    """The suites that come with ltx2."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def load_suite(name: str = DEFAULT) -> Suite:
+    """A suite by its name or file. Raises InputError when there is none or it is malformed."""
+    path = FOLDER / f"{name}.json" if name in suite_names() else Path(name)
+    try:
+        return _read(path.stem, read_object(path))
+    except OSError as error:
+        known = " or ".join(suite_names())
+        raise InputError(f"there is no suite {name!r}", str(error), f"use {known}, or the path of a file") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        fix = "write it like the suites that come with ltx2 (bench/suites)"
+        raise InputError(f"the suite {path} cannot be used", why, fix) from error
+
+
+def _read(name: str, data: dict[str, Any]) -> Suite:
+    unknown = data.keys() - {"about", "warmup", "repeat", "cooldown", "bits", "cases"}
+    if unknown:
+        raise ValueError(f"there is no setting {min(unknown)!r}")
+    schedule = {key: data[key] for key in ("repeat", "warmup", "cooldown") if key in data}
+    tasks = tuple(_task(dict(case)) for case in data["cases"])
+    if not tasks:
+        raise ValueError("it has no cases")
+    return Suite(name, tasks, Schedule(**schedule), tuple(map(int, data.get("bits", ()))))
+
+
+def _task(case: dict[str, Any]) -> Task:
+    part = case.pop("part", "clip")
+    if part not in PARTS:
+        raise ValueError(f"there is no part {part!r}, only {', '.join(PARTS)}")
+    if unknown := case.keys() - set(OPTIONS):
+        raise ValueError(f"a case has no option {min(unknown)!r}, only {', '.join(OPTIONS)}")
+    return Task(part, tuple(case.items()))

@@ -1,0 +1,64 @@
+"""The README's table of speed, from receipts: `python -m ltx2.bench.speed.table RECEIPT.json ...` prints it.
+
+A row is a phase, a column a case: of denoising one step, of the other phases what they compute, without loading; and
+the most memory that MLX held. A test holds what a text has of it between two marks (`MARKS`) to its receipts."""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ltx2.bench.speed.compare import STAGE, read_receipt
+
+GIB = 1 << 30
+MARKS = re.compile(r"<!-- bench table: (?P<paths>[^>]+?) -->\n(?P<table>.*?)\n<!-- end of table -->", re.DOTALL)
+Case = Mapping[str, Any]
+
+
+def markdown(receipts: Sequence[Mapping[str, Any]]) -> str:
+    """One table of all cases of some receipts."""
+    cases = [case for receipt in receipts for case in receipt["cases"]]
+    phases = [{phase["name"]: phase for phase in case["phases"]} for case in cases]
+    names = list(dict.fromkeys(name for found in phases for name in found))
+    rows = [[_row_name(name), *(_cell(found[name]) if name in found else "" for found in phases)] for name in names]
+    several = len({case["name"].rpartition(": ")[2] for case in cases}) > 1
+    head = ["", *(_column(case, several) for case in cases)]
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in (head, ["---"] * len(head), *rows))
+
+
+def tables_in(text: str) -> Iterator[tuple[list[str], str]]:
+    """Paths of the receipts and the table, of every marked one."""
+    for found in MARKS.finditer(text):
+        yield found["paths"].split(), found["table"]
+
+
+def _row_name(phase: str) -> str:
+    return f"{phase}, one step" if phase.startswith(STAGE) else phase
+
+
+def _column(case: Case, sized: bool) -> str:
+    """The model, the part where it is not the whole clip, and the size where there are several."""
+    name, _, size = case["name"].rpartition(": ")
+    model, _, part = name.partition(", ")
+    return ", ".join([model, *([] if part == "clip" else [part]), *([size] if sized else [])])
+
+
+def _cell(phase: Mapping[str, Any]) -> str:
+    seconds = phase["step_seconds"] if phase["name"].startswith(STAGE) else phase["work_seconds"]
+    return f"{_time(seconds['median'])}, {phase['mlx_peak_bytes'] / GIB:.1f} GiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("receipts", nargs="+", type=Path)
+    sys.stdout.write(markdown([read_receipt(path) for path in parser.parse_args().receipts]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What is published where (releases/*.json): files with their repositories, sizes and licences, and the bundles of them
+that one model needs. Downloading asks the hub for sizes; those here serve lists and dry runs without a network."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ltx2.runtime.errors import InputError, UnsupportedError
+from ltx2.runtime.generate.presets import load_preset
+
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file: its path in the repository and its size; `exact` says whether that is the published one."""
+
+    path: str
+    bytes: int
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Published:
+    """One thing to download and convert by its name: a file, or a folder of files that belong together.
+
+    `folder` is its place below the weights folder, `licence` the page where terms are read and accepted, `bits` what
+    most of its weights take.
+    """
+
+    name: str
+    release: str
+    repository: str
+    folder: str
+    purpose: str
+    licence: str
+    gated: bool
+    files: tuple[HubFile, ...]
+    bits: int = 16
+    is_folder: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def exact(self) -> bool:
+        return all(file.exact for file in self.files)
+
+    @property
+    def page(self) -> str:
+        return f"{HUB}/{self.repository}"
+
+    def source(self, weights: Path) -> Path:
+        """What `convert` is given, once it lies in the weights folder."""
+        return weights / self.folder if self.is_folder else weights / self.folder / self.files[0].path
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """All that one model needs. `generates`: this version makes clips with it; others it converts only."""
+
+    name: str
+    release: str
+    purpose: str
+    variant: str
+    names: tuple[str, ...]
+
+    @property
+    def generates(self) -> bool:
+        try:
+            load_preset(self.release, self.variant)
+        except UnsupportedError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All published things and bundles, by name."""
+
+    published: Mapping[str, Published]
+    bundles: Mapping[str, Bundle]
+
+    def choose(self, names: Iterable[str]) -> tuple[Published, ...]:
+        """What the names stand for: things, with or without `.safetensors`, and bundles; each once.
+
+        Raises InputError for an unknown name.
+        """
+        chosen: dict[str, Published] = {}
+        for name in names:
+            for member in self.bundles[name].names if name in self.bundles else (name,):
+                found = self.published.get(member) or self.published.get(f"{member}.safetensors")
+                if found is None:
+                    raise self._unknown(name)
+                chosen[found.name] = found
+        return tuple(chosen.values())
+
+    def size(self, name: str) -> int:
+        """Bytes of a thing or bundle, as far as known without the hub."""
+        return sum(published.bytes for published in self.choose([name]))
+
+    def gated(self, name: str) -> bool:
+        """Whether a thing, or one of a bundle, needs a login and an accepted licence."""
+        return any(published.gated for published in self.choose([name]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `ltx2 download --list --json` prints it."""
+        return {
+            "bundles": [
+                {
+                    "name": b.name, "release": b.release, "variant": b.variant, "for": b.purpose,
+                    "files": list(b.names), "bytes": self.size(b.name), "gated": self.gated(b.name),
+                    "generates": b.generates,
+                }
+                for b in self.bundles.values()
+            ],
+            "files": [
+                {
+                    "name": p.name, "release": p.release, "repository": p.repository, "for": p.purpose,
+                    "paths": [f"{p.folder}/{file.path}" for file in p.files], "bytes": p.bytes, "exact": p.exact,
+                    "gated": p.gated, "licence": p.licence,
+                }
+                for p in self.published.values()
+            ],
+        }  # fmt: skip
+
+    def _unknown(self, name: str) -> InputError:
+        known = [*self.bundles, *(published.removesuffix(".safetensors") for published in self.published)]
+        near = get_close_matches(name.removesuffix(".safetensors"), known, n=3, cutoff=0.5)
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        why = f"the catalogue has no such name{meant}"
+        return InputError(f"nothing is published as {name}", why, "see ltx2 download --list")
+
+
+@cache
+def catalogue() -> Catalogue:
+    """The catalogue of all releases this version knows."""
+    published: dict[str, Published] = {}
+    bundles: dict[str, Bundle] = {}
+    for path in sorted((Path(__file__).parent.parent / "names" / "releases").glob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for repository in data.get("repositories", []):
+            published |= {p.name: p for p in _published(data["name"], repository)}
+        for name, bundle in data.get("bundles", {}).items():
+            bundles[name] = Bundle(name, data["name"], bundle["for"], bundle["variant"], tuple(bundle["names"]))
+    return Catalogue(published, bundles)
+
+
+def _published(release: str, data: Mapping[str, Any]) -> Iterable[Published]:
+    """The things of one repository. Where it has a `name`, it is one thing with all its files."""
+    common = (data["repository"], data["folder"])
+    access = (data["licence"], data["gated"])
+    if "name" in data:
+        files = tuple(_file(path, facts) for path, facts in data["files"].items())
+        yield Published(data["name"], release, *common, data["for"], *access, files, is_folder=True)
+        return
+    for path, facts in data["files"].items():
+        name, bits = PurePosixPath(path).name, facts.get("bits", 16)
+        yield Published(name, release, *common, facts["for"], *access, (_file(path, facts),), bits)
+
+
+def _file(path: str, facts: Mapping[str, Any]) -> HubFile:
+    return HubFile(path, facts.get("bytes", facts.get("about")), exact="bytes" in facts)

@@ -1,0 +1,184 @@
+"""Files that arrive in pieces: `X.partial` grows beside its final name X, and `X.partial.done` says which bytes it
+holds, so that a cut download goes on where it stopped, whatever the order. And the record of files found whole."""
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.files.paths import write_text
+
+RECORD = ".downloads.json"
+READ_BYTES = 4 << 20
+SHA256_LENGTH = 64
+Span = tuple[int, int]  # [start, stop) in bytes
+
+
+class PartFile:
+    """A file of known size and etag on its way to `target`; use as a context manager.
+
+    Opening it raises InputError while another process fetches it. What an other version left is dropped.
+    """
+
+    def __init__(self, target: Path, size: int, etag: str) -> None:
+        self.target, self.size, self.etag = target, size, etag
+        self.path = target.with_name(target.name + ".partial")
+        self.journal = target.with_name(target.name + ".partial.done")
+        self._write_lock = threading.Lock()
+        self._spans: list[Span] = []
+
+    def held(self) -> int:
+        """Bytes that are on disk already. Looks only; the file need not be open."""
+        return sum(stop - start for start, stop in self._read_journal())
+
+    def __enter__(self) -> "PartFile":
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self._log: IO[str] = self.journal.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._log.close()
+            why = "another process is downloading it"
+            raise InputError(f"{self.path} is being written", why, "wait for it, or use another --output") from error
+        self._spans = self._read_journal()
+        self._log.truncate(0)  # a crash may have left half a line at its end
+        self._append(json.dumps(self._head()))
+        for start, stop in self._spans:
+            self._append(f"{start} {stop}")
+        self._data = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._data)
+        self._log.close()
+
+    def missing(self, longest: int) -> Iterator[Span]:
+        """What is still to be fetched, in pieces of at most `longest` bytes."""
+        position = 0
+        for start, stop in [*self._spans, (self.size, self.size)]:
+            while position < start:
+                piece = (position, min(position + longest, start))
+                yield piece
+                position = piece[1]
+            position = max(position, stop)
+
+    def write(self, start: int, data: bytes) -> None:
+        """Put bytes at their place."""
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._data, view, start)
+            start, view = start + written, view[written:]
+
+    def note(self, start: int, stop: int) -> None:
+        """Remember that these bytes are there."""
+        with self._write_lock:
+            if start < stop:
+                self._append(f"{start} {stop}")
+
+    def publish(self) -> None:
+        """Give it its name."""
+        os.fsync(self._data)
+        self.path.replace(self.target)
+        self.journal.unlink()
+
+    def discard(self) -> None:
+        """Remove what was fetched."""
+        self.path.unlink(missing_ok=True)
+        self.journal.unlink(missing_ok=True)
+
+    def _append(self, line: str) -> None:
+        self._log.write(line + "\n")
+        self._log.flush()
+
+    def _head(self) -> dict[str, int | str]:
+        return {"size": self.size, "etag": self.etag}
+
+    def _read_journal(self) -> list[Span]:
+        """The bytes that the journal lists, as spans in order that do not touch; none if it is another version's."""
+        if not self.path.is_file() or not self.journal.is_file():
+            return []
+        head, *lines = self.journal.read_text(encoding="utf-8").split("\n")[:-1] or [""]
+        if head != json.dumps(self._head()):
+            return []
+        spans: list[Span] = []
+        for start, stop in sorted((int(start), int(stop)) for start, stop in map(str.split, lines)):
+            if spans and start <= spans[-1][1]:
+                start, stop = spans[-1][0], max(stop, spans.pop()[1])
+            spans.append((start, stop))
+        return spans
+
+
+class Hashing:
+    """Reads a file when iterated, block by block, each time saying how many bytes that was. Afterwards `sha256` is the
+    file's, or None if it is not the one of this size and etag.
+
+    The hub's etag of a large file is its sha256, that of a small one git's hash of it.
+    """
+
+    def __init__(self, path: Path, size: int, etag: str) -> None:
+        self._path, self._size, self._etag = path, size, etag
+        self.sha256: str | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % self._size, usedforsecurity=False)
+        large, done = len(self._etag) == SHA256_LENGTH, 0
+        with self._path.open("rb") as f:
+            while block := f.read(READ_BYTES):
+                sha256.update(block)
+                if not large:
+                    git.update(block)
+                done += len(block)
+                yield len(block)
+        expected = sha256 if large else git
+        if done == self._size and self._etag == expected.hexdigest():
+            self.sha256 = sha256.hexdigest()
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A file found whole: what identifies its state on disk, and its hashes."""
+
+    size: int
+    mtime_ns: int
+    etag: str
+    sha256: str
+
+
+class Records:
+    """Which files below the weights folder were found whole, so that they need not be read again."""
+
+    def __init__(self, weights: Path) -> None:
+        self._weights = weights
+        self._lock = threading.Lock()
+        self._files = self._read()
+
+    def find(self, path: Path) -> Verified | None:
+        """What is known of a file, if it has not changed since."""
+        known = self._files.get(str(path.relative_to(self._weights)))
+        if known is None or not path.is_file():
+            return None
+        state = path.stat()
+        return known if (state.st_size, state.st_mtime_ns) == (known.size, known.mtime_ns) else None
+
+    def add(self, path: Path, etag: str, sha256: str) -> None:
+        """Remember a file that was just found whole."""
+        state = path.stat()
+        with self._lock:
+            known = Verified(state.st_size, state.st_mtime_ns, etag, sha256)
+            self._files = {**self._read(), **self._files, str(path.relative_to(self._weights)): known}
+            data = {name: asdict(verified) for name, verified in sorted(self._files.items())}
+            write_text(self._weights / RECORD, json.dumps(data, indent=1) + "\n")
+
+    def _read(self) -> Mapping[str, Verified]:
+        """A damaged record counts as none: files are then read again."""
+        try:
+            data = json.loads((self._weights / RECORD).read_text(encoding="utf-8"))
+            return {name: Verified(**facts) for name, facts in data.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}

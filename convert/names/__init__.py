@@ -1,0 +1,1 @@
+"""Names: of tensors, networks, LoRA targets and releases, as data."""

@@ -1,0 +1,96 @@
+"""Published releases as data (releases/*.json): how one is recognised from a file's content, and what it reads text
+with. A new release adds a data file."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.files.tensors import TensorFile
+from ltx2.runtime.generate.presets import sampled_releases
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Evidence in a file's header; all that is given must hold.
+
+    `tensor`: a pattern found in some tensor name; `absent`: one found in none; `metadata`: a pattern found in the
+    value of a key, and `config`: the value of a key of the file's own configuration (null: there is no such key).
+    """
+
+    tensor: str = ""
+    absent: str = ""
+    metadata: Mapping[str, str | None] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def seen_in(self, names: str, metadata: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+        """Whether a file carries this sign; `names` are its tensors' names, one per line."""
+        return (
+            all(_holds(pattern, metadata.get(key)) for key, pattern in self.metadata.items())
+            and all(config.get(key) == value for key, value in self.config.items())
+            and (not self.tensor or _holds(self.tensor, names))
+            and (not self.absent or not _holds(self.absent, names))
+        )
+
+
+def _holds(pattern: str | None, value: str | None) -> bool:
+    if pattern is None or value is None:
+        return pattern == value
+    return re.search(pattern, value, re.MULTILINE) is not None
+
+
+@dataclass(frozen=True)
+class Release:
+    """One published version: its name, its human title, the text encoder it needs, and the signs that give it away."""
+
+    name: str
+    title: str
+    text_encoder: str
+    signs: tuple[Sign, ...]
+
+    @property
+    def generates(self) -> bool:
+        """Whether this version makes clips with it; every release is converted."""
+        return is_computed(self.name)
+
+
+@cache
+def releases() -> tuple[Release, ...]:
+    """All releases this version knows, oldest first."""
+    found = []
+    for path in sorted((Path(__file__).parent / "releases").glob("*.json")):
+        data = json.loads(path.read_text())
+        signs = tuple(Sign(**sign) for sign in data["signs"])
+        found.append(Release(data["name"], data["title"], data["text_encoder"], signs))
+    return tuple(found)
+
+
+def is_computed(release: str | None) -> bool:
+    """Whether this version has the networks of the release of this name; what belongs to no certain one, it has."""
+    return release is None or release in sampled_releases()
+
+
+def recognise_releases(file: TensorFile, config: Mapping[str, Any]) -> tuple[Release, ...]:
+    """The releases whose signs a file carries: one; several that share the very file (a temporal upscaler, Gemma 3);
+    none when nothing tells (some LoRAs).
+
+    Raises CheckpointError when the signs contradict each other.
+    """
+    names = "\n".join(file.tensors)
+    seen = {r.name: [sign for sign in r.signs if sign.seen_in(names, file.metadata, config)] for r in releases()}
+    found = tuple(release for release in releases() if seen[release.name])
+    if any(seen[release.name] != seen[found[0].name] for release in found):
+        raise CheckpointError(
+            f"{file.path.name} mixes releases", f"it carries signs of {titles(found, 'and')}", "use it as published"
+        )
+    return found
+
+
+def titles(found: Sequence[Release], word: str = "or") -> str:
+    """`LTX-2, LTX-2.3 or LTX-2.5`"""
+    *first, last = [release.title for release in found]
+    return f"{', '.join(first)} {word} {last}" if first else last

@@ -1,0 +1,1 @@
+"""Writing a plan's files: in pieces, hashed, resumable."""

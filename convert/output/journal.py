@@ -1,0 +1,183 @@
+"""The unfinished model folder `<name>.partial`: what of it is on the disk, and for which conversion.
+
+Its journal is one JSON line per finished file, hashed source and mark ("the first N pieces are written"), after a
+first line with the conversion's fingerprint. Every line is true when it is written and only ever followed by others,
+so that a crash at any point costs no more than the last one. The same conversion continues; another starts anew."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO
+
+from ltx2.runtime.errors import InputError, ModelFolderError
+from ltx2.runtime.files.jsonfile import parse_object
+from ltx2.runtime.files.ranges import flush, sync_folder
+from ltx2.runtime.files.tensors import FileRecord
+from ltx2.runtime.model.layout import file_record
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclass
+class Partial:
+    """An open unfinished folder; `files` by path inside the folder, `sources` by the source's path. The first `pieces`
+    pieces of the conversion stand in finished and unfinished files."""
+
+    path: Path
+    _journal: BinaryIO
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    sources: dict[str, FileRecord] = field(default_factory=dict)
+    pieces: int = 0
+    _lock: Lock = field(default_factory=Lock)
+
+    def add_file(self, path: str, record: FileRecord) -> None:
+        """Record a finished file."""
+        self.files[path] = record
+        self._append({"file": path, **asdict(record)})
+
+    def add_source(self, path: str, record: FileRecord) -> None:
+        """Record a source's hash."""
+        self.sources[path] = record
+        self._append({"source": path, **asdict(record)})
+
+    def mark(self, pieces: int) -> None:
+        """Record how many pieces are on the disk."""
+        self.pieces = pieces
+        self._append({"pieces": pieces})
+
+    def unfinished(self, path: str) -> Path:
+        """Where a file stands until it is finished."""
+        return self.path / f"{path}.partial"
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self._lock:
+            self._journal.write(json.dumps(line).encode() + b"\n")
+            self._journal.flush()
+            flush(self._journal.fileno())
+
+    def remove(self) -> None:
+        """Remove the folder: nothing in it is worth continuing."""
+        shutil.rmtree(self.path)
+
+    def abandon(self) -> None:
+        """Remove the folder if nothing in it is worth continuing."""
+        if not (self.files or self.sources or self.pieces):
+            self.remove()
+
+    def finish(self, target: Path) -> None:
+        """Turn the folder into the finished one at `target`. The journal goes last, so that a crash loses nothing."""
+        for folder in [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]:
+            sync_folder(folder)
+        self.path.rename(target)
+        (target / JOURNAL).unlink()
+        sync_folder(target)
+        sync_folder(target.parent)
+
+
+@contextmanager
+def open_partial(path: Path, fingerprint: str) -> Iterator[Partial]:
+    """Open or create the unfinished folder and hold it for this process.
+
+    Raises ModelFolderError when something else stands at `path`, InputError while another process writes there.
+    """
+    journal = path / JOURNAL
+    linked = path.is_symlink() or journal.is_symlink()  # what is written and removed may be elsewhere
+    if linked or (path.exists() and not journal.is_file() and not is_empty_folder(path)):
+        raise ModelFolderError(
+            f"{path} is in the way", "it is not an unfinished conversion of ours", "move it away, or write elsewhere"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    with journal.open("a+b") as f:
+        _lock(f, path)
+        lines, size = _read(f)
+        partial = Partial(path, f)
+        if lines[:1] == [{"fingerprint": fingerprint}]:
+            f.truncate(size)  # a crash may have left half a line at its end
+            _restore(partial, lines[1:])
+        else:
+            _clear(path)
+            f.truncate(0)
+            partial._append({"fingerprint": fingerprint})
+            sync_folder(path)
+        yield partial
+
+
+def is_empty_folder(path: Path) -> bool:
+    """Whether there is a folder that may be used as if there were none."""
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _lock(f: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(
+            f"{path} is being written", "another ltx2 process holds it", "wait for it, or write elsewhere"
+        ) from error
+
+
+def _read(f: BinaryIO) -> tuple[list[dict[str, Any]], int]:
+    """The journal's lines up to the first incomplete one, which a crash may leave, and their size in bytes."""
+    f.seek(0)
+    lines: list[dict[str, Any]] = []
+    size = 0
+    try:
+        for text in f:
+            line = parse_object(text.decode())
+            if lines and "pieces" in line:
+                _marked(line)
+            elif lines:
+                _recorded(line)
+            if not text.endswith(b"\n"):
+                break
+            lines.append(line)
+            size += len(text)
+    except (ValueError, LookupError, TypeError):
+        return lines, size
+    return lines, size
+
+
+def _marked(line: dict[str, Any]) -> int:
+    """A mark's number of pieces. Raises ValueError for another line."""
+    pieces = line["pieces"]
+    if type(pieces) is not int or pieces < 0:
+        raise ValueError(f"{pieces!r} is no number of pieces")
+    return pieces
+
+
+def _recorded(line: dict[str, Any]) -> tuple[str, FileRecord]:
+    """A line's path and record. Raises ValueError, LookupError or TypeError for another line."""
+    path, record = Path(line["source"] if "source" in line else line["file"]), file_record(line)
+    if path.name != record.name:
+        raise ValueError(f"{path} is not called {record.name}")
+    return str(path), record
+
+
+def _restore(partial: Partial, lines: list[dict[str, Any]]) -> None:
+    for line in lines:
+        if "pieces" in line:
+            partial.pieces = _marked(line)
+            continue
+        path, record = _recorded(line)
+        if "source" in line:
+            partial.sources[path] = record
+        elif file_size(partial.path / path) == record.size:
+            partial.files[path] = record
+
+
+def file_size(path: Path) -> int:
+    """A file's size in bytes, -1 if there is none."""
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _clear(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != JOURNAL:
+            entry.unlink()

@@ -1,0 +1,166 @@
+"""The unit of work: some rows of one tensor, read, transformed, and ready to be written or compared.
+
+Pieces are small and independent, so they are worked on in threads, a few ahead of where they are needed, and memory
+does not depend on any file's size."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from ltx2.convert.plan.entries import Move, packed_key
+from ltx2.convert.tensors.steps import Form
+from ltx2.runtime.errors import NumericsError
+from ltx2.runtime.files.ranges import Bytes, RangeReader
+from ltx2.runtime.files.tensors import Array
+
+PIECE_BYTES = 8 << 20  # on the larger side, before or after the steps; larger ones are not faster
+WINDOW_BYTES = 48 << 20  # worked on ahead of where they are needed
+THREADS = min(4, os.cpu_count() or 1)
+
+
+class Sized(Protocol):
+    """What takes memory while it is worked on."""
+
+    @property
+    def memory(self) -> int: ...
+
+
+Parts = Callable[[], Mapping[str, Array]]
+Item = TypeVar("Item", bound=Sized)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes [start, end) of a source, of which `stored` bytes are made. Here they stay as they are."""
+
+    reader: RangeReader
+    start: int
+    end: int
+    stored: int
+
+    @property
+    def memory(self) -> int:
+        return self.end - self.start
+
+    def read(self) -> Bytes:
+        return self.reader.read(self.start, self.end)
+
+
+@dataclass(frozen=True)
+class Rows(Piece):
+    """The rows of one tensor from row `row` on; all of them for a step that works on nothing less."""
+
+    move: Move
+    row: int
+    count: int
+
+    @property
+    def memory(self) -> int:
+        if self.move.packing is not None and not self.move.packing.main_thread:
+            return self.end - self.start + self.stored
+        return self.end - self.start + (self.values if self.move.steps else 0)
+
+    @property
+    def values(self) -> int:
+        """Bytes of the rows before they are packed."""
+        rows = max(1, self.move.form.shape[0] if self.move.form.shape else 1)
+        return self.move.form.nbytes * self.count // rows
+
+    def prepare(self, raw: Bytes) -> Parts:
+        """What becomes of the rows: rows of every tensor that is stored, by its name. Any thread may call this; the
+        main thread calls the result, which is at once there but for packing that must not run elsewhere.
+
+        Raises NumericsError, which names the tensor, and what packing raises.
+        """
+        move, shape = self.move, self.move.tensor.shape
+        rows = raw.view(move.file.numpy_dtype(move.tensor.name)).reshape((self.count, *shape[1:]) if shape else ())
+        values = np.asarray(self._transformed(rows), order="C")
+        if move.packing is not None and move.packing.main_thread:
+            return partial(self._parts, values)
+        parts = self._parts(values)
+        return lambda: parts
+
+    def _parts(self, values: Array) -> dict[str, Array]:
+        move = self.move
+        if move.packing is None:
+            return {move.key: values}
+        constants = {} if self.row else move.packing.constants()
+        parts = {**move.packing.rows(values, move.form, self.row), **constants}
+        return {packed_key(move.key, part): value for part, value in parts.items()}
+
+    def _transformed(self, rows: Array) -> Array:
+        form = Form(self.move.tensor.shape, self.move.tensor.dtype)
+        for step in self.move.steps:
+            try:
+                rows = step.rows(rows, form, self.row)
+            except NumericsError as error:
+                raise NumericsError(f"{self.move.tensor.name}: {error.what}", error.why, error.fix) from error
+            form = step.form(form)
+        return rows
+
+
+def bytes_of(reader: RangeReader, start: int, end: int) -> Iterator[Piece]:
+    """A range of a file, as it is, in pieces."""
+    for at in range(start, end, PIECE_BYTES):
+        stop = min(at + PIECE_BYTES, end)
+        yield Piece(reader, at, stop, stop - at)
+
+
+def rows_of(move: Move) -> Iterator[Rows]:
+    """A tensor in pieces."""
+    tensor, count = move.tensor, move.tensor.shape[0] if move.tensor.shape else 1
+    whole = not tensor.shape or any(step.whole for step in move.steps)
+    forms, constant = move.stored(), move.packing.constants() if move.packing else {}
+    constants = sum(forms[packed_key(move.key, part)].nbytes for part in constant)
+    stored = sum(form.nbytes for form in forms.values()) - constants
+    step = count if whole else max(1, PIECE_BYTES * count // max(1, stored, tensor.nbytes))
+    for row in range(0, count, max(1, step)):
+        rows = min(step, count - row)
+        start, end = (tensor.start + tensor.nbytes * n // count for n in (row, row + rows))
+        size = stored * rows // count + (0 if row else constants)
+        yield Rows(move.file.reader, start, end, size, move, row, rows)
+
+
+def rows_at(move: Move, row: int, count: int) -> Array:
+    """Some rows of a tensor as it is before it is packed, without reading the others."""
+    plain, tensor = replace(move, packing=None), move.tensor
+    assert tensor.shape and not any(step.whole for step in move.steps), "rows are made of rows"
+    start, end = (tensor.start + tensor.nbytes * n // tensor.shape[0] for n in (row, row + count))
+    piece = Rows(move.file.reader, start, end, end - start, plain, row, count)
+    return piece.prepare(piece.read())()[move.key]
+
+
+def values_of(move: Move) -> Iterator[Array]:
+    """A tensor as it is before it is packed, in pieces of rows."""
+    for piece in rows_of(replace(move, packing=None)):
+        yield from piece.prepare(piece.read())().values()
+
+
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS, window: int = WINDOW_BYTES
+) -> Generator[Result, None, None]:
+    """`map`, in threads: results in the items' order, computed while those before are used. Items that take about
+    `window` bytes are under way at a time. Closing the iterator stops the threads."""
+    pool = ThreadPoolExecutor(threads)
+    running: deque[tuple[int, Future[Result]]] = deque()
+    held = 0
+    try:
+        for item in items:
+            running.append((item.memory, pool.submit(work, item)))
+            held += item.memory
+            del item  # what is done is not kept
+            while running and (held > window or running[0][1].done()):
+                memory, future = running.popleft()
+                held -= memory
+                yield future.result()
+        while running:
+            yield running.popleft()[1].result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,1 @@
+"""Which source tensor becomes which tensor of the model folder, from headers alone."""

@@ -1,0 +1,111 @@
+"""A plan against the networks it fills: every parameter once, with the right shape, and nothing else. Of networks that
+this version cannot compute yet the names are known, and compared."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from ltx2.convert.names.networks import missing_parts, name_differences
+from ltx2.convert.names.release import is_computed
+from ltx2.convert.plan.entries import Plan, parameters
+from ltx2.convert.sources.lora import misfits
+from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.model.layout import is_lora
+from ltx2.runtime.networks.load import Shapes, build_network, parameter_shapes, shape_differences
+
+LISTED = 5  # tensors named in an error
+
+
+def check_plan(plan: Plan) -> None:
+    """Compare every planned component with its network.
+
+    Raises CheckpointError naming missing, unknown and misshapen tensors, or a text encoder of other sizes than the
+    connectors read; ConfigError or UnsupportedError when the configuration is not one this version computes.
+    """
+    planned = {name: planned_shapes(plan, name) for name in plan.components}
+    _check_text_width(plan, planned)
+    for name, component in plan.components.items():
+        _check_files(plan, name)
+        if is_lora(name):
+            _check_lora(name, planned)
+        elif is_computed(plan.release):
+            network = build_network(component.cls, component.config)
+            _refuse(name, shape_differences(parameter_shapes(network), planned[name]))
+        else:
+            _refuse(name, name_differences(component.cls, component.config, planned[name].keys()))
+
+
+def incomplete_parts(plan: Plan) -> Iterator[str]:
+    """What a component lacks that comes in another file, which is not among the sources."""
+    for name, component in plan.components.items():
+        if not is_lora(name) and not is_computed(plan.release):
+            keys = parameters(plan.moves(name)).keys()
+            yield from (f"{name}: {part}" for part in missing_parts(component.cls, component.config, keys))
+
+
+def planned_shapes(plan: Plan, component: str) -> Shapes:
+    """Shape of every parameter the component gets, before packing. Raises CheckpointError when two tensors get one
+    name."""
+    moves = plan.moves(component)
+    keys = Counter(move.key for move in moves)
+    twice = [key for key, count in keys.items() if count > 1]
+    if twice:
+        raise CheckpointError(
+            f"two source tensors become {component}/{twice[0]}",
+            f"{len(twice)} tensors would be stored twice",
+            "use the checkpoint as published",
+        )
+    return {key: form.shape for key, form in parameters(moves).items()}
+
+
+def _check_files(plan: Plan, component: str) -> None:
+    copied = [path.name for path in plan.components[component].companions]
+    names = Counter([*copied, *(asset.name for asset in plan.assets(component))])
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise CheckpointError(
+            f"two sources become {component}/{twice[0]}",
+            f"{len(twice)} files would be written twice",
+            "use the checkpoint as published",
+        )
+
+
+def _check_lora(lora: str, planned: Mapping[str, Shapes]) -> None:
+    count, wrong = misfits(planned[lora], planned)
+    if wrong:
+        listed = _listed("do not", [f"{module} ({reason})" for module, reason in wrong.items()])
+        raise CheckpointError(
+            f"{lora} does not fit the model",
+            f"{count - len(wrong)} of {count} modules match; {listed}",
+            "use a LoRA made for this release",
+        )
+
+
+def _check_text_width(plan: Plan, planned: Mapping[str, Shapes]) -> None:
+    """The connectors read all hidden states of the text encoder side by side."""
+    embedding = planned.get("text_encoder", {}).get("model.embed_tokens.weight")
+    connectors = plan.components.get("connectors")
+    wanted = connectors.config.get("text_projection_in_features") if connectors else None
+    if not embedding or wanted is None:
+        return
+    layers = len({key.split(".")[2] for key in planned["text_encoder"] if key.startswith("model.layers.")})
+    given = embedding[-1] * (layers + 1)
+    if given != wanted:
+        raise CheckpointError(
+            "the text encoder does not fit the checkpoint",
+            f"its {layers} layers of width {embedding[-1]} give {given} features, the connectors read {wanted}",
+            "use the text encoder that the release was trained with",
+        )
+
+
+def _refuse(component: str, wrong: Mapping[str, list[str]]) -> None:
+    if wrong:
+        raise CheckpointError(
+            f"the source does not fit its {component}",
+            "; ".join(_listed(kind, keys) for kind, keys in wrong.items()),
+            "use the checkpoint as published, complete and unchanged",
+        )
+
+
+def _listed(kind: str, keys: list[str]) -> str:
+    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return f"{len(keys)} {kind}: {', '.join(keys[:LISTED])}{more}"

@@ -1,0 +1,92 @@
+"""The components of a model folder: their network class and their config.json, taken from a source's own
+configuration."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltx2.convert.sources.checkpoint import Source
+from ltx2.convert.sources.gemma import text_config
+from ltx2.convert.sources.lora_scale import lora_config
+from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.files.tensors import FileRecord
+from ltx2.runtime.model.config import AS_PUBLISHED
+from ltx2.runtime.networks.text.config import ConnectorsConfig
+
+# Component -> section of a checkpoint's configuration, and the class where the section does not name it.
+SECTIONS: Mapping[str, tuple[str, str]] = {
+    "transformer": ("transformer", "AVTransformer3DModel"),
+    "connectors": ("transformer", "EmbeddingsConnectors"),
+    "video_vae": ("vae", "CausalVideoAutoencoder"),
+    "audio_vae": ("audio_vae", "AudioAutoencoder"),
+    "vocoder": ("vocoder", "Vocoder"),
+    "duration_head": ("duration_head", "DurationHead"),
+}
+# Component -> a key of its section, and the class that this key makes it.
+CLASS_KEYS: Mapping[str, tuple[str, str]] = {"vocoder": ("bwe", "VocoderWithBWE")}
+# Component -> keys that it reads from the `transformer` section beside its own.
+TRANSFORMER_KEYS: Mapping[str, tuple[str, ...]] = {
+    "duration_head": ("cross_attention_dim", "audio_cross_attention_dim"),
+}
+TEXT_PROJECTION = re.compile(r"text_embedding_projection\.(?:\w+_)?aggregate_embed\.weight")
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """One component to write: folder name, network class, config.json, files copied beside the weights, how layers are
+    quantized, with which statistics and, if not by a search, by which method."""
+
+    name: str
+    cls: str
+    config: Mapping[str, Any]
+    companions: tuple[Path, ...] = ()
+    quantization: Mapping[str, Any] | None = None
+    statistics: FileRecord | None = None
+    method: str | None = None
+
+
+def component_plan(name: str, sources: Sequence[Source]) -> ComponentPlan:
+    """How `sources` fill the component together. Raises CheckpointError when they lack the configuration."""
+    source = sources[0]
+    if source.kind == "lora":
+        return ComponentPlan(name, "LoRA", lora_config(source.files[0]))
+    if name == "text_encoder":
+        config = text_config(source.config)
+        return ComponentPlan(name, str(config["architectures"][0]), config, source.companions)
+    if source.kind.endswith("upscaler"):
+        return ComponentPlan(name, str(source.config.get("_class_name", "LatentUpsampler")), dict(source.config))
+    key, cls = SECTIONS[name]
+    section = _section(key, name, sources)
+    if name == "connectors":
+        return ComponentPlan(name, cls, _connectors_config(section, sources))
+    deciding, other = CLASS_KEYS.get(name, ("", ""))
+    cls = other if deciding in section else str(section.get("_class_name", cls))
+    transformer = source.config.get("transformer")
+    given = transformer if isinstance(transformer, Mapping) else {}
+    beside = {key: given[key] for key in TRANSFORMER_KEYS.get(name, ()) if key in given}
+    return ComponentPlan(name, cls, beside | dict(section))
+
+
+def _section(key: str, component: str, sources: Sequence[Source]) -> Mapping[str, Any]:
+    """The section of the first source that has it; a text projection alone needs none."""
+    found = next((section for s in sources if isinstance(section := s.config.get(key), Mapping)), None)
+    if found is not None:
+        return found
+    if component == "connectors" and all(source.kind == "text_encoder" for source in sources):
+        return {}
+    raise CheckpointError(
+        f"{sources[0].path.name} has no configuration for its {component}",
+        f"its metadata lacks config.{key}",
+        AS_PUBLISHED,
+    )
+
+
+def _connectors_config(section: Mapping[str, Any], sources: Sequence[Source]) -> dict[str, Any]:
+    config = ConnectorsConfig.select(section)
+    for file in (file for source in sources for file in source.files):
+        for name, tensor in file.tensors.items():
+            if TEXT_PROJECTION.fullmatch(name) and tensor.shape:
+                config["text_projection_in_features"] = tensor.shape[-1]
+    return config

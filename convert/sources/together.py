@@ -1,0 +1,74 @@
+"""Whether sources belong to one model: one release, and the text encoder that the transformer was trained with."""
+
+from collections.abc import Sequence
+
+from ltx2.convert.names.release import releases, titles
+from ltx2.convert.sources.checkpoint import Source
+from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.files.jsonfile import parse_json
+
+VERSION = "gemma_version"  # stated by the text encoder's configuration, and by the transformer's metadata below
+TRAINED_WITH = "gemma_source_checkpoint"
+
+
+def common_release(sources: Sequence[Source]) -> str | None:
+    """The name of the one release all sources belong to; None when they leave it open.
+
+    Raises CheckpointError naming two that cannot go together.
+    """
+    fitting = list(releases())
+    limited: list[Source] = []
+    for source in sources:
+        if not source.releases:
+            continue
+        limited.append(source)
+        fitting = [release for release in fitting if release in source.releases]
+        if not fitting:
+            raise _different(_contradiction(limited))
+    _check_text_encoder(sources)
+    return fitting[0].name if limited and len(fitting) == 1 else None
+
+
+def _different(sources: Sequence[Source]) -> CheckpointError:
+    names = "; ".join(f"{source.path.name} belongs to {titles(source.releases)}" for source in sources)
+    fix = "use files of one release"
+    if any(source.kind == "gemma" for source in sources):
+        readers = [release for source in sources if source.kind != "gemma" for release in source.releases]
+        fix = "; ".join(f"{release.title} reads text with {release.text_encoder}" for release in readers)
+    return CheckpointError("the sources belong to different releases", names, fix)
+
+
+def _contradiction(sources: Sequence[Source]) -> list[Source]:
+    """The first source that has no release in common with the last, and the last; all, where every two have one."""
+    *others, last = sources
+    against = next((source for source in others if not _names(source) & _names(last)), None)
+    return list(sources) if against is None else [against, last]
+
+
+def _names(source: Source) -> set[str]:
+    return {release.name for release in source.releases}
+
+
+def _check_text_encoder(sources: Sequence[Source]) -> None:
+    """Raises CheckpointError when transformer and text encoder name different fine-tunings of Gemma."""
+    given = {str(s.config[VERSION]): s for s in sources if VERSION in s.config}
+    for source in sources:
+        wanted = _trained_with(source)
+        for version, encoder in given.items() if wanted else ():
+            if version != wanted:
+                raise CheckpointError(
+                    f"{encoder.path.name} is not the text encoder of {source.path.name}",
+                    f"the text encoder is {version}, the transformer was trained with {wanted}",
+                    "use the text encoder published with this transformer",
+                )
+
+
+def _trained_with(source: Source) -> str | None:
+    for file in source.files:
+        try:
+            stated = parse_json(file.metadata.get(TRAINED_WITH, "null"))
+        except ValueError:
+            stated = None
+        if isinstance(stated, dict) and VERSION in stated:
+            return str(stated[VERSION])
+    return None

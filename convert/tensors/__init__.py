@@ -1,0 +1,1 @@
+"""What happens to one tensor: steps, packed codes, their scales."""

@@ -1,0 +1,336 @@
+"""Weights published as codes with scales, FP8 (E4M3) and NVFP4: decoded, or kept as they are in MLX's layout.
+
+A weight's value is float32(code) * scale; NVFP4's is (float32(code) * block scale) * tensor scale, in this order: the
+first product is exact, the second rounds. Decoding takes one lookup for every two codes, in a table of what becomes of
+each pair, rounding included. Codes that this tool has stored before (U32) are read as well."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import ClassVar
+
+import numpy as np
+
+from ltx2.convert.tensors.steps import FLOATS, Form, Packing, Step, Storage, from_float32, to_float32
+from ltx2.runtime.errors import CheckpointError, NumericsError
+from ltx2.runtime.files.tensors import NUMPY_DTYPES, Array, TensorFile, TensorInfo
+
+TILE_ROWS, TILE_COLUMNS = 128, 4  # NVFP4 files hold the block scales in tiles of this size
+CACHED = 1 << 18  # bytes worked on at a time: they stay in the processor's cache
+DAMAGED = "download it again; if that does not help, the published file itself is damaged"
+
+
+def _e4m3() -> Array:
+    """The values of all 256 codes: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7F and 0xFF are NaN."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    values = np.where(exponent, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(1.0 * mantissa, -9))
+    values[code & 127 == 127] = np.nan
+    return np.copysign(values, np.where(code < 128, 1.0, -1.0)).astype(np.float32)
+
+
+E4M3 = _e4m3()
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A tensor of factors for a weight's values: one for all, or one for each row."""
+
+    file: TensorFile
+    tensor: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """() or (rows,); files also write (1,) and (rows, 1)."""
+        return () if self.tensor.shape in ((), (1,), (1, 1)) else self.tensor.shape[:1]
+
+    @cached_property
+    def values(self) -> Array:
+        """The factors in float32. Raises CheckpointError when one is not finite."""
+        stored = np.array(self.file.array(self.tensor.name))
+        values = to_float32(stored, self.tensor.dtype).reshape(self.shape)
+        if not np.isfinite(values).all():
+            raise _not_a_number(self.file, self.tensor, "a scale that is")
+        return values
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """NVFP4's scales of 16 values each, E4M3 codes of `shape` (rows, columns): in tiles as published, or row by row
+    (U8) as MLX reads them and this tool has stored them."""
+
+    file: TensorFile
+    tensor: TensorInfo
+    shape: tuple[int, int]
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Some rows, in order."""
+        stored = self.file.array(self.tensor.name)
+        if self.tensor.dtype == "U8":
+            return stored[start:stop]
+        first = start - start % TILE_ROWS
+        return self.checked(untiled(stored[first : stop + -stop % TILE_ROWS])[start - first : stop - first])
+
+    def checked(self, scales: Array) -> Array:
+        """Untiled rows without what fills the last tiles. Raises CheckpointError when one is NaN."""
+        scales = np.ascontiguousarray(scales[: self.shape[0], : self.shape[1]])
+        if _holds_nan(scales):
+            raise _not_a_number(self.file, self.tensor, "block scales that are")
+        return scales
+
+
+def untiled(scales: Array) -> Array:
+    """Whole tiles of NVFP4 block scales, as they follow each other in a file, row by row.
+
+    Tiles of 128 x 4 follow each other along the columns. In each, row 32 * a + b and column c is its value number
+    (4 * b + a) * 4 + c.
+    """
+    tiles = scales.reshape(-1, scales.shape[1] // TILE_COLUMNS, 32, TILE_ROWS // 32, TILE_COLUMNS)
+    return tiles.transpose(0, 3, 2, 1, 4).reshape(scales.shape)
+
+
+def tiled_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape in which a file holds block scales of `shape`: in whole tiles."""
+    return shape[0] + -shape[0] % TILE_ROWS, shape[1] + -shape[1] % TILE_COLUMNS
+
+
+@dataclass(frozen=True)
+class Codes(ABC):
+    """The codes of one tensor and the scales that belong to them; without `scale` it is 1."""
+
+    file: TensorFile
+    tensor: TensorInfo
+    scale: Scale | None
+
+    kind: ClassVar[str]
+    storage: ClassVar[Storage]
+
+    def shape(self, form: Form) -> tuple[int, ...]:
+        """The shape of the values that codes of this form stand for."""
+        return (*form.shape[:-1], form.shape[-1] * form.itemsize * 8 // self.storage.bits) if form.shape else ()
+
+    @property
+    def width(self) -> int:
+        """The values of a row."""
+        return self.shape(Form(self.tensor.shape, self.tensor.dtype))[-1]
+
+    def factors(self, start: int, stop: int) -> Array:
+        """The scale: one value, or those of some rows as a column."""
+        values = np.ones((), np.float32) if self.scale is None else self.scale.values
+        return values[start:stop, None] if values.ndim else values
+
+    def decoded(self, rows: Array, form: Form, start: int, dtype: str) -> Array:
+        """The values of some rows, the first of which is row `start`, rounded once to `dtype` (as in --dtype).
+
+        Raises CheckpointError for codes and scales that are NaN, NumericsError for values beyond F16.
+        """
+        codes, stored = np.ascontiguousarray(rows).view(np.uint8), form.dtype == "U32"
+        factors = self.factors(start, start + (len(rows) if rows.ndim else 1))
+        table = self._table(float(factors), dtype, stored) if factors.ndim == 0 and codes.size % 2 == 0 else None
+        if table is None:
+            values = from_float32(np.asarray(self._unscaled(codes, stored, start) * factors), FLOATS[dtype])
+        else:
+            values = self._looked_up(codes, table, start).view(NUMPY_DTYPES[FLOATS[dtype]])
+        return values.reshape(self.shape(Form(rows.shape, form.dtype)))
+
+    @abstractmethod
+    def words(self, rows: Array) -> Array:
+        """Published rows as MLX reads them, in uint32. Raises CheckpointError for codes that are NaN."""
+
+    @staticmethod
+    @abstractmethod
+    def _table(factor: float, dtype: str, stored: bool) -> Array | None:
+        """What becomes of pairs of codes, each pair one unsigned integer; None when some do not fit `dtype`."""
+
+    @abstractmethod
+    def _looked_up(self, codes: Array, table: Array, start: int) -> Array:
+        """The table's entries for the codes, in order."""
+
+    @abstractmethod
+    def _unscaled(self, codes: Array, stored: bool, start: int) -> Array:
+        """The values before they are multiplied by the scale, float32: what the tables are a short way from."""
+
+
+@dataclass(frozen=True)
+class Fp8(Codes):
+    """One code per byte, E4M3."""
+
+    kind = "fp8"
+    storage = Storage(8, 32, "mxfp8")
+
+    def words(self, rows: Array) -> Array:
+        return self._checked(np.ascontiguousarray(rows)).view(np.uint32)
+
+    @staticmethod
+    def _table(factor: float, dtype: str, stored: bool) -> Array | None:
+        return _fp8_table(factor, dtype)
+
+    def _looked_up(self, codes: Array, table: Array, start: int) -> Array:
+        index = self._checked(codes).reshape(-1).view(np.uint16)
+        pairs = np.empty(len(index), table.dtype)
+        for part in _parts(len(index), table.itemsize):
+            np.take(table, index[part], out=pairs[part], mode="clip")  # `raise` would copy `out`
+        return pairs
+
+    def _unscaled(self, codes: Array, stored: bool, start: int) -> Array:
+        return E4M3[self._checked(codes)]
+
+    def _checked(self, codes: Array) -> Array:
+        if _holds_nan(codes):
+            raise _not_a_number(self.file, self.tensor, "codes that are")
+        return codes
+
+
+@dataclass(frozen=True)
+class Nvfp4(Codes):
+    """Two codes (E2M1) per byte, the first of them in the high bits as published, in the low bits as MLX reads them.
+    Every 16 values of a row share a block scale."""
+
+    blocks: BlockScales
+
+    kind = "nvfp4"
+    storage = Storage(4, 16, "nvfp4")
+
+    def words(self, rows: Array) -> Array:
+        codes = np.ascontiguousarray(rows).reshape(-1)
+        swapped = np.empty_like(codes)
+        for part in _parts(len(codes), 1):
+            np.bitwise_or(codes[part] << 4, codes[part] >> 4, out=swapped[part])
+        return swapped.reshape(rows.shape).view(np.uint32)
+
+    @staticmethod
+    def _table(factor: float, dtype: str, stored: bool) -> Array | None:
+        return _nvfp4_table(factor, dtype, stored)
+
+    def _looked_up(self, codes: Array, table: Array, start: int) -> Array:
+        blocks = self.blocks.rows(start, start + len(codes))
+        pairs = np.empty(codes.shape, table.dtype)
+        for part in _parts(len(codes), pairs.itemsize * codes.shape[1]):
+            repeated = (blocks[part] * np.uint64(0x0101010101010101)).view(np.uint8)  # once for each of 8 bytes
+            np.take(table, repeated.astype(np.uint16) << 8 | codes[part], out=pairs[part], mode="clip")
+        return pairs
+
+    def _unscaled(self, codes: Array, stored: bool, start: int) -> Array:
+        nibbles = np.stack((codes & 15, codes >> 4) if stored else (codes >> 4, codes & 15), axis=-1)
+        blocks = E4M3[self.blocks.rows(start, start + len(codes))]
+        values = E2M1[nibbles].reshape(*blocks.shape, self.storage.group_size) * blocks[..., None]
+        return values.reshape(len(codes), -1)
+
+
+@dataclass(frozen=True)
+class Dequantize(Step):
+    """Decode, and round once where `dtype` is not f32; the plan names the two separately."""
+
+    codes: Codes
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.codes.kind}_dequantize"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (str(self),) if self.dtype == "f32" else (str(self), f"cast({self.dtype})")
+
+    def form(self, form: Form) -> Form:
+        return Form(self.codes.shape(form), FLOATS[self.dtype])
+
+    def rows(self, rows: Array, form: Form, start: int) -> Array:
+        return self.codes.decoded(rows, form, start, self.dtype)
+
+
+@dataclass(frozen=True)
+class Keep(Packing):
+    """The very codes, as MLX reads them. The scale is a tensor of its own; one that is missing is stored as 1."""
+
+    codes: Codes
+
+    def __str__(self) -> str:
+        return f"{self.codes.kind}_keep"
+
+    @property
+    def storage(self) -> Storage:
+        return self.codes.storage
+
+    def values(self, form: Form) -> Form:
+        return Form(self.codes.shape(form), "BF16")
+
+    def constants(self) -> Mapping[str, Array]:
+        return {"weight_scale": np.ones((), np.float32)} if self.codes.scale is None else {}
+
+    def forms(self, form: Form) -> Mapping[str, Form]:
+        width = self.codes.shape(form)[-1] * self.storage.bits // 32
+        scales = {part: Form(value.shape, "F32") for part, value in self.constants().items()}
+        return {"weight": Form((*form.shape[:-1], width), "U32"), **scales}
+
+    def rows(self, rows: Array, form: Form, start: int) -> Mapping[str, Array]:
+        self.codes.factors(0, 1)  # is stored as it is, so this is where it is checked
+        return {"weight": rows if form.dtype == "U32" else self.codes.words(rows)}
+
+
+@dataclass(frozen=True)
+class KeepBlockScales(Step):
+    """NVFP4's block scales row by row, as MLX reads them."""
+
+    blocks: BlockScales
+
+    def __str__(self) -> str:
+        return f"{Nvfp4.kind}_keep"
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    def form(self, form: Form) -> Form:
+        return Form(self.blocks.shape, "U8")
+
+    def rows(self, rows: Array, form: Form, start: int) -> Array:
+        return self.blocks.checked(untiled(rows))
+
+
+@lru_cache(maxsize=8)  # of the tensors being worked on; one may take several calls
+def _fp8_table(factor: float, dtype: str) -> Array | None:
+    """For every two bytes, read as a little-endian uint16, the values of both codes."""
+    values = _rounded(E4M3 * np.float32(factor), dtype)
+    return None if values is None else _integers(np.stack([np.tile(values, 256), np.repeat(values, 256)], axis=1))
+
+
+@lru_cache(maxsize=8)
+def _nvfp4_table(factor: float, dtype: str, stored: bool) -> Array | None:
+    """For every byte of two codes, plus 256 times their block scale's code, the values of both."""
+    first, second = np.tile(E2M1, 16), np.repeat(E2M1, 16)
+    codes = np.stack([first, second] if stored else [second, first], axis=1)
+    values = _rounded(E4M3[:, None, None] * codes * np.float32(factor), dtype)
+    return None if values is None else _integers(values.reshape(-1, 2))
+
+
+def _rounded(values: Array, dtype: str) -> Array | None:
+    try:
+        return from_float32(values, FLOATS[dtype])
+    except NumericsError:
+        return None
+
+
+def _integers(pairs: Array) -> Array:
+    """(n, 2) values as n integers, which are looked up faster."""
+    return np.ascontiguousarray(pairs).view(f"<u{2 * pairs.itemsize}").reshape(-1)
+
+
+def _parts(length: int, itemsize: int) -> Iterator[slice]:
+    step = max(1, CACHED // itemsize)
+    return (slice(start, start + step) for start in range(0, length, step))
+
+
+def _holds_nan(codes: Array) -> bool:
+    """Whether some E4M3 code is NaN."""
+    flat = codes.reshape(-1)
+    return any((flat[part] & 127).max() == 127 for part in _parts(len(flat), 1))
+
+
+def _not_a_number(file: TensorFile, tensor: TensorInfo, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {tensor.name} of {file.path.name} holds {what} not a number",
+        "no published file has any: they would turn the whole picture into noise",
+        DAMAGED,
+    )

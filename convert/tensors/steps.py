@@ -1,0 +1,189 @@
+"""What happens to a tensor on its way from a source into a model folder.
+
+A step works on some rows (axis 0) at a time, so a tensor of any size passes through in chunks. Values travel as numpy
+arrays; BF16 and FP8 as their integer codes (see runtime/tensorfile.py)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import lcm, prod
+from typing import Any
+
+import numpy as np
+
+from ltx2.runtime.errors import NumericsError
+from ltx2.runtime.files.tensors import NUMPY_DTYPES, Array, bf16_to_f32, f32_to_bf16
+
+FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}  # the spelling of --dtype -> of safetensors
+
+
+@dataclass(frozen=True)
+class Form:
+    """A tensor's shape and safetensors dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(NUMPY_DTYPES[self.dtype]).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.itemsize * prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How MLX keeps a layer's weight in integers: bits of a code, values that share a scale, kind of code; and, unless
+    0, the size of the blocks in which it is rotated as its inputs are."""
+
+    bits: int
+    group_size: int
+    mode: str
+    rotation: int = 0
+
+    @property
+    def block(self) -> int:
+        """A layer's width is a multiple of this."""
+        return lcm(self.group_size, self.rotation or 1)
+
+    def entry(self) -> dict[str, Any]:
+        """As config.json says it."""
+        entry = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return entry | ({"rotation": self.rotation} if self.rotation else {})
+
+
+class Step(ABC):
+    """One transformation. `str(step)` is its name in the plan."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its names in the plan; several where one step does at once what is defined as a sequence."""
+        return (str(self),)
+
+    @property
+    def whole(self) -> bool:
+        """Whether rows of the output are not made of the same rows of the input: all are needed at once."""
+        return False
+
+    @abstractmethod
+    def form(self, form: Form) -> Form:
+        """Shape and dtype after the step."""
+
+    @abstractmethod
+    def rows(self, rows: Array, form: Form, start: int) -> Array:
+        """What becomes of some rows, the first of which is row `start` of a tensor of this form."""
+
+
+@dataclass(frozen=True)
+class Transpose(Step):
+    """Permute the axes, e.g. a convolution kernel into MLX's channels-last layout."""
+
+    axes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"transpose({','.join(map(str, self.axes))})"
+
+    @property
+    def whole(self) -> bool:
+        return self.axes[0] != 0
+
+    def form(self, form: Form) -> Form:
+        return Form(tuple(form.shape[axis] for axis in self.axes), form.dtype)
+
+    def rows(self, rows: Array, form: Form, start: int) -> Array:
+        return rows.transpose(self.axes)
+
+
+@dataclass(frozen=True)
+class Cast(Step):
+    """Convert between floating-point types with one rounding (half to even). `dtype` is spelt as in --dtype."""
+
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"cast({self.dtype})"
+
+    def form(self, form: Form) -> Form:
+        return Form(form.shape, FLOATS[self.dtype])
+
+    def rows(self, rows: Array, form: Form, start: int) -> Array:
+        return from_float32(to_float32(rows, form.dtype), FLOATS[self.dtype])
+
+
+@dataclass(frozen=True)
+class Reshape(Step):
+    """The same values in the same order in another shape; for small tensors."""
+
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"reshape({','.join(map(str, self.shape))})"
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    def form(self, form: Form) -> Form:
+        return Form(self.shape, form.dtype)
+
+    def rows(self, rows: Array, form: Form, start: int) -> Array:
+        return rows.reshape(self.shape)
+
+
+class Packing(ABC):
+    """The last step where a layer's weight becomes integers in MLX's layout, alone or with scales and biases."""
+
+    @property
+    def main_thread(self) -> bool:
+        """Whether `rows` must be called by the main thread only."""
+        return False
+
+    @property
+    @abstractmethod
+    def storage(self) -> Storage:
+        """How MLX is to read the layer."""
+
+    def values(self, form: Form) -> Form:
+        """Shape and float type of the weight that is packed, or that codes of this form stand for."""
+        return form
+
+    def absorbed(self) -> Mapping[str, Form]:
+        """Parts that replace a parameter beside the weight: last name part -> shape and float type."""
+        return {}
+
+    def constants(self) -> Mapping[str, Array]:
+        """Parts that depend on no row; the only ones of `forms` that `rows` does not make."""
+        return {}
+
+    @abstractmethod
+    def forms(self, form: Form) -> Mapping[str, Form]:
+        """Last name part -> shape and dtype, `weight` first."""
+
+    @abstractmethod
+    def rows(self, rows: Array, form: Form, start: int) -> Mapping[str, Array]:
+        """The rows of every output for some rows of a tensor of this form, the first of which is row `start`."""
+
+
+def to_float32(values: Array, dtype: str) -> Array:
+    """Values of a safetensors float dtype (BF16 as codes) as float32, exact."""
+    return bf16_to_f32(values) if dtype == "BF16" else values.astype(np.float32, copy=False)
+
+
+def from_float32(values: Array, dtype: str) -> Array:
+    """float32 to a safetensors float dtype, rounding half to even. Raises NumericsError when F16 is too narrow."""
+    if dtype == "BF16":
+        return f32_to_bf16(values)
+    if dtype == "F32":
+        return values
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float16)
+    if (np.isinf(narrow) & np.isfinite(values)).any():
+        largest = float(np.abs(values[np.isfinite(values)]).max())
+        raise NumericsError(
+            f"a value of {largest:.6g} does not fit f16",
+            "float16 ends at 65504",
+            "use --dtype bf16, or leave --dtype out",
+        )
+    return narrow

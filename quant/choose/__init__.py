@@ -1,0 +1,1 @@
+"""Bits within a memory budget."""

@@ -1,0 +1,91 @@
+"""How large a transformer may be for a Mac of so much memory, so that the usual clip can be made with it.
+
+No other network is in memory with it, and none of the others is near its size: the text encoder is read layer by
+layer, so that disks alone limit it."""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ltx2.convert.plan.entries import Plan
+from ltx2.convert.tensors.steps import FLOATS
+from ltx2.quant.recipes.recipe import BITS, EVERY, load_recipe
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.files.jsonfile import read_object
+from ltx2.runtime.generate.presets import Stage, decoding_preset
+from ltx2.runtime.generate.request import Sizes
+from ltx2.runtime.memory.activations import denoise_step
+from ltx2.runtime.networks.audio.vae import AudioVAEConfig
+from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
+from ltx2.runtime.sampling.latents import Grid, Scales
+
+TRANSFORMER = "transformer"
+NEEDED = (TRANSFORMER, "video_vae", "audio_vae")  # their configurations say what a clip takes
+GIB = 1 << 30
+MOST_GB = 4096
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A Mac of `memory_gb` GB: bytes that its GPU gets, that a denoise step of the clip takes beside the weights, and
+    that are left free."""
+
+    memory_gb: int
+    clip: str
+    gpu: int
+    activations: int
+    free: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes that the transformer may have."""
+        return self.gpu - self.activations - self.free
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self) | {"weights": self.weights}
+
+
+def mac_budget(plan: Plan, memory_gb: int) -> Budget:
+    """Of the model of a plan. Raises InputError when the plan lacks what says so, or there is no such Mac;
+    UnsupportedError for a release that does not generate yet, whose needs are not known."""
+    if not 0 < memory_gb <= MOST_GB:
+        raise InputError(f"--fit {memory_gb} is not possible", "it is a Mac's memory in GB", "use --fit 24")
+    for name in NEEDED:
+        if name not in plan.components:
+            why = "the memory that a clip takes follows from its configuration"
+            raise InputError(f"--fit needs the model's {name}", why, "fit a whole model, or choose --bits")
+    data = _macs()
+    share = max((row for row in data["shares"] if row["from"] <= memory_gb), key=lambda row: int(row["from"]))
+    sizes = Sizes(**data["clip"])
+    clip = f"{sizes.frames} frames of {sizes.width}x{sizes.height}"
+    gpu = int(share["share"] * memory_gb * GIB)
+    return Budget(memory_gb, clip, gpu, _activations(plan, sizes), int(data["free_bytes"]))
+
+
+@cache
+def _macs() -> dict[str, Any]:
+    return read_object(Path(__file__).with_name("macs.json"))
+
+
+def _activations(plan: Plan, sizes: Sizes) -> int:
+    """Of a step at full size, which takes most, at full speed, with packed weights unpacked to multiply. Tables may be
+    wider than what is computed with."""
+    config = TransformerConfig.from_dict(plan.components[TRANSFORMER].config)
+    forms = [form for move in plan.moves(TRANSFORMER) for form in move.stored().values()]
+    width = min(form.itemsize for form in forms if form.dtype in FLOATS.values())
+    tokens = decoding_preset(plan.release).text_tokens
+    weights = {move.layer: prod(move.values.shape) for move in plan.moves(TRANSFORMER) if move.key.endswith(".weight")}
+    packed = load_recipe(EVERY).bits(TRANSFORMER, list(weights), max(BITS))
+    largest = max((weights[layer] for layer in packed), default=0)
+    return denoise_step(config, _grid(plan, sizes), tokens, width, unpacked=width * largest).full
+
+
+def _grid(plan: Plan, sizes: Sizes) -> Grid:
+    video = VideoVAEConfig.from_dict(plan.components["video_vae"].config)
+    audio = AudioVAEConfig.from_dict(plan.components["audio_vae"].config)
+    scales = Scales(video.spatial_scale, video.temporal_scale, audio.hop / audio.sample_rate, audio.temporal_scale)
+    return sizes.grid(Stage(1, ()), scales, video.latent_channels, audio.latent_channels)

@@ -1,0 +1,182 @@
+"""Packing weights into MLX's quantized storage, on the GPU where MLX has one; the files run on MLX's own kernels.
+
+Rows are packed in blocks, so memory does not depend on the tensor, and every group by itself, so chunks of rows give
+the bytes of the whole. Given what a layer's inputs are like, errors count as they do in the layer's output."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from math import sqrt
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ltx2.convert.tensors.steps import FLOATS, Storage, to_float32
+from ltx2.quant.codes.affine import AffineSearch
+from ltx2.quant.codes.arithmetic import Arithmetic, Values
+from ltx2.quant.codes.inputs import Columns, Inputs
+from ltx2.quant.codes.kinds import kind_of
+from ltx2.quant.codes.minifloat import MinifloatSearch
+from ltx2.quant.codes.on_cpu import OnCpu
+from ltx2.quant.codes.on_gpu import OnGpu, is_gpu
+from ltx2.quant.codes.search import Search
+from ltx2.runtime.files.tensors import NUMPY_DTYPES, Array
+
+# Values of a block: so many that a CPU's threads do not wait for the interpreter, and that a GPU is busy.
+CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 22
+MAX_THREADS = 8
+
+
+class Packed(NamedTuple):
+    """Quantized rows: `codes` uint32 (rows, width * bits / 32); `scales` and, in affine mode, `biases`
+    (rows, width / group size) in the tensor's own dtype (BF16 as uint16), or E8M0 or E4M3 scales as uint8. `drift`, of
+    inputs whose mean is known, is (W - W') E[x], float32 (rows,): what the layer's own bias must make up for."""
+
+    codes: Array
+    scales: Array
+    biases: Array | None = None
+    drift: Array | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Summed squares of what quantizing changed and of the values themselves, as they count in the layer's output if
+    its inputs are known; losses of parts add up."""
+
+    error: float = 0.0
+    norm: float = 0.0
+
+    def __add__(self, other: "Loss") -> "Loss":
+        return Loss(self.error + other.error, self.norm + other.norm)
+
+    @property
+    def relative(self) -> float:
+        """||W' - W|| / ||W||: the relative error of W's output, for inputs whose channels do not correlate and, where
+        nothing is known of them, are of one size."""
+        return sqrt(self.error / self.norm) if self.norm else 0.0
+
+
+def pack(rows: Array, storage: Storage, inputs: Inputs | None = None, multiplier: float = 1.0) -> tuple[Packed, Loss]:
+    """Quantize rows (rows, width) of BF16 (as uint16 codes), float16 or float32.
+
+    `width` is a multiple of the group size. `multiplier`, a power of two that the layer's output is multiplied with,
+    serves nvfp4: `output_multiplier` of the whole tensor's largest value. Raises ValueError when a value is NaN or
+    infinite, or too large for what scales can express.
+    """
+    check_form(rows.shape[1], storage, multiplier)
+    columns = None if inputs is None else inputs.columns(rows.shape[1])
+    packed, gpu = _empty(rows, storage, columns), is_gpu()
+
+    def work(span: slice) -> Loss:
+        parts, loss = _pack_block(rows[span], storage, columns, multiplier, OnGpu() if gpu else OnCpu())
+        for whole, part in zip(packed, parts, strict=True):
+            if whole is not None:
+                whole[span] = part
+        return loss
+
+    return packed, sum(_in_threads(work, _spans(rows, GPU_BLOCK if gpu else CPU_BLOCK)), Loss())
+
+
+def unpack(packed: Packed, storage: Storage, multiplier: float = 1.0) -> Array:
+    """The float32 values (rows, width) that the codes stand for, by MLX's own kernel."""
+    form = (storage.group_size, storage.bits, storage.mode)
+    codes, scales = mx.array(packed.codes), _on_device(packed.scales)
+    if packed.biases is None:
+        return np.array(mx.dequantize(codes, scales, None, *form, dtype=mx.float32) * multiplier)
+    biases = _on_device(packed.biases).astype(mx.float32)
+    return np.array(mx.dequantize(codes, scales.astype(mx.float32), biases, *form))
+
+
+def check_form(width: int, storage: Storage, multiplier: float) -> None:
+    """Raises ValueError for rows of this width that cannot be stored so."""
+    if width % storage.group_size:
+        raise ValueError(f"width {width} is no multiple of the group size {storage.group_size}")
+    if multiplier != 1 and not kind_of(storage).multiplied:
+        raise ValueError(f"{storage.mode} has no output multiplier")
+
+
+def _empty(rows: Array, storage: Storage, columns: Columns | None) -> Packed:
+    count, width = rows.shape
+    shape = (count, width // storage.group_size)
+    codes, biased = np.empty((count, width * storage.bits // 32), np.uint32), kind_of(storage).biased
+    scales, biases = (np.empty(shape, rows.dtype if biased else np.uint8) for _ in range(2))
+    drift = np.empty(count, np.float32) if columns and columns.means is not None else None
+    return Packed(codes, scales, biases if biased else None, drift)
+
+
+def _spans(rows: Array, values: int) -> list[slice]:
+    count, width = rows.shape
+    step = max(1, values // width)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _pack_block(
+    rows: Array, storage: Storage, columns: Columns | None, multiplier: float, on: Arithmetic
+) -> tuple[Packed, Loss]:
+    def tiled(counts: Array | None) -> tuple[Values, ...]:
+        return () if counts is None else (on.tiled(counts, len(rows), storage.group_size),)
+
+    errors_count, values_count, means = columns or (None, None, None)
+    block = on.block(rows, storage.group_size, 1 / multiplier)
+    search = search_of(block, storage, tiled(errors_count), dtype_of(rows), on)
+    with np.errstate(all="ignore"):  # what is not finite shows in the errors
+        fit = search.best()
+        scale, bias, errors = (on.numpy(part) for part in fit)
+        if np.isnan(errors).any():
+            raise ValueError(what_is_wrong(rows))
+        codes = on.numpy(on.words(search.codes(fit), storage.bits))
+        norms = on.numpy(search.norms(*tiled(values_count)))  # the search's own weights are not valid any more
+        drift = on.numpy(search.drift(fit, *tiled(means))) if means is not None else None
+    loss = Loss(_total(errors) * multiplier**2, _total(norms) * multiplier**2)
+    scales, *biases = (part.reshape(len(rows), -1) for part in search.stored(scale, bias))
+    drift = _row_sums(drift, len(rows)) * np.float32(multiplier) if drift is not None else None
+    return Packed(codes.reshape(len(rows), -1), scales, biases[0] if biases else None, drift), loss
+
+
+def search_of(block: Values, storage: Storage, weights: tuple[Values, ...], dtype: str, on: Arithmetic) -> Search:
+    """The search for the scales of a block's groups, which are stored in `dtype` where they are floats."""
+    if kind_of(storage).biased:
+        return AffineSearch(on, block, weights, storage.bits, dtype)
+    return MinifloatSearch(on, block, weights, storage)
+
+
+def _row_sums(values: Array, rows: int) -> Array:
+    """Of the groups of every row, added one after the other in float64."""
+    columns = np.ascontiguousarray(values.reshape(rows, -1).T, np.float64)
+    return np.add.accumulate(columns, axis=0)[-1].astype(np.float32)
+
+
+def dtype_of(rows: Array) -> str:
+    """The safetensors dtype of rows as they are packed."""
+    return next(name for name in FLOATS.values() if NUMPY_DTYPES[name] == rows.dtype)
+
+
+def what_is_wrong(rows: Array) -> str:
+    """Why rows cannot be packed."""
+    if np.isfinite(to_float32(rows, dtype_of(rows))).all():
+        return "its values spread too far for what a scale can express"
+    return "it holds NaN or infinite values"
+
+
+def _on_device(values: Array) -> mx.array:
+    array = mx.array(values)
+    return array.view(mx.bfloat16) if values.dtype == np.uint16 else array
+
+
+def _total(values: Array) -> float:
+    return float(values.sum(dtype=np.float64))
+
+
+def _in_threads(work: Callable[[slice], Loss], spans: Sequence[slice]) -> Iterable[Loss]:
+    """numpy's loops release the interpreter's lock. MLX works in one thread: functions that it compiled in another one
+    abort the process when that ends."""
+    return map(work, spans) if is_gpu() or len(spans) == 1 else _workers().map(work, spans)
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    """Threads that live as long as the process: their buffers are used again."""
+    return ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "ltx2-pack")

@@ -1,0 +1,1 @@
+"""What calibrating measures: activation statistics, sensitivities, recorded calls."""

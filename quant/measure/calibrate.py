@@ -1,0 +1,194 @@
+"""Statistics of the inputs of a model's linear layers, taken while it works: whole prompts through text encoder,
+connectors and every denoise step, up to the latents.
+
+Layers are watched, not changed. Sums are taken input by input, so memory stays what generating takes."""
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ltx2 import __version__
+from ltx2.convert.plan.folder import folder_plan
+from ltx2.quant.codes.inputs import Inputs
+from ltx2.quant.measure.recording import CallRecorder
+from ltx2.quant.measure.sensitivity import Steps, measure
+from ltx2.quant.measure.statistics import About, Layer, identity, write_statistics
+from ltx2.runtime.errors import InputError, NumericsError
+from ltx2.runtime.events import Event, PhaseStarted, PromptStarted
+from ltx2.runtime.files.jsonfile import read_object
+from ltx2.runtime.files.paths import check_output, open_regular
+from ltx2.runtime.files.tensors import Array
+from ltx2.runtime.generate.job import DECODERS
+from ltx2.runtime.generate.observe import watch
+from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.model.layout import ModelFolder
+
+BUILT_IN = Path(__file__).with_name("prompts.json")
+WATCHED = ("text_encoder", "connectors", "transformer")  # components with layers that are quantized
+ROWS = 1024  # of an input that are added in float32
+
+
+@dataclass(frozen=True)
+class Calibrated(Event):
+    """Last event of a calibration: the file, how many layers it describes, and how many inputs (tokens of all steps)
+    the one that saw most has seen."""
+
+    path: str
+    layers: int
+    prompts: int
+    inputs: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The command's JSON result."""
+        return {"stats": self.path, **{k: v for k, v in asdict(self).items() if k != "path"}}
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Sums over some inputs, float64 (width,) both."""
+
+    count: int
+    total: Array
+    squares: Array
+
+    def __add__(self, other: "_Moments") -> "_Moments":
+        return _Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+    @classmethod
+    def of(cls, x: mx.array) -> "_Moments":
+        """Of all tokens of x (..., width)."""
+        rows = x.reshape(-1, x.shape[-1])
+        sums = [_sums(rows[start : start + ROWS]) for start in range(0, len(rows), ROWS)]
+        mx.eval(sums)
+        total, squares = np.sum([[np.array(values, np.float64) for values in pair] for pair in sums], axis=0)
+        return cls(len(rows), total, squares)
+
+    def inputs(self) -> Inputs:
+        return Inputs((self.squares / self.count).astype(np.float32), (self.total / self.count).astype(np.float32))
+
+
+def _sums(rows: mx.array) -> tuple[mx.array, mx.array]:
+    values = rows.astype(mx.float32)
+    return values.sum(axis=0), mx.square(values).sum(axis=0)
+
+
+class Recorder:
+    """Watches networks and sums up what their linear layers are given, and may keep some of the denoiser's `calls`;
+    `observe` is a pipeline's."""
+
+    def __init__(self, calls: CallRecorder | None = None) -> None:
+        self.calls = calls
+        self._moments: dict[Layer, _Moments] = {}
+        self._latest: tuple[mx.array, _Moments] | None = None
+
+    def observe(self, component: str, network: nn.Module) -> None:
+        """Watch a network from now on, if its layers may be quantized."""
+        self._latest = None
+        if component in WATCHED:
+            watch(network, partial(self._see, component))
+        if self.calls is not None:
+            self.calls.observe(network)
+
+    def _see(self, component: str, path: str, _: nn.Module, x: mx.array) -> None:
+        if self._latest is None or self._latest[0] is not x:  # queries, keys and values are made of the same input
+            self._latest = x, _Moments.of(x)
+        key, moments = (component, path), self._latest[1]
+        self._moments[key] = self._moments[key] + moments if key in self._moments else moments
+
+    @property
+    def most(self) -> int:
+        """Inputs of the layer that saw most."""
+        return max((moments.count for moments in self._moments.values()), default=0)
+
+    def layers(self) -> dict[Layer, Inputs]:
+        """All layers seen. Raises NumericsError when a mean is not finite."""
+        layers = {layer: moments.inputs() for layer, moments in self._moments.items()}
+        for (component, path), inputs in layers.items():
+            if inputs.mean is None or not np.isfinite([inputs.mean, inputs.mean_square]).all():
+                what = f"the inputs of {component}.{path} are not finite"
+                raise NumericsError(what, "the model computes no numbers there", "verify the model: ltx2 verify MODEL")
+        return layers
+
+
+def calibrate(
+    model: Path,
+    out: Path,
+    prompts: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    gptq: bool = False,
+    sensitivity: bool = False,
+) -> Iterator[Event]:
+    """Generate each of the prompts (none: those that come with ltx2) up to its latents, and write the statistics of all
+    linear layers' inputs; for `gptq`, also a part of the denoiser's calls; with `sensitivity`, also what errors of the
+    transformer's layers change in the velocity. The last event is Calibrated; the file appears only then. `options` are
+    those of generating; the seed is the first prompt's, others count on from it.
+
+    Raises what generating raises, and InputError when `out` cannot be written.
+    """
+    started = time.monotonic()
+    check_output(out)
+    calls, steps = CallRecorder() if gptq else None, Steps() if sensitivity else None
+    recorder, options = Recorder(calls), dict(options or {})
+    pipeline, prompts = Pipeline(model, partial(_observe, recorder, steps)), tuple(prompts) or built_in_prompts()
+    seed = options.pop("seed", None) or 0
+    for number, prompt in enumerate(prompts):
+        yield PromptStarted(number + 1, len(prompts), prompt)
+        if calls is not None:
+            calls.next_prompt()
+        if steps is not None:
+            steps.next_prompt()
+        yield from _until_decoding(pipeline.stream(prompt, seed=seed + number, no_audio=True, **options))
+    found = (yield from measure(pipeline.folder, steps)) if steps is not None else None
+    about = _about(pipeline.folder, prompts, options | {"seed": seed})
+    layers = recorder.layers()
+    write_statistics(out, layers, about, found, calls.tensors() if calls is not None else None)
+    yield Calibrated(str(out), len(layers), len(prompts), recorder.most, time.monotonic() - started)
+
+
+def _observe(recorder: Recorder, steps: Steps | None, component: str, network: nn.Module) -> None:
+    recorder.observe(component, network)
+    if steps is not None:
+        steps.observe(component, network)
+
+
+def _until_decoding(events: Generator[Event, None, None]) -> Iterator[Event]:
+    """The events of a generation up to its latents; what would follow is not done."""
+    with closing(events):
+        for event in events:
+            if isinstance(event, PhaseStarted) and event.name in DECODERS:
+                return
+            yield event
+
+
+def _about(folder: ModelFolder, prompts: Sequence[str], options: Mapping[str, Any]) -> About:
+    plan, manifest = folder_plan(folder), folder.manifest
+    identities = {name: identity(plan, name) for name in WATCHED}
+    return About(__version__, manifest.release, manifest.variant, identities, manifest.sources, tuple(prompts), options)
+
+
+def built_in_prompts() -> tuple[str, ...]:
+    """The prompts that come with ltx2."""
+    return tuple(read_object(BUILT_IN)["prompts"])
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """A file's prompts, one per line. Raises InputError when there is none."""
+    try:
+        with open_regular(path) as file:
+            lines = file.read().decode().splitlines()
+    except (OSError, ValueError) as error:
+        fix = "name a text file with one prompt per line"
+        raise InputError(f"cannot read the prompts {path}", str(error), fix) from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise InputError(f"{path} holds no prompt", "all of its lines are empty", "write one prompt per line")
+    return prompts

@@ -1,0 +1,201 @@
+"""A transformer's blocks run again, one after the other, on recorded calls of the denoiser: how the inputs of their
+layers go together.
+
+The matrices of all layers would be larger than the model. So they are made when they are needed, a block at a time,
+from its weights as they are before packing: nothing depends on what was packed before, or where a run was interrupted.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ltx2.convert.output.pieces import values_of
+from ltx2.convert.plan.entries import Move, Plan
+from ltx2.convert.plan.recode import decoded, kept_layers
+from ltx2.convert.tensors.steps import Storage
+from ltx2.quant.codes.correlations import Correlations, Feedback, make_feedback
+from ltx2.quant.codes.on_cpu import OnCpu
+from ltx2.quant.codes.on_gpu import OnGpu, is_gpu
+from ltx2.quant.measure.recording import Call
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.generate.observe import Stream, watch
+from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
+from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.transformer.model import Prepared, Transformer
+
+COMPONENT, BLOCKS = "transformer", "transformer_blocks"
+LAYER = re.compile(rf"{BLOCKS}\.(\d{{1,3}})\.(.+)")
+ROWS = 2048  # of an input that are multiplied at a time
+KEPT = 2  # feedbacks that are kept: layers with the same input are packed near each other
+
+
+class _State(NamedTuple):
+    """A call between two blocks: what the next one is given."""
+
+    x: mx.array
+    y: mx.array
+    video: StreamContext
+    audio: StreamContext
+
+
+class Replay:
+    """Feedback for the layers of a plan's transformer blocks. Quick for layers in the order of their blocks; for an
+    earlier block it begins anew."""
+
+    def __init__(self, plan: Plan, calls: Sequence[Call]) -> None:
+        kept = [layer for layer in kept_layers(plan) if layer[0] == COMPONENT]
+        moves = decoded(plan, dict.fromkeys(kept, "bf16")).moves(COMPONENT)
+        self._weights = {move.key: move for move in moves}
+        self._config = plan.components[COMPONENT].config
+        self._calls = calls
+        self._states: list[_State] = []
+        self._next = 0  # the block that the states are for
+        self._sums: _Sums | None = None  # of the block before
+        self._feedbacks: dict[tuple[str, int, int, bool], Feedback] = {}
+
+    @staticmethod
+    def covers(component: str, layer: str) -> bool:
+        """Whether a layer is one of a transformer block."""
+        return component == COMPONENT and LAYER.fullmatch(layer) is not None
+
+    def feedback(self, layer: str, storage: Storage, biased: bool) -> Feedback:
+        """For a layer that is covered, and that is to be stored so.
+
+        Raises InputError for calls that are not of such a transformer, ValueError for what no inputs can be.
+        """
+        match = LAYER.fullmatch(layer)
+        assert match is not None, "only such layers are covered"
+        block, path = int(match[1]), match[2]
+        if self._sums is None or self._next != block + 1:
+            self._feedbacks.clear()
+            self._sums = None  # not held beside the next
+            self._sums = self._measured(block)
+        key = (self._sums.twin[path], storage.group_size, storage.rotation, biased)
+        if key not in self._feedbacks:
+            if len(self._feedbacks) == KEPT:
+                del self._feedbacks[next(iter(self._feedbacks))]
+            found, on = self._sums.correlations(path), OnGpu() if is_gpu() else OnCpu()
+            self._feedbacks[key] = make_feedback(found, storage, biased, on)
+        return self._feedbacks[key]
+
+    def _measured(self, block: int) -> "_Sums":
+        if not self._states or self._next > block:
+            self._states, self._next = self._begun(), 0
+        while self._next < block:
+            self._run(self._block())
+        network, sums = self._block(), _Sums(len({id(call.video.text) for call in self._calls}))
+        watch(network, sums.see)
+        self._run(network)
+        return sums
+
+    def _begun(self) -> list[_State]:
+        """All calls as the first block is given them."""
+        network = Transformer(TransformerConfig.from_dict({**self._config, "num_layers": 0}))
+        self._load(network, {key: key for key in self._weights if not key.startswith(f"{BLOCKS}.")})
+        streams, first = _Streams(network), _FirstBlock()
+        network.transformer_blocks = cast(list[TransformerBlock], [first])
+        try:
+            for call in self._calls:
+                network(call.video.given, call.audio.given, *streams.prepared(call))
+                mx.eval([vars(part) if isinstance(part, StreamContext) else part for part in first.given[-1]])
+        except (ValueError, IndexError) as error:
+            fix = "calibrate this model"
+            raise InputError("the calls in the statistics do not fit the model", str(error), fix) from error
+        return first.given
+
+    def _block(self) -> TransformerBlock:
+        """The next block, with its weights."""
+        network, prefix = TransformerBlock(TransformerConfig.from_dict(self._config)), f"{BLOCKS}.{self._next}."
+        self._load(network, {key.removeprefix(prefix): key for key in self._weights if key.startswith(prefix)})
+        return network
+
+    def _load(self, network: nn.Module, names: dict[str, str]) -> None:
+        """`names`: of the network's parameters -> in the model."""
+        network.load_weights([(name, _array(self._weights[key])) for name, key in names.items()], strict=True)
+        network.eval()
+
+    def _run(self, block: TransformerBlock) -> None:
+        for index, state in enumerate(self._states):
+            x, y = block(*state)
+            mx.eval(x, y)
+            self._states[index] = state._replace(x=x, y=y)
+        self._next += 1
+
+
+def _array(move: Move) -> mx.array:
+    """A tensor as it is before it is packed."""
+    values = mx.array(np.concatenate(list(values_of(move))))
+    return values.view(mx.bfloat16) if move.form.dtype == "BF16" else values
+
+
+class _FirstBlock:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[_State] = []
+
+    def __call__(
+        self, x: mx.array, y: mx.array, video: StreamContext, audio: StreamContext
+    ) -> tuple[mx.array, mx.array]:
+        self.given.append(_State(x, y, video, audio))
+        return x, y
+
+
+class _Streams:
+    """Prepares calls; what several have in common is held once."""
+
+    def __init__(self, network: Transformer) -> None:
+        self._network = network
+        self._first: dict[object, Prepared] = {}  # of the calls with one text, and of those with the same positions
+
+    def prepared(self, call: Call) -> tuple[Prepared, Prepared]:
+        video = self._network.prepare_video(call.video.text, call.video.positions)
+        audio = self._network.prepare_audio(call.audio.text, call.audio.positions)
+        return self._shared(call.video, video), self._shared(call.audio, audio)
+
+    def _shared(self, stream: Stream, prepared: Prepared) -> Prepared:
+        positions = stream.positions.shape, stream.positions.tobytes()
+        return replace(
+            self._first.setdefault(positions, prepared), text=self._first.setdefault(id(stream.text), prepared).text
+        )
+
+
+class _Sums:
+    """Of a block's inputs: their products, by layer. `twin` is the first layer that has the same inputs."""
+
+    def __init__(self, prompts: int) -> None:
+        self._prompts = prompts
+        self.twin: dict[str, str] = {}
+        self._products: dict[str, mx.array] = {}
+        self._totals: dict[str, mx.array] = {}
+        self._tokens: dict[str, int] = {}
+        self._latest: tuple[str, mx.array] | None = None
+
+    def see(self, path: str, _: nn.Module, x: mx.array) -> None:
+        """Count the inputs x (..., width) of a layer."""
+        if path not in self.twin:
+            same = self._latest is not None and self._latest[1] is x
+            self.twin[path] = self.twin[self._latest[0]] if self._latest and same else path
+        self._latest = path, x
+        if self.twin[path] == path:
+            self._add(path, x.reshape(-1, x.shape[-1]))
+
+    def _add(self, path: str, rows: mx.array) -> None:
+        for start in range(0, len(rows), ROWS):
+            part = rows[start : start + ROWS].astype(mx.float32)
+            self._products[path] = self._products.get(path, 0) + part.T @ part
+            self._totals[path] = self._totals.get(path, 0) + part.sum(axis=0)
+            mx.eval(self._products[path], self._totals[path])
+        self._tokens[path] = self._tokens.get(path, 0) + len(rows)
+
+    def correlations(self, path: str) -> Correlations:
+        """Of a layer's inputs."""
+        path = self.twin[path]
+        tokens = self._tokens[path]
+        products, mean = (np.array(sums[path]) / tokens for sums in (self._products, self._totals))
+        return Correlations(products, mean, tokens, self._prompts)

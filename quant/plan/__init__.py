@@ -1,0 +1,1 @@
+"""The quantizing step of a conversion plan."""

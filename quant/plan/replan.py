@@ -1,0 +1,152 @@
+"""A plan with layers packed: by chosen forms, or again as a model folder holds them, which is what verifying compares.
+
+Where the inputs of a layer are known, its bias is no tensor of its own any more: packing corrects it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import frexp, inf
+from typing import Any
+
+from ltx2.convert.plan.entries import Entry, Merge, Move, Plan, quantization_config
+from ltx2.convert.tensors.steps import FLOATS, Storage
+from ltx2.quant.codes.kinds import AFFINE, GPTQ, kind_of
+from ltx2.quant.measure.replay import Replay
+from ltx2.quant.measure.statistics import Statistics
+from ltx2.quant.plan.step import BIAS, MULTIPLIER, SHORT, Known, packings, quantized
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.files.tensors import FileRecord
+from ltx2.runtime.model.layout import ModelFolder
+
+ALONE = "verify without sources: every byte is checked by the hashes"
+Forms = Mapping[str, Mapping[str, Storage]]  # component -> path of a layer -> how it is stored
+Layer = tuple[str, str]  # component, path
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known when a plan's layers are packed: statistics by component, the multipliers of layers that were
+    packed before, and the replay of recorded calls for GPTQ."""
+
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    multipliers: Mapping[Layer, float] = field(default_factory=dict)
+    replay: Replay | None = None
+
+
+def packed_plan(plan: Plan, forms: Forms, given: Given) -> Plan:
+    """The plan with every layer packed that has a form and whose weight can be packed in it."""
+    biases = {_layer(e): e for e in plan.entries if isinstance(e, Move) and _is_bias(e)}
+    packed = {
+        _layer(move): move
+        for entry in plan.entries
+        if isinstance(entry, Move) and (move := _packed(entry, forms, given, biases.get(_layer(entry)))) is not None
+    }
+    replanned = replace(plan, entries=tuple(_replanned(entry, packed) for entry in plan.entries))
+    components = {
+        name: replace(
+            component,
+            quantization=quantization_config(replanned.moves(name)),
+            statistics=_record(replanned, name) or component.statistics,
+            method=GPTQ if _replayed(replanned, name) else component.method,
+        )
+        for name, component in plan.components.items()
+    }
+    return replace(replanned, components=components)
+
+
+def _layer(move: Move) -> Layer:
+    return move.component, move.layer
+
+
+def _is_bias(move: Move) -> bool:
+    return move.key.endswith(f".{BIAS}") and move.packing is None and move.form.dtype in FLOATS.values()
+
+
+def _packed(move: Move, forms: Forms, given: Given, bias: Move | None) -> Move | None:
+    """The move with its layer's form, where that has one and the tensor is a weight that can be packed."""
+    storage, form = forms.get(move.component, {}).get(move.layer), move.form
+    if storage is None or move.packing is not None or not move.key.endswith(".weight"):
+        return None
+    if len(form.shape) != 2 or form.dtype not in FLOATS.values() or form.shape[1] % storage.block:
+        return None
+    statistics = given.statistics.get(move.component)
+    known = None
+    if statistics is not None and _layer(move) in statistics.layers:
+        fits = bias is not None and bias.form.shape == form.shape[:1]
+        replay = given.replay if given.replay is not None and Replay.covers(*_layer(move)) else None
+        known = Known(statistics, *_layer(move), bias if fits else None, replay)
+    return quantized(move, storage, known, given.multipliers.get(_layer(move)))
+
+
+def _replanned(entry: Entry, packed: Mapping[Layer, Move]) -> Entry:
+    if isinstance(entry, Merge):
+        weight = packed.get(_layer(entry.into))
+        return entry if weight is None else replace(entry, into=weight)
+    weight = packed.get(_layer(entry)) if isinstance(entry, Move) else None
+    if weight is None or not isinstance(entry, Move):
+        return entry
+    if entry.key == weight.key:
+        return weight
+    return Merge(entry.file, entry.tensor, weight) if entry.key in weight.parameters() else entry
+
+
+def _record(plan: Plan, component: str) -> FileRecord | None:
+    """The statistics that its layers are packed with."""
+    known = (packing.known for _, packing in packings(plan.moves(component)).values())
+    return next((k.statistics.record for k in known if k is not None), None)
+
+
+def _replayed(plan: Plan, component: str) -> bool:
+    """Whether some layer's codes are chosen by GPTQ."""
+    return any(packing.method == GPTQ for _, packing in packings(plan.moves(component)).values())
+
+
+def repack(plan: Plan, model: ModelFolder, statistics: Statistics | None = None) -> Plan:
+    """The plan with the layers packed that are packed in `model`, and as they are there.
+
+    Raises InputError unless `statistics` are those that they were packed with, and for codes chosen by GPTQ.
+    """
+    common = [name for name in plan.components if model.has(name)]
+    for name in common:
+        if model.record(name).method == GPTQ:
+            why = "they depend on how a machine adds up, so that another one would find other codes"
+            raise InputError(f"the codes of the {name}, which GPTQ chose, cannot be compared", why, ALONE)
+    forms = {name: _stored_forms(model, name) for name in common}
+    needed = {name: record for name in common if (record := model.record(name).statistics)}
+    _check_statistics(needed, statistics)
+    known = dict.fromkeys(needed, statistics) if statistics else {}
+    return packed_plan(plan, forms, Given(known, _stored_multipliers(model, forms)))
+
+
+def _check_statistics(needed: Mapping[str, FileRecord], statistics: Statistics | None) -> None:
+    for component, record in needed.items():
+        if statistics is None or statistics.record.sha256 != record.sha256:
+            given = "another file was given" if statistics else "they are needed to pack its layers again"
+            what = f"the {component} was quantized with the statistics {record.name} (SHA-256 {record.sha256[:SHORT]})"
+            raise InputError(what, given, f"add --stats {record.name}, or verify without sources")
+    if statistics is not None and not needed:
+        why = "nothing that the sources hold was quantized with statistics"
+        raise InputError(f"{statistics.record.name} is not needed", why, "leave out --stats")
+
+
+def _stored_forms(model: ModelFolder, component: str) -> dict[str, Storage]:
+    config = model.config(component).get("quantization", {})
+    names = [name for file in model.tensor_files(component) for name in file.tensors]
+    layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
+    return {layer: _form(config.get(layer, config)) for layer in layers}
+
+
+def _form(entry: Mapping[str, Any]) -> Storage:
+    return Storage(entry["bits"], entry["group_size"], entry.get("mode", AFFINE), entry.get("rotation", 0))
+
+
+def _stored_multipliers(model: ModelFolder, forms: Forms) -> dict[Layer, float]:
+    """The output multipliers of layers that this tool quantized; 1 for values that it does not write."""
+    found = {}
+    for name, layers in forms.items():
+        where = {key: file for file in model.tensor_files(name) for key in file.tensors}
+        for layer, storage in layers.items():
+            key = f"{layer}.{MULTIPLIER}"
+            if kind_of(storage).multiplied and key in where and where[key].tensors[key].dtype == "F32":
+                value = float(where[key].array(key).reshape(-1)[0])
+                found[name, layer] = value if 0 < value < inf and frexp(value)[0] == 0.5 else 1.0
+    return found

@@ -1,0 +1,201 @@
+"""Quantization as the last step of a plan entry."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from threading import Lock
+
+import numpy as np
+
+from ltx2.convert.output.pieces import values_of
+from ltx2.convert.plan.entries import Move, packed_layers
+from ltx2.convert.tensors.steps import Form, Packing, Storage, from_float32, to_float32
+from ltx2.quant.codes.correlations import Feedback
+from ltx2.quant.codes.gptq import pack_in_turn
+from ltx2.quant.codes.inputs import Inputs
+from ltx2.quant.codes.kinds import GPTQ, SEARCH, kind_of
+from ltx2.quant.codes.minifloat import output_multiplier
+from ltx2.quant.codes.pack import Loss, pack
+from ltx2.quant.measure.replay import Replay
+from ltx2.quant.measure.statistics import Statistics
+from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.files.tensors import Array, bf16_to_f32
+
+MULTIPLIER = "weight_scale"  # the last name part of an output multiplier
+BIAS = "bias"  # of a layer's own bias, which is not one of a group's
+SHORT = 12  # digits of a hash that tell files apart
+
+
+class Tally:
+    """What packing a tensor has cost so far, counted by threads that each pack some of its rows."""
+
+    def __init__(self) -> None:
+        self.rows, self.loss = 0, Loss()
+        self._lock = Lock()
+
+    def add(self, rows: int, loss: Loss) -> None:
+        """Count some more rows."""
+        with self._lock:
+            self.rows += rows
+            self.loss += loss
+
+    def covers(self, move: Move) -> bool:
+        """Whether that is all of the tensor: a run that continues another one packs only a part of one."""
+        return self.rows == move.form.shape[0]
+
+
+class Multiplier(Mapping[str, Array]):
+    """The output multiplier of a tensor as a part of it, made when it is first used: that takes a pass over the
+    tensor."""
+
+    def __init__(self, make: Callable[[], float]) -> None:
+        self._make = make
+        self._value: float | None = None
+        self._lock = Lock()
+
+    @property
+    def value(self) -> float:
+        """The multiplier, a power of two."""
+        with self._lock:
+            if self._value is None:
+                self._value = self._make()
+            return self._value
+
+    def __getitem__(self, part: str) -> Array:
+        if part != MULTIPLIER:
+            raise KeyError(part)
+        return np.array(self.value, np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((MULTIPLIER,))
+
+    def __len__(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a layer beside its weight: statistics of its inputs, which are read when they are used, and the
+    bias that can make up for what packing changes in its mean output. With a `replay`, codes are chosen by GPTQ."""
+
+    statistics: Statistics
+    component: str
+    layer: str
+    bias: Move | None
+    replay: Replay | None = None
+
+    def inputs(self) -> Inputs:
+        """Raises InputError for values that are no statistics."""
+        found = self.statistics.inputs(self.component, self.layer, biased=self.bias is not None)
+        assert found is not None, "this is made for layers that have statistics"
+        return found
+
+    def feedback(self, form: Storage) -> Feedback | None:
+        """What GPTQ needs, None without it. Raises InputError for recorded calls that are not of such a model."""
+        if self.replay is None:
+            return None
+        return self.replay.feedback(self.layer, form, biased=self.bias is not None)
+
+    def corrected(self, drift: Array, start: int) -> Array:
+        """The bias of the rows from `start` on, plus what these rows lose, rounded to its own dtype."""
+        assert self.bias is not None, "without a bias no drift is computed"
+        values = to_float32(self._bias[start : start + len(drift)], self.bias.form.dtype)
+        return from_float32(values + drift, self.bias.form.dtype)
+
+    @cached_property
+    def _bias(self) -> Array:
+        assert self.bias is not None
+        return np.concatenate(list(values_of(self.bias)))
+
+
+@dataclass(frozen=True)
+class Quantize(Packing):
+    """Codes and scales in place of a weight. `name` is the source tensor's, for errors; `multiplier` belongs to modes
+    that have one. Where the layer's inputs are known, its bias is a part of this as well."""
+
+    form: Storage
+    name: str
+    multiplier: Multiplier | None = field(default=None, compare=False)
+    known: Known | None = field(default=None, compare=False)
+    tally: Tally = field(default_factory=Tally, compare=False)
+
+    def __str__(self) -> str:
+        known = f",stats={self.known.statistics.record.sha256[:SHORT]}" if self.known else ""
+        rotation = f",rotation={self.form.rotation}" if self.form.rotation else ""
+        method = f",{self.method}" if self.method != SEARCH else ""
+        return f"quantize({self.form.bits},{self.form.group_size},{self.form.mode}{rotation}{method}{known})"
+
+    @property
+    def method(self) -> str:
+        """How codes are chosen."""
+        return GPTQ if self.known and self.known.replay else SEARCH
+
+    @property
+    def main_thread(self) -> bool:
+        return True  # functions that MLX compiled in another thread abort the process when it ends
+
+    @property
+    def storage(self) -> Storage:
+        return self.form
+
+    def absorbed(self) -> Mapping[str, Form]:
+        return {BIAS: self.known.bias.form} if self.known and self.known.bias else {}
+
+    def constants(self) -> Mapping[str, Array]:
+        return {} if self.multiplier is None else self.multiplier
+
+    def forms(self, form: Form) -> Mapping[str, Form]:
+        """Codes are a stream of bits in uint32; affine scales and biases have the weight's dtype."""
+        rows, width = form.shape
+        codes = Form((rows, width * self.form.bits // 32), "U32")
+        groups, biased = (rows, width // self.form.group_size), kind_of(self.form).biased
+        parts = {"weight": codes, "scales": Form(groups, form.dtype if biased else "U8")}
+        if biased:
+            parts["biases"] = parts["scales"]
+        parts |= self.absorbed()
+        return parts if self.multiplier is None else parts | {MULTIPLIER: Form((), "F32")}
+
+    def rows(self, rows: Array, form: Form, start: int) -> Mapping[str, Array]:
+        """Raises CheckpointError when a value is not finite or cannot be represented."""
+        multiplier = 1.0 if self.multiplier is None else self.multiplier.value
+        try:
+            if self.known and (feedback := self.known.feedback(self.form)):
+                packed, loss = pack_in_turn(rows, self.form, feedback, multiplier)
+            else:
+                packed, loss = pack(rows, self.form, self.known.inputs() if self.known else None, multiplier)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.name} cannot be quantized", str(error), "use the checkpoint as published"
+            ) from error
+        self.tally.add(len(rows), loss)
+        parts = {"weight": packed.codes, "scales": packed.scales}
+        if packed.biases is not None:
+            parts["biases"] = packed.biases
+        if self.known and packed.drift is not None:
+            parts[BIAS] = self.known.corrected(packed.drift, start)
+        return parts
+
+
+def quantized(move: Move, form: Storage, known: Known | None = None, multiplier: float | None = None) -> Move:
+    """The move with its weight quantized; `multiplier` is given where the tensor was packed before."""
+    made = None
+    if kind_of(form).multiplied:
+        made = Multiplier(lambda: output_multiplier(_largest(move)) if multiplier is None else multiplier)
+    return replace(move, packing=Quantize(form, move.tensor.name, made, known))
+
+
+def _largest(move: Move) -> float:
+    """The largest absolute value of the tensor as it would be without packing."""
+    return max(_largest_of(rows) for rows in values_of(move))
+
+
+def _largest_of(rows: Array) -> float:
+    if rows.dtype == np.uint16:  # bfloat16: codes without sign are in the order of their values
+        return float(bf16_to_f32((rows & np.uint16(0x7FFF)).max(initial=0, keepdims=True).reshape(1))[0])
+    return float(np.abs(rows).max(initial=0))
+
+
+def packings(moves: Iterable[Move]) -> dict[str, tuple[Move, Quantize]]:
+    """The layers that are quantized among a component's tensors, in natural order."""
+    layers = packed_layers(moves)
+    return {layer: (m, m.packing) for layer, m in layers.items() if isinstance(m.packing, Quantize)}

@@ -1,0 +1,1 @@
+"""Which layers get which bits, as data."""

@@ -1,0 +1,187 @@
+"""Which layers are quantized, and at how many bits: recipes are data (recipes/*.json, or a user's file).
+
+`quantize` names the layers that are touched at all. They get the recipe's `bits`, or those that were asked for; rules
+of `at_least` raise that for the layers they name, and rules of `at_most` limit how far. Layers are named by patterns
+over their path in the network, which all of the path must match. A recipe that `extends` another one has its rules too,
+and its bits unless it has its own."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from ltx2.quant.codes.kinds import KINDS
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.files.jsonfile import read_object
+from ltx2.runtime.model.layout import COMPONENTS
+
+BITS = KINDS["affine"].bits
+EVERY = "uniform"  # the recipe that names all layers that are ever packed
+FOLDER = Path(__file__).parent
+GENERAL = "mixed"  # for bits that no preset is made for
+KEYS = {"about", "extends", "bits", "quantize", "at_least", "at_most"}
+
+# Path of a layer, bits -> relative error of its output at so many bits; None where that is not known.
+Error = Callable[[str, int], float | None]
+
+
+def unknown(layer: str, bits: int) -> None:
+    """No error is known."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers of `component` whose path matches `layers`; `why` is for the reader.
+
+    With `first` or `last` (shares of the number of blocks, rounded up) only layers of the blocks at these ends. With
+    `error` (in `at_most` only) just layers whose output is known to have no larger relative error at these bits.
+    """
+
+    component: str
+    layers: str
+    bits: int = 0
+    first: float = 0.0
+    last: float = 0.0
+    error: float = 0.0
+    why: str = ""
+
+    def covers(self, layer: str, counts: Mapping[str, int]) -> bool:
+        """Whether the rule names this layer; `counts` holds the number of blocks under each path."""
+        return bool(re.fullmatch(self.layers, layer)) and (not (self.first or self.last) or self._at_end(layer, counts))
+
+    def allows(self, layer: str, error: Error) -> bool:
+        """Whether the layer bears so few bits."""
+        return not self.error or ((found := error(layer, self.bits)) is not None and found <= self.error)
+
+    def _at_end(self, layer: str, counts: Mapping[str, int]) -> bool:
+        block = block_of(layer)
+        if block is None:
+            return False
+        path, index = block
+        return index < ceil(self.first * counts[path]) or index >= counts[path] - ceil(self.last * counts[path])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named recipe. `own_bits` are what layers get that no rule names, where no others are asked for."""
+
+    name: str
+    quantize: tuple[Rule, ...]
+    at_least: tuple[Rule, ...]
+    at_most: tuple[Rule, ...] = ()
+    own_bits: int | None = None
+
+    def bits(self, component: str, layers: Sequence[str], chosen: int, error: Error = unknown) -> dict[str, int]:
+        """Bits of every layer of the component that is quantized; `layers` are the paths of all its layers."""
+        counts = block_counts(layers)
+
+        def naming(rules: Iterable[Rule], layer: str) -> list[Rule]:
+            return [rule for rule in rules if rule.component == component and rule.covers(layer, counts)]
+
+        def bits_of(layer: str) -> int:
+            raised = max([chosen, *(rule.bits for rule in naming(self.at_least, layer))])
+            lower = [rule for rule in naming(self.at_most, layer) if rule.bits < raised] if raised > chosen else []
+            return max(chosen, min([raised, *(rule.bits for rule in lower if rule.allows(layer, error))]))
+
+        return {layer: bits_of(layer) for layer in layers if naming(self.quantize, layer)}
+
+    def extending(self, other: "Recipe") -> "Recipe":
+        """With the rules of another recipe as well, and with its bits where this one has none."""
+        return replace(
+            self,
+            quantize=other.quantize + self.quantize,
+            at_least=other.at_least + self.at_least,
+            at_most=other.at_most + self.at_most,
+            own_bits=self.own_bits or other.own_bits,
+        )
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with ltx2."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def choose_recipe(name: str | None, bits: int) -> Recipe:
+    """The recipe of this name; without one the preset for so many bits (q4), or a general one where there is none.
+
+    Raises InputError as `load_recipe`.
+    """
+    preset = f"q{bits}"
+    return load_recipe(name or (preset if preset in recipe_names() else GENERAL))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by its name or file. Raises InputError when there is none or it is malformed."""
+    path = _path(name)
+    try:
+        return _read(path, ())
+    except OSError as error:
+        raise InputError(
+            f"there is no recipe {name!r}", str(error), f"use {' or '.join(recipe_names())}, or the path of a file"
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
+        raise InputError(
+            f"the recipe {path} cannot be used",
+            f"{type(error).__name__}: {error}",
+            "write it like the recipes that come with ltx2 (quant/recipes)",
+        ) from error
+
+
+def _path(name: str, folder: Path = Path()) -> Path:
+    return FOLDER / f"{name}.json" if name in recipe_names() else folder / name
+
+
+def _read(path: Path, extending: tuple[Path, ...]) -> Recipe:
+    """`extending`: the recipes that this one is read for."""
+    if path in extending:
+        raise ValueError(f"{path.name} extends itself")
+    data = read_object(path)
+    if unknown_keys := data.keys() - KEYS:
+        raise ValueError(f"{min(unknown_keys)!r} is no part of a recipe")
+    parent = _read(_path(data["extends"], path.parent), (*extending, path)) if "extends" in data else None
+    own = {"at_most": []} | ({"quantize": [], "at_least": []} if parent else {}) | data
+    recipe = Recipe(
+        path.stem,
+        _rules(own["quantize"]),
+        _rules(own["at_least"]),
+        _rules(own["at_most"], lowering=True),
+        _checked_bits(data["bits"]) if "bits" in data else None,
+    )
+    return recipe.extending(parent) if parent else recipe
+
+
+def _rules(rows: Iterable[Mapping[str, Any]], lowering: bool = False) -> tuple[Rule, ...]:
+    rules = tuple(Rule(**row) for row in rows)
+    for rule in rules:
+        re.compile(rule.layers)
+        if not all(0 <= share <= 1 for share in (rule.first, rule.last, rule.error)):
+            raise ValueError("first, last and error are shares between 0 and 1")
+        if rule.error and not lowering:
+            raise ValueError("only rules of at_most ask for an error")
+        if rule.component not in COMPONENTS:
+            raise ValueError(f"there is no component {rule.component!r}")
+        if rule.bits or lowering:
+            _checked_bits(rule.bits)
+    return rules
+
+
+def _checked_bits(bits: object) -> int:
+    if not isinstance(bits, int) or bits not in BITS:
+        raise ValueError(f"{bits} bits are not possible, only {', '.join(map(str, BITS))}")
+    return bits
+
+
+def block_of(layer: str) -> tuple[str, int] | None:
+    """`transformer_blocks.7.attn1.to_q` -> (`transformer_blocks`, 7)"""
+    match = re.match(r"(.*?)\.(\d{1,9})\.", layer)
+    return (match[1], int(match[2])) if match else None
+
+
+def block_counts(layers: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for layer in layers:
+        if (block := block_of(layer)) is not None:
+            counts[block[0]] = max(counts.get(block[0], 0), block[1] + 1)
+    return counts

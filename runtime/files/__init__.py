@@ -1,0 +1,1 @@
+"""Bytes on disk: paths, JSON, tensor files and ranges of them. No MLX, no model."""

@@ -1,0 +1,171 @@
+"""safetensors files with numpy only: headers, and tensors on demand, mapped or read by ranges of bytes."""
+
+import json
+import mmap
+import os
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ltx2.runtime.errors import CheckpointError, UnsupportedError
+from ltx2.runtime.files.paths import open_regular
+from ltx2.runtime.files.ranges import RangeReader
+
+# numpy has no bfloat16 or float8: their codes travel as unsigned integers of the same width.
+NUMPY_DTYPES: Mapping[str, str] = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1", "F8_E5M2": "|u1", "F8_E8M0": "|u1",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
+    "BOOL": "|b1",
+}  # fmt: skip
+HEADER_BYTES = 4 << 20  # the longest that is read: 80,000 tensors take 3 s and 300 MB; published ones have 1.5 MB
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: safetensors dtype name, shape, and its byte range from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file's header. Data are read on demand with `array`."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+    size: int = field(default=0)
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        with self.path.open("rb") as f:
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_SEQUENTIAL)  # longer read-ahead
+        return mapped
+
+    def array(self, name: str) -> Array:
+        """The tensor as a read-only memory map; BF16 and FP8 as their integer codes (see NUMPY_DTYPES).
+
+        Raises UnsupportedError for a dtype that no published file uses.
+        """
+        info, dtype = self.tensors[name], self.numpy_dtype(name)
+        try:
+            return np.frombuffer(self._map, dtype, prod(info.shape), info.start).reshape(info.shape)
+        except ValueError as error:  # shorter than when it was opened, or a shape beyond numpy's limits
+            raise CheckpointError(
+                f"tensor {name} of {self.path.name} cannot be read", str(error), "check that nothing writes the file"
+            ) from error
+
+    @cached_property
+    def reader(self) -> RangeReader:
+        """The file's bytes by range, for what is read once."""
+        return RangeReader(self.path)
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Some rows (of axis 0) in memory of their own. Raises what `array` and reading raise."""
+        info, dtype = self.tensors[name], self.numpy_dtype(name)
+        row = info.nbytes // max(1, info.shape[0])
+        raw = self.reader.read(info.start + start * row, info.start + stop * row)
+        return raw.view(dtype).reshape(stop - start, *info.shape[1:])
+
+    def numpy_dtype(self, name: str) -> np.dtype[Any]:
+        """How a tensor's values travel. Raises UnsupportedError for a dtype that no published file uses."""
+        dtype = self.tensors[name].dtype
+        if dtype not in NUMPY_DTYPES:
+            raise UnsupportedError(
+                f"tensor {name} of {self.path.name} cannot be read",
+                f"its dtype is {dtype}",
+                f"use a file with {', '.join(NUMPY_DTYPES)}",
+            )
+        return np.dtype(NUMPY_DTYPES[dtype])
+
+
+def open_tensorfile(path: Path) -> TensorFile:
+    """Read a safetensors header.
+
+    Raises CheckpointError for what the safetensors library rejects, for duplicate names, for a header of more than
+    HEADER_BYTES, and for what is no file.
+    """
+    try:
+        with open_regular(path) as f:
+            length = _header_length(f)
+            with safe_open(path, framework="numpy"):
+                pass
+            header = json.loads(f.read(length), object_pairs_hook=_no_duplicates)
+            metadata = header.pop("__metadata__", None) or {}
+            tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
+            return TensorFile(path, metadata, tensors, os.fstat(f.fileno()).st_size)
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:  # the last two: it changed meanwhile
+        raise CheckpointError(
+            f"{path.name} is not a valid safetensors file",
+            str(error),
+            "download it again; an interrupted download leaves a truncated file",
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}", str(error), "check the path and its permissions") from error
+
+
+def _header_length(f: BinaryIO) -> int:
+    start = f.read(8)
+    if len(start) < 8:
+        raise ValueError(f"it has {len(start)} bytes, and its header's length alone takes 8")
+    (length,) = struct.unpack("<Q", start)
+    if length > HEADER_BYTES:
+        raise ValueError(f"its header is said to have {length} bytes, and at most {HEADER_BYTES >> 20} MiB are read")
+    return int(length)
+
+
+def _tensor_info(name: str, entry: Any, base: int) -> TensorInfo:
+    """An entry of the header; the library also reads one that is a list of the three values."""
+    keys = ("dtype", "shape", "data_offsets")
+    dtype, shape, (start, end) = entry if isinstance(entry, list) else (entry[key] for key in keys)
+    if not isinstance(dtype, str):
+        raise ValueError(f"the dtype of {name!r} is not a name")
+    return TensorInfo(name, dtype, tuple(shape), base + start, base + end)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {twice!r} occurs twice in the header")
+    return result
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as manifests and journals record it: base name, size in bytes, SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def bf16_to_f32(codes: Array) -> Array:
+    """bfloat16 codes (uint16) to float32, exact."""
+    return (codes.astype(np.uint32) << 16).view(np.float32)
+
+
+def f32_to_bf16(values: Array) -> Array:
+    """float32 to bfloat16 codes (uint16), rounding half to even; NaN stays NaN."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)

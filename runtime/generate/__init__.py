@@ -1,0 +1,1 @@
+"""One run: options become phases, phases make a clip."""

@@ -1,0 +1,56 @@
+"""A finished clip: its frames in memory, what is saved of it, and what is left to do once its video file is there."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ltx2.runtime.files.paths import write_text
+from ltx2.runtime.generate.request import Sizes
+from ltx2.runtime.generate.sidecar import sidecar_path
+from ltx2.runtime.media.video import AudioTrack, write_video
+
+
+@dataclass(frozen=True)
+class Clip:
+    """frames: uint8 (F, H, W, 3); audio: float32 (channels, samples) or None; latents: normalised, float32;
+    record: what its sidecar holds; state: the file its run could be continued from, which goes when it is saved."""
+
+    frames: np.ndarray
+    audio: np.ndarray | None
+    sample_rate: int
+    fps: float
+    latents: Mapping[str, np.ndarray]
+    record: Mapping[str, Any]
+    state: Path | None = None
+
+    def save(self, path: str | Path) -> Path:
+        """Write the mp4 and, beside it, the sidecar JSON. Returns the video's path."""
+        video = Path(path)
+        audio = None if self.audio is None else AudioTrack(self.audio, self.sample_rate)
+        write_video(video, [self.frames], fps=self.fps, audio=audio)
+        conclude(video, self.record, self.state)
+        return video
+
+
+class FrameBuffer:
+    """All frames of a clip, filled group by group: collecting the groups would need their memory twice."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.frames = np.empty((sizes.frames, sizes.height, sizes.width, 3), np.uint8)
+        self._done = 0
+
+    def write(self, frames: np.ndarray) -> None:
+        """Add a group (F, H, W, 3)."""
+        self.frames[self._done : self._done + len(frames)] = frames
+        self._done += len(frames)
+
+
+def conclude(video: Path, record: Mapping[str, Any], state: Path | None) -> None:
+    """Write the sidecar beside a finished video; the state of its run is not needed any more."""
+    write_text(sidecar_path(video), json.dumps(record, indent=2) + "\n")
+    if state is not None:
+        state.unlink(missing_ok=True)

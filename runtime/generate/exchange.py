@@ -1,0 +1,105 @@
+"""The tensor files users exchange with other engines: noise, latents, embeddings. All float32 safetensors, channels
+first, batch 1."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.files.paths import check_output
+from ltx2.runtime.files.tensors import open_tensorfile
+from ltx2.runtime.files.tensorwrite import write_tensorfile
+from ltx2.runtime.sampling.latents import AUDIO_FREQUENCIES, Grid, Latents
+
+MOST_BYTES = 10**9  # of one tensor; a minute of 4K has 0.75 GB of latents
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """The connectors' outputs for one prompt: (1, tokens, width) each."""
+
+    video: mx.array
+    audio: mx.array
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as float32; the file appears under its name only when complete."""
+    check_output(path)
+    values = {name: ("F32", np.array(value.astype(mx.float32))) for name, value in tensors.items()}
+    write_tensorfile(Path(path), values, metadata or {})
+
+
+def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array]:
+    """The named float32 tensors. Raises InputError when one is missing, of another dtype, or not finite."""
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"cannot read {file}", "there is no such file", "check the path")
+    tensors = open_tensorfile(file)
+    result = {}
+    for name in names:
+        if name not in tensors.tensors:
+            have = ", ".join(sorted(tensors.tensors)) or "nothing"
+            raise InputError(f"{file.name} has no tensor {name!r}", f"it holds {have}", "use a file of the right kind")
+        if tensors.tensors[name].dtype != "F32":
+            why = f"it is {tensors.tensors[name].dtype}"
+            raise InputError(f"{name} in {file.name} is not float32", why, "save the tensors as float32")
+        if (size := tensors.tensors[name].nbytes) > MOST_BYTES:
+            why = f"it has {size / 1e9:.3g} GB, and no clip needs more than {MOST_BYTES / 1e9:g}"
+            raise InputError(f"{name} in {file.name} is too large", why, "use a file of the right kind")
+        values = np.array(tensors.array(name))
+        if not np.isfinite(values).all():
+            why = f"{name} holds NaN or infinite values"
+            raise InputError(f"{file.name} is damaged", why, "make the file again")
+        result[name] = mx.array(values)
+    return result
+
+
+def read_noise(path: str | Path, grids: list[Grid]) -> list[Latents]:
+    """`stageN.video`, `stageN.audio` for every stage, checked against the stages' grids."""
+    result = []
+    for number, grid in enumerate(grids, start=1):
+        video, audio = f"stage{number}.video", f"stage{number}.audio"
+        tensors = read_tensors(path, (video, audio))
+        _check_shape(path, video, tensors[video], grid.video_shape)
+        _check_shape(path, audio, tensors[audio], grid.audio_shape)
+        result.append(Latents(tensors[video], tensors[audio]))
+    return result
+
+
+def read_latents(path: str | Path, channels: int, audio_channels: int) -> Latents:
+    """`video` (1, channels, F, H, W) and `audio` (1, audio_channels, T, 16)."""
+    tensors = read_tensors(path, ("video", "audio"))
+    video, audio = tensors["video"], tensors["audio"]
+    _check_shape(path, "video", video, (1, channels, *video.shape[2:5]) if video.ndim == 5 else (1, channels, 1, 1, 1))
+    _check_shape(path, "audio", audio, (1, audio_channels, audio.shape[2] if audio.ndim == 4 else 1, AUDIO_FREQUENCIES))
+    return Latents(video, audio)
+
+
+def write_latents(path: str | Path, latents: Latents) -> None:
+    write_tensors(path, {"video": latents.video, "audio": latents.audio})
+
+
+def read_embeddings(path: str | Path, width: int) -> Contexts:
+    """`video_context` and `audio_context`, (1, tokens, width)."""
+    tensors = read_tensors(path, ("video_context", "audio_context"))
+    for name, value in tensors.items():
+        if value.ndim != 3 or value.shape[0] != 1 or value.shape[2] != width:
+            why = f"its shape is {list(value.shape)}, this model needs [1, tokens, {width}]"
+            raise InputError(f"{name} in {Path(path).name} cannot be used", why, "use a file from --save-embeddings")
+    return Contexts(tensors["video_context"], tensors["audio_context"])
+
+
+def write_embeddings(path: str | Path, contexts: Contexts) -> None:
+    write_tensors(path, {"video_context": contexts.video, "audio_context": contexts.audio})
+
+
+def _check_shape(path: str | Path, name: str, value: mx.array, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise InputError(
+            f"{name} in {Path(path).name} has the wrong shape",
+            f"it is {list(value.shape)}, this model and size need {list(shape)}",
+            "use a file made for the same model, size, frame count and frame rate",
+        )

@@ -1,0 +1,102 @@
+"""Linear layers of a network that are called through a function of ours: to see their inputs, or to change their
+outputs; and a denoiser whose calls are seen. A module stays what it is, with its parameters under their names."""
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.layers.rope import Positions
+from ltx2.runtime.networks.transformer.model import Prepared, StreamInput, Transformer
+
+# path in the network (the layer's name in the model folder), the layer as it was, its input -> its output
+Call = Callable[[str, nn.Module, mx.array], mx.array]
+Seen = Callable[[str, nn.Module, mx.array], None]
+
+
+def intercept(network: nn.Module, call: Call) -> None:
+    """From now on every linear layer's output is `call(path, layer, x)`, where `layer(x)` is what it was before. Packed
+    layers count; embeddings do not. Of two calls for one network the last one is in force."""
+    for path, layer in network.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.__class__ = _InterceptedLinear
+        elif isinstance(layer, QuantizedLinear):
+            layer.__class__ = _InterceptedQuantizedLinear
+        else:
+            continue
+        layer._path, layer._call = path, call
+
+
+def watch(network: nn.Module, seen: Seen) -> None:
+    """From now on `seen(path, layer, x)` is called before every linear layer; see `intercept`.
+
+    `x` is what the layer is given, lazy as MLX's arrays are: who keeps a sum of it must evaluate that sum there and
+    then, or every input stays in memory until it does.
+    """
+
+    def call(path: str, layer: nn.Module, x: mx.array) -> mx.array:
+        seen(path, layer, x)
+        return cast(Callable[[mx.array], mx.array], layer)(x)
+
+    intercept(network, call)
+
+
+class _InterceptedLinear(nn.Linear):
+    def __call__(self, x: mx.array) -> mx.array:
+        return _called(self, nn.Linear, x)
+
+
+class _InterceptedQuantizedLinear(QuantizedLinear):
+    def __call__(self, x: mx.array) -> mx.array:
+        return _called(self, QuantizedLinear, x)
+
+
+def _called(layer: nn.Module, kind: type[nn.Module], x: mx.array) -> mx.array:
+    plain = copy(layer)  # shares the parameters; made for this call, so it holds no weight that is released meanwhile
+    plain.__class__ = kind
+    call: Call = layer._call
+    return call(layer._path, plain, x)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What one stream of a denoiser was given: tokens and noise levels, text (1, text tokens, width), positions (axes,
+    tokens)."""
+
+    given: StreamInput
+    text: mx.array
+    positions: Positions
+
+
+Called = Callable[[Stream, Stream], None]  # with the video's and the audio's
+
+
+def watch_calls(transformer: Transformer, called: Called) -> None:
+    """From now on `called` is told what the transformer is given before each of its calls. Several may be told."""
+    if not isinstance(transformer, _WatchedTransformer):
+        transformer.__class__ = _WatchedTransformer
+        transformer._called = []
+    transformer._called.append(called)
+
+
+class _WatchedTransformer(Transformer):
+    _called: list[Called]
+
+    def prepare_video(self, text: mx.array, positions: Positions) -> Prepared:
+        self._video = text, positions
+        return super().prepare_video(text, positions)
+
+    def prepare_audio(self, text: mx.array, positions: Positions) -> Prepared:
+        self._audio = text, positions
+        return super().prepare_audio(text, positions)
+
+    def __call__(
+        self, video: StreamInput, audio: StreamInput, video_prepared: Prepared, audio_prepared: Prepared
+    ) -> tuple[mx.array, mx.array]:
+        for called in self._called:
+            called(Stream(video, *self._video), Stream(audio, *self._audio))
+        return super().__call__(video, audio, video_prepared, audio_prepared)

@@ -1,0 +1,70 @@
+"""Multi-head attention with RMS-normalised queries and keys, and the feed-forward network: the two halves of every
+transformer and connector block."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ltx2.runtime.layers.rope import Rope, apply_rope
+from ltx2.runtime.machine.bounded import divided
+
+
+class Attention(nn.Module):
+    """Self- or cross-attention of inner width `heads * head_dim`; queries and keys are normalised over the whole
+    inner width before they are rotated."""
+
+    def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.heads = heads
+        self.scale = head_dim**-0.5
+        self.to_q = nn.Linear(query_dim, inner)
+        self.to_k = nn.Linear(context_dim, inner)
+        self.to_v = nn.Linear(context_dim, inner)
+        self.to_out = nn.Linear(inner, query_dim)
+        self.q_norm = nn.RMSNorm(inner, eps=eps)
+        self.k_norm = nn.RMSNorm(inner, eps=eps)
+
+    def __call__(
+        self, x: mx.array, context: mx.array | None = None, rope: Rope | None = None, context_rope: Rope | None = None
+    ) -> mx.array:
+        """x: (batch, tokens, query_dim); context: (batch, keys, context_dim), x itself if None.
+
+        `rope` rotates the queries and, where no `context_rope` is given for them, the keys of self-attention.
+        """
+        source = x if context is None else context
+        q = self._heads(self.q_norm(self.to_q(x)), rope)
+        k = self._heads(self.k_norm(self.to_k(source)), rope if context is None else context_rope)
+        v = self._heads(self.to_v(source), None)
+
+        def attend(q: mx.array) -> mx.array:
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
+
+        out = divided(attend, q, axis=2, flops=4 * q.size * k.shape[2])
+        return self.to_out(out.transpose(0, 2, 1, 3).flatten(2))
+
+    def _heads(self, x: mx.array, rope: Rope | None) -> mx.array:
+        """(batch, tokens, inner) -> (batch, heads, tokens, head_dim)"""
+        x = x.reshape(*x.shape[:2], self.heads, -1)
+        return (x if rope is None else apply_rope(x, rope)).transpose(0, 2, 1, 3)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh approximation), Linear, four times as wide inside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(dim, 4 * dim)
+        self.proj_out = nn.Linear(4 * dim, dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return divided(self._feed, x, axis=1, flops=8 * x.size * x.shape[-1])
+
+    def _feed(self, x: mx.array) -> mx.array:
+        return self.proj_out(gelu_tanh(self.proj_in(x)))
+
+
+@mx.compile  # not shapeless: that takes a strided kernel, 3x slower
+def gelu_tanh(x: mx.array) -> mx.array:
+    """GELU by its tanh approximation, in float32 inside one fused kernel (x*x*x because a power is 8x slower)."""
+    y = x.astype(mx.float32)
+    return (0.5 * y * (1 + mx.tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))).astype(x.dtype)

@@ -1,0 +1,207 @@
+"""How to multiply with packed weights: by MLX's kernel for them, or by unpacking them first and multiplying as usual.
+
+Few rows favour the first, many the second, and where they cross is the machine's: the two are up to five times apart,
+either way. So it is measured, once per machine and form of weights, and kept in a file."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ltx2.runtime.errors import Ltx2Error
+from ltx2.runtime.files.paths import write_text
+
+AUTO = "auto"
+ROWS = (128, 1024, 4096)  # measured: a sound's or a prompt's tokens, a text's, a picture's
+SIDE = 4096  # of the weights that are measured
+REPETITIONS = 5
+FILE = Path(".cache") / "ltx2" / "products.json"  # under the user's home
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a layer's weight is packed, as config.json says it."""
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+    def __str__(self) -> str:
+        return f"{self.mode}-{self.bits}-{self.group_size}"
+
+
+class Codes(NamedTuple):
+    """A packed weight (outputs, inputs): MLX's codes, scales and biases. `plain`: all scales are 1."""
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array | None
+    form: Form
+    plain: bool = False
+
+
+Product = Callable[[mx.array, Codes, mx.array | None], mx.array]
+
+
+def packed(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
+    """x (..., inputs) @ W^T + bias by MLX's kernel for packed weights."""
+    weight, scales, biases, form, _ = codes
+    product = mx.quantized_matmul(
+        x,
+        weight,
+        scales=scales,
+        biases=biases,
+        transpose=True,
+        group_size=form.group_size,
+        bits=form.bits,
+        mode=form.mode,
+    )
+    return product if bias is None else product + bias
+
+
+def dequantized(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
+    """x (..., inputs) @ W^T + bias, with W unpacked by MLX's kernel to x's dtype."""
+    weight, scales, biases, form, _ = codes
+    parts = (weight, scales) if biases is None else (weight, scales, biases)
+    return _dequantized_linear(x, parts, () if bias is None else (bias,), form.group_size, form.bits, form.mode)
+
+
+def widened(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
+    """x (..., inputs) @ W^T + bias, with W unpacked by one fused elementwise kernel, where the form allows it."""
+    weight, scales, biases, form, plain = codes
+    biased = () if bias is None else (bias,)
+    if plain and form.bits == 8:
+        return _fp8_linear(x, weight, *biased)
+    if biases is None or form.bits not in (4, 8):
+        return dequantized(x, codes, bias)
+    return (_nibble_linear if form.bits == 4 else _byte_linear)(x, weight, scales, biases, *biased)
+
+
+# Whole layers are compiled: called 1300 times a step, each operation from Python would cost more than it takes.
+
+
+@mx.compile
+def _dequantized_linear(
+    x: mx.array, parts: tuple[mx.array, ...], bias: tuple[mx.array, ...], group_size: int, bits: int, mode: str
+) -> mx.array:
+    weight, scales, *biases = parts
+    first = biases[0] if biases else None
+    values = mx.dequantize(weight, scales, first, group_size=group_size, bits=bits, mode=mode, dtype=x.dtype)
+    return _linear(x, values, *bias)
+
+
+@mx.compile
+def _fp8_linear(x: mx.array, codes: mx.array, *bias: mx.array) -> mx.array:
+    return _linear(x, mx.from_fp8(codes.view(mx.uint8), dtype=x.dtype), *bias)
+
+
+@mx.compile
+def _byte_linear(x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, *bias: mx.array) -> mx.array:
+    values = codes.view(mx.uint8).reshape(*scales.shape, -1)
+    return _linear(x, _unpacked(values, scales[..., None], biases[..., None], x.dtype), *bias)
+
+
+@mx.compile
+def _nibble_linear(x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, *bias: mx.array) -> mx.array:
+    words = codes.reshape(*scales.shape, -1, 1) >> mx.arange(0, 32, 4, dtype=mx.uint32)
+    return _linear(x, _unpacked(words & 15, scales[..., None, None], biases[..., None, None], x.dtype), *bias)
+
+
+def _unpacked(codes: mx.array, scales: mx.array, biases: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Codes (outputs, ...) to values (outputs, inputs), computed in float32 and rounded once."""
+    values = codes.astype(mx.float32) * scales.astype(mx.float32) + biases.astype(mx.float32)
+    return values.astype(dtype).reshape(codes.shape[0], -1)
+
+
+def _linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+
+PRODUCTS: Mapping[str, Product] = {"packed": packed, "dequantized": dequantized, "widened": widened}
+CHOICES = (AUTO, *PRODUCTS)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The product for each number of rows (batch x tokens): that of the nearest measured number, or of all."""
+
+    by_rows: tuple[tuple[int, str], ...] = ((1, "packed"),)
+
+    @cache  # noqa: B019 (there are few choices, and few numbers of rows)
+    def product(self, rows: int) -> Product:
+        """The function for so many rows."""
+        _, name = min(self.by_rows, key=lambda entry: abs(math.log(entry[0] / max(rows, 1))))
+        return PRODUCTS[name]
+
+
+def choose(form: Form, dtype: mx.Dtype, wanted: str) -> Choice:
+    """The products of a form: the one that is wanted, or (`auto`) the fastest on this machine for each number of
+    rows. On a CPU, which is for tests, always the same, for the same bits in every run: there MLX's own kernel for
+    packed weights is slow, and coarse in 16 bits."""
+    if wanted != AUTO:
+        return Choice(((1, wanted),))
+    if _on_cpu():
+        return Choice(((1, "dequantized"),))
+    kept, key = _read(), f"{mx.device_info().get('device_name')}, mlx {metadata.version('mlx')}, {form}, {dtype}"
+    if key not in kept:
+        kept[key] = {str(rows): _times(form, dtype, rows) for rows in ROWS}
+        _write(kept)
+    return Choice(tuple((int(rows), min(times, key=lambda name: times[name])) for rows, times in kept[key].items()))
+
+
+def _on_cpu() -> bool:
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+Kept = dict[str, dict[str, dict[str, float]]]  # machine and form -> rows -> product -> seconds
+
+
+def _times(form: Form, dtype: mx.Dtype, rows: int) -> dict[str, float]:
+    """Seconds of every product, the fastest of some: what disturbs a measurement only makes it slower."""
+    codes, x = _example(form, dtype), mx.ones((1, rows, SIDE), dtype)
+    mx.eval(x, *(part for part in codes[:3] if part is not None))
+    times = dict.fromkeys(PRODUCTS, math.inf)
+    for _ in range(1 + REPETITIONS):  # the first compiles
+        for name, product in PRODUCTS.items():
+            start = time.perf_counter()
+            mx.eval(product(x, codes, None))
+            times[name] = min(times[name], time.perf_counter() - start)
+    return times
+
+
+def _example(form: Form, dtype: mx.Dtype) -> Codes:
+    """Weights of ones or so: times do not depend on the values."""
+    words = mx.full((SIDE, SIDE * form.bits // 32), 0x11111111, mx.uint32)
+    shape = (SIDE, SIDE // form.group_size)
+    if form.mode == "affine":
+        return Codes(words, mx.ones(shape, dtype), mx.zeros(shape, dtype), form)
+    return Codes(words, mx.full(shape, 56, mx.uint8), None, form, plain=form.mode == "mxfp8")
+
+
+def _read() -> Kept:
+    try:
+        kept = json.loads((Path.home() / FILE).read_text())
+        return {key: {rows: _known(times) for rows, times in entry.items()} for key, entry in kept.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):  # none yet, or another's
+        return {}
+
+
+def _known(times: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(times[name]) for name in PRODUCTS}
+
+
+def _write(kept: Kept) -> None:
+    """What cannot be kept is measured again the next time."""
+    try:
+        path = Path.home() / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(kept, indent=1) + "\n")
+    except (OSError, RuntimeError, Ltx2Error):
+        return

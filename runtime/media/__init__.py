@@ -1,0 +1,1 @@
+"""Pictures and sound in files, by the bundled ffmpeg."""

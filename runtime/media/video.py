@@ -1,0 +1,297 @@
+"""Video files, written and read through the ffmpeg program that imageio-ffmpeg brings along.
+
+Frames are streamed, so a clip is never held whole; a file appears under its name only when it is complete."""
+
+import fcntl
+import os
+import subprocess
+import wave
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+import numpy as np
+
+from ltx2.runtime.errors import InputError, MediaError, NumericsError
+from ltx2.runtime.files.paths import check_output
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Said explicitly: ffmpeg would convert with BT.601, and players take HD for BT.709 and show other colours.
+COLOUR = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p,"
+    "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+)
+
+
+VIDEO_CODEC, AUDIO_CODEC = "libx264", "aac"
+REINSTALL = "pip install --force-reinstall imageio-ffmpeg, or name another program in IMAGEIO_FFMPEG_EXE"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """libx264 settings: quality (0 is lossless, 51 worst) and effort."""
+
+    crf: int = 19
+    preset: str = "medium"
+
+
+DELIVERY = Encoding()
+
+
+@dataclass(frozen=True)
+class AudioTrack:
+    """Sound: float (channels, samples) in [-1, 1], and its samples per second."""
+
+    samples: Array
+    sample_rate: int
+
+
+def check_target(path: Path) -> None:
+    """Find out before a clip is made what would prevent writing it to `path`.
+
+    Raises InputError for the path, MediaError where ffmpeg is missing or has no encoder for clips.
+    """
+    check_output(path)
+    if path.suffix.lower() != ".mp4":
+        raise InputError(f"cannot write {path}", "clips are written as mp4", f"use {path.with_suffix('.mp4')}")
+    _check_encoders(_program())
+
+
+def encoding_memory(width: int, height: int) -> int:
+    """Bytes that ffmpeg takes while it encodes, for any number of frames: it looks ahead, further with more threads.
+    Measured at 768x512 and 1920x1088 with 1, 3 and 18 of them."""
+    threads = min(3 * (os.cpu_count() or 1) // 2, height // 32)  # as libx264 chooses
+    return 40_000_000 + width * height * (250 + 15 * threads)
+
+
+@contextmanager
+def video_writer(
+    path: Path, *, fps: float, audio: AudioTrack | None = None, encoding: Encoding = DELIVERY
+) -> Iterator["VideoWriter"]:
+    """An mp4 file that grows with the pictures it is given: H.264 in BT.709 4:2:0, with stereo AAC when there is sound.
+
+    It takes its name when the block ends without an exception; a file that was there is replaced then, or not at all.
+    Until then it is `<name>.partial`. All frames and all samples are kept, whichever end first.
+
+    Raises InputError for unusable arguments, NumericsError for sound that is not finite, MediaError when writing
+    fails: when a picture is written, or at the end.
+    """
+    check_target(path)
+    options = ["-f", "rawvideo", "-pixel_format", "rgb24", "-framerate", str(_rate(fps)), "-i", "pipe:0"]
+    with ExitStack() as stack:
+        with _explained(path):
+            log = stack.enter_context(TemporaryFile())  # a pipe could fill up and block ffmpeg
+            sound = stack.enter_context(TemporaryFile()) if audio is not None else None
+            if audio is not None and sound is not None:
+                _write_wav(sound, audio)
+                options += ["-i", f"pipe:{sound.fileno()}", "-c:a", AUDIO_CODEC, "-b:a", "192k", "-ac", "2"]
+            partial = stack.enter_context(_claimed(path.absolute().with_name(path.name + ".partial")))
+        options += ["-c:v", VIDEO_CODEC, "-crf", str(encoding.crf), "-preset", encoding.preset, "-vf", COLOUR]
+        # No -shortest: sound is often a little shorter than the picture, which must not lose frames.
+        options += ["-movflags", "+faststart", "-f", "mp4", str(partial)]
+        writer = VideoWriter(path, options, log, sound)
+        stack.callback(writer.stop)
+        yield writer
+        writer.finish()
+        with _explained(path):
+            partial.replace(path)
+
+
+class VideoWriter:
+    """A file that is being written (see `video_writer`). ffmpeg starts with the first picture, which says the size."""
+
+    def __init__(self, path: Path, options: list[str], log: IO[bytes], sound: IO[bytes] | None) -> None:
+        self._path = path
+        self._options = options
+        self._log = log
+        self._sound = sound
+        self._shape: tuple[int, ...] = ()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def write(self, frames: Array) -> None:
+        """Add a picture, uint8 (H, W, 3), height and width even, or a group of them, (F, H, W, 3)."""
+        for picture in frames if frames.ndim == 4 else (frames,):
+            self._shape = self._shape or picture.shape
+            _check_picture(picture, self._shape)
+            self._process = self._process or self._start()
+            assert self._process.stdin is not None
+            try:
+                self._process.stdin.write(np.ascontiguousarray(picture).data)
+            except BrokenPipeError:
+                raise self._failure() from None
+
+    def finish(self) -> None:
+        """No more pictures: wait for ffmpeg to write what it holds."""
+        if self._process is None:
+            raise InputError(f"cannot write {self._path}", "there are no frames", "generate at least one frame")
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            raise self._failure() from None
+        if self._process.wait() != 0:
+            raise self._failure()
+
+    def stop(self) -> None:
+        """End ffmpeg if it still runs; what it has written is of no use."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.kill()
+            self._process.wait()
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        height, width = self._shape[:2]
+        command = [_program(), "-hide_banner", "-loglevel", "error", "-y", "-video_size", f"{width}x{height}"]
+        shared = () if self._sound is None else (self._sound.fileno(),)
+        with _explained(self._path):
+            # In a session of its own: Ctrl-C is for us, and we end it.
+            return subprocess.Popen(
+                [*command, *self._options],
+                stdin=subprocess.PIPE, stderr=self._log, pass_fds=shared, start_new_session=True,
+            )  # fmt: skip
+
+    def _failure(self) -> MediaError:
+        """What ffmpeg said when it ended: the cause first, then what it led to."""
+        assert self._process is not None
+        status = self._process.wait()
+        self._log.seek(0)
+        said = self._log.read().decode(errors="replace").splitlines()[:3]
+        ended = f"ffmpeg was ended by signal {-status}" if status < 0 else f"ffmpeg ended with {status}"
+        return MediaError(f"cannot write {self._path}", " | ".join(said) or ended, "check the free space")
+
+
+def write_video(
+    path: Path,
+    frames: Iterable[Array],
+    *,
+    fps: float,
+    audio: AudioTrack | None = None,
+    encoding: Encoding = DELIVERY,
+) -> None:
+    """Write an mp4 file of pictures, or of groups of them. Raises as `video_writer`, and what `frames` raises."""
+    with video_writer(path, fps=fps, audio=audio, encoding=encoding) as writer:
+        for group in frames:
+            writer.write(group)
+
+
+def read_video(path: Path) -> tuple[Array, float]:
+    """All frames of a video, or the one of a picture, as uint8 (F, H, W, 3), and frames per second.
+
+    Raises InputError when there is no such file, MediaError when it cannot be read.
+    """
+    import imageio_ffmpeg  # type: ignore[import-untyped]
+
+    if not path.is_file():
+        raise InputError(f"cannot read {path}", "there is no such file", "check the path")
+    try:
+        stream = imageio_ffmpeg.read_frames(path.absolute(), output_params=["-fps_mode", "passthrough"])
+        about = next(stream)
+        frames = [np.frombuffer(frame, np.uint8) for frame in stream]
+    except (OSError, RuntimeError) as error:
+        why = " | ".join(line.strip() for line in str(error).splitlines()[-2:])
+        raise MediaError(f"cannot read {path}", why, "check that it is a picture or video") from error
+    width, height = about["size"]
+    return np.stack(frames).reshape(-1, height, width, 3), about["fps"]
+
+
+def _rate(fps: float) -> Fraction:
+    """Whole and decimal rates exactly, and 24000/1001 from its nearest float."""
+    if not 0 < fps < 1000:
+        raise InputError(f"{fps} frames per second cannot be written", "it must be between 0 and 1000", "use 24")
+    return Fraction(fps).limit_denominator(1001)
+
+
+def _check_picture(picture: Array, shape: tuple[int, ...]) -> None:
+    """`shape`: the first picture's."""
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape != shape or shape[2] != 3:
+        raise InputError(
+            "the frames cannot be encoded",
+            f"one is {picture.dtype} {picture.shape}, the first is {shape}",
+            "give uint8 frames (height, width, 3) of one size",
+        )
+    if shape[0] % 2 or shape[1] % 2:
+        raise InputError(
+            f"frames of {shape[1]}x{shape[0]} cannot be encoded",
+            "H.264 with 4:2:0 colour needs an even width and height",
+            f"use {shape[1] // 2 * 2}x{shape[0] // 2 * 2}",
+        )
+
+
+@contextmanager
+def _claimed(partial: Path) -> Iterator[Path]:
+    """A new file that is this process's while the block runs, and then gone. One that a killed run has left makes way:
+    it is removed, not written over, because that run's ffmpeg may still be busy with it."""
+    with partial.open("ab") as old, _locked(old, partial):
+        partial.unlink()
+        with partial.open("xb") as new, _locked(new, partial):
+            try:
+                yield partial
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(file: IO[bytes], path: Path) -> Iterator[None]:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        why = "another process is writing it"
+        raise InputError(f"cannot write {path.with_suffix('')}", why, "wait for it, or choose another name") from error
+    yield
+
+
+def _write_wav(file: IO[bytes], audio: AudioTrack) -> None:
+    """16-bit WAV, to be read from its start; what is louder than 1 is clipped."""
+    samples = audio.samples
+    if samples.ndim != 2 or samples.shape[0] not in (1, 2) or audio.sample_rate <= 0:
+        raise InputError(
+            "the sound cannot be encoded",
+            f"it has shape {samples.shape} at {audio.sample_rate} Hz",
+            "give float sound (1 or 2 channels, samples) and its sample rate",
+        )
+    if not np.isfinite(samples).all():
+        raise NumericsError(
+            "the sound is damaged", "it has NaN or infinite samples", "check the model: ltx2 verify MODEL"
+        )
+    with wave.open(file, "wb") as f:
+        f.setnchannels(samples.shape[0])
+        f.setsampwidth(2)
+        f.setframerate(audio.sample_rate)
+        f.writeframes(np.rint(samples.T.clip(-1, 1) * 32767).astype("<i2").tobytes())
+    file.seek(0)
+
+
+def _program() -> str:
+    import imageio_ffmpeg  # here: what computes and writes no video works without it
+
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise MediaError("ffmpeg was not found", str(error), REINSTALL) from error
+
+
+@cache
+def _check_encoders(program: str) -> None:
+    """Raises MediaError where a program, which may be the system's own, cannot encode clips."""
+    try:
+        said = subprocess.run([program, "-hide_banner", "-encoders"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise MediaError("ffmpeg cannot be run", str(error), REINSTALL) from error
+    missing = [codec for codec in (VIDEO_CODEC, AUDIO_CODEC) if f" {codec} " not in said.stdout]
+    if missing:
+        raise MediaError("ffmpeg cannot encode clips", f"{program} lacks {' and '.join(missing)}", REINSTALL)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MediaError(f"cannot write {path}", str(error), "check permissions and free space") from error

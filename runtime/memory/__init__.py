@@ -1,0 +1,1 @@
+"""What a phase takes of memory, and keeping it within a limit."""

@@ -1,0 +1,211 @@
+"""Bytes that a network holds beside its weights while it computes, from shapes alone.
+
+A GPU works behind the host, which queues operations ahead of it: an array is free when the device is done with it, not
+when the program is. So every figure has two parts. What must be there at once is read off the code. What is queued
+beside it is fitted to measurements (bench/results/memory-*.json), and is what a memory limit can do without."""
+
+from dataclasses import dataclass, replace
+from math import prod
+
+from ltx2.runtime.networks.audio.vae import AudioVAEConfig
+from ltx2.runtime.networks.audio.vocoder import VocoderConfig
+from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
+from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.upsampler import RATIONAL_SCALES, UpsamplerConfig
+from ltx2.runtime.networks.video_vae.config import ResampleStage, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.layers import LARGE
+from ltx2.runtime.networks.video_vae.tiling import FRAMES_PER_GROUP, Tiling
+from ltx2.runtime.sampling.latents import Grid
+
+MB = 10**6
+FLOAT32 = 4
+# A device that is waited for after every operation has still one command buffer's arrays, and lets go of them late.
+UNDER_WAY = 150 * MB
+UNPACKED = 2  # weights that are there at once where layers unpack theirs: one is made while one is multiplied with
+UNPACKED_QUEUED = 4  # at full speed
+
+
+@dataclass(frozen=True)
+class Activations:
+    """`needed` bytes are there at once; up to `queued` more while the device works at full speed. `largest`: of one
+    array."""
+
+    needed: int
+    queued: int
+    largest: int
+
+    @property
+    def full(self) -> int:
+        return self.needed + self.queued
+
+    def beside(self, more: int) -> "Activations":
+        """With so many bytes more there at once."""
+        return replace(self, needed=self.needed + more)
+
+
+def text_encoder(config: Gemma3Config, layer: int, embedding: int, tokens: int, itemsize: int) -> Activations:
+    """Weights are read layer by layer and released: beside the largest part of them (a `layer` or the `embedding`, in
+    bytes) stand all states so far, and a layer's attention and feed-forward network. The device may let go of one part
+    when the first weight of the next is read."""
+    state = tokens * config.hidden_size * itemsize
+    states = (config.num_hidden_layers + 1) * state
+    inside = 4 * state + 3 * tokens * config.intermediate_size * itemsize
+    needed = max(embedding + 2 * state, layer + states + inside) - max(embedding, layer)
+    return Activations(needed, layer // 4, tokens * config.intermediate_size * itemsize)
+
+
+def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int, *, unpacked: int = 0) -> Activations:
+    """The text encoder's states, normalised and stacked; later the states beside the connectors' `length` tokens.
+    `unpacked` as in a denoise step."""
+    states = config.num_hidden_states * tokens * config.caption_channels * itemsize
+    position = length * config.dim * itemsize
+    needed, full = (max(3 * states + 2 * position, states + units * position) for units in (16, 22))
+    needed, full = needed + UNPACKED * unpacked, full + UNPACKED_QUEUED * unpacked
+    return Activations(needed, full - needed, max(states, unpacked))
+
+
+def denoise_step(
+    config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int, *, unpacked: int = 0
+) -> Activations:
+    """Kept over the steps: rotary tables in float32, projected text, latents. In a block: keys and values of the text,
+    and per token the residual stream, its normalised copy and the feed-forward network's four-fold width. `unpacked`:
+    bytes of the largest packed weight once it is unpacked, where layers unpack theirs to multiply."""
+    video, audio = config.video_dim, config.audio_dim
+    tables = FLOAT32 * ((video + audio) * grid.tokens + 2 * audio * grid.audio_frames)
+    channels = config.in_channels * grid.tokens + config.audio_in_channels * grid.audio_frames
+    text = text_tokens * (video + audio + 2 * config.caption_channels) * itemsize
+    kept = tables + text + 4 * FLOAT32 * channels
+    unit = (video * grid.tokens + audio * grid.audio_frames) * itemsize
+    keys = 4 * text_tokens * (video + audio) * itemsize
+    needed = kept + keys + 13 * unit // 2 + UNPACKED * unpacked
+    # Up to ten command buffers wait for the device. Each ends after some operations, or some megabytes.
+    full = kept + keys + min(47 * unit, 700 * MB + 11 * unit) + UNPACKED_QUEUED * unpacked
+    return Activations(needed, full - needed, max(4 * unit, unpacked))
+
+
+def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
+    """`grid` is of the latents that come in. Per value of the enlarged latents: the residual stream and what two
+    normalised convolutions keep."""
+    up, down = RATIONAL_SCALES[config.spatial_scale] if config.rational else (2, 1)
+    scale = (up / down) ** 2 if config.spatial_upsample else 1
+    frames = 2 if config.temporal_upsample else 1
+    unit = int(grid.tokens * scale * frames * config.mid_channels * itemsize)
+    needed, full = 3 * unit + min(4 * unit, 110 * MB), 7 * unit + min(6 * unit, 200 * MB)
+    return Activations(needed, full - needed, unit)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a clip of so many latents (frames, height, width) is decoded."""
+
+    latents: tuple[int, int, int]
+    tiling: Tiling | None
+    config: VideoVAEConfig
+
+    @property
+    def frames(self) -> int:
+        """Latents along time of the longest tile: all but the first start one early."""
+        length, t = self.latents[0], self.tiling
+        if t is None or length * self.config.temporal_scale <= t.frames:
+            return length
+        size, overlap = t.frames // self.config.temporal_scale, t.frame_overlap // self.config.temporal_scale
+        return max(size, min(size + 1, length - (size - overlap) + 1))
+
+    def spans(self) -> tuple[list[tuple[int, int, int]], ...]:
+        """Of rows and columns the first tile and the last two: (start, stop, stop of the one before)."""
+        _, height, width = self.latents
+        if self.tiling is None:
+            return [(0, height, 0)], [(0, width, 0)]
+        scale = self.config.spatial_scale
+        sizes, overlap = (self.tiling.height // scale, self.tiling.width // scale), self.tiling.overlap // scale
+        return tuple(_ends(length, size, overlap) for length, size in zip((height, width), sizes, strict=True))
+
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """(height, width) of the tiles that can take most, and the latents per frame that are decoded before them."""
+        rows, columns = self.spans()
+        width = self.latents[2]
+        return [
+            (bottom - top, right - left, above * width + (bottom - above) * before)
+            for top, bottom, above in rows
+            for left, right, before in columns
+        ]
+
+
+def _ends(length: int, size: int, overlap: int) -> list[tuple[int, int, int]]:
+    step = size - overlap
+    count = max(1, -(-(length - overlap) // step))
+    spans = ((i * step, min(i * step + size, length)) for i in sorted({0, max(0, count - 2), count - 1}))
+    return [(start, stop, start + overlap if start else 0) for start, stop in spans]
+
+
+def decode_video(tiles: Tiles, itemsize: int, unfold: bool) -> Activations:
+    """The largest layer of a tile, beside the tiles that are added up so far and the frames that wait for more.
+    `unfold`: convolutions without a kernel of their own copy their input 27 times."""
+    config, tiling, space = tiles.config, tiles.tiling, tiles.config.spatial_scale
+    pixels = prod(tiles.latents[1:]) * space * space * 3
+    frames = (tiles.frames - 1) * config.temporal_scale + 1
+    cut = tiling is not None and tiles.frames < tiles.latents[0]
+    waiting = (tiling.frame_overlap + 1) * pixels * FLOAT32 if cut and tiling is not None else 0
+    latents = prod(tiles.latents) * config.latent_channels * FLOAT32
+    pieces = tiles.pieces()
+    several = len(pieces) > 1
+    per_latent = frames * space * space * 3  # values of a tile's frames
+    # When all tiles are there: what waits for the next ones is put together, groups of frames leave.
+    whole = frames * pixels * (FLOAT32 if several else itemsize)
+    needed = full = whole + max(2 * waiting, 3 * FRAMES_PER_GROUP * pixels * FLOAT32)
+    for height, width, before in pieces:
+        tile = _decode_tile(config, (tiles.frames, height, width), itemsize, unfold)
+        adding = height * width * per_latent * (2 * FLOAT32 + itemsize) if several else 0
+        late = 100 * MB + 3 * tile.largest // 4 if several else 0  # of the tile before, not yet free
+        needed = max(needed, before * per_latent * FLOAT32 + max(tile.needed, adding))
+        full = max(full, before * per_latent * FLOAT32 + max(tile.full + late, adding))
+    return Activations(waiting + latents + needed, full - needed, tile.largest)
+
+
+def _decode_tile(config: VideoVAEConfig, tile: tuple[int, int, int], itemsize: int, unfold: bool) -> Activations:
+    """A residual block's input and the padded copy of it, normalised, beside the convolution's result; and what is
+    normalised until the device has read it."""
+    unit, padded = (values * itemsize for values in _largest_layer(config, tile))
+    copies = 27 * padded if unfold else 0
+    if unit >= LARGE:
+        return Activations(2 * unit + padded + copies, unit, unit)
+    # Small arrays are not waited for.
+    return Activations(3 * unit + padded + copies, min(4 * unit, 90 * MB) + copies, unit)
+
+
+def _largest_layer(config: VideoVAEConfig, tile: tuple[int, int, int]) -> tuple[int, int]:
+    """Values of the decoder's largest layer for a tile of latents (frames, height, width), and with its border."""
+    channels, sizes = config.decoder_channels, [(0, 0)]
+    frames, height, width = tile
+    for stage in config.decoder_stages:
+        if isinstance(stage, ResampleStage):
+            channels //= stage.multiplier
+            frames, height, width = (n * s for n, s in zip((frames, height, width), stage.stride, strict=True))
+            frames -= stage.stride[0] - 1
+        sizes.append((frames * height * width * channels, (frames + 2) * (height + 2) * (width + 2) * channels))
+    return max(sizes)
+
+
+def decode_audio(config: AudioVAEConfig, audio_frames: int) -> Activations:
+    """In float32 whatever the weights, which are widened as they are used. The largest arrays are those that an
+    upsampling repeats, at the finest resolution: one, padded for a convolution, and its result."""
+    network, frames = config.network, audio_frames * config.temporal_scale
+    widths = network.widths
+    unit = frames * network.mel_bins * widths[min(1, len(widths) - 1)] * FLOAT32
+    wide = 5 * 9 * widths[-1] ** 2 * FLOAT32
+    needed, full = wide + min(5 * unit, 13 * unit // 5 + UNDER_WAY), wide + min(8 * unit, 21 * unit // 5 + 110 * MB)
+    return Activations(needed, max(0, full - needed), unit)
+
+
+def vocode(config: VocoderConfig, mel_frames: int) -> Activations:
+    """In float32. The hungriest of the stages: its upsampling kernel, rearranged and widened, and a pair of
+    convolutions at a time beside the stage's input and the sum of its blocks."""
+    width, rate, needed, full, largest = config.upsample_initial_channel, 1, 0, 0, 0
+    for factor, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
+        wide = 2 * width * (width // 2) * -(-kernel // factor) * factor * FLOAT32
+        width, rate = width // 2, rate * factor
+        unit = width * rate * mel_frames * FLOAT32
+        needed = max(needed, wide + min(29 * unit // 2, 10 * unit + UNDER_WAY))
+        full = max(full, wide + 147 * unit // 10)
+        largest = max(largest, unit)
+    return Activations(needed, full - needed, largest)

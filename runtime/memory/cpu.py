@@ -1,0 +1,54 @@
+"""What a CPU's kernels hold beside what a GPU's do, in bytes and from shapes alone: a convolution copies its input once
+per tap of its kernel, attention writes out its scores, and kernels of 16 bits are widened before they are used."""
+
+from ltx2.runtime.memory.activations import FLOAT32
+from ltx2.runtime.networks.audio.vae import AudioVAEConfig
+from ltx2.runtime.networks.audio.vocoder import VocoderConfig
+from ltx2.runtime.networks.text.config import ConnectorsConfig
+from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.upsampler import UpsamplerConfig
+from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
+from ltx2.runtime.sampling.latents import Grid
+
+TAPS_2D, TAPS_3D = 9, 27
+WIDENED = 4  # kernels, of those that are queued
+
+
+def connectors(config: ConnectorsConfig, length: int, itemsize: int) -> int:
+    """Scores of one attention."""
+    return config.connector_num_attention_heads * length * length * itemsize
+
+
+def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int) -> int:
+    """Keys and values of the text by heads; scores of the largest attention, as far as they are more than the
+    feed-forward network takes."""
+    copies = 2 * text_tokens * (config.video_dim + config.audio_dim) * itemsize
+    scores = config.num_attention_heads * grid.tokens * max(grid.tokens, text_tokens) * itemsize
+    return copies + max(0, scores - 40 * config.video_dim * grid.tokens * itemsize)
+
+
+def upscale(config: UpsamplerConfig, unit: int, itemsize: int) -> int:
+    """`unit`: bytes of the enlarged latents. The convolutions of a block and the one after it."""
+    return 3 * TAPS_3D * unit + _widened(TAPS_3D * config.mid_channels**2, itemsize)
+
+
+def decode_video(config: VideoVAEConfig, itemsize: int) -> int:
+    """Beside unfolded convolutions, which depend on the tile."""
+    return _widened(TAPS_3D * config.decoder_channels**2, itemsize)
+
+
+def decode_audio(config: AudioVAEConfig, audio_frames: int) -> int:
+    """The convolutions of the finest level, which are computed together."""
+    network = config.network
+    pixel = audio_frames * config.temporal_scale * network.mel_bins * FLOAT32
+    coarser, width = network.widths[min(1, len(network.widths) - 1)], network.widths[0]
+    return pixel * TAPS_2D * (coarser + (2 * network.num_res_blocks + 1) * width)
+
+
+def vocode(config: VocoderConfig, unit: int) -> int:
+    """`unit`: bytes of the largest signal. One convolution."""
+    return max(config.resblock_kernel_sizes) * unit
+
+
+def _widened(values: int, itemsize: int) -> int:
+    return WIDENED * values * FLOAT32 if itemsize < FLOAT32 else 0

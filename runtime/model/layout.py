@@ -1,0 +1,239 @@
+"""The model folder (ltx2.json and one folder per component), read and written without MLX.
+
+MODEL/ltx2.json                     release, variant, per component class/files/dtype/quantization, sources
+MODEL/<component>/config.json       that network's configuration
+MODEL/<component>/model*.safetensors, with an index where there are several"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ltx2.runtime.errors import CheckpointError, ModelFolderError
+from ltx2.runtime.files.jsonfile import parse_object, read_object, read_text
+from ltx2.runtime.files.paths import is_base_name
+from ltx2.runtime.files.tensors import FileRecord, TensorFile, open_tensorfile
+
+MANIFEST = "ltx2.json"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+FORMAT_METADATA = {"format": "mlx"}
+COMPONENTS = (
+    "transformer", "connectors", "text_encoder", "video_vae", "audio_vae", "vocoder",
+    "spatial_upscaler", "temporal_upscaler", "duration_head",
+)  # fmt: skip
+LORAS = "loras"  # the folder of components that change others: loras/<name>
+LORA_FOLDER = re.compile(rf"{LORAS}/[a-z0-9_][a-z0-9._-]{{0,254}}")
+# Modes that MLX knows -> their group sizes and bits.
+QUANTIZATIONS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
+ROTATIONS = (16, 64, 256)  # sizes of the blocks in which a layer's inputs may be rotated
+
+
+def is_lora(component: str) -> bool:
+    return component.startswith(f"{LORAS}/")
+
+
+@dataclass(frozen=True)
+class ComponentRecord:
+    """What ltx2.json says of one component. `cls` is written as "class"; `files` includes config and tokenizer;
+    `statistics` is the file that layers were packed with, `method` how their codes were chosen if not by a search."""
+
+    cls: str
+    files: tuple[FileRecord, ...]
+    dtype: str
+    quantization: Mapping[str, Any] | None = None
+    statistics: FileRecord | None = None
+    method: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ltx2.json says it."""
+        data = {
+            "class": self.cls,
+            "files": [asdict(f) for f in self.files],
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+        }
+        data |= {"statistics": asdict(self.statistics)} if self.statistics else {}
+        return data | ({"method": self.method} if self.method else {})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """ltx2.json."""
+
+    release: str | None
+    variant: str | None
+    tool_version: str
+    components: Mapping[str, ComponentRecord]
+    sources: tuple[FileRecord, ...] = field(default=())
+
+    def to_json(self) -> str:
+        """Deterministic text: same content, same bytes."""
+        components = {name: component.to_dict() for name, component in sorted(self.components.items())}
+        data = {
+            "release": self.release,
+            "variant": self.variant,
+            "tool_version": self.tool_version,
+            "components": components,
+            "sources": [asdict(f) for f in self.sources],
+        }
+        return json.dumps(data, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Raises ValueError for what `to_json` does not write, names that lead out of the folder above all."""
+        try:
+            data = parse_object(text)
+            components = {name: _component(name, c) for name, c in data["components"].items()}
+            sources = tuple(file_record(file) for file in data["sources"])
+            release, variant, version = (data[key] for key in ("release", "variant", "tool_version"))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is not written as ltx2 writes it ({error!r})") from error
+        return cls(_text(release, None), _text(variant, None), _text(version), components, sources)
+
+
+def file_record(data: Mapping[str, Any]) -> FileRecord:
+    """A FileRecord that became JSON. Raises ValueError, LookupError or TypeError for another object, and for a name
+    that may stand for a file elsewhere."""
+    record = FileRecord(data["name"], data["size"], data["sha256"])
+    if not is_base_name(record.name):
+        raise ValueError(f"{record.name!r} is not the name of a file in a folder")
+    if type(record.size) is not int or not 0 <= record.size < 1 << 63:
+        raise ValueError(f"{record.size!r} is not the size of {record.name}")
+    _text(record.sha256)
+    return record
+
+
+def _component(name: str, data: Mapping[str, Any]) -> ComponentRecord:
+    if name not in COMPONENTS and not LORA_FOLDER.fullmatch(name):
+        raise ValueError(f"there is no component {name!r}")
+    files = tuple(file_record(file) for file in data["files"])
+    if len({file.name for file in files}) < len(files):
+        raise ValueError(f"{name} lists a file twice")
+    statistics = data.get("statistics")
+    return ComponentRecord(
+        _text(data["class"]),
+        files,
+        _text(data["dtype"]),
+        checked_quantization(data["quantization"]),
+        file_record(statistics) if statistics else None,
+        _text(data.get("method"), None),
+    )
+
+
+def _text(value: Any, *instead: None) -> Any:
+    if not isinstance(value, str) and value not in instead:
+        raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def checked_quantization(data: Any) -> dict[str, Any] | None:
+    """A component's `quantization`: the form of its layers and, by their path, of those that have another.
+
+    Raises ValueError for what is none, TypeError for values of other types.
+    """
+    if data is None:
+        return None
+    if not isinstance(data, dict):
+        raise ValueError(f"quantization is {data!r}")
+    others = [entry for key, entry in data.items() if key not in ("group_size", "bits", "mode", "rotation")]
+    for entry in (data, *others):
+        if entry is False:  # mlx-lm's way to say that a layer is not quantized
+            continue
+        group_size, bits, mode = entry.get("group_size"), entry.get("bits"), entry.get("mode", "affine")
+        group_sizes, widths = QUANTIZATIONS.get(mode, ((), ()))
+        if group_size not in group_sizes or bits not in widths:
+            raise ValueError(f"there is no quantization {mode} with {bits!r} bits in groups of {group_size!r}")
+        if (rotation := entry.get("rotation", 0)) not in (0, *ROTATIONS) or type(rotation) is not int:
+            raise ValueError(f"there is no rotation in blocks of {rotation!r}")
+    return data
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """An opened model folder: its path and manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path) -> "ModelFolder":
+        """Read ltx2.json. Raises ModelFolderError when the folder or its manifest is not usable."""
+        manifest = path / MANIFEST
+        if not manifest.is_file():
+            raise ModelFolderError(
+                f"{path} is not a model folder",
+                f"it has no {MANIFEST}",
+                "convert a checkpoint first: ltx2 convert SOURCE... -o MODEL",
+            )
+        try:
+            return cls(path, Manifest.from_json(read_text(manifest)))
+        except (OSError, ValueError) as error:
+            raise ModelFolderError(
+                f"{manifest} cannot be read", str(error), "convert the checkpoint again, or update ltx2"
+            ) from error
+
+    def how_to_shrink(self) -> str:
+        """What to do where its weights do not fit in memory."""
+        if any(record.quantization for record in self.manifest.components.values()):
+            return "convert or quantize again with fewer --bits, or with --fit and this computer's memory in GB"
+        return f"make it smaller: ltx2 quantize {self.path} -o {self.path}-q4 --bits 4"
+
+    def hashes(self) -> dict[str, list[str]]:
+        """SHA-256 of every component's files, as they were written."""
+        return {name: [file.sha256 for file in c.files] for name, c in sorted(self.manifest.components.items())}
+
+    def has(self, component: str) -> bool:
+        return component in self.manifest.components
+
+    def record(self, component: str) -> ComponentRecord:
+        """Raises ModelFolderError when the folder lacks the component."""
+        try:
+            return self.manifest.components[component]
+        except KeyError:
+            have = ", ".join(sorted(self.manifest.components)) or "nothing"
+            raise ModelFolderError(
+                f"{self.path} has no {component}",
+                f"it holds {have}",
+                f"convert again with the source file that contains the {component}",
+            ) from None
+
+    def component_path(self, component: str) -> Path:
+        self.record(component)
+        return self.path / component
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's config.json. Raises ModelFolderError when it is missing or malformed."""
+        path = self.component_path(component) / CONFIG
+        try:
+            data = read_object(path)
+            checked_quantization(data.get("quantization"))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ModelFolderError(f"{path} cannot be read", str(error), "convert the checkpoint again") from error
+        return data
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The component's safetensors files in order. Raises ModelFolderError when one is missing."""
+        folder = self.component_path(component)
+        files = [folder / f.name for f in self.record(component).files if f.name.endswith(".safetensors")]
+        for file in files:
+            if not file.is_file():
+                raise ModelFolderError(
+                    f"{file} is missing", f"{MANIFEST} lists it", "convert the checkpoint again, or copy the file back"
+                )
+        return files
+
+    def tensor_files(self, component: str) -> list[TensorFile]:
+        """Headers of the component's safetensors files. Raises ModelFolderError when one is missing or damaged."""
+        try:
+            return [open_tensorfile(path) for path in self.weight_files(component)]
+        except CheckpointError as error:
+            fix = "convert the checkpoint again, or copy the file back"
+            raise ModelFolderError(f"{component} of {self.path} is damaged: {error.what}", error.why, fix) from error

@@ -1,0 +1,271 @@
+"""Audio autoencoder: stereo log-mel spectrograms (100 frames a second) <-> latents (25 a second, 16 frequencies).
+
+A 2-D convolutional network over (time, frequency), causal in time. Computes in the dtype of its argument."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ltx2.runtime.errors import ConfigError
+from ltx2.runtime.layers.statistics import LatentStatistics
+from ltx2.runtime.machine.bounded import evaluate
+from ltx2.runtime.model.config import AS_PUBLISHED, Config, Repeats
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class NetworkConfig(Config):
+    """Section `model.params.ddconfig`: the convolutional network."""
+
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "double_z": (True,),
+        "downsample_time": (False,),
+        "attn_resolutions": ((),),
+        "mid_block_add_attention": (False,),
+        "norm_type": ("pixel",),
+        "causality_axis": ("height",),
+    }
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"resolution", "dropout"})  # places attention; training
+
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: Repeats
+    in_channels: int
+    out_ch: int
+    z_channels: int
+    mel_bins: int
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of every level, finest first."""
+        return tuple(self.ch * m for m in self.ch_mult)
+
+
+@dataclass(frozen=True)
+class ParamsConfig(Config):
+    """Section `model.params`."""
+
+    ddconfig: NetworkConfig
+    sampling_rate: int
+
+
+@dataclass(frozen=True)
+class ModelConfig(Config):
+    """Section `model`."""
+
+    params: ParamsConfig
+
+
+@dataclass(frozen=True)
+class StftConfig(Config):
+    """Section `preprocessing.stft`; the rest describes how spectrograms are made from sound."""
+
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"causal": (True,)}
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"filter_length", "win_length"})
+
+    hop_length: int  # samples per mel frame
+
+
+@dataclass(frozen=True)
+class PreprocessingConfig(Config):
+    """Section `preprocessing`; `audio` and `mel` describe how spectrograms are made from sound."""
+
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"audio", "mel"})
+
+    stft: StftConfig
+
+
+@dataclass(frozen=True)
+class AudioVAEConfig(Config):
+    """Checkpoint section `audio_vae`."""
+
+    model: ModelConfig
+    preprocessing: PreprocessingConfig
+
+    def __post_init__(self) -> None:
+        if self.network.mel_bins % self.temporal_scale:
+            raise ConfigError(
+                "AudioVAEConfig: mel_bins does not fit ch_mult",
+                f"{self.network.mel_bins} bins cannot be halved {len(self.network.ch_mult) - 1} times",
+                AS_PUBLISHED,
+            )
+
+    @property
+    def network(self) -> NetworkConfig:
+        return self.model.params.ddconfig
+
+    @property
+    def temporal_scale(self) -> int:
+        """Mel frames per latent frame, and mel bins per latent frequency."""
+        return 2 ** (len(self.network.ch_mult) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.network.z_channels
+
+    @property
+    def latent_frequencies(self) -> int:
+        return self.network.mel_bins // self.temporal_scale
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the sound that spectrograms are made from, in Hz; the vocoder's output has its own."""
+        return self.model.params.sampling_rate
+
+    @property
+    def hop(self) -> int:
+        """Samples per mel frame."""
+        return self.preprocessing.stft.hop_length
+
+
+class CausalConv2d(nn.Module):
+    """Convolution over (time, frequency) that sees no later time; zeros outside."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel)
+        self._reach = kernel - 1
+
+    def __call__(self, x: mx.array) -> mx.array:  # (B, T, F, C)
+        side = self._reach // 2
+        return self.conv(mx.pad(x, [(0, 0), (self._reach, 0), (side, side), (0, 0)]))
+
+
+def norm_silu(x: mx.array) -> mx.array:
+    """RMS norm over channels without weights, then SiLU."""
+    return nn.silu(mx.fast.rms_norm(x, None, NORM_EPS))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = CausalConv2d(in_channels, out_channels, 3)
+        self.conv2 = CausalConv2d(out_channels, out_channels, 3)
+        if in_channels != out_channels:
+            self.nin_shortcut = CausalConv2d(in_channels, out_channels, 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h = self.conv2(norm_silu(self.conv1(norm_silu(x))))
+        return h + (self.nin_shortcut(x) if "nin_shortcut" in self else x)
+
+
+class Downsample(nn.Module):
+    """Halve time (rounding up) and frequency."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv(mx.pad(x, [(0, 0), (2, 0), (0, 1), (0, 0)]))
+
+
+class Upsample(nn.Module):
+    """Double frequency; t frames become 2t-1, since the first one stands for a single frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = CausalConv2d(channels, channels, 3)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv(mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2))[:, 1:]
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.block_2(self.block_1(x))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution unless it is the last level."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int) -> None:
+        super().__init__()
+        self.block = [ResBlock(out_channels if i else in_channels, out_channels) for i in range(blocks)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for block in self.block:
+            x = block(x)
+        for resample in ("downsample", "upsample"):
+            if resample in self:
+                x = self[resample](x)
+        evaluate(x)  # before more is queued: bounds the memory
+        return x
+
+
+class Encoder(nn.Module):
+    """(B, T, mel bins, 2) -> means and log variances (B, t, frequencies, 2 * latent channels)."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.conv_in = CausalConv2d(config.in_channels, widths[0], 3)
+        self.down = [Level(widths[max(i - 1, 0)], width, config.num_res_blocks) for i, width in enumerate(widths)]
+        for level, width in zip(self.down[:-1], widths, strict=False):
+            level.downsample = Downsample(width)
+        self.mid = MidBlock(widths[-1])
+        self.conv_out = CausalConv2d(widths[-1], 2 * config.z_channels, 3)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(norm_silu(self.mid(x)))
+
+
+class Decoder(nn.Module):
+    """(B, t, frequencies, latent channels) -> (B, T, mel bins, 2). Level 0 is the finest, as in the encoder."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.conv_in = CausalConv2d(config.z_channels, widths[-1], 3)
+        self.mid = MidBlock(widths[-1])
+        self.up = [
+            Level(coarser, width, config.num_res_blocks + 1)
+            for coarser, width in zip((*widths[1:], widths[-1]), widths, strict=True)
+        ]
+        for level, width in zip(self.up[1:], widths[1:], strict=True):
+            level.upsample = Upsample(width)
+        self.conv_out = CausalConv2d(widths[0], config.out_ch, 3)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(norm_silu(x))
+
+
+class AudioAutoencoder(nn.Module):
+    """Encoder, decoder and latent statistics."""
+
+    def __init__(self, config: AudioVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.network)
+        self.decoder = Decoder(config.network)
+        self.per_channel_statistics = LatentStatistics(config.latent_channels, 1, config.latent_frequencies)
+
+    def decode(self, latents: mx.array) -> mx.array:
+        """Normalised latents (B, A, t, frequencies) -> log-mel spectrogram (B, 2, 4t-3, mel bins)."""
+        x = self.per_channel_statistics.unnormalise(latents)
+        return self.decoder(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+    def encode(self, mel: mx.array) -> mx.array:
+        """Log-mel spectrogram (B, 2, T, mel bins) -> normalised latents (B, A, ceil(T/4), frequencies), the means."""
+        x = self.encoder(mel.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+        return self.per_channel_statistics.normalise(x[:, : self.config.latent_channels])
+
+
+def build(config: Mapping[str, Any]) -> AudioAutoencoder:
+    """The network of a checkpoint's `audio_vae` section. Raises ConfigError or UnsupportedError."""
+    return AudioAutoencoder(AudioVAEConfig.from_dict(config))

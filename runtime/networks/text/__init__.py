@@ -1,0 +1,1 @@
+"""From a prompt to the contexts that the transformer attends to."""

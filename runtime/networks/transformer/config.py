@@ -1,0 +1,86 @@
+"""Configuration of the audio-video transformer: the `transformer` section of a checkpoint's metadata."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ltx2.runtime.model.config import Config, Repeats
+
+
+@dataclass(frozen=True)
+class TransformerConfig(Config):
+    """Widths and constants of AVTransformer3DModel. Widths are heads * head_dim."""
+
+    num_layers: Repeats
+    num_attention_heads: int
+    attention_head_dim: int
+    audio_num_attention_heads: int
+    audio_attention_head_dim: int
+    in_channels: int
+    out_channels: int
+    cross_attention_dim: int
+    audio_cross_attention_dim: int
+    caption_channels: int
+    positional_embedding_max_pos: tuple[float, ...]
+    audio_positional_embedding_max_pos: tuple[float, ...]
+    audio_in_channels: int = 128
+    audio_out_channels: int = 128
+    norm_eps: float = 1e-6
+    positional_embedding_theta: float = 10000.0
+    timestep_scale_multiplier: float = 1000.0
+    av_ca_timestep_scale_multiplier: float = 1.0
+
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "_class_name": ("AVTransformer3DModel",),
+        "activation_fn": ("gelu-approximate",),
+        "attention_bias": (True,),
+        "attention_type": ("default",),
+        "double_self_attention": (False,),
+        "norm_elementwise_affine": (False,),
+        "num_vector_embeds": (None,),
+        "only_cross_attention": (False,),
+        "cross_attention_norm": (True,),
+        "upcast_attention": (False,),
+        "use_linear_projection": (False,),
+        "qk_norm": ("rms_norm",),
+        "standardization_norm": ("rms_norm",),
+        "positional_embedding_type": ("rope",),
+        "causal_temporal_positioning": (True,),
+        "use_audio_video_cross_attention": (True,),
+        "share_ff": (False,),
+        "av_cross_ada_norm": (True,),
+        "use_embeddings_connector": (True,),
+        "use_middle_indices_grid": (True,),
+        "rope_type": ("split",),
+        "frequencies_precision": ("float64",),
+        # Later releases switch these on.
+        "apply_gated_attention": (False,),
+        "cross_attention_adaln": (False,),
+        "ff_bias": (True,),
+        "use_keyframes_abs_pos_embedding": (False,),
+        "caption_projection_first_linear": (True,),
+        "caption_projection_second_linear": (True,),
+        "caption_proj_input_norm": (True,),
+        "caption_proj_before_connector": (False,),
+    }
+    IGNORED: ClassVar[frozenset[str]] = frozenset(
+        {
+            "dropout", "norm_num_groups", "num_embeds_ada_norm",
+            # Read by the connectors.
+            "connector_attention_head_dim", "connector_num_attention_heads", "connector_num_layers",
+            "connector_positional_embedding_max_pos", "connector_num_learnable_registers", "connector_norm_output",
+        }
+    )  # fmt: skip
+
+    @property
+    def video_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def audio_dim(self) -> int:
+        return self.audio_num_attention_heads * self.audio_attention_head_dim
+
+    @property
+    def cross_max_pos(self) -> tuple[float, ...]:
+        """Time range of audio-video cross-attention: the longer of the two streams' own."""
+        return (max(self.positional_embedding_max_pos[0], self.audio_positional_embedding_max_pos[0]),)

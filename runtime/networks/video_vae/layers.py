@@ -1,0 +1,171 @@
+"""Building blocks of the video VAE, channels last: (batch, frames, height, width, channels).
+
+Every convolution is 3x3x3 over a clip extended by one position per side (in time by copies of the edge frames), and
+every normalisation is a weightless one over the channels of a position. Blocks evaluate their result, which frees
+activations as early as possible; convolutions that are too large for this GPU are computed in parts (see work.py)."""
+
+from dataclasses import dataclass
+from math import prod
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ltx2.runtime.machine.bounded import evaluate, in_parts, too_large
+
+NORM_EPS = 1e-8
+LARGE = 1 << 26  # bytes
+Stride = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Border:
+    """How a network's convolutions extend the clip: in time before it only (causal) or on both sides, in space by
+    zeros or by reflection."""
+
+    causal: bool
+    reflect: bool
+
+
+def activate(x: mx.array) -> mx.array:
+    """Divide by the root mean square over channels (in float32 inside the kernel), then SiLU."""
+    return nn.silu(mx.fast.rms_norm(x, None, NORM_EPS))
+
+
+class CausalConv3d(nn.Module):
+    """3x3x3 convolution that keeps the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, border: Border) -> None:
+        super().__init__()
+        padding = 0 if border.reflect else (0, 1, 1)
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=padding)
+        self.border = border
+
+    def __call__(self, x: mx.array) -> mx.array:
+        flops = 2 * self.conv.weight.size * prod(x.shape[:4])
+        if too_large(flops):
+            return in_parts(lambda part: self._frames(x, part), x.shape[1], axis=1, flops=flops)
+        return self._frames(x, slice(0, x.shape[1]))
+
+    def _frames(self, x: mx.array, part: slice) -> mx.array:
+        """Some of the result, from the frames that they depend on; beyond the clip's ends these are copies."""
+        before, after = (2, 0) if self.border.causal else (1, 1)
+        start, stop = part.start - before, part.stop + after
+        before, after = max(0, -start), max(0, stop - x.shape[1])
+        return self.conv(_extend(x[:, max(0, start) : stop], before, after, self.border.reflect))
+
+
+def _extend(x: mx.array, before: int, after: int, reflect: bool) -> mx.array:
+    """So many copies of the edge frames; with reflection, also one row and column per side."""
+    first, last = x[:, :1], x[:, -1:]
+    if not reflect:
+        return mx.concatenate([first] * before + [x] + [last] * after, axis=1)
+    # One padded copy, its edges then written in place from `x`: concatenating axis by axis takes three copies.
+    y = mx.pad(x, [(0, 0), (before, after), (1, 1), (1, 1), (0, 0)])
+    inner = slice(before, before + x.shape[1])
+    y[:, inner, 1:-1, :1] = x[:, :, :, 1:2]
+    y[:, inner, 1:-1, -1:] = x[:, :, :, -2:-1]
+    y[:, inner, :1] = _reflect(x[:, :, 1:2], axis=3)
+    y[:, inner, -1:] = _reflect(x[:, :, -2:-1], axis=3)
+    for frame in range(before):
+        y[:, frame : frame + 1] = _reflect(_reflect(first, axis=2), axis=3)
+    for frame in range(inner.stop, inner.stop + after):
+        y[:, frame : frame + 1] = _reflect(_reflect(last, axis=2), axis=3)
+    return y
+
+
+def _reflect(x: mx.array, axis: int) -> mx.array:
+    """One position more on both ends of `axis`, mirrored without repeating the edge."""
+    second, last_but_one = mx.split(x, [1, 2], axis)[1], mx.split(x, [-2, -1], axis)[1]
+    return mx.concatenate([second, x, last_but_one], axis)
+
+
+def settled(x: mx.array) -> mx.array:
+    """`x`, computed if it is large: what it was computed from is free then, before anything else is queued."""
+    if x.nbytes >= LARGE:
+        evaluate(x)
+    return x
+
+
+class ResBlock(nn.Module):
+    """Two normalised, activated convolutions added to their input."""
+
+    def __init__(self, channels: int, border: Border) -> None:
+        super().__init__()
+        self.conv1 = CausalConv3d(channels, channels, border)
+        self.conv2 = CausalConv3d(channels, channels, border)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = settled(self.conv1(activate(x)))
+        y = settled(activate(y))  # under the same name: nobody holds the convolution's result
+        return x + self.conv2(y)
+
+
+class ResBlocks(nn.Module):
+    """Residual blocks at one size, evaluated one by one."""
+
+    def __init__(self, channels: int, layers: int, border: Border) -> None:
+        super().__init__()
+        self.res_blocks = [ResBlock(channels, border) for _ in range(layers)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for block in self.res_blocks:
+            x = block(x)
+            evaluate(x)
+        return x
+
+
+class Downsample(nn.Module):
+    """Divide the size by `stride`: convolution and space-to-depth, plus space-to-depth averaged over channel groups."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: Stride, border: Border) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(in_channels, out_channels // prod(stride), border)
+        self.stride = stride
+        self.out_channels = out_channels
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.stride[0] > 1:
+            x = mx.concatenate([x[:, :1], x], axis=1)  # the first latent frame stands for one frame only
+        skip = space_to_depth(x, self.stride)
+        skip = skip.reshape(*skip.shape[:-1], self.out_channels, -1).mean(axis=-1)
+        x = space_to_depth(self.conv(x), self.stride) + skip
+        evaluate(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Multiply the size by `stride` and divide the width by `divisor`: convolution and depth-to-space, plus, where
+    residual, the input's depth-to-space with its channels repeated to that width."""
+
+    def __init__(self, channels: int, divisor: int, stride: Stride, residual: bool, border: Border) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, channels * prod(stride) // divisor, border)
+        self.stride = stride
+        self.residual = residual
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = depth_to_space(self.conv(x), self.stride)
+        if self.residual:
+            skip = depth_to_space(x, self.stride)
+            # The input has fewer channels than the output: its whole block of channels repeats.
+            y = (y.reshape(*skip.shape[:-1], -1, skip.shape[-1]) + skip[..., None, :]).reshape(y.shape)
+        if self.stride[0] > 1:
+            y = y[:, 1:]  # the first latent frame stands for one frame only
+        evaluate(y)
+        return y
+
+
+def space_to_depth(x: mx.array, stride: Stride) -> mx.array:
+    """(B, F, H, W, C) -> (B, F/t, H/h, W/w, C·t·h·w); channels ordered (channel, t, h, w)."""
+    batch, frames, height, width, channels = x.shape
+    t, h, w = stride
+    x = x.reshape(batch, frames // t, t, height // h, h, width // w, w, channels)
+    return x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(batch, frames // t, height // h, width // w, -1)
+
+
+def depth_to_space(x: mx.array, stride: Stride) -> mx.array:
+    """(B, F, H, W, C·t·h·w) -> (B, F·t, H·h, W·w, C); channels ordered (channel, t, h, w)."""
+    batch, frames, height, width, _ = x.shape
+    t, h, w = stride
+    x = x.reshape(batch, frames, height, width, -1, t, h, w)
+    return x.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(batch, frames * t, height * h, width * w, -1)

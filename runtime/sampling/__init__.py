@@ -1,0 +1,1 @@
+"""From noise to latents: tensors only, no file and no event."""

@@ -1,0 +1,1 @@
+"""Receipts, quality, random models."""

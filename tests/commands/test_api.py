@@ -1,0 +1,225 @@
+"""The Python interface: the commands as functions, their options as arguments."""
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ltx2
+from ltx2 import api
+from ltx2.bench.speed.suite import OPTIONS
+from ltx2.cli import cli
+from ltx2.runtime.errors import InputError, ModelFolderError
+from ltx2.runtime.events import Event, Generated, PhaseDone, PhaseStarted, Saved, StepDone
+from ltx2.runtime.generate.request import Request
+from ltx2.runtime.media.video import read_video
+from ltx2.runtime.model.layout import ModelFolder
+from tests.support.official import GEMMA, MONOLITH, UPSCALER
+
+PROMPT = "a red square"
+SIZE: dict[str, Any] = {"width": 128, "height": 64, "frames": 9}
+
+
+@pytest.fixture(scope="module")
+def clip(demo_f32: Path) -> ltx2.Clip:
+    return ltx2.load(demo_f32).generate(PROMPT, **SIZE)
+
+
+class TestNames:
+    def test_all_are_there(self) -> None:
+        assert {"load", "convert", "quantize", "Clip", "__version__"} <= set(dir(ltx2))
+        assert all(callable(getattr(ltx2, name)) for name in ("load", "convert", "quantize", "Clip"))
+
+    def test_others_are_not(self) -> None:
+        with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+            _ = ltx2.nonsense
+
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "import ltx2; assert callable(ltx2.convert); import ltx2.convert.plan.entries; assert callable(ltx2.convert)",
+            "import ltx2.convert.plan.entries; import ltx2; assert callable(ltx2.convert); ltx2.convert.plan.entries.make_plan",
+            "from ltx2 import convert; assert callable(convert); from ltx2.convert import plan",
+            "from ltx2 import load, quantize, Clip; import ltx2.quant, ltx2.bench, ltx2.runtime",
+        ],
+    )
+    def test_convert_is_a_function_and_a_package(self, code: str) -> None:
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_importing_is_instant(self) -> None:
+        code = "import sys, ltx2; print(*(sys.modules.keys() & {'mlx', 'numpy', 'click', 'rich', 'tokenizers'}))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == "\n"
+
+
+def options(command: str) -> set[str]:
+    """The command's arguments and options, less those that only a command line needs."""
+    only_there = {"quiet", "as_json", "dry_run", "report", "sidecar", "target", "model", "sources"}
+    return {p.name for p in cli.commands[command].params if p.name is not None} - only_there
+
+
+class TestSameAsTheCommandLine:
+    def test_generate(self) -> None:
+        only_in_python = {"output", "state"}  # the command always has a target; its state lies beside that
+        assert options("generate") == set(Request.__dataclass_fields__) - only_in_python
+
+    @pytest.mark.parametrize("name", ["convert", "quantize"])
+    def test_functions(self, name: str) -> None:
+        function: Callable[..., Any] = getattr(api, name)
+        assert options(name) <= set(inspect.signature(function).parameters)
+
+    @pytest.mark.parametrize("name", ["convert", "quantize"])
+    def test_defaults(self, name: str) -> None:
+        """Of the command when only what it requires is given."""
+        given = cli.commands[name].make_context(name, ["source", "-o", "out"]).params
+        signature = inspect.signature(getattr(api, name)).parameters
+        defaults = {option: given[option] for option in options(name)}
+        assert defaults == {option: signature[option].default for option in defaults}
+
+    def test_bench_takes_options_of_generate(self) -> None:
+        """Those that change what a clip costs; the others say what is measured, how often, and what becomes of it."""
+        own = {"models", "part", "suite", "repeat", "warmup", "cooldown", "compare", "out", "plot"}
+        own |= {"random", "bits", "mode", "group_size", "recipe"} | {"compared", "reference", "prompts"}
+        assert options("bench") - own <= options("generate") and set(OPTIONS) <= options("bench")
+
+
+class TestConvert:
+    def test_paths_of_any_kind(self, tmp_path: Path) -> None:
+        out = ltx2.convert([str(MONOLITH), UPSCALER, str(GEMMA)], str(tmp_path / "model"), variant="distilled")
+        assert out == tmp_path / "model" and ModelFolder.open(out).manifest.variant == "distilled"
+
+    @pytest.mark.parametrize("source", [UPSCALER, str(UPSCALER), iter([UPSCALER])])
+    def test_one_path_needs_no_list(self, tmp_path: Path, source: Any) -> None:
+        assert ModelFolder.open(ltx2.convert(source, tmp_path / "model")).has("spatial_upscaler")
+
+    @pytest.mark.parametrize("option", [{"group_size": 32}, {"stats": "stats.safetensors"}])
+    def test_no_option_is_ignored(self, tmp_path: Path, option: dict[str, Any]) -> None:
+        with pytest.raises(InputError, match="no effect without bits"):
+            ltx2.convert([MONOLITH], tmp_path / "model", variant="distilled", **option)
+
+    def test_quantizing_on_the_way_gives_the_same_bytes(self, tmp_path: Path) -> None:
+        common: dict[str, Any] = {"variant": "distilled", "only": ["transformer"]}
+        whole = ltx2.convert([MONOLITH], tmp_path / "whole", **common)
+        report = ltx2.quantize(whole, tmp_path / "two-steps", bits=4)
+        ltx2.convert([MONOLITH], tmp_path / "one-step", bits=4, **common)
+        first, second = (
+            {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.safetensors")}
+            for name in ("two-steps", "one-step")
+        )
+        assert first == second and len(first) == 1
+        assert report.to_dict()["totals"]["all"]["bits_per_weight"] < 16
+
+
+class TestLoad:
+    @pytest.mark.parametrize("kind", [str, Path])
+    def test_reads_headers_only(self, demo_f32: Path, kind: Callable[[Path], Any]) -> None:
+        assert ltx2.load(kind(demo_f32)).folder.manifest.release == "2.0"
+
+    def test_something_else(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelFolderError, match="not a model folder"):
+            ltx2.load(tmp_path)
+
+
+class TestGenerate:
+    def test_clip(self, clip: ltx2.Clip) -> None:
+        assert clip.frames.shape == (9, 64, 128, 3) and clip.frames.dtype == np.uint8
+        assert clip.audio is not None and clip.audio.dtype == np.float32 and clip.audio.shape[0] == 2
+        assert (clip.sample_rate, clip.fps) == (24000, 24.0)
+        assert {name: value.shape for name, value in clip.latents.items()} == {
+            "video": (1, 32, 2, 2, 4),
+            "audio": (1, 2, 9, 16),
+        }
+        assert clip.audio.shape[1] / clip.sample_rate == pytest.approx(9 / 24, abs=0.05), "as long as the picture"
+
+    def test_save(self, clip: ltx2.Clip, tmp_path: Path) -> None:
+        assert clip.save(str(tmp_path / "kite.mp4")) == tmp_path / "kite.mp4"
+        frames, fps = read_video(tmp_path / "kite.mp4")
+        assert frames.shape == clip.frames.shape and fps == 24
+        assert np.abs(frames.astype(int) - clip.frames).mean() < 8
+        assert json.loads((tmp_path / "kite.json").read_text()) == json.loads(json.dumps(clip.record))
+
+    def test_save_elsewhere(self, clip: ltx2.Clip, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="does not exist"):
+            clip.save(tmp_path / "gone" / "kite.mp4")
+
+    def test_options_are_the_commands_with_underscores(self, demo_f32: Path, tmp_path: Path) -> None:
+        """Also as numpy and pathlib know them; the clip can still be saved."""
+        size = {name: np.int32(value) for name, value in SIZE.items()}
+        latents = tmp_path / "l.safetensors"
+        silent = ltx2.load(demo_f32).generate(PROMPT, no_audio=True, no_upscale=True, save_latents=latents, **size)
+        assert silent.audio is None and latents.is_file()
+        silent.save(tmp_path / "silent.mp4")
+        decoded = ltx2.load(demo_f32).generate(latents=latents)
+        np.testing.assert_array_equal(decoded.frames, silent.frames)
+
+    def test_a_pipeline_is_used_again(self, demo_f32: Path, clip: ltx2.Clip) -> None:
+        pipe = ltx2.load(demo_f32)
+        first, second = (pipe.generate(PROMPT, **SIZE) for _ in range(2))
+        np.testing.assert_array_equal(first.frames, second.frames)
+        np.testing.assert_array_equal(first.frames, clip.frames)
+
+    @pytest.mark.parametrize(
+        ("wrong", "said"),
+        [({"widht": 64}, "widht"), ({"width": 100}, "64 or 128"), ({"seed": -1}, "seed"), ({"frames": 9.0}, "frames")],
+    )
+    def test_is_checked_before_the_first_event(self, demo_f32: Path, wrong: dict[str, Any], said: str) -> None:
+        with pytest.raises(InputError, match=said):
+            ltx2.load(demo_f32).stream(PROMPT, **wrong)
+
+
+@pytest.fixture(scope="module")
+def events(demo_f32: Path) -> list[Event]:
+    return list(ltx2.load(demo_f32).stream(PROMPT, **SIZE))
+
+
+class TestStream:
+    def test_ends_with_the_clip(self, events: list[Event], clip: ltx2.Clip) -> None:
+        *before, last = events
+        assert isinstance(last, Generated) and not any(isinstance(event, Generated) for event in before)
+        np.testing.assert_array_equal(last.clip.frames, clip.frames)
+
+    def test_frames_go_into_a_file(self, demo_f32: Path, clip: ltx2.Clip, tmp_path: Path) -> None:
+        """While they are decoded, with the bytes of saving the clip; generate, which returns them, takes no file."""
+        clip.save(tmp_path / "saved.mp4")
+        pipe, path = ltx2.load(demo_f32), tmp_path / "kite.mp4"
+        *_, last = pipe.stream(PROMPT, output=path, **SIZE)
+        assert isinstance(last, Saved) and last.path == path
+        assert path.read_bytes() == (tmp_path / "saved.mp4").read_bytes()
+        assert json.loads(path.with_suffix(".json").read_text()) == json.loads(json.dumps(last.record))
+        with pytest.raises(InputError, match="leave it out and use clip"):
+            pipe.generate(PROMPT, output=path)
+
+    @pytest.mark.parametrize("name", ["gone/kite.mp4", "kite.avi"])
+    def test_a_file_that_cannot_be_written(self, demo_f32: Path, tmp_path: Path, name: str) -> None:
+        with pytest.raises(InputError, match="cannot write"):
+            ltx2.load(demo_f32).stream(PROMPT, output=tmp_path / name)
+
+    def test_phases_are_started_and_done_one_after_the_other(self, events: list[Event]) -> None:
+        open_phase: str | None = None
+        for event in events:
+            if isinstance(event, PhaseStarted):
+                assert open_phase is None
+                open_phase = event.name
+            elif isinstance(event, PhaseDone | StepDone):
+                assert open_phase == (event.name if isinstance(event, PhaseDone) else event.phase)
+                open_phase = None if isinstance(event, PhaseDone) else open_phase
+        assert open_phase is None
+
+    def test_steps_are_counted(self, events: list[Event]) -> None:
+        for phase, steps in (("stage1", 8), ("stage2", 3)):
+            found = [(e.step, e.steps) for e in events if isinstance(e, StepDone) and e.phase == phase]
+            assert found == [(number, steps) for number in range(1, steps + 1)]
+
+    def test_can_be_left_early(self, demo_f32: Path, clip: ltx2.Clip) -> None:
+        """As a user interface does when its user cancels; the next run is a whole one."""
+        pipe = ltx2.load(demo_f32)
+        for event in pipe.stream(PROMPT, **SIZE):
+            if isinstance(event, StepDone) and event.phase == "stage1":
+                break
+        np.testing.assert_array_equal(pipe.generate(PROMPT, **SIZE).frames, clip.frames)

@@ -1,0 +1,348 @@
+"""The `ltx2` command as users and scripts meet it: exit codes, what is printed where, and what is left on disk."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ltx2 import __version__
+from ltx2.cli import cli
+from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.media.video import read_video
+from tests.support import published
+from tests.support.command import SCRIPT, SIZE, Done, Here, script
+from tests.support.official import DEMO, MONOLITH
+
+PROMPT = "a red square"
+ERROR_PARTS = ["kind", "what", "why", "fix"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+class TestHelp:
+    def test_version(self) -> None:
+        assert script("--version") == Done(0, f"ltx2, version {__version__}\n", "")
+
+    def test_python_dash_m(self) -> None:
+        done = subprocess.run([sys.executable, "-m", "ltx2", "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"ltx2, version {__version__}\n"
+
+    def test_all_commands_are_there(self) -> None:
+        expected = {"convert", "quantize", "generate", "bench", "inspect", "verify", "demo"}
+        assert expected <= cli.commands.keys()
+        listed = [line.split()[0] for line in script("--help").out.partition("Commands:")[2].splitlines() if line]
+        assert listed == list(cli.commands), "in the order of their use"
+        assert "..." not in script("--help").out.partition("Commands:")[2], "no explanation is cut off"
+
+    @pytest.mark.parametrize("name", sorted(cli.commands))
+    def test_every_command(self, here: Here, name: str) -> None:
+        done = here(name, "--help")
+        assert (done.code, done.err) == (0, "") and done.out.startswith(f"Usage: ltx2 {name} ")
+        assert "-q, --quiet" in done.out and "--json" in done.out
+        options = [p for p in cli.commands[name].params if p.param_type_name == "option"]
+        assert all(getattr(option, "help", None) for option in options), "every option is explained"
+
+    def test_without_a_command(self) -> None:
+        done = script()
+        assert (done.code, done.out) == (2, "") and "Commands:" in done.err and "error:" not in done.err
+
+    def test_is_instant(self) -> None:
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            assert script("generate", "--help").code == 0
+            seconds.append(time.perf_counter() - started)
+        assert min(seconds) < 0.5
+
+    def test_loads_no_heavy_library(self) -> None:
+        heavy = ("mlx", "numpy", "rich", "tokenizers", "safetensors", "transformers", "huggingface_hub", "torch")
+        code = f"import sys, ltx2.cli; ltx2.cli.run(['convert', '--help']); print(*(sys.modules.keys() & {set(heavy)}))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == ""
+
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_shell_completion(self, shell: str) -> None:
+        done = script(_LTX2_COMPLETE=f"{shell}_source")
+        assert done.code == 0 and f"_LTX2_COMPLETE={shell}_complete" in done.out
+
+    def test_completed_words(self) -> None:
+        done = script(_LTX2_COMPLETE="bash_complete", COMP_WORDS="ltx2 gen", COMP_CWORD="1")
+        assert done.out == "plain,generate\n"
+
+
+USAGE = {
+    "no such command": (["nonsense"], "No such command 'nonsense'"),
+    "no such option": (["generate", "x", "--nonsense"], "No such option '--nonsense'"),
+    "an option is missing": (["convert", "x"], "Missing option '-o'"),
+    "an argument is missing": (["convert", "-o", "x"], "Missing argument 'SOURCES...'"),
+    "a wrong choice": (["convert", "x", "-o", "y", "--dtype", "int8"], "'int8' is not one of"),
+    "no number": (["generate", "x", "-m", "m", "-o", "c.mp4", "--frames", "many"], "'many' is not a valid integer"),
+    "no model": (["generate", "x", "-o", "c.mp4"], "Missing option '-m'"),
+    "an option without --bits": (["convert", "x", "-o", "y", "--group-size", "64"], "--group-size has no effect"),
+    "an unknown mode": (["quantize", "x", "-o", "y", "--mode", "int4"], "'int4' is not one of 'affine', 'mxfp4'"),
+    "too many arguments": (["generate", "two", "prompts", "-o", "c.mp4"], "unexpected extra argument"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_wrong_usage(here: Here, name: str) -> None:
+    args, said = USAGE[name]
+    here(*args).failed(2, said, "ltx2")
+    done = here(*args, "--json")
+    assert done.code == 2 and list(done.json) == ["error"]
+    assert list(done.json["error"]) == ERROR_PARTS and done.json["error"]["kind"] == "usage"
+    assert said in done.json["error"]["what"]
+
+
+# Arguments with {names} of paths, and what must be said. CLIP is "-m {model} -o {clip}".
+CLIP = ["-m", "{model}", "-o", "{clip}"]
+FAILURES: dict[str, tuple[list[str], list[str]]] = {
+    "width": (["generate", "x", *CLIP, "--width", "100"], ["width 100", "64 or 128"]),
+    "height": (["generate", "x", *CLIP, "--height", "500"], ["height 500", "448 or 512"]),
+    "frames": (["generate", "x", *CLIP, "--frames", "120"], ["frames 120", "113 or 121"]),
+    "fps": (["generate", "x", *CLIP, "--fps", "0"], ["fps 0", "24"]),
+    "no width": (["generate", "x", *CLIP, "--width", "0"], ["width 0", "use 64"]),
+    "seed": (["generate", "x", *CLIP, "--seed", "-1"], ["seed -1", "2**64"]),
+    "one latent row": (["generate", "x", *CLIP, "--height", "32", "--no-upscale"], ["height 32", "use 64"]),
+    "no prompt": (["generate", *CLIP], ["no prompt", "--embeddings"]),
+    "no model": (["generate", "x", "-m", "{gone}", "-o", "{clip}"], ["{gone}", "ltx2 convert"]),
+    "not a model": (["generate", "x", "-m", "{folder}", "-o", "{clip}"], ["not a model folder", "ltx2.json"]),
+    "not an mp4": (["generate", "x", "-m", "{model}", "-o", "{folder}/c.gif"], ["mp4", "{folder}/c.mp4"]),
+    "clip without a place": (["generate", "x", "-m", "{model}", "-o", "{gone}/c.mp4"], ["{gone}", "does not exist"]),
+    "latents without a place": (["generate", "x", *CLIP, "--save-latents", "{gone}/l"], ["{gone}", "does not exist"]),
+    "embeddings without a place": (["generate", "x", *CLIP, "--save-embeddings", "{folder}"], ["it is a folder"]),
+    "no noise": (["generate", "x", *CLIP, "--noise", "{gone}"], ["{gone}", "no such file"]),
+    "not a tensor file": (["generate", "x", *CLIP, "--noise", "{text}"], ["text.json", "not a valid safetensors"]),
+    "not a sidecar": (["generate", "--from", "{text}", "-o", "{clip}"], ["cannot repeat", "text.json"]),
+    "no sidecar": (["generate", "--from", "{gone}", "-o", "{clip}"], ["cannot repeat", "{gone}"]),
+    "no source": (["convert", "{gone}", "-o", "{folder}/m"], ["{gone}"]),
+    "not a checkpoint": (["convert", "{text}", "-o", "{folder}/m"], ["text.json"]),
+    "dev or distilled": (["convert", "{source}", "-o", "{folder}/m"], ["--variant dev", "--variant distilled"]),
+    "no such component": (["convert", "{source}", "-o", "{folder}/m", "--only", "vae"], ["'vae'", "video_vae"]),
+    "bits": (["quantize", "{model}", "-o", "{folder}/q", "--bits", "7"], ["--bits 7", "6, 8"]),
+    "report without a place": (["quantize", "{model}", "-o", "{folder}/q", "--report", "{gone}/r"], ["does not exist"]),
+    "no runs": (["bench", "{model}", "--repeat", "0"], ["--repeat"]),
+    "receipt without a place": (["bench", "{model}", "--out", "{gone}/r.json"], ["does not exist"]),
+    "demo into a file": (["demo", "{text}"], ["cannot make the folder", "text.json"]),
+    "nothing to inspect": (["inspect", "{gone}"], ["{gone}"]),
+    "nothing to verify": (["verify", "{folder}"], ["not a model folder"]),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_expected_failures(here: Here, demo_f32: Path, tmp_path: Path, name: str) -> None:
+    paths = {"model": demo_f32, "source": MONOLITH, "clip": tmp_path / "clip.mp4", "gone": tmp_path / "gone"}
+    paths |= {"folder": tmp_path, "text": tmp_path / "text.json"}
+    paths["text"].write_text("{}")
+    args, said = ([text.format(**paths) for text in texts] for texts in FAILURES[name])
+    here(*args).failed(1, *said)
+    done = here(*args, "--json")
+    assert done.code == 1 and list(done.json) == ["error"] and list(done.json["error"]) == ERROR_PARTS
+    assert all(done.json["error"].values()) and done.json["error"]["kind"] not in ("usage", "error")
+    assert names(tmp_path) == ["text.json"], "nothing is left behind"
+
+
+def test_a_dry_run_finds_what_is_missing(here: Here, tmp_path: Path) -> None:
+    _, metadata, tensors = published.read_header(published.TEMPORAL)
+    source = published.write_sparse(tmp_path / "up.safetensors", tensors, metadata)
+    whole = here("convert", source, "-o", tmp_path / "m", "--dry-run")
+    assert whole.code == 0 and "warning" not in whole.err
+    del tensors["final_conv.bias"]
+    published.write_sparse(source, tensors, metadata)
+    lacking = here("convert", source, "-o", tmp_path / "m", "--dry-run", "--json")
+    assert lacking.code == 0 and len(lacking.json["plan"]) == len(tensors)
+    assert "convert would refuse" in lacking.err and "final_conv.bias" in lacking.err
+    here("convert", source, "-o", tmp_path / "m").failed(1, "final_conv.bias")
+
+
+class TestIncompleteModels:
+    @pytest.fixture
+    def lacking(self, demo_f32: Path, tmp_path: Path) -> Callable[..., Path]:
+        """A copy of the model without some components, or of another variant."""
+
+        def make(*components: str, **changes: str) -> Path:
+            model = tmp_path / "lacking"
+            shutil.copytree(demo_f32, model)
+            manifest = json.loads((model / "ltx2.json").read_text())
+            for component in components:
+                del manifest["components"][component]
+                shutil.rmtree(model / component)
+            (model / "ltx2.json").write_text(json.dumps(manifest | changes))
+            return model
+
+        return make
+
+    @pytest.mark.parametrize("component", ["transformer", "text_encoder", "connectors", "video_vae", "vocoder"])
+    def test_the_missing_component_is_named(
+        self, here: Here, lacking: Callable[..., Path], tmp_path: Path, component: str
+    ) -> None:
+        done = here("generate", "x", "-m", lacking(component), "-o", tmp_path / "c.mp4", *SIZE)
+        done.failed(1, f"has no {component}", "convert again")
+
+    def test_the_upscaler_can_be_left_out(self, here: Here, lacking: Callable[..., Path], tmp_path: Path) -> None:
+        args = ["generate", "x", "-m", lacking("spatial_upscaler"), "-o", tmp_path / "c.mp4", *SIZE]
+        here(*args).failed(1, "spatial_upscaler", "--no-upscale")
+        assert here(*args, "--no-upscale").code == 0
+
+    def test_sound_can_be_left_out(self, here: Here, lacking: Callable[..., Path], tmp_path: Path) -> None:
+        args = ["generate", "x", "-m", lacking("vocoder"), "-o", tmp_path / "c.mp4", *SIZE]
+        assert here(*args, "--no-audio").code == 0
+
+    def test_dev(self, here: Here, lacking: Callable[..., Path], tmp_path: Path) -> None:
+        done = here("generate", "x", "-m", lacking(variant="dev"), "-o", tmp_path / "c.mp4", *SIZE)
+        done.failed(1, "the dev variant", "distilled")
+
+    def test_a_missing_tensor_is_named(self, here: Here, lacking: Callable[..., Path], tmp_path: Path) -> None:
+        weights = lacking() / "vocoder" / "model.safetensors"
+        tensors = load_file(weights)
+        del tensors["conv_pre.bias"]
+        save_file(tensors, weights, metadata={"format": "mlx"})
+        done = here("generate", "x", "-m", weights.parent.parent, "-o", tmp_path / "c.mp4", *SIZE)
+        assert done.code == 1 and "conv_pre.bias is missing" in done.err and not (tmp_path / "c.mp4").exists()
+
+
+class TestDoesNotFit:
+    def test_disk(self, here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
+        args = ["convert", MONOLITH, "-o", tmp_path / "model", "--variant", "distilled"]
+        here(*args).failed(3, "the disk is too small", "free some space")
+        assert here(*args, "--json").json["error"]["kind"] == "does-not-fit"
+        assert not (tmp_path / "model").exists()
+
+    def test_memory(self, generate: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr("ltx2.runtime.memory.plan.available_memory", lambda: 1000)
+        generate(PROMPT).failed(3, "does not fit in memory", "ltx2 quantize")
+        assert names(tmp_path) == []
+
+    def test_memory_for_a_quantized_model(
+        self, here: Here, demo_f32: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Which cannot be quantized again."""
+        assert here("quantize", demo_f32, "-o", tmp_path / "q").code == 0
+        monkeypatch.setattr("ltx2.runtime.memory.plan.available_memory", lambda: 1000)
+        here("generate", PROMPT, "-m", tmp_path / "q", "-o", tmp_path / "c.mp4").failed(3, "fewer --bits")
+
+    @pytest.mark.parametrize(
+        ("size", "fix"), [(("1048576", "1048576", "9"), "--width"), (("64", "64", "100000000001"), "--frames")]
+    )
+    def test_memory_for_the_frames(self, generate: Here, tmp_path: Path, size: tuple[str, str, str], fix: str) -> None:
+        width, height, frames = size
+        done = generate(PROMPT, size=["--width", width, "--height", height, "--frames", frames])
+        done.failed(3, "do not fit in memory", f"use {fix}")
+        assert names(tmp_path) == []
+
+
+class TestUnexpected:
+    def test_keeps_its_traceback(self, generate: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_: Any, **__: Any) -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(Pipeline, "stream", broken)
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            generate(PROMPT)
+
+    def test_a_reader_that_stops_reading(self) -> None:
+        """As in `ltx2 ... | head`."""
+        command = [str(SCRIPT), "convert", "--dry-run", "--json", str(MONOLITH), "-o", "x", "--variant", "distilled"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == b"" and process.wait() == 1
+
+
+def listen() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_interrupt_keeps_what_is_finished(demo_f32: Path, tmp_path: Path, as_json: bool) -> None:
+    embeddings = tmp_path / "embeddings.safetensors"
+    command = [SCRIPT, "generate", PROMPT, "-m", demo_f32, "-o", tmp_path / "clip.mp4", "--save-embeddings", embeddings]
+    command += ["--width", "384", "--height", "256", "--frames", "49", *(["--json"] if as_json else [])]
+    pipe, parts = subprocess.PIPE, [str(part) for part in command]
+    # A shell's background job ignores Ctrl-C, and so would a process that it starts.
+    with subprocess.Popen(parts, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen) as process:
+        deadline = time.monotonic() + 60
+        while not embeddings.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "error: interrupted" in err
+    assert json.loads(out)["error"]["kind"] == "interrupted" if as_json else out == ""
+    assert names(tmp_path) == [embeddings.name]
+    assert set(load_file(embeddings)) == {"video_context", "audio_context"}
+
+
+class TestOutput:
+    """What the commands print when all goes well."""
+
+    def test_quiet(self, here: Here, generate: Here, demo_f32: Path, tmp_path: Path) -> None:
+        silence = Done(0, "", "")
+        assert here("convert", *DEMO, "-o", tmp_path / "m", "--variant", "distilled", "-q") == silence
+        assert here("quantize", tmp_path / "m", "-o", tmp_path / "q", "-q") == silence
+        assert here("verify", tmp_path / "m", *(f"--source={source}" for source in DEMO), "-q") == silence
+        assert here("inspect", tmp_path / "m", "-q") == silence
+        assert generate(PROMPT, "-q") == silence
+        assert here("bench", demo_f32, *SIZE, "--repeat", "1", "--warmup", "0", "-q") == silence
+
+    def test_quiet_in_a_process_of_its_own(self, demo_f32: Path, tmp_path: Path) -> None:
+        """Libraries that write past Python's streams would be seen here."""
+        assert script("generate", PROMPT, "-m", demo_f32, "-o", tmp_path / "c.mp4", *SIZE, "-q") == Done(0, "", "")
+
+    def test_people_read_progress_on_stderr_and_the_result_on_stdout(self, generate: Here) -> None:
+        done = generate(PROMPT)
+        assert done.code == 0 and "clip.mp4" in done.out and "9 frames" in done.out
+        for phase in ("text_encoder", "connectors", "stage1", "spatial_upscaler", "stage2", "video_vae", "vocoder"):
+            assert f"{phase}: done in" in done.err
+        assert "\x1b" not in done.err and "\r" not in done.err, "no terminal, no control characters"
+
+    def test_convert_and_quantize_as_json(self, here: Here, tmp_path: Path) -> None:
+        model, smaller = tmp_path / "m", tmp_path / "q"
+        done = here("convert", MONOLITH, "-o", model, "--variant", "distilled", "--json").json
+        assert (done["model"], done["reused"]) == (str(model), False) and done["bytes"] > 1e6
+        again = here("convert", MONOLITH, "-o", model, "--variant", "distilled", "--json").json
+        assert again["reused"] and again["bytes"] == done["bytes"]
+        report = tmp_path / "report.json"
+        done = here("quantize", model, "-o", smaller, "--bits", "8", "--report", report, "--json").json
+        assert done["report"] == json.loads(report.read_text()) and done["report"]["totals"]["all"]["bytes_before"]
+
+    def test_plan_as_json(self, here: Here, tmp_path: Path) -> None:
+        args = ["convert", MONOLITH, "-o", tmp_path / "m", "--variant", "distilled", "--dry-run"]
+        plan = here(*args, "--json").json["plan"]
+        assert all(entry.keys() & {"key", "dropped"} for entry in plan) and names(tmp_path) == []
+        summary = here(*args).out.splitlines()
+        assert [line.split()[0] for line in summary[-2:]] == ["total", "dropped"] and "transformer" in summary[2]
+
+    def test_inspect_and_verify_as_json(self, here: Here, demo_f32: Path) -> None:
+        assert "transformer" in here("inspect", demo_f32, "--json").json["components"]
+        assert here("verify", demo_f32, "--json").json["verified"] is True
+
+    def test_bench_as_json(self, here: Here, demo_f32: Path, tmp_path: Path) -> None:
+        receipt = tmp_path / "receipt.json"
+        args = ["bench", demo_f32, *SIZE, "--warmup", "0"]
+        done = here(*args, "--repeat", "2", "--out", receipt, "--json")
+        assert done.json == json.loads(receipt.read_text())
+        (case,) = done.json["cases"]
+        assert [phase["name"] for phase in case["phases"]][2:5] == ["stage1", "spatial_upscaler", "stage2"]
+        table = here(*args, "--repeat", "1")
+        assert table.out == "" and "spatial_upscaler" in table.err, "names are never cut off"
+
+    def test_demo_as_json(self, tmp_path: Path) -> None:
+        done = script("demo", "chain", "--json", cwd=tmp_path)
+        assert done.code == 0 and "$ ltx2 generate" in done.err
+        for path in [*done.json["clips"].values(), *done.json["models"].values()]:
+            assert (tmp_path / path).exists()
+        frames, fps = read_video(tmp_path / done.json["clips"]["full"])
+        assert frames.shape == (25, 128, 192, 3) and fps == 24

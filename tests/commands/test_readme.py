@@ -1,0 +1,265 @@
+"""README.md, held to the code: its commands, names, tables and links are checked, so that it cannot drift."""
+
+import ast
+import inspect
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from ltx2 import api
+from ltx2.bench.plots.demo import packed_bits
+from ltx2.bench.speed.compare import read_receipt
+from ltx2.bench.speed.table import markdown, tables_in
+from ltx2.cli import cli
+from ltx2.convert.fetch.catalogue import catalogue
+from ltx2.convert.plan.entries import Plan
+from ltx2.demo import PROMPT
+from ltx2.quant.apply import Settings, quantize_plan
+from ltx2.runtime.generate.presets import load_preset
+from ltx2.runtime.generate.request import Request
+from ltx2.runtime.model.layout import COMPONENTS
+from tests.support import published
+from tests.support.official import plan_of
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+PROSE = BLOCK.sub("", README)
+INLINE = re.findall(r"`([^`\n]+)`", PROSE)
+# Options of other programs.
+FOREIGN = {"--force-reinstall", "--no-deps"}
+GIB, GB = 2**30, 10**9
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(README) if kind == language]
+
+
+def shell_lines() -> list[str]:
+    """Commands in the shell blocks; a backslash continues one on the next line."""
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    return [line.partition(" #")[0].strip() for line in text.splitlines() if line.strip()]
+
+
+def table(heading: str) -> list[list[str]]:
+    """Rows of the first table under a heading, without its first two lines."""
+    lines = README[README.index(f"\n{heading}\n") :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|---"))
+    rows = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def options(command: click.Command) -> set[str]:
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+
+class TestCommands:
+    @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("ltx2 ")])
+    def test_would_run(self, line: str) -> None:
+        _, name, *args = shlex.split(line)
+        context = cli.commands[name].make_context(name, args)
+        given = {k: v for k, v in context.params.items() if k in Request.__dataclass_fields__ and v is not None}
+        if name == "generate":
+            Request.from_options(given).with_defaults(load_preset("2.0", "distilled"))
+
+    @pytest.mark.parametrize("text", [text for text in INLINE if text.startswith("ltx2 ")])
+    def test_in_the_text(self, text: str) -> None:
+        _, name, *args = text.split()
+        known = options(cli.commands[name]) if name in cli.commands else {"--help"}
+        assert name in cli.commands or name == "COMMAND"
+        assert {arg for arg in args if arg.startswith("-")} <= known
+
+    def test_table_lists_all(self) -> None:
+        assert [row[0].strip("`").split()[1] for row in table("### Commands")] == list(cli.commands)
+
+    def test_every_option_exists(self) -> None:
+        known = {option for command in cli.commands.values() for option in options(command)} | {"--help"} | FOREIGN
+        mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+        assert mentioned and mentioned <= known
+
+    def test_make_targets(self) -> None:
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        mentioned = re.findall(r"\bmake ([a-z-]+)", "\n".join([*shell_lines(), *INLINE]))
+        assert mentioned and set(mentioned) <= set(targets)
+
+    def test_downloaded_files_are_the_converted_ones(self) -> None:
+        """What is downloaded is what the next command converts."""
+        downloads = [line for line in shell_lines() if line.startswith("ltx2 download ltx")]
+        (download,) = (line for line in downloads if "--convert" not in line)
+        (convert,) = (shlex.split(line) for line in shell_lines() if line.startswith("ltx2 convert"))
+        chosen = catalogue().choose(shlex.split(download)[2:])
+        assert convert[2 : convert.index("-o")] == [str(published.source(Path("weights"))) for published in chosen]
+
+    def test_names_to_download(self) -> None:
+        """With their sizes and places."""
+        for names, _, size, place in table("## From Hugging Face to MLX"):
+            chosen = [name.strip("` ") for name in names.split(",")]
+            assert size == ", ".join(f"{catalogue().size(name) / GB:.1f}" for name in chosen) + " GB"
+            if place:
+                (found,) = catalogue().choose(chosen)
+                assert place == f"`weights/{found.folder}`"
+
+    def test_demo_prompt(self) -> None:
+        assert f'"{PROMPT}"' in README.replace("\n", " ")
+
+
+class TestPython:
+    (CODE,) = blocks("python")
+
+    def calls(self) -> Iterator[tuple[str, set[str]]]:
+        """Called attributes with their keyword arguments."""
+        for node in ast.walk(ast.parse(self.CODE)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                yield ast.unparse(node.func), {str(word.arg) for word in node.keywords}
+
+    def test_calls(self) -> None:
+        functions = ("load", "download", "convert", "calibrate", "quantize")
+        takes = {f"ltx2.{name}": set(inspect.signature(getattr(api, name)).parameters) for name in functions}
+        request = set(Request.__dataclass_fields__)
+        takes |= {"pipe.generate": request, "pipe.stream": request, "clip.save": set()}
+        found = dict(self.calls())
+        assert found.keys() == takes.keys()
+        assert all(found[name] <= takes[name] for name in found)
+
+    def test_attributes(self, demo_f32: Path) -> None:
+        clip = api.load(demo_f32).generate("a red square", width=64, height=64, frames=1)
+        for name in set(re.findall(r"\bclip\.(\w+)", self.CODE)):
+            assert hasattr(clip, name), name
+
+
+class TestNames:
+    def test_links(self) -> None:
+        headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ ([\w ]+)$", PROSE, re.MULTILINE)}
+        targets = re.findall(r"\]\(([^)]+)\)", README)
+        local = [t for t in targets if not t.startswith("https://")]
+        assert len(local) >= 3
+        for target in local:
+            assert target[1:] in headings if target.startswith("#") else (ROOT / target).exists(), target
+
+    def test_paths_in_the_text(self) -> None:
+        """Names with a slash that start at the top of the repository."""
+        top = {path.name for path in ROOT.iterdir()} - {"weights", "demo"}
+        paths = [text for text in INLINE if text.partition("/")[0] in top and "/" in text]
+        assert len(paths) >= 5
+        for path in paths:
+            assert list(ROOT.glob(path.rstrip("/"))), path
+
+    def test_architecture(self) -> None:
+        """Every file that the tree names lies where it says, and every top folder is in it."""
+        (tree,) = (text for text in blocks("") if "pipeline.py the only loop" in text)
+        folder, named = "", set()
+        for line in tree.splitlines():
+            if match := re.match(r"(\w+)/ ", line):
+                folder = match[1]
+                named.add(folder)
+            for name in re.findall(r"\w+\.py|recipes/\*\.json", line):
+                assert list((ROOT / folder).glob(name)), f"{folder}/{name}"
+        assert named == {"ltx2", "bench", "quant", "convert", "runtime"}
+
+    def test_components(self) -> None:
+        (sentence,) = re.findall(r"^Components: (.*?)\.\n", README, re.MULTILINE | re.DOTALL)
+        of_later_releases = {"duration_head"}
+        assert re.findall(r"`(\w+)`", sentence) == [name for name in COMPONENTS if name not in of_later_releases]
+
+    def test_stages(self) -> None:
+        first, second = load_preset("2.0", "distilled").stages
+        assert f"stage 1: transformer, {first.steps} steps at half size" in README and first.downscale == 2
+        assert f"stage 2: transformer, {second.steps} steps" in README and second.downscale == 1
+
+
+def receipt() -> dict[str, Any]:
+    """The receipt that the README's table of speed is made from."""
+    path = re.search(r"bench table: (\S+)", README)
+    assert path is not None
+    return read_receipt(ROOT / path[1])
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """The published files that the README converts."""
+    folder = tmp_path_factory.mktemp("published")
+    distilled = next(p for p in published.write_published(folder, published.MONOLITH) if "distilled" in p.name)
+    (upscaler,) = published.write_published(folder, published.SPATIAL)
+    return plan_of(distilled, upscaler, published.write_gemma(folder / "gemma"))
+
+
+class TestSizes:
+    def test_downloads(self, plan: Plan) -> None:
+        sizes = {entry.file.path: entry.file.size for entry in plan.entries}
+        gemma = sum(size for path, size in sizes.items() if path.parent.name == "gemma")
+        model, upscaler = sorted((size for path, size in sizes.items() if path.parent.name != "gemma"), reverse=True)
+        said = re.search(r"([\d.]+) GB for the model, ([\d.]+) GB for the upscaler, ([\d.]+) GB for the text", README)
+        assert said is not None and said.groups() == tuple(f"{size / GB:.1f}" for size in (model, upscaler, gemma))
+
+    def test_table(self, plan: Plan) -> None:
+        rows = table("### Which size?")
+        assert len(rows) == 6
+        for how, *cells in rows:
+            sizes = self.sizes(plan, how)
+            numbers = [sum(sizes.values()), sizes["transformer"], sizes["text_encoder"]]
+            mac = next(memory for memory in (8, 16, 24, 32, 48, 64, 96) if self.fits(sizes["transformer"], memory))
+            assert cells == [*(f"{number / GB:.1f} GB" for number in numbers), f"{mac} GB"], how
+
+    @staticmethod
+    def sizes(plan: Plan, how: str) -> dict[str, int]:
+        bits, recipe = re.search(r"--bits (\d)", how), re.search(r"--recipe ([\w-]+)", how)
+        if bits or recipe:
+            plan = quantize_plan(plan, Settings(int(bits[1]) if bits else None, recipe=recipe[1] if recipe else None))
+        return {n: sum(f.nbytes for m in plan.moves(n) for f in m.stored().values()) for n in plan.components}
+
+    @staticmethod
+    def fits(transformer: int, memory: int) -> bool:
+        """As the text under the table calculates it."""
+        for rule in ("the transformer and 1.3 GiB", "two thirds of the memory, or three quarters from 48 GB on"):
+            assert rule in README.replace("\n", " ")
+        share = 3 / 4 if memory >= 48 else 2 / 3
+        return transformer + 1.3 * GIB <= share * memory * GIB
+
+    def test_what_a_clip_needs_beside_the_weights(self, plan: Plan) -> None:
+        phases = {phase["name"]: phase for phase in receipt()["cases"][0]["phases"]}
+        peak = phases["stage2"]["mlx_peak_bytes"]
+        assert f"{(peak - self.sizes(plan, '')['transformer']) / GIB:.1f}" == "1.3"
+
+
+class TestMeasured:
+    @pytest.mark.parametrize("path", ["README.md", "docs/performance.md"])
+    def test_generated_tables(self, path: str) -> None:
+        """Those between marks are what `python -m ltx2.bench.speed.table` prints."""
+        found = list(tables_in((ROOT / path).read_text(encoding="utf-8")))
+        assert found or path != "README.md"
+        for receipts, shown in found:
+            assert shown == markdown([read_receipt(ROOT / receipt) for receipt in receipts]), receipts
+
+    def test_what_was_measured(self) -> None:
+        data = receipt()
+        text = " ".join(README[README.index("\n## Measured") :].split())
+        assert data["machine"]["device"] in text and f"mlx {data['machine']['mlx']}" in text
+        options = data["cases"][0]["options"]
+        assert f"{options['frames']} frames of {options['width']}x{options['height']} at {options['fps']:g} fps" in text
+        assert f"medians of {data['repeat']} clips" in text
+
+    def test_what_quantizing_costs(self) -> None:
+        """The table under Quantization is the demo model's receipt."""
+        (path,) = (ROOT / "bench" / "results").glob("quality-demo-*.json")
+        data = json.loads(path.read_text())
+        models = {model["name"]: model for model in data["models"]}
+        endings = ("-stock", "", "-stats", "-gptq", "-gptq-hadamard")
+        rows = table("### Quantization")
+        assert [row[0] for row in rows] == ["`q8`", "`q6`", "`q4`", "`q3`"]
+        for name, bits, *cells in rows:
+            assert bits == f"{packed_bits(models[name.strip('`')]):.2f}"
+            for ending, cell in zip(endings, cells, strict=True):
+                model = models.get(name.strip("`") + ending)
+                assert cell == (f"{100 * model['velocity']['video']:.2f} %" if model else ""), (name, ending)
+        text = " ".join(README.split())
+        assert f"{data['compared']} prompts, medians" in text and f"of {data['prompts']} prompts" in text

@@ -1,0 +1,1 @@
+"""Downloads, ranges, hostile files."""

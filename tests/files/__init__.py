@@ -1,0 +1,1 @@
+"""Tensor files, folders, configurations, media."""

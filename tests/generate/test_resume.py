@@ -1,0 +1,286 @@
+"""Runs that are cut off, with real signals: what is on disk then, and that going on ends with the same bits."""
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import ltx2
+from ltx2.cli import run
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.files.tensors import open_tensorfile
+from ltx2.runtime.networks.video_vae.tiling import decode_frames
+from tests.support.command import SIZE, Here
+from tests.support.programs import ffmpeg_that
+
+PROMPT = "a red square"
+STATE = "clip.unfinished.safetensors"
+# Runs `ltx2 generate ...` in this process and sends it a signal when a phase begins, or ends a step.
+STOPPED = """
+import os, sys
+from ltx2.cli import run
+from ltx2.runtime.events import PhaseStarted, StepDone
+from ltx2.runtime.generate.pipeline import Run
+
+number, phase, step, *args = sys.argv[1:]
+events = Run.events
+
+def watched(self):
+    for event in events(self):
+        begins = isinstance(event, PhaseStarted) and (event.name, "0") == (phase, step)
+        if begins or isinstance(event, StepDone) and (event.phase, str(event.step)) == (phase, step):
+            os.kill(os.getpid(), int(number))
+        yield event
+
+Run.events = watched
+sys.exit(run(args))
+"""
+Stopped = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def listen() -> None:
+    """A shell's background job ignores Ctrl-C, and so would a process that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def whole(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the clip of a run that nothing stopped, its latents and its prompt's embeddings."""
+    folder = tmp_path_factory.mktemp("whole")
+    args = ["generate", PROMPT, "-m", demo_f32, "-o", folder / "clip.mp4", *SIZE]
+    args += ["--save-embeddings", folder / "embeddings", "--save-latents", folder / "latents"]
+    assert run([str(arg) for arg in args]) == 0
+    assert not (folder / STATE).exists()
+    return folder
+
+
+@pytest.fixture
+def arguments(demo_f32: Path, whole: Path, tmp_path: Path) -> list[str]:
+    files = ["-o", tmp_path / "clip.mp4", "--embeddings", whole / "embeddings", "--save-latents", tmp_path / "latents"]
+    return [str(arg) for arg in ["generate", "-m", demo_f32, *files, *SIZE]]
+
+
+@pytest.fixture
+def stopped(arguments: list[str]) -> Stopped:
+    """`stopped(signal, phase, step, more arguments)`: how the command ended."""
+
+    def call(number: int, phase: str, step: int, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", STOPPED, str(int(number)), phase, str(step), *arguments, *more]
+        return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=listen)
+
+    return call
+
+
+def same(first: Path, second: Path) -> bool:
+    a, b = load_file(first), load_file(second)
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def phases(sidecar: Path) -> list[str]:
+    return [phase["name"] for phase in json.loads(sidecar.read_text())["phases"]]
+
+
+KILLED = {
+    "while decoding": ("video_vae", 1, [], (2, 3)),
+    "before the picture": ("video_vae", 0, ["--checkpoint-every", "5"], (2, 3)),
+    "some steps after the state": ("stage1", 6, ["--checkpoint-every", "4"], (1, 4)),
+    "between stages": ("stage2", 1, ["--checkpoint-every", "8"], (1, 8)),
+    "in the second stage": ("stage2", 2, ["--checkpoint-every", "2"], (2, 2)),
+}
+
+
+class TestKilled:
+    @pytest.mark.parametrize("name", KILLED)
+    def test_goes_on_with_the_same_bits(
+        self, here: Here, arguments: list[str], stopped: Stopped, whole: Path, tmp_path: Path, name: str
+    ) -> None:
+        phase, step, options, (stage, done) = KILLED[name]
+        assert stopped(signal.SIGKILL, phase, step, *options).returncode == -signal.SIGKILL
+        assert not (tmp_path / "clip.mp4").exists()
+        record = json.loads(open_tensorfile(tmp_path / STATE).metadata["run"])
+        assert (record["stage"], record["step"]) == (stage, done)
+        ended = here(*arguments, "--resume")
+        assert ended.code == 0 and "warning" not in ended.err, ended
+        assert same(tmp_path / "latents", whole / "latents")
+        assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.json", "clip.mp4", "latents"]
+
+    def test_text_is_encoded_once(self, here: Here, demo_f32: Path, whole: Path, tmp_path: Path) -> None:
+        """From a prompt; the record of the run has the phases of both processes."""
+        args = ["generate", PROMPT, "-m", str(demo_f32), "-o", str(tmp_path / "clip.mp4"), *SIZE]
+        command = [sys.executable, "-c", STOPPED, "9", "stage1", "2", *args, "--checkpoint-every", "1"]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+        ended = here(*args, "--resume")
+        assert ended.code == 0 and "text_encoder: done" not in ended.err
+        assert phases(tmp_path / "clip.json") == phases(whole / "clip.json")
+        assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
+
+    def test_latents_can_be_decoded_by_hand(
+        self, here: Here, stopped: Stopped, demo_f32: Path, whole: Path, tmp_path: Path
+    ) -> None:
+        stopped(signal.SIGKILL, "video_vae", 0)
+        args = ["generate", "-m", demo_f32, "--latents", tmp_path / STATE, "-o", tmp_path / "by-hand.mp4"]
+        assert here(*args).code == 0
+        assert (tmp_path / "by-hand.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
+
+    def test_without_a_state_it_starts_again(
+        self, here: Here, arguments: list[str], stopped: Stopped, whole: Path, tmp_path: Path
+    ) -> None:
+        stopped(signal.SIGKILL, "stage1", 2)
+        assert not (tmp_path / STATE).exists()
+        ended = here(*arguments, "--resume")
+        assert ended.code == 0 and f"warning: there is no {STATE} to continue" in ended.err
+        assert same(tmp_path / "latents", whole / "latents")
+
+    def test_the_next_run_says_what_could_be_continued(
+        self, here: Here, arguments: list[str], stopped: Stopped, tmp_path: Path
+    ) -> None:
+        stopped(signal.SIGKILL, "video_vae", 0)
+        ended = here(*arguments)
+        assert ended.code == 0 and f"warning: {STATE} is of a run that was cut off: --resume" in ended.err
+        assert not (tmp_path / STATE).exists()
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("where", [("video_vae", 1), ("stage1", 5, "--checkpoint-every", "2")])
+    def test_says_the_command_that_continues(
+        self, stopped: Stopped, here: Here, whole: Path, tmp_path: Path, where: tuple[Any, ...]
+    ) -> None:
+        ended = stopped(signal.SIGINT, *where)
+        assert ended.returncode == 130 and "Traceback" not in ended.stderr
+        assert {path.name for path in tmp_path.iterdir()} <= {STATE, "latents"}
+        (command,) = (line for line in ended.stderr.splitlines() if "this continues: " in line)
+        _, *args = shlex.split(command.partition("this continues: ")[2])
+        assert here(*args).code == 0
+        assert same(tmp_path / "latents", whole / "latents")
+        assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
+
+    def test_without_a_state_it_says_so(self, stopped: Stopped, tmp_path: Path) -> None:
+        ended = stopped(signal.SIGINT, "stage1", 2, "--json")
+        assert ended.returncode == 130
+        assert json.loads(ended.stdout)["error"]["fix"] == "run the same command again"
+
+
+class TestFailed:
+    def test_while_writing_the_clip(
+        self, here: Here, arguments: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The disk is full, some room is made, the run goes on."""
+        with monkeypatch.context() as patch:
+            ffmpeg_that(patch, tmp_path, "has no space left")
+            ended = here(*arguments)
+            ended.failed(1, "cannot write", "clip.mp4", "No space left on device", "this continues: ltx2 generate")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [STATE, "ffmpeg", "latents"]
+        ended = here(*arguments, "--resume")
+        assert ended.code == 0 and "stage" not in ended.err
+        assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
+
+    def test_on_the_gpu(
+        self, here: Here, arguments: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """macOS ends its work after the first frames."""
+
+        def ended(*arguments: Any) -> Iterator[Any]:
+            yield next(decode_frames(*arguments))
+            raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity (0000000e).")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ltx2.runtime.generate.pipeline.decode_frames", ended)
+            failed = here(*arguments, "--json")
+        error = failed.json["error"]
+        assert failed.code == 1 and error["kind"] == "device" and "this continues: ltx2 generate" in error["fix"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [STATE, "latents"]
+        assert here(*arguments, "--resume").code == 0
+        assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
+
+
+@pytest.fixture
+def state(stopped: Stopped, tmp_path: Path) -> Path:
+    """Of a run that was killed between two steps."""
+    stopped(signal.SIGKILL, "stage1", 3, "--checkpoint-every", "3")
+    return tmp_path / STATE
+
+
+class TestRefused:
+    def test_another_request(self, here: Here, arguments: list[str], state: Path, whole: Path, tmp_path: Path) -> None:
+        """And the state stays."""
+        rng = np.random.default_rng(0)
+        shapes: dict[str, tuple[int, ...]] = {"stage1.video": (1, 32, 2, 1, 1), "stage2.video": (1, 32, 2, 2, 2)}
+        shapes |= {"stage1.audio": (1, 2, 9, 16), "stage2.audio": (1, 2, 9, 16)}
+        save_file({k: rng.standard_normal(v).astype(np.float32) for k, v in shapes.items()}, tmp_path / "noise")
+        embeddings = load_file(whole / "embeddings")
+        save_file({name: value + 1 for name, value in embeddings.items()}, tmp_path / "others")
+        changes: dict[str, list[str | Path]] = {
+            "frames 9, this is frames 17": ["--frames", "17"],
+            "seed 10, this is seed 11": ["--seed", "11"],
+            "no upscale False, this is no upscale True": ["--no-upscale"],
+            "no noise file, this is another noise file": ["--noise", tmp_path / "noise"],
+            "another embeddings file, this is another embeddings file": ["--embeddings", tmp_path / "others"],
+        }
+        before = state.read_bytes()
+        for said, options in changes.items():
+            ended = here(*arguments, *options, "--resume")
+            ended.failed(1, f"{STATE} cannot be continued", said, "leave out --resume")
+            assert "this continues" not in ended.err
+        assert state.read_bytes() == before
+
+    def test_another_model(self, here: Here, demo_f32: Path, arguments: list[str], state: Path, tmp_path: Path) -> None:
+        model = Path(shutil.copytree(demo_f32, tmp_path / "model"))
+        manifest = json.loads((model / "ltx2.json").read_text())
+        for file in manifest["components"]["transformer"]["files"]:
+            file["sha256"] = "0" * 64
+        (model / "ltx2.json").write_text(json.dumps(manifest))
+        here(*arguments, "-m", model, "--resume").failed(1, "another model: the files of its transformer")
+
+    @pytest.mark.parametrize("damage", ["empty", "cut", "latents", "text"])
+    def test_a_damaged_state(self, here: Here, arguments: list[str], state: Path, whole: Path, damage: str) -> None:
+        content = state.read_bytes()
+        damaged = {"empty": b"", "cut": content[:-1], "latents": (whole / "latents").read_bytes(), "text": b"{}" * 99}
+        state.write_bytes(damaged[damage])
+        here(*arguments, "--resume").failed(1, f"{STATE} cannot be continued", "leave out --resume")
+
+    def test_what_may_change(self, here: Here, arguments: list[str], state: Path, whole: Path, tmp_path: Path) -> None:
+        assert here(*arguments, "--no-audio", "--low-memory", "--resume").code == 0
+        assert same(tmp_path / "latents", whole / "latents")
+
+
+class TestPython:
+    def options(self, folder: Path, whole: Path) -> dict[str, Any]:
+        options = {"embeddings": whole / "embeddings", "width": 64, "height": 64, "frames": 9}
+        return options | {"state": folder / "state.safetensors"}
+
+    def test_a_stream_that_is_closed(self, demo_f32: Path, whole: Path, tmp_path: Path) -> None:
+        pipe, options = ltx2.load(demo_f32), self.options(tmp_path, whole)
+        for event in pipe.stream(**options, checkpoint_every=2):
+            if getattr(event, "phase", "") == "stage2":
+                break
+        assert options["state"].exists()
+        clip = pipe.generate(**options, resume=True)
+        saved = load_file(whole / "latents")
+        assert all(np.array_equal(saved[name], clip.latents[name]) for name in saved)
+        assert options["state"].exists(), "until the clip is saved"
+        clip.save(tmp_path / "clip.mp4")
+        assert not options["state"].exists()
+
+    @pytest.mark.parametrize("option", [{"resume": True}, {"checkpoint_every": 2}])
+    def test_a_state_needs_a_place(self, demo_f32: Path, option: dict[str, Any]) -> None:
+        with pytest.raises(InputError, match=r"without a state.*state=FILE"):
+            ltx2.load(demo_f32).stream(PROMPT, **option)
+
+    def test_nothing_is_written_without_being_asked(
+        self, demo_f32: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        options = self.options(tmp_path, whole)
+        del options["state"]
+        ltx2.load(demo_f32).generate(**options)
+        assert list(tmp_path.iterdir()) == []

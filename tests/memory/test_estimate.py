@@ -1,0 +1,328 @@
+"""The memory plan: against measured peaks, what it chooses under a limit, and what it says where nothing fits."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from ltx2.runtime.errors import DoesNotFitError
+from ltx2.runtime.events import PhaseDone
+from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.media.video import encoding_memory
+from ltx2.runtime.memory.activations import Activations, Tiles
+from ltx2.runtime.memory.meter import activations
+from ltx2.runtime.memory.plan import COMMAND_BUFFER, MemoryPlan
+from ltx2.runtime.networks.audio.vae import AudioVAEConfig
+from ltx2.runtime.networks.audio.vocoder import VocoderConfig
+from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
+from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.upsampler import UpsamplerConfig
+from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
+from ltx2.runtime.networks.video_vae.tiling import Tiling, tilings
+from ltx2.runtime.sampling.latents import Grid
+from tests.support.command import Here
+from tests.support.official import DEMO
+from tests.support.sparse_model import write_sparse_model
+
+ROOT = Path(__file__).parent.parent.parent
+NETWORKS: dict[str, Any] = json.loads((ROOT / "bench" / "fullsize.json").read_text())["networks"]
+RECEIPTS = sorted((ROOT / "bench" / "results").glob("memory-*.json"))
+ROWS: list[dict[str, Any]] = [row for path in RECEIPTS for row in json.loads(path.read_text())["results"]]
+CASE = ("case", "bits", "latent", "tiling", "audio_latents", "tokens", "limit_bytes")
+EMBEDDING, LAYER = 2 * 3840 * (262208 + 1), 445_000_000  # bytes of the text encoder's
+GB = 10**9
+PROMPT = "a red square"
+TOKENIZER = next(path for path in DEMO if path.is_dir())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pipeline]:
+    """The published networks at some bits, without weights."""
+    opened: dict[int, Pipeline] = {}
+
+    def at(bits: int) -> Pipeline:
+        if bits not in opened:
+            folder = tmp_path_factory.mktemp("sparse") / f"q{bits}"
+            opened[bits] = Pipeline(write_sparse_model(folder, TOKENIZER, bits))
+        return opened[bits]
+
+    return at
+
+
+@pytest.fixture(autouse=True)
+def computer(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A GPU, and how many GB it has; 100 unless a test says otherwise."""
+
+    def has(memory: float) -> None:
+        monkeypatch.setattr("ltx2.runtime.memory.plan.available_memory", lambda: int(memory * GB))
+
+    monkeypatch.setattr("ltx2.runtime.memory.plan.uses_cpu", lambda: False)
+    has(100)
+    return has
+
+
+def refusal(plan: MemoryPlan) -> DoesNotFitError:
+    with pytest.raises(DoesNotFitError) as caught:
+        plan.check()
+    return caught.value
+
+
+class TestPlan:
+    def test_phases_are_the_pipelines(self, model: Callable[[int], Pipeline]) -> None:
+        names = [phase.name for phase in model(16).plan(PROMPT).phases]
+        stages = ["stage1", "spatial_upscaler", "stage2"]
+        assert names == ["text_encoder", "connectors", *stages, "audio_vae", "vocoder", "video_vae"]
+        names = [phase.name for phase in model(16).plan(PROMPT, no_upscale=True, no_audio=True).phases]
+        assert names == ["text_encoder", "connectors", "stage1", "video_vae"]
+
+    def test_weights_are_those_in_use(self, model: Callable[[int], Pipeline]) -> None:
+        """The text encoder is streamed: its embedding is the largest part. Encoders are not read."""
+        plan = model(16).plan(PROMPT)
+        weights = {phase.name: phase.weights for phase in plan.phases}
+        assert weights["text_encoder"] == 2 * 262208 * 3840 + 2 * 3840
+        assert weights["stage1"] == weights["stage2"] == 37_758_861_824
+        assert weights["video_vae"] == 1_056_761_440
+
+    def test_is_instant(self, model: Callable[[int], Pipeline]) -> None:
+        model(16).plan(PROMPT)
+        started = time.perf_counter()
+        model(16).plan(PROMPT)
+        assert time.perf_counter() - started < 2
+
+    def test_evaluates_nothing(self, model: Callable[[int], Pipeline], monkeypatch: pytest.MonkeyPatch) -> None:
+        pipeline = model(16)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        pipeline.plan(PROMPT)
+        assert mx.get_peak_memory() - before < 1 << 20
+
+    def test_total_is_what_phases_take(self, model: Callable[[int], Pipeline]) -> None:
+        plan = model(4).plan(PROMPT)
+        for phase in plan.phases:
+            assert phase.total == phase.weights + phase.activations + phase.clip
+        assert plan.peak == max(phase.total for phase in plan.phases)
+        clip = 121 * 512 * 768 * 3
+        assert [p.clip for p in plan.phases] == [0] * 7 + [clip]
+
+    def test_a_clip_that_is_written_takes_what_its_encoder_does(self, model: Callable[[int], Pipeline]) -> None:
+        """As much for any number of frames."""
+        short, long = (model(4).plan(PROMPT, frames=frames, output="clip.mp4").phases for frames in (121, 241))
+        assert short[-1].clip == long[-1].clip == encoding_memory(768, 512) < 241 * 512 * 768 * 3
+
+    @pytest.mark.parametrize("changes", [{"frames": 241}, {"width": 1280}, {"height": 1024}])
+    def test_larger_clips_take_more(self, model: Callable[[int], Pipeline], changes: dict[str, int]) -> None:
+        """But for text, the sound of pictures, and the video's tiles, which are of one size."""
+        same = {"text_encoder", "connectors", *(() if "frames" in changes else ("audio_vae", "vocoder"))}
+        small, large = model(4).plan(PROMPT).phases, model(4).plan(PROMPT, **changes).phases
+        for less, more in zip(small, large, strict=True):
+            if less.name != "video_vae":
+                assert (more.activations > less.activations) == (less.name not in same), less.name
+
+
+class TestLimit:
+    def test_default_is_what_the_machine_has(
+        self, model: Callable[[int], Pipeline], computer: Callable[[float], None]
+    ) -> None:
+        computer(40)
+        assert model(16).plan(PROMPT).limit == 40 * GB
+        computer(2)
+        error = refusal(model(16).plan(PROMPT))
+        assert error.what == "the connectors does not fit in memory" and "this computer has 2.0 GB" in error.why
+        assert "ltx2 quantize" in error.fix and "--bits 4" in error.fix
+
+    def test_blocks_make_way(self, model: Callable[[int], Pipeline]) -> None:
+        """As few as will do; the plan says what that costs, and everything else runs as it does without a limit."""
+        free, tight = model(4).plan(PROMPT), model(4).plan(PROMPT, memory_limit=11.0)
+        assert free.fits and tight.fits and tight.peak <= 11 * GB < free.peak
+        for usual, stage in ((p, tight.phase(p.name)) for p in free.phases if p.name.startswith("stage")):
+            assert stage.activations == usual.activations and not stage.held_back and not usual.streamed
+            assert 0 < len(stage.streamed) < 48 and stage.weights < usual.weights
+            block = stage.read // len(stage.streamed)
+            assert 11 * GB - stage.total < block, "one more block would not fit"
+            assert stage.weights == usual.weights - stage.read + 2 * block
+        (said,) = tight.warnings()
+        assert "2.0 GB in every step of stage1 and 2.6 GB in every step of stage2" in said, said
+        assert not list(free.warnings())
+
+    def test_a_transformer_larger_than_memory(self, model: Callable[[int], Pipeline]) -> None:
+        """19B in 16 bits, 37.8 GB."""
+        plan = model(16).plan(PROMPT, memory_limit=8.0)
+        assert plan.fits and plan.phase("stage2").read > 30 * GB
+
+    def test_the_transformer_waits_for_the_gpu_before_anything_is_refused(
+        self, model: Callable[[int], Pipeline]
+    ) -> None:
+        plan = model(4).plan(PROMPT, width=1920, height=1088, memory_limit=4.2)
+        stage = plan.phase("stage2")
+        assert stage.held_back and len(stage.streamed) == 48 and stage.total <= 4.2 * GB
+
+    def test_tiles_become_smaller(self, model: Callable[[int], Pipeline]) -> None:
+        size = {"width": 1280, "height": 704}
+        free, tight = model(4).plan(PROMPT, **size), model(4).plan(PROMPT, memory_limit=3.05, **size)
+        assert free.tiling is not None and tight.tiling is not None and tight.tiling.height < free.tiling.height
+        assert tight.phase("video_vae").total <= 3.05 * GB < free.phase("video_vae").total
+
+    def test_tilings_take_less_and_less(self) -> None:
+        config = video_config()
+        for latents in [(16, 16, 24), (61, 32, 18), (16, 34, 60)]:
+            sizes = [
+                activations.decode_video(Tiles(latents, tiling, config), 2, False).needed
+                for tiling in tilings(config, *latents)
+            ]
+            assert sizes == sorted(sizes, reverse=True) and len(sizes) > 4
+
+    def test_low_memory_is_the_least(self, model: Callable[[int], Pipeline]) -> None:
+        """Of the hungriest phase, here the connectors, which are not streamed; the others use what that one takes."""
+        usual, low = model(4).plan(PROMPT), model(4).plan(PROMPT, low_memory=True)
+        for phase, least in zip(usual.phases, low.phases, strict=True):
+            assert least.total <= phase.total and least.cache == 0
+        assert low.peak == low.phase("connectors").total < 0.25 * usual.peak
+        assert not low.phase("stage1").held_back and 40 < len(low.phase("stage1").streamed) < 48
+        assert len(low.phase("stage2").streamed) == 48
+        assert not model(4).plan(PROMPT, memory_limit=low.peak / GB - 0.001).fits
+        assert model(4).plan(PROMPT, memory_limit=low.peak / GB + 0.001).fits
+
+    def test_nearest_sizes(self, model: Callable[[int], Pipeline]) -> None:
+        """What is suggested fits; one step more does not."""
+        options = {"width": 1920, "height": 1088, "frames": 241, "memory_limit": 4.5}
+        error = refusal(model(4).plan(PROMPT, **options))
+        assert error.what == "241 frames of 1920x1088 do not fit in memory" and "the limit is 4.5 GB" in error.why
+        found = re.fullmatch(r"use --frames (\d+), or --width (\d+) --height (\d+)", error.fix)
+        assert found is not None, error.fix
+        frames, width, height = map(int, found.groups())
+        assert model(4).plan(PROMPT, **options | {"frames": frames}).fits
+        assert not model(4).plan(PROMPT, **options | {"frames": frames + 8}).fits
+        assert model(4).plan(PROMPT, **options | {"width": width, "height": height}).fits
+        assert abs(height / width - 1088 / 1920) < 0.05
+        assert not model(4).plan(PROMPT, **options | {"width": width + 64, "height": height + 64}).fits
+
+    def test_weights_that_are_packed_already(self, model: Callable[[int], Pipeline]) -> None:
+        assert "fewer --bits" in refusal(model(4).plan(PROMPT, memory_limit=2.0)).fix
+
+    @pytest.mark.parametrize("limit", [0, -1, float("inf"), float("nan")])
+    def test_limits_that_are_none(self, model: Callable[[int], Pipeline], limit: float) -> None:
+        with pytest.raises(Exception, match="memory limit"):
+            model(4).plan(PROMPT, memory_limit=limit)
+
+
+class TestCommand:
+    def test_dry_run(self, generate: Here, tmp_path: Path) -> None:
+        done = generate(PROMPT, "--dry-run", "--json")
+        plan = done.json["plan"]
+        assert plan["fits"] and plan["peak"] == max(phase["total"] for phase in plan["phases"])
+        assert (plan["width"], plan["height"], plan["frames"]) == (64, 64, 9)
+        shown = generate(PROMPT, "--dry-run")
+        assert shown.code == 0 and shown.out.startswith("fits: ")
+        assert all(phase["name"] in shown.err for phase in plan["phases"])
+        assert generate(PROMPT, "--dry-run", "-q").out == ""
+        assert list(tmp_path.iterdir()) == []
+
+    def test_dry_run_of_what_does_not_fit(self, generate: Here, tmp_path: Path) -> None:
+        args = [PROMPT, "--dry-run", "--memory-limit", "0.012"]
+        done = generate(*args)
+        assert done.code == 3 and "video_vae" in done.err and "do not fit" in done.err
+        assert generate(*args, "--json").json["error"]["kind"] == "does-not-fit"
+        assert generate(PROMPT, "--memory-limit", "0.012").code == 3
+        assert list(tmp_path.iterdir()) == []
+
+    def test_mlx_is_held_to_the_plan(self, generate: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        limits: list[int] = []
+        set_limit = mx.set_memory_limit
+        before = set_limit(1 << 40)
+
+        def watched(limit: int) -> int:
+            limits.append(limit)
+            return set_limit(limit)
+
+        monkeypatch.setattr(mx, "set_memory_limit", watched)
+        assert generate(PROMPT, "--memory-limit", "0.4").code == 0
+        plan = json.loads((tmp_path / "clip.json").read_text())["memory_plan"]
+        assert len(limits) == 2 * len(plan["phases"]) and set(limits[1::2]) == {1 << 40}, "and let go after each phase"
+        for phase, limit in zip(plan["phases"], limits[::2], strict=True):
+            assert limit == phase["weights"] + phase["activations"] + phase["cache"] <= 0.4 * GB
+        set_limit(before)
+
+    def test_a_limit_beyond_the_machine_is_said(self, generate: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ltx2.runtime.generate.pipeline.available_memory", lambda: 2 * GB)
+        done = generate(PROMPT, "--memory-limit", "3")
+        assert done.code == 0 and "warning: --memory-limit 3 is more than the 2.0 GB there are" in done.err
+
+    def test_low_memory_makes_the_same_clip(self, generate: Here, tmp_path: Path) -> None:
+        assert generate(PROMPT).code == 0 and generate(PROMPT, "--low-memory", to="low.mp4").code == 0
+        assert (tmp_path / "clip.mp4").read_bytes() == (tmp_path / "low.mp4").read_bytes(), "one tile covers it"
+
+
+def video_config() -> VideoVAEConfig:
+    return VideoVAEConfig.from_dict(NETWORKS["video_vae"][1])
+
+
+def planned(row: dict[str, Any]) -> Activations:
+    """What the plan says of a measured case."""
+    case, audio, tokens = row["case"], row.get("audio_latents", 1), row.get("tokens", 0)
+    frames, height, width = row.get("latent", (1, 1, 1))
+    grid = Grid(128, frames, height, width, 8, audio)
+    if case == "video decode":
+        tiling = Tiling(*row["tiling"]) if row["tiling"] else None
+        return activations.decode_video(Tiles(tuple(row["latent"]), tiling, video_config()), 2, False)
+    if case == "denoise step":
+        return activations.denoise_step(TransformerConfig.from_dict(NETWORKS["transformer"][1]), grid, 1024, 2)
+    if case == "upscaler":
+        return activations.upscale(UpsamplerConfig.from_dict(NETWORKS["spatial_upscaler"][1]), grid, 2)
+    if case == "audio decode":
+        return activations.decode_audio(AudioVAEConfig.from_dict(NETWORKS["audio_vae"][1]), audio)
+    if case == "vocoder":
+        return activations.vocode(VocoderConfig.from_dict(NETWORKS["vocoder"][1]), 4 * audio)
+    if case == "connectors":
+        return activations.connectors(ConnectorsConfig.from_dict(NETWORKS["connectors"][1]), tokens, 1024, 2)
+    assert case == "text encoder"
+    found = activations.text_encoder(Gemma3Config.from_dict(NETWORKS["text_encoder"][1]), LAYER, EMBEDDING, tokens, 2)
+    return replace(found, needed=found.needed + EMBEDDING)  # its weights are read while it is measured
+
+
+def name(row: dict[str, Any]) -> str:
+    return " ".join(str(row[key]) for key in CASE if row.get(key) is not None).replace(" ", "-")
+
+
+class TestMeasured:
+    """Receipts of one GPU: peaks of MLX with all networks at their published sizes. First calls also compile."""
+
+    @pytest.mark.parametrize("row", [row for row in ROWS if row["limit_bytes"] is None], ids=name)
+    def test_at_full_speed(self, row: dict[str, Any], note: Callable[[str], None]) -> None:
+        """Never more than 5 % below, at most 10 % above."""
+        peak = max(row["peak_bytes"][1:])
+        above = row["weight_bytes"] + planned(row).full - peak
+        note(f"memory plan of {name(row)}: {peak / GB:.2f} GB measured, {100 * above / peak:+.1f} %")
+        assert -0.05 * peak <= above <= 0.10 * peak
+
+    @pytest.mark.parametrize("row", [row for row in ROWS if row["limit_bytes"] is not None], ids=name)
+    def test_under_a_limit(self, row: dict[str, Any]) -> None:
+        """MLX passes its limit by what the plan allows for, or takes what is needed at least. Arrays are free sooner
+        or later, calls of the vocoder differ by a fifth: the least of them counts."""
+        plan, peak = planned(row), min(row["peak_bytes"][1:])
+        passed = row["limit_bytes"] + plan.largest + COMMAND_BUFFER
+        assert peak <= 1.05 * max(passed, row["weight_bytes"] + plan.needed)
+
+    def test_all_networks_are_measured(self) -> None:
+        phases = {"text encoder", "connectors", "denoise step", "upscaler", "video decode", "audio decode", "vocoder"}
+        assert {row["case"] for row in ROWS} == phases
+        assert {row["bits"] for row in ROWS if row["case"] == "denoise step"} == {4, 8, 16}
+
+    def test_on_a_cpu(self, demo_f32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every phase of the demo model, on this computer. Half a megabyte is let pass: its networks are tiny."""
+        monkeypatch.undo()
+        pipeline, options = Pipeline(demo_f32), {"width": 64, "height": 64, "frames": 17}
+        plan = pipeline.plan(PROMPT, **options)
+        done = [event for event in pipeline.stream(PROMPT, **options) if isinstance(event, PhaseDone)]
+        assert [phase.name for phase in done] == [phase.name for phase in plan.phases]
+        for phase in done:
+            planned, measured = plan.phase(phase.name), phase.mlx_peak_bytes
+            above = planned.weights + planned.activations - measured
+            slack = 10**6 / 2
+            assert -0.05 * measured - slack <= above <= 0.25 * measured + slack, (phase.name, measured, above)

@@ -1,0 +1,108 @@
+"""Work counted from shapes: equal to what the networks execute, and to what is known of the published sizes."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from ltx2.bench.random.model import random_folder
+from ltx2.bench.speed.flops import count, denoise_step
+from ltx2.bench.speed.run import PROMPT
+from ltx2.runtime.events import PhaseStarted
+from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.networks.transformer.config import TransformerConfig
+
+SIZES = {"width": 128, "height": 64, "frames": 9}
+ALL_LINEAR = ("text_encoder", "connectors", "stage1", "stage2")  # what goes in and out is counted exactly
+
+
+class Meter:
+    """Counts what is executed, by phase: operations, and values in and out."""
+
+    def __init__(self) -> None:
+        self.flops: dict[str, int] = defaultdict(int)
+        self.values: dict[str, int] = defaultdict(int)
+        self.phase = ""
+
+    def add(self, flops: int, *arrays: mx.array) -> None:
+        self.flops[self.phase] += flops
+        self.values[self.phase] += sum(array.size for array in arrays)
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        linear, attention = nn.Linear.__call__, mx.fast.scaled_dot_product_attention
+
+        def counted_linear(layer: nn.Linear, x: mx.array) -> mx.array:
+            y = linear(layer, x)
+            self.add(2 * x.size * y.shape[-1], x, y)
+            return y
+
+        def counted_attention(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+            y = attention(q, k, v, **options)
+            self.add(4 * q.size * k.shape[2], q, k, v, y)
+            return y
+
+        patch.setattr(nn.Linear, "__call__", counted_linear)
+        patch.setattr(mx.fast, "scaled_dot_product_attention", counted_attention)
+        for name in ("conv1d", "conv2d", "conv3d"):
+            patch.setattr(mx, name, self._convolution(getattr(mx, name)))
+
+    def _convolution(self, convolve: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def counted(x: mx.array, weight: mx.array, *args: Any, **options: Any) -> mx.array:
+            y = convolve(x, weight, *args, **options)
+            self.add(2 * y.size * (weight.size // weight.shape[0]), x, y)
+            return y
+
+        return counted
+
+
+@pytest.fixture(scope="module")
+def measured(demo_f32: Path) -> Meter:
+    """What generating a clip executes."""
+    meter = Meter()
+    with pytest.MonkeyPatch.context() as patch:
+        meter.install(patch)
+        for event in Pipeline(demo_f32).stream(PROMPT, **SIZES):
+            if isinstance(event, PhaseStarted):
+                meter.phase = event.name
+    return meter
+
+
+def test_as_executed(measured: Meter, demo_f32: Path) -> None:
+    plan = Pipeline(demo_f32).plan(PROMPT, **SIZES)
+    counted = {name: work.flops for name, work in count(plan.job).items()}
+    executed = dict(measured.flops)
+    # The vocoder executes more than there is to do: it pads signals, and the kernels of transposed convolutions.
+    assert counted.pop("vocoder") == pytest.approx(executed.pop("vocoder"), rel=0.25)
+    assert counted == executed
+
+
+def test_values_moved(measured: Meter, demo_f32: Path) -> None:
+    """Bytes beside the weights."""
+    plan = Pipeline(demo_f32).plan(PROMPT, **SIZES)
+    work = count(plan.job)
+    weights = {need.name: need.weights for need in plan.needs}
+    steps = {f"stage{number}": stage.steps for number, stage in enumerate(plan.job.preset.stages, start=1)}
+    for phase in ALL_LINEAR[1:]:
+        assert work[phase].bytes == 4 * measured.values[phase] + steps.get(phase, 1) * weights[phase], phase
+    assert work["text_encoder"].bytes > 4 * measured.values["text_encoder"]
+
+
+def test_known_totals() -> None:
+    """A step of 121 frames of 512x768, in TFLOP; known of a model whose blocks have a few gates more."""
+    plan = Pipeline(random_folder("ltx-2-distilled")).plan(PROMPT, width=768, height=512, frames=121)
+    config = TransformerConfig.from_dict(plan.job.folder.config("transformer"))
+    for stage, known in zip(plan.job.preset.stages, (48.0, 198.9), strict=True):
+        step = denoise_step(config, plan.job.grid(stage), plan.job.preset.text_tokens)
+        assert step.flops / 1e12 == pytest.approx(known, rel=2e-3)
+
+
+def test_given_latents_and_no_sound(demo_f32: Path) -> None:
+    """Only what runs is counted."""
+    pipeline = Pipeline(demo_f32)
+    assert list(count(pipeline.plan(PROMPT, no_audio=True, no_upscale=True, **SIZES).job)) == [
+        "text_encoder", "connectors", "stage1", "video_vae",
+    ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Packing, calibrating, choosing bits."""

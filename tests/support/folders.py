@@ -1,0 +1,42 @@
+"""Model folders in tests: what is in one, whether it is sound, and how somebody who edits one would hide that."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ltx2.convert.compare import Repack
+from ltx2.convert.verify import Verified, verify
+from ltx2.runtime.files.tensors import TensorInfo, open_tensorfile
+from ltx2.runtime.files.tensorwrite import write_tensorfile
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes by its path inside the folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def accept(folder: Path) -> None:
+    """Make ltx2.json agree with the files."""
+    data = json.loads((folder / "ltx2.json").read_text())
+    for name, component in data["components"].items():
+        for file in component["files"]:
+            content = (folder / name / file["name"]).read_bytes()
+            file |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "ltx2.json").write_text(json.dumps(data))
+
+
+def verified(folder: Path, sources: Sequence[Path] = (), repack: Repack | None = None) -> Verified:
+    """What a verification ends with."""
+    *_, last = verify(folder, sources, repack)
+    assert isinstance(last, Verified)
+    return last
+
+
+def rewrite(path: Path, change: Mapping[str, TensorInfo | None]) -> None:
+    """Write a safetensors file again with tensors renamed, reshaped (TensorInfo) or left out (None)."""
+    file = open_tensorfile(path)
+    changed = {name: change.get(name, tensor) for name, tensor in file.tensors.items()}
+    tensors = {new.name: (new.dtype, file.array(name).reshape(new.shape)) for name, new in changed.items() if new}
+    write_tensorfile(path.with_name("new"), tensors, {"format": "mlx"})
+    path.with_name("new").replace(path)

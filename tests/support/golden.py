@@ -1,0 +1,37 @@
+"""Golden tensors: what Lightricks' own modules computed with the demo model for the prompts `a` and `b`."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ltx2.runtime.files.tensors import Array, open_tensorfile
+from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.load import load_network
+from ltx2.runtime.networks.transformer.model import StreamInput, Transformer
+from ltx2.runtime.sampling.latents import Grid, Latents, Scales, audio_positions, video_positions
+
+FILE = open_tensorfile(Path(__file__).with_name("golden.safetensors"))
+PROMPTS = {name: FILE.metadata[f"{name}.prompt"] for name in "ab"}
+
+
+def golden(name: str) -> Array:
+    """One tensor, e.g. `a.stage1.video_latent`."""
+    return FILE.array(name)
+
+
+def golden_velocity(folder: ModelFolder) -> tuple[Array, Array]:
+    """Velocities of golden prompt a at sigma 0.725, computed in float32."""
+    network = load_network(folder, "transformer", Transformer)
+    network.set_dtype(mx.float32)
+    noise = Latents(mx.array(golden("a.stage1.video")), mx.array(golden("a.stage1.audio")))
+    (_, channels, frames, height, width), (_, audio_channels, audio_frames, _) = noise.video.shape, noise.audio.shape
+    grid = Grid(channels, frames, height, width, audio_channels, audio_frames)
+    scales = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)
+    prepared = (
+        network.prepare_video(mx.array(golden("a.video_context")), video_positions(grid, 24.0, scales)),
+        network.prepare_audio(mx.array(golden("a.audio_context")), audio_positions(grid, scales)),
+    )
+    tokens, sigma = noise.to_tokens(), mx.array([[0.725]])
+    video, audio = network(StreamInput(tokens.video, sigma, sigma), StreamInput(tokens.audio, sigma, sigma), *prepared)
+    return np.array(video), np.array(audio)
