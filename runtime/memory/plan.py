@@ -18,9 +18,9 @@ from ltx2.runtime.generate.request import Sizes
 from ltx2.runtime.layers.packed import UNPACKABLE
 from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.media.video import encoding_memory
+from ltx2.runtime.memory import activations as network
+from ltx2.runtime.memory import cpu as cpu
 from ltx2.runtime.memory.activations import Activations, Tiles
-from ltx2.runtime.memory.meter import activations as network
-from ltx2.runtime.memory.meter import cpu as cpu
 from ltx2.runtime.memory.meter import limited, reusable_memory
 from ltx2.runtime.memory.streaming import block_of, choose_streamed, held_bytes
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig

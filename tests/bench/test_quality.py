@@ -19,8 +19,9 @@ import pytest
 import ltx2
 from ltx2.bench.plots.plot import check_plot
 from ltx2.bench.plots.quality import error_maps
+from ltx2.bench.quality import quality, teacher
 from ltx2.bench.quality.metrics import HOP, WINDOW, Difference, log_spectral_distance, psnr
-from ltx2.bench.quality.quality import Compared, Quality, make_receipt, quality, run_quality, tables, teacher
+from ltx2.bench.quality.quality import Compared, Quality, make_receipt, run_quality, tables
 from ltx2.bench.quality.teacher import Case, Comparison, Recording, compare, packed_layers, record
 from ltx2.quant.measure import calibrate
 from ltx2.runtime.errors import InputError, UnsupportedError
@@ -29,7 +30,7 @@ from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.files.tensorwrite import write_tensorfile
 from ltx2.runtime.generate import job, pipeline
 from ltx2.runtime.generate.presets import Preset, Stage
-from ltx2.runtime.memory.meter import streaming
+from ltx2.runtime.memory import streaming
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_weights
 from ltx2.runtime.networks.transformer.config import TransformerConfig

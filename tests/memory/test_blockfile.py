@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.ranges import RangeReader
 from ltx2.runtime.files.tensors import FileRecord, open_tensorfile
+from ltx2.runtime.memory import blocks as blockfile
 from ltx2.runtime.memory.blocks import Block, open_blocks
-from ltx2.runtime.memory.meter import blocks as blockfile
 from ltx2.runtime.model.layout import ComponentRecord, Manifest, ModelFolder
 
 RNG = np.random.default_rng(0)

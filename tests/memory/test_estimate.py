@@ -15,8 +15,8 @@ from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.media.video import encoding_memory
+from ltx2.runtime.memory import activations
 from ltx2.runtime.memory.activations import Activations, Tiles
-from ltx2.runtime.memory.meter import activations
 from ltx2.runtime.memory.plan import COMMAND_BUFFER, MemoryPlan
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
@@ -31,7 +31,7 @@ from tests.support.official import DEMO
 from tests.support.sparse_model import write_sparse_model
 
 ROOT = Path(__file__).parent.parent.parent
-NETWORKS: dict[str, Any] = json.loads((ROOT / "bench" / "fullsize.json").read_text())["networks"]
+NETWORKS: dict[str, Any] = json.loads((ROOT / "bench" / "random" / "fullsize.json").read_text())["networks"]
 RECEIPTS = sorted((ROOT / "bench" / "results").glob("memory-*.json"))
 ROWS: list[dict[str, Any]] = [row for path in RECEIPTS for row in json.loads(path.read_text())["results"]]
 CASE = ("case", "bits", "latent", "tiling", "audio_latents", "tokens", "limit_bytes")

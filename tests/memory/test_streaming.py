@@ -24,8 +24,8 @@ from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.events import Generated, PhaseDone, StepDone, Warned
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.memory import streaming
 from ltx2.runtime.memory.blocks import Block
-from ltx2.runtime.memory.meter import streaming
 from ltx2.runtime.memory.streaming import IN_MEMORY, BlockStream, choose_streamed, held_bytes, streamed
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, read_weights
@@ -44,7 +44,7 @@ SIGMAS = (1.0, 0.6, 0.2)
 # A generation whose blocks are all read in every step, ended in the middle of one.
 KILLED = """
 import json, os, sys
-from ltx2.runtime.memory.meter import plan as estimate
+from ltx2.runtime.memory import plan as estimate
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.memory.streaming import BlockStream
 

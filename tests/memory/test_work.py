@@ -15,8 +15,8 @@ from mlx.utils import tree_map
 
 from ltx2.runtime.errors import DeviceError
 from ltx2.runtime.layers.attention import Attention, FeedForward
+from ltx2.runtime.machine import bounded as work
 from ltx2.runtime.machine.bounded import Meter
-from ltx2.runtime.machine.facts import bounded as work
 from ltx2.runtime.memory.meter import Phase, explained
 from ltx2.runtime.networks.load import build_network
 from ltx2.runtime.networks.transformer.model import Transformer

@@ -15,10 +15,10 @@ from ltx2.convert.sources.gemma import text_config
 from ltx2.runtime.errors import CheckpointError, ConfigError, UnsupportedError
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
+from ltx2.runtime.networks.text import gemma3
 from ltx2.runtime.networks.text.config import Gemma3Config
 from ltx2.runtime.networks.text.gemma3 import Gemma3TextEncoder, attention_masks
 from ltx2.runtime.networks.text.tokenizer import Tokenizer
-from ltx2.runtime.text_encoder import gemma3
 from tests.support import published
 from tests.support.golden import golden
 from tests.support.official import Official, random_values

@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 from ltx2.runtime.errors import ConfigError, InputError, UnsupportedError
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
+from ltx2.runtime.networks.video_vae import layers, tiling
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
 from ltx2.runtime.networks.video_vae.decoder import largest_activation
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder, build
@@ -25,7 +26,6 @@ from ltx2.runtime.networks.video_vae.tiling import (
     intervals,
     temporal_spans,
 )
-from ltx2.runtime.video_vae import layers, tiling
 from tests.support.golden import golden
 from tests.support.official import Official
 from tests.support.parity import relative_l2, require

@@ -22,9 +22,9 @@ WIDTHS = {"F32": 4, "BF16": 2, "U32": 4}
 
 
 def write_sparse_model(path: Path, tokenizer: Path, bits: int = 16) -> Path:
-    """All networks of bench/fullsize.json in bf16, the transformer's blocks at `bits`; `tokenizer` is a folder with
+    """All networks of bench/random/fullsize.json in bf16, the transformer's blocks at `bits`; `tokenizer` is a folder with
     the text encoder's."""
-    networks = json.loads((ROOT / "bench" / "fullsize.json").read_text())["networks"]
+    networks = json.loads((ROOT / "bench" / "random" / "fullsize.json").read_text())["networks"]
     components = {}
     for name, (class_name, config) in networks.items():
         packed = {"group_size": 64, "bits": bits, "mode": "affine"} if name == "transformer" and bits < 16 else None
