@@ -11,7 +11,7 @@ from ltx2.convert.plan.folder import folder_plan
 from ltx2.convert.plan.recode import Layer, decoded, kept_layers
 from ltx2.convert.tensors.steps import Storage
 from ltx2.convert.write import WriteOptions, write_plan
-from ltx2.quant.choose.budget import TRANSFORMER, mac_budget
+from ltx2.quant.choose.budget import mac_budget
 from ltx2.quant.choose.fit import HALVED, fit_transformer
 from ltx2.quant.choose.fitted import Fit, Fitted
 from ltx2.quant.choose.sample import known_errors
@@ -24,7 +24,7 @@ from ltx2.quant.recipes.recipe import GENERAL, Recipe, choose_recipe
 from ltx2.quant.report import Quantized, make_report
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event, Warned, Written
-from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 
 AFFINE_GROUP = 64  # what layers get that a mode has no bits for
 EMBEDDING = "embed_tokens"  # MLX's embeddings have no output multiplier

@@ -1,13 +1,7 @@
 """Typed progress events. Generating, converting and quantizing are generators of these; whoever drives them
 decides what to show."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ltx2.runtime.generate.clip import Clip
 
 
 @dataclass(frozen=True)
@@ -86,21 +80,6 @@ class BytesDone(Event):
     file: str
     done: int
     total: int
-
-
-@dataclass(frozen=True)
-class Generated(Event):
-    """Last event of a generation whose clip is in memory."""
-
-    clip: "Clip"
-
-
-@dataclass(frozen=True)
-class Saved(Event):
-    """Last event of a generation that wrote its clip while it decoded it: the mp4 file, and what its sidecar holds."""
-
-    path: Path
-    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,10 @@ MAY_IMPORT = _layers(
 }  # fmt: skip
 MAY_ALSO_IMPORT = {
     "ltx2/cli.py": {"ltx2/commands"},
+    "convert/__init__.py": {"ltx2"},  # makes ltx2.convert(...) callable
+    "runtime/memory/plan.py": {"runtime/generate"},
+    "bench/plots/demo.py": {"bench/quality"},
+    "bench/plots/quality.py": {"bench/quality"},
     "ltx2/demo/__init__.py": {"ltx2"},  # it uses the public functions, as a user would
 }
 # Only users of a library; an empty set: none outside the tests.

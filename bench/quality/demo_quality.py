@@ -1,5 +1,6 @@
 """What quantizing costs the embedded demo model, which is small enough to be asked many times: of many prompts, how
-many are followed, and how far every model is from its reference. `python -m ltx2.bench.quality.demo_quality --out receipt.json`
+many are followed, and how far every model is from its reference.
+`python -m ltx2.bench.quality.demo_quality --out receipt.json`
 
 Prompts are shared out among processes, and what is known of a prompt and a model is kept in a file: a run that was cut
 off, or one with more prompts or models, only does what is missing."""

@@ -17,8 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2.bench.quality.metrics import Array, Difference
-from ltx2.runtime.events import Event, Generated
-from ltx2.runtime.generate.clip import Clip
+from ltx2.runtime.events import Event
+from ltx2.runtime.generate.clip import Clip, Generated
 from ltx2.runtime.generate.exchange import Contexts, read_embeddings
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.observe import intercept

@@ -23,7 +23,8 @@ from ltx2.bench.speed.receipt import CaseRuns, PhaseRun, case_receipt, circumsta
 from ltx2.bench.speed.suite import Schedule, Task
 from ltx2.bench.speed.trace import MemoryTrace
 from ltx2.runtime.errors import DoesNotFitError
-from ltx2.runtime.events import Event, Generated, Noted, PhaseDone, PhaseStarted, Warned
+from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, Warned
+from ltx2.runtime.generate.clip import Generated
 from ltx2.runtime.generate.exchange import Contexts, write_embeddings, write_latents
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.pipeline import Pipeline

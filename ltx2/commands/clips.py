@@ -48,7 +48,7 @@ def generate(
     result of the last denoise step is kept until the clip is written: a run that is cut off then can be continued.
     """
     from ltx2.generation import Generation
-    from ltx2.runtime.events import Saved
+    from ltx2.runtime.generate.clip import Saved
 
     if model is None and sidecar is None:
         raise click.UsageError("Missing option '-m' / '--model'.")

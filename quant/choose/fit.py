@@ -14,7 +14,7 @@ from time import monotonic
 from ltx2.convert.output.pieces import in_order
 from ltx2.convert.plan.entries import Plan
 from ltx2.convert.plan.recode import kept_layers
-from ltx2.quant.choose.budget import TRANSFORMER, Budget
+from ltx2.quant.choose.budget import Budget
 from ltx2.quant.choose.fitted import Chosen, Fit
 from ltx2.quant.choose.knapsack import Option, allocate
 from ltx2.quant.choose.sample import Candidate, candidates
@@ -24,6 +24,7 @@ from ltx2.quant.plan.step import Quantize
 from ltx2.quant.recipes.recipe import Recipe
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.events import Event, PhaseStarted, StepDone
+from ltx2.runtime.model.layout import TRANSFORMER
 
 CANDIDATES = (3, 4, 5, 6, 8)  # bits; a layer may also stay as it is
 USUAL = 4

@@ -19,7 +19,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.convert.plan.entries import natural_order
-from ltx2.quant.choose.budget import TRANSFORMER
 from ltx2.quant.measure.recording import Call
 from ltx2.quant.measure.statistics import Layer
 from ltx2.quant.recipes.recipe import EVERY, block_counts, block_of, load_recipe
@@ -27,7 +26,7 @@ from ltx2.runtime.events import Event, PhaseStarted, StepDone
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.generate.observe import intercept, watch_calls
 from ltx2.runtime.layers.packed import QuantizedLinear
-from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.networks.load import load_network, read_weights
 from ltx2.runtime.networks.transformer.model import Transformer
 

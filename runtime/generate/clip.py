@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ltx2.runtime.events import Event
 from ltx2.runtime.files.paths import write_text
 from ltx2.runtime.generate.request import Sizes
 from ltx2.runtime.generate.sidecar import sidecar_path
@@ -34,6 +35,21 @@ class Clip:
         write_video(video, [self.frames], fps=self.fps, audio=audio)
         conclude(video, self.record, self.state)
         return video
+
+
+@dataclass(frozen=True)
+class Generated(Event):
+    """Last event of a generation whose clip is in memory."""
+
+    clip: Clip
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """Last event of a generation that wrote its clip while it decoded it: the mp4 file, and what its sidecar holds."""
+
+    path: Path
+    record: Mapping[str, Any]
 
 
 class FrameBuffer:

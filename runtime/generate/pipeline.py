@@ -14,8 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.events import Event, Generated, PhaseDone, PhaseStarted, Saved, Warned
-from ltx2.runtime.generate.clip import Clip, FrameBuffer, conclude
+from ltx2.runtime.events import Event, PhaseDone, PhaseStarted, Warned
+from ltx2.runtime.generate.clip import Clip, FrameBuffer, Generated, Saved, conclude
 from ltx2.runtime.generate.exchange import Contexts, write_embeddings, write_latents
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.presets import Stage, check_release

@@ -24,6 +24,7 @@ COMPONENTS = (
     "transformer", "connectors", "text_encoder", "video_vae", "audio_vae", "vocoder",
     "spatial_upscaler", "temporal_upscaler", "duration_head",
 )  # fmt: skip
+TRANSFORMER = "transformer"
 LORAS = "loras"  # the folder of components that change others: loras/<name>
 LORA_FOLDER = re.compile(rf"{LORAS}/[a-z0-9_][a-z0-9._-]{{0,254}}")
 # Modes that MLX knows -> their group sizes and bits.

@@ -16,7 +16,8 @@ from ltx2 import api
 from ltx2.bench.speed.suite import OPTIONS
 from ltx2.cli import cli
 from ltx2.runtime.errors import InputError, ModelFolderError
-from ltx2.runtime.events import Event, Generated, PhaseDone, PhaseStarted, Saved, StepDone
+from ltx2.runtime.events import Event, PhaseDone, PhaseStarted, StepDone
+from ltx2.runtime.generate.clip import Generated, Saved
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.media.video import read_video
 from ltx2.runtime.model.layout import ModelFolder
@@ -43,8 +44,8 @@ class TestNames:
     @pytest.mark.parametrize(
         "code",
         [
-            "import ltx2; assert callable(ltx2.convert); import ltx2.convert.plan.entries; assert callable(ltx2.convert)",
-            "import ltx2.convert.plan.entries; import ltx2; assert callable(ltx2.convert); ltx2.convert.plan.entries.make_plan",
+            "import ltx2; assert callable(ltx2.convert); import ltx2.convert.write; assert callable(ltx2.convert)",
+            "import ltx2.convert.plan.entries; import ltx2; assert callable(ltx2.convert); ltx2.convert.plan",
             "from ltx2 import convert; assert callable(convert); from ltx2.convert import plan",
             "from ltx2 import load, quantize, Clip; import ltx2.quant, ltx2.bench, ltx2.runtime",
         ],

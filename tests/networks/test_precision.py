@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import ltx2
-from ltx2.runtime.events import Generated, PhaseDone
+from ltx2.runtime.events import PhaseDone
+from ltx2.runtime.generate.clip import Generated
 
 SIZE = {"width": 64, "height": 64, "frames": 9}
 SIXTEEN = {"text_encoder", "connectors", "stage1", "spatial_upscaler", "stage2", "video_vae"}

@@ -22,8 +22,8 @@ WIDTHS = {"F32": 4, "BF16": 2, "U32": 4}
 
 
 def write_sparse_model(path: Path, tokenizer: Path, bits: int = 16) -> Path:
-    """All networks of bench/random/fullsize.json in bf16, the transformer's blocks at `bits`; `tokenizer` is a folder with
-    the text encoder's."""
+    """All networks of bench/random/fullsize.json in bf16, the transformer's blocks at `bits`; `tokenizer` is a folder
+    with the text encoder's."""
     networks = json.loads((ROOT / "bench" / "random" / "fullsize.json").read_text())["networks"]
     components = {}
     for name, (class_name, config) in networks.items():
