@@ -18,7 +18,7 @@ from ltx2.convert.plan.folder import folder_plan
 from ltx2.convert.tensors.steps import Storage
 from ltx2.quant import apply
 from ltx2.quant.apply import Settings, quantize, quantize_plan
-from ltx2.quant.choose.budget import TRANSFORMER, Budget
+from ltx2.quant.choose.budget import Budget
 from ltx2.quant.choose.fit import fit_transformer
 from ltx2.quant.choose.fitted import Fit
 from ltx2.quant.choose.sample import candidates
@@ -32,7 +32,7 @@ from ltx2.runtime.errors import DoesNotFitError, InputError
 from ltx2.runtime.events import BytesDone
 from ltx2.runtime.generate.observe import watch_calls
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.transformer.model import Transformer
 from tests.support.command import Here
