@@ -6,20 +6,21 @@ import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ltx2.convert.compare import Repack, compare_values
-from ltx2.convert.names.networks import name_differences
 from ltx2.convert.names.release import is_computed
 from ltx2.convert.output.pieces import Piece, bytes_of, in_order
+from ltx2.convert.plan.check import network_differences
 from ltx2.convert.sources.checkpoint import open_sources, read_json
 from ltx2.convert.sources.lora import misfits
 from ltx2.runtime.errors import Ltx2Error, VerificationError
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.files.ranges import RangeReader
 from ltx2.runtime.model.layout import INDEX, MANIFEST, ModelFolder, is_lora
-from ltx2.runtime.networks.load import Shapes, build_component, parameter_shapes, shape_differences
+from ltx2.runtime.networks.load import Shapes, build_component, parameter_shapes
 
 LISTED = 20  # differences named in the error
 
@@ -121,14 +122,10 @@ def _misfits(model: ModelFolder, component: str, stored: Shapes) -> list[str]:
         shapes = {name: parameter_shapes(build_component(model, name, {})) for name in targets}
         _, wrong = misfits(stored, shapes)
         return [f"{component}: the factors for {module} do not fit ({reason})" for module, reason in wrong.items()]
-    found = _differences(model, component, stored)
+    record, config = model.record(component), model.config(component)
+    build = partial(build_component, model, component, stored)
+    found = network_differences(model.manifest.release, record.cls, config, stored, build)
     return [f"{component}: tensor {name} is {kind}" for kind, names in found.items() for name in names]
-
-
-def _differences(model: ModelFolder, component: str, stored: Shapes) -> Mapping[str, list[str]]:
-    if is_computed(model.manifest.release):
-        return shape_differences(parameter_shapes(build_component(model, component, stored)), stored)
-    return name_differences(model.record(component).cls, model.config(component), stored.keys())
 
 
 def _index_differences(model: ModelFolder, component: str, where: Mapping[str, str]) -> list[str]:

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from tests.support.command import SIZE, Done, Here
 from tests.support.hostile import HANGS
-from tests.support.official import DEMO, MONOLITH, Official, random_official
+from tests.support.official import DEMO, DEMO_25, MONOLITH, Official, Split, random_23, random_25, random_official
 
 FIGURE = "figure"  # key of the measured figures among a test's properties, which reach us from every worker process
 
@@ -57,6 +57,48 @@ def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("demo") / "f32"
     ltx2.convert(DEMO, out, variant="distilled", dtype="f32")
+    return out
+
+
+@pytest.fixture(scope="session")
+def official_25(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """A random checkpoint set in the layout of 2.5, float32."""
+    return random_25(tmp_path_factory.mktemp("official-25"))
+
+
+@pytest.fixture(scope="session")
+def model_25(official_25: Split, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`official_25` converted."""
+    import ltx2
+
+    out = tmp_path_factory.mktemp("converted") / "model-25"
+    ltx2.convert(official_25.sources, out, variant="distilled")
+    return out
+
+
+@pytest.fixture(scope="session")
+def official_23(tmp_path_factory: pytest.TempPathFactory) -> Official:
+    """A random checkpoint set in the layout of 2.3, float32."""
+    return random_23(tmp_path_factory.mktemp("official-23"))
+
+
+@pytest.fixture(scope="session")
+def model_23(official_23: Official, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`official_23` converted."""
+    import ltx2
+
+    out = tmp_path_factory.mktemp("converted") / "model-23"
+    ltx2.convert(official_23.sources, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo_25(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded 2.5 demo checkpoint converted to float32; what its golden tensors were computed with."""
+    import ltx2
+
+    out = tmp_path_factory.mktemp("demo") / "25"
+    ltx2.convert(DEMO_25, out, variant="distilled", dtype="f32")
     return out
 
 

@@ -1,5 +1,4 @@
-"""The tensors of every published network by name (networks.json): what a component of a release must hold that this
-version converts and cannot compute yet.
+"""The names of a network's tensors (networks.json), for networks that this version converts and cannot compute yet.
 
 A name is a pattern: `{a,b}` stands for each of its parts, `{0-3}` for numbers, `{$key}` for the numbers below the value
 of a configuration key, and `{$key=value}` for the places where a list in the configuration has this value. A row holds
@@ -45,12 +44,17 @@ def _values(part: str, config: Mapping[str, Any]) -> Iterable[str]:
     raise ConfigError(f"the configuration says {key} = {given!r}", "no network is made like this", AS_PUBLISHED)
 
 
+def is_listed(class_name: str) -> bool:
+    """Whether the names of this network's tensors are known."""
+    return class_name in _networks()
+
+
 def parts(class_name: str, config: Mapping[str, Any]) -> dict[str, set[str]]:
     """The names of a network's tensors, by the part of it that a file of its own may hold.
 
     Raises UnsupportedError for an unknown class.
     """
-    if class_name not in _networks():
+    if not is_listed(class_name):
         raise UnsupportedError(
             f"network class {class_name!r} is not known", f"known are {', '.join(sorted(_networks()))}", "update ltx2"
         )
@@ -77,6 +81,8 @@ def name_differences(class_name: str, config: Mapping[str, Any], stored: Set[str
 
 def missing_parts(class_name: str, config: Mapping[str, Any], stored: Set[str]) -> list[str]:
     """The parts of a network that are missing as a whole."""
+    if not is_listed(class_name):
+        return []
     return [part for part, names in parts(class_name, config).items() if not names & stored]
 
 

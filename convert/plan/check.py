@@ -1,16 +1,20 @@
 """A plan against the networks it fills: every parameter once, with the right shape, and nothing else. Of networks that
-this version cannot compute yet the names are known, and compared."""
+this version cannot compute yet the names are compared, where they are known."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
-from ltx2.convert.names.networks import missing_parts, name_differences
+import mlx.nn as nn
+
+from ltx2.convert.names.networks import is_listed, missing_parts, name_differences
 from ltx2.convert.names.release import is_computed
 from ltx2.convert.plan.entries import Plan, parameters
 from ltx2.convert.sources.lora import misfits
-from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.errors import CheckpointError, ConfigError, UnsupportedError
 from ltx2.runtime.model.layout import is_lora
-from ltx2.runtime.networks.load import Shapes, build_network, parameter_shapes, shape_differences
+from ltx2.runtime.networks.load import NETWORKS, Shapes, build_network, parameter_shapes, shape_differences
 
 LISTED = 5  # tensors named in an error
 
@@ -27,11 +31,27 @@ def check_plan(plan: Plan) -> None:
         _check_files(plan, name)
         if is_lora(name):
             _check_lora(name, planned)
-        elif is_computed(plan.release):
-            network = build_network(component.cls, component.config)
-            _refuse(name, shape_differences(parameter_shapes(network), planned[name]))
         else:
-            _refuse(name, name_differences(component.cls, component.config, planned[name].keys()))
+            build = partial(build_network, component.cls, component.config)
+            _refuse(name, network_differences(plan.release, component.cls, component.config, planned[name], build))
+
+
+def network_differences(
+    release: str | None, class_name: str, config: Mapping[str, Any], stored: Shapes, build: Callable[[], nn.Module]
+) -> dict[str, list[str]]:
+    """Kind of difference -> the tensors concerned, between the `stored` tensors and those of the network that `build`
+    makes.
+
+    Raises ConfigError or UnsupportedError when the configuration is not one this version computes, though it computes
+    the release.
+    """
+    try:
+        network = build()
+    except (ConfigError, UnsupportedError):
+        if is_computed(release) or (class_name not in NETWORKS and not is_listed(class_name)):
+            raise
+        return name_differences(class_name, config, stored.keys()) if is_listed(class_name) else {}
+    return shape_differences(parameter_shapes(network), stored)
 
 
 def incomplete_parts(plan: Plan) -> Iterator[str]:

@@ -7,11 +7,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import ltx2
 from ltx2.convert.inspect import inspect
 from ltx2.convert.output.files import component_files
+from ltx2.convert.plan.check import check_plan
 from ltx2.convert.write import write_plan
 from ltx2.quant.plan.replan import repack
 from ltx2.runtime.errors import UnsupportedError, VerificationError
@@ -20,24 +20,8 @@ from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support import published
 from tests.support.folders import accept, rewrite, verified
-from tests.support.official import plan_of
+from tests.support.official import DEMO_25, LORA_25, Official, Split, plan_of
 from tests.support.parity import relative_l2, require
-
-SPLIT = (
-    "ltx-2.5-22b-transformer-bf16", "gemma4-12b-with-proj-ltx-2.5-bf16", "ltx-2.5-video-vae-bf16",
-    "ltx-2.5-audio-vae-bf16", "ltx-2.5-duration-head-bf16", "ltx-2.5-latent-spatial-upscaler-x2-bf16-1.0",
-)  # fmt: skip
-TEXT_ENCODER = SPLIT[1]
-# Sizes of a text encoder whose tensors fit its configuration.
-TEXT_LAYERS = 6
-TEXT_WIDTHS = {
-    3840: 64, 15360: 96, 262144: 128, 4096: 4 * 16, 2048: 2 * 16, 8192: 4 * 32, 512: 32, 256: 16,
-    188160: 64 * (TEXT_LAYERS + 1),
-}  # fmt: skip
-TEXT_SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "head_dim": 16, "global_head_dim": 32,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8, "vocab_size_per_layer_input": 128,
-}  # fmt: skip
 
 
 def convert(out: Path, *sources: Path) -> tuple[Path, list[str]]:
@@ -47,101 +31,99 @@ def convert(out: Path, *sources: Path) -> tuple[Path, list[str]]:
     return out, warnings
 
 
-@pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("split")
-    return [published.write_tiny(folder, name) for name in SPLIT]
-
-
-@pytest.fixture(scope="module")
-def monolith(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return published.write_tiny(tmp_path_factory.mktemp("monolith"), "ltx-2.3-22b")
-
-
-@pytest.fixture(scope="module")
-def model(split: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(tmp_path_factory.mktemp("converted") / "model", *split)[0]
-
-
 class TestSplitFiles:
-    def test_whole(self, model: Path, split: list[Path]) -> None:
+    def test_whole(self, model_25: Path, official_25: Split) -> None:
         """All components, every value, without a warning."""
-        report = verified(model, split)
+        report = verified(model_25, official_25.sources)
         assert report.components == (
             "audio_vae", "connectors", "duration_head", "spatial_upscaler", "text_encoder", "transformer", "video_vae",
             "vocoder",
         )  # fmt: skip
         assert report.compared == report.tensors
-        assert ModelFolder.open(model).manifest.release == "2.5"
+        assert ModelFolder.open(model_25).manifest.release == "2.5"
 
-    def test_predicted_sizes(self, split: list[Path], model: Path) -> None:
-        plan = plan_of(*split, variant="dev")
+    def test_predicted_sizes(self, official_25: Split, model_25: Path) -> None:
+        plan = plan_of(*official_25.sources, variant="distilled")
         files = [f for c in plan.components.values() for f in component_files(plan, c, 5 * 10**9)]
-        assert {f.path: f.size for f in files} == {f.path: (model / f.path).stat().st_size for f in files}
-        assert len(files) == len([p for p in model.glob("*/*") if p.is_file()])
+        assert {f.path: f.size for f in files} == {f.path: (model_25 / f.path).stat().st_size for f in files}
+        assert len(files) == len([p for p in model_25.glob("*/*") if p.is_file()])
 
-    def test_tokenizer(self, model: Path, split: list[Path]) -> None:
-        made_from = {"tokenizer.json": "tokenizer_json", "chat_template.jinja": "hf_asset__chat_template.jinja"}
-        for name, tensor in made_from.items():
-            assert json.loads((model / "text_encoder" / name).read_text()) == {"made from": tensor}
-        path = model / "text_encoder" / "tokenizer.json"
-        content = path.read_bytes()
-        try:
-            path.write_bytes(content.replace(b"made", b"maid"))
-            accept(model)
-            with pytest.raises(VerificationError, match=r"text_encoder: tokenizer\.json differs from the source"):
-                verified(model, split)
-        finally:
-            path.write_bytes(content)
-            accept(model)
+    def test_tokenizer(self, official_25: Split, tmp_path: Path) -> None:
+        source = official_25.path("gemma4")
+        out, _ = convert(tmp_path / "out", source)
+        blobs = open_tensorfile(source)
+        files = {"tokenizer.json": "tokenizer_json", "chat_template.jinja": "hf_asset__chat_template.jinja"}
+        for name, tensor in files.items():
+            assert (out / "text_encoder" / name).read_bytes() == blobs.array(tensor).tobytes()
+        path = out / "text_encoder" / "tokenizer.json"
+        path.write_bytes(path.read_bytes().replace(b"version", b"Version"))
+        accept(out)
+        with pytest.raises(VerificationError, match=r"text_encoder: tokenizer\.json differs from the source"):
+            verified(out, [source])
 
-    def test_parts_come_alone(self, split: list[Path], tmp_path: Path) -> None:
+    def test_parts_come_alone(self, official_25: Split, tmp_path: Path) -> None:
         """What a component lacks then is said, and such a folder is what it claims to be."""
-        transformer, warnings = convert(tmp_path / "transformer", split[0])
+        source = official_25.path("transformer")
+        transformer, warnings = convert(tmp_path / "transformer", source)
         assert [w.partition(" is missing")[0] for w in warnings] == ["connectors: text projection"]
-        assert verified(transformer, [split[0]]).components == ("connectors", "transformer")
-        text, warnings = convert(tmp_path / "text", split[1])
+        assert verified(transformer, [source]).components == ("connectors", "transformer")
+        source = official_25.path("gemma4")
+        text, warnings = convert(tmp_path / "text", source)
         assert [w.partition(" is missing")[0] for w in warnings] == ["connectors: embeddings connectors"]
-        assert verified(text, [split[1]]).components == ("connectors", "text_encoder")
+        assert verified(text, [source]).components == ("connectors", "text_encoder")
 
 
 class TestMonolith:
-    def test_whole(self, monolith: Path, tmp_path: Path) -> None:
-        out, warnings = convert(tmp_path / "out", monolith)
-        assert verified(out, [monolith]).compared == 2162 - 86 * 2 and not warnings
+    def test_whole(self, official_23: Official, tmp_path: Path) -> None:
+        out, warnings = convert(tmp_path / "out", official_23.monolith)
+        report = verified(out, [official_23.monolith])
+        unused = 1  # the inverse Fourier basis
+        assert report.compared == report.tensors == len(official_23.tensors(official_23.monolith)) - unused
+        assert not warnings and ModelFolder.open(out).manifest.release == "2.3"
 
-    def test_quantized(self, tmp_path: Path) -> None:
-        """Quantizing needs no network."""
-        monolith = published.write_tiny(tmp_path, "ltx-2.3-22b", widths={4096: 64, 2048: 64})
-        out = ltx2.convert(monolith, tmp_path / "out", variant="dev", only=["transformer"], bits=4, recipe="uniform")
+    def test_quantized(self, official_23: Official, tmp_path: Path) -> None:
+        options: dict[str, Any] = {"only": ["transformer"], "bits": 4, "recipe": "uniform"}
+        out = ltx2.convert(official_23.monolith, tmp_path / "out", **options)
         assert inspect(out)["components"]["transformer"]["quantization"]["bits"] == 4
-        assert verified(out, [monolith], repack).compared > 200
+        assert verified(out, [official_23.monolith], repack).compared > 200
 
-    def test_missing_tensor_in_a_folder(self, monolith: Path, tmp_path: Path) -> None:
-        out, _ = convert(tmp_path / "out", monolith)
+    def test_missing_tensor_in_a_folder(self, official_23: Official, tmp_path: Path) -> None:
+        out = ltx2.convert(official_23.monolith, tmp_path / "out", only=["vocoder"])
         rewrite(out / "vocoder" / "model.safetensors", {"mel_stft.mel_basis": None})
         accept(out)
         with pytest.raises(VerificationError, match=r"vocoder: tensor mel_stft\.mel_basis is missing"):
             verified(out)
 
+    def test_all_sources(self, model_23: Path, official_23: Official) -> None:
+        assert ModelFolder.open(model_23).manifest.release == "2.3"
+        assert verified(model_23, official_23.sources).compared > 1000
+
+
+def test_the_configuration_decides_the_structure() -> None:
+    """The demo model's sound has as few channels on its second level as on its first."""
+    plan = plan_of(*DEMO_25, LORA_25, variant="distilled")
+    check_plan(plan)
+    assert plan.release == "2.5" and "loras/ltx-2.5-demo-lora-green-bf16" in plan.components
+    assert "encoder.down.1.block.0.nin_shortcut.conv.weight" not in {m.key for m in plan.moves("audio_vae")}
+
 
 class TestGenerate:
     SAID = r"cannot generate with LTX-2\.5: it converts and verifies its files, and generates with LTX-2\.0 only"
 
-    def test_says_so_at_once(self, model: Path) -> None:
+    def test_says_so_at_once(self, model_25: Path) -> None:
         with pytest.raises(UnsupportedError, match=self.SAID) as error:
-            ltx2.load(model)
+            ltx2.load(model_25)
         assert error.value.exit_code == 1 and "newer ltx2" in error.value.fix
 
-    def test_command(self, model: Path, here: Any, tmp_path: Path) -> None:
-        done = here("generate", "a kite", "-m", model, "-o", tmp_path / "clip.mp4", "--json")
+    def test_command(self, model_25: Path, here: Any, tmp_path: Path) -> None:
+        done = here("generate", "a kite", "-m", model_25, "-o", tmp_path / "clip.mp4", "--json")
         assert done.code == 1 and json.loads(done.out)["error"]["kind"] == "unsupported"
         assert not list(tmp_path.glob("clip*"))
 
 
 class TestInspect:
-    def test_model(self, model: Path, demo_model: Path) -> None:
-        assert (inspect(model)["release"], inspect(model)["generate"]) == ("2.5", False)
+    def test_model(self, model_25: Path, demo_model: Path) -> None:
+        assert (inspect(model_25)["release"], inspect(model_25)["generate"]) == ("2.5", False)
         assert inspect(demo_model)["generate"] is True
 
     @pytest.mark.parametrize(
@@ -180,33 +162,20 @@ class TestInspect:
         assert all(size < plain / 1.7 for size in smaller)
 
 
-def text_encoder(folder: Path) -> Path:
-    """A tiny text encoder file whose tensors fit its configuration."""
-    path = published.write_tiny(folder, TEXT_ENCODER, TEXT_LAYERS, TEXT_WIDTHS)
-    metadata = open_tensorfile(path).metadata
-    config = json.loads(metadata["gemma_config"])
-    config["text_config"] |= TEXT_SIZES
-    fitting = folder / "fitting.safetensors"
-    save_file(load_file(path), fitting, {**metadata, "gemma_config": json.dumps(config)})
-    return fitting
-
-
-def test_text_encoder_is_what_mlx_lm_loads(tmp_path: Path, figure: Any) -> None:
+def test_text_encoder_is_what_mlx_lm_loads(official_25: Split, model_25: Path, figure: Any) -> None:
     """Folder and configuration describe the model that transformers computes."""
     mlx_lm = require("mlx_lm.utils")
     torch = require("torch")
     transformers = require("transformers")
-    source = text_encoder(tmp_path)
-    out, _ = convert(tmp_path / "out", source)
     ids = np.array([[2, 5, 7, 9, 11, 3, 4, 8, 19, 22, 100, 50]])
-    network, config = mlx_lm.load_model(out / "text_encoder")
-    assert config["gemma_version"] == "gemma4-12b-ltx-v1"
+    network, config = mlx_lm.load_model(model_25 / "text_encoder")
+    assert config["gemma_version"] == "gemma4-demo-ltx-v1"
     logits = np.array(network(mx.array(ids)))
 
-    file = open_tensorfile(source)
-    text_config = json.loads(file.metadata["gemma_config"])["text_config"]
+    text_config = official_25.config("gemma4")["text_config"]
     reference = transformers.Gemma4UnifiedForCausalLM(transformers.Gemma4UnifiedTextConfig(**text_config)).eval()
-    weights = {n: torch.from_numpy(np.array(file.array(n))) for n in file.tensors if n.startswith("model.")}
+    tensors = official_25.tensors("gemma4")
+    weights = {name: torch.from_numpy(value) for name, value in tensors.items() if name.startswith("model.")}
     assert reference.load_state_dict(weights, strict=False).unexpected_keys == []
     with torch.no_grad():
         expected = reference(torch.from_numpy(ids)).logits.numpy()

@@ -1,4 +1,5 @@
-"""Golden tensors: what Lightricks' own modules computed with the demo model for the prompts `a` and `b`."""
+"""Golden tensors: what Lightricks' own modules computed with the demo models for the prompts `a` and `b`, with that of 2.5
+also for `c`, the prompt of `a` with a first and a last picture. The demo models' READMEs list the names."""
 
 from pathlib import Path
 
@@ -13,11 +14,18 @@ from ltx2.runtime.sampling.latents import Grid, Latents, Scales, audio_positions
 
 FILE = open_tensorfile(Path(__file__).with_name("golden.safetensors"))
 PROMPTS = {name: FILE.metadata[f"{name}.prompt"] for name in "ab"}
+FILE_25 = open_tensorfile(Path(__file__).with_name("golden-2.5.safetensors"))
+PROMPTS_25 = {name: FILE_25.metadata[f"{name}.prompt"] for name in "abc"}
 
 
 def golden(name: str) -> Array:
     """One tensor, e.g. `a.stage1.video_latent`."""
     return FILE.array(name)
+
+
+def golden_25(name: str) -> Array:
+    """One tensor of the 2.5 demo model, e.g. `c.stage1.video_latent`."""
+    return FILE_25.array(name)
 
 
 def golden_velocity(folder: ModelFolder) -> tuple[Array, Array]:

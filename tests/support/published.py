@@ -9,18 +9,14 @@ tensors of other header files over, with a prefix, and the first one's metadata;
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
-
 from ltx2.convert.names.networks import expand
-from ltx2.runtime.files.tensors import Array
 
 HEADERS = Path(__file__).parent / "headers"
 MONOLITH = "ltx-2-19b"
@@ -33,7 +29,6 @@ SIZES = {"F64": 8, "F32": 4, "U32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5
 # Line ends and quotes in the licence text, by its length: escaped in JSON, so they count twice in the file's size.
 ESCAPED = {21426: 420, 21427: 420, 34561: 622, 34562: 623}
 COMFY_QUANT = 72  # bytes of JSON
-BLOCK = re.compile(r"(?:transformer_blocks|model\.layers)\.(\d+)\.")
 Form = tuple[str, tuple[int, ...]]
 Tensors = dict[str, Form]
 
@@ -161,43 +156,3 @@ def write_upscaler(path: Path, width: int) -> Path:
     other = {n: (dtype, tuple(channels.get(d, d) for d in shape)) for n, (dtype, shape) in tensors.items()}
     config = json.loads(metadata["config"]) | {"mid_channels": width}
     return write_sparse(path, other, {"config": json.dumps(config)})
-
-
-def write_tiny(folder: Path, name: str, blocks: int = 2, widths: Mapping[int, int] | None = None) -> Path:
-    """A file with all names of the first published one, but for blocks from number `blocks` on, with random values.
-
-    Sizes are those in `widths`, else at most 4, so that they do not fit the configuration; the numbers of blocks do.
-    """
-    files, metadata, tensors = read_header(name)
-    sizes = {188160: 4 * (blocks + 1)} | dict(widths or {})
-    rng = np.random.default_rng(0)
-    values = {}
-    for tensor, (dtype, shape) in tensors.items():
-        number = BLOCK.search(tensor)
-        if number is None or int(number[1]) < blocks:
-            tiny = tuple(sizes.get(size, min(size, 4)) for size in shape)
-            values[tensor] = _random(tensor, dtype, tiny, rng)
-    metadata |= {key: _with_blocks(metadata[key], blocks) for key in ("config", "gemma_config") if key in metadata}
-    metadata.pop("license", None)
-    path = folder / next(iter(files))
-    save_file(values, path, metadata)
-    return path
-
-
-def _random(name: str, dtype: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    if dtype == "U8":
-        return np.frombuffer(json.dumps({"made from": name}).encode(), np.uint8)
-    values = rng.standard_normal(shape).astype(np.float32)
-    if "norm" in name or name.endswith("layer_scalar"):
-        return 1 + values / 10
-    return values / np.float32(max(1, np.sqrt(shape[-1])))
-
-
-def _with_blocks(text: str, blocks: int) -> str:
-    """The configuration of a network with fewer blocks."""
-    config = json.loads(text)
-    for section in (config.get("transformer", {}), config.get("text_config", {})):
-        section.update({key: blocks for key in ("num_layers", "num_hidden_layers") if key in section})
-        if "layer_types" in section:
-            section["layer_types"] = section["layer_types"][:blocks]
-    return json.dumps(config)
