@@ -1,5 +1,5 @@
-"""Golden tensors: what Lightricks' own modules computed with the demo models for the prompts `a` and `b`, with that of 2.5
-also for `c`, the prompt of `a` with a first and a last picture. The demo models' READMEs list the names."""
+"""Golden tensors: what Lightricks' own modules computed with the demo models for the prompts `a` and `b`, with 2.5 also
+for `c`, the prompt of `a` with a first and a last picture. The demo models' READMEs list the names."""
 
 from pathlib import Path
 
