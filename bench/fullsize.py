@@ -14,9 +14,9 @@ from ltx2.bench.speed.run import Benched, run_bench
 from ltx2.bench.speed.stats import write_receipt
 from ltx2.bench.speed.suite import DEFAULT, PARTS, Suite, load_suite
 from ltx2.quant.apply import Settings
-from ltx2.quant.codes.kinds import AFFINE, KINDS
 from ltx2.runtime.errors import Ltx2Error
 from ltx2.runtime.events import Event, Noted, PhaseDone, Warned
+from ltx2.runtime.model.forms import AFFINE, MODES
 
 
 def run(weights: RandomWeights, suite: Suite, show: Callable[[Event], None]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default=published()["name"], help="the published model")
     parser.add_argument("--bits", type=int, nargs="*", default=[], help="of the weights; 16 for none packed")
-    parser.add_argument("--mode", choices=list(KINDS), default=AFFINE, help="kind of codes")
+    parser.add_argument("--mode", choices=list(MODES), default=AFFINE, help="kind of codes")
     parser.add_argument("--suite", default=DEFAULT, help="a suite's name or file")
     parser.add_argument("--part", choices=list(PARTS), help="only this of every case")
     parser.add_argument("--repeat", type=int, help="measured runs of every case")

@@ -81,7 +81,7 @@ def _given_dtypes(plan: Plan, stored: dict[str, Stored]) -> dict[str, str]:
         move.component: dtype
         for move in plan.entries
         if isinstance(move, Move) and move.packing is None and move.component in stored
-        if (dtype := _stored_dtype(stored[move.component], move.key)) != move.form.dtype and dtype in SPELLINGS
+        if (dtype := _stored_dtype(stored[move.component], move.key)) != move.spec.dtype and dtype in SPELLINGS
     }
 
 
@@ -90,10 +90,9 @@ def _decoded_alike(plan: Plan, model: ModelFolder, stored: dict[str, Stored]) ->
     layers, given = {}, _given_dtypes(plan, stored)
     for (component, layer), keep in kept_layers(plan).items():
         dtype = _stored_dtype(stored.get(component, {}), f"{layer}.weight")
-        quantization = model.config(component).get("quantization", {}) if dtype else {}
         if dtype in SPELLINGS:
             layers[component, layer] = SPELLINGS[dtype]
-        elif quantization.get(layer, quantization).get("mode", keep.storage.mode) != keep.storage.mode:
+        elif dtype and model.quantization(component).of(layer).mode != keep.form.mode:
             layers[component, layer] = SPELLINGS[given.get(component, "BF16")]
     return layers
 
@@ -107,7 +106,7 @@ def _cast_alike(plan: Plan, stored: dict[str, Stored]) -> Iterator[Move]:
         dtype = _stored_dtype(stored[move.component], move.key)
         if dtype not in SPELLINGS and move.packing is None:  # packed, with scales that are no floats
             dtype = given.get(move.component, dtype) if move.key.endswith(".weight") else dtype
-        casts = dtype != move.form.dtype and dtype in SPELLINGS and move.form.dtype in FLOATS.values()
+        casts = dtype != move.spec.dtype and dtype in SPELLINGS and move.spec.dtype in FLOATS.values()
         yield replace(move, steps=(*move.steps, Cast(SPELLINGS[dtype]))) if casts else move
 
 
@@ -186,18 +185,18 @@ class _Comparison:
     def add(self, move: Move, stored: Stored) -> None:
         """Compare all that becomes of one tensor, and take it from `stored`."""
         places = {}
-        for key, form in move.stored().items():
+        for key, spec in move.stored().items():
             file = stored.pop(key, None)
             if file is None:
                 self._misfits.append(f"{move.component}: tensor {key} is not stored")
                 continue
             info = file.tensors[key]
-            if (info.shape, info.dtype) != (form.shape, form.dtype):
-                wanted = f"{form.dtype} {list(form.shape)}"
+            if (info.shape, info.dtype) != (spec.shape, spec.dtype):
+                wanted = f"{spec.dtype} {list(spec.shape)}"
                 self._misfits.append(f"{move.component}: tensor {key} is {info.dtype} {list(info.shape)}, not {wanted}")
                 continue
-            row_bytes = info.nbytes // max(1, form.shape[0]) if form.shape else 0
-            places[key] = _Place(move.component, key, prod(form.shape), file.reader, info.start, row_bytes)
+            row_bytes = info.nbytes // max(1, spec.shape[0]) if spec.shape else 0
+            places[key] = _Place(move.component, key, prod(spec.shape), file.reader, info.start, row_bytes)
         self._places += places.values()
         self._checks += [_Check(piece, places) for piece in rows_of(move)]
 

@@ -1,7 +1,7 @@
 """What a published file, a folder of them, or a model folder contains. Reads headers only."""
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -22,10 +22,11 @@ from ltx2.convert.sources.checkpoint import (
 )
 from ltx2.convert.sources.lora import alphas
 from ltx2.convert.tensors.scales import CodedTensors, dropped_beside_codes, find_codes
-from ltx2.convert.tensors.steps import Form
+from ltx2.convert.tensors.steps import Spec
 from ltx2.runtime.errors import CheckpointError, Ltx2Error, UnsupportedError
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.generate.presets import decoding_preset, load_preset
+from ltx2.runtime.model.forms import Quantization
 from ltx2.runtime.model.layout import MANIFEST, ModelFolder
 
 OTHER, DROPPED = "other", "dropped"
@@ -140,7 +141,7 @@ def _components(source: Source) -> dict[str, Summary]:
         for name, tensor in file.tensors.items():
             component, is_weight = _place(source.kind, owners.get(name, name))
             codes = coded.codes.get(name)
-            shape = codes.shape(Form(tensor.shape, tensor.dtype)) if codes else tensor.shape
+            shape = codes.shape(Spec(tensor.shape, tensor.dtype)) if codes else tensor.shape
             counts = is_weight and name not in owners
             summaries.setdefault(component, Summary()).add(tensor, prod(shape) if counts else 0)
     return summaries
@@ -160,7 +161,7 @@ def _model(folder: ModelFolder) -> dict[str, Any]:
     manifest = folder.manifest
     components = {}
     for name, record in sorted(manifest.components.items()):
-        summary = _stored(folder.tensor_files(name), record.quantization)
+        summary = _stored(folder.tensor_files(name), Quantization.from_config(record.quantization))
         facts = {"class": record.cls, "dtype": record.dtype, "quantization": record.quantization}
         components[name] = facts | summary.to_dict()
     return {
@@ -176,17 +177,16 @@ def _model(folder: ModelFolder) -> dict[str, Any]:
     }
 
 
-def _stored(files: Iterable[TensorFile], quantization: Mapping[str, Any] | None) -> Summary:
+def _stored(files: Iterable[TensorFile], quantization: Quantization) -> Summary:
     """Parameters are counted as they were before packing; scales and biases of a packed layer are none."""
     tensors = {tensor.name: tensor for file in files for tensor in file.tensors.values()}
     summary = Summary()
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         scales = {packed_key(name, part) for part in SCALE_PARTS}
-        packed = quantization is not None and not scales.isdisjoint(tensors)
-        if packed and quantization is not None and part == "weight":
-            bits = quantization.get(layer, quantization)["bits"]
-            summary.add(tensor, prod(tensor.shape) * 32 // bits)
+        packed = quantization.common is not None and not scales.isdisjoint(tensors)
+        if packed and part == "weight":
+            summary.add(tensor, prod(tensor.shape) * 32 // quantization.of(layer).bits)
         else:
             summary.add(tensor, 0 if packed and part in (*SCALE_PARTS, "biases") else prod(tensor.shape))
     return summary

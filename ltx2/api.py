@@ -11,11 +11,12 @@ from ltx2.convert.sources.checkpoint import open_sources
 from ltx2.convert.write import SHARD_GB, WriteOptions, write_plan
 from ltx2.quant.apply import Settings, write_quantized
 from ltx2.quant.apply import quantize as quantize_folder
-from ltx2.quant.codes.kinds import AFFINE, SEARCH
+from ltx2.quant.codes.methods import SEARCH
 from ltx2.quant.report import Quantized, Report
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.model.forms import AFFINE
 
 StrPath = str | PathLike[str]
 Sources = StrPath | Iterable[StrPath]

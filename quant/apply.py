@@ -9,13 +9,12 @@ from pathlib import Path
 from ltx2.convert.plan.entries import Move, Plan, packed_layers
 from ltx2.convert.plan.folder import folder_plan
 from ltx2.convert.plan.recode import Layer, decoded, kept_layers
-from ltx2.convert.tensors.steps import Storage
 from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.quant.choose.budget import mac_budget
 from ltx2.quant.choose.fit import HALVED, fit_transformer
 from ltx2.quant.choose.fitted import Fit, Fitted
 from ltx2.quant.choose.sample import known_errors
-from ltx2.quant.codes.kinds import AFFINE, GPTQ, GPTQ_HADAMARD, KINDS, METHODS, SEARCH, Kind, kind_of
+from ltx2.quant.codes.methods import GPTQ, GPTQ_HADAMARD, METHODS, SEARCH
 from ltx2.quant.measure.replay import Replay
 from ltx2.quant.measure.statistics import Statistics
 from ltx2.quant.plan.replan import Forms, Given, packed_plan
@@ -24,6 +23,7 @@ from ltx2.quant.recipes.recipe import GENERAL, Recipe, choose_recipe
 from ltx2.quant.report import Quantized, make_report
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event, Warned, Written
+from ltx2.runtime.model.forms import AFFINE, MODES, Form
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 
 AFFINE_GROUP = 64  # what layers get that a mode has no bits for
@@ -62,27 +62,28 @@ class Settings:
         return choose_recipe(GENERAL if self.fit and not self.recipe else self.recipe, self.bits or self._usual_bits)
 
     @property
-    def storage(self) -> Storage:
-        """How layers are stored that the recipe does not raise. Raises as `check`."""
+    def form(self) -> Form:
+        """The form of layers that the recipe does not raise. Raises as `check`."""
         self.check()
-        group_size = AFFINE_GROUP if AFFINE_GROUP in self._kind.group_sizes else self._kind.group_sizes[0]
+        sizes = MODES[self.mode].group_sizes
+        group_size = AFFINE_GROUP if AFFINE_GROUP in sizes else sizes[0]
         usual = BESIDE if self.fit else self._usual_bits
         bits = self.bits or self.rules.own_bits or usual
-        return Storage(bits, self.group_size or group_size, self.mode)
+        return Form(bits, self.group_size or group_size, self.mode)
 
     def check(self) -> None:
         """Raises InputError for a form that MLX does not have, and for what does not go together."""
-        if self.mode not in KINDS:
-            raise _not_possible("--mode", self.mode, KINDS)
-        kind = self._kind
-        given = (("--bits", self.bits, kind.bits), ("--group-size", self.group_size, kind.group_sizes))
+        if self.mode not in MODES:
+            raise _not_possible("--mode", self.mode, MODES)
+        mode = MODES[self.mode]
+        given = (("--bits", self.bits, mode.bits), ("--group-size", self.group_size, mode.group_sizes))
         for option, value, values in given:
             if value is not None and value not in values:
                 raise _not_possible(option, value, values)
         own = self.bits or self.rules.own_bits
-        if own is not None and own not in kind.bits:
-            why = f"{self.mode} has {' or '.join(map(str, kind.bits))}"
-            fix = f"choose another recipe, or add --bits {kind.bits[0]}"
+        if own is not None and own not in mode.bits:
+            why = f"{self.mode} has {' or '.join(map(str, mode.bits))}"
+            fix = f"choose another recipe, or add --bits {mode.bits[0]}"
             raise InputError(f"the recipe {self.rules.name} has {own} bits", why, fix)
         if self.fit is not None:
             self._check_fit()
@@ -101,19 +102,15 @@ class Settings:
             raise InputError("--fit chooses the transformer's bits", "--only leaves that out", "leave out one of them")
 
     @property
-    def _kind(self) -> Kind:
-        return KINDS[self.mode]
-
-    @property
     def _usual_bits(self) -> int:
-        return DEFAULT_BITS if DEFAULT_BITS in self._kind.bits else self._kind.bits[0]
+        return DEFAULT_BITS if DEFAULT_BITS in MODES[self.mode].bits else MODES[self.mode].bits[0]
 
-    def storage_of(self, layer: str, bits: int) -> Storage:
-        """How a layer is stored that the recipe gives so many bits."""
-        chosen = self.storage
-        if bits in kind_of(chosen).bits and not (kind_of(chosen).multiplied and layer.endswith(EMBEDDING)):
-            return Storage(bits, chosen.group_size, chosen.mode)
-        return Storage(bits, AFFINE_GROUP, AFFINE)
+    def form_of(self, layer: str, bits: int) -> Form:
+        """The form of a layer that the recipe gives so many bits."""
+        chosen = self.form
+        if bits in MODES[chosen.mode].bits and not (chosen.multiplied and layer.endswith(EMBEDDING)):
+            return Form(bits, chosen.group_size, chosen.mode)
+        return Form(bits, AFFINE_GROUP, AFFINE)
 
 
 def quantize(
@@ -140,7 +137,7 @@ def write_quantized(
     unfit = _unfit(quantized, forms)
     yield from _warnings(plan, quantized, settings)
     if unfit:
-        width = f"their width is no multiple of {settings.storage.group_size}"
+        width = f"their width is no multiple of {settings.form.group_size}"
         yield Warned(f"{len(unfit)} layers are not quantized, {width}; the first is {unfit[0]}")
     for event in write_plan(quantized, out, options):
         if isinstance(event, Written):
@@ -170,7 +167,7 @@ def fitted(plan: Plan, settings: Settings) -> Generator[Event, None, Fit | None]
     _check(plan, settings)
     if settings.fit is None:
         return None
-    budget, size = mac_budget(plan, settings.fit), settings.storage.group_size
+    budget, size = mac_budget(plan, settings.fit), settings.form.group_size
     fit = yield from fit_transformer(plan, settings.rules, size, settings.statistics, budget)
     yield Fitted(fit)
     return fit
@@ -213,12 +210,12 @@ def _warnings(plan: Plan, quantized: Plan, settings: Settings) -> Iterator[Event
 def recipe_forms(plan: Plan, settings: Settings, fit: Fit | None = None) -> Forms:
     """How the recipe, or what was fitted, wants the layers of the chosen components stored, whether their width allows
     it or not."""
-    storage, forms = settings.storage, {}
+    form, forms = settings.form, {}
     for name in [name for name in plan.components if name in settings.only or not settings.only]:
         error = known_errors(plan, name, AFFINE_GROUP, settings.statistics)
-        bits = settings.rules.bits(name, [move.layer for move in plan.moves(name)], storage.bits, error)
-        forms[name] = {layer: settings.storage_of(layer, n) for layer, n in bits.items()}
-    forms |= {TRANSFORMER: fit.forms(storage.group_size)} if fit else {}
+        bits = settings.rules.bits(name, [move.layer for move in plan.moves(name)], form.bits, error)
+        forms[name] = {layer: settings.form_of(layer, n) for layer, n in bits.items()}
+    forms |= {TRANSFORMER: fit.forms(form.group_size)} if fit else {}
     return _rotated(forms) if settings.method == GPTQ_HADAMARD else forms
 
 
@@ -237,12 +234,12 @@ def _shrinking(plan: Plan, forms: Forms) -> Iterator[Layer]:
     """The layers kept as published that get fewer bits. Raises UnsupportedError for those of 4 bits."""
     for (component, layer), keep in kept_layers(plan).items():
         form = forms.get(component, {}).get(layer)
-        if form is None or form.bits >= keep.storage.bits or keep.codes.width % form.group_size:
+        if form is None or form.bits >= keep.form.bits or keep.codes.width % form.group_size:
             continue  # the last: it could not be packed, and would grow
-        if keep.storage.bits < HALVED:
+        if keep.form.bits < HALVED:
             raise UnsupportedError(
                 f"{component}.{layer} is not quantized to {form.bits} bits",
-                f"it is {keep.storage.mode} already, and a second loss would leave little of it",
+                f"it is {keep.form.mode} already, and a second loss would leave little of it",
                 "use 4 bits or more, which leave it as it is, or quantize the bf16 model",
             )
         yield component, layer
@@ -288,7 +285,7 @@ def _check_effect(plan: Plan, settings: Settings) -> None:
     quantized = [name for name in plan.components if packings(plan.moves(name))]
     idle = [name for name in settings.only if name not in quantized]
     if idle or not quantized:
-        size = settings.storage.group_size
+        size = settings.form.group_size
         why = f"recipe {settings.rules.name} names none of its layers, or no width is a multiple of {size}"
         if settings.fit:
             why = f"a Mac of {settings.fit} GB has room for it as it is"

@@ -121,23 +121,23 @@ def _layer_reports(component: str, moves: list[Move], losses: Mapping[str, Loss]
     sizes: Counter[str] = Counter()
     for move in moves:
         stored = move.stored().items()
-        sizes[move.layer] += sum(form.nbytes for key, form in stored if not key.endswith(".bias"))
+        sizes[move.layer] += sum(spec.nbytes for key, spec in stored if not key.endswith(".bias"))
     for layer, move in packed_layers(moves).items():
         assert move.packing is not None
-        storage, error = move.packing.storage, float(f"{losses.get(layer, Loss()).relative:.{DIGITS}g}")
+        form, error = move.packing.form, float(f"{losses.get(layer, Loss()).relative:.{DIGITS}g}")
         quantize = move.packing if isinstance(move.packing, Quantize) else None
         of, method = "output" if quantize and quantize.known else "weights", quantize.method if quantize else None
-        form = (storage.bits, storage.group_size, storage.mode)
-        yield LayerReport(component, layer, *form, sizes[layer], error, of, method, storage.rotation)
+        sizes_of = (form.bits, form.group_size, form.mode)
+        yield LayerReport(component, layer, *sizes_of, sizes[layer], error, of, method, form.rotation)
 
 
 def _read_back(moves: Mapping[str, Move], files: Iterable[TensorFile]) -> Generator[Event, None, dict[str, Loss]]:
     where = {key: file for file in files for key in file.tensors}
-    total = sum(move.form.nbytes for move in moves.values())
+    total = sum(move.spec.nbytes for move in moves.values())
     losses, done = {}, 0
     for layer, move in moves.items():
         losses[layer] = measured_loss(move, where)
-        done += move.form.nbytes
+        done += move.spec.nbytes
         yield BytesDone("report (reading back)", done, total)
     return losses
 
@@ -145,27 +145,27 @@ def _read_back(moves: Mapping[str, Move], files: Iterable[TensorFile]) -> Genera
 def _total(moves: list[Move]) -> Total:
     total = Total(0, 0, 0)
     for move in moves:
-        after = sum(form.nbytes for form in move.stored().values())
-        absorbed = sum(form.nbytes for form in move.packing.absorbed().values()) if move.packing else 0
+        after = sum(spec.nbytes for spec in move.stored().values())
+        absorbed = sum(spec.nbytes for spec in move.packing.absorbed().values()) if move.packing else 0
         kept = isinstance(move.packing, Keep)
-        total += Total(after if kept else move.form.nbytes + absorbed, after, 0)
-    return total + Total(0, 0, sum(prod(form.shape) for form in parameters(moves).values()))
+        total += Total(after if kept else move.spec.nbytes + absorbed, after, 0)
+    return total + Total(0, 0, sum(prod(spec.shape) for spec in parameters(moves).values()))
 
 
 def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
     """Compare a written layer with its source. `files` holds the file of every tensor of the component."""
     assert isinstance(move.packing, Quantize)
-    storage, multiplier, known = move.packing.storage, move.packing.multiplier, move.packing.known
-    columns = known.inputs().columns(move.form.shape[1]) if known else None
+    form, multiplier, known = move.packing.form, move.packing.multiplier, move.packing.known
+    columns = known.inputs().columns(move.spec.shape[1]) if known else None
     errors, norms = (columns.errors, columns.values) if columns else (1.0, 1.0)
-    feedback = known.feedback(storage) if known else None
+    feedback = known.feedback(form) if known else None
     keys = [packed_key(move.key, part) for part in ("weight", "scales", "biases")]
     keys = [key for key in keys if key in files]
     loss, start = Loss(), 0
     for rows in _few_rows(move):
         packed = Packed(*(files[key].rows(key, start, start + len(rows)) for key in keys))
-        values = stored_values(rows, storage)
-        change = unpack(packed, storage, multiplier.value if multiplier else 1.0) - values
+        values = stored_values(rows, form)
+        change = unpack(packed, form, multiplier.value if multiplier else 1.0) - values
         if feedback is not None:
             loss += output_loss(values, change, feedback)
         else:
@@ -176,7 +176,7 @@ def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
 
 def _few_rows(move: Move) -> Iterator[Array]:
     """The tensor before packing, in pieces that are small also when unpacked."""
-    step = max(1, FEW_VALUES // move.form.shape[1])
+    step = max(1, FEW_VALUES // move.spec.shape[1])
     for chunk in values_of(move):
         for start in range(0, len(chunk), step):
             yield chunk[start : start + step]

@@ -16,14 +16,14 @@ from ltx2.bench.random.published import published
 from ltx2.bench.random.values import RandomValues
 from ltx2.convert.output.pieces import bytes_of
 from ltx2.convert.tensors.codes import Fp8, Scale
-from ltx2.convert.tensors.steps import Form, Storage
+from ltx2.convert.tensors.steps import Spec
 from ltx2.quant.codes.pack import pack
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.files.tensorwrite import write_tensorfile
 from ltx2.runtime.layers.attention import Attention, gelu_tanh
-from ltx2.runtime.layers.matmul import Form as Packing
 from ltx2.runtime.layers.packed import QuantizedLinear, choose_products
 from ltx2.runtime.layers.rope import Rope, apply_rope, rope_tables
+from ltx2.runtime.model.forms import Form, Quantization
 from ltx2.runtime.networks.audio.vocoder import ResBlock as VocoderResBlock
 from ltx2.runtime.networks.audio.vocoder import Upsample
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
@@ -109,18 +109,17 @@ def test_block(measure: Time) -> None:
     measure(lambda x, y: block(x, y, *contexts), x, y)
 
 
-FORMS = [("affine", 4, 64), ("affine", 8, 64), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+FORMS = [Form(4, 64), Form(8, 64), Form(8, 32, "mxfp8"), Form(4, 16, "nvfp4")]
 
 
-@pytest.mark.parametrize(("mode", "bits", "group"), FORMS)
-def test_quantized_linear(measure: Time, mode: str, bits: int, group: int) -> None:
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_quantized_linear(measure: Time, form: Form) -> None:
     """In the way that is the fastest on this machine."""
-    layer = QuantizedLinear(DIM, DIM, Packing(group, bits, mode))
-    values = RandomValues({"group_size": group, "bits": bits, "mode": mode})
-    layer.weight = values.tensor("a.weight", Form((DIM, DIM * bits // 32), "U32"))
-    for part in ("scales", "biases") if mode == "affine" else ("scales",):
-        form = Form((DIM, DIM // group), ("BF16" if ON_GPU else "F32") if mode == "affine" else "U8")
-        setattr(layer, part, values.tensor(f"a.{part}", form))
+    layer, values = QuantizedLinear(DIM, DIM, form), RandomValues(Quantization(form))
+    layer.weight = values.tensor("a.weight", Spec((DIM, DIM * form.bits // 32), "U32"))
+    spec = Spec((DIM, DIM // form.group_size), ("BF16" if ON_GPU else "F32") if form.biased else "U8")
+    for part in ("scales", "biases") if form.biased else ("scales",):
+        setattr(layer, part, values.tensor(f"a.{part}", spec))
     mx.eval(layer.parameters())
     choose_products(layer, "auto")
     measure(layer, normal(1, TOKENS, DIM), flops=2 * TOKENS * DIM * DIM)
@@ -130,7 +129,7 @@ def test_quantized_linear(measure: Time, mode: str, bits: int, group: int) -> No
 def test_packing(benchmark: BenchmarkFixture, bits: int) -> None:
     rows = np.random.default_rng(0).standard_normal((1024 if ON_GPU else 128, 4096), np.float32)
     benchmark.extra_info["values"] = rows.size
-    benchmark(pack, rows, Storage(bits, 64, "affine"))
+    benchmark(pack, rows, Form(bits, 64))
 
 
 def test_video_res_block(measure: Time) -> None:
@@ -156,7 +155,7 @@ def test_fp8_decoding(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
     weight, scale = file.tensors["a.weight"], file.tensors["a.weight_scale"]
     fp8 = Fp8(file, weight, Scale(file, scale))
     benchmark.extra_info["values"] = codes.size
-    benchmark(fp8.decoded, codes, Form(codes.shape, "F8_E4M3"), 0, "bf16")
+    benchmark(fp8.decoded, codes, Spec(codes.shape, "F8_E4M3"), 0, "bf16")
 
 
 def test_streaming_a_tensor(benchmark: BenchmarkFixture, tmp_path: Path) -> None:

@@ -98,25 +98,23 @@ def fill_with_stock(packed: Path, source: Path, out: Path) -> None:
     shutil.copytree(packed, out)
     folder, records = ModelFolder.open(out), {}
     for component, record in folder.manifest.components.items():
-        quantization = folder.config(component).get("quantization")
-        if quantization is not None:
-            _fill(folder, component, quantization, load_weights(ModelFolder.open(source), component))
+        if record.quantization is not None:
+            _fill(folder, component, load_weights(ModelFolder.open(source), component))
             record = replace(record, files=tuple(_recorded(out / component / file.name) for file in record.files))
         records[component] = record
     write_text(out / MANIFEST, replace(folder.manifest, components=records).to_json())
 
 
-def _fill(
-    folder: ModelFolder, component: str, quantization: Mapping[str, Any], weights: Mapping[str, mx.array]
-) -> None:
+def _fill(folder: ModelFolder, component: str, weights: Mapping[str, mx.array]) -> None:
+    quantization = folder.quantization(component)
     for path in folder.weight_files(component):
         file = open_tensorfile(path)
         values = {name: np.array(file.array(name)) for name in file.tensors}
         for layer in [name.removesuffix(".scales") for name in values if name.endswith(".scales")]:
-            form = quantization.get(layer, quantization)
-            if form.get("mode", "affine") != "affine":
-                raise ModelFolderError(f"{layer} has no biases", f"its mode is {form['mode']}", "use affine models")
-            made = mx.quantize(weights[f"{layer}.weight"], form["group_size"], form["bits"])
+            form = quantization.of(layer)
+            if not form.biased:
+                raise ModelFolderError(f"{layer} has no biases", f"its mode is {form.mode}", "use affine models")
+            made = mx.quantize(weights[f"{layer}.weight"], form.group_size, form.bits)
             values |= {f"{layer}.{part}": _stored(array) for part, array in zip(PARTS, made, strict=True)}
         tensors = {name: (info.dtype, values[name]) for name, info in file.tensors.items()}
         write_tensorfile(path, tensors, FORMAT_METADATA)

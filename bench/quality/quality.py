@@ -217,22 +217,22 @@ def _size(size: int, weights: int) -> Row:
 
 def _packed_size(folder: ModelFolder, component: str) -> Row:
     """Of the weights that are stored as codes, with their scales and biases."""
-    form = folder.config(component).get("quantization", {})
+    quantization = folder.quantization(component)
     tensors = {name: tensor for file in folder.tensor_files(component) for name, tensor in file.tensors.items()}
     layers = packed_layers(folder).get(component, set())
     size = sum(tensors[name].nbytes for layer in layers for part in PARTS if (name := f"{layer}.{part}") in tensors)
     codes = {layer: tensors[f"{layer}.weight"].nbytes for layer in layers}
-    weights = sum(8 * nbytes // form.get(layer, form)["bits"] for layer, nbytes in codes.items())
+    weights = sum(8 * nbytes // quantization.of(layer).bits for layer, nbytes in codes.items())
     return {"packed": _size(size, weights)} if layers else {}
 
 
 def _layer_rows(model: ModelFolder, layers: Mapping[Layer, Difference]) -> list[Row]:
     """In the order in which they work."""
-    forms = {component: model.config(component).get("quantization", {}) for component, _ in layers}
+    quantizations = {component: model.quantization(component) for component, _ in layers}
     rows = []
     for (component, layer), difference in layers.items():
-        form = forms[component].get(layer, forms[component])
-        stored = {"bits": form["bits"], "group_size": form["group_size"], "mode": form.get("mode", "affine")}
+        form = quantizations[component].of(layer)
+        stored = {"bits": form.bits, "group_size": form.group_size, "mode": form.mode}
         error = {"relative_error": _digits(difference.relative)}
         rows.append({"component": component, "layer": layer, **stored, **error})
     return rows

@@ -18,18 +18,18 @@ from ltx2.bench.random.published import published
 from ltx2.bench.random.values import RandomValues
 from ltx2.convert.fetch.catalogue import Bundle, catalogue
 from ltx2.convert.plan.folder import folder_plan
-from ltx2.convert.tensors.steps import Form
+from ltx2.convert.tensors.steps import Spec
 from ltx2.quant.apply import Settings, quantize_plan
-from ltx2.quant.codes.kinds import AFFINE
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.generate.presets import load_preset
 from ltx2.runtime.memory.blocks import Names, Weights, open_blocks
+from ltx2.runtime.model.forms import AFFINE
 from ltx2.runtime.model.layout import ComponentRecord, Manifest, ModelFolder
 from ltx2.runtime.networks.load import build_network, encode_prompt, load_weights, parameter_shapes
 from ltx2.runtime.networks.text.tokenizer import Encoded
 
-Tensors = Mapping[str, Form]
+Tensors = Mapping[str, Spec]
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class RandomFolder(ModelFolder):
 
     def arrays(self, component: str) -> dict[str, mx.array]:
         """The component's tensors, lazy: each is made when it is first used."""
-        values = RandomValues(self.record(component).quantization or {})
-        return {name: values.tensor(name, form) for name, form in self.tensors[component].items()}
+        values = RandomValues(self.quantization(component))
+        return {name: values.tensor(name, spec) for name, spec in self.tensors[component].items()}
 
 
 @load_weights.register
@@ -71,13 +71,13 @@ class _RandomBlock:
 
     @property
     def size(self) -> int:
-        forms = self.folder.tensors[self.component]
-        return sum(forms[stored].itemsize * prod(forms[stored].shape) for stored in self.names.values())
+        specs = self.folder.tensors[self.component]
+        return sum(specs[stored].itemsize * prod(specs[stored].shape) for stored in self.names.values())
 
     def read(self) -> Weights:
-        values = RandomValues(self.folder.record(self.component).quantization or {})
-        forms = self.folder.tensors[self.component]
-        made = [(name, values.tensor(stored, forms[stored])) for name, stored in self.names.items()]
+        values = RandomValues(self.folder.quantization(self.component))
+        specs = self.folder.tensors[self.component]
+        made = [(name, values.tensor(stored, specs[stored])) for name, stored in self.names.items()]
         mx.eval([value for _, value in made])
         return made
 
@@ -134,10 +134,10 @@ def _bundle(name: str) -> Bundle:
     raise InputError(f"{name} is no model", why, "name a bundle or checkpoint that `ltx2 download --list` shows")
 
 
-def _plain(class_name: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Form]]:
+def _plain(class_name: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Spec]]:
     """A network's tensors as a conversion of 16-bit files stores them."""
     for name, shape in parameter_shapes(build_network(class_name, config)).items():
-        yield name, Form(shape, "F32" if "scale_shift_table" in name else "BF16")
+        yield name, Spec(shape, "F32" if "scale_shift_table" in name else "BF16")
 
 
 def _quantized(folder: RandomFolder, settings: Settings) -> RandomFolder:
@@ -147,7 +147,7 @@ def _quantized(folder: RandomFolder, settings: Settings) -> RandomFolder:
         for name, record in folder.manifest.components.items()
     }
     tensors = {
-        name: {key: form for move in plan.moves(name) for key, form in move.stored().items()} for name in records
+        name: {key: spec for move in plan.moves(name) for key, spec in move.stored().items()} for name in records
     }
     path = folder.path.with_name(f"{folder.path.name}-{_kind(settings)}")
     return replace(folder, path=path, manifest=replace(folder.manifest, components=records), tensors=tensors)
@@ -155,7 +155,7 @@ def _quantized(folder: RandomFolder, settings: Settings) -> RandomFolder:
 
 def _kind(settings: Settings) -> str:
     """What a folder of such weights would be called: q4, mxfp8, q3-uniform, q4-small."""
-    bits = f"q{settings.storage.bits}" if settings.mode == AFFINE else settings.mode
+    bits = f"q{settings.form.bits}" if settings.mode == AFFINE else settings.mode
     if settings.recipe == Settings().recipe:
         return bits
     recipe = Path(str(settings.recipe)).stem
@@ -164,6 +164,6 @@ def _kind(settings: Settings) -> str:
 
 def _headers(tensors: Tensors) -> Iterator[tuple[str, TensorInfo]]:
     end = 0
-    for name, form in tensors.items():
-        start, end = end, end + form.itemsize * prod(form.shape)
-        yield name, TensorInfo(name, form.dtype, form.shape, start, end)
+    for name, spec in tensors.items():
+        start, end = end, end + spec.itemsize * prod(spec.shape)
+        yield name, TensorInfo(name, spec.dtype, spec.shape, start, end)

@@ -3,13 +3,13 @@
 Values come from a pool that is repeated: a copy costs no more than reading would, and a GPU works no less on them.
 Zeros would flatter it: a processor that flips fewer bits takes less power and runs faster."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import log2, prod
-from typing import Any
 
 import mlx.core as mx
 
-from ltx2.convert.tensors.steps import Form
+from ltx2.convert.tensors.steps import Spec
+from ltx2.runtime.model.forms import Form, Quantization
 
 POOL = 1_048_583  # a prime, so that no two rows of a matrix are alike
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -21,49 +21,48 @@ MULTIPLIER = 1 / 64
 
 
 class RandomValues:
-    """The tensors of one component; `quantization` is its config.json's."""
+    """The tensors of one component; `quantization`: how its layers are packed."""
 
-    def __init__(self, quantization: Mapping[str, Any]) -> None:
+    def __init__(self, quantization: Quantization) -> None:
         self._quantization = quantization
         normal, high, low = mx.random.split(mx.random.key(0), 3)
         self._normal = mx.random.normal((POOL,), key=normal)
         halves = [mx.random.randint(0, 1 << 16, (POOL,), mx.uint32, key=key) for key in (high, low)]
         self._codes = halves[0] * (1 << 16) + halves[1]
 
-    def tensor(self, name: str, form: Form) -> mx.array:
-        """A lazy array of this form; what it holds goes by the parameter's name."""
+    def tensor(self, name: str, spec: Spec) -> mx.array:
+        """A lazy array of this spec; what it holds goes by the parameter's name."""
         layer, _, part = name.rpartition(".")
-        entry = self._quantization.get(layer, self._quantization)
-        if form.dtype == "U32":
-            drawn = NO_NAN if entry["mode"] == "mxfp8" else ALL_BITS
-            return _repeated(self._codes, form, lambda codes: codes & drawn)
+        if spec.dtype == "U32":
+            drawn = NO_NAN if self._quantization.of(layer).mode == "mxfp8" else ALL_BITS
+            return _repeated(self._codes, spec, lambda codes: codes & drawn)
         if part in ("scales", "biases", "weight_scale"):
-            return _scale(part, form, entry)
-        dtype = DTYPES[form.dtype]
-        if len(form.shape) == 1:
-            return mx.full(form.shape, 1.0 if "norm" in name or part == "std" else 0.0, dtype)
-        deviation = prod(form.shape[1:]) ** -0.5
-        return _repeated(self._normal, form, lambda values: (values * deviation).astype(dtype))
+            return _scale(part, spec, self._quantization.of(layer))
+        dtype = DTYPES[spec.dtype]
+        if len(spec.shape) == 1:
+            return mx.full(spec.shape, 1.0 if "norm" in name or part == "std" else 0.0, dtype)
+        deviation = prod(spec.shape[1:]) ** -0.5
+        return _repeated(self._normal, spec, lambda values: (values * deviation).astype(dtype))
 
 
-def _scale(part: str, form: Form, entry: Mapping[str, Any]) -> mx.array:
+def _scale(part: str, spec: Spec, form: Form) -> mx.array:
     """Of a packed layer, so that its weights have the deviation of others."""
     if part == "weight_scale":
         return mx.array(MULTIPLIER)
-    mode, deviation = entry["mode"], (form.shape[1] * entry["group_size"]) ** -0.5
-    if mode == "affine":  # codes are evenly spread from 0 to `top`
-        top = (1 << entry["bits"]) - 1
+    deviation = (spec.shape[1] * form.group_size) ** -0.5
+    if form.biased:  # codes are evenly spread from 0 to `top`
+        top = (1 << form.bits) - 1
         step = deviation * (12 / (top * (top + 2))) ** 0.5
-        return mx.full(form.shape, step if part == "scales" else -step * top / 2, DTYPES[form.dtype])
-    one, behind = EXPONENTS[mode]
-    factor = deviation / RMS[mode] / (MULTIPLIER if mode == "nvfp4" else 1)
-    return mx.full(form.shape, (one + round(log2(factor))) << behind, mx.uint8)
+        return mx.full(spec.shape, step if part == "scales" else -step * top / 2, DTYPES[spec.dtype])
+    one, behind = EXPONENTS[form.mode]
+    factor = deviation / RMS[form.mode] / (MULTIPLIER if form.multiplied else 1)
+    return mx.full(spec.shape, (one + round(log2(factor))) << behind, mx.uint8)
 
 
-def _repeated(pool: mx.array, form: Form, made: Callable[[mx.array], mx.array]) -> mx.array:
+def _repeated(pool: mx.array, spec: Spec, made: Callable[[mx.array], mx.array]) -> mx.array:
     """What is made of the pool, over and over, in memory of its own."""
-    whole, rest = divmod(prod(form.shape), POOL)
+    whole, rest = divmod(prod(spec.shape), POOL)
     if not whole:
-        return made(pool[:rest]).reshape(form.shape)
+        return made(pool[:rest]).reshape(spec.shape)
     full = made(pool)
-    return mx.concatenate([full] * whole + [full[:rest]]).reshape(form.shape)
+    return mx.concatenate([full] * whole + [full[:rest]]).reshape(spec.shape)

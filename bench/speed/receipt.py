@@ -93,16 +93,13 @@ def _model(folder: ModelFolder) -> dict[str, Any]:
 
 def _forms(folder: ModelFolder, component: str) -> dict[str, int]:
     """How many layers are packed in which form."""
-    quantization = folder.record(component).quantization
-    if not quantization:
-        return {}
+    quantization = folder.quantization(component)
     counts: Counter[str] = Counter()
     for file in folder.tensor_files(component):
         for name in file.tensors:
             layer, _, part = name.rpartition(".")
             if part == "scales":
-                entry = quantization.get(layer, quantization)
-                counts[f"{entry.get('mode', 'affine')}-{entry['bits']}-{entry['group_size']}"] += 1
+                counts[str(quantization.of(layer))] += 1
     return dict(sorted(counts.items()))
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from ltx2.convert.output.pieces import Parts, Piece, Rows, bytes_of, rows_of
 from ltx2.convert.plan.entries import Asset, Move, Plan, parameters
 from ltx2.convert.sources.components import ComponentPlan
-from ltx2.convert.tensors.steps import Form
+from ltx2.convert.tensors.steps import Spec
 from ltx2.runtime.files.ranges import Bytes, RangeReader
 from ltx2.runtime.files.tensorwrite import file_header, raw_bytes
 from ltx2.runtime.model.layout import CONFIG, FORMAT_METADATA, INDEX
@@ -112,24 +112,24 @@ class WeightFile(PlannedFile):
     moves: tuple[Move, ...]
 
     @cached_property
-    def tensors(self) -> dict[str, Form]:
+    def tensors(self) -> dict[str, Spec]:
         """Name, shape and dtype of every tensor, in the order of their data."""
-        return {key: form for move in self.moves for key, form in move.stored().items()}
+        return {key: spec for move in self.moves for key, spec in move.stored().items()}
 
     @cached_property
     def header(self) -> bytes:
-        return file_header({key: (form.dtype, form.shape) for key, form in self.tensors.items()}, FORMAT_METADATA)
+        return file_header({key: (spec.dtype, spec.shape) for key, spec in self.tensors.items()}, FORMAT_METADATA)
 
     @cached_property
     def size(self) -> int:
-        return len(self.header) + sum(form.nbytes for form in self.tensors.values())
+        return len(self.header) + sum(spec.nbytes for spec in self.tensors.values())
 
     @cached_property
     def _places(self) -> dict[str, int]:
         places, place = {}, len(self.header)
-        for key, form in self.tensors.items():
+        for key, spec in self.tensors.items():
             places[key] = place
-            place += form.nbytes
+            place += spec.nbytes
         return places
 
     @cached_property
@@ -155,8 +155,8 @@ class WeightFile(PlannedFile):
         return blocks
 
     def _place(self, key: str, row: int) -> int:
-        form = self.tensors[key]
-        return self._places[key] + (form.nbytes // form.shape[0] * row if row else 0)
+        spec = self.tensors[key]
+        return self._places[key] + (spec.nbytes // spec.shape[0] * row if row else 0)
 
 
 def component_files(plan: Plan, component: ComponentPlan, shard_bytes: int) -> list[PlannedFile]:
@@ -244,15 +244,15 @@ def _shards(moves: list[Move], limit: int) -> Iterator[list[Move]]:
 
 
 def _bytes(moves: list[Move]) -> int:
-    return sum(form.nbytes + len(key) + HEADER_BYTES for move in moves for key, form in move.stored().items())
+    return sum(spec.nbytes + len(key) + HEADER_BYTES for move in moves for key, spec in move.stored().items())
 
 
 def _index(moves: list[Move], weights: list[WeightFile]) -> bytes:
     """model.safetensors.index.json as mlx-lm writes it."""
     where = {key: file.name for file in weights for key in file.tensors}
     total = {
-        "total_size": sum(form.nbytes for file in weights for form in file.tensors.values()),
-        "total_parameters": sum(prod(form.shape) for form in parameters(moves).values()),
+        "total_size": sum(spec.nbytes for file in weights for spec in file.tensors.values()),
+        "total_parameters": sum(prod(spec.shape) for spec in parameters(moves).values()),
     }
     return _json({"metadata": total, "weight_map": dict(sorted(where.items()))})
 

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from ltx2.convert.plan.entries import Move, packed_key
-from ltx2.convert.tensors.steps import Form
+from ltx2.convert.tensors.steps import Spec
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.files.ranges import Bytes, RangeReader
 from ltx2.runtime.files.tensors import Array
@@ -70,8 +70,8 @@ class Rows(Piece):
     @property
     def values(self) -> int:
         """Bytes of the rows before they are packed."""
-        rows = max(1, self.move.form.shape[0] if self.move.form.shape else 1)
-        return self.move.form.nbytes * self.count // rows
+        rows = max(1, self.move.spec.shape[0] if self.move.spec.shape else 1)
+        return self.move.spec.nbytes * self.count // rows
 
     def prepare(self, raw: Bytes) -> Parts:
         """What becomes of the rows: rows of every tensor that is stored, by its name. Any thread may call this; the
@@ -92,17 +92,17 @@ class Rows(Piece):
         if move.packing is None:
             return {move.key: values}
         constants = {} if self.row else move.packing.constants()
-        parts = {**move.packing.rows(values, move.form, self.row), **constants}
+        parts = {**move.packing.rows(values, move.spec, self.row), **constants}
         return {packed_key(move.key, part): value for part, value in parts.items()}
 
     def _transformed(self, rows: Array) -> Array:
-        form = Form(self.move.tensor.shape, self.move.tensor.dtype)
+        spec = Spec(self.move.tensor.shape, self.move.tensor.dtype)
         for step in self.move.steps:
             try:
-                rows = step.rows(rows, form, self.row)
+                rows = step.rows(rows, spec, self.row)
             except NumericsError as error:
                 raise NumericsError(f"{self.move.tensor.name}: {error.what}", error.why, error.fix) from error
-            form = step.form(form)
+            spec = step.spec(spec)
         return rows
 
 
@@ -117,9 +117,9 @@ def rows_of(move: Move) -> Iterator[Rows]:
     """A tensor in pieces."""
     tensor, count = move.tensor, move.tensor.shape[0] if move.tensor.shape else 1
     whole = not tensor.shape or any(step.whole for step in move.steps)
-    forms, constant = move.stored(), move.packing.constants() if move.packing else {}
-    constants = sum(forms[packed_key(move.key, part)].nbytes for part in constant)
-    stored = sum(form.nbytes for form in forms.values()) - constants
+    specs, constant = move.stored(), move.packing.constants() if move.packing else {}
+    constants = sum(specs[packed_key(move.key, part)].nbytes for part in constant)
+    stored = sum(spec.nbytes for spec in specs.values()) - constants
     step = count if whole else max(1, PIECE_BYTES * count // max(1, stored, tensor.nbytes))
     for row in range(0, count, max(1, step)):
         rows = min(step, count - row)

@@ -74,7 +74,7 @@ def planned_shapes(plan: Plan, component: str) -> Shapes:
             f"{len(twice)} tensors would be stored twice",
             "use the checkpoint as published",
         )
-    return {key: form.shape for key, form in parameters(moves).items()}
+    return {key: spec.shape for key, spec in parameters(moves).items()}
 
 
 def _check_files(plan: Plan, component: str) -> None:

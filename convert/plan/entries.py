@@ -17,9 +17,10 @@ from ltx2.convert.sources.lora import alphas
 from ltx2.convert.sources.together import common_release
 from ltx2.convert.tensors.codes import Codes, Dequantize, Keep, KeepBlockScales, Nvfp4
 from ltx2.convert.tensors.scales import dropped_beside_codes, find_codes
-from ltx2.convert.tensors.steps import FLOATS, Cast, Form, Packing, Reshape, Step, Storage, Transpose
+from ltx2.convert.tensors.steps import FLOATS, Cast, Packing, Reshape, Spec, Step, Transpose
 from ltx2.runtime.errors import CheckpointError, InputError
 from ltx2.runtime.files.tensors import FileRecord, TensorFile, TensorInfo
+from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import COMPONENTS, LORAS, is_lora
 
 SCALE_PARTS = ("scales", "weight_scale")  # last name parts of what is stored beside a weight kept as codes
@@ -37,33 +38,33 @@ class Move:
     packing: Packing | None = None
 
     @property
-    def form(self) -> Form:
+    def spec(self) -> Spec:
         """Shape and dtype after the steps, before packing."""
-        form = Form(self.tensor.shape, self.tensor.dtype)
+        spec = Spec(self.tensor.shape, self.tensor.dtype)
         for step in self.steps:
-            form = step.form(form)
-        return form
+            spec = step.spec(spec)
+        return spec
 
     @property
-    def values(self) -> Form:
+    def values(self) -> Spec:
         """Shape and float type of the parameter, packed or not."""
-        return self.form if self.packing is None else self.packing.values(self.form)
+        return self.spec if self.packing is None else self.packing.values(self.spec)
 
     @property
     def layer(self) -> str:
         """The path of the layer the tensor belongs to: its key without the last part."""
         return self.key.rpartition(".")[0]
 
-    def parameters(self) -> dict[str, Form]:
+    def parameters(self) -> dict[str, Spec]:
         """The network's parameters that it fills, packed or not."""
         beside = self.packing.absorbed() if self.packing else {}
-        return {self.key: self.values} | {packed_key(self.key, part): form for part, form in beside.items()}
+        return {self.key: self.values} | {packed_key(self.key, part): spec for part, spec in beside.items()}
 
-    def stored(self) -> dict[str, Form]:
+    def stored(self) -> dict[str, Spec]:
         """Name, shape and dtype of every tensor this one becomes."""
         if self.packing is None:
-            return {self.key: self.form}
-        return {packed_key(self.key, part): form for part, form in self.packing.forms(self.form).items()}
+            return {self.key: self.spec}
+        return {packed_key(self.key, part): spec for part, spec in self.packing.specs(self.spec).items()}
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,12 @@ def packed_layers(moves: Iterable[Move]) -> dict[str, Move]:
     return {layer: found[layer] for layer in sorted(found, key=natural_order)}
 
 
-def parameters(moves: Iterable[Move]) -> dict[str, Form]:
+def parameters(moves: Iterable[Move]) -> dict[str, Spec]:
     """Name, shape and float type of a component's tensors that its network has too: all but the scales of layers that
     are kept packed."""
     moves = list(moves)
     scales = {f"{layer}.{part}" for layer in packed_layers(moves) for part in SCALE_PARTS}
-    found: dict[str, Form] = {}
+    found: dict[str, Spec] = {}
     for move in moves:
         if move.key not in scales:
             found |= move.parameters()
@@ -159,14 +160,14 @@ def parameters(moves: Iterable[Move]) -> dict[str, Form]:
 def quantization_config(moves: Iterable[Move]) -> dict[str, Any] | None:
     """`quantization` in config.json as mlx-lm writes it: the form that most values have, then the layers that have
     another. None when no layer is packed."""
-    layers = {layer: (move.packing.storage, move) for layer, move in packed_layers(moves).items() if move.packing}
-    values: Counter[Storage] = Counter()
-    for storage, move in layers.values():
-        values[storage] += prod(move.values.shape)
+    layers = {layer: (move.packing.form, move) for layer, move in packed_layers(moves).items() if move.packing}
+    values: Counter[Form] = Counter()
+    for form, move in layers.values():
+        values[form] += prod(move.values.shape)
     if not values:
         return None
-    common = max(values, key=lambda storage: (values[storage], -storage.bits, storage.mode))
-    return common.entry() | {layer: storage.entry() for layer, (storage, _) in layers.items() if storage != common}
+    common = max(values, key=lambda form: (values[form], -form.bits, form.mode))
+    return common.entry() | {layer: form.entry() for layer, (form, _) in layers.items() if form != common}
 
 
 def make_plan(sources: Sequence[Source], options: Options | None = None) -> Plan:
@@ -214,17 +215,17 @@ def _target_json(entry: Move | Merge | Asset) -> dict[str, Any]:
     if isinstance(entry, Merge):
         return _target_json(entry.into)
     if isinstance(entry, Asset):
-        form, key, steps = Form(entry.tensor.shape, entry.tensor.dtype), entry.name, []
+        spec, key, steps = Spec(entry.tensor.shape, entry.tensor.dtype), entry.name, []
     else:
-        form = entry.form if entry.packing is None else entry.packing.forms(entry.form)["weight"]
+        spec = entry.spec if entry.packing is None else entry.packing.specs(entry.spec)["weight"]
         key, steps = entry.key, [name for step in entry.steps for name in step.names]
         steps += [str(entry.packing)] if entry.packing else []
     return {
         "component": entry.component,
         "key": key,
         "transform": steps or ["copy"],
-        "out_shape": list(form.shape),
-        "out_dtype": form.dtype,
+        "out_shape": list(spec.shape),
+        "out_dtype": spec.dtype,
     }
 
 
@@ -276,8 +277,8 @@ def _move(source: Source, file: TensorFile, tensor: TensorInfo, target: rules.Ta
 def _coded_move(source: Source, codes: Codes, target: rules.Target, options: Options) -> Move:
     """Linear layers stay codes unless the user wants a float type; what MLX cannot multiply as codes becomes BF16."""
     component, key = _place(source, target)
-    shape = codes.shape(Form(codes.tensor.shape, codes.tensor.dtype))
-    if options.dtype is None and rules.is_linear(component, key, shape) and shape[1] % codes.storage.group_size == 0:
+    shape = codes.shape(Spec(codes.tensor.shape, codes.tensor.dtype))
+    if options.dtype is None and rules.is_linear(component, key, shape) and shape[1] % codes.form.group_size == 0:
         return Move(codes.file, codes.tensor, component, key, packing=Keep(codes))
     steps = (Dequantize(codes, options.dtype or "bf16"), *_turned(component, key, shape))
     return Move(codes.file, codes.tensor, component, key, steps)

@@ -12,9 +12,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from ltx2.convert.tensors.steps import FLOATS, Form, Packing, Step, Storage, from_float32, to_float32
+from ltx2.convert.tensors.steps import FLOATS, Packing, Spec, Step, from_float32, to_float32
 from ltx2.runtime.errors import CheckpointError, NumericsError
 from ltx2.runtime.files.tensors import NUMPY_DTYPES, Array, TensorFile, TensorInfo
+from ltx2.runtime.model.forms import Form
 
 TILE_ROWS, TILE_COLUMNS = 128, 4  # NVFP4 files hold the block scales in tiles of this size
 CACHED = 1 << 18  # bytes worked on at a time: they stay in the processor's cache
@@ -105,35 +106,35 @@ class Codes(ABC):
     scale: Scale | None
 
     kind: ClassVar[str]
-    storage: ClassVar[Storage]
+    form: ClassVar[Form]
 
-    def shape(self, form: Form) -> tuple[int, ...]:
-        """The shape of the values that codes of this form stand for."""
-        return (*form.shape[:-1], form.shape[-1] * form.itemsize * 8 // self.storage.bits) if form.shape else ()
+    def shape(self, spec: Spec) -> tuple[int, ...]:
+        """The shape of the values that codes of this spec stand for."""
+        return (*spec.shape[:-1], spec.shape[-1] * spec.itemsize * 8 // self.form.bits) if spec.shape else ()
 
     @property
     def width(self) -> int:
         """The values of a row."""
-        return self.shape(Form(self.tensor.shape, self.tensor.dtype))[-1]
+        return self.shape(Spec(self.tensor.shape, self.tensor.dtype))[-1]
 
     def factors(self, start: int, stop: int) -> Array:
         """The scale: one value, or those of some rows as a column."""
         values = np.ones((), np.float32) if self.scale is None else self.scale.values
         return values[start:stop, None] if values.ndim else values
 
-    def decoded(self, rows: Array, form: Form, start: int, dtype: str) -> Array:
+    def decoded(self, rows: Array, spec: Spec, start: int, dtype: str) -> Array:
         """The values of some rows, the first of which is row `start`, rounded once to `dtype` (as in --dtype).
 
         Raises CheckpointError for codes and scales that are NaN, NumericsError for values beyond F16.
         """
-        codes, stored = np.ascontiguousarray(rows).view(np.uint8), form.dtype == "U32"
+        codes, stored = np.ascontiguousarray(rows).view(np.uint8), spec.dtype == "U32"
         factors = self.factors(start, start + (len(rows) if rows.ndim else 1))
         table = self._table(float(factors), dtype, stored) if factors.ndim == 0 and codes.size % 2 == 0 else None
         if table is None:
             values = from_float32(np.asarray(self._unscaled(codes, stored, start) * factors), FLOATS[dtype])
         else:
             values = self._looked_up(codes, table, start).view(NUMPY_DTYPES[FLOATS[dtype]])
-        return values.reshape(self.shape(Form(rows.shape, form.dtype)))
+        return values.reshape(self.shape(Spec(rows.shape, spec.dtype)))
 
     @abstractmethod
     def words(self, rows: Array) -> Array:
@@ -158,7 +159,7 @@ class Fp8(Codes):
     """One code per byte, E4M3."""
 
     kind = "fp8"
-    storage = Storage(8, 32, "mxfp8")
+    form = Form(8, 32, "mxfp8")
 
     def words(self, rows: Array) -> Array:
         return self._checked(np.ascontiguousarray(rows)).view(np.uint32)
@@ -191,7 +192,7 @@ class Nvfp4(Codes):
     blocks: BlockScales
 
     kind = "nvfp4"
-    storage = Storage(4, 16, "nvfp4")
+    form = Form(4, 16, "nvfp4")
 
     def words(self, rows: Array) -> Array:
         codes = np.ascontiguousarray(rows).reshape(-1)
@@ -215,7 +216,7 @@ class Nvfp4(Codes):
     def _unscaled(self, codes: Array, stored: bool, start: int) -> Array:
         nibbles = np.stack((codes & 15, codes >> 4) if stored else (codes >> 4, codes & 15), axis=-1)
         blocks = E4M3[self.blocks.rows(start, start + len(codes))]
-        values = E2M1[nibbles].reshape(*blocks.shape, self.storage.group_size) * blocks[..., None]
+        values = E2M1[nibbles].reshape(*blocks.shape, self.form.group_size) * blocks[..., None]
         return values.reshape(len(codes), -1)
 
 
@@ -233,11 +234,11 @@ class Dequantize(Step):
     def names(self) -> tuple[str, ...]:
         return (str(self),) if self.dtype == "f32" else (str(self), f"cast({self.dtype})")
 
-    def form(self, form: Form) -> Form:
-        return Form(self.codes.shape(form), FLOATS[self.dtype])
+    def spec(self, spec: Spec) -> Spec:
+        return Spec(self.codes.shape(spec), FLOATS[self.dtype])
 
-    def rows(self, rows: Array, form: Form, start: int) -> Array:
-        return self.codes.decoded(rows, form, start, self.dtype)
+    def rows(self, rows: Array, spec: Spec, start: int) -> Array:
+        return self.codes.decoded(rows, spec, start, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -250,23 +251,23 @@ class Keep(Packing):
         return f"{self.codes.kind}_keep"
 
     @property
-    def storage(self) -> Storage:
-        return self.codes.storage
+    def form(self) -> Form:
+        return self.codes.form
 
-    def values(self, form: Form) -> Form:
-        return Form(self.codes.shape(form), "BF16")
+    def values(self, spec: Spec) -> Spec:
+        return Spec(self.codes.shape(spec), "BF16")
 
     def constants(self) -> Mapping[str, Array]:
         return {"weight_scale": np.ones((), np.float32)} if self.codes.scale is None else {}
 
-    def forms(self, form: Form) -> Mapping[str, Form]:
-        width = self.codes.shape(form)[-1] * self.storage.bits // 32
-        scales = {part: Form(value.shape, "F32") for part, value in self.constants().items()}
-        return {"weight": Form((*form.shape[:-1], width), "U32"), **scales}
+    def specs(self, spec: Spec) -> Mapping[str, Spec]:
+        width = self.codes.shape(spec)[-1] * self.form.bits // 32
+        scales = {part: Spec(value.shape, "F32") for part, value in self.constants().items()}
+        return {"weight": Spec((*spec.shape[:-1], width), "U32"), **scales}
 
-    def rows(self, rows: Array, form: Form, start: int) -> Mapping[str, Array]:
+    def rows(self, rows: Array, spec: Spec, start: int) -> Mapping[str, Array]:
         self.codes.factors(0, 1)  # is stored as it is, so this is where it is checked
-        return {"weight": rows if form.dtype == "U32" else self.codes.words(rows)}
+        return {"weight": rows if spec.dtype == "U32" else self.codes.words(rows)}
 
 
 @dataclass(frozen=True)
@@ -282,10 +283,10 @@ class KeepBlockScales(Step):
     def whole(self) -> bool:
         return True
 
-    def form(self, form: Form) -> Form:
-        return Form(self.blocks.shape, "U8")
+    def spec(self, spec: Spec) -> Spec:
+        return Spec(self.blocks.shape, "U8")
 
-    def rows(self, rows: Array, form: Form, start: int) -> Array:
+    def rows(self, rows: Array, spec: Spec, start: int) -> Array:
         return self.blocks.checked(untiled(rows))
 
 

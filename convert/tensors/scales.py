@@ -96,10 +96,10 @@ def _nvfp4(name: str, tensors: Mapping[str, Stored]) -> Nvfp4:
     missing = [layer + part for part in (SCALE, SCALE_2) if layer + part not in tensors]
     if missing:
         raise _other_codes(name, f"bytes that are no NVFP4 codes, for there is no {missing[0]},")
-    if len(tensor.shape) != 2 or tensor.shape[1] * 2 % Nvfp4.storage.group_size:
+    if len(tensor.shape) != 2 or tensor.shape[1] * 2 % Nvfp4.form.group_size:
         raise _misfit(tensor, "NVFP4 codes are rows of 16 values, two in a byte")
     (block_file, blocks), scale = tensors[layer + SCALE], Scale(*tensors[layer + SCALE_2])
-    shape = (tensor.shape[0], tensor.shape[1] * 2 // Nvfp4.storage.group_size)
+    shape = (tensor.shape[0], tensor.shape[1] * 2 // Nvfp4.form.group_size)
     if blocks.dtype != "F8_E4M3" or blocks.shape != tiled_shape(shape):
         wanted = f"F8_E4M3 {list(tiled_shape(shape))}, tiles of 128 x 4 for the {shape[0]} rows of {name}"
         raise _misfit(blocks, f"the block scales should be {wanted}")

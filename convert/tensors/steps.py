@@ -6,19 +6,19 @@ arrays; BF16 and FP8 as their integer codes (see runtime/tensorfile.py)."""
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import lcm, prod
-from typing import Any
+from math import prod
 
 import numpy as np
 
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.files.tensors import NUMPY_DTYPES, Array, bf16_to_f32, f32_to_bf16
+from ltx2.runtime.model.forms import Form
 
 FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}  # the spelling of --dtype -> of safetensors
 
 
 @dataclass(frozen=True)
-class Form:
+class Spec:
     """A tensor's shape and safetensors dtype."""
 
     shape: tuple[int, ...]
@@ -31,27 +31,6 @@ class Form:
     @property
     def nbytes(self) -> int:
         return self.itemsize * prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How MLX keeps a layer's weight in integers: bits of a code, values that share a scale, kind of code; and, unless
-    0, the size of the blocks in which it is rotated as its inputs are."""
-
-    bits: int
-    group_size: int
-    mode: str
-    rotation: int = 0
-
-    @property
-    def block(self) -> int:
-        """A layer's width is a multiple of this."""
-        return lcm(self.group_size, self.rotation or 1)
-
-    def entry(self) -> dict[str, Any]:
-        """As config.json says it."""
-        entry = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        return entry | ({"rotation": self.rotation} if self.rotation else {})
 
 
 class Step(ABC):
@@ -68,12 +47,12 @@ class Step(ABC):
         return False
 
     @abstractmethod
-    def form(self, form: Form) -> Form:
+    def spec(self, spec: Spec) -> Spec:
         """Shape and dtype after the step."""
 
     @abstractmethod
-    def rows(self, rows: Array, form: Form, start: int) -> Array:
-        """What becomes of some rows, the first of which is row `start` of a tensor of this form."""
+    def rows(self, rows: Array, spec: Spec, start: int) -> Array:
+        """What becomes of some rows, the first of which is row `start` of a tensor of this spec."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +68,10 @@ class Transpose(Step):
     def whole(self) -> bool:
         return self.axes[0] != 0
 
-    def form(self, form: Form) -> Form:
-        return Form(tuple(form.shape[axis] for axis in self.axes), form.dtype)
+    def spec(self, spec: Spec) -> Spec:
+        return Spec(tuple(spec.shape[axis] for axis in self.axes), spec.dtype)
 
-    def rows(self, rows: Array, form: Form, start: int) -> Array:
+    def rows(self, rows: Array, spec: Spec, start: int) -> Array:
         return rows.transpose(self.axes)
 
 
@@ -105,11 +84,11 @@ class Cast(Step):
     def __str__(self) -> str:
         return f"cast({self.dtype})"
 
-    def form(self, form: Form) -> Form:
-        return Form(form.shape, FLOATS[self.dtype])
+    def spec(self, spec: Spec) -> Spec:
+        return Spec(spec.shape, FLOATS[self.dtype])
 
-    def rows(self, rows: Array, form: Form, start: int) -> Array:
-        return from_float32(to_float32(rows, form.dtype), FLOATS[self.dtype])
+    def rows(self, rows: Array, spec: Spec, start: int) -> Array:
+        return from_float32(to_float32(rows, spec.dtype), FLOATS[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -125,10 +104,10 @@ class Reshape(Step):
     def whole(self) -> bool:
         return True
 
-    def form(self, form: Form) -> Form:
-        return Form(self.shape, form.dtype)
+    def spec(self, spec: Spec) -> Spec:
+        return Spec(self.shape, spec.dtype)
 
-    def rows(self, rows: Array, form: Form, start: int) -> Array:
+    def rows(self, rows: Array, spec: Spec, start: int) -> Array:
         return rows.reshape(self.shape)
 
 
@@ -142,28 +121,28 @@ class Packing(ABC):
 
     @property
     @abstractmethod
-    def storage(self) -> Storage:
+    def form(self) -> Form:
         """How MLX is to read the layer."""
 
-    def values(self, form: Form) -> Form:
-        """Shape and float type of the weight that is packed, or that codes of this form stand for."""
-        return form
+    def values(self, spec: Spec) -> Spec:
+        """Shape and float type of the weight that is packed, or that codes of this spec stand for."""
+        return spec
 
-    def absorbed(self) -> Mapping[str, Form]:
+    def absorbed(self) -> Mapping[str, Spec]:
         """Parts that replace a parameter beside the weight: last name part -> shape and float type."""
         return {}
 
     def constants(self) -> Mapping[str, Array]:
-        """Parts that depend on no row; the only ones of `forms` that `rows` does not make."""
+        """Parts that depend on no row; the only ones of `specs` that `rows` does not make."""
         return {}
 
     @abstractmethod
-    def forms(self, form: Form) -> Mapping[str, Form]:
+    def specs(self, spec: Spec) -> Mapping[str, Spec]:
         """Last name part -> shape and dtype, `weight` first."""
 
     @abstractmethod
-    def rows(self, rows: Array, form: Form, start: int) -> Mapping[str, Array]:
-        """The rows of every output for some rows of a tensor of this form, the first of which is row `start`."""
+    def rows(self, rows: Array, spec: Spec, start: int) -> Mapping[str, Array]:
+        """The rows of every output for some rows of a tensor of this spec, the first of which is row `start`."""
 
 
 def to_float32(values: Array, dtype: str) -> Array:

@@ -50,7 +50,7 @@ def download(
     elif len(names) != 1 or names[0] not in known.bundles:
         raise click.UsageError("--convert takes one bundle, which has all that a model needs.")
     chosen, settings = known.choose(names), _settings(options["bits"], options["recipe"])
-    bits = settings.storage.bits if settings else None
+    bits = settings.form.bits if settings else None
     model = (options["model"] or weights / _name(names[0], options["bits"], options["recipe"])) if converted else None
     fetched, text = _follow_download(output, fetch(chosen, weights, Options(model, bits, dry_run)))
     if model is not None and not dry_run:

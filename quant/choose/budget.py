@@ -75,8 +75,8 @@ def _activations(plan: Plan, sizes: Sizes) -> int:
     """Of a step at full size, which takes most, at full speed, with packed weights unpacked to multiply. Tables may be
     wider than what is computed with."""
     config = TransformerConfig.from_dict(plan.components[TRANSFORMER].config)
-    forms = [form for move in plan.moves(TRANSFORMER) for form in move.stored().values()]
-    width = min(form.itemsize for form in forms if form.dtype in FLOATS.values())
+    specs = [spec for move in plan.moves(TRANSFORMER) for spec in move.stored().values()]
+    width = min(spec.itemsize for spec in specs if spec.dtype in FLOATS.values())
     tokens = decoding_preset(plan.release).text_tokens
     weights = {move.layer: prod(move.values.shape) for move in plan.moves(TRANSFORMER) if move.key.endswith(".weight")}
     packed = load_recipe(EVERY).bits(TRANSFORMER, list(weights), max(BITS))

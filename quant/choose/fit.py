@@ -61,8 +61,8 @@ class Layer:
         return min([self.plain[1], *(size for bits, size in self.sizes(lowered).items() if bits >= usual)])
 
     def _bytes(self, bits: int) -> int:
-        parts = Quantize(self.layer.storage(bits), self.path).forms(self.layer.weight.form)
-        return sum(form.nbytes for form in parts.values())
+        parts = Quantize(self.layer.form(bits), self.path).specs(self.layer.weight.spec)
+        return sum(spec.nbytes for spec in parts.values())
 
 
 def fit_transformer(
@@ -75,7 +75,7 @@ def fit_transformer(
     Raises DoesNotFitError when not even 3 bits everywhere fit.
     """
     layers = list(_layers(plan, recipe, group_size, statistics))
-    total = sum(form.nbytes for move in plan.moves(TRANSFORMER) for form in move.stored().values())
+    total = sum(spec.nbytes for move in plan.moves(TRANSFORMER) for spec in move.stored().values())
     fixed = total - sum(layer.plain[1] for layer in layers)
     lowered = _lowered(layers, fixed, budget)
     errors = yield from _errors(layers, lowered)
@@ -97,10 +97,10 @@ def _layers(plan: Plan, recipe: Recipe, group_size: int, statistics: Statistics 
     least = recipe.bits(TRANSFORMER, [move.layer for move in moves], CANDIDATES[0])
     now: Counter[str] = Counter()
     for move in moves:
-        now[move.layer] += sum(form.nbytes for key, form in move.stored().items() if not key.endswith(".bias"))
+        now[move.layer] += sum(spec.nbytes for key, spec in move.stored().items() if not key.endswith(".bias"))
     for path, layer in candidates(plan, TRANSFORMER, least, group_size, statistics).items():
         keep = kept.get((TRANSFORMER, path))
-        bits = keep.storage.bits if keep else 8 * layer.weight.form.itemsize
+        bits = keep.form.bits if keep else 8 * layer.weight.spec.itemsize
         yield Layer(layer, (bits, now[path]), least[path])
 
 
@@ -139,7 +139,7 @@ def _sensitivities(layers: Sequence[Layer], statistics: Statistics | None) -> tu
     average; without any, all weights together count as 1."""
     known = statistics.sensitivities if statistics else {}
     found = {la.path: known[TRANSFORMER, la.path] for la in layers if (TRANSFORMER, la.path) in known}
-    sizes = {layer.path: prod(layer.layer.weight.form.shape) for layer in layers}
+    sizes = {layer.path: prod(layer.layer.weight.spec.shape) for layer in layers}
     each = sum(found.values()) / sum(sizes[path] for path in found) if found else 1 / max(1, sum(sizes.values()))
     return {path: found.get(path, each * size) for path, size in sizes.items()}, bool(found)
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from ltx2.convert.tensors.steps import Storage
 from ltx2.quant.choose.budget import Budget
-from ltx2.quant.codes.kinds import AFFINE
 from ltx2.runtime.events import Event
+from ltx2.runtime.model.forms import AFFINE, Form
 
 GB = 10**9
 IN_A_BLOCK = re.compile(r"^.*?\.\d+\.")
@@ -60,9 +59,9 @@ class Fit:
         """The relative error to expect: of the velocity if sensitivities were measured, else of a layer's output."""
         return sqrt(sum(layer.loss for layer in self.layers))
 
-    def forms(self, group_size: int) -> dict[str, Storage]:
+    def forms(self, group_size: int) -> dict[str, Form]:
         """How the layers are stored that do not stay as they are."""
-        return {layer.layer: Storage(layer.bits, group_size, AFFINE) for layer in self.layers if layer.packed}
+        return {layer.layer: Form(layer.bits, group_size, AFFINE) for layer in self.layers if layer.packed}
 
     def kinds(self) -> list[dict[str, Any]]:
         """The choice by the layers' kind: how many have how many bits, bytes, mean error, and share of the loss."""

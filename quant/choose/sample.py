@@ -8,8 +8,6 @@ import numpy as np
 from ltx2.convert.output.pieces import rows_at
 from ltx2.convert.plan.entries import Move, Plan
 from ltx2.convert.plan.recode import decoded, kept_layers
-from ltx2.convert.tensors.steps import Storage
-from ltx2.quant.codes.kinds import AFFINE
 from ltx2.quant.codes.pack import pack
 from ltx2.quant.measure.statistics import Statistics
 from ltx2.quant.plan.replan import Given, packed_plan
@@ -17,6 +15,7 @@ from ltx2.quant.plan.step import Known, packings
 from ltx2.quant.recipes.recipe import BITS, Error, unknown
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.tensors import Array
+from ltx2.runtime.model.forms import AFFINE, Form
 
 ROWS, RUNS = 64, 8  # of a tensor, in so many runs of neighbours: reading is by runs, and rows of a head are alike
 DIGITS = 4  # of an error; fewer than differ between machines, so that all choose the same
@@ -31,15 +30,15 @@ class Candidate:
     known: Known | None
     group_size: int
 
-    def storage(self, bits: int) -> Storage:
-        return Storage(bits, self.group_size, AFFINE)
+    def form(self, bits: int) -> Form:
+        return Form(bits, self.group_size, AFFINE)
 
     def errors(self, bits: Iterable[int]) -> dict[int, float]:
         """Relative error of the layer's output at so many bits; of the weights themselves where nothing is known of the
         inputs. Raises CheckpointError when a value is not finite."""
         rows, inputs = _sample(self.weight), self.known.inputs() if self.known else None
         try:
-            found = {n: pack(rows, self.storage(n), inputs)[1].relative for n in bits}
+            found = {n: pack(rows, self.form(n), inputs)[1].relative for n in bits}
         except ValueError as error:
             what, fix = f"{self.weight.tensor.name} cannot be quantized", "use the checkpoint as published"
             raise CheckpointError(what, str(error), fix) from error
@@ -51,7 +50,7 @@ def candidates(
 ) -> dict[str, Candidate]:
     """Those of a component's layers that can be packed, in natural order. What was published as codes is decoded."""
     kept = {layer: "bf16" for layer in kept_layers(plan) if layer[0] == component}
-    form = Storage(max(BITS), group_size, AFFINE)
+    form = Form(max(BITS), group_size, AFFINE)
     given = Given({component: statistics} if statistics else {})
     packed = packed_plan(decoded(plan, kept), {component: dict.fromkeys(paths, form)}, given)
     layers = packings(packed.moves(component)).items()
@@ -73,7 +72,7 @@ def known_errors(plan: Plan, component: str, group_size: int, statistics: Statis
 
 def _sample(weight: Move) -> Array:
     """Up to ROWS rows that are spread over a weight."""
-    rows = weight.form.shape[0]
+    rows = weight.spec.shape[0]
     if rows <= ROWS:
         return rows_at(weight, 0, rows)
     length = ROWS // RUNS

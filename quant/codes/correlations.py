@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ltx2.convert.tensors.steps import Storage
 from ltx2.quant.codes.arithmetic import Arithmetic, Values
 from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.layers.rotation import hadamard
+from ltx2.runtime.model.forms import Form
 
 # What is measured on few tokens is mostly chance, and tokens of one prompt are alike: the correlations between columns
 # are believed the less, the fewer there were. Chosen on other prompts' errors: on the demo model with 1 to 32 prompts,
@@ -64,17 +64,17 @@ class Feedback:
         return float(products.sum(dtype=np.float64))
 
 
-def make_feedback(given: Correlations, storage: Storage, biased: bool, on: Arithmetic) -> Feedback:
+def make_feedback(given: Correlations, form: Form, biased: bool, on: Arithmetic) -> Feedback:
     """For a layer that is to be stored so, and that may have a bias. Raises ValueError for correlations that no inputs
     have."""
     if not np.isfinite(np.trace(given.products)):
         raise ValueError("what was measured of its inputs is not finite")
     correlations = given.products - np.outer(given.mean, given.mean) if biased else given.products
     damped, mean = given.damped(correlations), given.mean
-    if size := storage.rotation:
+    if size := form.rotation:
         correlations, damped = (rotated(rotated(values, size).T, size) for values in (correlations, damped))
         mean = rotated(mean, size)
-    order = rounding_order(np.diagonal(correlations), storage.group_size)
+    order = rounding_order(np.diagonal(correlations), form.group_size)
     upper = inverse_factor(damped[np.ix_(order, order)])
     counts = 1 / np.square(np.diagonal(upper))
     upper, counts, correlations = (on.array(values) for values in (upper, counts, correlations))

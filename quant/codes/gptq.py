@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ltx2.convert.tensors.steps import Storage, to_float32
+from ltx2.convert.tensors.steps import to_float32
 from ltx2.quant.codes.arithmetic import Values
 from ltx2.quant.codes.correlations import Feedback, rotated
 from ltx2.quant.codes.pack import Loss, Packed, check_form, dtype_of, search_of, unpack, what_is_wrong
 from ltx2.quant.codes.search import Search
 from ltx2.runtime.files.tensors import Array
+from ltx2.runtime.model.forms import Form
 
 
 class Chosen(NamedTuple):
@@ -30,28 +31,28 @@ class Chosen(NamedTuple):
     codes: Values
 
 
-def pack_in_turn(rows: Array, storage: Storage, feedback: Feedback, multiplier: float = 1.0) -> tuple[Packed, Loss]:
-    """As `pack`, with codes chosen by GPTQ. Where the storage is rotated, so are the inputs that `feedback` is of."""
-    check_form(rows.shape[1], storage, multiplier)
-    on, dtype, values = feedback.on, dtype_of(rows), stored_values(rows, storage)
+def pack_in_turn(rows: Array, form: Form, feedback: Feedback, multiplier: float = 1.0) -> tuple[Packed, Loss]:
+    """As `pack`, with codes chosen by GPTQ. Where the form is rotated, so are the inputs that `feedback` is of."""
+    check_form(rows.shape[1], form, multiplier)
+    on, dtype, values = feedback.on, dtype_of(rows), stored_values(rows, form)
     columns = on.block(values, values.shape[1], 1 / multiplier)  # (width, rows)
-    search = search_of(columns, storage, (), dtype, on)
+    search = search_of(columns, form, (), dtype, on)
     with np.errstate(all="ignore"):  # what is not finite shows in the errors
-        scale, bias, error, codes = choose_codes(search, feedback, storage.group_size)
+        scale, bias, error, codes = choose_codes(search, feedback, form.group_size)
         scale, bias, error = (np.ascontiguousarray(on.numpy(part).T) for part in (scale, bias, error))
     if np.isnan(error).any():
         raise ValueError(what_is_wrong(rows))
-    words = on.numpy(on.words(_by_group(codes, storage.group_size), storage.bits)).reshape(len(rows), -1)
+    words = on.numpy(on.words(_by_group(codes, form.group_size), form.bits)).reshape(len(rows), -1)
     packed = Packed(words, *search.stored(scale, bias))
-    change = values - unpack(packed, storage, multiplier)
+    change = values - unpack(packed, form, multiplier)
     drift = None if feedback.mean is None else (change @ feedback.mean.astype(np.float64)).astype(np.float32)
     return packed._replace(drift=drift), output_loss(values, change, feedback)
 
 
-def stored_values(rows: Array, storage: Storage) -> Array:
-    """Rows of a weight as float32, rotated where the storage is."""
+def stored_values(rows: Array, form: Form) -> Array:
+    """Rows of a weight as float32, rotated where the form is."""
     values = to_float32(rows, dtype_of(rows))
-    return rotated(values, storage.rotation) if storage.rotation else values
+    return rotated(values, form.rotation) if form.rotation else values
 
 
 def output_loss(values: Array, change: Array, feedback: Feedback) -> Loss:

@@ -10,11 +10,10 @@ from math import frexp, inf, nan
 
 import numpy as np
 
-from ltx2.convert.tensors.steps import Storage
 from ltx2.quant.codes.arithmetic import E2M1, E4M3, EXPONENT, Grid, Values
-from ltx2.quant.codes.kinds import kind_of
 from ltx2.quant.codes.search import TINY, Fit, Search, squared
 from ltx2.runtime.files.tensors import Array
+from ltx2.runtime.model.forms import Form
 
 AIM = 128.0  # the largest block of a tensor gets a scale of one to two times this
 
@@ -35,12 +34,12 @@ def output_multiplier(largest: float) -> float:
 class MinifloatSearch(Search):
     """The groups of a block, divided by the tensor's multiplier."""
 
-    storage: Storage
+    form: Form
 
     @property
     def grid(self) -> Grid:
         """The values that a code may have."""
-        return E4M3 if self.storage.bits == 8 else E2M1
+        return E4M3 if self.form.bits == 8 else E2M1
 
     def best(self) -> Fit:
         xp = self.on.xp
@@ -49,15 +48,15 @@ class MinifloatSearch(Search):
         scale = self._scales(largest)
         errors = self.on.grid_errors(self.values, scale, self.grid, *self.weights) * squared(scale / unit)
         fit = Fit(scale, xp.zeros_like(scale), errors).best(xp)
-        limit = E4M3.top * self.grid.top if kind_of(self.storage).multiplied else inf
+        limit = E4M3.top * self.grid.top if self.form.multiplied else inf
         return fit._replace(error=xp.where(largest <= limit, fit.error * squared(unit), nan))
 
     def _scales(self, largest: Values) -> Values:
         """The scales to try (offsets, groups), around the one that brings the largest value to the top of the grid."""
-        mode, xp = self.storage.mode, self.on.xp
+        mode, xp = self.form.mode, self.on.xp
         offsets = OFFSETS[mode] + (WEIGHTED_OFFSETS[mode] if self.weights else ())
         beside = xp.array(offsets, dtype=xp.int32)[:, None]
-        if kind_of(self.storage).multiplied:
+        if self.form.multiplied:
             return self._e4m3(xp.clip(self._e4m3_code(largest / self.grid.top) + beside, 1, 126))
         exponents = self.on.cast(self.on.view(largest, "uint32") >> 23, "int32") - (frexp(self.grid.top)[1] - 1)
         return self.on.view(self.on.cast(xp.clip(exponents + beside, 1, 254), "uint32") << 23, "float32")
@@ -84,7 +83,7 @@ class MinifloatSearch(Search):
 
     def stored(self, scale: Array, bias: Array) -> tuple[Array, ...]:
         bits = scale.view(np.uint32)
-        if not kind_of(self.storage).multiplied:
+        if not self.form.multiplied:
             return ((bits >> 23).astype(np.uint8),)
         normal = (bits >> E4M3.shift).astype(np.int32) - E4M3.bias
         return (np.where(scale < 2.0**E4M3.low, scale / np.float32(E4M3.step), normal).astype(np.uint8),)

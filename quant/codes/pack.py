@@ -14,16 +14,16 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ltx2.convert.tensors.steps import FLOATS, Storage, to_float32
+from ltx2.convert.tensors.steps import FLOATS, to_float32
 from ltx2.quant.codes.affine import AffineSearch
 from ltx2.quant.codes.arithmetic import Arithmetic, Values
 from ltx2.quant.codes.inputs import Columns, Inputs
-from ltx2.quant.codes.kinds import kind_of
 from ltx2.quant.codes.minifloat import MinifloatSearch
 from ltx2.quant.codes.on_cpu import OnCpu
 from ltx2.quant.codes.on_gpu import OnGpu, is_gpu
 from ltx2.quant.codes.search import Search
 from ltx2.runtime.files.tensors import NUMPY_DTYPES, Array
+from ltx2.runtime.model.forms import Form
 
 # Values of a block: so many that a CPU's threads do not wait for the interpreter, and that a GPU is busy.
 CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 22
@@ -59,19 +59,19 @@ class Loss:
         return sqrt(self.error / self.norm) if self.norm else 0.0
 
 
-def pack(rows: Array, storage: Storage, inputs: Inputs | None = None, multiplier: float = 1.0) -> tuple[Packed, Loss]:
+def pack(rows: Array, form: Form, inputs: Inputs | None = None, multiplier: float = 1.0) -> tuple[Packed, Loss]:
     """Quantize rows (rows, width) of BF16 (as uint16 codes), float16 or float32.
 
     `width` is a multiple of the group size. `multiplier`, a power of two that the layer's output is multiplied with,
     serves nvfp4: `output_multiplier` of the whole tensor's largest value. Raises ValueError when a value is NaN or
     infinite, or too large for what scales can express.
     """
-    check_form(rows.shape[1], storage, multiplier)
+    check_form(rows.shape[1], form, multiplier)
     columns = None if inputs is None else inputs.columns(rows.shape[1])
-    packed, gpu = _empty(rows, storage, columns), is_gpu()
+    packed, gpu = _empty(rows, form, columns), is_gpu()
 
     def work(span: slice) -> Loss:
-        parts, loss = _pack_block(rows[span], storage, columns, multiplier, OnGpu() if gpu else OnCpu())
+        parts, loss = _pack_block(rows[span], form, columns, multiplier, OnGpu() if gpu else OnCpu())
         for whole, part in zip(packed, parts, strict=True):
             if whole is not None:
                 whole[span] = part
@@ -80,28 +80,28 @@ def pack(rows: Array, storage: Storage, inputs: Inputs | None = None, multiplier
     return packed, sum(_in_threads(work, _spans(rows, GPU_BLOCK if gpu else CPU_BLOCK)), Loss())
 
 
-def unpack(packed: Packed, storage: Storage, multiplier: float = 1.0) -> Array:
+def unpack(packed: Packed, form: Form, multiplier: float = 1.0) -> Array:
     """The float32 values (rows, width) that the codes stand for, by MLX's own kernel."""
-    form = (storage.group_size, storage.bits, storage.mode)
+    sizes = (form.group_size, form.bits, form.mode)
     codes, scales = mx.array(packed.codes), _on_device(packed.scales)
     if packed.biases is None:
-        return np.array(mx.dequantize(codes, scales, None, *form, dtype=mx.float32) * multiplier)
+        return np.array(mx.dequantize(codes, scales, None, *sizes, dtype=mx.float32) * multiplier)
     biases = _on_device(packed.biases).astype(mx.float32)
-    return np.array(mx.dequantize(codes, scales.astype(mx.float32), biases, *form))
+    return np.array(mx.dequantize(codes, scales.astype(mx.float32), biases, *sizes))
 
 
-def check_form(width: int, storage: Storage, multiplier: float) -> None:
+def check_form(width: int, form: Form, multiplier: float) -> None:
     """Raises ValueError for rows of this width that cannot be stored so."""
-    if width % storage.group_size:
-        raise ValueError(f"width {width} is no multiple of the group size {storage.group_size}")
-    if multiplier != 1 and not kind_of(storage).multiplied:
-        raise ValueError(f"{storage.mode} has no output multiplier")
+    if width % form.group_size:
+        raise ValueError(f"width {width} is no multiple of the group size {form.group_size}")
+    if multiplier != 1 and not form.multiplied:
+        raise ValueError(f"{form.mode} has no output multiplier")
 
 
-def _empty(rows: Array, storage: Storage, columns: Columns | None) -> Packed:
+def _empty(rows: Array, form: Form, columns: Columns | None) -> Packed:
     count, width = rows.shape
-    shape = (count, width // storage.group_size)
-    codes, biased = np.empty((count, width * storage.bits // 32), np.uint32), kind_of(storage).biased
+    shape = (count, width // form.group_size)
+    codes, biased = np.empty((count, width * form.bits // 32), np.uint32), form.biased
     scales, biases = (np.empty(shape, rows.dtype if biased else np.uint8) for _ in range(2))
     drift = np.empty(count, np.float32) if columns and columns.means is not None else None
     return Packed(codes, scales, biases if biased else None, drift)
@@ -114,20 +114,20 @@ def _spans(rows: Array, values: int) -> list[slice]:
 
 
 def _pack_block(
-    rows: Array, storage: Storage, columns: Columns | None, multiplier: float, on: Arithmetic
+    rows: Array, form: Form, columns: Columns | None, multiplier: float, on: Arithmetic
 ) -> tuple[Packed, Loss]:
     def tiled(counts: Array | None) -> tuple[Values, ...]:
-        return () if counts is None else (on.tiled(counts, len(rows), storage.group_size),)
+        return () if counts is None else (on.tiled(counts, len(rows), form.group_size),)
 
     errors_count, values_count, means = columns or (None, None, None)
-    block = on.block(rows, storage.group_size, 1 / multiplier)
-    search = search_of(block, storage, tiled(errors_count), dtype_of(rows), on)
+    block = on.block(rows, form.group_size, 1 / multiplier)
+    search = search_of(block, form, tiled(errors_count), dtype_of(rows), on)
     with np.errstate(all="ignore"):  # what is not finite shows in the errors
         fit = search.best()
         scale, bias, errors = (on.numpy(part) for part in fit)
         if np.isnan(errors).any():
             raise ValueError(what_is_wrong(rows))
-        codes = on.numpy(on.words(search.codes(fit), storage.bits))
+        codes = on.numpy(on.words(search.codes(fit), form.bits))
         norms = on.numpy(search.norms(*tiled(values_count)))  # the search's own weights are not valid any more
         drift = on.numpy(search.drift(fit, *tiled(means))) if means is not None else None
     loss = Loss(_total(errors) * multiplier**2, _total(norms) * multiplier**2)
@@ -136,11 +136,11 @@ def _pack_block(
     return Packed(codes.reshape(len(rows), -1), scales, biases[0] if biases else None, drift), loss
 
 
-def search_of(block: Values, storage: Storage, weights: tuple[Values, ...], dtype: str, on: Arithmetic) -> Search:
+def search_of(block: Values, form: Form, weights: tuple[Values, ...], dtype: str, on: Arithmetic) -> Search:
     """The search for the scales of a block's groups, which are stored in `dtype` where they are floats."""
-    if kind_of(storage).biased:
-        return AffineSearch(on, block, weights, storage.bits, dtype)
-    return MinifloatSearch(on, block, weights, storage)
+    if form.biased:
+        return AffineSearch(on, block, weights, form.bits, dtype)
+    return MinifloatSearch(on, block, weights, form)
 
 
 def _row_sums(values: Array, rows: int) -> Array:

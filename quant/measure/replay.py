@@ -17,13 +17,13 @@ import numpy as np
 from ltx2.convert.output.pieces import values_of
 from ltx2.convert.plan.entries import Move, Plan
 from ltx2.convert.plan.recode import decoded, kept_layers
-from ltx2.convert.tensors.steps import Storage
 from ltx2.quant.codes.correlations import Correlations, Feedback, make_feedback
 from ltx2.quant.codes.on_cpu import OnCpu
 from ltx2.quant.codes.on_gpu import OnGpu, is_gpu
 from ltx2.quant.measure.recording import Call
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.generate.observe import Stream, watch
+from ltx2.runtime.model.forms import Form
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.model import Prepared, Transformer
@@ -63,7 +63,7 @@ class Replay:
         """Whether a layer is one of a transformer block."""
         return component == COMPONENT and LAYER.fullmatch(layer) is not None
 
-    def feedback(self, layer: str, storage: Storage, biased: bool) -> Feedback:
+    def feedback(self, layer: str, form: Form, biased: bool) -> Feedback:
         """For a layer that is covered, and that is to be stored so.
 
         Raises InputError for calls that are not of such a transformer, ValueError for what no inputs can be.
@@ -75,12 +75,12 @@ class Replay:
             self._feedbacks.clear()
             self._sums = None  # not held beside the next
             self._sums = self._measured(block)
-        key = (self._sums.twin[path], storage.group_size, storage.rotation, biased)
+        key = (self._sums.twin[path], form.group_size, form.rotation, biased)
         if key not in self._feedbacks:
             if len(self._feedbacks) == KEPT:
                 del self._feedbacks[next(iter(self._feedbacks))]
             found, on = self._sums.correlations(path), OnGpu() if is_gpu() else OnCpu()
-            self._feedbacks[key] = make_feedback(found, storage, biased, on)
+            self._feedbacks[key] = make_feedback(found, form, biased, on)
         return self._feedbacks[key]
 
     def _measured(self, block: int) -> "_Sums":
@@ -130,7 +130,7 @@ class Replay:
 def _array(move: Move) -> mx.array:
     """A tensor as it is before it is packed."""
     values = mx.array(np.concatenate(list(values_of(move))))
-    return values.view(mx.bfloat16) if move.form.dtype == "BF16" else values
+    return values.view(mx.bfloat16) if move.spec.dtype == "BF16" else values
 
 
 class _FirstBlock:

@@ -157,11 +157,11 @@ def identity(plan: Plan, component: str) -> str:
     """What tells one trained network from another, however its layers are stored: a hash of its norms' weights, which
     nothing packs. In bfloat16, which they are published in."""
     digest = hashlib.sha256()
-    moves = [m for m in plan.moves(component) if m.key.endswith(".weight") and len(m.form.shape) == 1]
+    moves = [m for m in plan.moves(component) if m.key.endswith(".weight") and len(m.spec.shape) == 1]
     for move in sorted(moves, key=lambda move: move.key):
         digest.update(move.key.encode())
         for rows in values_of(move):
-            digest.update(f32_to_bf16(to_float32(rows, move.form.dtype)).tobytes())
+            digest.update(f32_to_bf16(to_float32(rows, move.spec.dtype)).tobytes())
     return digest.hexdigest()
 
 

@@ -5,20 +5,20 @@ Where the inputs of a layer are known, its bias is no tensor of its own any more
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import frexp, inf
-from typing import Any
 
 from ltx2.convert.plan.entries import Entry, Merge, Move, Plan, quantization_config
-from ltx2.convert.tensors.steps import FLOATS, Storage
-from ltx2.quant.codes.kinds import AFFINE, GPTQ, kind_of
+from ltx2.convert.tensors.steps import FLOATS
+from ltx2.quant.codes.methods import GPTQ
 from ltx2.quant.measure.replay import Replay
 from ltx2.quant.measure.statistics import Statistics
 from ltx2.quant.plan.step import BIAS, MULTIPLIER, SHORT, Known, packings, quantized
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import FileRecord
+from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import ModelFolder
 
 ALONE = "verify without sources: every byte is checked by the hashes"
-Forms = Mapping[str, Mapping[str, Storage]]  # component -> path of a layer -> how it is stored
+Forms = Mapping[str, Mapping[str, Form]]  # component -> path of a layer -> how it is stored
 Layer = tuple[str, str]  # component, path
 
 
@@ -58,23 +58,23 @@ def _layer(move: Move) -> Layer:
 
 
 def _is_bias(move: Move) -> bool:
-    return move.key.endswith(f".{BIAS}") and move.packing is None and move.form.dtype in FLOATS.values()
+    return move.key.endswith(f".{BIAS}") and move.packing is None and move.spec.dtype in FLOATS.values()
 
 
 def _packed(move: Move, forms: Forms, given: Given, bias: Move | None) -> Move | None:
     """The move with its layer's form, where that has one and the tensor is a weight that can be packed."""
-    storage, form = forms.get(move.component, {}).get(move.layer), move.form
-    if storage is None or move.packing is not None or not move.key.endswith(".weight"):
+    form, spec = forms.get(move.component, {}).get(move.layer), move.spec
+    if form is None or move.packing is not None or not move.key.endswith(".weight"):
         return None
-    if len(form.shape) != 2 or form.dtype not in FLOATS.values() or form.shape[1] % storage.block:
+    if len(spec.shape) != 2 or spec.dtype not in FLOATS.values() or spec.shape[1] % form.block:
         return None
     statistics = given.statistics.get(move.component)
     known = None
     if statistics is not None and _layer(move) in statistics.layers:
-        fits = bias is not None and bias.form.shape == form.shape[:1]
+        fits = bias is not None and bias.spec.shape == spec.shape[:1]
         replay = given.replay if given.replay is not None and Replay.covers(*_layer(move)) else None
         known = Known(statistics, *_layer(move), bias if fits else None, replay)
-    return quantized(move, storage, known, given.multipliers.get(_layer(move)))
+    return quantized(move, form, known, given.multipliers.get(_layer(move)))
 
 
 def _replanned(entry: Entry, packed: Mapping[Layer, Move]) -> Entry:
@@ -128,15 +128,11 @@ def _check_statistics(needed: Mapping[str, FileRecord], statistics: Statistics |
         raise InputError(f"{statistics.record.name} is not needed", why, "leave out --stats")
 
 
-def _stored_forms(model: ModelFolder, component: str) -> dict[str, Storage]:
-    config = model.config(component).get("quantization", {})
+def _stored_forms(model: ModelFolder, component: str) -> dict[str, Form]:
+    quantization = model.quantization(component)
     names = [name for file in model.tensor_files(component) for name in file.tensors]
     layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
-    return {layer: _form(config.get(layer, config)) for layer in layers}
-
-
-def _form(entry: Mapping[str, Any]) -> Storage:
-    return Storage(entry["bits"], entry["group_size"], entry.get("mode", AFFINE), entry.get("rotation", 0))
+    return {layer: quantization.of(layer) for layer in layers}
 
 
 def _stored_multipliers(model: ModelFolder, forms: Forms) -> dict[Layer, float]:
@@ -144,9 +140,9 @@ def _stored_multipliers(model: ModelFolder, forms: Forms) -> dict[Layer, float]:
     found = {}
     for name, layers in forms.items():
         where = {key: file for file in model.tensor_files(name) for key in file.tensors}
-        for layer, storage in layers.items():
+        for layer, form in layers.items():
             key = f"{layer}.{MULTIPLIER}"
-            if kind_of(storage).multiplied and key in where and where[key].tensors[key].dtype == "F32":
+            if form.multiplied and key in where and where[key].tensors[key].dtype == "F32":
                 value = float(where[key].array(key).reshape(-1)[0])
                 found[name, layer] = value if 0 < value < inf and frexp(value)[0] == 0.5 else 1.0
     return found

@@ -9,17 +9,18 @@ import numpy as np
 
 from ltx2.convert.output.pieces import values_of
 from ltx2.convert.plan.entries import Move, packed_layers
-from ltx2.convert.tensors.steps import Form, Packing, Storage, from_float32, to_float32
+from ltx2.convert.tensors.steps import Packing, Spec, from_float32, to_float32
 from ltx2.quant.codes.correlations import Feedback
 from ltx2.quant.codes.gptq import pack_in_turn
 from ltx2.quant.codes.inputs import Inputs
-from ltx2.quant.codes.kinds import GPTQ, SEARCH, kind_of
+from ltx2.quant.codes.methods import GPTQ, SEARCH
 from ltx2.quant.codes.minifloat import output_multiplier
 from ltx2.quant.codes.pack import Loss, pack
 from ltx2.quant.measure.replay import Replay
 from ltx2.quant.measure.statistics import Statistics
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.tensors import Array, bf16_to_f32
+from ltx2.runtime.model.forms import Form
 
 MULTIPLIER = "weight_scale"  # the last name part of an output multiplier
 BIAS = "bias"  # of a layer's own bias, which is not one of a group's
@@ -41,7 +42,7 @@ class Tally:
 
     def covers(self, move: Move) -> bool:
         """Whether that is all of the tensor: a run that continues another one packs only a part of one."""
-        return self.rows == move.form.shape[0]
+        return self.rows == move.spec.shape[0]
 
 
 class Multiplier(Mapping[str, Array]):
@@ -90,7 +91,7 @@ class Known:
         assert found is not None, "this is made for layers that have statistics"
         return found
 
-    def feedback(self, form: Storage) -> Feedback | None:
+    def feedback(self, form: Form) -> Feedback | None:
         """What GPTQ needs, None without it. Raises InputError for recorded calls that are not of such a model."""
         if self.replay is None:
             return None
@@ -99,8 +100,8 @@ class Known:
     def corrected(self, drift: Array, start: int) -> Array:
         """The bias of the rows from `start` on, plus what these rows lose, rounded to its own dtype."""
         assert self.bias is not None, "without a bias no drift is computed"
-        values = to_float32(self._bias[start : start + len(drift)], self.bias.form.dtype)
-        return from_float32(values + drift, self.bias.form.dtype)
+        values = to_float32(self._bias[start : start + len(drift)], self.bias.spec.dtype)
+        return from_float32(values + drift, self.bias.spec.dtype)
 
     @cached_property
     def _bias(self) -> Array:
@@ -113,7 +114,7 @@ class Quantize(Packing):
     """Codes and scales in place of a weight. `name` is the source tensor's, for errors; `multiplier` belongs to modes
     that have one. Where the layer's inputs are known, its bias is a part of this as well."""
 
-    form: Storage
+    to: Form
     name: str
     multiplier: Multiplier | None = field(default=None, compare=False)
     known: Known | None = field(default=None, compare=False)
@@ -131,31 +132,31 @@ class Quantize(Packing):
         return GPTQ if self.known and self.known.replay else SEARCH
 
     @property
+    def form(self) -> Form:
+        return self.to
+
+    @property
     def main_thread(self) -> bool:
         return True  # functions that MLX compiled in another thread abort the process when it ends
 
-    @property
-    def storage(self) -> Storage:
-        return self.form
-
-    def absorbed(self) -> Mapping[str, Form]:
-        return {BIAS: self.known.bias.form} if self.known and self.known.bias else {}
+    def absorbed(self) -> Mapping[str, Spec]:
+        return {BIAS: self.known.bias.spec} if self.known and self.known.bias else {}
 
     def constants(self) -> Mapping[str, Array]:
         return {} if self.multiplier is None else self.multiplier
 
-    def forms(self, form: Form) -> Mapping[str, Form]:
+    def specs(self, spec: Spec) -> Mapping[str, Spec]:
         """Codes are a stream of bits in uint32; affine scales and biases have the weight's dtype."""
-        rows, width = form.shape
-        codes = Form((rows, width * self.form.bits // 32), "U32")
-        groups, biased = (rows, width // self.form.group_size), kind_of(self.form).biased
-        parts = {"weight": codes, "scales": Form(groups, form.dtype if biased else "U8")}
+        rows, width = spec.shape
+        codes = Spec((rows, width * self.form.bits // 32), "U32")
+        groups, biased = (rows, width // self.form.group_size), self.form.biased
+        parts = {"weight": codes, "scales": Spec(groups, spec.dtype if biased else "U8")}
         if biased:
             parts["biases"] = parts["scales"]
         parts |= self.absorbed()
-        return parts if self.multiplier is None else parts | {MULTIPLIER: Form((), "F32")}
+        return parts if self.multiplier is None else parts | {MULTIPLIER: Spec((), "F32")}
 
-    def rows(self, rows: Array, form: Form, start: int) -> Mapping[str, Array]:
+    def rows(self, rows: Array, spec: Spec, start: int) -> Mapping[str, Array]:
         """Raises CheckpointError when a value is not finite or cannot be represented."""
         multiplier = 1.0 if self.multiplier is None else self.multiplier.value
         try:
@@ -176,10 +177,10 @@ class Quantize(Packing):
         return parts
 
 
-def quantized(move: Move, form: Storage, known: Known | None = None, multiplier: float | None = None) -> Move:
+def quantized(move: Move, form: Form, known: Known | None = None, multiplier: float | None = None) -> Move:
     """The move with its weight quantized; `multiplier` is given where the tensor was packed before."""
     made = None
-    if kind_of(form).multiplied:
+    if form.multiplied:
         made = Multiplier(lambda: output_multiplier(_largest(move)) if multiplier is None else multiplier)
     return replace(move, packing=Quantize(form, move.tensor.name, made, known))
 

@@ -12,12 +12,12 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from ltx2.quant.codes.kinds import KINDS
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.jsonfile import read_object
+from ltx2.runtime.model.forms import AFFINE, MODES
 from ltx2.runtime.model.layout import COMPONENTS
 
-BITS = KINDS["affine"].bits
+BITS = MODES[AFFINE].bits
 EVERY = "uniform"  # the recipe that names all layers that are ever packed
 FOLDER = Path(__file__).parent
 GENERAL = "mixed"  # for bits that no preset is made for

@@ -17,24 +17,13 @@ import mlx.core as mx
 
 from ltx2.runtime.errors import Ltx2Error
 from ltx2.runtime.files.paths import write_text
+from ltx2.runtime.model.forms import Form
 
 AUTO = "auto"
 ROWS = (128, 1024, 4096)  # measured: a sound's or a prompt's tokens, a text's, a picture's
 SIDE = 4096  # of the weights that are measured
 REPETITIONS = 5
 FILE = Path(".cache") / "ltx2" / "products.json"  # under the user's home
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a layer's weight is packed, as config.json says it."""
-
-    group_size: int
-    bits: int
-    mode: str = "affine"
-
-    def __str__(self) -> str:
-        return f"{self.mode}-{self.bits}-{self.group_size}"
 
 
 class Codes(NamedTuple):
@@ -180,7 +169,7 @@ def _example(form: Form, dtype: mx.Dtype) -> Codes:
     """Weights of ones or so: times do not depend on the values."""
     words = mx.full((SIDE, SIDE * form.bits // 32), 0x11111111, mx.uint32)
     shape = (SIDE, SIDE // form.group_size)
-    if form.mode == "affine":
+    if form.biased:
         return Codes(words, mx.ones(shape, dtype), mx.zeros(shape, dtype), form)
     return Codes(words, mx.full(shape, 56, mx.uint8), None, form, plain=form.mode == "mxfp8")
 

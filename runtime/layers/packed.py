@@ -7,26 +7,24 @@ layer's inputs may be rotated first (rotation.py)."""
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from ltx2.runtime.errors import ConfigError
-from ltx2.runtime.layers.matmul import Choice, Codes, Form, choose
+from ltx2.runtime.layers.matmul import Choice, Codes, choose
 from ltx2.runtime.layers.rotation import rotated
 from ltx2.runtime.model.config import AS_PUBLISHED
+from ltx2.runtime.model.forms import Form, Quantization
 
 UNPACKABLE = 1 << 28  # values of a weight: a larger one, unpacked, would be as large as a network
 UNIT = 127  # of the mx formats, whose scales are powers of two: 1
 
 
 class QuantizedLinear(nn.Module):
-    """x @ W^T * weight_scale + bias, with W (outputs, inputs) in packed form. Where `rotation` is not 0, W is that of
-    inputs rotated in blocks of this size."""
-
-    rotation = 0
+    """x @ W^T * weight_scale + bias, with W (outputs, inputs) in packed form; W is that of rotated inputs where the
+    form says so."""
 
     def __init__(self, inputs: int, outputs: int, form: Form, shared_scales: mx.array | None = None) -> None:
         """Without `bias` and `weight_scale`; a layer that has them gets them as attributes. `shared_scales` (outputs,
@@ -35,7 +33,7 @@ class QuantizedLinear(nn.Module):
         self.group_size, self.bits, self.mode = form.group_size, form.bits, form.mode  # named as in nn.QuantizedLinear
         self.weight = mx.zeros((outputs, inputs * form.bits // 32), mx.uint32)
         groups = (outputs, inputs // form.group_size)
-        if form.mode == "affine":
+        if form.biased:
             self.scales, self.biases = mx.zeros(groups), mx.zeros(groups)
         elif shared_scales is None:
             self.scales = mx.zeros(groups, mx.uint8)
@@ -45,8 +43,8 @@ class QuantizedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., inputs) -> (..., outputs), in x's dtype."""
         bias = self.get("bias")
-        if self.rotation:
-            x = rotated(x, self.rotation)
+        if self.form.rotation:
+            x = rotated(x, self.form.rotation)
         if "weight_scale" not in self:
             return self._product(x, bias)
         # Sums of products with codes, which are hundreds of times as large as the weights, may not fit float16.
@@ -72,26 +70,29 @@ def _scaled_biased(y: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
     return (y.astype(mx.float32) * scale + bias.astype(mx.float32)).astype(y.dtype)
 
 
-def quantize_like(network: nn.Module, quantization: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
+def quantize_like(network: nn.Module, quantization: Quantization, stored: Mapping[str, tuple[int, ...]]) -> None:
     """Replace the layers that have `scales` or a `weight_scale` among the `stored` tensors by packed ones.
 
-    `quantization` is config.json's, as mlx-lm writes it: one form for all, and those of layers that have another.
+    Raises ConfigError for a rotation that does not divide a layer's inputs, ModelFolderError for a layer whose form
+    `quantization` does not say.
     """
     shared: dict[tuple[int, int], mx.array] = {}
 
     def packed(path: str, module: nn.Module) -> nn.Module:
-        entry = quantization.get(path, quantization)
-        if not entry or not any(f"{path}.{part}" in stored for part in ("scales", "weight_scale")):
+        if not any(f"{path}.{part}" in stored for part in ("scales", "weight_scale")):
             return module
-        form = Form(entry["group_size"], entry["bits"], entry.get("mode", "affine"))
-        if isinstance(module, nn.Linear):
-            scales = None if f"{path}.scales" in stored else _unit_scales(module, form, shared)
-            layer = _packed_linear(module, form, scales, stored.get(f"{path}.weight_scale"))
-            layer.rotation = _rotation(path, module, entry)
-            return layer
-        if isinstance(module, nn.Embedding) and module.weight.shape[1] % form.group_size == 0:
-            return module.to_quantized(form.group_size, form.bits, form.mode)
-        return module
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            return module
+        form = quantization.of(path)
+        if isinstance(module, nn.Embedding):
+            fits = module.weight.shape[1] % form.group_size == 0
+            return module.to_quantized(form.group_size, form.bits, form.mode) if fits else module
+        width = module.weight.shape[1]
+        if form.rotation and width % form.rotation:
+            what = f"the inputs of {path} cannot be rotated in blocks of {form.rotation}"
+            raise ConfigError(what, f"it has {width} inputs", AS_PUBLISHED)
+        scales = None if f"{path}.scales" in stored else _unit_scales(module, form, shared)
+        return _packed_linear(module, form, scales, stored.get(f"{path}.weight_scale"))
 
     leaves = tree_map_with_path(packed, network.leaf_modules(), is_leaf=nn.Module.is_module)
     network.update_modules(leaves)
@@ -113,18 +114,8 @@ def choose_products(network: nn.Module, wanted: str) -> dict[str, Choice]:
 
 def _dtype(layer: QuantizedLinear) -> mx.Dtype:
     """What a layer computes in."""
-    floats = (layer.get("bias"), layer.scales if layer.mode == "affine" else None)
+    floats = (layer.get("bias"), layer.scales if layer.form.biased else None)
     return next((array.dtype for array in floats if array is not None), mx.bfloat16)
-
-
-def _rotation(path: str, linear: nn.Linear, entry: Mapping[str, Any]) -> int:
-    """The size of the blocks that a layer's inputs are rotated in, or 0. Raises ConfigError for an impossible one."""
-    size = int(entry.get("rotation", 0))
-    width = linear.weight.shape[1]
-    if size and width % size:
-        why = f"it has {width} inputs"
-        raise ConfigError(f"the inputs of {path} cannot be rotated in blocks of {size}", why, AS_PUBLISHED)
-    return size
 
 
 def _unit_scales(linear: nn.Linear, form: Form, shared: dict[tuple[int, int], mx.array]) -> mx.array | None:

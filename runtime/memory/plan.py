@@ -265,12 +265,12 @@ class Model:
         """Values of the largest packed weight that is unpacked to multiply with it."""
         if self.job.request.matmul == PACKED:
             return 0
-        quantization = self.config(component).get("quantization", {})
+        quantization = self.job.folder.quantization(component)
         counts = [0]
         for name, tensor in self.tensors[component].items():
             if tensor.dtype == "U32":
-                entry = quantization.get(name.removesuffix(".weight"), quantization)
-                counts.append(prod(tensor.shape) * 32 // entry["bits"])
+                bits = quantization.of(name.removesuffix(".weight")).bits
+                counts.append(prod(tensor.shape) * 32 // bits)
         return max(count for count in counts if count <= UNPACKABLE)
 
     def _decoders(self, sizes: Sizes, tiling: Tiling | None) -> Iterator[Need]:

@@ -15,6 +15,7 @@ from ltx2.runtime.errors import CheckpointError, ModelFolderError
 from ltx2.runtime.files.jsonfile import parse_object, read_object, read_text
 from ltx2.runtime.files.paths import is_base_name
 from ltx2.runtime.files.tensors import FileRecord, TensorFile, open_tensorfile
+from ltx2.runtime.model.forms import Quantization
 
 MANIFEST = "ltx2.json"
 CONFIG = "config.json"
@@ -27,14 +28,6 @@ COMPONENTS = (
 TRANSFORMER = "transformer"
 LORAS = "loras"  # the folder of components that change others: loras/<name>
 LORA_FOLDER = re.compile(rf"{LORAS}/[a-z0-9_][a-z0-9._-]{{0,254}}")
-# Modes that MLX knows -> their group sizes and bits.
-QUANTIZATIONS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
-ROTATIONS = (16, 64, 256)  # sizes of the blocks in which a layer's inputs may be rotated
 
 
 def is_lora(component: str) -> bool:
@@ -119,11 +112,12 @@ def _component(name: str, data: Mapping[str, Any]) -> ComponentRecord:
     if len({file.name for file in files}) < len(files):
         raise ValueError(f"{name} lists a file twice")
     statistics = data.get("statistics")
+    Quantization.from_config(data["quantization"])  # raises
     return ComponentRecord(
         _text(data["class"]),
         files,
         _text(data["dtype"]),
-        checked_quantization(data["quantization"]),
+        data["quantization"],
         file_record(statistics) if statistics else None,
         _text(data.get("method"), None),
     )
@@ -133,28 +127,6 @@ def _text(value: Any, *instead: None) -> Any:
     if not isinstance(value, str) and value not in instead:
         raise ValueError(f"{value!r} is not a text")
     return value
-
-
-def checked_quantization(data: Any) -> dict[str, Any] | None:
-    """A component's `quantization`: the form of its layers and, by their path, of those that have another.
-
-    Raises ValueError for what is none, TypeError for values of other types.
-    """
-    if data is None:
-        return None
-    if not isinstance(data, dict):
-        raise ValueError(f"quantization is {data!r}")
-    others = [entry for key, entry in data.items() if key not in ("group_size", "bits", "mode", "rotation")]
-    for entry in (data, *others):
-        if entry is False:  # mlx-lm's way to say that a layer is not quantized
-            continue
-        group_size, bits, mode = entry.get("group_size"), entry.get("bits"), entry.get("mode", "affine")
-        group_sizes, widths = QUANTIZATIONS.get(mode, ((), ()))
-        if group_size not in group_sizes or bits not in widths:
-            raise ValueError(f"there is no quantization {mode} with {bits!r} bits in groups of {group_size!r}")
-        if (rotation := entry.get("rotation", 0)) not in (0, *ROTATIONS) or type(rotation) is not int:
-            raise ValueError(f"there is no rotation in blocks of {rotation!r}")
-    return data
 
 
 @dataclass(frozen=True)
@@ -215,10 +187,14 @@ class ModelFolder:
         path = self.component_path(component) / CONFIG
         try:
             data = read_object(path)
-            checked_quantization(data.get("quantization"))
+            Quantization.from_config(data.get("quantization"))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ModelFolderError(f"{path} cannot be read", str(error), "convert the checkpoint again") from error
         return data
+
+    def quantization(self, component: str) -> Quantization:
+        """How the component's layers are packed. Raises as `config`."""
+        return Quantization.from_config(self.config(component).get("quantization"))
 
     def weight_files(self, component: str) -> list[Path]:
         """The component's safetensors files in order. Raises ModelFolderError when one is missing."""

@@ -79,10 +79,8 @@ def encode_prompt(folder: ModelFolder, prompt: str, length: int) -> Encoded:
 
 def build_component(folder: ModelFolder, component: str, stored: Shapes) -> nn.Module:
     """The component's network, uninitialised; layers are quantized whose scales are among the `stored` tensors."""
-    config = folder.config(component)
-    network = build_network(folder.record(component).cls, config)
-    if quantization := config.get("quantization"):
-        quantize_like(network, quantization, stored)
+    network = build_network(folder.record(component).cls, folder.config(component))
+    quantize_like(network, folder.quantization(component), stored)
     return network
 
 

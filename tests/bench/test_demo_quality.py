@@ -44,9 +44,9 @@ class TestStock:
         for component, layer in (
             ("transformer", "transformer_blocks.2.ff.proj_in"), ("text_encoder", "model.embed_tokens")
         ):  # fmt: skip
-            form = ours.config(component)["quantization"].get(layer, ours.config(component)["quantization"])
+            form = ours.quantization(component).of(layer)
             weight = load_weights(source, component)[f"{layer}.weight"]
-            expected = mx.quantize(weight, form["group_size"], form["bits"])
+            expected = mx.quantize(weight, form.group_size, form.bits)
             found, own = load_weights(stock, component), load_weights(ours, component)
             for part, value in zip(("weight", "scales", "biases"), expected, strict=True):
                 assert mx.array_equal(found[f"{layer}.{part}"], value) and value.dtype == own[f"{layer}.{part}"].dtype

@@ -17,11 +17,12 @@ from ltx2.bench.speed.cases import RandomWeights, bench_cases
 from ltx2.bench.speed.receipt import tables
 from ltx2.bench.speed.run import run_bench
 from ltx2.bench.speed.suite import Schedule, load_suite
-from ltx2.convert.tensors.steps import Form
+from ltx2.convert.tensors.steps import Spec
 from ltx2.quant.apply import Settings, quantize_plan
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Warned
 from ltx2.runtime.memory.streaming import streamed
+from ltx2.runtime.model.forms import Form, Quantization
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import encode_prompt, load_network
 from ltx2.runtime.networks.transformer.model import Transformer
@@ -34,7 +35,7 @@ SMALL = {"width": 64, "height": 64, "frames": 1}
 NAME = "ltx-2-19b-distilled"
 
 
-def stored(folder: RandomFolder) -> dict[str, Mapping[str, Form]]:
+def stored(folder: RandomFolder) -> dict[str, Mapping[str, Spec]]:
     return dict(folder.tensors)
 
 
@@ -53,7 +54,7 @@ def test_tensors_are_those_of_a_conversion(converted: Any, settings: Settings | 
     made = random_folder(NAME, settings)
     for component, tensors in stored(made).items():
         moves = plan.moves(component)
-        assert tensors == {key: form for move in moves for key, form in move.stored().items()}, component
+        assert tensors == {key: spec for move in moves for key, spec in move.stored().items()}, component
         assert made.record(component).quantization == plan.components[component].quantization
         assert made.record(component).cls == plan.components[component].cls
     assert set(made.tensors) == set(plan.components)
@@ -89,34 +90,32 @@ def test_a_bundle_is_its_model() -> None:
     assert stored(random_folder("ltx-2-distilled")) == stored(random_folder(f"{NAME}.safetensors"))
 
 
-FORMS = [("affine", 2, 32), ("affine", 4, 64), ("affine", 8, 128), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+FORMS = [Form(2, 32), Form(4, 64), Form(8, 128), Form(4, 32, "mxfp4"), Form(8, 32, "mxfp8"), Form(4, 16, "nvfp4")]
 
 
-@pytest.mark.parametrize(("mode", "bits", "group_size"), FORMS)
-def test_packed_weights_are_as_large_as_others(mode: str, bits: int, group_size: int) -> None:
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_packed_weights_are_as_large_as_others(form: Form) -> None:
     """Finite, of mean 0 and a deviation of 1 / sqrt(inputs); scales that are powers of two allow no better."""
-    entry: dict[str, Any] = {"mode": mode, "bits": bits, "group_size": group_size}
-    values, (rows, width) = RandomValues(entry), (96, 4096)
-    floats = "BF16" if mode == "affine" else "U8"
-    groups = Form((rows, width // entry["group_size"]), floats)
-    codes = values.tensor("a.weight", Form((rows, width * entry["bits"] // 32), "U32"))
+    values, (rows, width) = RandomValues(Quantization(form)), (96, 4096)
+    groups = Spec((rows, width // form.group_size), "BF16" if form.biased else "U8")
+    codes = values.tensor("a.weight", Spec((rows, width * form.bits // 32), "U32"))
     scales = values.tensor("a.scales", groups)
-    biases = values.tensor("a.biases", groups) if mode == "affine" else None
-    weight = mx.dequantize(codes, scales, biases, entry["group_size"], entry["bits"], mode, dtype=mx.float32)
-    if mode == "nvfp4":
-        weight = weight * values.tensor("a.weight_scale", Form((), "F32"))
+    biases = values.tensor("a.biases", groups) if form.biased else None
+    weight = mx.dequantize(codes, scales, biases, form.group_size, form.bits, form.mode, dtype=mx.float32)
+    if form.multiplied:
+        weight = weight * values.tensor("a.weight_scale", Spec((), "F32"))
     assert weight.shape == (rows, width) and mx.isfinite(weight).all().item()
     assert weight.mean().item() == pytest.approx(0, abs=0.002)
-    assert weight.std().item() * width**0.5 == pytest.approx(1, abs=0.01 if mode == "affine" else 0.45)
+    assert weight.std().item() * width**0.5 == pytest.approx(1, abs=0.01 if form.biased else 0.45)
 
 
 def test_large_tensors_repeat_the_pool_in_memory_of_their_own() -> None:
-    values = RandomValues({})
-    large = values.tensor("a.weight", Form((3, POOL // 2), "F32"))
+    values = RandomValues(Quantization())
+    large = values.tensor("a.weight", Spec((3, POOL // 2), "F32"))
     flat = large.reshape(-1)
     mx.eval(flat)
     assert mx.array_equal(flat[: flat.size - POOL], flat[POOL:]) and not mx.array_equal(large[0], large[1])
-    small = [values.tensor("a.weight", Form((8, 8), "BF16")) for _ in range(2)]
+    small = [values.tensor("a.weight", Spec((8, 8), "BF16")) for _ in range(2)]
     mx.eval(small)
     before = mx.get_active_memory()
     del small
@@ -124,9 +123,9 @@ def test_large_tensors_repeat_the_pool_in_memory_of_their_own() -> None:
 
 
 def test_norms_are_ones_and_biases_zeros() -> None:
-    values = RandomValues({})
+    values = RandomValues(Quantization())
     for name, expected in (("q_norm.weight", 1), ("per_channel_statistics.std", 1), ("to_q.bias", 0)):
-        assert (values.tensor(name, Form((5,), "BF16")) == expected).all().item(), name
+        assert (values.tensor(name, Spec((5,), "BF16")) == expected).all().item(), name
 
 
 @pytest.fixture

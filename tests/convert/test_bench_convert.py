@@ -20,8 +20,8 @@ def test_names_and_shapes_are_the_published_ones(tmp_path: Path) -> None:
     tensors, _ = synthetic.checkpoint_tensors(2)
     blocks = re.compile(r"transformer_blocks\.(\d+)\.")
     expected = {
-        name: form
-        for name, form in known.items()
+        name: spec
+        for name, spec in known.items()
         if name.startswith(tuple(synthetic.PREFIXES.values())) and "_connector." not in name
         if not (match := blocks.search(name)) or int(match[1]) < 2
     }

@@ -19,7 +19,7 @@ import ltx2
 from ltx2.convert.output import journal
 from ltx2.convert.plan.entries import Drop, Plan, make_plan
 from ltx2.convert.plan.folder import folder_plan
-from ltx2.convert.tensors.steps import Cast, Form, Transpose
+from ltx2.convert.tensors.steps import Cast, Spec, Transpose
 from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.runtime.errors import InputError, ModelFolderError, NumericsError
 from ltx2.runtime.events import BytesDone, Warned, Written
@@ -54,8 +54,8 @@ class TestSteps:
     def test_transpose(self) -> None:
         x = np.arange(24).reshape(2, 3, 4)
         step = Transpose((1, 2, 0))
-        assert str(step) == "transpose(1,2,0)" and step.form(Form((2, 3, 4), "F32")) == Form((3, 4, 2), "F32")
-        np.testing.assert_array_equal(step.rows(x, Form(x.shape, "F32"), 0), np.moveaxis(x, 0, 2))
+        assert str(step) == "transpose(1,2,0)" and step.spec(Spec((2, 3, 4), "F32")) == Spec((3, 4, 2), "F32")
+        np.testing.assert_array_equal(step.rows(x, Spec(x.shape, "F32"), 0), np.moveaxis(x, 0, 2))
 
     def test_casts_round_once_as_mlx_does(self) -> None:
         values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
@@ -64,14 +64,14 @@ class TestSteps:
             exact = mx.array(values).astype(source_type)
             codes = np.array(exact.view(mx.uint16)) if source == "BF16" else np.array(exact)
             for target, target_type in names.items():
-                got = Cast(target.lower()).rows(codes, Form(codes.shape, source), 0)
+                got = Cast(target.lower()).rows(codes, Spec(codes.shape, source), 0)
                 cast = exact.astype(target_type)
                 np.testing.assert_array_equal(got, np.array(cast.view(mx.uint16) if target == "BF16" else cast))
 
     def test_f16_is_too_narrow(self) -> None:
         with pytest.raises(NumericsError, match="70000"):
-            Cast("f16").rows(np.array([1.0, 7e4], np.float32), Form((2,), "F32"), 0)
-        assert np.isinf(Cast("f16").rows(np.array([np.inf], np.float32), Form((1,), "F32"), 0)).all()  # it was before
+            Cast("f16").rows(np.array([1.0, 7e4], np.float32), Spec((2,), "F32"), 0)
+        assert np.isinf(Cast("f16").rows(np.array([np.inf], np.float32), Spec((1,), "F32"), 0)).all()  # it was before
 
 
 class TestValues:

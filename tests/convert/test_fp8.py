@@ -13,13 +13,13 @@ import ltx2
 from ltx2.bench.quality.classify import classify
 from ltx2.convert.plan.entries import plan_json
 from ltx2.convert.tensors.codes import Fp8, Scale
-from ltx2.convert.tensors.steps import FLOATS, Form, from_float32
+from ltx2.convert.tensors.steps import FLOATS, Spec, from_float32
 from ltx2.quant.apply import Settings, quantize_plan
 from ltx2.quant.plan.replan import repack
 from ltx2.runtime.errors import CheckpointError, InputError, Ltx2Error, NumericsError, UnsupportedError
 from ltx2.runtime.files.tensors import open_tensorfile
-from ltx2.runtime.layers.matmul import Form as Packed
 from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import build_network, load_network, load_weights, parameter_shapes
 from ltx2.runtime.networks.transformer.model import Transformer
@@ -85,7 +85,7 @@ class TestCodes:
         """Against the bits spelt out, MLX and torch; the two NaN are refused."""
         every = np.array([code for code in range(256) if code & 127 != 127], np.uint8)
         codes = self.codes(tmp_path, None, every)
-        ours = codes.decoded(every, Form(every.shape, "F8_E4M3"), 0, "f32")
+        ours = codes.decoded(every, Spec(every.shape, "F8_E4M3"), 0, "f32")
         assert ours.view(np.uint32).tolist() == encoded.E4M3[every].view(np.uint32).tolist()
         np.testing.assert_array_equal(ours, np.array(mx.from_fp8(mx.array(every), dtype=mx.float32)))
         torch = require("torch")
@@ -93,7 +93,7 @@ class TestCodes:
         np.testing.assert_array_equal(ours, theirs)
         for nan in (0x7F, 0xFF):
             with pytest.raises(CheckpointError, match=r"tensor w of .* holds codes that are not a number"):
-                codes.decoded(np.array([1, nan], np.uint8), Form((2,), "F8_E4M3"), 0, "f32")
+                codes.decoded(np.array([1, nan], np.uint8), Spec((2,), "F8_E4M3"), 0, "f32")
 
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("scale", [1.0, 0.0013, 3.1e-6, 1e-41, 77.7, -0.25])
@@ -102,22 +102,22 @@ class TestCodes:
         rng = np.random.default_rng(1)
         every = np.array([code for code in range(256) if code & 127 != 127], np.uint8)
         values = np.concatenate([every, rng.choice(every, 258)]).reshape(64, 8)
-        codes, form = self.codes(tmp_path, scale, values), Form((64, 8), "F8_E4M3")
+        codes, spec = self.codes(tmp_path, scale, values), Spec((64, 8), "F8_E4M3")
         wanted = from_float32(encoded.E4M3[values] * np.float32(scale), FLOATS[dtype])
-        ours = codes.decoded(values, form, 0, dtype)
+        ours = codes.decoded(values, spec, 0, dtype)
         assert ours.dtype == wanted.dtype and ours.tobytes() == wanted.tobytes()
-        parts = [codes.decoded(values[i : i + 5], form, i, dtype) for i in range(0, 64, 5)]
+        parts = [codes.decoded(values[i : i + 5], spec, i, dtype) for i in range(0, 64, 5)]
         assert np.concatenate(parts).tobytes() == wanted.tobytes()
-        odd = codes.decoded(values.reshape(-1)[:255], Form((255,), "F8_E4M3"), 0, dtype)
+        odd = codes.decoded(values.reshape(-1)[:255], Spec((255,), "F8_E4M3"), 0, dtype)
         assert odd.tobytes() == wanted.reshape(-1)[:255].tobytes()
 
     def test_values_beyond_f16(self, tmp_path: Path) -> None:
         """An error where they occur, none where only other codes would be too large."""
         small, large = np.array([[1, 2]], np.uint8), np.array([[1, 0x7E]], np.uint8)
-        codes, form = self.codes(tmp_path, 1000.0, small), Form((1, 2), "F8_E4M3")
-        assert codes.decoded(small, form, 0, "f16").tolist() == np.float16(encoded.E4M3[small] * 1000).tolist()
+        codes, spec = self.codes(tmp_path, 1000.0, small), Spec((1, 2), "F8_E4M3")
+        assert codes.decoded(small, spec, 0, "f16").tolist() == np.float16(encoded.E4M3[small] * 1000).tolist()
         with pytest.raises(NumericsError, match="448000 does not fit f16"):
-            codes.decoded(large, form, 0, "f16")
+            codes.decoded(large, spec, 0, "f16")
 
 
 class TestConvert:
@@ -281,7 +281,7 @@ class TestRun:
         """In x's dtype and as precise as that: the scale is applied in float32. float16 would overflow without."""
         rng = np.random.default_rng(0)
         shape = (48,) if rows else ()
-        layer = QuantizedLinear(256, 48, Packed(32, 8, "mxfp8"), mx.full((48, 8), 127, mx.uint8))
+        layer = QuantizedLinear(256, 48, Form(8, 32, "mxfp8"), mx.full((48, 8), 127, mx.uint8))
         scale = 10 ** rng.uniform(-4, -3, shape)
         codes = encoded.to_e4m3(rng.standard_normal((48, 256)) * 200)
         layer.weight, layer.bias = mx.array(codes).view(mx.uint32), mx.array(rng.standard_normal(48), dtype)

@@ -341,9 +341,9 @@ class TestEffect:
     def test_dtype(self, tmp_path: Path) -> None:
         path = save(tmp_path, small())
         for dtype, stored_as in ((None, "F32"), ("bf16", "BF16"), ("f16", "F16")):
-            assert {m.form.dtype for m in plan_of(path, dtype=dtype).moves("loras/style")} == {stored_as}
+            assert {m.spec.dtype for m in plan_of(path, dtype=dtype).moves("loras/style")} == {stored_as}
         half = save(tmp_path, {name: value.astype(np.float16) for name, value in small().items()})
-        assert {m.form.dtype for m in plan_of(half).moves("loras/style")} == {"F16"}
+        assert {m.spec.dtype for m in plan_of(half).moves("loras/style")} == {"F16"}
 
 
 class TestFolder:

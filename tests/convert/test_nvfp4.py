@@ -11,7 +11,7 @@ import pytest
 import ltx2
 from ltx2.convert.plan.entries import plan_json
 from ltx2.convert.tensors.codes import BlockScales, Nvfp4, Scale
-from ltx2.convert.tensors.steps import FLOATS, Form, from_float32
+from ltx2.convert.tensors.steps import FLOATS, Spec, from_float32
 from ltx2.quant.plan.replan import repack
 from ltx2.runtime.errors import CheckpointError, Ltx2Error, NumericsError, UnsupportedError
 from ltx2.runtime.files.tensors import open_tensorfile
@@ -76,20 +76,20 @@ class TestCodes:
     def test_decoded(self, tmp_path: Path, shape: tuple[int, int], dtype: str) -> None:
         """Nibbles, tiles, whole and broken ones, and the order of products; in chunks of any rows."""
         codes, packed, values = self.codes(tmp_path, shape, 0.0123)
-        form, wanted = Form(packed.shape, "U8"), from_float32(values, FLOATS[dtype])
-        assert codes.shape(form) == shape
-        assert codes.decoded(packed, form, 0, dtype).tobytes() == wanted.tobytes()
+        spec, wanted = Spec(packed.shape, "U8"), from_float32(values, FLOATS[dtype])
+        assert codes.shape(spec) == shape
+        assert codes.decoded(packed, spec, 0, dtype).tobytes() == wanted.tobytes()
         for size in (1, 50, 128):
-            parts = [codes.decoded(packed[i : i + size], form, i, dtype) for i in range(0, shape[0], size)]
+            parts = [codes.decoded(packed[i : i + size], spec, i, dtype) for i in range(0, shape[0], size)]
             assert np.concatenate(parts).tobytes() == wanted.tobytes()
 
     def test_values_beyond_f16(self, tmp_path: Path) -> None:
         codes, packed, values = self.codes(tmp_path, (128, 64), 30.0)
         assert np.abs(values).max() > 65504
         with pytest.raises(NumericsError, match="does not fit f16"):
-            codes.decoded(packed, Form(packed.shape, "U8"), 0, "f16")
+            codes.decoded(packed, Spec(packed.shape, "U8"), 0, "f16")
         small = np.full_like(packed[:1], 0x11)
-        assert np.isfinite(codes.decoded(small, Form(small.shape, "U8"), 0, "f16")).all()
+        assert np.isfinite(codes.decoded(small, Spec(small.shape, "U8"), 0, "f16")).all()
 
 
 class TestConvert:

@@ -68,7 +68,7 @@ class TestPublishedFiles:
         assert {name: len(plan.moves(name)) for name in plan.components} == COMPONENT_TENSORS
         for name, component in plan.components.items():
             if not name.startswith("loras/"):
-                planned = {move.key: move.form.shape for move in plan.moves(name)}
+                planned = {move.key: move.spec.shape for move in plan.moves(name)}
                 assert planned == parameter_shapes(build_network(component.cls, component.config))
         check_plan(plan)
 
@@ -77,9 +77,9 @@ class TestPublishedFiles:
         assert dropped == {rules.UNUSED_STATISTIC: 3, rules.VISION: 439, rules.CONSTANT: 1}
 
     def test_lora_targets_exist_in_the_transformer(self, plan: Plan) -> None:
-        shapes = {f"transformer.{m.key}": m.form.shape for m in plan.moves("transformer")}
-        shapes |= {f"connectors.{m.key}": m.form.shape for m in plan.moves("connectors")}
-        factors = {m.key: m.form.shape for m in plan.moves(f"loras/{published.LORA}")}
+        shapes = {f"transformer.{m.key}": m.spec.shape for m in plan.moves("transformer")}
+        shapes |= {f"connectors.{m.key}": m.spec.shape for m in plan.moves("connectors")}
+        factors = {m.key: m.spec.shape for m in plan.moves(f"loras/{published.LORA}")}
         ups = {key: shape for key, shape in factors.items() if key.endswith(".lora_B.weight")}
         assert len(ups) == 1371
         for key, (rows, rank) in ups.items():
@@ -88,8 +88,8 @@ class TestPublishedFiles:
         assert plan.components[f"loras/{published.LORA}"].config == {"rank": 384, "scale": 1.0, "modules": 1371}
 
     def test_data_bytes_are_those_of_the_source(self, plan: Plan) -> None:
-        assert sum(move.form.nbytes for move in plan.moves("text_encoder")) == 23_532_068_352
-        stored = sum(m.form.nbytes for name in ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")
+        assert sum(move.spec.nbytes for move in plan.moves("text_encoder")) == 23_532_068_352
+        stored = sum(m.spec.nbytes for name in ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")
                      for m in plan.moves(name))  # fmt: skip
         assert stored == 43_284_455_114 - 3 * 128 * 2  # CHECKPOINTS' total without the three statistics
 

@@ -147,7 +147,7 @@ def plan(file: Look) -> PlanOf:
 
 
 def stored_bytes(plan: Plan) -> int:
-    return sum(form.nbytes for e in plan.entries if isinstance(e, Move) for form in e.stored().values())
+    return sum(spec.nbytes for e in plan.entries if isinstance(e, Move) for spec in e.stored().values())
 
 
 def other_bytes(plan: Plan, *kinds: type) -> int:
@@ -202,8 +202,8 @@ class TestFile:
 def test_decoded_is_the_plain_model(name: str, plan: PlanOf) -> None:
     """--dtype bf16: the names, shapes and dtypes of the bf16 file's plan."""
     decoded, plain = plan(name, "bf16"), plan(PLAIN[name])
-    assert {c: {m.key: m.form for m in decoded.moves(c)} for c in decoded.components} == {
-        c: {m.key: m.form for m in plain.moves(c)} for c in plain.components
+    assert {c: {m.key: m.spec for m in decoded.moves(c)} for c in decoded.components} == {
+        c: {m.key: m.spec for m in plain.moves(c)} for c in plain.components
     }
     assert decoded.components == plain.components
     check_plan(decoded)
@@ -262,7 +262,7 @@ class TestKeys:
 
     def test_tables_stay_float32(self, plan: PlanOf) -> None:
         tables = [m for m in plan("ltx-2.3-22b", "f16").moves("transformer") if "scale_shift_table" in m.key]
-        assert len(tables) == 290 and {(m.form.dtype, m.steps) for m in tables} == {("F32", ())}
+        assert len(tables) == 290 and {(m.spec.dtype, m.steps) for m in tables} == {("F32", ())}
 
     def test_tokenizer(self, plan: PlanOf) -> None:
         assets = {a.name: a.tensor.name for a in plan("gemma4-12b-with-proj-ltx-2.5-bf16").assets("text_encoder")}
@@ -300,7 +300,7 @@ class TestGemma3:
             check_plan(plan)
             assert Counter(type(e) for e in plan.entries) == {Move: 626, Drop: 439}
             assert stored_bytes(plan) == 23_532_068_352
-        assert {m.key: m.form for m in old.moves("text_encoder")} == {m.key: m.form for m in new.moves("text_encoder")}
+        assert {m.key: m.spec for m in old.moves("text_encoder")} == {m.key: m.spec for m in new.moves("text_encoder")}
 
     def test_fits_two_releases(self, tmp_path: Path) -> None:
         (source,) = open_sources([published.write_gemma(tmp_path / "gemma")])

@@ -65,7 +65,7 @@ class TestSources:
     def test_storage_that_is_not_converted(self, tmp_path: Path, extra: published.Tensors, said: str) -> None:
         layer = "model.diffusion_model.transformer_blocks.1.attn1.to_k."
         with pytest.raises(UnsupportedError, match=said):
-            open_sources([self.write(tmp_path, {layer + name: form for name, form in extra.items()})])
+            open_sources([self.write(tmp_path, {layer + name: spec for name, spec in extra.items()})])
 
     @pytest.mark.parametrize(
         ("tensors", "metadata", "release"),

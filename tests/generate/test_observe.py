@@ -9,8 +9,8 @@ import numpy as np
 
 from ltx2.runtime.generate.observe import intercept, watch
 from ltx2.runtime.layers.attention import FeedForward
-from ltx2.runtime.layers.matmul import Form
 from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
 from ltx2.runtime.networks.text.gemma3 import Gemma3TextEncoder
@@ -23,7 +23,7 @@ class Two(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(4, 64)
         self.plain = [nn.Linear(64, 32)]
-        self.packed = QuantizedLinear(32, 8, Form(32, 8))
+        self.packed = QuantizedLinear(32, 8, Form(8, 32))
         self.packed.bias = mx.ones(8)
         self.packed.weight = mx.random.randint(0, 1 << 30, (8, 8), key=mx.random.key(0)).astype(mx.uint32)
         self.packed.scales = mx.full((8, 1), 0.01)

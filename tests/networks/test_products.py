@@ -9,12 +9,13 @@ import pytest
 
 import ltx2.runtime.layers.matmul as products
 import ltx2.runtime.layers.packed as quantized
-from ltx2.runtime.layers.matmul import PRODUCTS, Choice, Codes, Form, choose
+from ltx2.runtime.layers.matmul import PRODUCTS, Choice, Codes, choose
 from ltx2.runtime.layers.packed import QuantizedLinear, choose_products
+from ltx2.runtime.model.forms import Form
 from tests.support.parity import relative_l2
 
-FORMS = [Form(64, bits) for bits in (2, 3, 4, 5, 6, 8)]
-FORMS += [Form(32, 4), Form(128, 8), Form(32, 4, "mxfp4"), Form(32, 8, "mxfp8"), Form(16, 4, "nvfp4")]
+FORMS = [Form(bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
+FORMS += [Form(4, 32), Form(8, 128), Form(4, 32, "mxfp4"), Form(8, 32, "mxfp8"), Form(4, 16, "nvfp4")]
 
 
 def codes_of(form: Form) -> tuple[Codes, mx.array]:
@@ -39,7 +40,7 @@ def test_every_product_is_that_of_the_unpacked_weight(form: Form, name: str) -> 
 def test_codes_published_as_fp8_have_no_scales(name: str) -> None:
     weight = mx.random.normal((64, 128), key=mx.random.key(3)) * 20
     words = mx.to_fp8(weight).view(mx.uint32)
-    codes = Codes(words, mx.full((64, 4), 127, mx.uint8), None, Form(32, 8, "mxfp8"), plain=True)
+    codes = Codes(words, mx.full((64, 4), 127, mx.uint8), None, Form(8, 32, "mxfp8"), plain=True)
     x = mx.random.normal((3, 128), key=mx.random.key(4))
     want = x @ mx.from_fp8(words.view(mx.uint8), dtype=mx.float32).T
     assert relative_l2(PRODUCTS[name](x, codes, None), want) < 1e-6
@@ -47,7 +48,7 @@ def test_codes_published_as_fp8_have_no_scales(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_unpacked_weights_have_the_dtype_of_the_stream(dtype: mx.Dtype) -> None:
-    codes, _ = codes_of(Form(64, 4))
+    codes, _ = codes_of(Form(4, 64))
     x = mx.ones((1, 256), dtype)
     assert {PRODUCTS[name](x, codes, None).dtype for name in ("dequantized", "widened")} == {dtype}
 
@@ -82,11 +83,11 @@ Machine = Callable[[dict[str, float]], list[int]]
 
 def test_the_fastest_is_measured_once(gpu: Machine, tmp_path: Path) -> None:
     measured = gpu({"packed": 3.0, "dequantized": 1.0, "widened": 2.0})
-    first, again = (choose(Form(64, 4), mx.bfloat16, "auto") for _ in range(2))
+    first, again = (choose(Form(4, 64), mx.bfloat16, "auto") for _ in range(2))
     assert {name for _, name in first.by_rows} == {"dequantized"}
     assert again == first
     assert measured == list(products.ROWS)
-    choose(Form(64, 8), mx.bfloat16, "auto")
+    choose(Form(8, 64), mx.bfloat16, "auto")
     assert len(measured) == 2 * len(products.ROWS)
     assert len(json.loads((tmp_path / products.FILE).read_text())) == 2
 
@@ -96,7 +97,7 @@ def test_a_damaged_file_is_measured_again(gpu: Machine, tmp_path: Path, text: st
     measured = gpu({"packed": 1.0, "dequantized": 2.0, "widened": 2.0})
     (tmp_path / products.FILE).parent.mkdir(parents=True)
     (tmp_path / products.FILE).write_text(text)
-    assert choose(Form(64, 4), mx.bfloat16, "auto").product(1).__name__ == "packed"
+    assert choose(Form(4, 64), mx.bfloat16, "auto").product(1).__name__ == "packed"
     assert measured == list(products.ROWS)
 
 
@@ -104,19 +105,19 @@ def test_a_home_that_cannot_be_written_only_costs_time(gpu: Machine, tmp_path: P
     measured = gpu({"packed": 1.0, "dequantized": 2.0, "widened": 2.0})
     (tmp_path / ".cache").write_text("in the way")
     for _ in range(2):
-        choose(Form(64, 4), mx.bfloat16, "auto")
+        choose(Form(4, 64), mx.bfloat16, "auto")
     assert len(measured) == 2 * len(products.ROWS)
 
 
 def test_times_are_those_of_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "SIDE", 256)
-    times = products._times(Form(64, 4), mx.float32, 1)
+    times = products._times(Form(4, 64), mx.float32, 1)
     assert times.keys() == PRODUCTS.keys()
     assert all(0 < seconds < 60 for seconds in times.values())
 
 
 def test_the_wanted_product_is_used_by_every_layer() -> None:
-    layer = QuantizedLinear(256, 96, Form(64, 4))
+    layer = QuantizedLinear(256, 96, Form(4, 64))
     chosen = choose_products(layer, "widened")
     assert layer.choice == Choice(((1, "widened"),)) == chosen["affine-4-64"]
     assert "choice" not in layer.parameters()
@@ -124,6 +125,6 @@ def test_the_wanted_product_is_used_by_every_layer() -> None:
 
 def test_a_weight_as_large_as_a_network_is_never_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "UNPACKABLE", 256 * 96 - 1)
-    layer = QuantizedLinear(256, 96, Form(64, 4))
+    layer = QuantizedLinear(256, 96, Form(4, 64))
     choose_products(layer, "widened")
     assert layer.choice == Choice()

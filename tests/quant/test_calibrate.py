@@ -127,7 +127,7 @@ class TestModel:
             (move.component, move.layer)
             for name in ("text_encoder", "connectors", "transformer")
             for move in plan.moves(name)
-            if move.key.endswith(".weight") and len(move.form.shape) == 2 and "embed_tokens" not in move.key
+            if move.key.endswith(".weight") and len(move.spec.shape) == 2 and "embed_tokens" not in move.key
         }
         assert Statistics.open(calibrated[0]).layers.keys() == weights and len(weights) == 261
 

@@ -15,7 +15,6 @@ import pytest
 from ltx2 import api
 from ltx2.convert.plan.entries import Plan
 from ltx2.convert.plan.folder import folder_plan
-from ltx2.convert.tensors.steps import Storage
 from ltx2.quant import apply
 from ltx2.quant.apply import Settings, quantize, quantize_plan
 from ltx2.quant.choose.budget import Budget
@@ -32,6 +31,7 @@ from ltx2.runtime.errors import DoesNotFitError, InputError
 from ltx2.runtime.events import BytesDone
 from ltx2.runtime.generate.observe import watch_calls
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.transformer.model import Transformer
@@ -75,7 +75,7 @@ def fit(plan: Plan, size: int, recipe: Recipe = FEW, statistics: Statistics | No
 
 
 def size_of(plan: Plan) -> int:
-    return sum(form.nbytes for move in plan.moves(TRANSFORMER) for form in move.stored().values())
+    return sum(spec.nbytes for move in plan.moves(TRANSFORMER) for spec in move.stored().values())
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ class TestChoice:
     def test_floors_give_way_where_not_even_they_fit(self, plan: Plan) -> None:
         """Beside 4 bits for the other layers, that is."""
         floors = fit(plan, size_of(plan)).floors
-        shapes = [move.form.shape for move in plan.moves(TRANSFORMER) if AT_LEAST_6.match(move.key)]
+        shapes = [move.spec.shape for move in plan.moves(TRANSFORMER) if AT_LEAST_6.match(move.key)]
         two_bits = sum(math.prod(shape) for shape in shapes if len(shape) == 2) * 2 // 8
         assert floors - two_bits == fit(plan, size_of(plan), replace(FEW, at_least=())).floors
         assert fit(plan, floors).lowered == 0
@@ -175,7 +175,7 @@ def velocity_error(folder: Path, steps: list[Call], bits: dict[str, int]) -> flo
     clean = [velocities(network, step) for step in steps]
     for path, layer in network.named_modules():
         if path in bits:
-            form = Storage(bits[path], 64, "affine")
+            form = Form(bits[path], 64, "affine")
             layer.weight = mx.array(unpack(pack(np.array(layer.weight), form)[0], form))
     pairs = [zip(was, velocities(network, step), strict=True) for was, step in zip(clean, steps, strict=True)]
     squares = [relative_l2(np.array(now), np.array(was)) ** 2 for pair in pairs for was, now in pair]

@@ -16,7 +16,6 @@ import pytest
 import ltx2
 from ltx2.bench.layers import Layer, layer
 from ltx2.convert.plan.folder import folder_plan
-from ltx2.convert.tensors.steps import Storage
 from ltx2.quant.apply import Settings, quantize
 from ltx2.quant.codes.correlations import Correlations, Feedback, inverse_factor, make_feedback, rotated, rounding_order
 from ltx2.quant.codes.gptq import pack_in_turn
@@ -31,11 +30,11 @@ from ltx2.quant.report import Report
 from ltx2.runtime.errors import ConfigError, InputError
 from ltx2.runtime.files.tensors import bf16_to_f32, f32_to_bf16
 from ltx2.runtime.generate.observe import watch
-from ltx2.runtime.layers.matmul import Form
 from ltx2.runtime.layers.packed import QuantizedLinear, quantize_like
 from ltx2.runtime.layers.rotation import hadamard
 from ltx2.runtime.layers.rotation import rotated as rotated_inputs
-from ltx2.runtime.model.layout import ModelFolder, checked_quantization
+from ltx2.runtime.model.forms import Form, Quantization
+from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.transformer.model import Transformer
 from tests.support.command import Here
@@ -45,7 +44,7 @@ from tests.support.parity import relative_l2
 
 Figure = Callable[..., None]
 Array = np.ndarray
-Q4 = Storage(4, 64, "affine")
+Q4 = Form(4, 64, "affine")
 ROTATED = replace(Q4, rotation=64)
 PROMPTS = ("a red circle moves right on a white background with a low tone", "a blue star rises on a black background")
 OPTIONS: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "no_upscale": True}
@@ -63,34 +62,34 @@ def correlations(x: Array, prompts: int = 1 << 20) -> Correlations:
     return Correlations(x.T @ x / len(x), x.mean(axis=0), len(x), prompts)
 
 
-def packed(known: Layer, storage: Storage, feedback: Feedback) -> tuple[Array, float]:
+def packed(known: Layer, form: Form, feedback: Feedback) -> tuple[Array, float]:
     """Weights as they are multiplied with inputs, and the relative error of the output, mean corrected."""
-    codes, _ = pack_in_turn(f32_to_bf16(known.weights), storage, feedback)
-    values = unpack(codes, storage)
-    values = rotated(values, storage.rotation) if storage.rotation else values
+    codes, _ = pack_in_turn(f32_to_bf16(known.weights), form, feedback)
+    values = unpack(codes, form)
+    values = rotated(values, form.rotation) if form.rotation else values
     assert codes.drift is not None
     change = known.inputs @ (values - known.weights).T + codes.drift
     return values, float(np.linalg.norm(change) / np.linalg.norm(known.inputs @ known.weights.T))
 
 
 class TestCodes:
-    @pytest.mark.parametrize(("storage", "limit"), [(Q4, 0.69), (ROTATED, 0.41)], ids=["gptq", "gptq-hadamard"])
-    def test_against_stock(self, known: Layer, storage: Storage, limit: float, figure: Figure) -> None:
-        feedback = make_feedback(correlations(known.calibration), storage, True, OnCpu())
-        _, ours = packed(known, storage, feedback)
+    @pytest.mark.parametrize(("form", "limit"), [(Q4, 0.69), (ROTATED, 0.41)], ids=["gptq", "gptq-hadamard"])
+    def test_against_stock(self, known: Layer, form: Form, limit: float, figure: Figure) -> None:
+        feedback = make_feedback(correlations(known.calibration), form, True, OnCpu())
+        _, ours = packed(known, form, feedback)
         stock = mx.quantize(mx.array(known.weights).astype(mx.bfloat16), 64, 4)
         scales, biases = (part.astype(mx.float32) for part in stock[1:])
         values = np.array(mx.dequantize(stock[0], scales, biases, group_size=64, bits=4))
         theirs = relative_l2(known.inputs @ values.T, known.inputs @ known.weights.T)
-        figure(f"4 bits, {storage.rotation or 'not'} rotated: error of GPTQ / mx.quantize", ours / theirs, limit=limit)
+        figure(f"4 bits, {form.rotation or 'not'} rotated: error of GPTQ / mx.quantize", ours / theirs, limit=limit)
 
-    @pytest.mark.parametrize("storage", [ROTATED, Storage(3, 32, "affine"), Storage(4, 16, "nvfp4")], ids=str)
-    def test_every_arithmetic_and_number_of_rows(self, known: Layer, storage: Storage) -> None:
+    @pytest.mark.parametrize("form", [ROTATED, Form(3, 32, "affine"), Form(4, 16, "nvfp4")], ids=str)
+    def test_every_arithmetic_and_number_of_rows(self, known: Layer, form: Form) -> None:
         """Nearly the same codes: sums may be in another order."""
         rows, x = f32_to_bf16(known.weights[:8, :192]), known.calibration[:, :192]
-        multiplier = 2.0**-10 if storage.mode == "nvfp4" else 1.0
+        multiplier = 2.0**-10 if form.mode == "nvfp4" else 1.0
         whole, parts, gpu = (
-            pack_in_turn(r, storage, make_feedback(correlations(x), storage, True, on), multiplier)[0]
+            pack_in_turn(r, form, make_feedback(correlations(x), form, True, on), multiplier)[0]
             for on, r in ((OnCpu(), rows), (OnCpu(), rows[:3]), (OnGpu(), rows))
         )
         assert (parts.codes == whole.codes[:3]).mean() > 0.99
@@ -161,25 +160,24 @@ class TestRotation:
         """A rotated layer is the product with its weights rotated back."""
         draw = np.random.default_rng(0)
         w, x = (draw.standard_normal((n, 128)).astype(np.float32) for n in (8, 5))
-        storage = Storage(bits, 32, "affine", 64)
-        values, _ = pack(rotated(w, 64), storage)
-        linear = QuantizedLinear(128, 8, Form(32, bits))
+        form = Form(bits, 32, "affine", 64)
+        values, _ = pack(rotated(w, 64), form)
+        linear = QuantizedLinear(128, 8, form)
         linear.weight, linear.scales, linear.biases = (mx.array(part) for part in values[:3] if part is not None)
-        linear.rotation = 64
-        assert relative_l2(linear(mx.array(x)), x @ rotated(unpack(values, storage), 64).T) < 1e-5
+        assert relative_l2(linear(mx.array(x)), x @ rotated(unpack(values, form), 64).T) < 1e-5
         assert relative_l2(rotated_inputs(mx.array(x), 64), rotated(x, 64)) < 1e-6
 
     @pytest.mark.parametrize("rotation", [8, "64", 64.0, True, None])
     def test_impossible(self, rotation: object) -> None:
-        with pytest.raises(ValueError, match="rotation"):
-            checked_quantization({"group_size": 64, "bits": 4, "mode": "affine", "rotation": rotation})
+        with pytest.raises(ValueError, match="rotated"):
+            Quantization.from_config({"group_size": 64, "bits": 4, "mode": "affine", "rotation": rotation})
 
     def test_width_that_cannot_be_rotated(self) -> None:
         network = nn.Module()
         network.layer = nn.Linear(96, 8)
-        entry = {"group_size": 32, "bits": 4, "mode": "affine", "rotation": 64}
+        quantization = Quantization(Form(4, 32, rotation=64))
         with pytest.raises(ConfigError, match="blocks of 64"):
-            quantize_like(network, entry, {"layer.scales": (8, 3)})
+            quantize_like(network, quantization, {"layer.scales": (8, 3)})
 
 
 @pytest.fixture(scope="module")

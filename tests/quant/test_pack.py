@@ -7,32 +7,29 @@ import numpy as np
 import pytest
 
 from ltx2.bench.layers import KINDS, Layer, layer
-from ltx2.convert.tensors.steps import Storage
 from ltx2.quant.codes import affine
 from ltx2.quant.codes import pack as packing
 from ltx2.quant.codes.arithmetic import Arithmetic
 from ltx2.quant.codes.inputs import Inputs
-from ltx2.quant.codes.kinds import KINDS as MODES
-from ltx2.quant.codes.kinds import kind_of
 from ltx2.quant.codes.minifloat import output_multiplier
 from ltx2.quant.codes.on_cpu import OnCpu
 from ltx2.quant.codes.on_gpu import OnGpu
 from ltx2.quant.codes.pack import Packed, pack, unpack
 from ltx2.runtime.files.tensors import bf16_to_f32, f32_to_bf16
+from ltx2.runtime.model.forms import MODES, Form
 from tests.support.parity import relative_l2
 
 Figure = Callable[..., None]
-STORAGES = [Storage(b, g, mode) for mode, kind in MODES.items() for b in kind.bits for g in kind.group_sizes]
-FOUR_AND_EIGHT = [Storage(4, 64, "affine"), Storage(8, 64, "affine"), Storage(4, 32, "mxfp4"), Storage(8, 32, "mxfp8"),
-                  Storage(4, 16, "nvfp4")]  # fmt: skip
+FORMS = [Form(b, g, name) for name, mode in MODES.items() for b in mode.bits for g in mode.group_sizes]
+FOUR_AND_EIGHT = [Form(4, 64, "affine"), Form(8, 64, "affine"), Form(4, 32, "mxfp4"), Form(8, 32, "mxfp8"),
+                  Form(4, 16, "nvfp4")]  # fmt: skip
 DTYPES = ("BF16", "F16", "F32")
-NAMES = {id(storage): f"{storage.mode}-{storage.bits}-{storage.group_size}" for storage in STORAGES + FOUR_AND_EIGHT}
 UNKNOWN = ((7, 64, "affine"), (4, 16, "affine"), (8, 32, "mxfp4"), (4, 32, "nvfp4"), (4, 64, "q4"))
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
-def every(storages: Sequence[Storage]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("storage", storages, ids=[NAMES[id(s)] for s in storages])
+def every(forms: Sequence[Form]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("form", forms, ids=str)
 
 
 def stored(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -63,29 +60,29 @@ def some_inputs(width: int) -> Inputs:
     return Inputs(np.square(mean) + rng.uniform(0, 9, width).astype(np.float32), mean)
 
 
-def multiplier_of(storage: Storage, values: np.ndarray) -> float:
-    return output_multiplier(float(np.abs(values).max())) if kind_of(storage).multiplied else 1.0
+def multiplier_of(form: Form, values: np.ndarray) -> float:
+    return output_multiplier(float(np.abs(values).max())) if form.multiplied else 1.0
 
 
-def by_mlx(values: np.ndarray, storage: Storage) -> np.ndarray:
+def by_mlx(values: np.ndarray, form: Form) -> np.ndarray:
     """What is left of bfloat16 codes after mx.quantize."""
-    form = (storage.group_size, storage.bits, storage.mode)
-    codes, scales, *biases = mx.quantize(mx.array(values).view(mx.bfloat16), *form)
+    sizes = (form.group_size, form.bits, form.mode)
+    codes, scales, *biases = mx.quantize(mx.array(values).view(mx.bfloat16), *sizes)
     if biases:
-        return np.array(mx.dequantize(codes, scales.astype(mx.float32), biases[0].astype(mx.float32), *form))
-    return np.array(mx.dequantize(codes, scales, None, *form, dtype=mx.float32))
+        return np.array(mx.dequantize(codes, scales.astype(mx.float32), biases[0].astype(mx.float32), *sizes))
+    return np.array(mx.dequantize(codes, scales, None, *sizes, dtype=mx.float32))
 
 
-def meant(packed: Packed, storage: Storage, multiplier: float) -> np.ndarray:
+def meant(packed: Packed, form: Form, multiplier: float) -> np.ndarray:
     """What the stored bits mean, read by the definition of each format."""
     bits = np.unpackbits(packed.codes.view(np.uint8), axis=1, bitorder="little")
-    codes = bits.reshape(len(packed.codes), -1, storage.bits) @ (1 << np.arange(storage.bits))
-    groups = codes.reshape(*packed.scales.shape, storage.group_size)
+    codes = bits.reshape(len(packed.codes), -1, form.bits) @ (1 << np.arange(form.bits))
+    groups = codes.reshape(*packed.scales.shape, form.group_size)
     if packed.biases is not None:
         scales, biases = (as_float32(a)[..., None] for a in (packed.scales, packed.biases))
         return (groups.astype(np.float32) * scales + biases).reshape(codes.shape)
-    values = e4m3(groups) if storage.bits == 8 else np.where(groups & 8, -1, 1) * E2M1[groups & 7]
-    scales = e4m3(packed.scales) if kind_of(storage).multiplied else np.exp2(packed.scales.astype(np.float32) - 127)
+    values = e4m3(groups) if form.bits == 8 else np.where(groups & 8, -1, 1) * E2M1[groups & 7]
+    scales = e4m3(packed.scales) if form.multiplied else np.exp2(packed.scales.astype(np.float32) - 127)
     return (values * scales[..., None] * multiplier).astype(np.float32).reshape(codes.shape)
 
 
@@ -98,17 +95,17 @@ def e4m3(codes: np.ndarray) -> np.ndarray:
 
 class TestBits:
     @pytest.mark.parametrize("dtype", DTYPES)
-    @every(STORAGES)
-    def test_mlx_reads_what_is_meant(self, storage: Storage, dtype: str) -> None:
+    @every(FORMS)
+    def test_mlx_reads_what_is_meant(self, form: Form, dtype: str) -> None:
         values = stored(weights("shifted", 7, 384), dtype)
-        multiplier = multiplier_of(storage, as_float32(values))
-        packed, loss = pack(values, storage, None, multiplier)
-        assert packed.codes.shape == (7, 384 * storage.bits // 32) and packed.codes.dtype == np.uint32
-        assert packed.scales.shape == (7, 384 // storage.group_size)
-        assert packed.scales.dtype == (values.dtype if kind_of(storage).biased else np.uint8)
-        assert (packed.biases is not None) == kind_of(storage).biased
-        restored = unpack(packed, storage, multiplier)
-        np.testing.assert_array_equal(restored, meant(packed, storage, multiplier))
+        multiplier = multiplier_of(form, as_float32(values))
+        packed, loss = pack(values, form, None, multiplier)
+        assert packed.codes.shape == (7, 384 * form.bits // 32) and packed.codes.dtype == np.uint32
+        assert packed.scales.shape == (7, 384 // form.group_size)
+        assert packed.scales.dtype == (values.dtype if form.biased else np.uint8)
+        assert (packed.biases is not None) == form.biased
+        restored = unpack(packed, form, multiplier)
+        np.testing.assert_array_equal(restored, meant(packed, form, multiplier))
         assert relative_l2(restored, as_float32(values)) == pytest.approx(loss.relative, rel=1e-4)
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -118,62 +115,62 @@ class TestBits:
         ones, zeros = mx.ones((3, 4)), mx.zeros((3, 4))
         np.testing.assert_array_equal(np.array(mx.dequantize(words, ones, zeros, 32, bits)), codes)
 
-    @every([s for s in FOUR_AND_EIGHT if not kind_of(s).biased])
-    def test_values_that_can_be_stored_are(self, storage: Storage) -> None:
+    @every([form for form in FOUR_AND_EIGHT if not form.biased])
+    def test_values_that_can_be_stored_are(self, form: Form) -> None:
         """What was unpacked packs without loss."""
-        multiplier = 2.0**-7 if kind_of(storage).multiplied else 1.0
-        values = unpack(pack(stored(weights("heavy"), "BF16"), storage, None, multiplier)[0], storage, multiplier)
-        assert pack(values, storage, None, multiplier)[1].error == 0
+        multiplier = 2.0**-7 if form.multiplied else 1.0
+        values = unpack(pack(stored(weights("heavy"), "BF16"), form, None, multiplier)[0], form, multiplier)
+        assert pack(values, form, None, multiplier)[1].error == 0
 
-    def test_storages_that_mlx_does_not_know(self) -> None:
+    def test_forms_that_mlx_does_not_know(self) -> None:
         for bits, group, mode in UNKNOWN:
             with pytest.raises(ValueError, match=mode):
-                kind_of(Storage(bits, group, mode))
+                Form(bits, group, mode)
 
 
 class TestError:
     @pytest.mark.parametrize("kind", ["gauss", "heavy", "uniform", "shifted", "negative"])
-    @every(STORAGES)
-    def test_not_above_mlx(self, storage: Storage, kind: str) -> None:
+    @every(FORMS)
+    def test_not_above_mlx(self, form: Form, kind: str) -> None:
         values = f32_to_bf16(weights(kind, rows=16))
         exact = bf16_to_f32(values)
-        _, loss = pack(values, storage, None, multiplier_of(storage, exact))
-        assert loss.relative <= relative_l2(by_mlx(values, storage), exact) * (1 + 1e-6)
+        _, loss = pack(values, form, None, multiplier_of(form, exact))
+        assert loss.relative <= relative_l2(by_mlx(values, form), exact) * (1 + 1e-6)
 
     @pytest.mark.parametrize(("name", "inputs"), KINDS)
     def test_output_error_over_mlx(self, figure: Figure, name: str, inputs: str) -> None:
         """The table: without statistics, with E[x^2], and with a corrected bias too, which leaves the variances."""
         data = layer(name, inputs, rows=128)
         values = f32_to_bf16(data.weights)
-        for storage, limits in LIMITS.items():
-            theirs = output_error(data, by_mlx(values, storage))
-            reached = [error / theirs for error in our_errors(data, values, storage)]
+        for form, limits in LIMITS.items():
+            theirs = output_error(data, by_mlx(values, form))
+            reached = [error / theirs for error in our_errors(data, values, form)]
             kinds = ("", ", weighted", ", weighted, bias corrected")
             for kind, ratio, limit in zip(kinds, reached, limits, strict=True):
-                where = f"{storage.mode} {storage.bits} bits, {name}/{inputs}{kind}"
+                where = f"{form.mode} {form.bits} bits, {name}/{inputs}{kind}"
                 figure(f"output error / mx.quantize's ({100 * theirs:.2f} %): {where}", ratio, limit=limit)
 
 
 LIMITS = {
-    Storage(3, 64, "affine"): (0.9, 0.7, 0.66),
-    Storage(4, 64, "affine"): (0.92, 0.76, 0.7),
-    Storage(8, 64, "affine"): (0.78, 0.64, 0.61),
-    Storage(4, 32, "mxfp4"): (0.96, 0.93, 0.89),
-    Storage(8, 32, "mxfp8"): (1.001, 1.001, 0.97),
-    Storage(4, 16, "nvfp4"): (0.92, 0.79, 0.68),
+    Form(3, 64, "affine"): (0.9, 0.7, 0.66),
+    Form(4, 64, "affine"): (0.92, 0.76, 0.7),
+    Form(8, 64, "affine"): (0.78, 0.64, 0.61),
+    Form(4, 32, "mxfp4"): (0.96, 0.93, 0.89),
+    Form(8, 32, "mxfp8"): (1.001, 1.001, 0.97),
+    Form(4, 16, "nvfp4"): (0.92, 0.79, 0.68),
 }
 
 
-def our_errors(data: Layer, values: np.ndarray, storage: Storage) -> list[float]:
+def our_errors(data: Layer, values: np.ndarray, form: Form) -> list[float]:
     x = data.calibration
-    multiplier = multiplier_of(storage, data.weights)
+    multiplier = multiplier_of(form, data.weights)
     mean_square, mean = np.square(x).mean(0), x.mean(0)
     known = (None, Inputs(mean_square), Inputs(mean_square, mean))
-    plain, weighted, centred = (pack(values, storage, inputs, multiplier)[0] for inputs in known)
+    plain, weighted, centred = (pack(values, form, inputs, multiplier)[0] for inputs in known)
     return [
-        output_error(data, unpack(plain, storage, multiplier)),
-        output_error(data, unpack(weighted, storage, multiplier)),
-        output_error(data, unpack(centred, storage, multiplier), centred.drift),
+        output_error(data, unpack(plain, form, multiplier)),
+        output_error(data, unpack(weighted, form, multiplier)),
+        output_error(data, unpack(centred, form, multiplier), centred.drift),
     ]
 
 
@@ -186,16 +183,16 @@ class TestSameBytes:
     @pytest.mark.parametrize("known", [False, True])
     @every(FOUR_AND_EIGHT)
     def test_chunks_blocks_and_threads_change_nothing(
-        self, monkeypatch: pytest.MonkeyPatch, storage: Storage, known: bool
+        self, monkeypatch: pytest.MonkeyPatch, form: Form, known: bool
     ) -> None:
         values = f32_to_bf16(weights("heavy", 13, 128))
         counts = some_inputs(128) if known else None
-        multiplier = multiplier_of(storage, bf16_to_f32(values))
-        whole, loss = pack(values, storage, counts, multiplier)
+        multiplier = multiplier_of(form, bf16_to_f32(values))
+        whole, loss = pack(values, form, counts, multiplier)
         for block in (1, 300, 1 << 20):
             monkeypatch.setattr(packing, "CPU_BLOCK", block)
             for rows in (1, 5, 13):
-                parts = [pack(values[i : i + rows], storage, counts, multiplier) for i in range(0, 13, rows)]
+                parts = [pack(values[i : i + rows], form, counts, multiplier) for i in range(0, 13, rows)]
                 for ours, *theirs in zip(whole, *(part for part, _ in parts), strict=True):
                     assert (ours is None) == (theirs[0] is None)
                     if ours is not None:
@@ -204,18 +201,16 @@ class TestSameBytes:
 
     @pytest.mark.parametrize("known", [False, True])
     @pytest.mark.parametrize("dtype", DTYPES)
-    @every(STORAGES)
-    def test_numpy_and_mlx_agree(
-        self, monkeypatch: pytest.MonkeyPatch, storage: Storage, dtype: str, known: bool
-    ) -> None:
+    @every(FORMS)
+    def test_numpy_and_mlx_agree(self, monkeypatch: pytest.MonkeyPatch, form: Form, dtype: str, known: bool) -> None:
         """Both implementations of the arithmetic, the second on whatever device MLX uses here."""
         counts = some_inputs(256) if known else None
         for kind in ("gauss", "heavy", "shifted"):
             values = stored(weights(kind, 8, 256), dtype)
-            multiplier = multiplier_of(storage, as_float32(values))
-            ours, loss = pack(values, storage, counts, multiplier)
+            multiplier = multiplier_of(form, as_float32(values))
+            ours, loss = pack(values, form, counts, multiplier)
             monkeypatch.setattr(packing, "OnCpu", OnGpu)
-            theirs, other = pack(values, storage, counts, multiplier)
+            theirs, other = pack(values, form, counts, multiplier)
             monkeypatch.undo()
             for a, b in zip(ours, theirs, strict=True):
                 np.testing.assert_array_equal(a, b)  # None is None
@@ -233,53 +228,53 @@ class TestSameBytes:
 
     def test_a_multiplier_is_exact(self) -> None:
         """Weights 2**k times as large give the same codes with a multiplier 2**k times as large."""
-        values, storage = weights("heavy"), Storage(4, 16, "nvfp4")
-        ours, _ = pack(values, storage, None, 2.0**-7)
-        theirs, _ = pack(values * 2.0**12, storage, None, 2.0**5)
+        values, form = weights("heavy"), Form(4, 16, "nvfp4")
+        ours, _ = pack(values, form, None, 2.0**-7)
+        theirs, _ = pack(values * 2.0**12, form, None, 2.0**5)
         assert (ours.codes == theirs.codes).all() and (ours.scales == theirs.scales).all()
 
 
 class TestValues:
     @pytest.mark.parametrize("dtype", DTYPES)
-    @every([s for s in STORAGES if kind_of(s).biased and s.group_size == 32])
-    def test_constant_groups_are_exact(self, storage: Storage, dtype: str) -> None:
+    @every([s for s in FORMS if s.biased and s.group_size == 32])
+    def test_constant_groups_are_exact(self, form: Form, dtype: str) -> None:
         values = np.zeros((4, 64), np.float32)
         values[1:3] = [[0.75], [-1.5e-3]]
         values[3, ::2] = -0.0
         codes = stored(values, dtype)
-        packed, loss = pack(codes, storage)
-        restored = unpack(packed, storage)
+        packed, loss = pack(codes, form)
+        restored = unpack(packed, form)
         np.testing.assert_array_equal(restored, as_float32(codes))
         assert loss.error == 0 and not np.signbit(restored[3]).any()
 
     @every(FOUR_AND_EIGHT)
-    def test_zeros(self, storage: Storage) -> None:
+    def test_zeros(self, form: Form) -> None:
         values = np.zeros((2, 64), np.float32)
         values[:, ::3] = -0.0
-        packed, loss = pack(values, storage)
-        assert loss.relative == 0 and not unpack(packed, storage).any()
+        packed, loss = pack(values, form)
+        assert loss.relative == 0 and not unpack(packed, form).any()
         assert not packed.codes.any()  # and no code of -0
 
     @every(FOUR_AND_EIGHT)
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_one_huge_value(self, storage: Storage, dtype: str) -> None:
+    def test_one_huge_value(self, form: Form, dtype: str) -> None:
         values = weights("gauss", 2, 64)
         values[1, 5] = 3e4
         codes = stored(values, dtype)
-        multiplier = multiplier_of(storage, as_float32(codes))
-        packed, _ = pack(codes, storage, None, multiplier)
-        restored = unpack(packed, storage, multiplier)
+        multiplier = multiplier_of(form, as_float32(codes))
+        packed, _ = pack(codes, form, None, multiplier)
+        restored = unpack(packed, form, multiplier)
         assert restored[1, 5] == pytest.approx(3e4, rel=0.2)
-        if not kind_of(storage).multiplied:  # whose tensor has one range of scales
+        if not form.multiplied:  # whose tensor has one range of scales
             assert relative_l2(restored[0], as_float32(codes)[0]) < 0.2
 
     @every(FOUR_AND_EIGHT)
     @pytest.mark.parametrize("size", [1e-44, 1e-39, 1e-30, 1e-4, 1.0, 3e3, 1e30])
-    def test_any_size(self, storage: Storage, size: float) -> None:
+    def test_any_size(self, form: Form, size: float) -> None:
         values = stored(weights("gauss", 4, 64) * (size / 0.02), "BF16")
-        multiplier = multiplier_of(storage, bf16_to_f32(values))
-        packed, _ = pack(values, storage, None, multiplier)
-        restored = unpack(packed, storage, multiplier)
+        multiplier = multiplier_of(form, bf16_to_f32(values))
+        packed, _ = pack(values, form, None, multiplier)
+        restored = unpack(packed, form, multiplier)
         assert np.isfinite(restored).all()
         if size > 1e-39:
             assert relative_l2(restored, bf16_to_f32(values)) < 0.2
@@ -287,77 +282,77 @@ class TestValues:
     @every(FOUR_AND_EIGHT)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-    def test_not_finite(self, storage: Storage, dtype: str, value: float) -> None:
+    def test_not_finite(self, form: Form, dtype: str, value: float) -> None:
         values = np.ones((4, 64), np.float32)
         values[2, 17] = value
         with pytest.raises(ValueError, match="NaN or infinite"):
-            pack(stored(values, dtype), storage)
+            pack(stored(values, dtype), form)
 
     def test_beyond_what_scales_express(self) -> None:
         values = np.array([[-3e38] * 32 + [3e38] * 32], np.float32)
         with pytest.raises(ValueError, match="too far"):
-            pack(values, Storage(4, 64, "affine"))
+            pack(values, Form(4, 64, "affine"))
         with pytest.raises(ValueError, match="too far"):
-            pack(values / 3e34, Storage(4, 16, "nvfp4"), None, 2.0**-7)
+            pack(values / 3e34, Form(4, 16, "nvfp4"), None, 2.0**-7)
 
     @pytest.mark.parametrize("wrong", [np.ones(63), -np.ones(64), np.full(64, np.nan), np.full(64, np.inf)])
     def test_unusable_statistics(self, wrong: np.ndarray) -> None:
         with pytest.raises(ValueError, match="64 finite numbers"):
-            pack(np.ones((1, 64), np.float32), Storage(4, 64, "affine"), Inputs(wrong))
+            pack(np.ones((1, 64), np.float32), Form(4, 64, "affine"), Inputs(wrong))
 
     def test_inputs_never_seen(self) -> None:
         """Columns without input still keep values near; a layer without any is packed as without weights."""
-        values, storage = weights("gauss", 4, 64), Storage(4, 64, "affine")
+        values, form = weights("gauss", 4, 64), Form(4, 64, "affine")
         w = np.ones(64)
         w[10:20] = 0
-        assert relative_l2(unpack(pack(values, storage, Inputs(w))[0], storage), values) < 0.3
-        plain, _ = pack(values, storage, Inputs(np.full(64, 5.0)))
-        assert (pack(values, storage, Inputs(np.zeros(64)))[0].codes == plain.codes).all()
+        assert relative_l2(unpack(pack(values, form, Inputs(w))[0], form), values) < 0.3
+        plain, _ = pack(values, form, Inputs(np.full(64, 5.0)))
+        assert (pack(values, form, Inputs(np.zeros(64)))[0].codes == plain.codes).all()
 
     def test_inputs_that_never_vary(self) -> None:
         """Their bias makes up for all that packing does to them; other inputs may come."""
-        values, storage = weights("gauss", 4, 64), Storage(4, 64, "affine")
-        packed, loss = pack(values, storage, Inputs(np.full(64, 4.0), np.full(64, -2.0)))
-        assert (packed.codes == pack(values, storage, Inputs(np.ones(64)))[0].codes).all() and loss.relative > 0
+        values, form = weights("gauss", 4, 64), Form(4, 64, "affine")
+        packed, loss = pack(values, form, Inputs(np.full(64, 4.0), np.full(64, -2.0)))
+        assert (packed.codes == pack(values, form, Inputs(np.ones(64)))[0].codes).all() and loss.relative > 0
 
     def test_widths_and_multipliers_that_do_not_fit(self) -> None:
         with pytest.raises(ValueError, match="no multiple"):
-            pack(np.ones((1, 48), np.float32), Storage(4, 32, "affine"))
+            pack(np.ones((1, 48), np.float32), Form(4, 32, "affine"))
         with pytest.raises(ValueError, match="no output multiplier"):
-            pack(np.ones((1, 64), np.float32), Storage(4, 64, "affine"), None, 2.0)
+            pack(np.ones((1, 64), np.float32), Form(4, 64, "affine"), None, 2.0)
 
 
 def test_block_scales_of_nvfp4_stay_normal() -> None:
     """A trained network's weights, for which scales without multiplier would be subnormal."""
-    values, storage = f32_to_bf16(weights("gauss", 64)), Storage(4, 16, "nvfp4")
-    packed, _ = pack(values, storage, None, multiplier_of(storage, bf16_to_f32(values)))
+    values, form = f32_to_bf16(weights("gauss", 64)), Form(4, 16, "nvfp4")
+    packed, _ = pack(values, form, None, multiplier_of(form, bf16_to_f32(values)))
     assert (packed.scales >= 8).all() and len(np.unique(packed.scales)) > 15
-    without = pack(values, storage)[0].scales
+    without = pack(values, form)[0].scales
     assert (without < 8).mean() > 0.9 and len(np.unique(without)) < 15
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@every(STORAGES)
-def test_a_layers_bias_can_keep_its_mean_output(storage: Storage, dtype: str) -> None:
+@every(FORMS)
+def test_a_layers_bias_can_keep_its_mean_output(form: Form, dtype: str) -> None:
     """The drift is what the packed codes lose, wherever it is computed."""
     values, inputs = stored(weights("shifted", 7, 384), dtype), some_inputs(384)
     assert inputs.mean is not None
-    multiplier = multiplier_of(storage, as_float32(values))
-    packed, _ = pack(values, storage, inputs, multiplier)
-    change = (as_float32(values) - unpack(packed, storage, multiplier)).astype(np.float64)
+    multiplier = multiplier_of(form, as_float32(values))
+    packed, _ = pack(values, form, inputs, multiplier)
+    change = (as_float32(values) - unpack(packed, form, multiplier)).astype(np.float64)
     assert packed.drift is not None
     np.testing.assert_allclose(packed.drift, change @ inputs.mean, rtol=1e-3, atol=1e-6)
-    assert pack(values, storage, Inputs(inputs.mean_square), multiplier)[0].drift is None
+    assert pack(values, form, Inputs(inputs.mean_square), multiplier)[0].drift is None
 
 
 def test_the_loss_is_the_outputs() -> None:
     """The mean square of the output's error, for inputs whose channels do not correlate, beside the output's own."""
-    values, storage, rng = weights("gauss"), Storage(3, 64, "affine"), np.random.default_rng(0)
+    values, form, rng = weights("gauss"), Form(3, 64, "affine"), np.random.default_rng(0)
     x = (rng.standard_normal((4000, 1024)) * rng.uniform(0.2, 3, 1024) + rng.uniform(-2, 2, 1024)).astype(np.float32)
     inputs = Inputs(np.square(x).mean(0), x.mean(0))
-    packed, loss = pack(values, storage, inputs)
+    packed, loss = pack(values, form, inputs)
     assert packed.drift is not None
-    error = x @ unpack(packed, storage).T + packed.drift - x @ values.T
+    error = x @ unpack(packed, form).T + packed.drift - x @ values.T
     assert loss.error == pytest.approx(np.square(error).sum() / len(x), rel=0.03)
     assert loss.norm == pytest.approx(float((np.square(values) @ inputs.mean_square).sum()), rel=1e-4)
 

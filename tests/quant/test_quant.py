@@ -60,7 +60,7 @@ BLOCK_LAYERS = [
 
 
 def packed_bits(plan: Plan, component: str) -> dict[str, int]:
-    return {layer: packing.storage.bits for layer, (_, packing) in packings(plan.moves(component)).items()}
+    return {layer: packing.form.bits for layer, (_, packing) in packings(plan.moves(component)).items()}
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ class TestPresets:
          (Settings(mode="mxfp8"), "q8", 8), (Settings(recipe="mixed", mode="nvfp4"), "mixed", 4)],
     )  # fmt: skip
     def test_what_is_chosen(self, settings: Settings, recipe: str, bits: int) -> None:
-        assert (settings.rules.name, settings.storage.bits) == (recipe, bits)
+        assert (settings.rules.name, settings.form.bits) == (recipe, bits)
 
     def test_bits_that_the_mode_has_not(self) -> None:
         with pytest.raises(InputError, match="q6 has 6 bits"):
@@ -236,7 +236,7 @@ class TestPresets:
         rule["error"] = 0.07
         (tmp_path / "small.json").write_text(json.dumps(recipe))
         plan, stats = folder_plan(ModelFolder.open(demo_f32)), tmp_path / "stats.safetensors"
-        widths = {m.layer: m.form.shape[1] for m in plan.moves("text_encoder") if m.key.endswith("_proj.weight")}
+        widths = {m.layer: m.spec.shape[1] for m in plan.moves("text_encoder") if m.key.endswith("_proj.weight")}
         draw = np.random.default_rng(0)
         uneven = {layer: 3 * ("self_attn" in layer) * draw.standard_normal(width) for layer, width in widths.items()}
         inputs = {("text_encoder", layer): Inputs(np.exp(logs), 0 * logs) for layer, logs in uneven.items()}

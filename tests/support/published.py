@@ -29,8 +29,8 @@ SIZES = {"F64": 8, "F32": 4, "U32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5
 # Line ends and quotes in the licence text, by its length: escaped in JSON, so they count twice in the file's size.
 ESCAPED = {21426: 420, 21427: 420, 34561: 622, 34562: 623}
 COMFY_QUANT = 72  # bytes of JSON
-Form = tuple[str, tuple[int, ...]]
-Tensors = dict[str, Form]
+Spec = tuple[str, tuple[int, ...]]
+Tensors = dict[str, Spec]
 
 
 def header_names() -> list[str]:
@@ -71,7 +71,7 @@ def _tensors(name: str) -> Tensors:
     data = _data(name)
     tensors: Tensors = {}
     for other, prefix in data.get("like", {}).items():
-        tensors |= {prefix + key: form for key, form in _tensors(other).items()}
+        tensors |= {prefix + key: spec for key, spec in _tensors(other).items()}
     for key in chain(*map(expand, data.get("without", ()))):
         del tensors[key]
     for pattern, (dtype, *shape) in data.get("tensors", {}).items():
@@ -84,8 +84,8 @@ def _tensors(name: str) -> Tensors:
 def quantized_layer(layer: str, kind: str, shape: tuple[int, ...]) -> Tensors:
     """The tensors of a linear layer of this shape as the quantized files store it."""
     rows, columns = shape
-    scalar: Form = ("F32", ())
-    forms: dict[str, Tensors] = {
+    scalar: Spec = ("F32", ())
+    specs: dict[str, Tensors] = {
         "float8_e4m3fn": {"weight": ("F8_E4M3", shape), "weight_scale": scalar, "input_scale": scalar},
         "nvfp4": {
             "weight": ("U8", (rows, columns // 2)), "weight_scale": ("F8_E4M3", (rows, columns // 16)),
@@ -95,7 +95,7 @@ def quantized_layer(layer: str, kind: str, shape: tuple[int, ...]) -> Tensors:
             "weight": ("I8", shape), "weight_scale": ("F32", (rows, 1)), "comfy_quant": ("U8", (COMFY_QUANT,)),
         },
     }  # fmt: skip
-    return {f"{layer}.{part}": form for part, form in forms[kind].items()}
+    return {f"{layer}.{part}": spec for part, spec in specs[kind].items()}
 
 
 def _text(key: str, value: Any) -> str:
@@ -140,7 +140,7 @@ def write_gemma(folder: Path, renamed: Iterable[tuple[str, str]] = ()) -> Path:
     for shard in GEMMA:
         files, metadata, tensors = read_header(shard)
         for pattern, replacement in renamed:
-            tensors = {re.sub(pattern, replacement, name): form for name, form in tensors.items()}
+            tensors = {re.sub(pattern, replacement, name): spec for name, spec in tensors.items()}
         for file in files:
             write_sparse(folder / file, tensors, metadata)
             where |= dict.fromkeys(tensors, file)
