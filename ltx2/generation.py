@@ -7,8 +7,8 @@ from typing import Any
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Warned
+from ltx2.runtime.generate.options import repeated
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.request import repeated
 from ltx2.runtime.generate.resume import state_path
 from ltx2.runtime.generate.sidecar import Sidecar
 from ltx2.runtime.memory.plan import MemoryPlan

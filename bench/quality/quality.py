@@ -34,6 +34,7 @@ from ltx2.convert.inspect import inspect
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Section
 from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.options import COSTS
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.model.layout import ModelFolder
@@ -179,14 +180,13 @@ def _command(model: Path, prompt: str, case: Case) -> str:
 def make_receipt(folders: tuple[ModelFolder, ModelFolder], measured: Quality) -> Row:
     """The receipt of comparing the first folder with the second."""
     model, reference = folders
-    options = ("width", "height", "frames", "fps", "no_audio", "no_upscale", "matmul")
     receipt = {
         "kind": "quality",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_facts(),
         "model": model_facts(model),
         "reference": model_facts(reference),
-        "case": {name: measured.request[name] for name in options},
+        "case": {name: measured.request[name] for name in COSTS},
         **{f"{name}_peak_bytes": max(p[f"{name}_peak_bytes"] for p in measured.peaks) for name in ("mlx", "process")},
         "contexts": {name: _digits(measured.contexts[name].relative) for name in ENDS},
         "layers": _layer_rows(model, measured.layers),

@@ -12,9 +12,10 @@ from ltx2.bench.speed.ceilings import Ceilings
 from ltx2.bench.speed.flops import PhaseWork, count
 from ltx2.bench.speed.host import host_facts, mlx_environment
 from ltx2.bench.speed.stats import Timing
-from ltx2.bench.speed.suite import OPTIONS, Schedule
+from ltx2.bench.speed.suite import Schedule
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.options import COSTS
 from ltx2.runtime.machine.bounded import ceiling as eval_ceiling
 from ltx2.runtime.memory.meter import SAMPLED
 from ltx2.runtime.memory.plan import MemoryPlan
@@ -62,8 +63,8 @@ def circumstances(schedule: Schedule, suite: str | None, ceilings: Sequence[Ceil
 
 def identity(part: str, job: Job) -> dict[str, Any]:
     """What decides how long a case takes, but for the machine and the program."""
-    request = job.request.to_dict()
-    return {"part": part, "options": {name: request[name] for name in OPTIONS}, "model": _model(job.folder)}
+    request = job.request.recorded()
+    return {"part": part, "options": {name: request[name] for name in COSTS}, "model": _model(job.folder)}
 
 
 def case_receipt(case: CaseRuns) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.jsonfile import read_object
+from ltx2.runtime.generate.options import COSTS
 
 FOLDER = Path(__file__).parent / "suites"
 DEFAULT = "quick"
@@ -20,7 +21,6 @@ PARTS: Mapping[str, str] = {
     "denoise": "the stages, and the upscaler between them, from given embeddings",
     "decode": "the decoders, from given latents",
 }
-OPTIONS = ("width", "height", "frames", "fps", "no_audio", "no_upscale", "memory_limit", "low_memory", "matmul")
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,6 @@ def _task(case: dict[str, Any]) -> Task:
     part = case.pop("part", "clip")
     if part not in PARTS:
         raise ValueError(f"there is no part {part!r}, only {', '.join(PARTS)}")
-    if unknown := case.keys() - set(OPTIONS):
-        raise ValueError(f"a case has no option {min(unknown)!r}, only {', '.join(OPTIONS)}")
+    if unknown := case.keys() - set(COSTS):
+        raise ValueError(f"a case has no option {min(unknown)!r}, only {', '.join(COSTS)}")
     return Task(part, tuple(case.items()))

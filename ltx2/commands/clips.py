@@ -5,39 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ltx2.commands.shared import PATH
+from ltx2.commands.shared import PATH, generate_options
 from ltx2.console import Output, common, say_how_to_continue
 from ltx2.runtime.errors import Ltx2Error
 
 if TYPE_CHECKING:
     from ltx2.runtime.memory.plan import MemoryPlan
 
-MATMUL = ("auto", "packed", "dequantized", "widened")  # known here because importing the runtime takes time
-
 
 @click.command()
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", type=PATH, help="Model folder (with --from: that run's).")
 @click.option("-o", "--output", "target", type=PATH, required=True, help="Clip, e.g. clip.mp4.")
-@click.option("--width", type=int, help="Pixels; a multiple of 64 (32 with --no-upscale).")
-@click.option("--height", type=int, help="Pixels; a multiple of 64 (32 with --no-upscale).")
-@click.option("--frames", type=int, help="8k+1, e.g. 121.")
-@click.option("--fps", type=float, help="Frames per second.")
-@click.option("--seed", type=int, help="Same seed, same clip.")
-@click.option("--no-audio", is_flag=True, default=None, help="Write no sound. The picture stays the same.")
-@click.option("--no-upscale", is_flag=True, default=None, help="One stage at full size, without the upscaler.")
-@click.option("--embeddings", metavar="FILE", help="Use saved prompt embeddings; skips the text encoder.")
-@click.option("--save-embeddings", metavar="FILE", help="Save the prompt's embeddings.")
-@click.option("--noise", metavar="FILE", help="Start from these noises instead of the seed.")
-@click.option("--save-latents", metavar="FILE", help="Save the latents before they are decoded.")
-@click.option("--latents", metavar="FILE", help="Decode these latents only.")
+@generate_options()
 @click.option("--from", "sidecar", metavar="CLIP.json", type=PATH, help="Repeat a run.")
-@click.option("--memory-limit", type=float, metavar="GB", help="Stay below; default: what the GPU can use.")
-@click.option("--low-memory", is_flag=True, default=None, help="Take as little as possible; slower.")
-@click.option("--matmul", type=click.Choice(MATMUL), help="With quantized weights; auto: the fastest, measured once.")
 @click.option("--dry-run", is_flag=True, help="Show each phase's memory from headers, and whether it fits; do nothing.")
-@click.option("--checkpoint-every", type=int, metavar="N", help="Keep the state after every N denoise steps.")
-@click.option("--resume", is_flag=True, default=None, help="Continue a run that was cut off, with the same result.")
 @common
 def generate(
     output: Output, target: Path, model: Path | None, sidecar: Path | None, dry_run: bool, **options: Any

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ltx2.commands.clips import MATMUL
 from ltx2.commands.models import MODES
-from ltx2.commands.shared import PATH
+from ltx2.commands.shared import PATH, generate_options
 from ltx2.console import Output, common, refuse_given
+from ltx2.runtime.generate.options import COSTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,15 +29,7 @@ RANDOM_ONLY = ("bits", "mode", "group_size", "recipe")
 @click.option("--recipe", metavar="NAME|FILE", help="Of --random's weights, as for quantize.")
 @click.option("--suite", metavar="NAME|FILE", help="Cases: quick (default), full, parts, sizes, bits, or your file.")
 @click.option("--part", type=click.Choice(["clip", "text", "denoise", "decode"]), help="Only this of every case.")
-@click.option("--width", type=int, help="As for generate, in place of the suite's.")
-@click.option("--height", type=int, help="As for generate.")
-@click.option("--frames", type=int, help="As for generate.")
-@click.option("--fps", type=float, help="As for generate.")
-@click.option("--no-audio", is_flag=True, default=None, help="Leave out the sound's decoding.")
-@click.option("--no-upscale", is_flag=True, default=None, help="One stage at full size.")
-@click.option("--memory-limit", type=float, metavar="GB", help="As for generate.")
-@click.option("--low-memory", is_flag=True, default=None, help="As for generate.")
-@click.option("--matmul", type=click.Choice(MATMUL), help="As for generate.")
+@generate_options(*COSTS)
 @click.option("--repeat", type=int, help="Measured runs of every case; default: the suite's.")
 @click.option("--warmup", type=int, help="Runs before, not measured; default: the suite's.")
 @click.option("--cooldown", type=float, metavar="SECONDS", help="Rest before every run.")

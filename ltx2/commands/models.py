@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ltx2.commands.shared import PATH, follow_fit, follow_model
+from ltx2.commands.shared import PATH, follow_fit, follow_model, generate_options
 from ltx2.console import Output, common, refuse_given
 from ltx2.runtime.errors import Ltx2Error
 
@@ -116,14 +116,8 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
 @click.option("--prompts", type=PATH, metavar="FILE", help="One prompt per line; default: 16 that come with ltx2.")
 @click.option("--sensitivity", is_flag=True, help="Also measure which layers matter most, for quantize --fit.")
 @click.option("--gptq", is_flag=True, help="Also keep some denoise steps for quantize --method gptq: 20 MB a prompt.")
-@click.option("--width", type=int, help="As for generate.")
-@click.option("--height", type=int, help="As for generate.")
-@click.option("--frames", type=int, help="As for generate.")
-@click.option("--fps", type=float, help="As for generate.")
+@generate_options("width", "height", "frames", "fps", "no_upscale", "memory_limit", "low_memory")
 @click.option("--seed", type=int, help="Of the first prompt; the others count on from it.")
-@click.option("--no-upscale", is_flag=True, default=None, help="As for generate.")
-@click.option("--memory-limit", type=float, metavar="GB", help="As for generate.")
-@click.option("--low-memory", is_flag=True, default=None, help="As for generate.")
 @common
 def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, gptq: bool, **options: Any) -> None:
     """Measure what a model's layers are given, for quantize --stats.

@@ -1,12 +1,14 @@
 """What several commands have in common."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ltx2.console import Output
+from ltx2.console import Command, Output
+from ltx2.runtime.generate.options import ROWS, Choice, File, Flag, Number, Option, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,6 +19,28 @@ if TYPE_CHECKING:
     from ltx2.runtime.events import Event
 
 PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a file is said by what reads it
+TYPES = {Whole: int, Number: float}
+
+
+def generate_options(*names: str) -> Callable[[Command], Command]:
+    """Options of `generate` on a command, as its table has them: all that a command line takes, or those `names`. What
+    is not given is None."""
+
+    def add(command: Command) -> Command:
+        for name in reversed(names or [name for name, row in ROWS.items() if row.command]):
+            command = _option(ROWS[name], not names)(command)
+        return command
+
+    return add
+
+
+def _option(row: Option[Any, Any], explained: bool) -> Callable[[Command], Command]:
+    text = row.help if explained else "As for generate."
+    if isinstance(row, Flag):
+        return click.option(row.flag, is_flag=True, default=None, help=text)
+    file = "FILE" if isinstance(row, File) else None
+    kind = click.Choice(row.choices) if isinstance(row, Choice) else TYPES.get(type(row), str)
+    return click.option(row.flag, type=kind, metavar=row.metavar or file, help=text)
 
 
 def follow_model(output: Output, events: "Iterable[Event]", report: Path | None = None) -> tuple[dict[str, Any], str]:

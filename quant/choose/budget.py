@@ -15,13 +15,12 @@ from ltx2.quant.recipes.recipe import BITS, EVERY, load_recipe
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.generate.presets import Stage, decoding_preset
-from ltx2.runtime.generate.request import Sizes
 from ltx2.runtime.memory.activations import denoise_step
 from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
-from ltx2.runtime.sampling.latents import Grid, Scales
+from ltx2.runtime.sampling.latents import Grid, Scales, Sizes
 
 NEEDED = (TRANSFORMER, "video_vae", "audio_vae")  # their configurations say what a clip takes
 GIB = 1 << 30

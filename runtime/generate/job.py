@@ -8,7 +8,7 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.generate.exchange import Contexts, read_embeddings, read_latents, read_noise
 from ltx2.runtime.generate.presets import Preset, Stage, decoding_preset, load_preset
-from ltx2.runtime.generate.request import Request, Sizes
+from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.sidecar import sidecar_path
 from ltx2.runtime.media.video import check_target
 from ltx2.runtime.model.layout import ModelFolder
@@ -17,7 +17,7 @@ from ltx2.runtime.networks.load import check_network, encode_prompt
 from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
-from ltx2.runtime.sampling.latents import Grid, Latents, Scales
+from ltx2.runtime.sampling.latents import Grid, Latents, Scales, Sizes
 
 DECODERS = ("video_vae", "audio_vae", "vocoder")
 
@@ -43,7 +43,7 @@ class Job:
         if request.latents is not None:
             request = request.for_latents(self.read_latents(request.latents).video.shape, self.scales)
         self.request = request.with_defaults(self.preset)
-        self.sizes = Sizes.of(self.request)
+        self.sizes = self.request.sizes
         self.sizes.check(self.scales, self.preset.stages, self.video_config.smallest_side)
 
     @property

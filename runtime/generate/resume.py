@@ -4,7 +4,6 @@ One tensor file beside the clip. It holds the running stage's latents, what the 
 later stages' noise), and, as metadata, the request and the model it belongs to. After the last denoise step it is a
 latents file like any other."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,14 +15,11 @@ from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.generate.exchange import Contexts, read_tensors, write_tensors
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.options import ROWS, File
 from ltx2.runtime.sampling.latents import Latents
 
 RECORD = "run"  # the metadata's key
 START_AGAIN = "leave out --resume to start from the beginning"
-# The options that decide what is sampled; the rest is free to change when a run is continued.
-OPTIONS = ("prompt", "width", "height", "frames", "fps", "seed", "no_upscale")
-FILES = ("embeddings", "noise")
 
 
 def state_path(clip: Path) -> Path:
@@ -60,8 +56,8 @@ class Owner:
 
     @classmethod
     def of(cls, job: Job) -> "Owner":
-        request, hashes = job.request, job.folder.hashes()
-        return cls(_deciding(request), {name: hashes[name] for name in sorted(job.components)})
+        hashes = job.folder.hashes()
+        return cls(job.request.identity(), {name: hashes[name] for name in sorted(job.components)})
 
     def check(self, given: "Owner", path: Path) -> None:
         """Raises InputError, naming the first difference, when `given` is not what made the state at `path`."""
@@ -77,18 +73,8 @@ class Owner:
                 raise InputError(what, why, f"use the same model folder, or {START_AGAIN}")
 
 
-def _deciding(request: Request) -> dict[str, Any]:
-    """Files count by content, and stand for the options they leave nothing to do."""
-    options = {name: getattr(request, name) for name in OPTIONS}
-    for name, replaced in zip(FILES, ("prompt", "seed"), strict=True):
-        if (path := getattr(request, name)) is not None:
-            options[replaced] = None
-            options[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return options
-
-
 def _shown(name: str, value: Any) -> str:
-    if name in FILES:
+    if isinstance(ROWS.get(name), File):
         return f"another {name} file" if value else f"no {name} file"
     return f"{name.replace('_', ' ')} {value!r}" if value is not None else f"no {name.replace('_', ' ')}"
 

@@ -9,7 +9,8 @@ from typing import Any
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.files.jsonfile import read_object
-from ltx2.runtime.generate.request import UNRECORDED, Request
+from ltx2.runtime.generate.options import ROWS
+from ltx2.runtime.generate.request import Request
 from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.model.layout import ModelFolder
 
@@ -23,7 +24,7 @@ def make_record(folder: ModelFolder, request: Request, phases: Sequence[PhaseDon
     """The sidecar's content: a request with all its defaults, the model, this machine, and what each phase took."""
     manifest = folder.manifest
     return {
-        "request": request.to_dict(),
+        "request": request.recorded(),
         "model": {
             "path": str(folder.path.absolute()),
             "release": manifest.release,
@@ -72,8 +73,8 @@ class Sidecar:
             raise _not_repeated(path, error.strerror or str(error)) from error
         except (ValueError, LookupError, TypeError) as error:
             raise _not_repeated(path, "it is not the record of a clip") from error
-        saved = ("save_embeddings", "save_latents", *UNRECORDED)
-        return cls({n: v for n, v in request.items() if v is not None and n not in saved}, model, files)
+        again = {name for name, row in ROWS.items() if row.recorded and row.repeated}
+        return cls({n: v for n, v in request.items() if v is not None and n in again}, model, files)
 
 
 def _not_repeated(path: Path, why: str) -> InputError:

@@ -114,7 +114,6 @@ def _linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.a
 
 
 PRODUCTS: Mapping[str, Product] = {"packed": packed, "dequantized": dequantized, "widened": widened}
-CHOICES = (AUTO, *PRODUCTS)
 
 
 @dataclass(frozen=True)

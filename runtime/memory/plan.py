@@ -14,7 +14,6 @@ from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.files.tensors import TensorInfo
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.presets import Stage
-from ltx2.runtime.generate.request import Sizes
 from ltx2.runtime.layers.packed import UNPACKABLE
 from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.media.video import encoding_memory
@@ -28,6 +27,7 @@ from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
 from ltx2.runtime.networks.video_vae.tiling import Tiling, tilings
+from ltx2.runtime.sampling.latents import Sizes
 
 GB = 10**9
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}

@@ -2,12 +2,14 @@
 
 One frame rate serves positions, audio length and the written file: mixing 24 and 25 breaks the sync."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from ltx2.runtime.errors import InputError
 from ltx2.runtime.layers.rope import Positions
 
 AUDIO_FREQUENCIES = 16  # latent mel bins per audio latent
@@ -50,6 +52,59 @@ class Grid:
     @property
     def tokens(self) -> int:
         return self.frames * self.height * self.width
+
+
+class Scaled(Protocol):
+    """A stage, as far as its size goes: the sides are the clip's divided by `downscale`."""
+
+    @property
+    def downscale(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a complete request makes: pixels, frames, rate."""
+
+    width: int
+    height: int
+    frames: int
+    fps: float
+
+    def check(self, scales: Scales, stages: Sequence[Scaled], smallest: int) -> None:
+        """`smallest`: pixels of the shortest side that can be decoded. Raises InputError naming both nearest valid
+        values."""
+        multiple = scales.spatial * max((stage.downscale for stage in stages), default=1)
+        smallest = -(-smallest // multiple) * multiple
+        for name, value in (("width", self.width), ("height", self.height)):
+            if value < smallest or value % multiple:
+                why = f"it must be a multiple of {multiple}, at least {smallest}"
+                raise _invalid(name, value, _nearest(value, multiple, smallest), why)
+        step = scales.temporal
+        if self.frames < 1 or (self.frames - 1) % step:
+            raise _invalid("frames", self.frames, _nearest(self.frames, step, 1), f"it must be {step}k+1")
+        if not 1 <= self.fps <= 240:
+            raise InputError(f"fps {self.fps:g} is not valid", "it must be between 1 and 240", "use 24, 25 or 30")
+
+    def grid(self, stage: Scaled, scales: Scales, channels: int, audio_channels: int) -> Grid:
+        """The latent grid of one stage."""
+        return Grid(
+            channels,
+            (self.frames - 1) // scales.temporal + 1,
+            self.height // stage.downscale // scales.spatial,
+            self.width // stage.downscale // scales.spatial,
+            audio_channels,
+            audio_latent_count(self.frames, self.fps, scales),
+        )
+
+
+def _nearest(value: int, step: int, smallest: int) -> list[int]:
+    """The valid values around `value`, of smallest, smallest + step, ..."""
+    below = value - (value - smallest) % step
+    return sorted({max(below, smallest), max(below + step, smallest)})
+
+
+def _invalid(name: str, value: int, nearest: list[int], why: str) -> InputError:
+    return InputError(f"{name} {value} is not valid", why, f"use {' or '.join(str(n) for n in nearest)}")
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from ltx2.bench.speed.cases import RandomWeights, bench_cases
 from ltx2.bench.speed.compare import compare, read_receipt, table
 from ltx2.bench.speed.receipt import tables
 from ltx2.bench.speed.run import Benched, Case, run_bench
-from ltx2.bench.speed.suite import OPTIONS, PARTS, Schedule, Suite, Task, load_suite, suite_names
+from ltx2.bench.speed.suite import PARTS, Schedule, Suite, Task, load_suite, suite_names
 from ltx2.bench.speed.table import markdown, tables_in
 from ltx2.bench.speed.trace import MemoryTrace
 from ltx2.runtime.errors import DoesNotFitError, InputError
 from ltx2.runtime.events import Event, Noted, PhaseDone, Warned
+from ltx2.runtime.generate.options import COSTS
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.machine.process import disk_bytes_read, memory_now, process_peak_memory
 from ltx2.runtime.model.layout import ModelFolder
@@ -143,7 +144,7 @@ class TestRuns:
         events, receipt = parts
         case = receipt["cases"][1]
         done = {event.name: event for event in events if isinstance(event, PhaseDone)}
-        assert case["options"] == dict.fromkeys(OPTIONS) | dict(SMALL) | {
+        assert case["options"] == dict.fromkeys(COSTS) | dict(SMALL) | {
             "fps": 24.0, "no_audio": False, "no_upscale": False, "low_memory": False, "matmul": "auto",
         }  # fmt: skip
         (ceiling,) = receipt["ceilings"]

@@ -13,12 +13,11 @@ import pytest
 
 import ltx2
 from ltx2 import api
-from ltx2.bench.speed.suite import OPTIONS
 from ltx2.cli import cli
 from ltx2.runtime.errors import InputError, ModelFolderError
 from ltx2.runtime.events import Event, PhaseDone, PhaseStarted, StepDone
 from ltx2.runtime.generate.clip import Generated, Saved
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.options import COSTS, ROWS
 from ltx2.runtime.media.video import read_video
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support.official import GEMMA, MONOLITH, UPSCALER
@@ -68,7 +67,7 @@ def options(command: str) -> set[str]:
 class TestSameAsTheCommandLine:
     def test_generate(self) -> None:
         only_in_python = {"output", "state"}  # the command always has a target; its state lies beside that
-        assert options("generate") == set(Request.__dataclass_fields__) - only_in_python
+        assert options("generate") == ROWS.keys() - only_in_python
 
     @pytest.mark.parametrize("name", ["convert", "quantize"])
     def test_functions(self, name: str) -> None:
@@ -87,7 +86,7 @@ class TestSameAsTheCommandLine:
         """Those that change what a clip costs; the others say what is measured, how often, and what becomes of it."""
         own = {"models", "part", "suite", "repeat", "warmup", "cooldown", "compare", "out", "plot"}
         own |= {"random", "bits", "mode", "group_size", "recipe"} | {"compared", "reference", "prompts"}
-        assert options("bench") - own <= options("generate") and set(OPTIONS) <= options("bench")
+        assert options("bench") - own <= options("generate") and set(COSTS) <= options("bench")
 
 
 class TestConvert:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from ltx2.runtime.errors import InputError
+from ltx2.runtime.generate.options import repeated
 from ltx2.runtime.generate.presets import load_preset
-from ltx2.runtime.generate.request import Request, Sizes, repeated
-from ltx2.runtime.sampling.latents import Scales
+from ltx2.runtime.generate.request import Request
+from ltx2.runtime.sampling.latents import Scales, Sizes
 
 SCALES = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)
 PRESET = load_preset("2.0", "distilled")
@@ -171,7 +172,7 @@ class TestOptions:
 
     def test_the_record_names_files_by_absolute_path(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.chdir(tmp_path)
-        record = Request(prompt="x", noise="n.safetensors").to_dict()
+        record = Request(prompt="x", noise="n.safetensors").recorded()
         assert (record["noise"], record["prompt"]) == (str(tmp_path / "n.safetensors"), "x")
         assert record["latents"] is None
 
