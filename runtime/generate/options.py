@@ -133,13 +133,12 @@ class Number(Option[SupportsFloat | None, float | None]):
         return float(value)
 
 
+@dataclass(eq=False)
 class Flag(Option[bool | None, bool]):
     """On or off."""
 
+    default: Any = False
     kind = "true or false"
-
-    def __post_init__(self) -> None:
-        self.default = False
 
     def read(self, value: Any) -> bool:
         if value not in (True, False):

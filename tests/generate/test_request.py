@@ -119,9 +119,10 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("given", "left"),
         [
-            ({"seed": 2}, {"prompt": "a", "width": 64, "noise": "n", "embeddings": "e", "seed": 2}),
+            ({"seed": 2}, {"prompt": "a", "width": 64, "embeddings": "e", "seed": 2}),
             ({"prompt": "b"}, {"prompt": "b", "width": 64, "noise": "n", "seed": 1}),
             ({"embeddings": "f"}, {"width": 64, "noise": "n", "embeddings": "f", "seed": 1}),
+            ({"noise": "o"}, {"prompt": "a", "width": 64, "noise": "o", "embeddings": "e"}),
             ({"latents": "l"}, {"latents": "l", "seed": 1}),
         ],
     )
@@ -154,11 +155,11 @@ class TestOptions:
             ("fps", "fast", "number"),
             ("no_audio", "no", "true or false"),
             ("noise", 7, "text or path"),
-            ("prompt", b"bytes", "text or path"),
+            ("prompt", b"bytes", "text"),
         ],
     )
     def test_values_of_the_wrong_type(self, name: str, value: object, kind: str) -> None:
-        with pytest.raises(InputError, match=f"{name} .*must be a? ?{kind}"):
+        with pytest.raises(InputError, match=f"{name.replace('_', ' ')} .*must be a? ?{kind}"):
             Request.from_options({name: value})
 
     @pytest.mark.parametrize("seed", [0, 1, (1 << 64) - 1])
