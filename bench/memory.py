@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ltx2.bench.speed.stats import write_receipt
@@ -26,8 +25,9 @@ from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.load import build_network
 from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
 from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.networks.video_vae.frames import decode_frames
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
-from ltx2.runtime.networks.video_vae.tiling import Tiling, decode_frames, tilings
+from ltx2.runtime.networks.video_vae.tiles import Tiling, tilings
 from ltx2.runtime.sampling.denoise import denoise
 from ltx2.runtime.sampling.latents import AUDIO_FREQUENCIES, Grid, Latents, Scales, audio_positions, video_positions
 
@@ -154,16 +154,15 @@ def video() -> Iterator[Row]:
         row: Row = {"case": "video decode", "latent": latent, "tiling": None}
         yield from both(row, partial(_frames, vae, latent, None), weights)
     for latent in TILED:
-        for tiling in tilings(vae, *latent)[:4]:
+        for tiling in tilings(vae, latent)[:4]:
             sizes = None if tiling is None else list(vars(tiling).values())
             row = {"case": "video decode", "latent": latent, "tiling": sizes}
             yield measure(row, partial(_frames, vae, latent, tiling), weights)
 
 
 def _frames(vae: VideoAutoencoder, latent: tuple[int, int, int], tiling: Tiling | None) -> None:
-    for group in decode_frames(vae, mx.zeros((1, 128, *latent)), tiling):
-        np.array(mx.round(group * 255).astype(mx.uint8))
-        del group
+    for _ in decode_frames(vae, mx.zeros((1, 128, *latent)), tiling):
+        pass
 
 
 def audio() -> Iterator[Row]:

@@ -17,7 +17,7 @@ from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.modulation import FREQUENCIES
 from ltx2.runtime.networks.upsampler import RATIONAL_SCALES, UpsamplerConfig
-from ltx2.runtime.networks.video_vae.config import ResampleStage, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.config import Size, VideoVAEConfig
 from ltx2.runtime.sampling.latents import Grid
 
 FLOAT32 = 4
@@ -181,20 +181,10 @@ def upscale(config: UpsamplerConfig, grid: Grid) -> Work:
     return sum(inner, ends + convolution(sizes[0], 9, mid, mid * up * up))
 
 
-def decode_video(config: VideoVAEConfig, latents: tuple[int, ...]) -> Work:
+def decode_video(config: VideoVAEConfig, latents: Size) -> Work:
     """`latents`: frames, height, width."""
-    channels, sizes = config.decoder_channels, latents
-    work = convolution(prod(sizes), 27, config.latent_channels, channels)
-    for stage in config.decoder_stages:
-        if isinstance(stage, ResampleStage):
-            widened = channels * prod(stage.stride) // stage.multiplier
-            work += convolution(prod(sizes), 27, channels, widened)
-            channels //= stage.multiplier
-            sizes = tuple(n * s for n, s in zip(sizes, stage.stride, strict=True))
-            sizes = (sizes[0] - stage.stride[0] + 1, *sizes[1:])
-        else:
-            work += convolution(prod(sizes), 27, channels, channels) * (2 * stage.num_layers)
-    return work + convolution(prod(sizes), 27, channels, 3 * config.patch_size**2)
+    layers = config.decoder.convolutions(latents)
+    return sum((convolution(prod(c.size), 27, c.inputs, c.outputs) * c.times for c in layers), Work())
 
 
 def decode_audio(config: AudioVAEConfig, frames: int) -> Work:

@@ -39,8 +39,8 @@ from ltx2.runtime.networks.text.gemma3 import Gemma3TextEncoder
 from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler
+from ltx2.runtime.networks.video_vae.frames import decode_frames
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
-from ltx2.runtime.networks.video_vae.tiling import decode_frames
 from ltx2.runtime.sampling.denoise import check_latents, denoise, mix_noise
 from ltx2.runtime.sampling.latents import Latents, audio_positions, video_positions
 
@@ -361,9 +361,7 @@ class Run:
         network = self._load("video_vae", VideoAutoencoder)
         read_weights(network.decoder)
         phase.loaded()
-        for group in decode_frames(network, latents, self.plan.tiling):
-            frames = np.array(mx.round(group * 255).astype(mx.uint8))
-            del group  # not held while the next tile is decoded
+        for frames in decode_frames(network, latents, self.plan.tiling):
             done = phase.step()
             write(frames)
             phase.pause()

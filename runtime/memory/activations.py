@@ -12,9 +12,10 @@ from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import RATIONAL_SCALES, UpsamplerConfig
-from ltx2.runtime.networks.video_vae.config import ResampleStage, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.config import Size, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.frames import FRAMES_PER_GROUP
 from ltx2.runtime.networks.video_vae.layers import LARGE
-from ltx2.runtime.networks.video_vae.tiling import FRAMES_PER_GROUP, Tiling
+from ltx2.runtime.networks.video_vae.tiles import Interval, Tiles
 from ltx2.runtime.sampling.latents import Grid
 
 MB = 10**6
@@ -94,96 +95,57 @@ def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
     return Activations(needed, full - needed, unit)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How a clip of so many latents (frames, height, width) is decoded."""
-
-    latents: tuple[int, int, int]
-    tiling: Tiling | None
-    config: VideoVAEConfig
-
-    @property
-    def frames(self) -> int:
-        """Latents along time of the longest tile: all but the first start one early."""
-        length, t = self.latents[0], self.tiling
-        if t is None or length * self.config.temporal_scale <= t.frames:
-            return length
-        size, overlap = t.frames // self.config.temporal_scale, t.frame_overlap // self.config.temporal_scale
-        return max(size, min(size + 1, length - (size - overlap) + 1))
-
-    def spans(self) -> tuple[list[tuple[int, int, int]], ...]:
-        """Of rows and columns the first tile and the last two: (start, stop, stop of the one before)."""
-        _, height, width = self.latents
-        if self.tiling is None:
-            return [(0, height, 0)], [(0, width, 0)]
-        scale = self.config.spatial_scale
-        sizes, overlap = (self.tiling.height // scale, self.tiling.width // scale), self.tiling.overlap // scale
-        return tuple(_ends(length, size, overlap) for length, size in zip((height, width), sizes, strict=True))
-
-    def pieces(self) -> list[tuple[int, int, int]]:
-        """(height, width) of the tiles that can take most, and the latents per frame that are decoded before them."""
-        rows, columns = self.spans()
-        width = self.latents[2]
-        return [
-            (bottom - top, right - left, above * width + (bottom - above) * before)
-            for top, bottom, above in rows
-            for left, right, before in columns
-        ]
-
-
-def _ends(length: int, size: int, overlap: int) -> list[tuple[int, int, int]]:
-    step = size - overlap
-    count = max(1, -(-(length - overlap) // step))
-    spans = ((i * step, min(i * step + size, length)) for i in sorted({0, max(0, count - 2), count - 1}))
-    return [(start, stop, start + overlap if start else 0) for start, stop in spans]
-
-
-def decode_video(tiles: Tiles, itemsize: int, unfold: bool) -> Activations:
+def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bool) -> Activations:
     """The largest layer of a tile, beside the tiles that are added up so far and the frames that wait for more.
     `unfold`: convolutions without a kernel of their own copy their input 27 times."""
-    config, tiling, space = tiles.config, tiles.tiling, tiles.config.spatial_scale
-    pixels = prod(tiles.latents[1:]) * space * space * 3
-    frames = (tiles.frames - 1) * config.temporal_scale + 1
-    cut = tiling is not None and tiles.frames < tiles.latents[0]
-    waiting = (tiling.frame_overlap + 1) * pixels * FLOAT32 if cut and tiling is not None else 0
+    space = config.spatial_scale
+    _, height, width = tiles.latents
+    pixels = height * width * space * space * 3
+    longest = max(stop - max(0, start - 1) for start, stop in tiles.times)  # all but the first start one early
+    frames = (longest - 1) * config.temporal_scale + 1
+    waiting = 0
+    if tiles.tiling is not None and longest < tiles.latents[0]:
+        waiting = (tiles.tiling.frame_overlap + 1) * pixels * FLOAT32
     latents = prod(tiles.latents) * config.latent_channels * FLOAT32
-    pieces = tiles.pieces()
+    pieces = [
+        (bottom - top, right - left, above * width + (bottom - above) * before)
+        for top, bottom, above in _ends(tiles.rows)
+        for left, right, before in _ends(tiles.columns)
+    ]
     several = len(pieces) > 1
     per_latent = frames * space * space * 3  # values of a tile's frames
     # When all tiles are there: what waits for the next ones is put together, groups of frames leave.
     whole = frames * pixels * (FLOAT32 if several else itemsize)
     needed = full = whole + max(2 * waiting, 3 * FRAMES_PER_GROUP * pixels * FLOAT32)
-    for height, width, before in pieces:
-        tile = _decode_tile(config, (tiles.frames, height, width), itemsize, unfold)
-        adding = height * width * per_latent * (2 * FLOAT32 + itemsize) if several else 0
+    largest = 0
+    for tile_height, tile_width, before in pieces:
+        tile = _decode_tile(config, (longest, tile_height, tile_width), itemsize, unfold)
+        adding = tile_height * tile_width * per_latent * (2 * FLOAT32 + itemsize) if several else 0
         late = 100 * MB + 3 * tile.largest // 4 if several else 0  # of the tile before, not yet free
         needed = max(needed, before * per_latent * FLOAT32 + max(tile.needed, adding))
         full = max(full, before * per_latent * FLOAT32 + max(tile.full + late, adding))
-    return Activations(waiting + latents + needed, full - needed, tile.largest)
+        largest = tile.largest
+    return Activations(waiting + latents + needed, full - needed, largest)
 
 
-def _decode_tile(config: VideoVAEConfig, tile: tuple[int, int, int], itemsize: int, unfold: bool) -> Activations:
+def _ends(tiles: list[Interval]) -> list[tuple[int, int, int]]:
+    """Of the first tile and the last two, which no other outweighs: start, stop, and the stop of the one before."""
+    last = len(tiles) - 1
+    return [(*tiles[i], tiles[i - 1][1] if i else 0) for i in sorted({0, max(0, last - 1), last})]
+
+
+def _decode_tile(config: VideoVAEConfig, tile: Size, itemsize: int, unfold: bool) -> Activations:
     """A residual block's input and the padded copy of it, normalised, beside the convolution's result; and what is
     normalised until the device has read it."""
-    unit, padded = (values * itemsize for values in _largest_layer(config, tile))
+    layers = (
+        (c.inputs * prod(c.size), c.inputs * prod(n + 2 for n in c.size)) for c in config.decoder.convolutions(tile)
+    )
+    unit, padded = (values * itemsize for values in max(layers))
     copies = 27 * padded if unfold else 0
     if unit >= LARGE:
         return Activations(2 * unit + padded + copies, unit, unit)
     # Small arrays are not waited for.
     return Activations(3 * unit + padded + copies, min(4 * unit, 90 * MB) + copies, unit)
-
-
-def _largest_layer(config: VideoVAEConfig, tile: tuple[int, int, int]) -> tuple[int, int]:
-    """Values of the decoder's largest layer for a tile of latents (frames, height, width), and with its border."""
-    channels, sizes = config.decoder_channels, [(0, 0)]
-    frames, height, width = tile
-    for stage in config.decoder_stages:
-        if isinstance(stage, ResampleStage):
-            channels //= stage.multiplier
-            frames, height, width = (n * s for n, s in zip((frames, height, width), stage.stride, strict=True))
-            frames -= stage.stride[0] - 1
-        sizes.append((frames * height * width * channels, (frames + 2) * (height + 2) * (width + 2) * channels))
-    return max(sizes)
 
 
 def decode_audio(config: AudioVAEConfig, audio_frames: int) -> Activations:

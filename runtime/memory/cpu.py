@@ -34,7 +34,7 @@ def upscale(config: UpsamplerConfig, unit: int, itemsize: int) -> int:
 
 def decode_video(config: VideoVAEConfig, itemsize: int) -> int:
     """Beside unfolded convolutions, which depend on the tile."""
-    return _widened(TAPS_3D * config.decoder_channels**2, itemsize)
+    return _widened(TAPS_3D * config.decoder.width**2, itemsize)
 
 
 def decode_audio(config: AudioVAEConfig, audio_frames: int) -> int:

@@ -19,14 +19,14 @@ from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.media.video import encoding_memory
 from ltx2.runtime.memory import activations as network
 from ltx2.runtime.memory import cpu as cpu
-from ltx2.runtime.memory.activations import Activations, Tiles
+from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.meter import limited, reusable_memory
 from ltx2.runtime.memory.streaming import block_of, choose_streamed, held_bytes
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
-from ltx2.runtime.networks.video_vae.tiling import Tiling, tilings
+from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling, tilings
 from ltx2.runtime.sampling.latents import Sizes
 
 GB = 10**9
@@ -196,7 +196,7 @@ class Model:
         """The first tiling that stays below the limit, else the one that takes least."""
         grid, config = self.job.grid(FULL, sizes), self.job.video_config
         found = []
-        for tiling in tilings(config, grid.frames, grid.height, grid.width):
+        for tiling in tilings(config, (grid.frames, grid.height, grid.width)):
             needs = tuple(self.needs(sizes, tiling))
             least = next(need.least for need in needs if need.name == "video_vae")
             if _least(needs) <= limit:
@@ -286,7 +286,7 @@ class Model:
             yield Need("vocoder", self.weights("vocoder"), used)
         video, width = self.job.video_config, self.itemsize("video_vae")
         tiles = Tiles((grid.frames, grid.height, grid.width), tiling, video)
-        used = network.decode_video(tiles, width, uses_cpu()).beside(on_cpu(cpu.decode_video(video, width)))
+        used = network.decode_video(video, tiles, width, uses_cpu()).beside(on_cpu(cpu.decode_video(video, width)))
         yield Need("video_vae", self.weights("video_vae", "decoder."), used, self._clip(sizes))
 
     def _clip(self, sizes: Sizes) -> int:

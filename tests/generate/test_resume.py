@@ -18,7 +18,7 @@ import ltx2
 from ltx2.cli import run
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import open_tensorfile
-from ltx2.runtime.networks.video_vae.tiling import decode_frames
+from ltx2.runtime.networks.video_vae.frames import decode_frames
 from tests.support.command import SIZE, Here
 from tests.support.programs import ffmpeg_that
 

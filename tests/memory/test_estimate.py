@@ -16,7 +16,7 @@ from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.media.video import encoding_memory
 from ltx2.runtime.memory import activations
-from ltx2.runtime.memory.activations import Activations, Tiles
+from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.plan import COMMAND_BUFFER, MemoryPlan
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
@@ -24,7 +24,7 @@ from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
-from ltx2.runtime.networks.video_vae.tiling import Tiling, tilings
+from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling, tilings
 from ltx2.runtime.sampling.latents import Grid
 from tests.support.command import Here
 from tests.support.official import DEMO
@@ -173,8 +173,8 @@ class TestLimit:
         config = video_config()
         for latents in [(16, 16, 24), (61, 32, 18), (16, 34, 60)]:
             sizes = [
-                activations.decode_video(Tiles(latents, tiling, config), 2, False).needed
-                for tiling in tilings(config, *latents)
+                activations.decode_video(config, Tiles(latents, tiling, config), 2, False).needed
+                for tiling in tilings(config, latents)
             ]
             assert sizes == sorted(sizes, reverse=True) and len(sizes) > 4
 
@@ -269,8 +269,8 @@ def planned(row: dict[str, Any]) -> Activations:
     frames, height, width = row.get("latent", (1, 1, 1))
     grid = Grid(128, frames, height, width, 8, audio)
     if case == "video decode":
-        tiling = Tiling(*row["tiling"]) if row["tiling"] else None
-        return activations.decode_video(Tiles(tuple(row["latent"]), tiling, video_config()), 2, False)
+        tiling, config = Tiling(*row["tiling"]) if row["tiling"] else None, video_config()
+        return activations.decode_video(config, Tiles((frames, height, width), tiling, config), 2, False)
     if case == "denoise step":
         return activations.denoise_step(TransformerConfig.from_dict(NETWORKS["transformer"][1]), grid, 1024, 2)
     if case == "upscaler":

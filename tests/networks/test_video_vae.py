@@ -14,18 +14,11 @@ from mlx.utils import tree_map
 from ltx2.runtime.errors import ConfigError, InputError, UnsupportedError
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
-from ltx2.runtime.networks.video_vae import layers, tiling
+from ltx2.runtime.networks.video_vae import layers
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
-from ltx2.runtime.networks.video_vae.decoder import largest_activation
+from ltx2.runtime.networks.video_vae.frames import FRAMES_PER_GROUP, VideoDecoder, decode_frames, decode_tiles
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder, build
-from ltx2.runtime.networks.video_vae.tiling import (
-    Tiling,
-    VideoDecoder,
-    auto_tiling,
-    decode_frames,
-    intervals,
-    temporal_spans,
-)
+from ltx2.runtime.networks.video_vae.tiles import Tiling, intervals, temporal_spans, tilings
 from tests.support.golden import golden
 from tests.support.official import Official
 from tests.support.parity import relative_l2, require
@@ -78,7 +71,8 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def decoded(vae: VideoDecoder, latents: mx.array, tiles: Tiling | None = None) -> np.ndarray:
-    return np.array(mx.concatenate(list(decode_frames(vae, latents, tiles))))
+    """Frames (F, H, W, 3) in [0, 1], neither clamped nor rounded."""
+    return np.concatenate([(np.array(group) + 1) / 2 for group in decode_tiles(vae, latents, tiles)])
 
 
 # --- against diffusers
@@ -196,9 +190,10 @@ def test_bf16_is_not_promoted(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("prompt", ["a", "b"])
 def test_golden_frames(trained: VideoAutoencoder, figure: Figure, prompt: str) -> None:
-    frames = decoded(trained, mx.array(golden(f"{prompt}.stage2.video_latent")))
-    levels = np.abs(np.rint(frames * 255) - golden(f"{prompt}.frames").astype(np.float32))
-    figure(f"video_vae golden {prompt}: share of values off by more than a level", np.mean(levels > 1), limit=1e-3)
+    frames = np.concatenate(list(decode_frames(trained, mx.array(golden(f"{prompt}.stage2.video_latent")))))
+    assert frames.dtype == np.uint8
+    off = np.abs(frames.astype(int) - golden(f"{prompt}.frames"))
+    figure(f"video_vae golden {prompt}: share of values off by more than a level", np.mean(off > 1), limit=1e-3)
 
 
 @pytest.mark.parametrize("prompt", ["a", "b"])
@@ -269,7 +264,7 @@ def test_frames_stream_while_tiles_decode() -> None:
 def test_groups_are_small() -> None:
     groups = [group.shape[0] for group in decode_frames(LocalVAE(), local_latents(40, 2, 2))]
     assert sum(groups) == 79
-    assert max(groups) == tiling.FRAMES_PER_GROUP
+    assert max(groups) == FRAMES_PER_GROUP
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(10, 3), (24, 2), (3, 2), (5, 0)])
@@ -283,7 +278,7 @@ def test_intervals_cover(size: int, overlap: int) -> None:
 
 
 def test_temporal_tile_starts_one_latent_early_with_weight_zero() -> None:
-    first, second, third = temporal_spans(length=20, size=10, overlap=3, scale=8)
+    first, second, third = temporal_spans(intervals(length=20, size=10, overlap=3), scale=8)
     assert (first.source, second.source, third.source) == (slice(0, 10), slice(6, 17), slice(13, 20))
     assert (second.target.start, second.target.stop) == (48, 129)
     assert second.weights[0] == 0
@@ -304,11 +299,11 @@ def test_temporal_tile_starts_one_latent_early_with_weight_zero() -> None:
         (64, 800, 9, Tiling(96, 768, 64, 80, 24)),
     ],
 )
-def test_automatic_tiles(height: int, width: int, frames: int, expected: Tiling | None) -> None:
+def test_lightricks_tiles(height: int, width: int, frames: int, expected: Tiling | None) -> None:
     class Published(LocalVAE):
         spatial_scale, temporal_scale = 32, 8
 
-    assert auto_tiling(Published(), (frames - 1) // 8 + 1, height // 32, width // 32) == expected
+    assert tilings(Published(), ((frames - 1) // 8 + 1, height // 32, width // 32))[0] == expected
 
 
 # --- tiles: the trained decoder
@@ -389,7 +384,7 @@ def test_largest_activation(official: Official, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(layers.CausalConv3d, "__call__", spy_convolve)
     monkeypatch.setattr(layers, "_extend", spy_extend)
     network.decode(mx.zeros((1, network.config.latent_channels, 3, 2, 3)))
-    bound = largest_activation(network.config, 3, 2, 3)
+    bound = network.config.decoder.largest_array((3, 2, 3))
     assert max(sizes) <= bound <= 1.2 * max(sizes)
 
 
@@ -397,6 +392,7 @@ def test_largest_activation(official: Official, monkeypatch: pytest.MonkeyPatch,
     ("change", "error"),
     [
         ({"timestep_conditioning": True}, UnsupportedError),
+        ({"timestep_conditioning": None}, UnsupportedError),  # missing means true
         ({"causal_decoder": True}, UnsupportedError),
         ({"norm_layer": "group_norm"}, UnsupportedError),
         ({"latent_log_var": "constant"}, UnsupportedError),
@@ -415,7 +411,7 @@ def test_largest_activation(official: Official, monkeypatch: pytest.MonkeyPatch,
 )
 def test_config_that_would_compute_something_else_is_refused(change: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
-        VideoVAEConfig.from_dict(NEWER | change)
+        VideoVAEConfig.from_dict({key: value for key, value in (NEWER | change).items() if value is not None})
 
 
 @pytest.mark.parametrize(
@@ -423,10 +419,11 @@ def test_config_that_would_compute_something_else_is_refused(change: dict[str, A
     [
         ({}, "zeros", "reflect"),
         ({"spatial_padding_mode": "zeros"}, "zeros", "zeros"),
-        ({"encoder_spatial_padding_mode": "reflect", "decoder_spatial_padding_mode": "zeros"}, "reflect", "zeros"),
+        ({"encoder_spatial_padding_mode": "reflect"}, "reflect", "reflect"),
+        ({"decoder_spatial_padding_mode": "zeros"}, "zeros", "reflect"),  # no longer read
     ],
 )
 def test_padding_modes(keys: dict[str, str], encoder: str, decoder: str) -> None:
     config = VideoVAEConfig.from_dict({k: v for k, v in NEWER.items() if k != "spatial_padding_mode"} | keys)
-    assert (config.encoder_padding, config.decoder_padding) == (encoder, decoder)
+    assert (config.encoder.reflect, config.decoder.reflect) == (encoder == "reflect", decoder == "reflect")
     assert (config.spatial_scale, config.temporal_scale) == (32, 8)

@@ -1,42 +1,37 @@
-"""The video VAE's configuration: the checkpoint's `vae` section, its block lists read into stages."""
+"""The video VAE's configuration: the checkpoint's block lists, read into stages. The networks are built from these; the
+memory plan and the count of operations ask them for convolutions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 from ltx2.runtime.model.config import AS_PUBLISHED, SUPPORTED_ONLY, Config, Repeats
 
+Size = tuple[int, int, int]  # frames, height, width
 # Block name in the checkpoint -> stride over (frames, height, width).
-STRIDES: Mapping[str, tuple[int, int, int]] = {
+STRIDES: Mapping[str, Size] = {
     "compress_space": (1, 2, 2),
     "compress_time": (2, 1, 1),
     "compress_all": (2, 2, 2),
 }
 PADDING_MODES = ("zeros", "reflect")
+Blocks = tuple[tuple[str, Any], ...]
+Kind = TypeVar("Kind", bound=Config)
 
 
 @dataclass(frozen=True)
-class ResStage(Config):
-    """`res_x`: residual blocks that keep size and width."""
+class ResBlocksConfig(Config):
+    """Parameters of `res_x`."""
 
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"inject_noise": (False,)}
     num_layers: Repeats
 
 
 @dataclass(frozen=True)
-class ResampleStage:
-    """`compress_*`: the size changes by `stride` over (frames, height, width), the channels by `multiplier`."""
-
-    stride: tuple[int, int, int]
-    multiplier: int
-    residual: bool
-
-
-@dataclass(frozen=True)
-class EncoderResample(Config):
+class DownsampleConfig(Config):
     """Parameters of the encoder's `compress_*_res`."""
 
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"residual": (True,)}
@@ -44,14 +39,79 @@ class EncoderResample(Config):
 
 
 @dataclass(frozen=True)
-class DecoderResample(Config):
+class UpsampleConfig(Config):
     """Parameters of the decoder's `compress_*`."""
 
     multiplier: int
     residual: bool = False
 
 
-Stage = ResStage | ResampleStage
+@dataclass(frozen=True)
+class Stage:
+    """A part of a network: `layers` residual blocks or, with a `stride`, one convolution that changes the size."""
+
+    inputs: int  # channels
+    outputs: int
+    layers: int = 0
+    stride: Size | None = None
+    residual: bool = False  # of an upsampling
+
+
+class Convolution(NamedTuple):
+    """3x3x3 convolutions, `times` of them one after the other, each over clips of `size`."""
+
+    inputs: int  # channels
+    outputs: int
+    size: Size
+    times: int = 1
+
+    @property
+    def padded(self) -> int:
+        """Values of the input with its border."""
+        return self.inputs * prod(side + 2 for side in self.size)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Encoder or, where it goes `up`, decoder: a convolution from `inputs` to `width` channels, the stages in the order
+    of computation, a convolution to `outputs` channels. Convolutions extend pictures by reflection or by zeros."""
+
+    inputs: int
+    width: int
+    stages: tuple[Stage, ...]
+    outputs: int
+    up: bool
+    reflect: bool
+
+    @property
+    def scale(self) -> Size:
+        """Factor between both ends, over (frames, height, width)."""
+        strides = (stage.stride for stage in self.stages if stage.stride)
+        time, height, width = (prod(axis) for axis in zip((1, 1, 1), *strides, strict=True))
+        return time, height, width
+
+    def convolutions(self, size: Size) -> Iterator[Convolution]:
+        """All convolutions of a clip that comes in with this size, in order. A stride over time keeps the first frame
+        single: upsampling drops one frame afterwards, downsampling doubles the first one before."""
+        yield Convolution(self.inputs, self.width, size)
+        width = self.width
+        for stage in self.stages:
+            width, (frames, rows, columns) = stage.outputs, size
+            if stage.stride is None:
+                yield Convolution(width, width, size, 2 * stage.layers)
+                continue
+            t, h, w = stage.stride
+            if self.up:
+                yield Convolution(stage.inputs, width * t * h * w, size)
+                size = frames * t - (t - 1), rows * h, columns * w
+            else:
+                yield Convolution(stage.inputs, width // (t * h * w), (frames + t - 1, rows, columns))
+                size = (frames + t - 1) // t, rows // h, columns // w
+        yield Convolution(width, self.outputs, size)
+
+    def largest_array(self, size: Size) -> int:
+        """Values of the largest array that goes into a convolution, with its border, or comes out of one."""
+        return max(max(c.padded, c.outputs * prod(c.size)) for c in self.convolutions(size))
 
 
 @dataclass(frozen=True)
@@ -69,110 +129,112 @@ class VideoVAEConfig(Config):
         "use_quant_conv": (False,),
         "normalize_latent_channels": (False,),
         "causal_decoder": (False,),
-        "timestep_conditioning": (False,),
     }
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"decoder_spatial_padding_mode"})  # Lightricks reads it no longer
 
     latent_channels: int
-    encoder_blocks: tuple[tuple[str, Any], ...]  # in the order of computation
-    decoder_blocks: tuple[tuple[str, Any], ...]  # in the encoder's order: the decoder runs them backwards
+    encoder_blocks: Blocks  # in the order of computation
+    decoder_blocks: Blocks  # in the encoder's order: the decoder runs them backwards
     encoder_base_channels: int
     decoder_base_channels: int
     patch_size: int
-    spatial_padding_mode: str | None = None  # both networks; the next two are the older spelling
-    encoder_spatial_padding_mode: str = "zeros"
-    decoder_spatial_padding_mode: str = "reflect"
+    timestep_conditioning: bool = True  # of the decoder; files without the key mean a network that has it
+    spatial_padding_mode: str | None = None  # of both networks
+    encoder_spatial_padding_mode: str = "zeros"  # where `spatial_padding_mode` is missing
 
     def __post_init__(self) -> None:
-        for mode in (self.encoder_padding, self.decoder_padding):
-            if mode not in PADDING_MODES:
-                raise UnsupportedError(
-                    f"spatial padding mode {mode!r} is not supported",
-                    f"this version implements {' and '.join(PADDING_MODES)}",
-                    SUPPORTED_ONLY,
-                )
-        encoder, decoder = _scales(self.encoder_stages), _scales(self.decoder_stages)
-        if encoder != decoder:
+        if self.timestep_conditioning:
+            raise UnsupportedError(
+                "VideoVAEConfig: timestep_conditioning is not supported",
+                "the key is true or missing, which means the same; this version implements false only",
+                SUPPORTED_ONLY,
+            )
+        if self.encoder.scale != self.decoder.scale:
             raise ConfigError(
                 "VideoVAEConfig: encoder_blocks and decoder_blocks disagree",
-                f"the encoder divides (frames, height, width) by {encoder}, the decoder multiplies by {decoder}",
+                f"the encoder divides (frames, height, width) by {self.encoder.scale}, "
+                f"the decoder multiplies by {self.decoder.scale}",
                 AS_PUBLISHED,
             )
 
-    @property
-    def encoder_padding(self) -> str:
-        return self.spatial_padding_mode or self.encoder_spatial_padding_mode
-
-    @property
-    def decoder_padding(self) -> str:
-        return self.spatial_padding_mode or self.decoder_spatial_padding_mode
+    @cached_property
+    def encoder(self) -> Tower:
+        padding = self.spatial_padding_mode or self.encoder_spatial_padding_mode
+        return encoder_tower(
+            self.encoder_blocks, self.encoder_base_channels, self.latent_channels, self.patch_size, padding
+        )
 
     @cached_property
-    def encoder_stages(self) -> tuple[Stage, ...]:
-        """In the order of computation."""
-        return tuple(_encoder_stage(name, params) for name, params in self.encoder_blocks)
-
-    @cached_property
-    def decoder_stages(self) -> tuple[Stage, ...]:
-        """In the order of computation."""
-        return tuple(_decoder_stage(name, params) for name, params in reversed(self.decoder_blocks))
-
-    @property
-    def decoder_channels(self) -> int:
-        """Channels of the decoder's first stage."""
-        widths = (stage.multiplier for stage in self.decoder_stages if isinstance(stage, ResampleStage))
-        return self.decoder_base_channels * prod(widths)
+    def decoder(self) -> Tower:
+        stages: list[Stage] = []
+        width = self.decoder_base_channels
+        for name, params in self.decoder_blocks:  # from the pixels inwards
+            if stride := STRIDES.get(name):
+                upsample = _parameters(UpsampleConfig, name, params)
+                inner = width * upsample.multiplier
+                stages.insert(0, Stage(inner, width, stride=stride, residual=upsample.residual))
+                width = inner
+            else:
+                stages.insert(0, _res_blocks(name, params, width))
+        reflect = _reflects(self.spatial_padding_mode or "reflect")
+        return Tower(self.latent_channels, width, tuple(stages), 3 * self.patch_size**2, True, reflect)
 
     @property
     def spatial_scale(self) -> int:
         """Pixels per latent along height and width."""
-        return self.patch_size * _scales(self.encoder_stages)[1]
+        return self.patch_size * self.encoder.scale[1]
 
     @property
     def smallest_side(self) -> int:
         """Pixels of the shortest side that can be decoded: reflection needs a second latent."""
-        return self.spatial_scale * (2 if self.decoder_padding == "reflect" else 1)
+        return self.spatial_scale * (2 if self.decoder.reflect else 1)
 
     @property
     def temporal_scale(self) -> int:
         """Frames per latent; the first latent stands for one frame."""
-        return _scales(self.encoder_stages)[0]
+        return self.encoder.scale[0]
 
 
-def _scales(stages: tuple[Stage, ...]) -> tuple[int, ...]:
-    strides = [stage.stride for stage in stages if isinstance(stage, ResampleStage)]
-    return tuple(prod(axis) for axis in zip((1, 1, 1), *strides, strict=True))
+def encoder_tower(blocks: Blocks, width: int, latent_channels: int, patch_size: int, padding: str) -> Tower:
+    """The encoder of a block list, of `width` channels at first. The last output channel is the log-variance that all
+    latents share. Raises ConfigError or UnsupportedError for another kind of block or padding."""
+    stages = []
+    first = width
+    for name, params in blocks:
+        if name.endswith("_res") and (stride := STRIDES.get(name.removesuffix("_res"))):
+            outputs = width * _parameters(DownsampleConfig, name, params).multiplier
+            stages.append(Stage(width, outputs, stride=stride))
+            width = outputs
+        else:
+            stages.append(_res_blocks(name, params, width))
+    return Tower(3 * patch_size**2, first, tuple(stages), latent_channels + 1, False, _reflects(padding))
 
 
-def _encoder_stage(name: str, params: Any) -> Stage:
-    _check_params(name, params)
-    stride = STRIDES.get(name.removesuffix("_res"))
-    if name.endswith("_res") and stride:
-        return ResampleStage(stride, EncoderResample.from_dict(params).multiplier, residual=True)
-    return _res_stage(name, params)
-
-
-def _decoder_stage(name: str, params: Any) -> Stage:
-    _check_params(name, params)
-    if stride := STRIDES.get(name):
-        resample = DecoderResample.from_dict(params)
-        return ResampleStage(stride, resample.multiplier, resample.residual)
-    return _res_stage(name, params)
-
-
-def _res_stage(name: str, params: Mapping[str, Any]) -> ResStage:
+def _res_blocks(name: str, params: Any, width: int) -> Stage:
     if name != "res_x":
         raise UnsupportedError(
             f"video VAE block {name!r} is not supported",
             f"this version implements res_x and {', '.join(STRIDES)} (with _res in the encoder)",
             SUPPORTED_ONLY,
         )
-    return ResStage.from_dict(params)
+    return Stage(width, width, layers=_parameters(ResBlocksConfig, name, params).num_layers)
 
 
-def _check_params(name: str, params: Any) -> None:
+def _parameters(kind: type[Kind], name: str, params: Any) -> Kind:
     if not isinstance(params, Mapping):
         raise ConfigError(
             f"VideoVAEConfig: parameters of block {name!r} have the wrong type",
             f"expected an object, got {params!r}",
             AS_PUBLISHED,
         )
+    return kind.from_dict(params)
+
+
+def _reflects(mode: str) -> bool:
+    if mode not in PADDING_MODES:
+        raise UnsupportedError(
+            f"spatial padding mode {mode!r} is not supported",
+            f"this version implements {' and '.join(PADDING_MODES)}",
+            SUPPORTED_ONLY,
+        )
+    return mode == "reflect"

@@ -3,34 +3,29 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from ltx2.runtime.networks.video_vae.config import ResStage, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.config import Tower
 from ltx2.runtime.networks.video_vae.layers import Border, CausalConv3d, Downsample, ResBlocks, activate
 
 
 class Encoder(nn.Module):
     """Pixels (1, 8k+1, H, W, 3) in [-1, 1] to un-normalised latents (1, k+1, H/32, W/32, C)."""
 
-    def __init__(self, config: VideoVAEConfig) -> None:
+    def __init__(self, tower: Tower, patch_size: int) -> None:
         super().__init__()
-        border = Border(causal=True, reflect=config.encoder_padding == "reflect")
-        channels = config.encoder_base_channels
-        self.conv_in = CausalConv3d(3 * config.patch_size**2, channels, border)
-        self.down_blocks: list[ResBlocks | Downsample] = []
-        for stage in config.encoder_stages:
-            if isinstance(stage, ResStage):
-                self.down_blocks.append(ResBlocks(channels, stage.num_layers, border))
-            else:
-                self.down_blocks.append(Downsample(channels, channels * stage.multiplier, stage.stride, border))
-                channels *= stage.multiplier
-        # The last output channel is the log-variance all latents share; latents are means, never sampled.
-        self.conv_out = CausalConv3d(channels, config.latent_channels + 1, border)
-        self.patch_size = config.patch_size
+        border = Border(causal=True, reflect=tower.reflect)
+        self.conv_in = CausalConv3d(tower.inputs, tower.width, border)
+        self.down_blocks = [
+            Downsample(stage, border) if stage.stride else ResBlocks(stage.outputs, stage.layers, border)
+            for stage in tower.stages
+        ]
+        self.conv_out = CausalConv3d(tower.stages[-1].outputs, tower.outputs, border)
+        self.patch_size = patch_size
 
     def __call__(self, pixels: mx.array) -> mx.array:
         x = self.conv_in(patchify(pixels, self.patch_size))
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(activate(x))[..., :-1]
+        return self.conv_out(activate(x))[..., :-1]  # means; the latents are never sampled
 
 
 def patchify(x: mx.array, patch: int) -> mx.array:

@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.machine.bounded import evaluate, in_parts, too_large
+from ltx2.runtime.networks.video_vae.config import Size, Stage
 
 NORM_EPS = 1e-8
 LARGE = 1 << 26  # bytes
-Stride = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,12 @@ class ResBlocks(nn.Module):
 class Downsample(nn.Module):
     """Divide the size by `stride`: convolution and space-to-depth, plus space-to-depth averaged over channel groups."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: Stride, border: Border) -> None:
+    def __init__(self, stage: Stage, border: Border) -> None:
         super().__init__()
-        self.conv = CausalConv3d(in_channels, out_channels // prod(stride), border)
-        self.stride = stride
-        self.out_channels = out_channels
+        assert stage.stride is not None
+        self.conv = CausalConv3d(stage.inputs, stage.outputs // prod(stage.stride), border)
+        self.stride = stage.stride
+        self.out_channels = stage.outputs
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.stride[0] > 1:
@@ -134,14 +135,15 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Multiply the size by `stride` and divide the width by `divisor`: convolution and depth-to-space, plus, where
-    residual, the input's depth-to-space with its channels repeated to that width."""
+    """Multiply the size by a stride: convolution and depth-to-space, plus, where residual, the input's depth-to-space
+    with its channels repeated to the new width."""
 
-    def __init__(self, channels: int, divisor: int, stride: Stride, residual: bool, border: Border) -> None:
+    def __init__(self, stage: Stage, border: Border) -> None:
         super().__init__()
-        self.conv = CausalConv3d(channels, channels * prod(stride) // divisor, border)
-        self.stride = stride
-        self.residual = residual
+        assert stage.stride is not None
+        self.conv = CausalConv3d(stage.inputs, stage.outputs * prod(stage.stride), border)
+        self.stride = stage.stride
+        self.residual = stage.residual
 
     def __call__(self, x: mx.array) -> mx.array:
         y = depth_to_space(self.conv(x), self.stride)
@@ -155,7 +157,7 @@ class Upsample(nn.Module):
         return y
 
 
-def space_to_depth(x: mx.array, stride: Stride) -> mx.array:
+def space_to_depth(x: mx.array, stride: Size) -> mx.array:
     """(B, F, H, W, C) -> (B, F/t, H/h, W/w, C·t·h·w); channels ordered (channel, t, h, w)."""
     batch, frames, height, width, channels = x.shape
     t, h, w = stride
@@ -163,7 +165,7 @@ def space_to_depth(x: mx.array, stride: Stride) -> mx.array:
     return x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(batch, frames // t, height // h, width // w, -1)
 
 
-def depth_to_space(x: mx.array, stride: Stride) -> mx.array:
+def depth_to_space(x: mx.array, stride: Size) -> mx.array:
     """(B, F, H, W, C·t·h·w) -> (B, F·t, H·h, W·w, C); channels ordered (channel, t, h, w)."""
     batch, frames, height, width, _ = x.shape
     t, h, w = stride

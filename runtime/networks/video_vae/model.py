@@ -1,4 +1,4 @@
-"""The video autoencoder: pixels to normalised latents and back, one piece of a clip at a time (see tiling.py)."""
+"""The video autoencoder: pixels to normalised latents and back, one piece of a clip at a time (see frames.py)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ import mlx.nn as nn
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.layers.statistics import LatentStatistics
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
-from ltx2.runtime.networks.video_vae.decoder import Decoder, largest_activation
+from ltx2.runtime.networks.video_vae.decoder import Decoder
 from ltx2.runtime.networks.video_vae.encoder import Encoder
 
 MAX_ELEMENTS = 2**31 - 1  # GPU kernels index with 32 bits: beyond it the tail of an array is garbage
@@ -21,8 +21,8 @@ class VideoAutoencoder(nn.Module):
     def __init__(self, config: VideoVAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config.encoder, config.patch_size)
+        self.decoder = Decoder(config.decoder, config.patch_size)
         self.per_channel_statistics = LatentStatistics(config.latent_channels, 1, 1, 1)
 
     @property
@@ -70,7 +70,7 @@ class VideoAutoencoder(nn.Module):
                 "the decoder extends pictures by reflection, which needs two latent rows and columns",
                 f"choose a width and height of at least {self.config.smallest_side}",
             )
-        elements = largest_activation(self.config, frames, height, width)
+        elements = self.config.decoder.largest_array((frames, height, width))
         if elements > MAX_ELEMENTS:
             raise InputError(
                 f"{what} cannot be decoded in one piece",
