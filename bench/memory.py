@@ -30,6 +30,7 @@ from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling, tilings
 from ltx2.runtime.sampling.denoise import denoise
 from ltx2.runtime.sampling.latents import AUDIO_FREQUENCIES, Grid, Latents, Scales, audio_positions, video_positions
+from ltx2.runtime.streams import Streams
 
 DATA = json.loads(resources.files("ltx2.bench.random").joinpath("fullsize.json").read_text())
 CALLS = 3  # the first one also compiles
@@ -126,10 +127,8 @@ def steps(bits: int) -> Iterator[Row]:
 def _step(transformer: Transformer, grid: Grid) -> None:
     scales = Scales(**DATA["scales"])
     text = mx.zeros((1, DATA["text_tokens"], transformer.config.caption_channels), mx.bfloat16)
-    prepared = (
-        transformer.prepare_video(text, video_positions(grid, DATA["fps"], scales)),
-        transformer.prepare_audio(text, audio_positions(grid, scales)),
-    )
+    positions = Streams(video_positions(grid, DATA["fps"], scales), audio_positions(grid, scales))
+    prepared = transformer.project(Streams(text, text)).zip(transformer.ropes(positions))
     noise = Latents(mx.ones(grid.video_shape), mx.ones(grid.audio_shape)).to_tokens()
     for _ in denoise(transformer, noise, SIGMAS, prepared):
         pass

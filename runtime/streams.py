@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -16,8 +16,16 @@ class Streams(Generic[T]):
     video: T | None = None
     audio: T | None = None
 
-    def map(self, function: Callable[[T], R]) -> "Streams[R]":
-        """The function's results, of the streams that are there."""
+    @overload
+    def map(self, function: Callable[[T], R]) -> "Streams[R]": ...
+
+    @overload
+    def map(self, function: Callable[[T, U], R], other: "Streams[U]") -> "Streams[R]": ...
+
+    def map(self, function: Callable[..., R], other: "Streams[Any] | None" = None) -> "Streams[R]":
+        """The function's results, of the streams that are there (in `other` too)."""
+        if other is not None:
+            return self.zip(other).map(lambda pair: function(*pair))
         video = None if self.video is None else function(self.video)
         return Streams(video, None if self.audio is None else function(self.audio))
 

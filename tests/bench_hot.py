@@ -27,10 +27,12 @@ from ltx2.runtime.model.forms import Form, Quantization
 from ltx2.runtime.networks.audio.vocoder import ResBlock as VocoderResBlock
 from ltx2.runtime.networks.audio.vocoder import Upsample
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
-from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.transformer.config import StreamConfig, TransformerConfig
+from ltx2.runtime.networks.transformer.inputs import Ropes
 from ltx2.runtime.networks.transformer.modulation import gated_add, rms_modulate
 from ltx2.runtime.networks.video_vae.layers import Border
 from ltx2.runtime.networks.video_vae.layers import ResBlock as VideoResBlock
+from ltx2.runtime.streams import Streams
 
 pytestmark = pytest.mark.speed
 
@@ -101,12 +103,14 @@ def test_block(measure: Time) -> None:
     block = ready(TransformerBlock(config))
     x, y = normal(1, TOKENS, DIM), normal(1, SOUND, DIM // 2)
 
-    def context(tokens: int, dim: int) -> StreamContext:
-        modulation = [normal(1, 1, rows, dim) for rows in (6, 4, 1)]
-        return StreamContext(normal(1, TEXT, dim), tables(tokens, dim), tables(tokens, DIM // 2), *modulation)
+    def context(stream: StreamConfig, tokens: int) -> StreamContext:
+        modulation, cross, gate = (normal(1, 1, rows, stream.dim) for rows in (6, 4, 1))
+        ropes = Ropes(tables(tokens, stream.dim), tables(tokens, DIM // 2))
+        level = normal(1, 1, stream.dim)
+        return StreamContext(stream, normal(1, TEXT, stream.dim), ropes, modulation, level, cross, gate)
 
-    contexts = context(TOKENS, DIM), context(SOUND, DIM // 2)
-    measure(lambda x, y: block(x, y, *contexts), x, y)
+    contexts = Streams(context(config.video, TOKENS), context(config.audio, SOUND))
+    measure(lambda x, y: tuple(block(Streams(x, y), contexts).values()), x, y)
 
 
 FORMS = [Form(4, 64), Form(8, 64), Form(8, 32, "mxfp8"), Form(4, 16, "nvfp4")]

@@ -23,11 +23,12 @@ from ltx2.runtime.generate.exchange import Contexts, read_embeddings
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.observe import intercept
 from ltx2.runtime.generate.pipeline import Observe, Pipeline
-from ltx2.runtime.generate.presets import Stage
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.model.layout import ModelFolder
-from ltx2.runtime.networks.transformer.model import Prepared, StreamInput, Transformer
+from ltx2.runtime.networks.transformer.inputs import Levels, StreamInput
+from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.latents import audio_positions, video_positions
+from ltx2.runtime.streams import Streams
 
 # Components that have packed layers, which of a layer's calls (every n-th) are kept, and how many inputs of one: a
 # transformer is called once a step, the others once a clip. A published model's take 0.6 GB.
@@ -38,7 +39,6 @@ FIRST = ENDS["video"][0]  # of all layers that are called at a step
 
 Layer = tuple[str, str]  # component, path
 StepKey = tuple[int, int, float]  # stage, step (both from 1), noise level
-Streams = dict[str, mx.array]  # "video" and "audio"
 Differences = dict[str, Difference]  # of both streams
 
 
@@ -64,8 +64,8 @@ class Rows:
 class Step:
     """What the transformer was given at one step, and what it returned: (1, tokens, channels) of each stream."""
 
-    tokens: Streams
-    velocities: Streams
+    tokens: dict[str, mx.array]
+    velocities: dict[str, mx.array]
 
 
 @dataclass(frozen=True)
@@ -220,21 +220,16 @@ class _Pupil:
         stage = self._job.preset.stages[self._stage]
         steps = self._recording.stages[self._stage]
         self._stage += 1
-        prepared = self._prepared(transformer, stage)
+        grid, scales, contexts = self._job.grid(stage), self._job.scales, self._recording.contexts
+        positions = Streams(video_positions(grid, self._job.sizes.fps, scales), audio_positions(grid, scales))
+        prepared = transformer.project(Streams(contexts.video, contexts.audio)).zip(transformer.ropes(positions))
         for number, (step, sigma) in enumerate(zip(steps, stage.sigmas, strict=False), start=1):
-            level = mx.full((1, 1), sigma)
-            video, audio = (StreamInput(step.tokens[stream], level, level) for stream in ENDS)
-            velocities = dict(zip(ENDS, transformer(video, audio, *prepared), strict=True))
+            levels = Levels(mx.array([sigma]), sigma=sigma)
+            inputs = {name: StreamInput(step.tokens[name], levels, *pair) for name, pair in prepared.items()}
+            velocities = dict(transformer(Streams(**inputs)).items())
             self.velocity[self._stage, number, sigma] = {
                 stream: _difference(step.velocities[stream], velocities[stream]) for stream in ENDS
             }
-
-    def _prepared(self, transformer: Transformer, stage: Stage) -> tuple[Prepared, Prepared]:
-        grid, scales, contexts = self._job.grid(stage), self._job.scales, self._recording.contexts
-        return (
-            transformer.prepare_video(contexts.video, video_positions(grid, self._job.sizes.fps, scales)),
-            transformer.prepare_audio(contexts.audio, audio_positions(grid, scales)),
-        )
 
 
 def _cast(network: nn.Module, dtype: mx.Dtype | None) -> None:

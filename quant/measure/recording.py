@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +9,9 @@ import numpy as np
 
 from ltx2.runtime.files.tensors import Array, TensorFile
 from ltx2.runtime.generate.observe import Stream, watch_calls
-from ltx2.runtime.networks.transformer.model import StreamInput, Transformer
+from ltx2.runtime.networks.transformer.inputs import Levels
+from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.streams import Streams
 
 EVERY = 3  # calls of a stage, of which one is kept; which one changes from prompt to prompt
 PARTS = ("tokens", "timesteps", "sigma", "positions")
@@ -19,12 +20,7 @@ DTYPES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
 Tensors = dict[str, tuple[str, Array]]  # name -> safetensors dtype and values
 
 
-@dataclass(frozen=True)
-class Call:
-    """One denoise step; calls of one prompt share their texts' arrays."""
-
-    video: Stream
-    audio: Stream
+Call = Streams[Stream]  # one denoise step; calls of one prompt share their texts' arrays
 
 
 class CallRecorder:
@@ -44,9 +40,9 @@ class CallRecorder:
             self._seen = len(self._kept)  # another step's turn for every prompt
             watch_calls(network, self._see)
 
-    def _see(self, video: Stream, audio: Stream) -> None:
+    def _see(self, call: Call) -> None:
         if self._seen % EVERY == 0:
-            self._kept[-1].append(Call(video, audio))
+            self._kept[-1].append(call)
         self._seen += 1
 
     def tensors(self) -> Tensors:
@@ -54,9 +50,10 @@ class CallRecorder:
         tensors: Tensors = {}
         for prompt, calls in enumerate(self._kept):
             for number, call in enumerate(calls):
-                for name, stream in vars(call).items():
+                for name, stream in call.items():
                     tensors[f"replay.{prompt}.text.{name}"] = _tensor(stream.text)
-                    values = vars(stream.given) | {"positions": mx.array(stream.positions)}
+                    values = vars(stream) | {"positions": mx.array(stream.positions)}
+                    values |= {"timesteps": stream.levels.values[None], "sigma": mx.array([[stream.levels.sigma]])}
                     tensors |= {f"replay.{prompt}.{number}.{name}.{part}": _tensor(values[part]) for part in PARTS}
         return tensors
 
@@ -74,8 +71,8 @@ def _numbers(names: Mapping[str, object], pattern: str) -> list[int]:
 
 
 def _stream(file: TensorFile, name: str, text: mx.array) -> Stream:
-    *given, positions = (_array(file, f"{name}.{part}") for part in PARTS)
-    return Stream(StreamInput(*given), text, np.array(positions))
+    tokens, timesteps, sigma, positions = (_array(file, f"{name}.{part}") for part in PARTS)
+    return Stream(tokens, Levels(timesteps[0], sigma=sigma), text, np.array(positions))
 
 
 def _tensor(values: mx.array) -> tuple[str, Array]:

@@ -22,11 +22,13 @@ from ltx2.quant.codes.on_cpu import OnCpu
 from ltx2.quant.codes.on_gpu import OnGpu, is_gpu
 from ltx2.quant.measure.recording import Call
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.observe import Stream, watch
+from ltx2.runtime.generate.observe import Stream, given, watch
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
 from ltx2.runtime.networks.transformer.config import TransformerConfig
-from ltx2.runtime.networks.transformer.model import Prepared, Transformer
+from ltx2.runtime.networks.transformer.inputs import StreamInput
+from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.streams import Streams
 
 COMPONENT, BLOCKS = "transformer", "transformer_blocks"
 LAYER = re.compile(rf"{BLOCKS}\.(\d{{1,3}})\.(.+)")
@@ -37,10 +39,8 @@ KEPT = 2  # feedbacks that are kept: layers with the same input are packed near 
 class _State(NamedTuple):
     """A call between two blocks: what the next one is given."""
 
-    x: mx.array
-    y: mx.array
-    video: StreamContext
-    audio: StreamContext
+    x: Streams[mx.array]
+    contexts: Streams[StreamContext]
 
 
 class Replay:
@@ -88,7 +88,7 @@ class Replay:
             self._states, self._next = self._begun(), 0
         while self._next < block:
             self._run(self._block())
-        network, sums = self._block(), _Sums(len({id(call.video.text) for call in self._calls}))
+        network, sums = self._block(), _Sums(len({id(next(call.values()).text) for call in self._calls}))
         watch(network, sums.see)
         self._run(network)
         return sums
@@ -101,8 +101,8 @@ class Replay:
         network.transformer_blocks = cast(list[TransformerBlock], [first])
         try:
             for call in self._calls:
-                network(call.video.given, call.audio.given, *streams.prepared(call))
-                mx.eval([vars(part) if isinstance(part, StreamContext) else part for part in first.given[-1]])
+                network(streams.given(call))
+                mx.eval(*first.given[-1].x.values(), *(vars(context) for context in first.given[-1].contexts.values()))
         except (ValueError, IndexError) as error:
             fix = "calibrate this model"
             raise InputError("the calls in the statistics do not fit the model", str(error), fix) from error
@@ -121,9 +121,9 @@ class Replay:
 
     def _run(self, block: TransformerBlock) -> None:
         for index, state in enumerate(self._states):
-            x, y = block(*state)
-            mx.eval(x, y)
-            self._states[index] = state._replace(x=x, y=y)
+            x = block(*state)
+            mx.eval(*x.values())
+            self._states[index] = state._replace(x=x)
         self._next += 1
 
 
@@ -139,11 +139,9 @@ class _FirstBlock:
     def __init__(self) -> None:
         self.given: list[_State] = []
 
-    def __call__(
-        self, x: mx.array, y: mx.array, video: StreamContext, audio: StreamContext
-    ) -> tuple[mx.array, mx.array]:
-        self.given.append(_State(x, y, video, audio))
-        return x, y
+    def __call__(self, x: Streams[mx.array], contexts: Streams[StreamContext], _: int) -> Streams[mx.array]:
+        self.given.append(_State(x, contexts))
+        return x
 
 
 class _Streams:
@@ -151,18 +149,15 @@ class _Streams:
 
     def __init__(self, network: Transformer) -> None:
         self._network = network
-        self._first: dict[object, Prepared] = {}  # of the calls with one text, and of those with the same positions
+        self._first: dict[object, StreamInput] = {}  # of the calls with one text, and of those with the same positions
 
-    def prepared(self, call: Call) -> tuple[Prepared, Prepared]:
-        video = self._network.prepare_video(call.video.text, call.video.positions)
-        audio = self._network.prepare_audio(call.audio.text, call.audio.positions)
-        return self._shared(call.video, video), self._shared(call.audio, audio)
+    def given(self, call: Call) -> Streams[StreamInput]:
+        return call.map(self._shared, given(self._network, call))
 
-    def _shared(self, stream: Stream, prepared: Prepared) -> Prepared:
+    def _shared(self, stream: Stream, made: StreamInput) -> StreamInput:
         positions = stream.positions.shape, stream.positions.tobytes()
-        return replace(
-            self._first.setdefault(positions, prepared), text=self._first.setdefault(id(stream.text), prepared).text
-        )
+        ropes, text = (self._first.setdefault(key, made) for key in (positions, id(stream.text)))
+        return replace(made, ropes=ropes.ropes, text=text.text)
 
 
 class _Sums:

@@ -24,15 +24,15 @@ from ltx2.quant.measure.statistics import Layer
 from ltx2.quant.recipes.recipe import EVERY, block_counts, block_of, load_recipe
 from ltx2.runtime.events import Event, PhaseStarted, StepDone
 from ltx2.runtime.files.jsonfile import read_object
-from ltx2.runtime.generate.observe import intercept, watch_calls
+from ltx2.runtime.generate.observe import given, intercept, watch_calls
 from ltx2.runtime.layers.packed import QuantizedLinear
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.networks.load import load_network, read_weights
 from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.streams import Streams
 
 PHASE = "sensitivity"
-STREAMS = ("video", "audio")
-Velocities = tuple[mx.array, mx.array]  # of video and audio
+Velocities = Streams[mx.array]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Steps:
         """Watch a network, which is one stage's, if it is the first stage's transformer."""
         if component == TRANSFORMER and self._due:
             steps: list[Call] = []
-            watch_calls(cast(Transformer, network), lambda video, audio: steps.append(Call(video, audio)))
+            watch_calls(cast(Transformer, network), steps.append)
             self._prompts.append(steps)
             self._due = False
 
@@ -124,10 +124,8 @@ class _Disturbance:
 
 def velocities(transformer: Transformer, step: Call) -> Velocities:
     """What a transformer returns for what one was given."""
-    video, audio = step.video, step.audio
-    prepared = transformer.prepare_video(video.text, video.positions)
-    found = transformer(video.given, audio.given, prepared, transformer.prepare_audio(audio.text, audio.positions))
-    mx.eval(found)
+    found = transformer(given(transformer, step))
+    mx.eval(*found.values())
     return found
 
 
@@ -150,7 +148,7 @@ def _groups(transformer: Transformer, bands: int) -> list[frozenset[str]]:
 def _change(clean: Velocities, changed: Velocities, method: Method) -> float:
     """Squared relative change of both velocities, weighted and added."""
     total = 0.0
-    for stream, velocity, other in zip(STREAMS, clean, changed, strict=True):
+    for stream, (velocity, other) in clean.zip(changed).items():
         relative = _size(other - velocity) / _size(velocity)
         total += method.weights[stream] * cast(float, relative.item()) ** 2
     return total

@@ -4,17 +4,20 @@ outputs; and a denoiser whose calls are seen. A module stays what it is, with it
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.layers.packed import QuantizedLinear
 from ltx2.runtime.layers.rope import Positions
-from ltx2.runtime.networks.transformer.model import Prepared, StreamInput, Transformer
+from ltx2.runtime.networks.transformer.inputs import NOTHING, Levels, Ropes, Skips, StreamInput
+from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.streams import Streams
 
 # path in the network (the layer's name in the model folder), the layer as it was, its input -> its output
 Call = Callable[[str, nn.Module, mx.array], mx.array]
+T = TypeVar("T")
 Seen = Callable[[str, nn.Module, mx.array], None]
 
 
@@ -67,36 +70,50 @@ class Stream:
     """What one stream of a denoiser was given: tokens and noise levels, text (1, text tokens, width), positions (axes,
     tokens)."""
 
-    given: StreamInput
+    tokens: mx.array
+    levels: Levels
     text: mx.array
     positions: Positions
 
 
-Called = Callable[[Stream, Stream], None]  # with the video's and the audio's
+Called = Callable[[Streams[Stream]], None]
+
+
+def given(transformer: Transformer, call: Streams[Stream]) -> Streams[StreamInput]:
+    """What the transformer is called with, to be given the same again."""
+    text = transformer.project(call.map(lambda stream: stream.text))
+    ropes = transformer.ropes(call.map(lambda stream: stream.positions))
+    prepared = text.zip(ropes)
+    return call.map(lambda stream, pair: StreamInput(stream.tokens, stream.levels, *pair), prepared)
 
 
 def watch_calls(transformer: Transformer, called: Called) -> None:
     """From now on `called` is told what the transformer is given before each of its calls. Several may be told."""
     if not isinstance(transformer, _WatchedTransformer):
         transformer.__class__ = _WatchedTransformer
-        transformer._called = []
+        transformer._called, transformer._made = [], {}
     transformer._called.append(called)
 
 
 class _WatchedTransformer(Transformer):
     _called: list[Called]
+    _made: dict[int, tuple[Any, Any]]  # identity of what was made -> that, and of what
 
-    def prepare_video(self, text: mx.array, positions: Positions) -> Prepared:
-        self._video = text, positions
-        return super().prepare_video(text, positions)
+    def ropes(self, positions: Streams[Positions]) -> Streams[Ropes]:
+        return self._remembered(super().ropes(positions), positions)
 
-    def prepare_audio(self, text: mx.array, positions: Positions) -> Prepared:
-        self._audio = text, positions
-        return super().prepare_audio(text, positions)
+    def project(self, contexts: Streams[mx.array]) -> Streams[mx.array]:
+        return self._remembered(super().project(contexts), contexts)
 
-    def __call__(
-        self, video: StreamInput, audio: StreamInput, video_prepared: Prepared, audio_prepared: Prepared
-    ) -> tuple[mx.array, mx.array]:
+    def _remembered(self, made: Streams[T], of: Streams[Any]) -> Streams[T]:
+        self._made |= {id(pair[0]): pair for pair in made.zip(of).values()}
+        return made
+
+    def __call__(self, inputs: Streams[StreamInput], skips: Skips = NOTHING) -> Streams[mx.array]:
+        def seen(stream: StreamInput) -> Stream:
+            text, positions = (self._made[id(made)][1] for made in (stream.text, stream.ropes))
+            return Stream(stream.tokens, stream.levels, text, positions)
+
         for called in self._called:
-            called(Stream(video, *self._video), Stream(audio, *self._audio))
-        return super().__call__(video, audio, video_prepared, audio_prepared)
+            called(inputs.map(seen))
+        return super().__call__(inputs, skips)

@@ -43,6 +43,7 @@ from ltx2.runtime.networks.video_vae.frames import decode_frames
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.sampling.denoise import check_latents, denoise, mix_noise
 from ltx2.runtime.sampling.latents import Latents, audio_positions, video_positions
+from ltx2.runtime.streams import Streams
 
 SILENT = 1e-4  # of full scale, -80 dB
 SLOW = 0.1  # of a stage's time, in which it waits for the disk
@@ -295,10 +296,9 @@ class Run:
     def _steps(self, phase: Phase, stage: Stage, state: State, transformer: Transformer) -> Work[Latents]:
         assert state.contexts is not None, "they are kept until the last step"
         grid, fps, scales = self.job.grid(stage), self.job.sizes.fps, self.job.scales
-        prepared = (
-            transformer.prepare_video(state.contexts.video, video_positions(grid, fps, scales)),
-            transformer.prepare_audio(state.contexts.audio, audio_positions(grid, scales)),
-        )
+        positions = Streams(video_positions(grid, fps, scales), audio_positions(grid, scales))
+        text = transformer.project(Streams(state.contexts.video, state.contexts.audio))
+        prepared = text.zip(transformer.ropes(positions))
         phase.loaded(stage.steps - state.step)
         tokens = state.latents.to_tokens()
         steps = denoise(transformer, tokens, stage.sigmas[state.step :], prepared)

@@ -5,14 +5,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.layers.rope import Rope, apply_rope
-from ltx2.runtime.machine.bounded import divided
+from ltx2.runtime.machine.bounded import divided, in_parts, too_large
 
 
 class Attention(nn.Module):
     """Self- or cross-attention of inner width `heads * head_dim`; queries and keys are normalised over the whole
-    inner width before they are rotated."""
+    inner width before they are rotated. `gated`: every head's result is scaled by 2 * sigmoid of a number that the
+    query's token gives."""
 
-    def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int, eps: float) -> None:
+    def __init__(
+        self, query_dim: int, context_dim: int, heads: int, head_dim: int, eps: float, *, gated: bool = False
+    ) -> None:
         super().__init__()
         inner = heads * head_dim
         self.heads = heads
@@ -23,24 +26,46 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner, query_dim)
         self.q_norm = nn.RMSNorm(inner, eps=eps)
         self.k_norm = nn.RMSNorm(inner, eps=eps)
+        if gated:
+            self.to_gate_logits = nn.Linear(query_dim, heads)
 
     def __call__(
-        self, x: mx.array, context: mx.array | None = None, rope: Rope | None = None, context_rope: Rope | None = None
+        self,
+        x: mx.array,
+        context: mx.array | None = None,
+        rope: Rope | None = None,
+        context_rope: Rope | None = None,
+        mask: mx.array | None = None,
     ) -> mx.array:
-        """x: (batch, tokens, query_dim); context: (batch, keys, context_dim), x itself if None.
+        """x (batch, tokens, query_dim) -> the same shape; context: (batch, keys, context_dim), x itself if None.
 
-        `rope` rotates the queries and, where no `context_rope` is given for them, the keys of self-attention.
+        `rope` rotates the queries and, where no `context_rope` is given for them, the keys of self-attention. `mask`
+        (batch or 1, heads or 1, tokens or 1, keys), in x's dtype, is added to the scores.
         """
         source = x if context is None else context
         q = self._heads(self.q_norm(self.to_q(x)), rope)
         k = self._heads(self.k_norm(self.to_k(source)), rope if context is None else context_rope)
         v = self._heads(self.to_v(source), None)
 
-        def attend(q: mx.array) -> mx.array:
-            return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        def attend(part: slice) -> mx.array:
+            rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
+            return mx.fast.scaled_dot_product_attention(q[:, :, part], k, v, scale=self.scale, mask=rows)
 
-        out = divided(attend, q, axis=2, flops=4 * q.size * k.shape[2])
-        return self.to_out(out.transpose(0, 2, 1, 3).flatten(2))
+        flops = 4 * q.size * k.shape[2]
+        out = in_parts(attend, q.shape[2], 2, flops) if too_large(flops) else attend(slice(None))
+        return self._out(x, out)
+
+    def passed(self, x: mx.array) -> mx.array:
+        """The values of self-attention in place of its result: what skipping it means (STG); x (batch, tokens,
+        query_dim) -> the same shape."""
+        return self._out(x, self._heads(self.to_v(x), None))
+
+    def _out(self, x: mx.array, heads: mx.array) -> mx.array:
+        """heads (batch, heads, tokens, head_dim), gated by x and joined: (batch, tokens, query_dim)"""
+        joined = heads.transpose(0, 2, 1, 3)
+        if "to_gate_logits" in self:
+            joined = joined * (2 * mx.sigmoid(self.to_gate_logits(x)))[..., None]
+        return self.to_out(joined.flatten(2))
 
     def _heads(self, x: mx.array, rope: Rope | None) -> mx.array:
         """(batch, tokens, inner) -> (batch, heads, tokens, head_dim)"""
@@ -51,10 +76,10 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Linear, GELU (tanh approximation), Linear, four times as wide inside."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, bias: bool = True) -> None:
         super().__init__()
-        self.proj_in = nn.Linear(dim, 4 * dim)
-        self.proj_out = nn.Linear(4 * dim, dim)
+        self.proj_in = nn.Linear(dim, 4 * dim, bias)
+        self.proj_out = nn.Linear(4 * dim, dim, bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return divided(self._feed, x, axis=1, flops=8 * x.size * x.shape[-1])

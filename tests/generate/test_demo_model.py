@@ -13,17 +13,20 @@ from safetensors.numpy import save_file
 import ltx2
 from ltx2.bench.quality.classify import classify
 from ltx2.bench.quality.demo_prompts import random_prompts
-from ltx2.runtime.generate.exchange import Contexts
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.request import Request
+from ltx2.runtime.layers.rope import Positions
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
-from ltx2.runtime.networks.transformer.model import Prepared, StreamInput, Transformer
+from ltx2.runtime.networks.transformer.inputs import Ropes
+from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.sampling.denoise import denoise
 from ltx2.runtime.sampling.latents import Grid, Latents, audio_positions, video_positions
+from ltx2.runtime.streams import Streams
+from tests.support.calls import inputs
 from tests.support.golden import PROMPTS, golden
 from tests.support.parity import relative_l2
 
@@ -50,22 +53,19 @@ def test_networks_reproduce_the_reference(demo_f32: Path, figure: Callable[..., 
         return mx.array(golden(f"{which}.{name}"))
 
     transformer = load_network(folder, "transformer", Transformer)
-    contexts = Contexts(want("video_context"), want("audio_context"))
+    contexts = Streams(want("video_context"), want("audio_context"))
     stage1, stage2 = job.preset.stages
     grid1, grid2 = job.grid(stage1), job.grid(stage2)
 
-    def prepared(grid: Grid) -> tuple[Prepared, Prepared]:
-        return (
-            transformer.prepare_video(contexts.video, video_positions(grid, 24.0, job.scales)),
-            transformer.prepare_audio(contexts.audio, audio_positions(grid, job.scales)),
-        )
+    def positions(grid: Grid) -> Streams[Positions]:
+        return Streams(video_positions(grid, 24.0, job.scales), audio_positions(grid, job.scales))
+
+    def prepared(grid: Grid) -> Streams[tuple[mx.array, Ropes]]:
+        return transformer.project(contexts).zip(transformer.ropes(positions(grid)))
 
     noise = Latents(want("stage1.video"), want("stage1.audio")).to_tokens()
-    level = mx.array([[0.725]])
-    velocity = transformer(
-        StreamInput(noise.video, level, level), StreamInput(noise.audio, level, level), *prepared(grid1)
-    )
-    for name, value in zip(("video", "audio"), velocity, strict=True):
+    call = inputs(transformer, Streams(noise.video, noise.audio), contexts, positions(grid1), 0.725)
+    for name, value in transformer(call).items():
         error = relative_l2(value, want(f"velocity_at_0.725.{name}"))
         figure(f"golden {which}: velocity {name}, rel L2", error, limit=1e-4)
 

@@ -15,9 +15,11 @@ from ltx2.runtime.generate.pipeline import Run
 from ltx2.runtime.generate.presets import load_preset
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.model.layout import ModelFolder
-from ltx2.runtime.networks.transformer.model import Prepared, StreamInput, Transformer
+from ltx2.runtime.networks.transformer.inputs import Ropes, StreamInput
+from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.denoise import check_latents, denoise, euler_step, mix_noise
 from ltx2.runtime.sampling.latents import Grid, Latents, Scales, audio_latent_count, audio_positions, video_positions
+from ltx2.runtime.streams import Streams
 from tests.support.parity import require
 
 SCALES = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)  # as published
@@ -98,15 +100,17 @@ class TestSteps:
         """A transformer in bf16 whose velocity is known: constant, so that every step is known too."""
         seen: list[float] = []
 
-        def transformer(video: StreamInput, audio: StreamInput, *_: Prepared) -> tuple[mx.array, mx.array]:
-            assert video.tokens.dtype == audio.tokens.dtype == mx.float32
-            levels = {float(np.array(level).item()) for s in (video, audio) for level in (s.timesteps, s.sigma)}
+        def transformer(inputs: Streams[StreamInput]) -> Streams[mx.array]:
+            assert all(stream.tokens.dtype == mx.float32 for stream in inputs.values())
+            given = [stream.levels for stream in inputs.values()]
+            levels = {float(np.float32(level)) for s in given for level in (np.array(s.values).item(), s.sigma)}
             seen.append(levels.pop())
             assert not levels, "the four levels are one"
-            return mx.full(video.tokens.shape, 0.5, mx.bfloat16), mx.full(audio.tokens.shape, -2.0, mx.bfloat16)
+            speeds = Streams(mx.array(0.5, mx.bfloat16), mx.array(-2.0, mx.bfloat16))
+            return inputs.map(lambda stream, speed: mx.broadcast_to(speed, stream.tokens.shape), speeds)
 
         start, sigmas = latents(3).to_tokens(), (0.909375, 0.725, 0.421875, 0.0)
-        nothing = cast(tuple[Prepared, Prepared], (None, None))
+        nothing = cast(Streams[tuple[mx.array, Ropes]], Streams((None, None), (None, None)))
         steps = list(denoise(cast(Transformer, transformer), start, sigmas, nothing))
         np.testing.assert_allclose(seen, sigmas[:-1], rtol=1e-6)
         for step, level in zip(steps, sigmas[1:], strict=True):

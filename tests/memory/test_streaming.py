@@ -33,6 +33,7 @@ from ltx2.runtime.networks.load import load_network, read_weights
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.denoise import denoise
 from ltx2.runtime.sampling.latents import Grid, Latents, Scales, audio_positions, video_positions
+from ltx2.runtime.streams import Streams
 from tests.support import encoded
 from tests.support.command import Here
 from tests.support.official import MONOLITH
@@ -48,6 +49,7 @@ import json, os, sys
 from ltx2.runtime.memory import plan as estimate
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.memory.streaming import BlockStream
+from ltx2.runtime.streams import Streams
 
 estimate.choose_streamed = lambda sizes, room: tuple(range(len(sizes)))
 passed, queued = [], BlockStream.queued
@@ -96,10 +98,8 @@ def steps(network: Transformer) -> Pictures:
     """Latents after every step of a small clip."""
     config, grid, scales = network.config, Grid(32, 2, 2, 2, 2, 9), Scales(32, 8, 0.01, 4)
     text = mx.random.normal((1, 16, config.caption_channels), key=mx.random.key(0))
-    prepared = (
-        network.prepare_video(text, video_positions(grid, 25.0, scales)),
-        network.prepare_audio(text, audio_positions(grid, scales)),
-    )
+    positions = Streams(video_positions(grid, 25.0, scales), audio_positions(grid, scales))
+    prepared = network.project(Streams(text, text)).zip(network.ropes(positions))
     noise = [mx.random.normal(s, key=mx.random.key(1)) for s in (grid.video_shape, grid.audio_shape)]
     done = denoise(network, Latents(*noise).to_tokens(), SIGMAS, prepared)
     return [np.array(tokens) for latents in done for tokens in (latents.video, latents.audio)]

@@ -24,6 +24,7 @@ from ltx2.runtime.networks.video_vae.layers import Border, CausalConv3d
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.sampling.denoise import denoise
 from ltx2.runtime.sampling.latents import Grid, Latents, Scales, audio_positions, video_positions
+from ltx2.runtime.streams import Streams
 
 DATA = json.loads((Path(__file__).parent.parent.parent / "bench" / "random" / "fullsize.json").read_text())
 Limit = Callable[[float], None]
@@ -268,10 +269,8 @@ class TestPublishedSizes:
         grid = Grid(128, *SIZES[size], 8, 126)
         text = mx.zeros((1, DATA["text_tokens"], transformer.config.caption_channels), mx.bfloat16)
         scales = Scales(**DATA["scales"])
-        prepared = (
-            transformer.prepare_video(text, video_positions(grid, 24.0, scales)),
-            transformer.prepare_audio(text, audio_positions(grid, scales)),
-        )
+        positions = Streams(video_positions(grid, 24.0, scales), audio_positions(grid, scales))
+        prepared = transformer.project(Streams(text, text)).zip(transformer.ropes(positions))
         noise = Latents(mx.zeros(grid.video_shape), mx.zeros(grid.audio_shape)).to_tokens()
         next(denoise(transformer, noise, (0.9, 0.5), prepared))
         bounded(f"step of {size}")

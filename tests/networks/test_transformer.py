@@ -13,17 +13,21 @@ import pytest
 from ltx2.runtime.layers.rope import apply_rope, rope_tables
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
-from ltx2.runtime.networks.transformer.model import StreamInput, Transformer
+from ltx2.runtime.networks.transformer.inputs import Levels, StreamInput
+from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.latents import Grid, Scales, audio_positions, video_positions
+from ltx2.runtime.streams import Streams
+from tests.support.calls import inputs
 from tests.support.official import Official
 from tests.support.parity import relative_l2, require
 
 SCALES = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)
 GRID = Grid(channels=32, frames=3, height=2, width=3, audio_channels=2, audio_frames=13)
 FPS = 24.0
+POSITIONS = Streams(video_positions(GRID, FPS, SCALES), audio_positions(GRID, SCALES))
 
 
-def inputs(seed: int) -> dict[str, np.ndarray]:
+def random_data(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int) -> np.ndarray:
@@ -37,17 +41,20 @@ def inputs(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def run_ours(
-    model: Transformer, data: dict[str, np.ndarray], video_t: np.ndarray, audio_t: np.ndarray
-) -> list[np.ndarray]:
-    prepared = (
-        model.prepare_video(mx.array(data["video_text"]), video_positions(GRID, FPS, SCALES)),
-        model.prepare_audio(mx.array(data["audio_text"]), audio_positions(GRID, SCALES)),
-    )
-    sigma = mx.array([[float(video_t.max())]])
-    video = StreamInput(mx.array(data["video"]), mx.array(video_t), sigma)
-    audio = StreamInput(mx.array(data["audio"]), mx.array(audio_t), sigma)
-    return [np.array(v.astype(mx.float32)) for v in model(video, audio, *prepared)]
+def given(model: Transformer, data: dict[str, np.ndarray], levels: float | Streams[Levels]) -> Streams[StreamInput]:
+    tokens, contexts = (Streams(mx.array(data["video" + s]), mx.array(data["audio" + s])) for s in ("", "_text"))
+    return inputs(model, tokens, contexts, POSITIONS, levels)
+
+
+def run_ours(model: Transformer, data: dict[str, np.ndarray], levels: float | Streams[Levels]) -> list[np.ndarray]:
+    return [np.array(v.astype(mx.float32)) for v in model(given(model, data, levels)).values()]
+
+
+def spread(sigma: float) -> Streams[Levels]:
+    """One noise level as if every token had its own."""
+    values = mx.array([0.0, sigma])
+    video, audio = (mx.ones(tokens, mx.int32) for tokens in (GRID.tokens, GRID.audio_frames))
+    return Streams(Levels(values, video, sigma), Levels(values, audio, sigma))
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +76,8 @@ def test_velocity_equals_diffusers(
 ) -> None:
     import torch
 
-    data = inputs(seed=1)
-    t = np.full((1, 1), sigma, dtype=np.float32)
-    ours = run_ours(transformer, data, t, t)
+    data = random_data(seed=1)
+    ours = run_ours(transformer, data, sigma)
     to_torch = {k: torch.from_numpy(v) for k, v in data.items()}
     with torch.no_grad():
         theirs = reference(
@@ -130,28 +136,19 @@ def test_rotation_keeps_lengths_and_pads_do_not_rotate() -> None:
 
 def test_per_token_timesteps_equal_uniform_ones(transformer: Transformer, figure: Callable[..., None]) -> None:
     """The fused path for one noise level and the general path are the same function."""
-    data = inputs(seed=2)
-    uniform = run_ours(transformer, data, np.full((1, 1), 0.6, np.float32), np.full((1, 1), 0.6, np.float32))
-    per_token = run_ours(
-        transformer, data, np.full((1, GRID.tokens), 0.6, np.float32), np.full((1, GRID.audio_frames), 0.6, np.float32)
-    )
+    data = random_data(seed=2)
+    uniform, per_token = (run_ours(transformer, data, levels) for levels in (0.6, spread(0.6)))
     for name, a, b in zip(("video", "audio"), uniform, per_token, strict=True):
         figure(f"per-token against uniform timesteps, {name}, rel L2", relative_l2(a, b), limit=1e-5)
 
 
 def test_gates_follow_the_other_streams_noise_level(transformer: Transformer) -> None:
     """A stream kept as it is (sigma 0) must steer the gate of the other one."""
-    data = inputs(seed=3)
-    level, zero = mx.array([[0.6]]), mx.array([[0.0]])
-    prepared = (
-        transformer.prepare_video(mx.array(data["video_text"]), video_positions(GRID, FPS, SCALES)),
-        transformer.prepare_audio(mx.array(data["audio_text"]), audio_positions(GRID, SCALES)),
-    )
-    video = StreamInput(mx.array(data["video"]), level, level)
-    audio = StreamInput(mx.array(data["audio"]), level, level)
-    base = transformer(video, audio, *prepared)
-    moved = transformer(video, replace(audio, sigma=zero), *prepared)
-    assert relative_l2(np.array(moved[0]), np.array(base[0])) > 1e-3
+    data = random_data(seed=3)
+    level = Levels(mx.array([0.6]), sigma=0.6)
+    base = run_ours(transformer, data, Streams(level, level))
+    moved = run_ours(transformer, data, Streams(level, replace(level, sigma=0.0)))
+    assert relative_l2(moved[0], base[0]) > 1e-3
 
 
 def test_bf16_reaches_every_attention_and_matmul(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,8 +172,6 @@ def test_bf16_reaches_every_attention_and_matmul(model: Path, monkeypatch: pytes
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy_attend)
     monkeypatch.setattr(nn.Linear, "__call__", spy_linear)
-    t = np.full((1, 1), 0.6, np.float32)
-    per_token = np.full((1, GRID.tokens), 0.6, np.float32)
-    out = run_ours(network, inputs(seed=4), t, t) + run_ours(network, inputs(seed=4), per_token, t)
+    out = [run_ours(network, random_data(seed=4), levels) for levels in (0.6, spread(0.6))]
     assert seen == {"attention": {mx.bfloat16}, "linear": {mx.bfloat16}}
-    assert all(np.isfinite(v).all() for v in out)
+    assert all(np.isfinite(v).all() for velocities in out for v in velocities)

@@ -162,7 +162,7 @@ def steps(demo_f32: Path) -> list[Call]:
 
     def observe(component: str, network: nn.Module) -> None:
         if isinstance(network, Transformer):
-            watch_calls(network, lambda video, audio: kept.append(Call(video, audio)))
+            watch_calls(network, kept.append)
 
     Pipeline(demo_f32, observe).generate("a blue star moves up on a black background in silence", no_audio=True, **SIZE)
     return kept[2::4]
@@ -177,7 +177,7 @@ def velocity_error(folder: Path, steps: list[Call], bits: dict[str, int]) -> flo
         if path in bits:
             form = Form(bits[path], 64, "affine")
             layer.weight = mx.array(unpack(pack(np.array(layer.weight), form)[0], form))
-    pairs = [zip(was, velocities(network, step), strict=True) for was, step in zip(clean, steps, strict=True)]
+    pairs = [was.zip(velocities(network, step)).values() for was, step in zip(clean, steps, strict=True)]
     squares = [relative_l2(np.array(now), np.array(was)) ** 2 for pair in pairs for was, now in pair]
     return float(np.sqrt(sum(squares) / len(steps)))
 

@@ -29,13 +29,14 @@ from ltx2.quant.plan.replan import repack
 from ltx2.quant.report import Report
 from ltx2.runtime.errors import ConfigError, InputError
 from ltx2.runtime.files.tensors import bf16_to_f32, f32_to_bf16
-from ltx2.runtime.generate.observe import watch
+from ltx2.runtime.generate.observe import given, watch
 from ltx2.runtime.layers.packed import QuantizedLinear, quantize_like
 from ltx2.runtime.layers.rotation import hadamard
 from ltx2.runtime.layers.rotation import rotated as rotated_inputs
 from ltx2.runtime.model.forms import Form, Quantization
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
+from ltx2.runtime.networks.transformer.inputs import Levels
 from ltx2.runtime.networks.transformer.model import Transformer
 from tests.support.command import Here
 from tests.support.folders import contents, verified
@@ -218,7 +219,7 @@ def new_replay(model: Path, stats: Path) -> Replay:
 class TestReplay:
     def test_a_third_of_the_steps_is_kept(self, stats: Path) -> None:
         """Others for every prompt."""
-        levels = [float(np.array(call.video.given.sigma)[0, 0]) for call in Statistics.open(stats).calls]
+        levels = [next(call.values()).levels.values.item() for call in Statistics.open(stats).calls]
         assert levels == pytest.approx([0.9875, 0.909375, 0.99375, 0.975, 0.421875])
 
     def test_inputs_are_those_of_the_model(self, denoiser: Path, stats: Path) -> None:
@@ -226,9 +227,7 @@ class TestReplay:
         path, seen = TO_Q.format(2), []
         watch(network, lambda layer, _, x: seen.append(np.array(x).reshape(-1, 128)) if layer == path else None)
         for call in Statistics.open(stats).calls:
-            prepared = network.prepare_video(call.video.text, call.video.positions)
-            other = network.prepare_audio(call.audio.text, call.audio.positions)
-            mx.eval(network(call.video.given, call.audio.given, prepared, other))
+            mx.eval(*network(given(network, call)).values())
         x = np.concatenate(seen)
         x = x - x.mean(axis=0)
         feedback = new_replay(denoiser, stats).feedback(path, Q4, biased=True)
@@ -249,7 +248,7 @@ class TestReplay:
 
     def test_another_models_calls(self, denoiser: Path, stats: Path) -> None:
         call = Statistics.open(stats).calls[0]
-        stranger = replace(call, video=replace(call.video, text=call.video.text[..., :-1]))
+        stranger = call.map(lambda stream: replace(stream, text=stream.text[..., :-1]))
         with pytest.raises(InputError, match="do not fit"):
             Replay(folder_plan(ModelFolder.open(denoiser)), [stranger]).feedback(TO_Q.format(0), Q4, biased=True)
 
@@ -273,13 +272,11 @@ class TestFolder:
         """The velocity, at a step that was not recorded."""
         ltx2.quantize(denoiser, tmp_path / "q", recipe=str(recipe), stats=stats)
         call = Statistics.open(stats).calls[1]
-        level = mx.full((1, 1), 0.8)
-        sight, sound = (replace(s.given, timesteps=level, sigma=level) for s in (call.video, call.audio))
+        call = call.map(lambda stream: replace(stream, levels=Levels(mx.array([0.8]), sigma=0.8)))
 
         def velocity(folder: Path) -> mx.array:
             network = load_network(ModelFolder.open(folder), "transformer", Transformer)
-            video = network.prepare_video(call.video.text, call.video.positions)
-            return network(sight, sound, video, network.prepare_audio(call.audio.text, call.audio.positions))[0]
+            return next(network(given(network, call)).values())
 
         exact = velocity(denoiser)
         ours, theirs = (relative_l2(velocity(folder), exact) for folder in (q4[0], tmp_path / "q"))

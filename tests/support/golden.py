@@ -9,8 +9,10 @@ import numpy as np
 from ltx2.runtime.files.tensors import Array, open_tensorfile
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
-from ltx2.runtime.networks.transformer.model import StreamInput, Transformer
+from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.latents import Grid, Latents, Scales, audio_positions, video_positions
+from ltx2.runtime.streams import Streams
+from tests.support.calls import inputs
 
 FILE = open_tensorfile(Path(__file__).with_name("golden.safetensors"))
 PROMPTS = {name: FILE.metadata[f"{name}.prompt"] for name in "ab"}
@@ -36,10 +38,9 @@ def golden_velocity(folder: ModelFolder) -> tuple[Array, Array]:
     (_, channels, frames, height, width), (_, audio_channels, audio_frames, _) = noise.video.shape, noise.audio.shape
     grid = Grid(channels, frames, height, width, audio_channels, audio_frames)
     scales = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)
-    prepared = (
-        network.prepare_video(mx.array(golden("a.video_context")), video_positions(grid, 24.0, scales)),
-        network.prepare_audio(mx.array(golden("a.audio_context")), audio_positions(grid, scales)),
-    )
-    tokens, sigma = noise.to_tokens(), mx.array([[0.725]])
-    video, audio = network(StreamInput(tokens.video, sigma, sigma), StreamInput(tokens.audio, sigma, sigma), *prepared)
-    return np.array(video), np.array(audio)
+    contexts = Streams(*(mx.array(golden(f"a.{name}_context")) for name in ("video", "audio")))
+    positions = Streams(video_positions(grid, 24.0, scales), audio_positions(grid, scales))
+    tokens = noise.to_tokens()
+    velocity = network(inputs(network, Streams(tokens.video, tokens.audio), contexts, positions, 0.725))
+    video, audio = (np.array(values) for values in velocity.values())
+    return video, audio

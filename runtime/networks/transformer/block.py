@@ -1,27 +1,80 @@
 """One transformer block: both streams attend to themselves, to the text and to each other, then feed forward."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.layers.attention import Attention, FeedForward
-from ltx2.runtime.layers.rope import Rope
 from ltx2.runtime.machine.bounded import queue, too_large
-from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.transformer.config import StreamConfig, TransformerConfig
+from ltx2.runtime.networks.transformer.inputs import Ropes
 from ltx2.runtime.networks.transformer.modulation import add_table, gated_add, rms_modulate
+from ltx2.runtime.streams import Streams
 
 
 @dataclass(frozen=True)
 class StreamContext:
-    """What one stream (video or audio) brings to every block of one denoise step."""
+    """What one stream brings to every block of one call. `n` is the number of its distinct noise levels."""
 
-    text: mx.array  # (batch, text tokens, dim)
-    rope: Rope
-    cross_rope: Rope  # time only, for audio-video cross-attention
-    modulation: mx.array  # (batch, tokens or 1, 6, dim): self-attention and feed-forward
-    cross_modulation: mx.array  # (batch, tokens or 1, 4, dim): scales and shifts of cross-attention
-    cross_gate: mx.array  # (batch, 1, 1, dim), from the other stream's noise level
+    stream: StreamConfig
+    text: mx.array  # (1, text tokens, dim)
+    ropes: Ropes
+    modulation: mx.array  # (1, n, 6, dim): self-attention and feed-forward
+    embedded: mx.array  # (1, n, dim) the noise levels themselves
+    cross_modulation: mx.array  # (1, n, 4, dim): scales and shifts of cross-attention between the streams
+    cross_gate: mx.array | None = None  # (1, 1, 1, dim), from the other stream's noise level; None: no cross-attention
+    index: mx.array | None = None  # (tokens,) which level each token has; None: all have the first
+    attention: mx.array | None = None  # (1, 1, tokens, tokens) added to self-attention's scores
+    passing: frozenset[int] = frozenset()  # blocks whose self-attention passes its values through
+    idle: bool = False  # stays as it is, and is attended to
+
+
+class Side:
+    """One stream in one block: its layers and its tables, with the modulation of this call."""
+
+    def __init__(self, block: "TransformerBlock", context: StreamContext) -> None:
+        self.context, self._block, self._eps = context, block, block.eps
+        # Unlike all other tables this one holds (scale, shift) pairs: audio-to-video, then video-to-audio.
+        self._cross_table = block[f"scale_shift_table_a2v_ca_{context.stream.name}"]
+        self._rows = add_table(self._own("scale_shift_table"), context.modulation, context.index)
+
+    def _own(self, name: str) -> Any:
+        return self._block[self.context.stream.prefix + name]
+
+    def attend(self, x: mx.array, number: int) -> mx.array:
+        """Self-attention in block `number`, then attention to the text: (1, tokens, dim) -> the same."""
+        context, (shift, scale, gate) = self.context, self._rows[:3]
+        if context.idle:
+            return x
+        given = rms_modulate(x, scale, shift, self._eps)
+        if number in context.passing:
+            update = self._own("attn1").passed(given)
+        else:
+            update = self._own("attn1")(given, rope=context.ropes.own, mask=context.attention)
+        x = gated_add(x, update, gate)
+        return x + self._own("attn2")(mx.fast.rms_norm(x, None, self._eps), context.text)
+
+    def offers(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """The stream (1, tokens, dim) modulated for audio-to-video, and for video-to-audio cross-attention."""
+        rows = add_table(self._cross_table[:4], self.context.cross_modulation, self.context.index)
+        return rms_modulate(x, rows[0], rows[1], self._eps), rms_modulate(x, rows[2], rows[3], self._eps)
+
+    def receive(self, x: mx.array, queries: mx.array, keys: mx.array, other: "Side") -> mx.array:
+        """x (1, tokens, dim) and what its `queries` find in the other stream's `keys`, both modulated."""
+        context = self.context
+        if context.idle or context.cross_gate is None:
+            return x
+        update = self._block[context.stream.incoming](queries, keys, context.ropes.cross, other.context.ropes.cross)
+        return gated_add(x, update, *add_table(self._cross_table[4:], context.cross_gate))
+
+    def feed(self, x: mx.array) -> mx.array:
+        """The feed-forward network: (1, tokens, dim) -> the same."""
+        if self.context.idle:
+            return x
+        shift, scale, gate = self._rows[3:6]
+        return gated_add(x, self._own("ff")(rms_modulate(x, scale, shift, self._eps)), gate)
 
 
 class TransformerBlock(nn.Module):
@@ -29,78 +82,40 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        video, audio, eps = config.video_dim, config.audio_dim, config.norm_eps
-        heads, head_dim = config.num_attention_heads, config.attention_head_dim
-        audio_heads, audio_head_dim = config.audio_num_attention_heads, config.audio_attention_head_dim
-        self.eps = eps
-        self.attn1 = Attention(video, video, heads, head_dim, eps)
-        self.attn2 = Attention(video, config.cross_attention_dim, heads, head_dim, eps)
-        self.ff = FeedForward(video)
-        self.audio_attn1 = Attention(audio, audio, audio_heads, audio_head_dim, eps)
-        self.audio_attn2 = Attention(audio, config.audio_cross_attention_dim, audio_heads, audio_head_dim, eps)
-        self.audio_ff = FeedForward(audio)
-        # Cross-attention between the streams runs at the audio stream's width in both directions.
-        self.audio_to_video_attn = Attention(video, audio, audio_heads, audio_head_dim, eps)
-        self.video_to_audio_attn = Attention(audio, video, audio_heads, audio_head_dim, eps)
-        self.scale_shift_table = mx.zeros((6, video))
-        self.audio_scale_shift_table = mx.zeros((6, audio))
-        self.scale_shift_table_a2v_ca_video = mx.zeros((5, video))
-        self.scale_shift_table_a2v_ca_audio = mx.zeros((5, audio))
+        self.eps = eps = config.norm_eps
+        for stream, other in ((config.video, config.audio), (config.audio, config.video)):
+            prefix, dim = stream.prefix, stream.dim
+            self[f"{prefix}attn1"] = Attention(dim, dim, stream.heads, stream.head_dim, eps)
+            self[f"{prefix}attn2"] = Attention(dim, stream.text_dim, stream.heads, stream.head_dim, eps)
+            self[f"{prefix}ff"] = FeedForward(dim)
+            self[f"{prefix}scale_shift_table"] = mx.zeros((6, dim))
+            # Cross-attention between the streams runs at the audio stream's width in both directions.
+            self[stream.incoming] = Attention(dim, other.dim, config.audio.heads, config.audio.head_dim, eps)
+            self[f"scale_shift_table_a2v_ca_{stream.name}"] = mx.zeros((5, dim))
 
-    def __call__(
-        self, x: mx.array, y: mx.array, video: StreamContext, audio: StreamContext
-    ) -> tuple[mx.array, mx.array]:
-        """x (batch, video tokens, video_dim), y (batch, audio tokens, audio_dim) -> both, updated."""
-        rows_x = add_table(self.scale_shift_table, video.modulation)
-        rows_y = add_table(self.audio_scale_shift_table, audio.modulation)
-        x = self._attend(x, video, rows_x, self.attn1, self.attn2)
-        y = self._attend(y, audio, rows_y, self.audio_attn1, self.audio_attn2)
-        self._hand_over(x, y)
-        x, y = self._exchange(x, y, video, audio)
-        self._hand_over(x, y)
-        return self._feed(x, rows_x, self.ff), self._feed(y, rows_y, self.audio_ff)
+    def __call__(self, x: Streams[mx.array], contexts: Streams[StreamContext], number: int = 0) -> Streams[mx.array]:
+        """The streams that are there, each (1, tokens, dim), updated by what is block `number` of the transformer."""
+        sides = contexts.map(lambda context: Side(self, context))
+        x = sides.map(lambda side, x: side.attend(x, number), x)
+        self._hand_over(x)
+        x = self._exchange(x, sides)
+        self._hand_over(x)
+        return sides.map(Side.feed, x)
 
-    def _hand_over(self, x: mx.array, y: mx.array) -> None:
+    def _hand_over(self, x: Streams[mx.array]) -> None:
         """What is computed so far goes to the device where a whole block is too much at once."""
-        _, tokens, dim = x.shape
-        if too_large(4 * x.size * (6 * dim + tokens)):  # the video's self-attention and feed-forward network
-            queue(x, y)
+        first = next(x.values())  # the video, or the audio alone
+        if too_large(4 * first.size * (6 * first.shape[2] + first.shape[1])):  # self-attention and feed-forward network
+            queue(*x.values())
 
-    def _attend(
-        self, x: mx.array, stream: StreamContext, rows: list[mx.array], own: Attention, text: Attention
-    ) -> mx.array:
-        """Self-attention, then attention to the text."""
-        shift, scale, gate = rows[:3]
-        x = gated_add(x, own(rms_modulate(x, scale, shift, self.eps), rope=stream.rope), gate)
-        return x + text(mx.fast.rms_norm(x, None, self.eps), stream.text)
-
-    def _exchange(
-        self, x: mx.array, y: mx.array, video: StreamContext, audio: StreamContext
-    ) -> tuple[mx.array, mx.array]:
+    def _exchange(self, x: Streams[mx.array], sides: Streams[Side]) -> Streams[mx.array]:
         """Cross-attention in both directions, each from the streams as they were before either update."""
-        # Unlike all other tables these hold (scale, shift) pairs: audio-to-video, then video-to-audio.
-        a2v_scale_x, a2v_shift_x, v2a_scale_x, v2a_shift_x = add_table(
-            self.scale_shift_table_a2v_ca_video[:4], video.cross_modulation
+        video, audio = sides.zip(x).video, sides.zip(x).audio
+        if video is None or audio is None:
+            return x
+        (video_side, seen), (audio_side, heard) = video, audio
+        (seen_a2v, seen_v2a), (heard_a2v, heard_v2a) = video_side.offers(seen), audio_side.offers(heard)
+        return Streams(
+            video_side.receive(seen, seen_a2v, heard_a2v, audio_side),
+            audio_side.receive(heard, heard_v2a, seen_v2a, video_side),
         )
-        a2v_scale_y, a2v_shift_y, v2a_scale_y, v2a_shift_y = add_table(
-            self.scale_shift_table_a2v_ca_audio[:4], audio.cross_modulation
-        )
-        (gate_x,) = add_table(self.scale_shift_table_a2v_ca_video[4:], video.cross_gate)
-        (gate_y,) = add_table(self.scale_shift_table_a2v_ca_audio[4:], audio.cross_gate)
-        to_video = self.audio_to_video_attn(
-            rms_modulate(x, a2v_scale_x, a2v_shift_x, self.eps),
-            rms_modulate(y, a2v_scale_y, a2v_shift_y, self.eps),
-            video.cross_rope,
-            audio.cross_rope,
-        )
-        to_audio = self.video_to_audio_attn(
-            rms_modulate(y, v2a_scale_y, v2a_shift_y, self.eps),
-            rms_modulate(x, v2a_scale_x, v2a_shift_x, self.eps),
-            audio.cross_rope,
-            video.cross_rope,
-        )
-        return gated_add(x, to_video, gate_x), gated_add(y, to_audio, gate_y)
-
-    def _feed(self, x: mx.array, rows: list[mx.array], feed_forward: FeedForward) -> mx.array:
-        shift, scale, gate = rows[3:6]
-        return gated_add(x, feed_forward(rms_modulate(x, scale, shift, self.eps)), gate)

@@ -8,6 +8,26 @@ from ltx2.runtime.model.config import Config, Repeats
 
 
 @dataclass(frozen=True)
+class StreamConfig:
+    """One stream's part in the transformer: names and widths of its layers."""
+
+    name: str  # video, audio
+    prefix: str  # of the names of its layers
+    incoming: str  # name of its cross-attention to the other stream
+    gate: str  # name of the network that makes the gate of this cross-attention
+    heads: int
+    head_dim: int
+    in_channels: int
+    out_channels: int
+    text_dim: int
+    max_positions: tuple[float, ...]  # seconds, pixel rows, pixel columns; seconds
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
 class TransformerConfig(Config):
     """Widths and constants of AVTransformer3DModel. Widths are heads * head_dim."""
 
@@ -73,12 +93,28 @@ class TransformerConfig(Config):
     )  # fmt: skip
 
     @property
+    def video(self) -> StreamConfig:
+        return StreamConfig(
+            "video", "", "audio_to_video_attn", "av_ca_a2v_gate_adaln_single",
+            self.num_attention_heads, self.attention_head_dim, self.in_channels, self.out_channels,
+            self.cross_attention_dim, self.positional_embedding_max_pos,
+        )  # fmt: skip
+
+    @property
+    def audio(self) -> StreamConfig:
+        return StreamConfig(
+            "audio", "audio_", "video_to_audio_attn", "av_ca_v2a_gate_adaln_single",
+            self.audio_num_attention_heads, self.audio_attention_head_dim, self.audio_in_channels,
+            self.audio_out_channels, self.audio_cross_attention_dim, self.audio_positional_embedding_max_pos,
+        )  # fmt: skip
+
+    @property
     def video_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
+        return self.video.dim
 
     @property
     def audio_dim(self) -> int:
-        return self.audio_num_attention_heads * self.audio_attention_head_dim
+        return self.audio.dim
 
     @property
     def cross_max_pos(self) -> tuple[float, ...]:

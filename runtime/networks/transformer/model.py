@@ -3,37 +3,20 @@
 Notable: two streams of different width joined by cross-attention in every block; per-token noise levels; text reaches
 the blocks through small projections; positions are seconds and pixels, not indices."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.layers.attention import gelu_tanh
-from ltx2.runtime.layers.rope import Positions, Rope, rope_tables
+from ltx2.runtime.layers.rope import Positions, rope_tables
 from ltx2.runtime.machine.bounded import queue
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
-from ltx2.runtime.networks.transformer.config import TransformerConfig
-from ltx2.runtime.networks.transformer.modulation import AdaLayerNormSingle
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What stays the same over the steps of one stage, for one stream."""
-
-    text: mx.array  # (batch, text tokens, dim), projected
-    rope: Rope
-    cross_rope: Rope
-
-
-@dataclass(frozen=True)
-class StreamInput:
-    """One stream at one denoise step."""
-
-    tokens: mx.array  # (batch, tokens, channels)
-    timesteps: mx.array  # (batch, tokens) noise level per token, or (batch, 1) where all share one; float32
-    sigma: mx.array  # (batch, 1) the step's noise level; 0 for a stream that is kept as it is
+from ltx2.runtime.networks.transformer.config import StreamConfig, TransformerConfig
+from ltx2.runtime.networks.transformer.inputs import NOTHING, Ropes, Skips, StreamInput
+from ltx2.runtime.networks.transformer.modulation import AdaLayerNormSingle, add_table
+from ltx2.runtime.streams import Streams
 
 
 class CaptionProjection(nn.Module):
@@ -54,7 +37,7 @@ class Supply(Protocol):
     def ready(self, index: int) -> None:
         """Called before a block is used."""
 
-    def queued(self, index: int, results: tuple[mx.array, mx.array]) -> None:
+    def queued(self, index: int, results: Sequence[mx.array]) -> None:
         """Called when the block's work is handed to the device; `results` depend on all of it."""
 
 
@@ -64,22 +47,17 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        video, audio = config.video_dim, config.audio_dim
-        self.patchify_proj = nn.Linear(config.in_channels, video)
-        self.audio_patchify_proj = nn.Linear(config.audio_in_channels, audio)
-        self.caption_projection = CaptionProjection(config.caption_channels, video)
-        self.audio_caption_projection = CaptionProjection(config.caption_channels, audio)
-        self.adaln_single = AdaLayerNormSingle(video, 6)
-        self.audio_adaln_single = AdaLayerNormSingle(audio, 6)
-        self.av_ca_video_scale_shift_adaln_single = AdaLayerNormSingle(video, 4)
-        self.av_ca_audio_scale_shift_adaln_single = AdaLayerNormSingle(audio, 4)
-        self.av_ca_a2v_gate_adaln_single = AdaLayerNormSingle(video, 1)
-        self.av_ca_v2a_gate_adaln_single = AdaLayerNormSingle(audio, 1)
+        self._streams = Streams(config.video, config.audio)
+        for stream in self._streams.values():
+            prefix, dim = stream.prefix, stream.dim
+            self[f"{prefix}patchify_proj"] = nn.Linear(stream.in_channels, dim)
+            self[f"{prefix}caption_projection"] = CaptionProjection(config.caption_channels, dim)
+            self[f"{prefix}adaln_single"] = AdaLayerNormSingle(dim, 6)
+            self[f"av_ca_{stream.name}_scale_shift_adaln_single"] = AdaLayerNormSingle(dim, 4)
+            self[stream.gate] = AdaLayerNormSingle(dim, 1)
+            self[f"{prefix}scale_shift_table"] = mx.zeros((2, dim))
+            self[f"{prefix}proj_out"] = nn.Linear(dim, stream.out_channels)
         self.transformer_blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
-        self.scale_shift_table = mx.zeros((2, video))
-        self.audio_scale_shift_table = mx.zeros((2, audio))
-        self.proj_out = nn.Linear(video, config.out_channels)
-        self.audio_proj_out = nn.Linear(audio, config.audio_out_channels)
         self.supply: Supply | None = None
 
     @property
@@ -87,81 +65,84 @@ class Transformer(nn.Module):
         """The dtype the streams are computed in."""
         return self.patchify_proj.bias.dtype  # a weight may be packed into integers
 
-    def prepare_video(self, text: mx.array, positions: Positions) -> Prepared:
-        """text (batch, tokens, caption_channels); positions (3, tokens): seconds, pixel rows, pixel columns."""
+    def ropes(self, positions: Streams[Positions]) -> Streams[Ropes]:
+        """Rotary tables of tokens at these positions: (3, tokens) seconds, pixel rows and pixel columns of the video,
+        (1, tokens) seconds of the audio."""
         config = self.config
-        return Prepared(
-            self.caption_projection(text.astype(self.dtype)),
-            self._rope(positions, config.positional_embedding_max_pos, config.video_dim, config.num_attention_heads),
-            self._rope(positions[:1], config.cross_max_pos, config.audio_dim, config.audio_num_attention_heads),
+        theta, audio = config.positional_embedding_theta, config.audio
+
+        def tables(stream: StreamConfig, at: Positions) -> Ropes:
+            return Ropes(
+                rope_tables(at, stream.max_positions, stream.dim, stream.heads, theta),
+                rope_tables(at[:1], config.cross_max_pos, audio.dim, audio.heads, theta),
+            )
+
+        return self._streams.map(tables, positions)
+
+    def project(self, contexts: Streams[mx.array]) -> Streams[mx.array]:
+        """Text as the blocks attend to it: contexts (1, text tokens, caption_channels) -> (1, text tokens, dim)."""
+
+        def projected(stream: StreamConfig, context: mx.array) -> mx.array:
+            text: mx.array = self[f"{stream.prefix}caption_projection"](context.astype(self.dtype))
+            return text
+
+        return self._streams.map(projected, contexts)
+
+    def __call__(self, inputs: Streams[StreamInput], skips: Skips = NOTHING) -> Streams[mx.array]:
+        """Velocities (1, tokens, channels) in the transformer's dtype, of the streams that are there and not idle."""
+        video, audio = inputs.video, inputs.audio
+        contexts = Streams(
+            None if video is None else self._context(self.config.video, video, audio, skips),
+            None if audio is None else self._context(self.config.audio, audio, video, skips),
         )
-
-    def prepare_audio(self, text: mx.array, positions: Positions) -> Prepared:
-        """text (batch, tokens, caption_channels); positions (1, tokens): seconds."""
-        config = self.config
-        dim, heads = config.audio_dim, config.audio_num_attention_heads
-        return Prepared(
-            self.audio_caption_projection(text.astype(self.dtype)),
-            self._rope(positions, config.audio_positional_embedding_max_pos, dim, heads),
-            self._rope(positions, config.cross_max_pos, dim, heads),
-        )
-
-    def _rope(self, positions: Positions, max_positions: tuple[float, ...], dim: int, heads: int) -> Rope:
-        return rope_tables(positions, max_positions, dim, heads, self.config.positional_embedding_theta)
-
-    def __call__(
-        self, video: StreamInput, audio: StreamInput, video_prepared: Prepared, audio_prepared: Prepared
-    ) -> tuple[mx.array, mx.array]:
-        """Velocities of both streams, shaped as their tokens, in the transformer's dtype."""
-        video_context, video_embedded = self._video_context(video, audio, video_prepared)
-        audio_context, audio_embedded = self._audio_context(audio, video, audio_prepared)
-        x = self.patchify_proj(video.tokens.astype(self.dtype))
-        y = self.audio_patchify_proj(audio.tokens.astype(self.dtype))
+        x = self._streams.map(self._embed, inputs)
         for index, block in enumerate(self.transformer_blocks):
             if self.supply is not None:
                 self.supply.ready(index)
-            x, y = block(x, y, video_context, audio_context)
-            queue(x, y)  # one block at a time, no waiting here
+            x = block(x, contexts, index)
+            queue(*x.values())  # one block at a time, no waiting here
             if self.supply is not None:
-                self.supply.queued(index, (x, y))
-        eps = self.config.norm_eps
-        x = self.proj_out(_output_norm(x, self.scale_shift_table, video_embedded, eps))
-        y = self.audio_proj_out(_output_norm(y, self.audio_scale_shift_table, audio_embedded, eps))
-        return x, y
+                self.supply.queued(index, tuple(x.values()))
+        awake = Streams(**{name: context for name, context in contexts.items() if not context.idle})
+        return x.map(self._velocity, awake)
 
-    def _video_context(
-        self, own: StreamInput, other: StreamInput, prepared: Prepared
-    ) -> tuple[StreamContext, mx.array]:
-        modulation, embedded = self.adaln_single(self._scaled(own.timesteps))
-        cross, _ = self.av_ca_video_scale_shift_adaln_single(self._scaled(own.timesteps))
-        gate, _ = self.av_ca_a2v_gate_adaln_single(self._gate_scaled(other.sigma))
-        return _context(prepared, modulation, cross, gate), embedded
+    def _context(
+        self, stream: StreamConfig, own: StreamInput, other: StreamInput | None, skips: Skips
+    ) -> StreamContext:
+        config, levels = self.config, own.levels
+        timesteps = levels.values[None] * config.timestep_scale_multiplier
+        modulation, embedded = self[f"{stream.prefix}adaln_single"](timesteps)
+        cross, _ = self[f"av_ca_{stream.name}_scale_shift_adaln_single"](timesteps)
+        gate = None
+        if other is not None and not skips.exchange:
+            sigma = mx.array(other.levels.sigma, mx.float32).reshape(1, 1)
+            # The gate's own multiplier is relative to the timestep multiplier, both 1000 in published checkpoints.
+            gate, _ = self[stream.gate](sigma * config.av_ca_timestep_scale_multiplier)
+        return StreamContext(
+            stream,
+            own.text,
+            own.ropes,
+            modulation,
+            embedded,
+            cross,
+            gate,
+            index=levels.index if levels.values.size > 1 else None,
+            attention=None if own.attention is None else own.attention.astype(self.dtype),
+            passing=dict(skips.values.items()).get(stream.name, frozenset()),
+            idle=dict(skips.idle.items()).get(stream.name, False),
+        )
 
-    def _audio_context(
-        self, own: StreamInput, other: StreamInput, prepared: Prepared
-    ) -> tuple[StreamContext, mx.array]:
-        modulation, embedded = self.audio_adaln_single(self._scaled(own.timesteps))
-        cross, _ = self.av_ca_audio_scale_shift_adaln_single(self._scaled(own.timesteps))
-        gate, _ = self.av_ca_v2a_gate_adaln_single(self._gate_scaled(other.sigma))
-        return _context(prepared, modulation, cross, gate), embedded
+    def _embed(self, stream: StreamConfig, given: StreamInput) -> mx.array:
+        x: mx.array = self[f"{stream.prefix}patchify_proj"](given.tokens.astype(self.dtype))
+        return x
 
-    def _scaled(self, timesteps: mx.array) -> mx.array:
-        return timesteps * self.config.timestep_scale_multiplier
-
-    def _gate_scaled(self, sigma: mx.array) -> mx.array:
-        # The gate's own multiplier is relative to the timestep multiplier, both 1000 in published checkpoints.
-        return sigma * self.config.av_ca_timestep_scale_multiplier
-
-
-def _context(prepared: Prepared, modulation: mx.array, cross: mx.array, gate: mx.array) -> StreamContext:
-    return StreamContext(prepared.text, prepared.rope, prepared.cross_rope, modulation, cross, gate)
-
-
-def _output_norm(x: mx.array, table: mx.array, embedded: mx.array, eps: float) -> mx.array:
-    """LayerNorm(x) * (1 + scale) + shift, with (shift, scale) = table + embedded timestep."""
-    total = (table + embedded.astype(mx.float32)[:, :, None]).astype(x.dtype)
-    shift, scale = total[:, :, 0], total[:, :, 1]
-    return mx.fast.layer_norm(x, None, None, eps) * (1 + scale) + shift
+    def _velocity(self, x: mx.array, context: StreamContext) -> mx.array:
+        """Of LayerNorm(x) * (1 + scale) + shift, with (shift, scale) = table + embedded noise level."""
+        prefix = context.stream.prefix
+        shift, scale = add_table(self[f"{prefix}scale_shift_table"], context.embedded[:, :, None], context.index)
+        x = mx.fast.layer_norm(x, None, None, self.config.norm_eps) * (1 + scale) + shift
+        velocity: mx.array = self[f"{prefix}proj_out"](x)
+        return velocity
 
 
 def build(config: Mapping[str, Any]) -> Transformer:

@@ -9,7 +9,7 @@ FREQUENCIES = 256  # width of the sinusoidal embedding
 
 
 def sinusoidal_embedding(timesteps: mx.array) -> mx.array:
-    """(batch, tokens) -> (batch, tokens, 256), float32: cosines, then sines, of t * 10000^(-k/128)."""
+    """(1, n) -> (1, n, 256), float32: cosines, then sines, of t * 10000^(-k/128)."""
     half = FREQUENCIES // 2
     exponents = mx.arange(half, dtype=mx.float32) * (-math.log(10000.0) / half)
     angles = timesteps.astype(mx.float32)[..., None] * mx.exp(exponents)
@@ -45,25 +45,24 @@ class AdaLayerNormSingle(nn.Module):
         self.linear = nn.Linear(dim, rows * dim)
 
     def __call__(self, timesteps: mx.array) -> tuple[mx.array, mx.array]:
-        """timesteps (batch, tokens) -> modulation (batch, tokens, rows, dim), embedded timestep (batch, tokens, dim).
-
-        `tokens` is 1 where all tokens share one noise level.
-        """
+        """timesteps (1, n) -> modulation (1, n, rows, dim), embedded timestep (1, n, dim)."""
         embedded = self.emb.timestep_embedder(timesteps)
         modulation = self.linear(nn.silu(embedded))
         return modulation.reshape(*timesteps.shape, self.rows, -1), embedded
 
 
-def add_table(table: mx.array, modulation: mx.array) -> list[mx.array]:
-    """Rows of table (rows, dim, float32) + modulation (batch, tokens, rows, dim), summed in float32 and cast back to
-    the stream's dtype (a float32 table must not promote a bf16 stream): a list of (batch, tokens, dim)."""
+def add_table(table: mx.array, modulation: mx.array, index: mx.array | None = None) -> list[mx.array]:
+    """Rows of table (rows, dim, float32) + modulation (1, n, rows, dim), summed in float32 and cast back to the
+    stream's dtype (a float32 table must not promote a bf16 stream): a list of (1, n, dim). With an `index` (tokens,)
+    into the n noise levels, every token's own: (1, tokens, dim)."""
     total = (table + modulation.astype(mx.float32)).astype(modulation.dtype)
-    return [row.squeeze(2) for row in mx.split(total, table.shape[0], axis=2)]
+    rows = (row.squeeze(2) for row in mx.split(total, table.shape[0], axis=2))
+    return [row if index is None else row[:, index] for row in rows]
 
 
 def rms_modulate(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.array:
-    """rms(x) * (1 + scale) + shift; scale and shift are (batch or 1, tokens or 1, dim)."""
-    if scale.shape[0] == scale.shape[1] == 1:  # one vector for all tokens: the norm kernel applies it
+    """rms(x) * (1 + scale) + shift; x is (1, tokens, dim), scale and shift (1, tokens or 1, dim)."""
+    if scale.shape[1] == 1:  # one vector for all tokens: the norm kernel applies it
         return mx.fast.rms_norm(x, 1 + scale.reshape(-1), eps) + shift
     return _scale_shift(mx.fast.rms_norm(x, None, eps), scale, shift)
 
