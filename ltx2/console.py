@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -108,12 +108,31 @@ class InOrder(click.Group):
         return list(self.commands)
 
 
-def refuse_given(names: Iterable[str], needed: str) -> None:
-    """Options that would do nothing without another one are a wrong usage."""
-    context = click.get_current_context()
-    for name in names:
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} has no effect without {needed}.")
+class Dependent(click.Option):
+    """An option that does nothing without one of the parameters `needs`, or beside one of `unless`: giving it then is
+    wrong usage."""
+
+    def __init__(self, *args: Any, needs: Sequence[str] = (), unless: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.needs, self.unless = needs, unless
+
+    def handle_parse_result(
+        self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]
+    ) -> tuple[Any, list[str]]:
+        """`opts` are the parameters that were given, as text."""
+        if self.name in opts:
+            flags = {parameter.name: parameter.opts[-1] for parameter in ctx.command.params}
+            if self.needs and not opts.keys() & set(self.needs):
+                needed = alternatives([flags[name] for name in self.needs])
+                raise click.UsageError(f"{flags[self.name]} has no effect without {needed}.", ctx)
+            for name in opts.keys() & set(self.unless):
+                raise click.UsageError(f"{flags[self.name]} has no effect with {flags[name]}.", ctx)
+        return super().handle_parse_result(ctx, opts, args)
+
+
+def alternatives(words: Sequence[str]) -> str:
+    """a, b or c"""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def say_how_to_continue(error: Ltx2Error | KeyboardInterrupt, option: str) -> NoReturn:

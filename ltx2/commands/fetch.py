@@ -1,17 +1,20 @@
 """Getting published files."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ltx2.commands.shared import PATH, follow_model
-from ltx2.console import Output, common, refuse_given
+from ltx2.console import Dependent, Output, common
 
 if TYPE_CHECKING:
     from ltx2.quant.apply import Settings
     from ltx2.runtime.events import Event
+
+with_convert = partial(click.option, cls=Dependent, needs=("converted",))
 
 
 @click.command()
@@ -20,9 +23,9 @@ if TYPE_CHECKING:
 @click.option("--list", "listed", is_flag=True, help="List all names; needs no network.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched, and write nothing.")
 @click.option("--convert", "converted", is_flag=True, help="Then convert the bundle to a model folder.")
-@click.option("--bits", type=int, help="With --convert: quantize on the way, to 2, 3, 4, 5, 6 or 8 bits.")
-@click.option("--recipe", metavar="NAME|FILE", help="With --convert: quantize by this recipe, see quantize.")
-@click.option("-m", "--model", type=PATH, help="With --convert: the folder; default: by name.")
+@with_convert("--bits", type=int, help="With --convert: quantize on the way, to 2, 3, 4, 5, 6 or 8 bits.")
+@with_convert("--recipe", metavar="NAME|FILE", help="With --convert: quantize by this recipe, see quantize.")
+@with_convert("-m", "--model", type=PATH, help="With --convert: the folder; default: by name.")
 @common
 def download(
     output: Output, names: tuple[str, ...], weights: Path, listed: bool, dry_run: bool, converted: bool, **options: Any
@@ -45,9 +48,7 @@ def download(
         return
     if not names:
         raise click.UsageError(f"Name a file or a bundle: {', '.join(known.bundles)}. --list shows all.")
-    if not converted:
-        refuse_given(options, "--convert")
-    elif len(names) != 1 or names[0] not in known.bundles:
+    if converted and (len(names) != 1 or names[0] not in known.bundles):
         raise click.UsageError("--convert takes one bundle, which has all that a model needs.")
     chosen, settings = known.choose(names), _settings(options["bits"], options["recipe"])
     bits = settings.form.bits if settings else None

@@ -1,45 +1,47 @@
 """Measuring."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ltx2.commands.models import MODES
 from ltx2.commands.shared import PATH, generate_options
-from ltx2.console import Output, common, refuse_given
+from ltx2.console import Dependent, Output, common
 from ltx2.runtime.generate.options import COSTS
+from ltx2.runtime.model.forms import MODES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ltx2.runtime.events import Event
 
-QUALITY_ONLY = ("reference", "prompts", "seed")
-SPEED_ONLY = ("random", "suite", "part", "repeat", "warmup", "cooldown", "compare")
 RANDOM_ONLY = ("bits", "mode", "group_size", "recipe")
+when_timing = partial(click.option, cls=Dependent, unless=("compared",))
+with_random = partial(click.option, cls=Dependent, needs=("random",))
+with_quality = partial(click.option, cls=Dependent, needs=("compared",))
 
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...", type=PATH)
-@click.option("--random", metavar="NAME", help="A published model's shapes, with random weights.")
-@click.option("--bits", type=int, multiple=True, help="Of --random's weights, 16 for none packed; repeatable.")
-@click.option("--mode", type=click.Choice(MODES), help="Kind of codes of --random's weights.")
-@click.option("--group-size", type=int, help="Of --random's weights, as for quantize.")
-@click.option("--recipe", metavar="NAME|FILE", help="Of --random's weights, as for quantize.")
-@click.option("--suite", metavar="NAME|FILE", help="Cases: quick (default), full, parts, sizes, bits, or your file.")
-@click.option("--part", type=click.Choice(["clip", "text", "denoise", "decode"]), help="Only this of every case.")
+@when_timing("--random", metavar="NAME", help="A published model's shapes, with random weights.")
+@with_random("--bits", type=int, multiple=True, help="Of --random's weights, 16 for none packed; repeatable.")
+@with_random("--mode", type=click.Choice(list(MODES)), help="Kind of codes of --random's weights.")
+@with_random("--group-size", type=int, help="Of --random's weights, as for quantize.")
+@with_random("--recipe", metavar="NAME|FILE", help="Of --random's weights, as for quantize.")
+@when_timing("--suite", metavar="NAME|FILE", help="Cases: quick (default), full, parts, sizes, bits, or your file.")
+@when_timing("--part", type=click.Choice(["clip", "text", "denoise", "decode"]), help="Only this of every case.")
 @generate_options(*COSTS)
-@click.option("--repeat", type=int, help="Measured runs of every case; default: the suite's.")
-@click.option("--warmup", type=int, help="Runs before, not measured; default: the suite's.")
-@click.option("--cooldown", type=float, metavar="SECONDS", help="Rest before every run.")
-@click.option("--compare", metavar="OLD.json", type=PATH, help="What became faster or slower since that receipt.")
+@when_timing("--repeat", type=int, help="Measured runs of every case; default: the suite's.")
+@when_timing("--warmup", type=int, help="Runs before, not measured; default: the suite's.")
+@when_timing("--cooldown", type=float, metavar="SECONDS", help="Rest before every run.")
+@when_timing("--compare", metavar="OLD.json", type=PATH, help="What became faster or slower since that receipt.")
 @click.option("--out", type=PATH, help="Write the receipt (JSON).")
 @click.option("--plot", metavar="FILE", type=PATH, help="Draw the receipt (.png or .svg).")
 @click.option("--quality", "compared", metavar="MODEL", type=PATH, help="Compare this model with --reference.")
-@click.option("--reference", metavar="MODEL", type=PATH, help="The model that the one of --quality was made from.")
-@click.option("--prompts", metavar="FILE", type=PATH, help="One prompt a line, with --quality; default: three of ours.")
-@click.option("--seed", type=int, help="Of the first prompt's noise, with --quality.")
+@with_quality("--reference", metavar="MODEL", type=PATH, help="The model that the one of --quality was made from.")
+@with_quality("--prompts", metavar="FILE", type=PATH, help="One prompt a line, with --quality; default: three of ours.")
+@with_quality("--seed", type=int, help="Of the first prompt's noise, with --quality.")
 @common
 def bench(output: Output, models: tuple[Path, ...], compared: Path | None, **options: Any) -> None:
     """Measure time and memory, or what quantizing has cost.
@@ -62,7 +64,6 @@ def bench(output: Output, models: tuple[Path, ...], compared: Path | None, **opt
     if compared is not None:
         _compare(output, models, compared, (out, plot), given)
         return
-    refuse_given(QUALITY_ONLY, "--quality")
     if not (models or "random" in given):
         raise click.UsageError("Missing argument 'MODEL', or option '--random'.")
     _time(output, models, (out, plot), given)
@@ -78,7 +79,6 @@ def _compare(output: Output, models: tuple[Path, ...], compared: Path, files: Fi
     from ltx2.quant.measure.calibrate import read_prompts
     from ltx2.render import print_table
 
-    refuse_given((*SPEED_ONLY, *RANDOM_ONLY), "a MODEL to be timed")
     if models:
         raise click.UsageError("MODEL has no effect with --quality.")
     if "reference" not in options:
@@ -139,6 +139,5 @@ def _random(options: dict[str, Any]) -> Any:
 
     given = {name: options.pop(name) for name in RANDOM_ONLY if name in options}
     if "random" not in options:
-        refuse_given(RANDOM_ONLY, "--random")
         return None
     return RandomWeights(options.pop("random"), given.pop("bits", ()), Settings(**given))

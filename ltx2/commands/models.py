@@ -1,17 +1,19 @@
 """Making model folders and looking into them."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ltx2.commands.shared import PATH, follow_fit, follow_model, generate_options
-from ltx2.console import Output, common, refuse_given
+from ltx2.console import Dependent, Output, common
+from ltx2.quant.codes.methods import METHODS, SEARCH
 from ltx2.runtime.errors import Ltx2Error
+from ltx2.runtime.model.forms import AFFINE, MODES
 
 PACKS = ("bits", "mode", "recipe", "fit")  # options that each make a conversion quantize
-METHODS = ("search", "gptq", "gptq-hadamard")
-MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # known here because importing quant takes time
+when_packing = partial(click.option, cls=Dependent, needs=PACKS)
 
 
 @click.command()
@@ -21,12 +23,12 @@ MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # known here because importing qu
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Cast weights; default: as published.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Convert this component only; repeatable.")
 @click.option("--bits", type=int, help="Quantize on the way, without a 16-bit copy on disk.")
-@click.option("--mode", type=click.Choice(MODES), help="Quantize with this kind of codes; affine with --bits alone.")
+@click.option("--mode", type=click.Choice(list(MODES)), help="Quantize with this kind of codes; else affine.")
 @click.option("--recipe", metavar="NAME|FILE", help="Quantize by this recipe, see quantize: q4, for example.")
 @click.option("--fit", type=int, metavar="GB", help="Quantize for a Mac of so much memory, see quantize.")
-@click.option("--group-size", type=int, help="Weights per scale, when quantizing: 32, 64 (default) or 128.")
-@click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote, when quantizing: for better codes.")
-@click.option("--method", type=click.Choice(METHODS), help="How codes are chosen, when quantizing; see quantize.")
+@when_packing("--group-size", type=int, help="Weights per scale, when quantizing: 32, 64 (default) or 128.")
+@when_packing("--stats", type=PATH, metavar="FILE", help="What calibrate wrote, when quantizing: for better codes.")
+@when_packing("--method", type=click.Choice(METHODS), help="How codes are chosen, when quantizing; see quantize.")
 @click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
 @click.option("--dry-run", is_flag=True, help="Read headers (--fit: some weights); --json prints the plan.")
 @click.option("--force", is_flag=True, help="Replace a different model folder.")
@@ -47,9 +49,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     written = WriteOptions(options.pop("shard_size"), options.pop("force"))
     packing = {name: options.pop(name) for name in (*PACKS, "group_size", "stats", "method")}
     packed = any(packing[name] is not None for name in PACKS)
-    if not packed:
-        refuse_given(packing, "--bits, --recipe or --fit")
-    usual = {"mode": packing["mode"] or MODES[0], "method": packing["method"] or METHODS[0]}
+    usual = {"mode": packing["mode"] or AFFINE, "method": packing["method"] or SEARCH}
     settings = Settings(**packing | usual) if packed else None
     plan = plan_conversion(sources, **options)
     if dry_run:
@@ -72,10 +72,10 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 @click.option("--bits", type=int, help="2, 3, 4 (default), 5, 6 or 8; mxfp4, nvfp4: 4; mxfp8: 8.")
 @click.option("--recipe", metavar="NAME|FILE", help="Bits per layer; default: q4, or what --bits says.")
 @click.option("--fit", type=int, metavar="GB", help="Choose bits for a Mac of so much memory: 16, 24, 32, 48, 64.")
-@click.option("--mode", type=click.Choice(MODES), default="affine", show_default=True, help="Kind of codes.")
+@click.option("--mode", type=click.Choice(list(MODES)), default=AFFINE, show_default=True, help="Kind of codes.")
 @click.option("--group-size", type=int, help="Weights per scale: 32, 64 (default) or 128; mxfp4, mxfp8: 32; nvfp4: 16.")
 @click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote: for better codes of the same size.")
-@click.option("--method", type=click.Choice(METHODS), default="search", show_default=True, help="How codes are chosen.")
+@click.option("--method", type=click.Choice(METHODS), default=SEARCH, show_default=True, help="How codes are chosen.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
 @click.option("--report", type=PATH, help="Write bits, bytes and error of every layer (JSON).")
 @click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
@@ -155,7 +155,14 @@ def inspect(output: Output, path: Path) -> None:
 @click.command()
 @click.argument("model", type=PATH)
 @click.option("--source", "sources", multiple=True, type=PATH, help="Compare values; repeatable.")
-@click.option("--stats", type=PATH, metavar="FILE", help="With --source: the statistics it was quantized with.")
+@click.option(
+    "--stats",
+    type=PATH,
+    metavar="FILE",
+    help="With --source: the statistics it was quantized with.",
+    cls=Dependent,
+    needs=("sources",),
+)
 @common
 def verify(output: Output, model: Path, sources: tuple[Path, ...], stats: Path | None) -> None:
     """Check every file, hash, tensor and shape of a model folder.
@@ -169,8 +176,6 @@ def verify(output: Output, model: Path, sources: tuple[Path, ...], stats: Path |
     from ltx2.quant.measure.statistics import Statistics
     from ltx2.quant.plan.replan import repack
 
-    if not sources:
-        refuse_given(["stats"], "--source")
     statistics = Statistics.open(stats) if stats else None
     done = output.follow(check_folder(model, sources, partial(repack, statistics=statistics)))
     assert isinstance(done, Verified), "a verification ends with what it found"

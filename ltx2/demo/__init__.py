@@ -21,7 +21,7 @@ from ltx2.runtime.model.layout import ModelFolder
 
 SOURCES = Path(__file__).parent / "model"
 PROMPT = "a yellow star moves right on a black background with a high tone"
-SIZE = {"width": 192, "height": 128, "frames": 25, "seed": 7}  # what the model was trained for
+SIZE: dict[str, Any] = {"width": 192, "height": 128, "frames": 25, "seed": 7}  # what the model was trained for
 BITS = (8, 4)
 
 

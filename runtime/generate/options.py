@@ -46,6 +46,7 @@ class Option(ABC, Generic[Given, Value]):
 
     name: str = field(init=False, default="")  # the field's
     kind: ClassVar[str]  # of values, in words
+    type: ClassVar[Any]  # of what is given
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -91,6 +92,7 @@ class Text(Option[StrPath | None, str | None]):
     """Any text."""
 
     kind = "a text"
+    type: ClassVar[Any] = str
 
     def read(self, value: Any) -> str:
         text = os.fspath(value)
@@ -103,6 +105,7 @@ class File(Text):
     """The path of a file. Where it decides, its content does."""
 
     kind = "a text or path"
+    type = StrPath
 
     def identity(self, value: Any) -> Any:
         """The SHA-256 of its content."""
@@ -117,6 +120,7 @@ class Whole(Option[SupportsIndex | None, int | None]):
     """A whole number, also numpy's."""
 
     kind = "a whole number"
+    type = int
 
     def read(self, value: Any) -> int:
         if isinstance(value, bool):
@@ -128,6 +132,7 @@ class Number(Option[SupportsFloat | None, float | None]):
     """A number, also numpy's."""
 
     kind = "a number"
+    type = float
 
     def read(self, value: Any) -> float:
         return float(value)
@@ -139,6 +144,7 @@ class Flag(Option[bool | None, bool]):
 
     default: Any = False
     kind = "true or false"
+    type = bool
 
     def read(self, value: Any) -> bool:
         if value not in (True, False):
@@ -151,6 +157,7 @@ class Choice(Option[str | None, str]):
     """One of some names; the first is the default."""
 
     choices: tuple[str, ...] = ()
+    type = str
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -170,6 +177,7 @@ class Options:
     """What `generate` can be told. None is the preset's default."""
 
     prompt: Text = Text("What the clip shows, and how it sounds.", decides=True, command=False)
+    _: KW_ONLY
     width: Whole = Whole("Pixels; a multiple of 64 (32 with --no-upscale).", decides=True, costs=True)
     height: Whole = Whole("Pixels; a multiple of 64 (32 with --no-upscale).", decides=True, costs=True)
     frames: Whole = Whole("8k+1, e.g. 121.", decides=True, costs=True)

@@ -4,7 +4,7 @@ Text encoder, connectors, transformer, upscaler and decoders are never in memory
 uses it and frees it. Whoever consumes the events decides what to show."""
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -19,7 +19,7 @@ from ltx2.runtime.generate.clip import Clip, FrameBuffer, Generated, Saved, conc
 from ltx2.runtime.generate.exchange import Contexts, write_embeddings, write_latents
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.presets import Stage, check_release
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.request import Request, takes
 from ltx2.runtime.generate.resume import Owner, State, StateFile
 from ltx2.runtime.generate.sidecar import make_record
 from ltx2.runtime.layers.checks import check_finite
@@ -66,17 +66,19 @@ class Pipeline:
         self.observe = observe
         check_release(self.folder.manifest.release)
 
-    def generate(self, prompt: str | None = None, **options: Any) -> Clip:
+    @takes(Request)
+    def generate(self, request: Request) -> Clip:
         """Run `stream` to its end and return the clip, with all its frames in memory."""
-        if options.get("output") is not None:
+        if request.output is not None:
             fix = "leave it out and use clip.save, or use stream, which writes frames as they are decoded"
             raise InputError("generate has no output", "it returns the clip with all its frames", fix)
-        for event in self.stream(prompt, **options):
+        for event in self.events(request):
             if isinstance(event, Generated):
                 return event.clip
         raise RuntimeError("the generation ended without a clip")
 
-    def stream(self, prompt: str | None = None, **options: Any) -> Generator[Event, None, None]:
+    @takes(Request)
+    def stream(self, request: Request) -> Generator[Event, None, None]:
         """Typed progress events; closing the stream ends the work. Options are the command's, underscored. The last
         event is Generated with the clip or, with `output`, Saved: then frames went into that file as they were decoded,
         and were never in memory together.
@@ -84,17 +86,19 @@ class Pipeline:
         The request is checked before this returns; raises InputError, UnsupportedError, ModelFolderError or
         DoesNotFitError.
         """
-        return Run(self._job(prompt, options), self.observe).events()
+        return self.events(request)
 
-    def plan(self, prompt: str | None = None, **options: Any) -> MemoryPlan:
+    def events(self, request: Request) -> Generator[Event, None, None]:
+        """As `stream`."""
+        return Run(Job(self.folder, request), self.observe).events()
+
+    @takes(Request)
+    def plan(self, request: Request) -> MemoryPlan:
         """How much memory every phase of a generation would take; reads headers only. Raises as `stream`, but not for
         what does not fit: `MemoryPlan.check` does."""
-        job = self._job(prompt, options)
+        job = Job(self.folder, request)
         job.check()
         return plan_memory(job)
-
-    def _job(self, prompt: str | None, options: Mapping[str, Any]) -> Job:
-        return Job(self.folder, Request.from_options({"prompt": prompt, **options}))
 
 
 class Run:

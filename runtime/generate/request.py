@@ -1,13 +1,20 @@
 """One validated generation: options in, sizes that the model can make out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.generate.options import ROWS, Options
 from ltx2.runtime.generate.presets import Preset
 from ltx2.runtime.sampling.latents import Scales, Sizes
+
+P = ParamSpec("P")
+Self = TypeVar("Self")
+Asked = TypeVar("Asked")
+Result = TypeVar("Result")
 
 
 class Request(Options):
@@ -19,10 +26,7 @@ class Request(Options):
 
         Raises InputError for an unknown option and for a value that is not valid.
         """
-        unknown = sorted(options.keys() - ROWS.keys())
-        if unknown:
-            known = ", ".join(ROWS)
-            raise InputError(f"unknown option {unknown[0]!r}", "generate has no such option", f"use {known}")
+        check_known(options)
         return cls(**options)
 
     @property
@@ -84,3 +88,32 @@ class Request(Options):
         assert width is not None and height is not None, "a request has its defaults"
         assert frames is not None and fps is not None, "a request has its defaults"
         return Sizes(width, height, frames, fps)
+
+
+def takes(
+    request: Callable[P, Asked],
+) -> Callable[[Callable[[Self, Asked], Result]], Callable[Concatenate[Self, P], Result]]:
+    """Make a method of a request one of its options, known by name and type to completion, mypy and help()."""
+
+    def decorate(method: Callable[[Self, Asked], Result]) -> Callable[Concatenate[Self, P], Result]:
+        @wraps(method)
+        def taking(self: Self, /, *args: P.args, **options: P.kwargs) -> Result:
+            check_known(options)
+            return method(self, request(*args, **options))
+
+        own = signature(method)
+        given = [
+            Parameter(name, parameter.kind, default=parameter.default, annotation=ROWS[name].type | None)
+            for name, parameter in signature(request).parameters.items()
+        ]
+        taking.__signature__ = own.replace(parameters=[own.parameters["self"], *given])  # type: ignore[attr-defined]
+        return taking
+
+    return decorate
+
+
+def check_known(options: Iterable[str]) -> None:
+    """Raises InputError for an option that is not in the table."""
+    for name in options:
+        if name not in ROWS:
+            raise InputError(f"unknown option {name!r}", "generate has no such option", f"use {', '.join(ROWS)}")

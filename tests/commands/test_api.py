@@ -150,7 +150,7 @@ class TestGenerate:
 
     def test_options_are_the_commands_with_underscores(self, demo_f32: Path, tmp_path: Path) -> None:
         """Also as numpy and pathlib know them; the clip can still be saved."""
-        size = {name: np.int32(value) for name, value in SIZE.items()}
+        size: dict[str, Any] = {name: np.int32(value) for name, value in SIZE.items()}
         latents = tmp_path / "l.safetensors"
         silent = ltx2.load(demo_f32).generate(PROMPT, no_audio=True, no_upscale=True, save_latents=latents, **size)
         assert silent.audio is None and latents.is_file()

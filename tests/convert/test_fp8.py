@@ -298,7 +298,7 @@ class TestRun:
         assert relative_l2(np.array(y.astype(mx.float32)), wanted) < limits[dtype]
 
     def test_generate(self, kept: Path, plain: Path, figure: Figure) -> None:
-        size = {"width": 64, "height": 64, "frames": 9, "seed": 3}
+        size: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "seed": 3}
         ours, theirs = (ltx2.load(folder).generate("a red circle", **size).latents for folder in (kept, plain))
         for name in ("video", "audio"):
             figure(f"FP8 as codes: final {name} latents, rel L2", relative_l2(ours[name], theirs[name]), limit=1e-4)

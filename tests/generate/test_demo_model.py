@@ -4,6 +4,7 @@ If the architecture is implemented correctly a clip shows what its prompt says; 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -30,7 +31,7 @@ from tests.support.calls import inputs
 from tests.support.golden import PROMPTS, golden
 from tests.support.parity import relative_l2
 
-SIZE = {"width": 192, "height": 128, "frames": 25}
+SIZE: dict[str, Any] = {"width": 192, "height": 128, "frames": 25}
 Note = Callable[[str], None]
 
 

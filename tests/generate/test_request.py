@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.options import repeated
+from ltx2.runtime.generate.options import ROWS, Choice, repeated
 from ltx2.runtime.generate.presets import load_preset
 from ltx2.runtime.generate.request import Request
+from ltx2.runtime.layers.matmul import AUTO, PRODUCTS
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
 SCALES = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)
@@ -130,6 +131,10 @@ class TestOptions:
         """What they leave nothing to do is not taken over: nobody asked for it, so nobody should be warned of it."""
         earlier = {"prompt": "a", "width": 64, "noise": "n", "embeddings": "e", "seed": 1}
         assert repeated(earlier, given) == left
+
+    def test_ways_to_multiply_are_the_runtimes(self) -> None:
+        row = ROWS["matmul"]
+        assert isinstance(row, Choice) and row.choices == (AUTO, *PRODUCTS)
 
     def test_unknown_option(self) -> None:
         with pytest.raises(InputError, match=r"'widht'.*no such option.*width"):

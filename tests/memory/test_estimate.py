@@ -117,7 +117,7 @@ class TestPlan:
         assert short[-1].clip == long[-1].clip == encoding_memory(768, 512) < 241 * 512 * 768 * 3
 
     @pytest.mark.parametrize("changes", [{"frames": 241}, {"width": 1280}, {"height": 1024}])
-    def test_larger_clips_take_more(self, model: Callable[[int], Pipeline], changes: dict[str, int]) -> None:
+    def test_larger_clips_take_more(self, model: Callable[[int], Pipeline], changes: dict[str, Any]) -> None:
         """But for text, the sound of pictures, and the video's tiles, which are of one size."""
         same = {"text_encoder", "connectors", *(() if "frames" in changes else ("audio_vae", "vocoder"))}
         small, large = model(4).plan(PROMPT).phases, model(4).plan(PROMPT, **changes).phases
@@ -164,7 +164,7 @@ class TestLimit:
         assert stage.held_back and len(stage.streamed) == 48 and stage.total <= 4.2 * GB
 
     def test_tiles_become_smaller(self, model: Callable[[int], Pipeline]) -> None:
-        size = {"width": 1280, "height": 704}
+        size: dict[str, Any] = {"width": 1280, "height": 704}
         free, tight = model(4).plan(PROMPT, **size), model(4).plan(PROMPT, memory_limit=3.05, **size)
         assert free.tiling is not None and tight.tiling is not None and tight.tiling.height < free.tiling.height
         assert tight.phase("video_vae").total <= 3.05 * GB < free.phase("video_vae").total
@@ -191,7 +191,7 @@ class TestLimit:
 
     def test_nearest_sizes(self, model: Callable[[int], Pipeline]) -> None:
         """What is suggested fits; one step more does not."""
-        options = {"width": 1920, "height": 1088, "frames": 241, "memory_limit": 4.5}
+        options: dict[str, Any] = {"width": 1920, "height": 1088, "frames": 241, "memory_limit": 4.5}
         error = refusal(model(4).plan(PROMPT, **options))
         assert error.what == "241 frames of 1920x1088 do not fit in memory" and "the limit is 4.5 GB" in error.why
         found = re.fullmatch(r"use --frames (\d+), or --width (\d+) --height (\d+)", error.fix)
@@ -317,7 +317,8 @@ class TestMeasured:
     def test_on_a_cpu(self, demo_f32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every phase of the demo model, on this computer. Half a megabyte is let pass: its networks are tiny."""
         monkeypatch.undo()
-        pipeline, options = Pipeline(demo_f32), {"width": 64, "height": 64, "frames": 17}
+        options: dict[str, Any] = {"width": 64, "height": 64, "frames": 17}
+        pipeline = Pipeline(demo_f32)
         plan = pipeline.plan(PROMPT, **options)
         done = [event for event in pipeline.stream(PROMPT, **options) if isinstance(event, PhaseDone)]
         assert [phase.name for phase in done] == [phase.name for phase in plan.phases]

@@ -16,7 +16,7 @@ from ltx2.runtime.events import PhaseStarted
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 
-SIZES = {"width": 128, "height": 64, "frames": 9}
+SIZES: dict[str, Any] = {"width": 128, "height": 64, "frames": 9}
 ALL_LINEAR = ("text_encoder", "connectors", "stage1", "stage2")  # what goes in and out is counted exactly
 
 

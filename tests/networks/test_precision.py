@@ -14,7 +14,7 @@ import ltx2
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.generate.clip import Generated
 
-SIZE = {"width": 64, "height": 64, "frames": 9}
+SIZE: dict[str, Any] = {"width": 64, "height": 64, "frames": 9}
 SIXTEEN = {"text_encoder", "connectors", "stage1", "spatial_upscaler", "stage2", "video_vae"}
 
 

@@ -37,7 +37,7 @@ from tests.support.official import DEMO, MONOLITH, plan_of
 Figure = Callable[..., None]
 Weights = tuple[mx.array, mx.array]
 PROMPT = "a red circle moves right on a white background with a low tone"
-OPTIONS = {"width": 64, "height": 64, "frames": 9, "seed": 3}
+OPTIONS: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "seed": 3}
 ABOUT = About("0", "2.0", "distilled", {}, (), ("a prompt",))
 LAYER = ("transformer", "transformer_blocks.0.attn1.to_q")
 
