@@ -13,11 +13,11 @@ from ltx2.convert.output.pieces import Parts, Rows, in_order, rows_of
 from ltx2.convert.plan.entries import Move, Options, Plan, make_plan, packed_key
 from ltx2.convert.plan.recode import Layer, decoded, kept_layers
 from ltx2.convert.sources.checkpoint import VARIANTS, Source
-from ltx2.convert.tensors.steps import FLOATS, Cast
+from ltx2.convert.tensors.steps import Cast
 from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.files.ranges import RangeReader
-from ltx2.runtime.files.tensors import Array, TensorFile
+from ltx2.runtime.files.tensors import FLOATS, Array, TensorFile
 from ltx2.runtime.model.layout import ModelFolder, is_lora
 
 # Packs the layers of a plan as the folder's layers are packed; quantization supplies it.

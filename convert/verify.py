@@ -4,7 +4,6 @@ All differences are collected before the verdict."""
 
 import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,13 +11,12 @@ from typing import Any
 
 from ltx2.convert.compare import Repack, compare_values
 from ltx2.convert.names.release import is_computed
-from ltx2.convert.output.pieces import Piece, bytes_of, in_order
 from ltx2.convert.plan.check import network_differences
 from ltx2.convert.sources.checkpoint import open_sources, read_json
 from ltx2.convert.sources.lora import misfits
 from ltx2.runtime.errors import Ltx2Error, VerificationError
 from ltx2.runtime.events import BytesDone, Event
-from ltx2.runtime.files.ranges import RangeReader
+from ltx2.runtime.files.ranges import digesting
 from ltx2.runtime.model.layout import INDEX, MANIFEST, ModelFolder, is_lora
 from ltx2.runtime.networks.load import Shapes, build_component, parameter_shapes
 
@@ -93,12 +91,10 @@ def _file_differences(model: ModelFolder) -> Generator[Event, None, list[str]]:
 
 
 def _hash(path: Path, done: int, total: int) -> Generator[Event, None, str]:
-    digest, reader = hashlib.sha256(), RangeReader(path)
-    with closing(in_order(Piece.read, bytes_of(reader, 0, path.stat().st_size), threads=1)) as blocks:
-        for block in blocks:
-            digest.update(block.data)
-            done += len(block)
-            yield BytesDone(path.name, done, total)
+    digest = hashlib.sha256()
+    for count in digesting(path, digest):
+        done += count
+        yield BytesDone(path.name, done, total)
     return digest.hexdigest()
 
 

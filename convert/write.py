@@ -3,10 +3,8 @@
 The folder grows under `<name>.partial` and takes its name when complete, so a killed run leaves nothing under the
 final name and the same command continues it. Peak memory does not depend on the size of the files."""
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Generator, Iterator
@@ -24,7 +22,9 @@ from ltx2.convert.plan.entries import Plan, plan_json
 from ltx2.convert.sources.checkpoint import TOKENIZER
 from ltx2.runtime.errors import CheckpointError, DoesNotFitError, InputError, ModelFolderError, NumericsError
 from ltx2.runtime.events import Event, Warned, Written
-from ltx2.runtime.files.ranges import changed, write_file
+from ltx2.runtime.files.atomic import PARTIAL, UNLOCKED, beside, write_file
+from ltx2.runtime.files.paths import check_folder, check_room, write_failure
+from ltx2.runtime.files.ranges import changed
 from ltx2.runtime.files.tensors import FileRecord
 from ltx2.runtime.model.layout import MANIFEST, ComponentRecord, Manifest, ModelFolder
 
@@ -59,10 +59,13 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
     check_target(out, _total(files))
     try:
         with open_partial(unfinished(out), _fingerprint(plan, files)) as partial:
-            needed = missing_bytes(files, partial)
-            if _does_not_fit(needed, out):
+            if not partial.locked:
+                yield Warned(UNLOCKED.format(out))
+            try:
+                _check_room(out, missing_bytes(files, partial))
+            except DoesNotFitError:
                 partial.abandon()
-                raise _too_small(needed, out)
+                raise
             try:
                 yield from _fill(plan, files, partial)
             except (CheckpointError, NumericsError) as error:
@@ -71,7 +74,7 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
                 raise
             _publish(partial, out, options.force)
     except OSError as error:
-        raise _disk_error(error, out) from error
+        raise write_failure(error, out) from error
     yield Written(str(out), _total(files), time.monotonic() - started)
 
 
@@ -180,7 +183,7 @@ def _manifest(
 
 def _publish(partial: Partial, out: Path, force: bool) -> None:
     """Give the finished folder its name; a model that is replaced disappears only then."""
-    old = out.with_name(out.name + ".replaced")
+    old = beside(out, ".replaced")
     if out.exists():
         if not (force or is_empty_folder(out)):
             raise ModelFolderError(
@@ -199,7 +202,7 @@ def _remove_model(folder: Path) -> None:
 
 def unfinished(out: Path) -> Path:
     """Where a model folder grows until it takes its name."""
-    return out.with_name(out.name + ".partial")
+    return beside(out, PARTIAL)
 
 
 def check_target(out: Path, size: int) -> None:
@@ -210,32 +213,13 @@ def check_target(out: Path, size: int) -> None:
     """
     if out.is_symlink():
         raise InputError(f"{out} is a link", f"it points to {out.readlink()}", "name the folder itself with -o")
-    folder = _nearest(out)
-    if not folder.is_dir():
-        raise InputError(f"cannot write {out}", f"{folder} is no folder", "choose another -o")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        why = f"the folder {folder} cannot be written"
-        raise InputError(f"cannot write {out}", why, "change its permissions, or choose another -o")
-    if not unfinished(out).exists() and _does_not_fit(size, out):
-        raise _too_small(size, out)
+    check_folder(out.absolute().parent, out)
+    if not unfinished(out).exists():
+        _check_room(out, size)
 
 
-def _nearest(out: Path) -> Path:
-    """What exists of the path to `out`: the folder it is to stand in, or one above."""
-    return next(folder for folder in out.absolute().parents if folder.exists())
-
-
-def _does_not_fit(needed: int, out: Path) -> bool:
-    return needed + RESERVE_BYTES > shutil.disk_usage(_nearest(out)).free
-
-
-def _too_small(needed: int, out: Path) -> DoesNotFitError:
-    free = shutil.disk_usage(_nearest(out)).free
-    return DoesNotFitError(
-        "the disk is too small",
-        f"with its journal the model needs {(needed + RESERVE_BYTES) / 1e9:.3g} GB, {free / 1e9:.3g} GB are free",
-        "free some space, write to another disk, or convert with --bits 4",
-    )
+def _check_room(out: Path, needed: int) -> None:
+    check_room((out.absolute().parent, needed + RESERVE_BYTES), else_=", or convert with --bits 4")
 
 
 def _states(plan: Plan) -> dict[Path, tuple[int, int]]:
@@ -257,11 +241,3 @@ def _fingerprint(plan: Plan, files: list[PlannedFile]) -> str:
 
 def _total(files: list[PlannedFile]) -> int:
     return sum(f.size for f in files)
-
-
-def _disk_error(error: OSError, out: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DoesNotFitError(
-            "the disk is full", str(error), f"free some space and run the same command again; {out}.partial is kept"
-        )
-    return InputError(f"cannot write {out}", str(error), "check the folder and its permissions")

@@ -18,8 +18,7 @@ from ltx2.convert.output.pieces import bytes_of
 from ltx2.convert.tensors.codes import Fp8, Scale
 from ltx2.convert.tensors.steps import Spec
 from ltx2.quant.codes.pack import pack
-from ltx2.runtime.files.tensors import open_tensorfile
-from ltx2.runtime.files.tensorwrite import write_tensorfile
+from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
 from ltx2.runtime.layers.attention import Attention, gelu_tanh
 from ltx2.runtime.layers.packed import QuantizedLinear, choose_products
 from ltx2.runtime.layers.rope import Rope, apply_rope, rope_tables

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ltx2.runtime.errors import InputError, UnsupportedError
+from ltx2.runtime.files.atomic import growing
 from ltx2.runtime.files.paths import check_output
 
 if TYPE_CHECKING:
@@ -43,9 +44,8 @@ def drawing(path: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
     with _matplotlib().rc_context(STYLE):
         figure = Figure(figsize=inches, layout="constrained")
         yield figure
-        partial = path.with_name(f"{path.name}.partial")
-        figure.savefig(partial, format=path.suffix[1:])
-        partial.replace(path)
+        with growing(path) as partial:
+            figure.savefig(partial, format=path.suffix[1:])
 
 
 def log_scale(axis: "Axes") -> None:

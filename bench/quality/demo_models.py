@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import numpy as np
 
 from ltx2.bench.quality.demo_prompts import random_prompts
 from ltx2.runtime.errors import ModelFolderError
-from ltx2.runtime.files.paths import write_text
-from ltx2.runtime.files.tensors import Array, FileRecord, open_tensorfile
-from ltx2.runtime.files.tensorwrite import write_tensorfile
+from ltx2.runtime.files.atomic import write_text
+from ltx2.runtime.files.ranges import sha256
+from ltx2.runtime.files.tensors import Array, FileRecord, open_tensorfile, write_tensorfile
 from ltx2.runtime.model.layout import FORMAT_METADATA, MANIFEST, ModelFolder
 from ltx2.runtime.networks.load import load_weights
 
@@ -126,5 +125,4 @@ def _stored(values: mx.array) -> Array:
 
 
 def _recorded(path: Path) -> FileRecord:
-    content = path.read_bytes()
-    return FileRecord(path.name, len(content), sha256(content).hexdigest())
+    return FileRecord(path.name, path.stat().st_size, sha256(path))

@@ -9,10 +9,10 @@ from math import log2, prod
 import mlx.core as mx
 
 from ltx2.convert.tensors.steps import Spec
+from ltx2.runtime.files.tensors import MLX_DTYPES
 from ltx2.runtime.model.forms import Form, Quantization
 
 POOL = 1_048_583  # a prime, so that no two rows of a matrix are alike
-DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 ALL_BITS, NO_NAN = 0xFFFFFFFF, 0xBFBFBFBF  # the latter of four E4M3 codes
 RMS = {"mxfp4": 2.93, "nvfp4": 2.93, "mxfp8": 0.62}  # root mean square of the codes that are drawn
 # Exponents of scales: E8M0 is nothing else, E4M3 has three bits behind it.
@@ -38,7 +38,7 @@ class RandomValues:
             return _repeated(self._codes, spec, lambda codes: codes & drawn)
         if part in ("scales", "biases", "weight_scale"):
             return _scale(part, spec, self._quantization.of(layer))
-        dtype = DTYPES[spec.dtype]
+        dtype = getattr(mx, MLX_DTYPES[spec.dtype])
         if len(spec.shape) == 1:
             return mx.full(spec.shape, 1.0 if "norm" in name or part == "std" else 0.0, dtype)
         deviation = prod(spec.shape[1:]) ** -0.5
@@ -53,7 +53,7 @@ def _scale(part: str, spec: Spec, form: Form) -> mx.array:
     if form.biased:  # codes are evenly spread from 0 to `top`
         top = (1 << form.bits) - 1
         step = deviation * (12 / (top * (top + 2))) ** 0.5
-        return mx.full(spec.shape, step if part == "scales" else -step * top / 2, DTYPES[spec.dtype])
+        return mx.full(spec.shape, step if part == "scales" else -step * top / 2, getattr(mx, MLX_DTYPES[spec.dtype]))
     one, behind = EXPONENTS[form.mode]
     factor = deviation / RMS[form.mode] / (MULTIPLIER if form.multiplied else 1)
     return mx.full(spec.shape, (one + round(log2(factor))) << behind, mx.uint8)

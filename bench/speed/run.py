@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.bench.random.model import RandomFolder
-from ltx2.bench.random.values import DTYPES
 from ltx2.bench.speed.ceilings import Ceilings, measure_ceilings
 from ltx2.bench.speed.compare import check_comparable, compare
 from ltx2.bench.speed.receipt import CaseRuns, PhaseRun, case_receipt, circumstances, identity
@@ -24,6 +23,7 @@ from ltx2.bench.speed.suite import Schedule, Task
 from ltx2.bench.speed.trace import MemoryTrace
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, Warned
+from ltx2.runtime.files.tensors import FLOATS, MLX_DTYPES
 from ltx2.runtime.generate.clip import Generated
 from ltx2.runtime.generate.exchange import Contexts, write_embeddings, write_latents
 from ltx2.runtime.generate.job import Job
@@ -68,7 +68,8 @@ def run_bench(
         if old is not None:
             check_comparable(old, (subject.identity for subject in subjects))
         yield Noted("measuring what this machine reaches at best")
-        ceilings = {dtype: measure_ceilings(DTYPES[dtype]) for dtype in sorted({s.dtype for s in subjects})}
+        dtypes = sorted({subject.dtype for subject in subjects})
+        ceilings = {dtype: measure_ceilings(getattr(mx, MLX_DTYPES[dtype])) for dtype in dtypes}
         head = circumstances(schedule, suite, list(ceilings.values()))
         for number in range(schedule.warmup + schedule.repeat):
             yield from _round(subjects, schedule, number)
@@ -139,7 +140,7 @@ class _Subject:
     def dtype(self) -> str:
         """What the networks compute in, as the folder spells it."""
         dtype = self._case.model.record("video_vae").dtype
-        return dtype if dtype in DTYPES else "BF16"
+        return dtype if dtype in FLOATS.values() else "BF16"
 
     @property
     def skips_reading(self) -> bool:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.files.paths import check_output, write_text
+from ltx2.runtime.files.atomic import write_text
+from ltx2.runtime.files.paths import check_output
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,6 @@
 """Published files into the weights folder: asked for at the hub, weighed against the free space, fetched in pieces that
 a cut does not cost, checked against the hub's hashes. What is here and whole is not fetched, nor read again."""
 
-import errno
-import os
-import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +13,10 @@ from ltx2.convert.fetch.catalogue import Published
 from ltx2.convert.fetch.hub import UnreachableError, Wanted
 from ltx2.convert.fetch.partfile import Hashing, PartFile, Records, Span
 from ltx2.convert.fetch.transfer import Pacing, fetch
-from ltx2.runtime.errors import DoesNotFitError, DownloadError, InputError, Ltx2Error
+from ltx2.runtime.errors import DownloadError, InputError
 from ltx2.runtime.events import BytesDone, Downloaded, DownloadPlanned, Event, FetchedFile, PlannedFile, Warned
+from ltx2.runtime.files.atomic import PARTIAL, beside
+from ltx2.runtime.files.paths import check_folder, check_room, free_bytes, write_failure
 
 QUESTIONS = 8  # asked at once
 MORE_BITS, LEAST_BITS = 3, 8
@@ -42,20 +41,20 @@ def download(chosen: Sequence[Published], weights: Path, options: Options | None
     """
     started = time.monotonic()
     options = options or Options()
-    _check_writable(weights)
+    check_folder(weights, weights)
     records = Records(weights)
     wanted = yield from _ask_all(chosen, weights, records, options.dry_run)
     missing = yield from _missing(wanted, records)
     plan = _plan(wanted, missing, weights, options)
     yield plan
-    _check_space([(weights, plan.missing), (options.model or weights, plan.converted)])
+    check_room((weights, plan.missing), (options.model or weights, plan.converted))
     if options.dry_run:
         return
     try:
         yield from _check_unknown([file for file in wanted if file not in missing], records)
         yield from _fetch(missing, records, options.pacing)
     except OSError as error:
-        raise _disk_error(error, weights) from error
+        raise write_failure(error, weights) from error
     yield Downloaded(tuple(_found(file, file in missing, records) for file in wanted), time.monotonic() - started)
 
 
@@ -96,7 +95,7 @@ def _missing(wanted: Sequence[Wanted], records: Records) -> Generator[Event, Non
 
 def _plan(wanted: Sequence[Wanted], missing: Sequence[Wanted], weights: Path, options: Options) -> DownloadPlanned:
     files = (PlannedFile(str(w.target), w.size, _part(w).held() if w in missing else w.size) for w in wanted)
-    return DownloadPlanned(tuple(files), str(weights), _free(weights), _converted(wanted, options))
+    return DownloadPlanned(tuple(files), str(weights), free_bytes(weights), _converted(wanted, options))
 
 
 def _converted(wanted: Sequence[Wanted], options: Options) -> int:
@@ -107,7 +106,7 @@ def _converted(wanted: Sequence[Wanted], options: Options) -> int:
         return 0
     width = max(options.bits + MORE_BITS, LEAST_BITS) if options.bits else 16
     total = sum(file.size * min(width, file.published.bits) // file.published.bits for file in wanted)
-    partial = options.model.with_name(options.model.name + ".partial")
+    partial = beside(options.model, PARTIAL)
     return max(0, total - sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()))
 
 
@@ -151,44 +150,3 @@ def _another_file(file: Wanted, why: str) -> InputError:
 
 def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-
-
-def _free(path: Path) -> int:
-    return shutil.disk_usage(_existing(path)).free
-
-
-def _check_writable(weights: Path) -> None:
-    place = _existing(weights)
-    if not place.is_dir():
-        raise InputError(f"cannot write to {weights}", f"{place} is not a folder", "choose another --output")
-    if not os.access(place, os.W_OK | os.X_OK):
-        fix = "change its permissions, or choose another --output"
-        raise InputError(f"cannot write to {weights}", f"the folder {place} cannot be written", fix)
-
-
-def _check_space(needs: Sequence[tuple[Path, int]]) -> None:
-    """Raises DoesNotFitError when a disk has not the room for all that goes there."""
-    disks: dict[int, tuple[Path, int]] = {}
-    for path, count in needs:
-        place = _existing(path)
-        first, sum_ = disks.get(place.stat().st_dev, (place, 0))
-        disks[place.stat().st_dev] = (first, sum_ + count)
-    for place, count in disks.values():
-        if count and count > (free := _free(place)):
-            raise DoesNotFitError(
-                "the disk is too small",
-                f"{count / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free at {place}",
-                "free some space, or write to another disk (--output)",
-            )
-
-
-def _disk_error(error: OSError, weights: Path) -> Ltx2Error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        fix = "free some space and run the same command again: what is here is kept"
-        return DoesNotFitError("the disk is full", str(error), fix)
-    return InputError(f"cannot write to {weights}", str(error), "check the folder and its permissions")

@@ -1,7 +1,6 @@
 """Files that arrive in pieces: `X.partial` grows beside its final name X, and `X.partial.done` says which bytes it
 holds, so that a cut download goes on where it stopped, whatever the order. And the record of files found whole."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import IO
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.files.paths import write_text
+from ltx2.runtime.files.atomic import PARTIAL, beside, flush, hold, write_text
+from ltx2.runtime.files.ranges import digesting
 
 RECORD = ".downloads.json"
-READ_BYTES = 4 << 20
 SHA256_LENGTH = 64
 Span = tuple[int, int]  # [start, stop) in bytes
 
@@ -28,8 +27,8 @@ class PartFile:
 
     def __init__(self, target: Path, size: int, etag: str) -> None:
         self.target, self.size, self.etag = target, size, etag
-        self.path = target.with_name(target.name + ".partial")
-        self.journal = target.with_name(target.name + ".partial.done")
+        self.path, self.journal = beside(target, PARTIAL), beside(target, f"{PARTIAL}.done")
+        self.locked = False  # no other process can open it, once it is open; not so where the file system has no locks
         self._write_lock = threading.Lock()
         self._spans: list[Span] = []
 
@@ -41,11 +40,10 @@ class PartFile:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self._log: IO[str] = self.journal.open("a", encoding="utf-8")
         try:
-            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self.locked = hold(self._log, self.target)
+        except InputError:
             self._log.close()
-            why = "another process is downloading it"
-            raise InputError(f"{self.path} is being written", why, "wait for it, or use another --output") from error
+            raise
         self._spans = self._read_journal()
         self._log.truncate(0)  # a crash may have left half a line at its end
         self._append(json.dumps(self._head()))
@@ -83,7 +81,7 @@ class PartFile:
 
     def publish(self) -> None:
         """Give it its name."""
-        os.fsync(self._data)
+        flush(self._data)
         self.path.replace(self.target)
         self.journal.unlink()
 
@@ -128,13 +126,9 @@ class Hashing:
     def __iter__(self) -> Iterator[int]:
         sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % self._size, usedforsecurity=False)
         large, done = len(self._etag) == SHA256_LENGTH, 0
-        with self._path.open("rb") as f:
-            while block := f.read(READ_BYTES):
-                sha256.update(block)
-                if not large:
-                    git.update(block)
-                done += len(block)
-                yield len(block)
+        for count in digesting(self._path, sha256, *([] if large else [git])):
+            done += count
+            yield count
         expected = sha256 if large else git
         if done == self._size and self._etag == expected.hexdigest():
             self.sha256 = sha256.hexdigest()

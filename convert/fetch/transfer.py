@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from ltx2.convert.fetch.partfile import Hashing, PartFile, Span
 from ltx2.runtime.errors import DownloadError
-from ltx2.runtime.events import BytesDone
+from ltx2.runtime.events import BytesDone, Warned
+from ltx2.runtime.files.atomic import UNLOCKED
 
 INTERVAL_SECONDS = 0.25  # between progress events
 Read = Callable[[PartFile, Span], Iterator[bytes]]
@@ -36,7 +37,7 @@ class _Stopped(Exception):  # noqa: N818 - no failure: another thread's failure 
 
 def fetch(
     parts: Sequence[PartFile], read: Read, finished: Callable[[PartFile, str], None], pacing: Pacing
-) -> Iterator[BytesDone]:
+) -> Iterator[BytesDone | Warned]:
     """Fetch all parts; `read` yields the bytes of a span, `finished` is told of every whole file and its sha256.
 
     Raises DownloadError when the connection stays broken or a file is damaged, and whatever `read` raises.
@@ -44,6 +45,8 @@ def fetch(
     with ExitStack() as stack:
         for part in parts:
             stack.enter_context(part)
+        if unlocked := [part for part in parts if not part.locked]:
+            yield Warned(UNLOCKED.format(unlocked[0].target.parent))
         work = _Work(parts, read, finished, pacing)
         pool = ThreadPoolExecutor(pacing.connections, "download")
         try:

@@ -21,7 +21,7 @@ from ltx2.convert.plan.entries import Asset, Move, Plan, parameters
 from ltx2.convert.sources.components import ComponentPlan
 from ltx2.convert.tensors.steps import Spec
 from ltx2.runtime.files.ranges import Bytes, RangeReader
-from ltx2.runtime.files.tensorwrite import file_header, raw_bytes
+from ltx2.runtime.files.tensors import file_header, raw_bytes
 from ltx2.runtime.model.layout import CONFIG, FORMAT_METADATA, INDEX
 
 WEIGHTS = "model.safetensors"

@@ -4,7 +4,6 @@ Its journal is one JSON line per finished file, hashed source and mark ("the fir
 first line with the conversion's fingerprint. Every line is true when it is written and only ever followed by others,
 so that a crash at any point costs no more than the last one. The same conversion continues; another starts anew."""
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
 
-from ltx2.runtime.errors import InputError, ModelFolderError
+from ltx2.runtime.errors import ModelFolderError
+from ltx2.runtime.files.atomic import flush, hold, sync_folder
 from ltx2.runtime.files.jsonfile import parse_object
-from ltx2.runtime.files.ranges import flush, sync_folder
 from ltx2.runtime.files.tensors import FileRecord
 from ltx2.runtime.model.layout import file_record
 
@@ -26,10 +25,11 @@ JOURNAL = "journal.jsonl"
 @dataclass
 class Partial:
     """An open unfinished folder; `files` by path inside the folder, `sources` by the source's path. The first `pieces`
-    pieces of the conversion stand in finished and unfinished files."""
+    pieces of the conversion stand in finished and unfinished files. `locked` unless the file system has no locks."""
 
     path: Path
     _journal: BinaryIO
+    locked: bool
     files: dict[str, FileRecord] = field(default_factory=dict)
     sources: dict[str, FileRecord] = field(default_factory=dict)
     pieces: int = 0
@@ -93,9 +93,9 @@ def open_partial(path: Path, fingerprint: str) -> Iterator[Partial]:
         )
     path.mkdir(parents=True, exist_ok=True)
     with journal.open("a+b") as f:
-        _lock(f, path)
+        locked = hold(f, path)
         lines, size = _read(f)
-        partial = Partial(path, f)
+        partial = Partial(path, f, locked)
         if lines[:1] == [{"fingerprint": fingerprint}]:
             f.truncate(size)  # a crash may have left half a line at its end
             _restore(partial, lines[1:])
@@ -110,15 +110,6 @@ def open_partial(path: Path, fingerprint: str) -> Iterator[Partial]:
 def is_empty_folder(path: Path) -> bool:
     """Whether there is a folder that may be used as if there were none."""
     return path.is_dir() and not any(path.iterdir())
-
-
-def _lock(f: BinaryIO, path: Path) -> None:
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise InputError(
-            f"{path} is being written", "another ltx2 process holds it", "wait for it, or write elsewhere"
-        ) from error
 
 
 def _read(f: BinaryIO) -> tuple[list[dict[str, Any]], int]:

@@ -18,7 +18,8 @@ from ltx2.convert.output.journal import Partial, file_size
 from ltx2.convert.output.pieces import Piece, in_order
 from ltx2.convert.plan.entries import Asset, Move, Plan
 from ltx2.runtime.events import BytesDone, Event
-from ltx2.runtime.files.ranges import Bytes, RangeReader, RangeWriter, sync_folder
+from ltx2.runtime.files.atomic import sync_folder
+from ltx2.runtime.files.ranges import Bytes, RangeReader, RangeWriter
 from ltx2.runtime.files.tensors import FileRecord
 
 # Bytes, read or written, between two marks. While one portion goes to the disk the next one is written, so that a

@@ -17,9 +17,9 @@ from ltx2.convert.sources.lora import alphas
 from ltx2.convert.sources.together import common_release
 from ltx2.convert.tensors.codes import Codes, Dequantize, Keep, KeepBlockScales, Nvfp4
 from ltx2.convert.tensors.scales import dropped_beside_codes, find_codes
-from ltx2.convert.tensors.steps import FLOATS, Cast, Packing, Reshape, Spec, Step, Transpose
+from ltx2.convert.tensors.steps import Cast, Packing, Reshape, Spec, Step, Transpose
 from ltx2.runtime.errors import CheckpointError, InputError
-from ltx2.runtime.files.tensors import FileRecord, TensorFile, TensorInfo
+from ltx2.runtime.files.tensors import FLOATS, FileRecord, TensorFile, TensorInfo
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import COMPONENTS, LORAS, is_lora
 

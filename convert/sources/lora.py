@@ -15,9 +15,8 @@ from typing import Any
 
 from ltx2.convert.names.lora_names import ALPHA, BIAS_DELTA, DELTA, DOWN, UP, module_kind, read_name
 from ltx2.convert.names.release import Release, recognise_releases, releases
-from ltx2.convert.tensors.steps import FLOATS
 from ltx2.runtime.errors import CheckpointError, UnsupportedError
-from ltx2.runtime.files.tensors import TensorFile, TensorInfo
+from ltx2.runtime.files.tensors import FLOATS, TensorFile, TensorInfo
 
 # Found in no other file's names.
 ADAPTER_NAMES = r"\.lora_|^lora_unet_|\.(?:dora_scale|hada_\w+|lokr_\w+|oft_\w+|diff|diff_b)$"

@@ -12,11 +12,11 @@ import numpy as np
 from ltx2.convert.names import rules
 from ltx2.convert.names.lora_names import ALPHA, DOWN, LoraTensor
 from ltx2.convert.sources.lora import Layers, Parts, lora_layers
-from ltx2.convert.tensors.steps import FLOATS, to_float32
+from ltx2.convert.tensors.steps import to_float32
 from ltx2.runtime.errors import CheckpointError, UnsupportedError
 from ltx2.runtime.files.jsonfile import parse_object, read_object
 from ltx2.runtime.files.paths import open_regular
-from ltx2.runtime.files.tensors import NUMPY_DTYPES, TensorFile, TensorInfo
+from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, TensorFile, TensorInfo
 
 PEFT_METADATA = "lora_adapter_metadata"  # what diffusers writes
 PEFT_FILE, PEFT_PREFIX = "adapter_config.json", "base_model.model."

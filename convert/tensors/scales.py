@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ltx2.convert.tensors.codes import BlockScales, Codes, Fp8, Nvfp4, Scale, tiled_shape
-from ltx2.convert.tensors.steps import FLOATS
 from ltx2.runtime.errors import CheckpointError, UnsupportedError
-from ltx2.runtime.files.tensors import TensorFile, TensorInfo
+from ltx2.runtime.files.tensors import FLOATS, TensorFile, TensorInfo
 
 WEIGHT = ".weight"
 SCALE, SCALE_2 = ".weight_scale", ".weight_scale_2"

@@ -6,15 +6,12 @@ arrays; BF16 and FP8 as their integer codes (see runtime/tensorfile.py)."""
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
 from ltx2.runtime.errors import NumericsError
-from ltx2.runtime.files.tensors import NUMPY_DTYPES, Array, bf16_to_f32, f32_to_bf16
+from ltx2.runtime.files.tensors import FLOATS, Array, bf16_to_f32, f32_to_bf16, item_bytes, tensor_bytes
 from ltx2.runtime.model.forms import Form
-
-FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}  # the spelling of --dtype -> of safetensors
 
 
 @dataclass(frozen=True)
@@ -26,11 +23,11 @@ class Spec:
 
     @property
     def itemsize(self) -> int:
-        return np.dtype(NUMPY_DTYPES[self.dtype]).itemsize
+        return item_bytes(self.dtype)
 
     @property
     def nbytes(self) -> int:
-        return self.itemsize * prod(self.shape)
+        return tensor_bytes(self.dtype, self.shape)
 
 
 class Step(ABC):

@@ -47,7 +47,7 @@ def follow_model(output: Output, events: "Iterable[Event]", report: Path | None 
     """Follow a conversion or quantization; the finished folder, as data and for people."""
     from ltx2.quant.report import Quantized
     from ltx2.runtime.events import Written
-    from ltx2.runtime.files.paths import write_text
+    from ltx2.runtime.files.atomic import write_text
 
     quantized: dict[str, Any] = {}
     fits: list[Fit] = []

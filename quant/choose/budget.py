@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.convert.plan.entries import Plan
-from ltx2.convert.tensors.steps import FLOATS
 from ltx2.quant.recipes.recipe import BITS, EVERY, load_recipe
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.jsonfile import read_object
+from ltx2.runtime.files.tensors import FLOATS
 from ltx2.runtime.generate.presets import Stage, decoding_preset
 from ltx2.runtime.memory.activations import denoise_step
 from ltx2.runtime.model.layout import TRANSFORMER

@@ -16,14 +16,23 @@ import numpy as np
 
 from ltx2.convert.output.pieces import values_of
 from ltx2.convert.plan.entries import Move, Plan
-from ltx2.convert.tensors.steps import FLOATS, to_float32
+from ltx2.convert.tensors.steps import to_float32
 from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.measure.recording import NAME as CALL_NAME
 from ltx2.quant.measure.recording import Call, read_calls
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.jsonfile import parse_object
-from ltx2.runtime.files.tensors import Array, FileRecord, TensorFile, TensorInfo, f32_to_bf16, open_tensorfile
-from ltx2.runtime.files.tensorwrite import write_tensorfile
+from ltx2.runtime.files.ranges import sha256
+from ltx2.runtime.files.tensors import (
+    FLOATS,
+    Array,
+    FileRecord,
+    TensorFile,
+    TensorInfo,
+    f32_to_bf16,
+    open_tensorfile,
+    write_tensorfile,
+)
 from ltx2.runtime.model.layout import COMPONENTS, file_record
 
 KIND = {"format": "linear input statistics"}  # tells the file from other safetensors files
@@ -31,7 +40,6 @@ ABOUT = "about"
 MEAN_SQUARE, MEAN, SENSITIVITY = "mean_square", "mean", "sensitivity"
 NAME = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)\.({MEAN_SQUARE}|{MEAN}|{SENSITIVITY})")
 MAKE = "make it with ltx2 calibrate"
-READ_BYTES = 4 << 20
 
 Layer = tuple[str, str]  # component, and path in its network
 
@@ -79,7 +87,7 @@ class Statistics:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
             raise InputError(f"the statistics {path} cannot be used", why, MAKE) from error
-        return cls(file, FileRecord(path.name, file.size, _sha256(path)), about)
+        return cls(file, FileRecord(path.name, file.size, sha256(path)), about)
 
     @cached_property
     def layers(self) -> dict[Layer, int]:
@@ -207,8 +215,3 @@ def _check_tensors(tensors: Mapping[str, TensorInfo]) -> None:
     alone = [layer for layer in shapes if not {f"{layer}.{MEAN_SQUARE}", f"{layer}.{MEAN}"} <= tensors.keys()]
     if alone:
         raise ValueError(f"of {alone[0]} only one moment is there")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

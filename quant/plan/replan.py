@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 from math import frexp, inf
 
 from ltx2.convert.plan.entries import Entry, Merge, Move, Plan, quantization_config
-from ltx2.convert.tensors.steps import FLOATS
 from ltx2.quant.codes.methods import GPTQ
 from ltx2.quant.measure.replay import Replay
 from ltx2.quant.measure.statistics import Statistics
 from ltx2.quant.plan.step import BIAS, MULTIPLIER, SHORT, Known, packings, quantized
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.files.tensors import FileRecord
+from ltx2.runtime.files.tensors import FLOATS, FileRecord
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import ModelFolder
 

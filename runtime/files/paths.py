@@ -1,15 +1,16 @@
-"""Output paths, checked before the work starts: a wrong one must not cost a finished clip. Files opened for reading
-whatever stands at their place, names that stay inside a folder, and small text files, written whole or not at all."""
+"""Where results go, checked before the work starts: may we write there, and is there room? A wrong place must not cost
+a finished clip. Files opened for reading whatever stands at their place, and names that stay inside a folder."""
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import DoesNotFitError, InputError, Ltx2Error
 
 NAME_BYTES = 255  # of file systems
 
@@ -21,18 +22,51 @@ def check_output(path: str | Path) -> None:
         raise InputError(what, "it is a folder", "name a file in it")
     if not folder.is_dir():
         raise InputError(what, f"the folder {folder} does not exist", "create it, or write elsewhere")
-    if not os.access(folder, os.W_OK):
-        raise InputError(what, f"the folder {folder} cannot be written", "change its permissions, or write elsewhere")
+    check_folder(folder, path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file; it appears under its name only when complete. Raises InputError when it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}", str(error), "check permissions and free space") from error
+def check_folder(folder: Path, path: str | Path) -> None:
+    """Raises InputError where nothing can be written to a folder, which need not exist yet; `path` is what would be."""
+    what, place = f"cannot write {path}", existing(folder)
+    if not place.is_dir():
+        raise InputError(what, f"{place} is not a folder", "choose another -o")
+    if not os.access(place, os.W_OK | os.X_OK):
+        why = f"the folder {place} cannot be written"
+        raise InputError(what, why, "change its permissions, or choose another -o")
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the disk that holds, or will hold, `path`."""
+    return shutil.disk_usage(existing(path)).free
+
+
+def check_room(*needs: tuple[Path, int], else_: str = "") -> None:
+    """Raises DoesNotFitError when a disk has no room for all bytes that go there; `else_`: another way out."""
+    disks: dict[int, tuple[Path, int]] = {}
+    for path, count in needs:
+        place = existing(path)
+        first, sum_ = disks.get(place.stat().st_dev, (place, 0))
+        disks[place.stat().st_dev] = (first, sum_ + count)
+    for place, count in disks.values():
+        if count and count > (free := free_bytes(place)):
+            raise DoesNotFitError(
+                "the disk is too small",
+                f"{count / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free at {place}",
+                f"free some space, or write to another disk (-o){else_}",
+            )
+
+
+def write_failure(error: OSError, path: Path) -> Ltx2Error:
+    """What the system's answer means for a command that was writing to `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "free some space and run the same command again: what is here is kept"
+        return DoesNotFitError("the disk is full", str(error), fix)
+    return InputError(f"cannot write {path}", str(error), "check the folder and its permissions")
 
 
 @contextmanager

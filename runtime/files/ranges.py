@@ -5,20 +5,24 @@ A range is read, not mapped: a disk that fails or a file that shrinks is then an
 
 import errno
 import fcntl
+import hashlib
 import os
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.files.atomic import flush
 from ltx2.runtime.files.paths import check_regular
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 BUFFERS = 1024  # that one call of the system fills
+READ_BYTES = 4 << 20  # of a file that is hashed
 
 
 class RangeReader:
@@ -92,35 +96,26 @@ class RangeWriter:
         self._close()
 
 
-def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    """Write a small file; it appears under its name only when complete and on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as f:
-        for block in blocks:
-            f.write(block)
-        f.flush()
-        flush(f.fileno())
-    partial.replace(path)
+def sha256(path: Path) -> str:
+    """A file's SHA-256 as hex digits. Raises CheckpointError when it cannot be read."""
+    digest = hashlib.sha256()
+    for _ in digesting(path, digest):
+        pass
+    return digest.hexdigest()
 
 
-def flush(descriptor: int) -> None:
-    """Bring a file's data to the disk, through the disk's own cache too."""
-    if sys.platform == "darwin":
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        except OSError:  # not every file system knows it
-            os.fsync(descriptor)
-    else:
-        os.fdatasync(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def digesting(path: Path, *digests: "hashlib._Hash") -> Iterator[int]:
+    """Feed a whole file to digests, reading one block ahead; yields the size of every block. Raises as `sha256`."""
+    reader, size = RangeReader(path), path.stat().st_size
+    spans = [(start, min(start + READ_BYTES, size)) for start in range(0, size, READ_BYTES)]
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(reader.read, *span) for span in spans[:1]]
+        for number in range(1, len(spans) + 1):
+            block = ahead.pop().result()
+            ahead += [pool.submit(reader.read, *span) for span in spans[number : number + 1]]
+            for digest in digests:
+                digest.update(block.data)
+            yield len(block)
 
 
 def changed(path: Path, how: str) -> CheckpointError:

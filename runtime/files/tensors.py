@@ -1,4 +1,7 @@
-"""safetensors files with numpy only: headers, and tensors on demand, mapped or read by ranges of bytes."""
+"""safetensors files with numpy only: headers, tensors on demand (mapped, or read by ranges of bytes), and files written
+with a header that is known before the data.
+
+The library only checks a file here: it would map all of it, and what passes through once would fill the memory."""
 
 import json
 import mmap
@@ -16,18 +19,23 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ltx2.runtime.errors import CheckpointError, UnsupportedError
+from ltx2.runtime.files.atomic import write_file
 from ltx2.runtime.files.paths import open_regular
 from ltx2.runtime.files.ranges import RangeReader
 
-# numpy has no bfloat16 or float8: their codes travel as unsigned integers of the same width.
+# All dtypes of the format. numpy has no bfloat16 or float8: their codes travel as unsigned integers of the same width.
 NUMPY_DTYPES: Mapping[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1", "F8_E5M2": "|u1", "F8_E8M0": "|u1",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
     "BOOL": "|b1",
 }  # fmt: skip
+FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}  # of weights: the spelling of --dtype -> of safetensors
+# What model folders hold -> the name in mlx.core.
+MLX_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "U8": "uint8"}
 HEADER_BYTES = 4 << 20  # the longest that is read: 80,000 tensors take 3 s and 300 MB; published ones have 1.5 MB
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors dtype, shape; in the order of the data
 
 
 @dataclass(frozen=True)
@@ -169,3 +177,37 @@ def f32_to_bf16(values: Array) -> Array:
     bits = np.asarray(values, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Size in bytes of a tensor's data."""
+    return item_bytes(dtype) * prod(shape)
+
+
+def item_bytes(dtype: str) -> int:
+    """Size in bytes of one value."""
+    return np.dtype(NUMPY_DTYPES[dtype]).itemsize
+
+
+def file_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
+    """What stands in the file before the first tensor's data. Same layout, same bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in layout.items():
+        end = offset + tensor_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data start 8-byte aligned, as the safetensors library writes them
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_tensorfile(path: Path, tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, str]) -> None:
+    """Write tensors (dtype, values as in NUMPY_DTYPES), which appear under the file's name only when complete."""
+    layout = {name: (dtype, values.shape) for name, (dtype, values) in tensors.items()}
+    write_file(path, [file_header(layout, metadata), *(raw_bytes(values) for _, values in tensors.values())])
+
+
+def raw_bytes(values: Array) -> memoryview:
+    """An array's bytes in C order."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ltx2.runtime.events import Event
-from ltx2.runtime.files.paths import write_text
+from ltx2.runtime.files.atomic import write_text
 from ltx2.runtime.generate.sidecar import sidecar_path
 from ltx2.runtime.media.video import AudioTrack, write_video
 from ltx2.runtime.sampling.latents import Sizes

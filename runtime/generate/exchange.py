@@ -10,8 +10,7 @@ import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.paths import check_output
-from ltx2.runtime.files.tensors import open_tensorfile
-from ltx2.runtime.files.tensorwrite import write_tensorfile
+from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
 from ltx2.runtime.sampling.latents import AUDIO_FREQUENCIES, Grid, Latents
 
 MOST_BYTES = 10**9  # of one tensor; a minute of 4K has 0.75 GB of latents

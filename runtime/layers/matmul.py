@@ -16,7 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ltx2.runtime.errors import Ltx2Error
-from ltx2.runtime.files.paths import write_text
+from ltx2.runtime.files.atomic import write_text
 from ltx2.runtime.model.forms import Form
 
 AUTO = "auto"

@@ -2,7 +2,6 @@
 
 Frames are streamed, so a clip is never held whole; a file appears under its name only when it is complete."""
 
-import fcntl
 import os
 import subprocess
 import wave
@@ -18,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from ltx2.runtime.errors import InputError, MediaError, NumericsError
+from ltx2.runtime.files.atomic import claimed
 from ltx2.runtime.files.paths import check_output
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -91,16 +91,16 @@ def video_writer(
             if audio is not None and sound is not None:
                 _write_wav(sound, audio)
                 options += ["-i", f"pipe:{sound.fileno()}", "-c:a", AUDIO_CODEC, "-b:a", "192k", "-ac", "2"]
-            partial = stack.enter_context(_claimed(path.absolute().with_name(path.name + ".partial")))
+            claim = stack.enter_context(claimed(path.absolute()))
         options += ["-c:v", VIDEO_CODEC, "-crf", str(encoding.crf), "-preset", encoding.preset, "-vf", COLOUR]
         # No -shortest: sound is often a little shorter than the picture, which must not lose frames.
-        options += ["-movflags", "+faststart", "-f", "mp4", str(partial)]
+        options += ["-movflags", "+faststart", "-f", "mp4", str(claim.partial)]
         writer = VideoWriter(path, options, log, sound)
         stack.callback(writer.stop)
         yield writer
         writer.finish()
         with _explained(path):
-            partial.replace(path)
+            claim.publish()
 
 
 class VideoWriter:
@@ -222,29 +222,6 @@ def _check_picture(picture: Array, shape: tuple[int, ...]) -> None:
             "H.264 with 4:2:0 colour needs an even width and height",
             f"use {shape[1] // 2 * 2}x{shape[0] // 2 * 2}",
         )
-
-
-@contextmanager
-def _claimed(partial: Path) -> Iterator[Path]:
-    """A new file that is this process's while the block runs, and then gone. One that a killed run has left makes way:
-    it is removed, not written over, because that run's ffmpeg may still be busy with it."""
-    with partial.open("ab") as old, _locked(old, partial):
-        partial.unlink()
-        with partial.open("xb") as new, _locked(new, partial):
-            try:
-                yield partial
-            finally:
-                partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(file: IO[bytes], path: Path) -> Iterator[None]:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        why = "another process is writing it"
-        raise InputError(f"cannot write {path.with_suffix('')}", why, "wait for it, or choose another name") from error
-    yield
 
 
 def _write_wav(file: IO[bytes], audio: AudioTrack) -> None:

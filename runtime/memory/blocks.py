@@ -14,12 +14,9 @@ import mlx.core as mx
 
 from ltx2.runtime.errors import Ltx2Error
 from ltx2.runtime.files.ranges import RangeReader
-from ltx2.runtime.files.tensors import TensorInfo
-from ltx2.runtime.files.tensorwrite import file_header
+from ltx2.runtime.files.tensors import MLX_DTYPES, TensorInfo, file_header
 from ltx2.runtime.model.layout import ModelFolder
 
-# What model folders hold.
-DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
 ALIGNMENT = 256  # bytes, as allocators give; kernels read 16 at once
 PIECE_BYTES = 32 << 20
 THREADS = 4  # a disk is fastest with several requests at once
@@ -150,7 +147,7 @@ def _read(piece: Sequence[Place], memory: memoryview) -> None:
 def _view(memory: mx.array, place: Place) -> mx.array:
     tensor = place.tensor
     part = memory[place.offset : place.offset + tensor.nbytes]
-    return part.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return part.view(getattr(mx, MLX_DTYPES[tensor.dtype])).reshape(tensor.shape)
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ltx2.runtime.errors import DoesNotFitError
-from ltx2.runtime.files.tensors import TensorInfo
+from ltx2.runtime.files.tensors import FLOATS, TensorInfo, item_bytes
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.presets import Stage
 from ltx2.runtime.layers.packed import UNPACKABLE
@@ -30,7 +30,6 @@ from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling, tilings
 from ltx2.runtime.sampling.latents import Sizes
 
 GB = 10**9
-FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 FULL = Stage(1, ())
 PACKED = "packed"  # the way to multiply that unpacks no weights
 # MLX looks at its limit after it has queued an operation: it passes it by one array and what a command buffer holds.
@@ -187,7 +186,7 @@ class Model:
 
     def itemsize(self, component: str) -> int:
         """Bytes of a value that the network computes with; its tables may be wider, packed weights narrower."""
-        return min(FLOATS[t.dtype] for t in self.tensors[component].values() if t.dtype in FLOATS)
+        return min(item_bytes(t.dtype) for t in self.tensors[component].values() if t.dtype in FLOATS.values())
 
     def config(self, component: str) -> dict[str, Any]:
         return self.job.folder.config(component)

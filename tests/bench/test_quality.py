@@ -26,8 +26,7 @@ from ltx2.bench.quality.teacher import Case, Comparison, Recording, compare, pac
 from ltx2.quant.measure import calibrate
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event
-from ltx2.runtime.files.tensors import open_tensorfile
-from ltx2.runtime.files.tensorwrite import write_tensorfile
+from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
 from ltx2.runtime.generate import job, pipeline
 from ltx2.runtime.generate.presets import Preset, Stage
 from ltx2.runtime.memory import streaming

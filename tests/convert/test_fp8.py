@@ -13,11 +13,11 @@ import ltx2
 from ltx2.bench.quality.classify import classify
 from ltx2.convert.plan.entries import plan_json
 from ltx2.convert.tensors.codes import Fp8, Scale
-from ltx2.convert.tensors.steps import FLOATS, Spec, from_float32
+from ltx2.convert.tensors.steps import Spec, from_float32
 from ltx2.quant.apply import Settings, quantize_plan
 from ltx2.quant.plan.replan import repack
 from ltx2.runtime.errors import CheckpointError, InputError, Ltx2Error, NumericsError, UnsupportedError
-from ltx2.runtime.files.tensors import open_tensorfile
+from ltx2.runtime.files.tensors import FLOATS, open_tensorfile
 from ltx2.runtime.layers.packed import QuantizedLinear
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import ModelFolder

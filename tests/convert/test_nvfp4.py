@@ -11,10 +11,10 @@ import pytest
 import ltx2
 from ltx2.convert.plan.entries import plan_json
 from ltx2.convert.tensors.codes import BlockScales, Nvfp4, Scale
-from ltx2.convert.tensors.steps import FLOATS, Spec, from_float32
+from ltx2.convert.tensors.steps import Spec, from_float32
 from ltx2.quant.plan.replan import repack
 from ltx2.runtime.errors import CheckpointError, Ltx2Error, NumericsError, UnsupportedError
-from ltx2.runtime.files.tensors import open_tensorfile
+from ltx2.runtime.files.tensors import FLOATS, open_tensorfile
 from ltx2.runtime.layers.packed import QuantizedLinear
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, load_weights

@@ -26,6 +26,7 @@ from ltx2.convert.fetch.catalogue import catalogue
 from ltx2.convert.fetch.download import Options, download
 from ltx2.convert.fetch.partfile import RECORD
 from ltx2.convert.fetch.transfer import Pacing
+from ltx2.convert.names import release
 from ltx2.runtime.errors import DoesNotFitError, DownloadError, InputError
 from ltx2.runtime.events import BytesDone, Downloaded, DownloadPlanned, Event, FetchedFile, Warned
 from tests.support import published
@@ -97,7 +98,7 @@ class TestCatalogue:
 
     @staticmethod
     def repositories() -> Iterator[dict[str, Any]]:
-        folder = Path(published.__file__).parent.parent / "convert" / "releases"
+        folder = Path(release.__file__).parent / "releases"
         for path in folder.glob("*.json"):
             yield from json.loads(path.read_text())["repositories"]
 

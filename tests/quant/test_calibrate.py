@@ -22,8 +22,7 @@ from ltx2.quant.measure.calibrate import Calibrated, Recorder, built_in_prompts,
 from ltx2.quant.measure.statistics import About, Layer, Statistics, identity, write_statistics
 from ltx2.runtime.errors import CheckpointError, InputError, NumericsError
 from ltx2.runtime.events import Event, PhaseStarted, PromptStarted
-from ltx2.runtime.files.tensors import open_tensorfile
-from ltx2.runtime.files.tensorwrite import write_tensorfile
+from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.layers.packed import QuantizedLinear

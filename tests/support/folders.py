@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ltx2.convert.compare import Repack
 from ltx2.convert.verify import Verified, verify
-from ltx2.runtime.files.tensors import TensorInfo, open_tensorfile
-from ltx2.runtime.files.tensorwrite import write_tensorfile
+from ltx2.runtime.files.tensors import TensorInfo, open_tensorfile, write_tensorfile
 
 
 def contents(folder: Path) -> dict[str, bytes]:
