@@ -274,7 +274,7 @@ class TestCuts:
     def test_two_at_once(self, hub: Hub, weights: Path) -> None:
         first = download(catalogue().choose([MODEL]), weights, Options(pacing=QUICK))
         assert isinstance(next(first), DownloadPlanned) and isinstance(next(first), BytesDone)
-        with pytest.raises(InputError, match="another process is downloading it"):
+        with pytest.raises(InputError, match="another process is writing it"):
             run(weights, MODEL)
         assert isinstance([*first][-1], Downloaded)
 
