@@ -13,7 +13,7 @@ from ltx2.runtime.generate.presets import Stage
 from ltx2.runtime.memory.plan import FULL, Model
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import CHANNELS, MEL_BINS, VocoderConfig
-from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
+from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig, gemma_config
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.modulation import FREQUENCIES
 from ltx2.runtime.networks.upsampler import RATIONAL_SCALES, UpsamplerConfig
@@ -75,7 +75,7 @@ def _phases(job: Job, model: Model) -> Iterator[tuple[str, PhaseWork]]:
 def _text(job: Job, model: Model) -> Iterator[tuple[str, PhaseWork]]:
     tokens, length = int(job.tokens.mask.sum()), job.preset.text_tokens
     weights = model.weights("text_encoder") - model.weights("text_encoder", EMBEDDING)
-    work = encode_text(Gemma3Config.from_dict(model.config("text_encoder")), tokens)
+    work = encode_text(gemma_config(model.config("text_encoder")), tokens)
     yield "text_encoder", _moving(work, model.itemsize("text_encoder"), weights)
     work = connect(ConnectorsConfig.from_dict(model.config("connectors")), tokens, length)
     yield "connectors", _moving(work, model.itemsize("connectors"), model.weights("connectors"))
@@ -156,19 +156,29 @@ def _modulation(width: int, rows: int) -> Work:
     return linear(1, FREQUENCIES, width) + linear(1, width, width) + linear(1, width, rows * width)
 
 
-def encode_text(config: Gemma3Config, tokens: int) -> Work:
-    width = config.hidden_size
-    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    layer = linear(tokens, width, heads) + linear(tokens, width, keys) * 2 + linear(tokens, heads, width)
-    layer += attention(tokens, tokens, heads, keys)
-    layer += linear(tokens, width, config.intermediate_size) * 2 + linear(tokens, config.intermediate_size, width)
-    return layer * config.num_hidden_layers
+def encode_text(config: GemmaConfig, tokens: int) -> Work:
+    return sum((_text_layer(config, layer, tokens) for layer in range(config.num_hidden_layers)), Work())
+
+
+def _text_layer(config: GemmaConfig, layer: int, tokens: int) -> Work:
+    width, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.query_heads(layer).width, config.key_heads(layer).width
+    work = linear(tokens, width, queries) + linear(tokens, queries, width)
+    work += linear(tokens, width, keys) * (1 if config.shares_values(layer) else 2)
+    work += attention(tokens, tokens, queries, keys)
+    return work + linear(tokens, width, inner) * 2 + linear(tokens, inner, width)
 
 
 def connect(config: ConnectorsConfig, tokens: int, length: int) -> Work:
-    block = _cross(length, config.dim, length, config.dim, config.dim) + _feed_forward(length, config.dim)
-    projection = linear(tokens, config.text_projection_in_features, config.caption_channels)
-    return projection + block * (2 * config.connector_num_layers)
+    streams = (config.video, config.audio)
+    widths = [heads.width for heads in streams] if config.per_token else [config.caption_channels]
+    work = sum((linear(tokens, config.text_projection_in_features, width) for width in widths), Work())
+    for heads in streams:
+        block = _cross(length, heads.width, length, heads.width, heads.width) + _feed_forward(length, heads.width)
+        if config.connector_apply_gated_attention:
+            block += linear(length, heads.width, heads.count)
+        work += block * config.connector_num_layers
+    return work
 
 
 def upscale(config: UpsamplerConfig, grid: Grid) -> Work:

@@ -35,7 +35,7 @@ from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.audio.vocoder import Vocoder
 from ltx2.runtime.networks.load import load_network, read_weights
 from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
-from ltx2.runtime.networks.text.gemma3 import Gemma3TextEncoder
+from ltx2.runtime.networks.text.gemma import TextEncoder
 from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler
@@ -232,7 +232,7 @@ class Run:
         return (yield from self._phase("connectors", self._connect, hidden, tokens))
 
     def _encode_text(self, phase: Phase, tokens: Encoded) -> Work[list[mx.array]]:
-        network = self._load("text_encoder", Gemma3TextEncoder)
+        network = self._load("text_encoder", TextEncoder)
         phase.loaded(network.config.num_hidden_layers + 1)
         states = []
         for state in network.hidden_states(mx.array(tokens.ids), mx.array(tokens.mask), release=True):
@@ -244,7 +244,7 @@ class Run:
         network = self._load("connectors", EmbeddingsConnectors)
         read_weights(network)
         phase.loaded()
-        contexts = Contexts(*network(hidden, mx.array(tokens.mask)))
+        contexts = Contexts(*network(hidden, mx.array(tokens.mask)).values())
         check_finite(contexts.video, "the prompt's video embeddings")
         check_finite(contexts.audio, "the prompt's audio embeddings")
         yield phase.step()

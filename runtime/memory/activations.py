@@ -9,7 +9,7 @@ from math import prod
 
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
-from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
+from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import RATIONAL_SCALES, UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import Size, VideoVAEConfig
@@ -44,23 +44,26 @@ class Activations:
         return replace(self, needed=self.needed + more)
 
 
-def text_encoder(config: Gemma3Config, layer: int, embedding: int, tokens: int, itemsize: int) -> Activations:
+def text_encoder(config: GemmaConfig, layer: int, embedding: int, tokens: int, itemsize: int) -> Activations:
     """Weights are read layer by layer and released: beside the largest part of them (a `layer` or the `embedding`, in
     bytes) stand all states so far, and a layer's attention and feed-forward network. The device may let go of one part
     when the first weight of the next is read."""
     state = tokens * config.hidden_size * itemsize
     states = (config.num_hidden_layers + 1) * state
-    inside = 4 * state + 3 * tokens * config.intermediate_size * itemsize
+    # Queries before and after their rotation, and what they get; or the gate, what goes through it and both multiplied.
+    widest = max(config.query_heads(layer).width for layer in range(config.num_hidden_layers))
+    inside = 4 * state + 3 * tokens * max(config.intermediate_size, widest) * itemsize
     needed = max(embedding + 2 * state, layer + states + inside) - max(embedding, layer)
     return Activations(needed, layer // 4, tokens * config.intermediate_size * itemsize)
 
 
 def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int, *, unpacked: int = 0) -> Activations:
-    """The text encoder's states, normalised and stacked; later the states beside the connectors' `length` tokens.
-    `unpacked` as in a denoise step."""
+    """The text encoder's states, normalised and stacked, and scaled where every stream's features are projected by
+    themselves; later the states beside the connectors' `length` tokens. `unpacked` as in a denoise step."""
     states = config.num_hidden_states * tokens * config.caption_channels * itemsize
-    position = length * config.dim * itemsize
-    needed, full = (max(3 * states + 2 * position, states + units * position) for units in (16, 22))
+    position = length * config.video.width * itemsize
+    waiting = tokens * config.audio.width * itemsize if config.per_token else 0  # the sound's features
+    needed, full = (max(3 * states + 2 * position, states + waiting + units * position) for units in (16, 22))
     needed, full = needed + UNPACKED * unpacked, full + UNPACKED_QUEUED * unpacked
     return Activations(needed, full - needed, max(states, unpacked))
 

@@ -16,7 +16,7 @@ WIDENED = 4  # kernels, of those that are queued
 
 def connectors(config: ConnectorsConfig, length: int, itemsize: int) -> int:
     """Scores of one attention."""
-    return config.connector_num_attention_heads * length * length * itemsize
+    return config.video.count * length * length * itemsize
 
 
 def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int) -> int:

@@ -23,7 +23,7 @@ from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.meter import limited, reusable_memory
 from ltx2.runtime.memory.streaming import block_of, choose_streamed, held_bytes
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
-from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
+from ltx2.runtime.networks.text.config import ConnectorsConfig, gemma_config
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
 from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling, tilings
@@ -216,7 +216,7 @@ class Model:
     def _text(self) -> Iterator[Need]:
         tokens, length = int(self.job.tokens.mask.sum()), self.job.preset.text_tokens
         embedding, layer = self._text_parts
-        gemma = Gemma3Config.from_dict(self.config("text_encoder"))
+        gemma = gemma_config(self.config("text_encoder"))
         used = network.text_encoder(gemma, layer, embedding, tokens, self.itemsize("text_encoder"))
         yield Need("text_encoder", max(embedding, layer), used)
         config = ConnectorsConfig.from_dict(self.config("connectors"))

@@ -21,6 +21,7 @@ NETWORKS: Mapping[str, str] = {
     "AVTransformer3DModel": "ltx2.runtime.networks.transformer.model",
     "EmbeddingsConnectors": "ltx2.runtime.networks.text.connectors",
     "Gemma3ForCausalLM": "ltx2.runtime.networks.text.gemma3",
+    "Gemma4UnifiedForCausalLM": "ltx2.runtime.networks.text.gemma4",
     "CausalVideoAutoencoder": "ltx2.runtime.networks.video_vae.model",
     "AudioAutoencoder": "ltx2.runtime.networks.audio.vae",
     "Vocoder": "ltx2.runtime.networks.audio.vocoder",

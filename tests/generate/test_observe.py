@@ -13,7 +13,7 @@ from ltx2.runtime.layers.packed import QuantizedLinear
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
-from ltx2.runtime.networks.text.gemma3 import Gemma3TextEncoder
+from ltx2.runtime.networks.text.gemma import TextEncoder
 
 
 class Two(nn.Module):
@@ -65,7 +65,7 @@ def test_outputs_can_be_changed_and_the_last_word_counts() -> None:
 
 
 def test_weights_are_released_layer_by_layer(demo_f32: Path) -> None:
-    encoder = load_network(ModelFolder.open(demo_f32), "text_encoder", Gemma3TextEncoder)
+    encoder = load_network(ModelFolder.open(demo_f32), "text_encoder", TextEncoder)
     watch(encoder, lambda path, layer, x: None)
     first = weakref.ref(encoder.model.layers[0].mlp.up_proj)
     states = encoder.hidden_states(mx.array([[1, 2, 3]]), mx.array([[1, 1, 1]]), release=True)

@@ -10,10 +10,15 @@ import mlx.nn as nn
 import pytest
 
 from ltx2.bench.random.model import random_folder
-from ltx2.bench.speed.flops import count, denoise_step
+from ltx2.bench.speed.flops import connect, count, denoise_step, encode_text
 from ltx2.bench.speed.run import PROMPT
 from ltx2.runtime.events import PhaseStarted
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.load import load_network
+from ltx2.runtime.networks.text.config import ConnectorsConfig, gemma_config
+from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
+from ltx2.runtime.networks.text.gemma import TextEncoder
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 
 SIZES: dict[str, Any] = {"width": 128, "height": 64, "frames": 9}
@@ -78,6 +83,26 @@ def test_as_executed(measured: Meter, demo_f32: Path) -> None:
     # The vocoder executes more than there is to do: it pads signals, and the kernels of transposed convolutions.
     assert counted.pop("vocoder") == pytest.approx(executed.pop("vocoder"), rel=0.25)
     assert counted == executed
+
+
+def test_the_text_of_other_releases(model_25: Path) -> None:
+    """Gemma 4, and connectors with gates and own widths; networks alone."""
+    folder, meter = ModelFolder.open(model_25), Meter()
+    encoder = load_network(folder, "text_encoder", TextEncoder)
+    connectors = load_network(folder, "connectors", EmbeddingsConnectors)
+    ids, mask = mx.ones((1, 20), mx.int32), (mx.arange(128) >= 108)[None].astype(mx.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        meter.install(patch)
+        meter.phase = "text_encoder"
+        states = list(encoder.hidden_states(ids, mx.ones_like(ids)))
+        meter.phase = "connectors"
+        connectors(states, mask)
+    counted = {
+        "text_encoder": encode_text(gemma_config(folder.config("text_encoder")), 20),
+        "connectors": connect(ConnectorsConfig.from_dict(folder.config("connectors")), 20, 128),
+    }
+    assert {name: work.flops for name, work in counted.items()} == meter.flops
+    assert {name: work.values for name, work in counted.items()} == meter.values
 
 
 def test_values_moved(measured: Meter, demo_f32: Path) -> None:

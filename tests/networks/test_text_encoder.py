@@ -17,7 +17,7 @@ from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
 from ltx2.runtime.networks.text import gemma3
 from ltx2.runtime.networks.text.config import Gemma3Config
-from ltx2.runtime.networks.text.gemma3 import Gemma3TextEncoder, attention_masks
+from ltx2.runtime.networks.text.gemma import TextEncoder, attention_masks
 from ltx2.runtime.networks.text.tokenizer import Tokenizer
 from tests.support import published
 from tests.support.golden import golden
@@ -44,16 +44,16 @@ def left_padded(tokens: int, length: int, vocabulary: int, seed: int = 0) -> tup
     return np.where(mask, ids, 0).astype(np.int32), mask
 
 
-def run(encoder: Gemma3TextEncoder, ids: Array, mask: Array, release: bool = False) -> list[Array]:
+def run(encoder: TextEncoder, ids: Array, mask: Array, release: bool = False) -> list[Array]:
     states = encoder.hidden_states(mx.array(ids), mx.array(mask), release=release)
     return [np.array(state.astype(mx.float32)) for state in states]
 
 
-def weights_of(encoder: Gemma3TextEncoder) -> dict[str, mx.array]:
+def weights_of(encoder: TextEncoder) -> dict[str, mx.array]:
     return dict(cast(list[tuple[str, mx.array]], tree_flatten(encoder.parameters())))
 
 
-def tiny(layer_types: list[str], window: int, seed: int = 0) -> tuple[Gemma3TextEncoder, Any]:
+def tiny(layer_types: list[str], window: int, seed: int = 0) -> tuple[TextEncoder, Any]:
     """A tiny random encoder and transformers' model with the same weights and configuration."""
     require("torch"), require("transformers")
     import torch
@@ -72,8 +72,8 @@ def tiny(layer_types: list[str], window: int, seed: int = 0) -> tuple[Gemma3Text
 
 
 @pytest.fixture
-def encoder(model: Path) -> Gemma3TextEncoder:
-    return load_network(ModelFolder.open(model), "text_encoder", Gemma3TextEncoder)
+def encoder(model: Path) -> TextEncoder:
+    return load_network(ModelFolder.open(model), "text_encoder", TextEncoder)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def reference(official: Official) -> Any:
 
 @pytest.mark.parametrize(("tokens", "length"), [(40, 64), (48, 48), (1, 16)])
 def test_hidden_states_equal_transformers(
-    encoder: Gemma3TextEncoder, reference: Any, figure: Figure, tokens: int, length: int
+    encoder: TextEncoder, reference: Any, figure: Figure, tokens: int, length: int
 ) -> None:
     from tests.support.reference_text import gemma_states
 
@@ -123,7 +123,7 @@ def test_layer_kinds_equal_transformers(figure: Figure, layer_types: list[str], 
 
 
 def test_golden_hidden_states(demo_model: Path, figure: Figure) -> None:
-    encoder = load_network(ModelFolder.open(demo_model), "text_encoder", Gemma3TextEncoder)
+    encoder = load_network(ModelFolder.open(demo_model), "text_encoder", TextEncoder)
     encoder.set_dtype(mx.float32)
     for prompt in "ab":
         last = run(encoder, golden(f"{prompt}.input_ids"), golden(f"{prompt}.attention_mask"))[-1]
@@ -131,7 +131,7 @@ def test_golden_hidden_states(demo_model: Path, figure: Figure) -> None:
         figure(f"gemma3 last hidden state, golden prompt {prompt}, rel L2", error, limit=1e-4)
 
 
-def test_prompts_of_a_batch_do_not_touch_each_other(encoder: Gemma3TextEncoder) -> None:
+def test_prompts_of_a_batch_do_not_touch_each_other(encoder: TextEncoder) -> None:
     """Rows of different lengths keep padding inside the batch; each row must equal its own run."""
     long, long_mask = left_padded(20, 32, 480, seed=1)
     short, short_mask = left_padded(5, 32, 480, seed=2)
@@ -151,7 +151,7 @@ def test_masks() -> None:
     np.testing.assert_array_equal(np.array(masks.window)[0, 0], window)
 
 
-def test_padding_stays_finite_in_bf16(encoder: Gemma3TextEncoder) -> None:
+def test_padding_stays_finite_in_bf16(encoder: TextEncoder) -> None:
     """Queries that may see no token at all are where NaN comes from."""
     encoder.set_dtype(mx.bfloat16)
     rows = [left_padded(tokens, 32, 480) for tokens in (32, 1)]
@@ -159,7 +159,7 @@ def test_padding_stays_finite_in_bf16(encoder: Gemma3TextEncoder) -> None:
     assert all(np.isfinite(state).all() for state in states)
 
 
-def test_float16_weights_are_computed_with_in_float32(encoder: Gemma3TextEncoder) -> None:
+def test_float16_weights_are_computed_with_in_float32(encoder: TextEncoder) -> None:
     """Gemma's residual stream does not fit float16."""
     for layer in encoder.model.layers:
         layer.post_feedforward_layernorm.weight = mx.full((64,), 3e4)
@@ -170,16 +170,16 @@ def test_float16_weights_are_computed_with_in_float32(encoder: Gemma3TextEncoder
     assert all(bool(mx.isfinite(state).all()) for state in states)
 
 
-def test_bf16_is_not_promoted(encoder: Gemma3TextEncoder) -> None:
+def test_bf16_is_not_promoted(encoder: TextEncoder) -> None:
     encoder.set_dtype(mx.bfloat16)
     states = encoder.hidden_states(*map(mx.array, left_padded(8, 8, 480)))
     assert {state.dtype for state in states} == {mx.bfloat16}
 
 
-def test_released_run_equals_a_kept_one(model: Path, encoder: Gemma3TextEncoder) -> None:
+def test_released_run_equals_a_kept_one(model: Path, encoder: TextEncoder) -> None:
     ids, mask = left_padded(12, 16, 480)
     kept = run(encoder, ids, mask)
-    streamed = load_network(ModelFolder.open(model), "text_encoder", Gemma3TextEncoder)
+    streamed = load_network(ModelFolder.open(model), "text_encoder", TextEncoder)
     for a, b in zip(run(streamed, ids, mask, release=True), kept, strict=True):
         np.testing.assert_array_equal(a, b)
     assert list(weights_of(streamed)) == ["model.norm.weight"]
@@ -203,7 +203,7 @@ def test_released_run_holds_one_layer_at_a_time(tmp_path: Path) -> None:
     assert peaks["released"] < 0.3 * total
 
 
-def test_quantized_embedding_and_layers(encoder: Gemma3TextEncoder, figure: Figure) -> None:
+def test_quantized_embedding_and_layers(encoder: TextEncoder, figure: Figure) -> None:
     """A quantized encoder computes what its dequantized weights would."""
     ids, mask = left_padded(12, 12, 480)
     nn.quantize(encoder, group_size=32, bits=4)
@@ -222,7 +222,7 @@ def test_quantized_embedding_and_layers(encoder: Gemma3TextEncoder, figure: Figu
     figure("gemma3 quantized, rel L2 vs dequantized weights", error, limit=1e-5)
 
 
-def test_mlx_lm_loads_the_folder(model: Path, encoder: Gemma3TextEncoder, figure: Figure) -> None:
+def test_mlx_lm_loads_the_folder(model: Path, encoder: TextEncoder, figure: Figure) -> None:
     require("mlx_lm")
     from mlx_lm.utils import load
 
@@ -238,7 +238,7 @@ def test_mlx_lm_loads_the_folder(model: Path, encoder: Gemma3TextEncoder, figure
     figure("gemma3 last hidden state, rel L2 vs mlx-lm", relative_l2(states[-1], last), limit=1e-4)
 
 
-def test_transformers_loads_the_folder(model: Path, encoder: Gemma3TextEncoder, figure: Figure) -> None:
+def test_transformers_loads_the_folder(model: Path, encoder: TextEncoder, figure: Figure) -> None:
     require("torch"), require("transformers")
     from transformers import AutoModelForCausalLM
 

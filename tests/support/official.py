@@ -158,7 +158,9 @@ def random_23(folder: Path, seed: int = 0) -> Official:
     transformer, text = split.tensors("transformer"), split.tensors("gemma4")
     del transformer["model.diffusion_model.keyframes_abs_pos_embedding"]
     rng = np.random.default_rng(seed + 100)
-    for name in [name for name in transformer if re.search(r"\.ff\.net\.(0\.proj|2)\.weight", name)]:
+    for name in [
+        name for name in transformer if re.search(r"\.transformer_blocks\..*\.ff\.net\.(0\.proj|2)\.weight", name)
+    ]:
         bias = name.replace("weight", "bias")
         transformer[bias] = random_values(bias, transformer[name].shape[:1], rng)
     tensors = transformer | {k: v for k, v in text.items() if k.startswith("text_embedding_projection.")}

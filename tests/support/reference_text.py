@@ -13,6 +13,8 @@ CONNECTOR_NAMES = (
     ("model.diffusion_model.video_embeddings_connector.", "video_connector."),
     ("model.diffusion_model.audio_embeddings_connector.", "audio_connector."),
     ("text_embedding_projection.aggregate_embed.", "text_proj_in."),
+    ("text_embedding_projection.video_aggregate_embed.", "video_text_proj_in."),
+    ("text_embedding_projection.audio_aggregate_embed.", "audio_text_proj_in."),
     ("transformer_1d_blocks.", "transformer_blocks."),
     (".q_norm.", ".norm_q."),
     (".k_norm.", ".norm_k."),
@@ -37,23 +39,29 @@ def gemma_states(model: Gemma3TextModel, ids: Array, mask: Array) -> list[Array]
 
 def connectors(transformer: dict[str, Any], tensors: dict[str, Array]) -> LTX2TextConnectors:
     """From a checkpoint's `transformer` section and its tensors by their official names."""
-    heads, head_dim = transformer["connector_num_attention_heads"], transformer["connector_attention_head_dim"]
     layers, registers = transformer["connector_num_layers"], transformer["connector_num_learnable_registers"]
-    in_features = tensors["text_embedding_projection.aggregate_embed.weight"].shape[1]
+    per_stream = bool(transformer.get("caption_proj_before_connector"))
+    streams: dict[str, Any] = {}
+    for stream, prefix in (("video", ""), ("audio", "audio_" if per_stream else "")):
+        heads, dim = (transformer[f"{prefix}connector_{k}"] for k in ("num_attention_heads", "attention_head_dim"))
+        streams |= {
+            f"{stream}_connector_num_attention_heads": heads,
+            f"{stream}_connector_attention_head_dim": dim,
+            f"{stream}_connector_num_layers": layers,
+            f"{stream}_connector_num_learnable_registers": registers,
+            f"{stream}_gated_attn": bool(transformer.get("connector_apply_gated_attention")),
+            f"{stream}_hidden_dim": heads * dim,
+        }
+    (in_features,) = {v.shape[1] for k, v in tensors.items() if k.endswith("aggregate_embed.weight")}
     model = LTX2TextConnectors(
         caption_channels=transformer["caption_channels"],
         text_proj_in_factor=in_features // transformer["caption_channels"],
-        video_connector_num_attention_heads=heads,
-        video_connector_attention_head_dim=head_dim,
-        video_connector_num_layers=layers,
-        video_connector_num_learnable_registers=registers,
-        audio_connector_num_attention_heads=heads,
-        audio_connector_attention_head_dim=head_dim,
-        audio_connector_num_layers=layers,
-        audio_connector_num_learnable_registers=registers,
         connector_rope_base_seq_len=transformer["connector_positional_embedding_max_pos"][0],
         rope_theta=transformer["positional_embedding_theta"],
         rope_type=transformer["rope_type"],
+        per_modality_projections=per_stream,
+        proj_bias=per_stream,
+        **streams,
     ).eval()
     weights = {}
     for name, value in tensors.items():

@@ -1,17 +1,38 @@
-"""Configurations of the text path: Gemma 3's language model, with the key names that transformers and mlx-lm share,
-and the connectors. Kept apart from the networks so that converting needs no MLX."""
+"""Configurations of the text path: Gemma's language models, with the key names that transformers and mlx-lm share, and
+the connectors. Kept apart from the networks so that converting needs no MLX."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from math import sqrt
+from typing import Any, ClassVar, NamedTuple
 
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 from ltx2.runtime.model.config import AS_PUBLISHED, Config, Repeats
 
+NO_EFFECT = frozenset(
+    {
+        "architectures", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+        "final_logit_softcapping",  # logits are not computed here
+    }
+)  # fmt: skip
+FULL, SLIDING = "full_attention", "sliding_attention"  # the whole text before a token, or a window of it
+
 
 @dataclass(frozen=True)
-class Gemma3Config(Config):
-    """Gemma3ForCausalLM. Every `sliding_window_pattern`-th layer sees the whole text, the others a window."""
+class Heads:
+    """Attention heads of one width."""
+
+    count: int
+    dim: int
+
+    @property
+    def width(self) -> int:
+        return self.count * self.dim
+
+
+@dataclass(frozen=True)
+class GemmaConfig(Config):
+    """What all of Gemma's language models state. Every layer sees the whole text before a token, or a window of it."""
 
     vocab_size: int
     hidden_size: int
@@ -20,28 +41,48 @@ class Gemma3Config(Config):
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    query_pre_attn_scalar: float
     sliding_window: int  # tokens, the query's own included
-    sliding_window_pattern: int
     rms_norm_eps: float
+
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    IGNORED: ClassVar[frozenset[str]] = NO_EFFECT
+
+    def is_global(self, layer: int) -> bool:
+        """Whether the layer (counted from 0) sees the whole text."""
+        raise NotImplementedError
+
+    def query_heads(self, layer: int) -> Heads:
+        return Heads(self.num_attention_heads, self.head_dim)
+
+    def key_heads(self, layer: int) -> Heads:
+        """Of keys and of values."""
+        return Heads(self.num_key_value_heads, self.head_dim)
+
+    def shares_values(self, layer: int) -> bool:
+        """Whether the layer's values are its keys before their norm, so that it has no projection of its own."""
+        return False
+
+
+@dataclass(frozen=True)
+class Gemma3Config(GemmaConfig):
+    """Gemma3ForCausalLM. Every `sliding_window_pattern`-th layer sees the whole text."""
+
+    query_pre_attn_scalar: float
+    sliding_window_pattern: int
     rope_theta: float  # layers that see the whole text
     rope_local_base_freq: float  # layers with a window
     rope_scaling: dict[str, Any] | None  # layers that see the whole text
 
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **GemmaConfig.FIXED,
         "model_type": ("gemma3_text",),
-        "hidden_activation": ("gelu_pytorch_tanh",),
-        "attention_bias": (False,),
         "attn_logit_softcapping": (None,),
-        "tie_word_embeddings": (True,),
         "use_bidirectional_attention": (False, None),
     }
-    IGNORED: ClassVar[frozenset[str]] = frozenset(
-        {
-            "architectures", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-            "final_logit_softcapping",  # logits are not computed here
-        }
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Raises UnsupportedError for a scaling other than a linear one."""
@@ -68,8 +109,101 @@ class Gemma3Config(Config):
         return 1.0 / factor
 
     def is_global(self, layer: int) -> bool:
-        """Whether the layer (counted from 0) sees the whole text."""
         return (layer + 1) % self.sliding_window_pattern == 0
+
+
+class Rotation(NamedTuple):
+    """Rotary embedding of one kind of layer: of each head's pairs of dimensions the first `share` rotate."""
+
+    theta: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Gemma4Config(GemmaConfig):
+    """Gemma4UnifiedForCausalLM: wider heads, and fewer of them for keys, in the layers that see the whole text."""
+
+    layer_types: Any  # FULL or SLIDING, for each layer
+    rope_parameters: dict[str, Any]  # by kind of layer
+    global_head_dim: int
+    num_global_key_value_heads: int | None = None
+    attention_k_eq_v: bool = False  # layers that see the whole text have no projection for values
+
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **GemmaConfig.FIXED,
+        "model_type": ("gemma4_text",),
+        # What other members of the family have: experts, inputs per layer, layers that share keys.
+        "enable_moe_block": (False,),
+        "hidden_size_per_layer_input": (0, None),
+        "num_kv_shared_layers": (0,),
+        "use_bidirectional_attention": ("vision", None),  # "vision": none between the tokens of a text
+    }
+    IGNORED: ClassVar[frozenset[str]] = NO_EFFECT | {
+        "gemma_version",  # compared with the transformer's
+        "moe_intermediate_size", "num_experts", "top_k_experts",  # without experts
+        "use_double_wide_mlp",  # without layers that share keys
+        "vocab_size_per_layer_input",  # without inputs per layer
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for layers that are described wrongly, UnsupportedError for another rotary embedding."""
+        kinds = self.layer_types
+        if not isinstance(kinds, tuple) or len(kinds) != self.num_hidden_layers or set(kinds) - {FULL, SLIDING}:
+            raise ConfigError(
+                f"Gemma4Config: layer_types = {kinds!r}",
+                f"it must say {FULL} or {SLIDING} for each of the {self.num_hidden_layers} layers",
+                AS_PUBLISHED,
+            )
+        for layer in range(self.num_hidden_layers):
+            self.rotation(layer)
+
+    def is_global(self, layer: int) -> bool:
+        return bool(self.layer_types[layer] == FULL)
+
+    def query_heads(self, layer: int) -> Heads:
+        return Heads(self.num_attention_heads, self.global_head_dim if self.is_global(layer) else self.head_dim)
+
+    def key_heads(self, layer: int) -> Heads:
+        fewer = self.num_global_key_value_heads if self.shares_values(layer) else None
+        return Heads(fewer or self.num_key_value_heads, self.query_heads(layer).dim)
+
+    def shares_values(self, layer: int) -> bool:
+        return self.attention_k_eq_v and self.is_global(layer)
+
+    def rotation(self, layer: int) -> Rotation:
+        """Raises UnsupportedError for a rotary embedding this code does not implement."""
+        number = int | float
+        match self.rope_parameters.get(self.layer_types[layer]):
+            case {"rope_type": "default", "rope_theta": theta, **rest} if not rest and isinstance(theta, number):
+                found = Rotation(float(theta), 1.0)
+            case {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": share, **rest} if (
+                not rest and isinstance(theta, number) and isinstance(share, number)
+            ):
+                found = Rotation(float(theta), float(share))
+            case _:
+                found = Rotation(0.0, 0.0)
+        if not (1 <= found.theta < 1e12 and 0 < found.share <= 1):
+            raise UnsupportedError(
+                f"Gemma4Config: rope_parameters = {self.rope_parameters!r} is not supported",
+                "this version implements the rope_types default and proportional, for both kinds of layers",
+                "use the text encoder that was published with the release",
+            )
+        return found
+
+
+def gemma_config(data: Mapping[str, Any]) -> GemmaConfig:
+    """The text encoder's configuration from its config.json. Raises what `Config.from_dict` raises."""
+    kinds: tuple[type[GemmaConfig], ...] = (Gemma3Config, Gemma4Config)
+    return next((k for k in kinds if data.get("model_type") in k.FIXED["model_type"]), Gemma3Config).from_dict(data)
+
+
+# Of a release whose features are normalised per token and projected for each stream by itself: stated together.
+PER_TOKEN = {
+    "caption_proj_before_connector": True,
+    "caption_projection_first_linear": False,
+    "caption_proj_input_norm": False,
+    "caption_projection_second_linear": False,
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +215,16 @@ class ConnectorsConfig(Config):
     connector_num_layers: Repeats
     connector_num_learnable_registers: int
     connector_positional_embedding_max_pos: tuple[float]
-    caption_channels: int  # width of one hidden state, and of the projection of them all
+    caption_channels: int  # width of one hidden state of the text encoder
     text_projection_in_features: int  # our own key, from the tensor: caption_channels * hidden states
+    audio_connector_num_attention_heads: int | None = None  # None: as the video's
+    audio_connector_attention_head_dim: int | None = None
+    connector_apply_gated_attention: bool = False
+    caption_proj_before_connector: bool | None = None
+    caption_projection_first_linear: bool | None = None
+    caption_proj_input_norm: bool | None = None
+    caption_projection_second_linear: bool | None = None
+    text_encoder_norm_type: str | None = None
     norm_eps: float = 1e-6
     positional_embedding_theta: float = 10000.0
 
@@ -90,12 +232,6 @@ class ConnectorsConfig(Config):
         "connector_norm_output": (True,),
         "rope_type": ("split",),
         "frequencies_precision": ("float64",),
-        # Later releases switch these on.
-        "connector_apply_gated_attention": (False,),
-        "caption_projection_first_linear": (True,),
-        "caption_projection_second_linear": (True,),
-        "caption_proj_input_norm": (True,),
-        "caption_proj_before_connector": (False,),
     }
     IGNORED: ClassVar[frozenset[str]] = frozenset({"connector_learnable_registers_std"})  # initialisation
 
@@ -116,18 +252,47 @@ class ConnectorsConfig(Config):
         }
 
     def __post_init__(self) -> None:
-        """Raises ConfigError when the widths contradict each other."""
-        if self.dim != self.caption_channels or self.text_projection_in_features % self.caption_channels:
+        """Raises UnsupportedError for another projection of the text than the two that were published, ConfigError
+        when the widths contradict each other."""
+        given = {key: getattr(self, key) for key in PER_TOKEN}
+        normed = self.text_encoder_norm_type in (("PER_TOKEN_RMS", None) if self.per_token else (None,))
+        if (given != PER_TOKEN and set(given.values()) != {None}) or not normed:
+            said = ", ".join(f"{key} = {value}" for key, value in given.items())
+            raise UnsupportedError(
+                "ConnectorsConfig: this projection of the text is not supported",
+                f"it says {said}, text_encoder_norm_type = {self.text_encoder_norm_type}; known are all of "
+                f"{', '.join(f'{key} = {value}' for key, value in PER_TOKEN.items())}, or none of these",
+                AS_PUBLISHED,
+            )
+        shared = not self.per_token and {self.video.width, self.audio.width} != {self.caption_channels}
+        if shared or self.text_projection_in_features % self.caption_channels:
             raise ConfigError(
                 "ConnectorsConfig: widths do not fit together",
-                f"connectors of width {self.dim} are given text features of width {self.caption_channels}, "
-                f"projected from {self.text_projection_in_features}",
+                f"connectors of width {self.video.width} and {self.audio.width} are given text features of width "
+                f"{self.caption_channels}, projected from {self.text_projection_in_features}",
                 AS_PUBLISHED,
             )
 
     @property
-    def dim(self) -> int:
-        return self.connector_num_attention_heads * self.connector_attention_head_dim
+    def per_token(self) -> bool:
+        """Whether every token's states are normalised by themselves, and projected for each stream by itself; else
+        they are normalised per prompt, and both streams are given the same features."""
+        return self.caption_proj_before_connector is True
+
+    @property
+    def video(self) -> Heads:
+        return Heads(self.connector_num_attention_heads, self.connector_attention_head_dim)
+
+    @property
+    def audio(self) -> Heads:
+        return Heads(
+            self.audio_connector_num_attention_heads or self.video.count,
+            self.audio_connector_attention_head_dim or self.video.dim,
+        )
+
+    def feature_scale(self, heads: Heads) -> float:
+        """Factor on a stream's features before they are projected per token."""
+        return sqrt(heads.width / self.caption_channels)
 
     @property
     def num_hidden_states(self) -> int:

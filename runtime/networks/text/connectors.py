@@ -1,5 +1,7 @@
 """From the text encoder's hidden states to what the transformer attends to: all layers' states are normalised and
-projected together, then one small bidirectional transformer per stream mixes them with learned registers."""
+projected together, then one small bidirectional transformer per stream mixes them with learned registers.
+
+Two ways to normalise and project were published (`ConnectorsConfig.per_token`)."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,21 +14,28 @@ from ltx2.runtime.errors import ModelFolderError
 from ltx2.runtime.layers.attention import Attention, FeedForward
 from ltx2.runtime.layers.rope import Rope, rope_tables
 from ltx2.runtime.machine.bounded import divided, evaluate
-from ltx2.runtime.networks.text.config import ConnectorsConfig
+from ltx2.runtime.networks.text.config import ConnectorsConfig, Heads
+from ltx2.runtime.streams import Streams
 
-RANGE = 8.0  # one layer's states span this much after normalisation
+RANGE = 8.0  # one layer's states span this much after normalisation per prompt
 EPS = 1e-6
 
 
 def normalized(state: mx.array, valid: mx.array) -> mx.array:
     """One layer's hidden states (batch, tokens, dim) in float32, shifted by their mean and divided by their range
-    over the row's `valid` (batch, tokens) tokens and all features; padding becomes 0 (MODEL.md 1.4)."""
+    over the row's `valid` (batch, tokens) tokens and all features; padding becomes 0."""
     x, keep = state.astype(mx.float32), valid[..., None]
     count = valid.sum(axis=1)[:, None, None] * x.shape[-1]
     mean = mx.where(keep, x, 0).sum(axis=(1, 2), keepdims=True) / (count + EPS)
     low = mx.where(keep, x, mx.inf).min(axis=(1, 2), keepdims=True)
     high = mx.where(keep, x, -mx.inf).max(axis=(1, 2), keepdims=True)
     return mx.where(keep, RANGE * (x - mean) / (high - low + EPS), 0)
+
+
+def normalized_per_token(state: mx.array, valid: mx.array) -> mx.array:
+    """One layer's hidden states (batch, tokens, dim) in float32, each token's divided by its root mean square; what is
+    not `valid` (batch, tokens) becomes 0."""
+    return mx.where(valid[..., None], mx.fast.rms_norm(state.astype(mx.float32), None, EPS), 0)
 
 
 def fill_with_registers(features: mx.array, valid: mx.array, registers: mx.array, length: int) -> mx.array:
@@ -44,12 +53,12 @@ def fill_with_registers(features: mx.array, valid: mx.array, registers: mx.array
 class Block(nn.Module):
     """Self-attention and feed-forward network, each after a norm without weight."""
 
-    def __init__(self, config: ConnectorsConfig) -> None:
+    def __init__(self, config: ConnectorsConfig, heads: Heads) -> None:
         super().__init__()
-        dim, eps = config.dim, config.norm_eps
-        self.eps = eps
-        self.attn1 = Attention(dim, dim, config.connector_num_attention_heads, config.connector_attention_head_dim, eps)
-        self.ff = FeedForward(dim)
+        self.eps = config.norm_eps
+        gated = config.connector_apply_gated_attention
+        self.attn1 = Attention(heads.width, heads.width, heads.count, heads.dim, self.eps, gated=gated)
+        self.ff = FeedForward(heads.width)
 
     def __call__(self, x: mx.array, rope: Rope) -> mx.array:
         """x (batch, tokens, dim) -> the same shape."""
@@ -60,27 +69,58 @@ class Block(nn.Module):
 class Connector(nn.Module):
     """One stream's connector: every position sees every other, registers included, so no mask leaves it."""
 
-    def __init__(self, config: ConnectorsConfig) -> None:
+    def __init__(self, config: ConnectorsConfig, heads: Heads) -> None:
         super().__init__()
-        self.eps = config.norm_eps
-        self.learnable_registers = mx.zeros((config.connector_num_learnable_registers, config.dim))
-        self.transformer_1d_blocks = [Block(config) for _ in range(config.connector_num_layers)]
+        self.config, self.heads = config, heads
+        self.learnable_registers = mx.zeros((config.connector_num_learnable_registers, heads.width))
+        self.transformer_1d_blocks = [Block(config, heads) for _ in range(config.connector_num_layers)]
 
-    def __call__(self, features: mx.array, valid: mx.array, rope: Rope) -> mx.array:
-        """features (batch, tokens, dim), valid (batch, tokens) -> (batch, positions of `rope`, dim)"""
-        x = fill_with_registers(features, valid, self.learnable_registers, rope.cos.shape[1])
+    def __call__(self, features: mx.array, valid: mx.array, length: int) -> mx.array:
+        """features (batch, tokens, dim), valid (batch, tokens) -> (batch, length, dim)"""
+        rope = self._rope(length)
+        x = fill_with_registers(features, valid, self.learnable_registers, length)
         for block in self.transformer_1d_blocks:
             x = block(x, rope)
             evaluate(x)  # before more is queued: bounds the memory
-        return mx.fast.rms_norm(x, None, self.eps)
+        return mx.fast.rms_norm(x, None, self.config.norm_eps)
+
+    def _rope(self, length: int) -> Rope:
+        """Positions are plain indices here, without the midpoints the transformer uses."""
+        positions = np.arange(length, dtype=np.float32)[None]
+        reach, theta = self.config.connector_positional_embedding_max_pos, self.config.positional_embedding_theta
+        return rope_tables(positions, reach, self.heads.width, self.heads.count, theta)
 
 
 class TextProjection(nn.Module):
-    """All hidden states of a token at once, as features both connectors share."""
+    """All hidden states of a token at once, as features for the connectors: the same for both, or for each its own."""
 
     def __init__(self, config: ConnectorsConfig) -> None:
         super().__init__()
-        self.aggregate_embed = nn.Linear(config.text_projection_in_features, config.caption_channels, bias=False)
+        self.config = config
+        inputs = config.text_projection_in_features
+        if config.per_token:
+            self.video_aggregate_embed = nn.Linear(inputs, config.video.width)
+            self.audio_aggregate_embed = nn.Linear(inputs, config.audio.width)
+        else:
+            self.aggregate_embed = nn.Linear(inputs, config.caption_channels, bias=False)
+
+    def __call__(self, states: mx.array) -> tuple[mx.array, mx.array]:
+        """states (batch, tokens, width of all hidden states) -> (batch, tokens, dim) for the video's connector and for
+        the audio's, evaluated."""
+        config = self.config
+        if not config.per_token:
+            features = self._projected(self.aggregate_embed, states, config.caption_channels, 1.0)
+            return features, features
+        return (
+            self._projected(self.video_aggregate_embed, states, config.video.width, config.feature_scale(config.video)),
+            self._projected(self.audio_aggregate_embed, states, config.audio.width, config.feature_scale(config.audio)),
+        )
+
+    def _projected(self, linear: nn.Module, states: mx.array, outputs: int, scale: float) -> mx.array:
+        flops = 2 * states.size * outputs
+        features = divided(lambda x: linear(x if scale == 1 else x * scale), states, axis=1, flops=flops)
+        evaluate(features)
+        return features
 
 
 class EmbeddingsConnectors(nn.Module):
@@ -90,52 +130,39 @@ class EmbeddingsConnectors(nn.Module):
         super().__init__()
         self.config = config
         self.text_projection = TextProjection(config)
-        self.video_connector = Connector(config)
-        self.audio_connector = Connector(config)
+        self.video_connector = Connector(config, config.video)
+        self.audio_connector = Connector(config, config.audio)
 
-    def __call__(self, hidden_states: Iterable[mx.array], mask: mx.array) -> tuple[mx.array, mx.array]:
-        """Video and audio context, both (batch, T, dim).
+    def __call__(self, hidden_states: Iterable[mx.array], mask: mx.array) -> Streams[mx.array]:
+        """What each stream attends to, (batch, T, its width).
 
         `hidden_states` are the text encoder's, first to last, (batch, T', dim) each: the last T' of the T columns of
         `mask` (1 = token, 0 = padding), where the columns before are padding. T is a multiple of the number of
         registers. States are consumed one by one and kept in the weights' dtype only. Raises ModelFolderError when
         they are not what the projection was made for.
         """
-        features, valid = self._project(hidden_states, mask)
-        rope = self._rope(mask.shape[1])
-        video = self.video_connector(features, valid, rope)
-        audio = self.audio_connector(features, valid, rope)
+        states, valid = self._stacked(hidden_states, mask)
+        video, audio = self.text_projection(states)
+        del states  # the connectors need the room
+        video = self.video_connector(video, valid, mask.shape[1])
+        audio = self.audio_connector(audio, valid, mask.shape[1])
         evaluate(video, audio)
-        return video, audio
+        return Streams(video, audio)
 
-    def _project(self, hidden_states: Iterable[mx.array], mask: mx.array) -> tuple[mx.array, mx.array]:
-        """Features (batch, T', dim) and which of their tokens are text (batch, T')."""
+    def _stacked(self, hidden_states: Iterable[mx.array], mask: mx.array) -> tuple[mx.array, mx.array]:
+        """All states of a token side by side (batch, T', their width together), normalised, feature by feature and
+        layer by layer within; and which tokens are text (batch, T')."""
         dtype = self.video_connector.learnable_registers.dtype  # never quantized
+        normalize = normalized_per_token if self.config.per_token else normalized
         layers: list[mx.array] = []
         valid = mask.astype(mx.bool_)
         for state in hidden_states:
             _fits("width of a hidden state", state.shape[-1], self.config.caption_channels)
             valid = valid[:, -state.shape[1] :]
-            layers.append(normalized(state, valid).astype(dtype))
+            layers.append(normalize(state, valid).astype(dtype))
             evaluate(layers[-1])
         _fits("number of hidden states", len(layers), self.config.num_hidden_states)
-        stacked = mx.stack(layers, axis=-1).flatten(2)  # feature-major, layer-minor
-        layers.clear()
-        aggregate, flops = self.text_projection.aggregate_embed, 2 * stacked.size * self.config.caption_channels
-        features = divided(aggregate, stacked, axis=1, flops=flops)
-        evaluate(features)
-        return features, valid
-
-    def _rope(self, length: int) -> Rope:
-        """Positions are plain indices here, without the midpoints the transformer uses."""
-        config = self.config
-        return rope_tables(
-            np.arange(length, dtype=np.float32)[None],
-            config.connector_positional_embedding_max_pos,
-            config.dim,
-            config.connector_num_attention_heads,
-            config.positional_embedding_theta,
-        )
+        return mx.stack(layers, axis=-1).flatten(2), valid
 
 
 def _fits(what: str, given: int, needed: int) -> None:

@@ -1,37 +1,13 @@
-"""Gemma 3's language model as a text encoder: token ids to the hidden states of every layer.
+"""Gemma 3's language model: norms multiply by 1 + weight, and layers that see the whole text scale its positions."""
 
-Notable: layers are evaluated one by one, which bounds each GPU command and lets a run release every layer's weights
-after use; padding that all rows share is never computed; the names are mlx-lm's, which can load the same folder."""
-
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from ltx2.runtime.layers.attention import gelu_tanh
-from ltx2.runtime.machine.bounded import evaluate
+from ltx2.runtime.networks.text import gemma
 from ltx2.runtime.networks.text.config import Gemma3Config
-
-
-class Masks(NamedTuple):
-    """Which keys each query sees, boolean, both (batch, 1, queries, keys)."""
-
-    whole: mx.array
-    window: mx.array
-
-
-def attention_masks(valid: mx.array, window: int) -> Masks:
-    """`valid` (batch, tokens) marks the tokens that are not padding.
-
-    A query sees itself and what comes before it, `window` tokens in all where the window applies. Padding as a query
-    sees itself, so that its rows stay finite; as a key it is seen by no other token.
-    """
-    tokens = mx.arange(valid.shape[1])
-    distance = tokens[:, None] - tokens[None, :]
-    whole = ((distance >= 0) & valid[:, None, :]) | (distance == 0)
-    return Masks(whole[:, None], (whole & (distance < window))[:, None])
 
 
 class RMSNorm(nn.Module):
@@ -43,137 +19,24 @@ class RMSNorm(nn.Module):
         self.weight = mx.zeros((dim,))
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x (..., dim) -> the same shape."""
         return mx.fast.rms_norm(x, 1 + self.weight.astype(mx.float32), self.eps).astype(x.dtype)
 
 
-class Attention(nn.Module):
-    """Causal self-attention with grouped keys and values; queries and keys are normalised per head, then rotated."""
-
-    def __init__(self, config: Gemma3Config, is_global: bool) -> None:
-        super().__init__()
-        dim, head_dim = config.hidden_size, config.head_dim
-        self.head_dim = head_dim
+class Attention(gemma.Attention):
+    def __init__(self, config: Gemma3Config, layer: int) -> None:
+        super().__init__(config, layer, RMSNorm)
         self.scale = config.query_pre_attn_scalar**-0.5
+        is_global = config.is_global(layer)
         self.rope_base = config.rope_theta if is_global else config.rope_local_base_freq
         self.rope_scale = config.rope_scale if is_global else 1.0
-        self.q_proj = nn.Linear(dim, config.num_attention_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, config.num_key_value_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, config.num_key_value_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, dim, bias=False)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        """x (batch, tokens, dim), mask (batch, 1, tokens, tokens) -> (batch, tokens, dim)"""
-        q = self._rotate(self.q_norm(self._heads(self.q_proj(x))))
-        k = self._rotate(self.k_norm(self._heads(self.k_proj(x))))
-        v = self._heads(self.v_proj(x))
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
-        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(2))
-
-    def _heads(self, x: mx.array) -> mx.array:
-        """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)"""
-        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
-
-    def _rotate(self, x: mx.array) -> mx.array:
+    def rotated(self, x: mx.array) -> mx.array:
         return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_base, scale=self.rope_scale, offset=0)
 
 
-class MLP(nn.Module):
-    """Gated feed-forward network."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
-        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    """Attention and feed-forward network, each between two norms."""
-
-    def __init__(self, config: Gemma3Config, is_global: bool) -> None:
-        super().__init__()
-        dim, eps = config.hidden_size, config.rms_norm_eps
-        self.is_global = is_global
-        self.self_attn = Attention(config, is_global)
-        self.mlp = MLP(dim, config.intermediate_size)
-        self.input_layernorm = RMSNorm(dim, eps)
-        self.post_attention_layernorm = RMSNorm(dim, eps)
-        self.pre_feedforward_layernorm = RMSNorm(dim, eps)
-        self.post_feedforward_layernorm = RMSNorm(dim, eps)
-
-    def __call__(self, x: mx.array, masks: Masks) -> mx.array:
-        """x (batch, tokens, dim) -> the same shape."""
-        mask = masks.whole if self.is_global else masks.window
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), mask))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-
-
-class Gemma3Model(nn.Module):
-    """Embedding, layers and final norm."""
-
-    def __init__(self, config: Gemma3Config) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Layer(config, config.is_global(i)) for i in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def embed(self, ids: mx.array) -> mx.array:
-        """Scaled token embeddings. The scale is rounded to the weights' dtype, as in training."""
-        x = self.embed_tokens(ids)
-        x = x * mx.array(x.shape[-1] ** 0.5, dtype=x.dtype)
-        # Gemma's residual stream exceeds float16's range: such weights are computed with in float32.
-        return x.astype(mx.float32) if x.dtype == mx.float16 else x
-
-
-class Gemma3TextEncoder(nn.Module):
-    """Gemma3ForCausalLM without its head. Attribute names are mlx-lm's."""
-
-    def __init__(self, config: Gemma3Config) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Gemma3Model(config)
-
-    def hidden_states(self, ids: mx.array, mask: mx.array, *, release: bool = False) -> Iterator[mx.array]:
-        """The embeddings and each layer's output, the last one after the final norm: `num_hidden_layers + 1` arrays
-        (batch, T', dim), evaluated one by one as they are asked for.
-
-        `ids` and `mask` (1 = token, 0 = padding) are (batch, T). T' <= T: leading columns that are padding in every
-        row are left out, since positions are relative and padding is never seen. What remains of padding holds
-        finite, meaningless values.
-
-        With `release` each layer's weights are dropped once they have been used. Loaded weights are read from disk at
-        first use, so the encoder then needs the memory of its largest layer (or embedding) only, and serves this one
-        call: encode all prompts as one batch.
-        """
-        model = self.model
-        if "weight" not in model.embed_tokens:
-            raise RuntimeError("this encoder's weights were released by an earlier call; load it again")
-        start = int(np.argmax(np.array(mask).any(axis=0)))
-        masks = attention_masks(mask[:, start:].astype(mx.bool_), self.config.sliding_window)
-        mx.eval(model.embed_tokens.parameters(), model.norm.parameters())
-        x = model.embed(ids[:, start:])
-        yield _evaluated(x, model.embed_tokens, release)
-        for i, layer in enumerate(model.layers):
-            mx.eval(layer.parameters())  # read from disk first: no GPU command waits for that
-            x = layer(x, masks)
-            x = model.norm(x) if i + 1 == len(model.layers) else x
-            yield _evaluated(x, layer, release)
-
-
-def _evaluated(x: mx.array, module: nn.Module, release: bool) -> mx.array:
-    """Evaluate `x`, after which `module` is not needed any more."""
-    evaluate(x)
-    if release:
-        module.clear()  # a Module is the dict of its parameters and children
-        mx.synchronize()  # a device lets go of arrays a little later: the next layer would be read beside this one
-    return x
-
-
-def build(config: Mapping[str, Any]) -> Gemma3TextEncoder:
+def build(config: Mapping[str, Any]) -> gemma.TextEncoder:
     """An uninitialised encoder from the folder's config.json."""
-    return Gemma3TextEncoder(Gemma3Config.from_dict(config))
+    made = Gemma3Config.from_dict(config)
+    layers = [gemma.Layer(made, i, Attention(made, i), RMSNorm) for i in range(made.num_hidden_layers)]
+    return gemma.TextEncoder(made, layers, RMSNorm)

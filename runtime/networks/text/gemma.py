@@ -1,0 +1,175 @@
+"""Gemma's language models as text encoders: token ids to the hidden states of every layer. What the generations of the
+family share; gemma3.py and gemma4.py add what differs.
+
+Notable: layers are evaluated one by one, which bounds each GPU command and lets a run release every layer's weights
+after use; padding that all rows share is never computed; the names are mlx-lm's, which can load the same folder."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ltx2.runtime.layers.attention import gelu_tanh
+from ltx2.runtime.machine.bounded import evaluate
+from ltx2.runtime.networks.text.config import GemmaConfig
+
+Norm = Callable[[int, float], nn.Module]  # width, eps -> the generation's norm
+
+
+class Masks(NamedTuple):
+    """Which keys each query sees, boolean, both (batch, 1, queries, keys)."""
+
+    whole: mx.array
+    window: mx.array
+
+
+def attention_masks(valid: mx.array, window: int) -> Masks:
+    """`valid` (batch, tokens) marks the tokens that are not padding.
+
+    A query sees itself and what comes before it, `window` tokens in all where the window applies. Padding as a query
+    sees itself, so that its rows stay finite; as a key it is seen by no other token.
+    """
+    tokens = mx.arange(valid.shape[1])
+    distance = tokens[:, None] - tokens[None, :]
+    whole = ((distance >= 0) & valid[:, None, :]) | (distance == 0)
+    return Masks(whole[:, None], (whole & (distance < window))[:, None])
+
+
+class Attention(nn.Module, ABC):
+    """Causal self-attention with grouped keys and values; queries and keys are normalised per head, then rotated."""
+
+    scale: float
+
+    def __init__(self, config: GemmaConfig, layer: int, norm: Norm) -> None:
+        super().__init__()
+        dim, queries, keys = config.hidden_size, config.query_heads(layer), config.key_heads(layer)
+        self.head_dim = queries.dim
+        self.q_proj = nn.Linear(dim, queries.width, bias=False)
+        self.k_proj = nn.Linear(dim, keys.width, bias=False)
+        if not config.shares_values(layer):
+            self.v_proj = nn.Linear(dim, keys.width, bias=False)
+        self.o_proj = nn.Linear(queries.width, dim, bias=False)
+        self.q_norm = norm(queries.dim, config.rms_norm_eps)
+        self.k_norm = norm(queries.dim, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        """x (batch, tokens, dim), mask (batch, 1, tokens, tokens) -> (batch, tokens, dim)"""
+        q = self.rotated(self.q_norm(self._heads(self.q_proj(x))))
+        keys = self._heads(self.k_proj(x))
+        values = self.attended(self._heads(self.v_proj(x)) if "v_proj" in self else keys)
+        out = mx.fast.scaled_dot_product_attention(
+            q, self.rotated(self.k_norm(keys)), values, scale=self.scale, mask=mask
+        )
+        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(2))
+
+    def _heads(self, x: mx.array) -> mx.array:
+        """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)"""
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
+
+    @abstractmethod
+    def rotated(self, x: mx.array) -> mx.array:
+        """Queries or keys (batch, heads, tokens, head_dim) with their positions, the first being 0."""
+
+    def attended(self, x: mx.array) -> mx.array:
+        """What is attended to, from projected values (batch, heads, tokens, head_dim)."""
+        return x
+
+
+class MLP(nn.Module):
+    """Gated feed-forward network."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (batch, tokens, dim) -> the same shape."""
+        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward network, each between two norms."""
+
+    def __init__(self, config: GemmaConfig, layer: int, attention: Attention, norm: Norm) -> None:
+        super().__init__()
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        self.is_global = config.is_global(layer)
+        self.self_attn = attention
+        self.mlp = MLP(dim, config.intermediate_size)
+        self.input_layernorm = norm(dim, eps)
+        self.post_attention_layernorm = norm(dim, eps)
+        self.pre_feedforward_layernorm = norm(dim, eps)
+        self.post_feedforward_layernorm = norm(dim, eps)
+
+    def __call__(self, x: mx.array, masks: Masks) -> mx.array:
+        """x (batch, tokens, dim) -> the same shape."""
+        mask = masks.whole if self.is_global else masks.window
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), mask))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class LanguageModel(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: GemmaConfig, layers: list[Layer], norm: Norm) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = layers
+        self.norm = norm(config.hidden_size, config.rms_norm_eps)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Scaled embeddings (batch, tokens, dim) of `ids` (batch, tokens). The scale is rounded to the weights' dtype,
+        as in training."""
+        x = self.embed_tokens(ids)
+        x = x * mx.array(x.shape[-1] ** 0.5, dtype=x.dtype)
+        # Gemma's residual stream exceeds float16's range: such weights are computed with in float32.
+        return x.astype(mx.float32) if x.dtype == mx.float16 else x
+
+
+class TextEncoder(nn.Module):
+    """A language model without its head. Attribute names are mlx-lm's."""
+
+    def __init__(self, config: GemmaConfig, layers: list[Layer], norm: Norm) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LanguageModel(config, layers, norm)
+
+    def hidden_states(self, ids: mx.array, mask: mx.array, *, release: bool = False) -> Iterator[mx.array]:
+        """The embeddings and each layer's output, the last one after the final norm: `num_hidden_layers + 1` arrays
+        (batch, T', dim), evaluated one by one as they are asked for.
+
+        `ids` and `mask` (1 = token, 0 = padding) are (batch, T). T' <= T: leading columns that are padding in every
+        row are left out, since positions are relative and padding is never seen. What remains of padding holds
+        finite, meaningless values.
+
+        With `release` each layer's weights are dropped once they have been used. Loaded weights are read from disk at
+        first use, so the encoder then needs the memory of its largest layer (or embedding) only, and serves this one
+        call: encode all prompts as one batch.
+        """
+        model = self.model
+        if "weight" not in model.embed_tokens:
+            raise RuntimeError("this encoder's weights were released by an earlier call; load it again")
+        start = int(np.argmax(np.array(mask).any(axis=0)))
+        masks = attention_masks(mask[:, start:].astype(mx.bool_), self.config.sliding_window)
+        mx.eval(model.embed_tokens.parameters(), model.norm.parameters())
+        x = model.embed(ids[:, start:])
+        yield _evaluated(x, model.embed_tokens, release)
+        for i, layer in enumerate(model.layers):
+            mx.eval(layer.parameters())  # read from disk first: no GPU command waits for that
+            x = layer(x, masks)
+            x = model.norm(x) if i + 1 == len(model.layers) else x
+            yield _evaluated(x, layer, release)
+
+
+def _evaluated(x: mx.array, module: nn.Module, release: bool) -> mx.array:
+    """Evaluate `x`, after which `module` is not needed any more."""
+    evaluate(x)
+    if release:
+        module.clear()  # a Module is the dict of its parameters and children
+        mx.synchronize()  # a device lets go of arrays a little later: the next layer would be read beside this one
+    return x
