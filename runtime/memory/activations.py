@@ -12,10 +12,10 @@ from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import RATIONAL_SCALES, UpsamplerConfig
-from ltx2.runtime.networks.video_vae.config import Size, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.config import Size, Tower, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.frames import FRAMES_PER_GROUP
 from ltx2.runtime.networks.video_vae.layers import LARGE
-from ltx2.runtime.networks.video_vae.tiles import Interval, Tiles
+from ltx2.runtime.networks.video_vae.tiles import Interval, Tiles, Tiling
 from ltx2.runtime.sampling.latents import Grid
 
 MB = 10**6
@@ -122,7 +122,7 @@ def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bo
     needed = full = whole + max(2 * waiting, 3 * FRAMES_PER_GROUP * pixels * FLOAT32)
     largest = 0
     for tile_height, tile_width, before in pieces:
-        tile = _decode_tile(config, (longest, tile_height, tile_width), itemsize, unfold)
+        tile = _tower(config.decoder, (longest, tile_height, tile_width), itemsize, unfold)
         adding = tile_height * tile_width * per_latent * (2 * FLOAT32 + itemsize) if several else 0
         late = 100 * MB + 3 * tile.largest // 4 if several else 0  # of the tile before, not yet free
         needed = max(needed, before * per_latent * FLOAT32 + max(tile.needed, adding))
@@ -137,13 +137,24 @@ def _ends(tiles: list[Interval]) -> list[tuple[int, int, int]]:
     return [(*tiles[i], tiles[i - 1][1] if i else 0) for i in sorted({0, max(0, last - 1), last})]
 
 
-def _decode_tile(config: VideoVAEConfig, tile: Size, itemsize: int, unfold: bool) -> Activations:
+def encode_video(config: VideoVAEConfig, clip: Size, tiling: Tiling, itemsize: int, unfold: bool) -> Activations:
+    """`clip`: frames, height and width in pixels. The frames that a tile over time needs and those that say whether
+    another follows, and the largest layer of a tile beside its own pixels, cut out and rearranged."""
+    early = config.temporal_scale  # frames of the latent that later tiles start with
+    held = min(clip[0], tiling.frames + 2 * early) + FRAMES_PER_GROUP * FLOAT32 // itemsize
+    buffer = held * clip[1] * clip[2] * 3 * itemsize
+    tile = (tiling.frames + early, tiling.height, tiling.width)
+    frames, height, width = map(min, clip, tile)
+    pixels = 2 * frames * height * width * 3 * itemsize
+    patch = config.patch_size
+    return _tower(config.encoder, (frames, height // patch, width // patch), itemsize, unfold).beside(buffer + pixels)
+
+
+def _tower(tower: Tower, size: Size, itemsize: int, unfold: bool) -> Activations:
     """A residual block's input and the padded copy of it, normalised, beside the convolution's result; and what is
     normalised until the device has read it."""
-    layers = (
-        (c.inputs * prod(c.size), c.inputs * prod(n + 2 for n in c.size)) for c in config.decoder.convolutions(tile)
-    )
-    unit, padded = (values * itemsize for values in max(layers))
+    layers = tower.convolutions(size)
+    unit, padded = max((itemsize * c.inputs * prod(c.size), itemsize * c.padded) for c in layers)
     copies = 27 * padded if unfold else 0
     if unit >= LARGE:
         return Activations(2 * unit + padded + copies, unit, unit)

@@ -37,6 +37,11 @@ def decode_video(config: VideoVAEConfig, itemsize: int) -> int:
     return _widened(TAPS_3D * config.decoder.width**2, itemsize)
 
 
+def encode_video(config: VideoVAEConfig, itemsize: int) -> int:
+    """As `decode_video`."""
+    return _widened(TAPS_3D * max(stage.outputs for stage in config.encoder.stages) ** 2, itemsize)
+
+
 def decode_audio(config: AudioVAEConfig, audio_frames: int) -> int:
     """The convolutions of the finest level, which are computed together."""
     network = config.network

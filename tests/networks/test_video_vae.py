@@ -19,7 +19,7 @@ from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
 from ltx2.runtime.networks.video_vae.frames import FRAMES_PER_GROUP, VideoDecoder, decode_frames, decode_tiles
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder, build
 from ltx2.runtime.networks.video_vae.tiles import Tiling, intervals, temporal_spans, tilings
-from tests.support.golden import golden
+from tests.support.golden import golden, golden_25
 from tests.support.official import Official
 from tests.support.parity import relative_l2, require
 from tests.support.published import MONOLITH, read_header
@@ -64,6 +64,12 @@ def trained(demo_model: Path) -> VideoAutoencoder:
     vae = load_network(ModelFolder.open(demo_model), "video_vae", VideoAutoencoder)
     vae.update(tree_map(lambda value: value.astype(mx.float32), vae.parameters()))
     return vae
+
+
+@pytest.fixture(scope="module")
+def newer(demo_25: Path) -> VideoAutoencoder:
+    """The trained 2.5 demo's: zero padding, ups without a residual."""
+    return load_network(ModelFolder.open(demo_25), "video_vae", VideoAutoencoder)
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -122,13 +128,14 @@ def test_encoder_equals_diffusers(both: Both, figure: Figure, frames: int) -> No
     figure(f"video_vae.encode ({name}, {frames} frames) rel L2", relative_l2(ours, theirs), limit=1e-4)
 
 
-def test_shapes_of_the_published_file() -> None:
-    _, metadata, tensors = read_header(MONOLITH)
+@pytest.mark.parametrize("header", [MONOLITH, "ltx-2.3-22b", "ltx-2.5-video-vae-conv-bf16"])
+def test_shapes_of_the_published_file(header: str) -> None:
+    _, metadata, tensors = read_header(header)
     config = json.loads(metadata["config"])["vae"]
     theirs = {
         name.removeprefix("vae."): (shape[0], *shape[2:], shape[1]) if len(shape) == 5 else shape
         for name, (_, shape) in tensors.items()
-        if name.startswith(("vae.encoder.", "vae.decoder."))
+        if name.removeprefix("vae.").startswith(("encoder.", "decoder."))
     }
     ours = parameter_shapes(build(config))
     assert theirs == {name: shape for name, shape in ours.items() if not name.startswith("per_channel_statistics")}
@@ -194,6 +201,22 @@ def test_golden_frames(trained: VideoAutoencoder, figure: Figure, prompt: str) -
     assert frames.dtype == np.uint8
     off = np.abs(frames.astype(int) - golden(f"{prompt}.frames"))
     figure(f"video_vae golden {prompt}: share of values off by more than a level", np.mean(off > 1), limit=1e-3)
+
+
+@pytest.mark.parametrize("prompt", ["a", "c"])
+def test_golden_frames_of_the_newer_structure(newer: VideoAutoencoder, figure: Figure, prompt: str) -> None:
+    frames = np.concatenate(list(decode_frames(newer, mx.array(golden_25(f"{prompt}.stage2.video_latent")))))
+    off = np.abs(frames[::6].astype(int) - golden_25(f"{prompt}.frames"))
+    figure(f"video_vae golden 2.5 {prompt}: share of values off by more than a level", np.mean(off > 1), limit=1e-3)
+
+
+@pytest.mark.parametrize("picture", ["0", "24"])
+@pytest.mark.parametrize("size", ["64x96", "128x192"])
+def test_golden_latents_of_pictures(newer: VideoAutoencoder, figure: Figure, picture: str, size: str) -> None:
+    pixels = golden_25(f"c.picture{picture}.{size}").astype(np.float32) / 127.5 - 1
+    latents = newer.encode(mx.array(pixels.transpose(2, 0, 1)[None, :, None]))
+    expected = golden_25(f"c.picture{picture}.latent_{size}")
+    figure(f"video_vae golden 2.5 picture {picture}, {size}, rel L2", relative_l2(latents, expected), limit=1e-5)
 
 
 @pytest.mark.parametrize("prompt", ["a", "b"])

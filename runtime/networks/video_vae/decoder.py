@@ -5,7 +5,7 @@ import mlx.nn as nn
 
 from ltx2.runtime.machine.bounded import evaluate
 from ltx2.runtime.networks.video_vae.config import Tower
-from ltx2.runtime.networks.video_vae.layers import Border, CausalConv3d, ResBlocks, Upsample, activate
+from ltx2.runtime.networks.video_vae.layers import Border, CausalConv3d, ResBlocks, Upsample, activate, apply
 
 
 class Decoder(nn.Module):
@@ -23,11 +23,7 @@ class Decoder(nn.Module):
         self.patch_size = patch_size
 
     def __call__(self, latents: mx.array) -> mx.array:
-        x = self.conv_in(latents.astype(self.conv_in.conv.weight.dtype))
-        for block in self.up_blocks:
-            for layer in block.res_blocks if isinstance(block, ResBlocks) else [block]:
-                x = layer(x)  # here, so that nobody holds the last layer's result: a fifth of the memory
-                evaluate(x)
+        x = apply(self.conv_in, self.up_blocks, latents.astype(self.conv_in.conv.weight.dtype))
         x = unpatchify(self.conv_out(activate(x)), self.patch_size)
         evaluate(x)
         return x

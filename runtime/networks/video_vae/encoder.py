@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.networks.video_vae.config import Tower
-from ltx2.runtime.networks.video_vae.layers import Border, CausalConv3d, Downsample, ResBlocks, activate
+from ltx2.runtime.networks.video_vae.layers import Border, CausalConv3d, Downsample, ResBlocks, activate, apply
 
 
 class Encoder(nn.Module):
@@ -22,9 +22,7 @@ class Encoder(nn.Module):
         self.patch_size = patch_size
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        x = self.conv_in(patchify(pixels, self.patch_size))
-        for block in self.down_blocks:
-            x = block(x)
+        x = apply(self.conv_in, self.down_blocks, patchify(pixels, self.patch_size))
         return self.conv_out(activate(x))[..., :-1]  # means; the latents are never sampled
 
 

@@ -1,11 +1,12 @@
 """Building blocks of the video VAE, channels last: (batch, frames, height, width, channels).
 
 Every convolution is 3x3x3 over a clip extended by one position per side (in time by copies of the edge frames), and
-every normalisation is a weightless one over the channels of a position. Blocks evaluate their result, which frees
-activations as early as possible; convolutions that are too large for this GPU are computed in parts (see work.py)."""
+every normalisation is a weightless one over the channels of a position. Convolutions that are too large for this GPU
+are computed in parts (runtime/machine/bounded.py)."""
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -101,17 +102,11 @@ class ResBlock(nn.Module):
 
 
 class ResBlocks(nn.Module):
-    """Residual blocks at one size, evaluated one by one."""
+    """Residual blocks at one size."""
 
     def __init__(self, channels: int, layers: int, border: Border) -> None:
         super().__init__()
         self.res_blocks = [ResBlock(channels, border) for _ in range(layers)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for block in self.res_blocks:
-            x = block(x)
-            evaluate(x)
-        return x
 
 
 class Downsample(nn.Module):
@@ -129,9 +124,7 @@ class Downsample(nn.Module):
             x = mx.concatenate([x[:, :1], x], axis=1)  # the first latent frame stands for one frame only
         skip = space_to_depth(x, self.stride)
         skip = skip.reshape(*skip.shape[:-1], self.out_channels, -1).mean(axis=-1)
-        x = space_to_depth(self.conv(x), self.stride) + skip
-        evaluate(x)
-        return x
+        return space_to_depth(self.conv(x), self.stride) + skip
 
 
 class Upsample(nn.Module):
@@ -153,8 +146,17 @@ class Upsample(nn.Module):
             y = (y.reshape(*skip.shape[:-1], -1, skip.shape[-1]) + skip[..., None, :]).reshape(y.shape)
         if self.stride[0] > 1:
             y = y[:, 1:]  # the first latent frame stands for one frame only
-        evaluate(y)
         return y
+
+
+def apply(first: CausalConv3d, blocks: list[Any], x: mx.array) -> mx.array:
+    """A convolution, then residual blocks and changes of size, (1, F, H, W, C) in and out; each is evaluated, and
+    nobody but this function holds the last one's result, which is a fifth of the memory."""
+    layers = [layer for block in blocks for layer in (block.res_blocks if isinstance(block, ResBlocks) else [block])]
+    for layer in [first, *layers]:
+        x = layer(x)
+        evaluate(x)
+    return x
 
 
 def space_to_depth(x: mx.array, stride: Size) -> mx.array:

@@ -4,53 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.layers.statistics import LatentStatistics
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
 from ltx2.runtime.networks.video_vae.decoder import Decoder
-from ltx2.runtime.networks.video_vae.encoder import Encoder
+from ltx2.runtime.networks.video_vae.encode import VideoCoder
 
 MAX_ELEMENTS = 2**31 - 1  # GPU kernels index with 32 bits: beyond it the tail of an array is garbage
 
 
-class VideoAutoencoder(nn.Module):
-    """Encoder, decoder and latent statistics. Latents are (1, C, f, h, w) with f = (F - 1) / 8 + 1 for F frames."""
+class VideoAutoencoder(VideoCoder):
+    """Encoder, convolutional decoder and latent statistics."""
 
     def __init__(self, config: VideoVAEConfig) -> None:
-        super().__init__()
+        super().__init__(config.encoder, config.patch_size)
         self.config = config
-        self.encoder = Encoder(config.encoder, config.patch_size)
         self.decoder = Decoder(config.decoder, config.patch_size)
-        self.per_channel_statistics = LatentStatistics(config.latent_channels, 1, 1, 1)
-
-    @property
-    def spatial_scale(self) -> int:
-        """Pixels per latent along height and width."""
-        return self.config.spatial_scale
-
-    @property
-    def temporal_scale(self) -> int:
-        """Frames per latent; the first latent stands for one frame."""
-        return self.config.temporal_scale
-
-    def encode(self, pixels: mx.array) -> mx.array:
-        """(1, 3, F, H, W) in [-1, 1] -> normalised latents (1, C, f, h, w), float32.
-
-        Frames after the last 8k+1 are left out. Raises InputError when H or W is no multiple of 32.
-        """
-        *_, frames, height, width = pixels.shape
-        if height % self.spatial_scale or width % self.spatial_scale:
-            raise InputError(
-                f"a picture of {width}x{height} cannot be encoded",
-                f"width and height must be multiples of {self.spatial_scale}",
-                "resize or crop it first",
-            )
-        kept = frames - (frames - 1) % self.temporal_scale
-        x = pixels[:, :, :kept].transpose(0, 2, 3, 4, 1)
-        latents = self.encoder(x.astype(self.encoder.conv_in.conv.weight.dtype))
-        return self.per_channel_statistics.normalise(latents.transpose(0, 4, 1, 2, 3).astype(mx.float32))
 
     def decode(self, latents: mx.array) -> mx.array:
         """Normalised latents (1, C, f, h, w) -> (F, H, W, 3), nominally in [-1, 1], in the weights' dtype, untiled.
