@@ -20,7 +20,8 @@ from ltx2.convert.tensors.steps import Spec
 from ltx2.quant.codes.pack import pack
 from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
 from ltx2.runtime.layers.attention import Attention, gelu_tanh
-from ltx2.runtime.layers.packed import QuantizedLinear, choose_products
+from ltx2.runtime.layers.linear import Packed
+from ltx2.runtime.layers.packed import choose_products
 from ltx2.runtime.layers.rope import Rope, apply_rope, rope_tables
 from ltx2.runtime.model.forms import Form, Quantization
 from ltx2.runtime.networks.audio.vocoder import ResBlock as VocoderResBlock
@@ -118,7 +119,7 @@ FORMS = [Form(4, 64), Form(8, 64), Form(8, 32, "mxfp8"), Form(4, 16, "nvfp4")]
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_quantized_linear(measure: Time, form: Form) -> None:
     """In the way that is the fastest on this machine."""
-    layer, values = QuantizedLinear(DIM, DIM, form), RandomValues(Quantization(form))
+    layer, values = Packed(DIM, DIM, form), RandomValues(Quantization(form))
     layer.weight = values.tensor("a.weight", Spec((DIM, DIM * form.bits // 32), "U32"))
     spec = Spec((DIM, DIM // form.group_size), ("BF16" if ON_GPU else "F32") if form.biased else "U8")
     for part in ("scales", "biases") if form.biased else ("scales",):

@@ -5,7 +5,7 @@ and velocities. The other model is then given these same inputs, layer by layer 
 before it makes the clip on its own. Only one network is in memory at a time."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.observe import intercept
 from ltx2.runtime.generate.pipeline import Observe, Pipeline
 from ltx2.runtime.generate.request import Request
+from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.transformer.inputs import Levels, StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer
@@ -156,8 +157,8 @@ class _Recorder:
         if component in KEPT:
             intercept(network, partial(self._call, component))
 
-    def _call(self, component: str, path: str, layer: nn.Module, x: mx.array) -> mx.array:
-        y = _apply(layer, x)
+    def _call(self, component: str, path: str, layer: LinearLayer, x: mx.array) -> mx.array:
+        y = layer.multiply(x)
         every, _ = KEPT[component]
         if path in self._layers[component]:
             if self._calls[component, path] % every == 0:
@@ -167,7 +168,7 @@ class _Recorder:
             self._keep_step(path, x, y)
         return y
 
-    def _keep_rows(self, key: Layer, layer: nn.Module, x: mx.array) -> None:
+    def _keep_rows(self, key: Layer, layer: LinearLayer, x: mx.array) -> None:
         kept = self.rows.setdefault(key, [])
         inputs, bias = _some_rows(x, KEPT[key[0]][1], len(kept)), layer.get("bias")
         kept.append(Rows(inputs, _product(layer, inputs, bias), bias))
@@ -203,7 +204,7 @@ class _Pupil:
         if component == "transformer":
             self._transformer = cast(Transformer, network)
 
-    def _call(self, component: str, path: str, layer: nn.Module, x: mx.array) -> mx.array:
+    def _call(self, component: str, path: str, layer: LinearLayer, x: mx.array) -> mx.array:
         # At the first step's first layer the network is ready: its weights are read, or are supplied block by block.
         if self._transformer is not None and path == FIRST:
             transformer, self._transformer = self._transformer, None
@@ -213,7 +214,7 @@ class _Pupil:
         if rows and key not in self.layers:  # measured when it is first called: then its weights are there
             pairs = ((row.products, _product(layer, row.inputs, row.bias)) for row in rows)
             self.layers[key] = sum((_difference(*pair) for pair in pairs), Difference())
-        return _apply(layer, x)
+        return layer.multiply(x)
 
     def _teach(self, transformer: Transformer) -> None:
         """The velocities at the tokens of the reference's steps."""
@@ -237,10 +238,6 @@ def _cast(network: nn.Module, dtype: mx.Dtype | None) -> None:
         network.set_dtype(dtype)
 
 
-def _apply(layer: nn.Module, x: mx.array) -> mx.array:
-    return cast(Callable[[mx.array], mx.array], layer)(x)
-
-
 def _some_rows(x: mx.array, count: int, call: int) -> mx.array:
     """Up to `count` rows (rows, width) of a layer's input, evenly spaced, other ones in each call."""
     rows = x.reshape(-1, x.shape[-1])
@@ -249,9 +246,9 @@ def _some_rows(x: mx.array, count: int, call: int) -> mx.array:
     return rows[call % step :: step][:count]
 
 
-def _product(layer: nn.Module, inputs: mx.array, bias: mx.array | None) -> mx.array:
+def _product(layer: LinearLayer, inputs: mx.array, bias: mx.array | None) -> mx.array:
     """The layer's output less the given bias, in float32: 16 bits would round as coarsely as codes of 8 bits do."""
-    y = _apply(layer, inputs.astype(mx.float32))
+    y = layer.multiply(inputs.astype(mx.float32))
     return y if bias is None else y - bias.astype(mx.float32)
 
 

@@ -28,7 +28,7 @@ from ltx2.runtime.generate.clip import Generated
 from ltx2.runtime.generate.exchange import Contexts, write_embeddings, write_latents
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.layers.linear import Packed
 from ltx2.runtime.machine.process import disk_bytes_read
 from ltx2.runtime.memory.plan import FULL
 from ltx2.runtime.model.layout import ModelFolder
@@ -177,7 +177,7 @@ class _Subject:
     def _observe(self, component: str, network: nn.Module) -> None:
         """How each form of packed weights is multiplied."""
         for module in network.modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, Packed):
                 self._products[str(module.form)] = dict(module.choice.by_rows)
 
 

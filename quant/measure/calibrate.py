@@ -29,6 +29,7 @@ from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.generate.job import DECODERS
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
 
 BUILT_IN = Path(__file__).with_name("prompts.json")
@@ -98,7 +99,7 @@ class Recorder:
         if self.calls is not None:
             self.calls.observe(network)
 
-    def _see(self, component: str, path: str, _: nn.Module, x: mx.array) -> None:
+    def _see(self, component: str, path: str, _: LinearLayer, x: mx.array) -> None:
         if self._latest is None or self._latest[0] is not x:  # queries, keys and values are made of the same input
             self._latest = x, _Moments.of(x)
         key, moments = (component, path), self._latest[1]

@@ -23,6 +23,7 @@ from ltx2.quant.codes.on_gpu import OnGpu, is_gpu
 from ltx2.quant.measure.recording import Call
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.generate.observe import Stream, given, watch
+from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
 from ltx2.runtime.networks.transformer.config import TransformerConfig
@@ -171,7 +172,7 @@ class _Sums:
         self._tokens: dict[str, int] = {}
         self._latest: tuple[str, mx.array] | None = None
 
-    def see(self, path: str, _: nn.Module, x: mx.array) -> None:
+    def see(self, path: str, _: LinearLayer, x: mx.array) -> None:
         """Count the inputs x (..., width) of a layer."""
         if path not in self.twin:
             same = self._latest is not None and self._latest[1] is x

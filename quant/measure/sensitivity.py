@@ -9,7 +9,7 @@ import re
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from ltx2.quant.recipes.recipe import EVERY, block_counts, block_of, load_recipe
 from ltx2.runtime.events import Event, PhaseStarted, StepDone
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.generate.observe import given, intercept, watch_calls
-from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.networks.load import load_network, read_weights
 from ltx2.runtime.networks.transformer.model import Transformer
@@ -110,9 +110,9 @@ class _Disturbance:
         self.seed = 0
         self._error = error
 
-    def call(self, path: str, layer: nn.Module, x: mx.array) -> mx.array:
+    def call(self, path: str, layer: LinearLayer, x: mx.array) -> mx.array:
         """The layer's output; with what a random change of its weights would add, if it is one of `paths`."""
-        y = cast(Callable[[mx.array], mx.array], layer)(x)
+        y = layer.multiply(x)
         if path not in self.paths:
             return y
         product = y - layer["bias"] if "bias" in layer else y
@@ -135,7 +135,7 @@ def _size(values: mx.array) -> mx.array:
 
 def _groups(transformer: Transformer, bands: int) -> list[frozenset[str]]:
     """Paths of the layers that are tried together."""
-    paths = [path for path, layer in transformer.named_modules() if isinstance(layer, nn.Linear | QuantizedLinear)]
+    paths = [path for path, layer in transformer.named_modules() if isinstance(layer, LinearLayer)]
     paths = sorted(load_recipe(EVERY).bits(TRANSFORMER, paths, 8), key=natural_order)
     counts, groups = block_counts(paths), defaultdict(set)
     for path in paths:

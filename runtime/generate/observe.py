@@ -2,36 +2,31 @@
 outputs; and a denoiser whose calls are seen. A module stays what it is, with its parameters under their names."""
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.layers.rope import Positions
 from ltx2.runtime.networks.transformer.inputs import NOTHING, Levels, Ropes, Skips, StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.streams import Streams
 
-# path in the network (the layer's name in the model folder), the layer as it was, its input -> its output
-Call = Callable[[str, nn.Module, mx.array], mx.array]
+# path in the network (the layer's name in the model folder), the layer, its input -> its output
+Call = Callable[[str, LinearLayer, mx.array], mx.array]
+Seen = Callable[[str, LinearLayer, mx.array], None]
 T = TypeVar("T")
-Seen = Callable[[str, nn.Module, mx.array], None]
 
 
 def intercept(network: nn.Module, call: Call) -> None:
-    """From now on every linear layer's output is `call(path, layer, x)`, where `layer(x)` is what it was before. Packed
-    layers count; embeddings do not. Of two calls for one network the last one is in force."""
+    """From now on every linear layer's output is `call(path, layer, x)`, where `layer.multiply(x)` is what it would be
+    without. Packed layers count; embeddings do not. Of two calls for one network the last one is in force."""
     for path, layer in network.named_modules():
-        if isinstance(layer, nn.Linear):
-            layer.__class__ = _InterceptedLinear
-        elif isinstance(layer, QuantizedLinear):
-            layer.__class__ = _InterceptedQuantizedLinear
-        else:
-            continue
-        layer._path, layer._call = path, call
+        if isinstance(layer, LinearLayer):
+            layer.around = partial(call, path)
 
 
 def watch(network: nn.Module, seen: Seen) -> None:
@@ -41,28 +36,11 @@ def watch(network: nn.Module, seen: Seen) -> None:
     then, or every input stays in memory until it does.
     """
 
-    def call(path: str, layer: nn.Module, x: mx.array) -> mx.array:
+    def call(path: str, layer: LinearLayer, x: mx.array) -> mx.array:
         seen(path, layer, x)
-        return cast(Callable[[mx.array], mx.array], layer)(x)
+        return layer.multiply(x)
 
     intercept(network, call)
-
-
-class _InterceptedLinear(nn.Linear):
-    def __call__(self, x: mx.array) -> mx.array:
-        return _called(self, nn.Linear, x)
-
-
-class _InterceptedQuantizedLinear(QuantizedLinear):
-    def __call__(self, x: mx.array) -> mx.array:
-        return _called(self, QuantizedLinear, x)
-
-
-def _called(layer: nn.Module, kind: type[nn.Module], x: mx.array) -> mx.array:
-    plain = copy(layer)  # shares the parameters; made for this call, so it holds no weight that is released meanwhile
-    plain.__class__ = kind
-    call: Call = layer._call
-    return call(layer._path, plain, x)
 
 
 @dataclass(frozen=True)

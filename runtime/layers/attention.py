@@ -4,6 +4,7 @@ transformer and connector block."""
 import mlx.core as mx
 import mlx.nn as nn
 
+from ltx2.runtime.layers.linear import Linear
 from ltx2.runtime.layers.rope import Rope, apply_rope
 from ltx2.runtime.machine.bounded import divided, in_parts, too_large
 
@@ -20,14 +21,14 @@ class Attention(nn.Module):
         inner = heads * head_dim
         self.heads = heads
         self.scale = head_dim**-0.5
-        self.to_q = nn.Linear(query_dim, inner)
-        self.to_k = nn.Linear(context_dim, inner)
-        self.to_v = nn.Linear(context_dim, inner)
-        self.to_out = nn.Linear(inner, query_dim)
+        self.to_q = Linear(query_dim, inner)
+        self.to_k = Linear(context_dim, inner)
+        self.to_v = Linear(context_dim, inner)
+        self.to_out = Linear(inner, query_dim)
         self.q_norm = nn.RMSNorm(inner, eps=eps)
         self.k_norm = nn.RMSNorm(inner, eps=eps)
         if gated:
-            self.to_gate_logits = nn.Linear(query_dim, heads)
+            self.to_gate_logits = Linear(query_dim, heads)
 
     def __call__(
         self,
@@ -78,8 +79,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, bias: bool = True) -> None:
         super().__init__()
-        self.proj_in = nn.Linear(dim, 4 * dim, bias)
-        self.proj_out = nn.Linear(4 * dim, dim, bias)
+        self.proj_in = Linear(dim, 4 * dim, bias)
+        self.proj_out = Linear(4 * dim, dim, bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return divided(self._feed, x, axis=1, flops=8 * x.size * x.shape[-1])

@@ -18,7 +18,7 @@ from ltx2.quant.apply import Settings, quantize_plan
 from ltx2.quant.plan.replan import repack
 from ltx2.runtime.errors import CheckpointError, InputError, Ltx2Error, NumericsError, UnsupportedError
 from ltx2.runtime.files.tensors import FLOATS, open_tensorfile
-from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.layers.linear import Packed
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import build_network, load_network, load_weights, parameter_shapes
@@ -263,7 +263,7 @@ class TestRun:
     def test_layers(self, kept: Path) -> None:
         """Codes and scale as parameters; MLX's unit scales once per shape, and no parameter."""
         network = load_network(ModelFolder.open(kept), "transformer", Transformer)
-        packed = {n: m for n, m in network.named_modules() if isinstance(m, QuantizedLinear)}
+        packed = {n: m for n, m in network.named_modules() if isinstance(m, Packed)}
         assert len(packed) == 28 * 4 and OURS in packed
         assert packed[OURS].parameters().keys() == {"weight", "weight_scale", "bias"}
         shared = {id(array): array.shape for layer in packed.values() if (array := layer._shared_scales) is not None}
@@ -281,7 +281,7 @@ class TestRun:
         """In x's dtype and as precise as that: the scale is applied in float32. float16 would overflow without."""
         rng = np.random.default_rng(0)
         shape = (48,) if rows else ()
-        layer = QuantizedLinear(256, 48, Form(8, 32, "mxfp8"), mx.full((48, 8), 127, mx.uint8))
+        layer = Packed(256, 48, Form(8, 32, "mxfp8"), mx.full((48, 8), 127, mx.uint8))
         scale = 10 ** rng.uniform(-4, -3, shape)
         codes = encoded.to_e4m3(rng.standard_normal((48, 256)) * 200)
         layer.weight, layer.bias = mx.array(codes).view(mx.uint32), mx.array(rng.standard_normal(48), dtype)

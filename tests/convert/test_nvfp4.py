@@ -15,7 +15,7 @@ from ltx2.convert.tensors.steps import Spec, from_float32
 from ltx2.quant.plan.replan import repack
 from ltx2.runtime.errors import CheckpointError, Ltx2Error, NumericsError, UnsupportedError
 from ltx2.runtime.files.tensors import FLOATS, open_tensorfile
-from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.layers.linear import Packed
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, load_weights
 from ltx2.runtime.networks.transformer.model import Transformer
@@ -174,7 +174,7 @@ def test_refused_by_name(
 class TestRun:
     def test_layers(self, kept: Path) -> None:
         network = load_network(ModelFolder.open(kept), "transformer", Transformer)
-        packed = {n: m for n, m in network.named_modules() if isinstance(m, QuantizedLinear)}
+        packed = {n: m for n, m in network.named_modules() if isinstance(m, Packed)}
         assert len(packed) == 28 * 4
         assert packed[OURS].parameters().keys() == {"weight", "scales", "weight_scale", "bias"}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ltx2.runtime.generate.observe import intercept, watch
 from ltx2.runtime.layers.attention import FeedForward
-from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.layers.linear import Linear, Packed
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
@@ -22,8 +22,8 @@ class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(4, 64)
-        self.plain = [nn.Linear(64, 32)]
-        self.packed = QuantizedLinear(32, 8, Form(8, 32))
+        self.plain = [Linear(64, 32)]
+        self.packed = Packed(32, 8, Form(8, 32))
         self.packed.bias = mx.ones(8)
         self.packed.weight = mx.random.randint(0, 1 << 30, (8, 8), key=mx.random.key(0)).astype(mx.uint32)
         self.packed.scales = mx.full((8, 1), 0.01)
@@ -35,7 +35,7 @@ class Two(nn.Module):
 def test_every_linear_layer_is_seen_with_its_input() -> None:
     network, ids, seen = Two(), mx.array([0, 3, 1]), {}
     before, shapes = np.array(network(ids)), parameter_shapes(network)
-    watch(network, lambda path, layer, x: seen.update({path: (np.array(x), np.array(layer(x)))}))
+    watch(network, lambda path, layer, x: seen.update({path: (np.array(x), np.array(layer.multiply(x)))}))
     after = np.array(network(ids))
     np.testing.assert_array_equal(after, before)
     assert parameter_shapes(network) == shapes
@@ -48,7 +48,7 @@ def test_every_linear_layer_is_seen_with_its_input() -> None:
 def test_a_watched_layer_is_what_it_was() -> None:
     network = Two()
     watch(network, lambda path, layer, x: None)
-    assert isinstance(network.plain[0], nn.Linear) and isinstance(network.packed, QuantizedLinear)
+    assert isinstance(network.plain[0], Linear) and isinstance(network.packed, Packed)
     weight = mx.random.normal((32, 64))
     network.update({"plain": [{"weight": weight}]})
     x = mx.random.normal((1, 64))
@@ -60,7 +60,7 @@ def test_outputs_can_be_changed_and_the_last_word_counts() -> None:
     network, x = FeedForward(32), mx.random.normal((1, 3, 32))
     before = network(x)
     watch(network, lambda path, layer, x: None)
-    intercept(network, lambda path, layer, x: layer(x) * (2 if path == "proj_out" else 1))
+    intercept(network, lambda path, layer, x: layer.multiply(x) * (2 if path == "proj_out" else 1))
     np.testing.assert_array_equal(np.array(network(x)), np.array(2 * before))
 
 

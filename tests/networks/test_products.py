@@ -9,8 +9,9 @@ import pytest
 
 import ltx2.runtime.layers.matmul as products
 import ltx2.runtime.layers.packed as quantized
+from ltx2.runtime.layers.linear import Packed
 from ltx2.runtime.layers.matmul import PRODUCTS, Choice, Codes, choose
-from ltx2.runtime.layers.packed import QuantizedLinear, choose_products
+from ltx2.runtime.layers.packed import choose_products
 from ltx2.runtime.model.forms import Form
 from tests.support.parity import relative_l2
 
@@ -117,7 +118,7 @@ def test_times_are_those_of_every_product(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_wanted_product_is_used_by_every_layer() -> None:
-    layer = QuantizedLinear(256, 96, Form(4, 64))
+    layer = Packed(256, 96, Form(4, 64))
     chosen = choose_products(layer, "widened")
     assert layer.choice == Choice(((1, "widened"),)) == chosen["affine-4-64"]
     assert "choice" not in layer.parameters()
@@ -125,6 +126,6 @@ def test_the_wanted_product_is_used_by_every_layer() -> None:
 
 def test_a_weight_as_large_as_a_network_is_never_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "UNPACKABLE", 256 * 96 - 1)
-    layer = QuantizedLinear(256, 96, Form(4, 64))
+    layer = Packed(256, 96, Form(4, 64))
     choose_products(layer, "widened")
     assert layer.choice == Choice()

@@ -25,7 +25,7 @@ from ltx2.runtime.events import Event, PhaseStarted, PromptStarted
 from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.layers.linear import Linear, LinearLayer, Packed
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.transformer.model import Transformer
@@ -46,7 +46,7 @@ class One(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layer = nn.Linear(width, 1)
+        self.layer = Linear(width, 1)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.layer(x)
@@ -57,7 +57,7 @@ class Keeping(Recorder):
 
     kept: ClassVar[dict[Layer, list[np.ndarray]]] = {}
 
-    def _see(self, component: str, path: str, layer: nn.Module, x: mx.array) -> None:
+    def _see(self, component: str, path: str, layer: LinearLayer, x: mx.array) -> None:
         self.kept.setdefault((component, path), []).append(np.array(x, np.float64).reshape(-1, x.shape[-1]))
         super()._see(component, path, layer, x)
 
@@ -177,11 +177,11 @@ def output_errors(model: Path, folders: Mapping[str, ModelFolder], prompt: str) 
             packed = {name: unpacked_layers(folder) for name, folder in folders.items()}
             watch(network, partial(compare, packed))
 
-    def compare(packed: Mapping[str, Mapping[str, Weights]], path: str, layer: nn.Module, x: mx.array) -> None:
+    def compare(packed: Mapping[str, Mapping[str, Weights]], path: str, layer: LinearLayer, x: mx.array) -> None:
         for name, layers in packed.items():
             if path in layers:
                 weight, bias = layers[path]
-                squares[name][path] += float(np.array(mx.square(x @ weight.T + bias - layer(x)).sum()))
+                squares[name][path] += float(np.array(mx.square(x @ weight.T + bias - layer.multiply(x)).sum()))
 
     steps = (e for e in Pipeline(model, observe).stream(prompt, **OPTIONS) if getattr(e, "phase", "") == "stage1")
     assert len(list(islice(steps, 3))) == 3
@@ -191,7 +191,7 @@ def output_errors(model: Path, folders: Mapping[str, ModelFolder], prompt: str) 
 def unpacked_layers(folder: ModelFolder) -> dict[str, Weights]:
     """Weights and biases of the packed layers."""
     modules = load_network(folder, "transformer", Transformer).named_modules()
-    packed = {path: module for path, module in modules if isinstance(module, QuantizedLinear)}
+    packed = {path: module for path, module in modules if isinstance(module, Packed)}
     return {path: (mx.dequantize(m.weight, m.scales, m.biases, 64, 4), m.bias) for path, m in packed.items()}
 
 

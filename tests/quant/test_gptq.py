@@ -30,7 +30,8 @@ from ltx2.quant.report import Report
 from ltx2.runtime.errors import ConfigError, InputError
 from ltx2.runtime.files.tensors import bf16_to_f32, f32_to_bf16
 from ltx2.runtime.generate.observe import given, watch
-from ltx2.runtime.layers.packed import QuantizedLinear, quantize_like
+from ltx2.runtime.layers.linear import Linear, Packed
+from ltx2.runtime.layers.packed import quantize_like
 from ltx2.runtime.layers.rotation import hadamard
 from ltx2.runtime.layers.rotation import rotated as rotated_inputs
 from ltx2.runtime.model.forms import Form, Quantization
@@ -163,7 +164,7 @@ class TestRotation:
         w, x = (draw.standard_normal((n, 128)).astype(np.float32) for n in (8, 5))
         form = Form(bits, 32, "affine", 64)
         values, _ = pack(rotated(w, 64), form)
-        linear = QuantizedLinear(128, 8, form)
+        linear = Packed(128, 8, form)
         linear.weight, linear.scales, linear.biases = (mx.array(part) for part in values[:3] if part is not None)
         assert relative_l2(linear(mx.array(x)), x @ rotated(unpack(values, form), 64).T) < 1e-5
         assert relative_l2(rotated_inputs(mx.array(x), 64), rotated(x, 64)) < 1e-6
@@ -175,7 +176,7 @@ class TestRotation:
 
     def test_width_that_cannot_be_rotated(self) -> None:
         network = nn.Module()
-        network.layer = nn.Linear(96, 8)
+        network.layer = Linear(96, 8)
         quantization = Quantization(Form(4, 32, rotation=64))
         with pytest.raises(ConfigError, match="blocks of 64"):
             quantize_like(network, quantization, {"layer.scales": (8, 3)})

@@ -16,7 +16,7 @@ from ltx2.quant.plan.replan import repack
 from ltx2.quant.plan.step import Multiplier, Quantize
 from ltx2.quant.report import Quantized, Report
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.layers.linear import Packed
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, load_weights
 from tests.support import encoded
@@ -75,8 +75,11 @@ class TestFolder:
         folder = ModelFolder.open(quantized[0])
         for name in folder.manifest.components:
             modules = load_network(folder, name, nn.Module).named_modules()
+            packed: dict[str, Any] = {
+                n: getattr(m, "form", m) for n, m in modules if isinstance(m, Packed | nn.QuantizedEmbedding)
+            }
             rows = {row.layer: row.mode for row in quantized[1].layers if row.component == name}
-            assert {n: m.mode for n, m in modules if isinstance(m, QuantizedLinear | nn.QuantizedEmbedding)} == rows
+            assert {n: form.mode for n, form in packed.items()} == rows
 
     def test_velocity_stays_close(self, mode: str, quantized: tuple[Path, Report], figure: Figure) -> None:
         ours = golden_velocity(ModelFolder.open(quantized[0]))

@@ -31,7 +31,7 @@ from ltx2.quant.report import Quantized, Report
 from ltx2.runtime.errors import CheckpointError, InputError, ModelFolderError, VerificationError
 from ltx2.runtime.events import BytesDone, Warned, Written
 from ltx2.runtime.files.tensors import open_tensorfile
-from ltx2.runtime.layers.packed import QuantizedLinear
+from ltx2.runtime.layers.linear import Packed
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, load_weights
 from ltx2.runtime.networks.transformer.model import Transformer
@@ -337,11 +337,13 @@ class TestFolder:
         folder = ModelFolder.open(path)
         for name in folder.manifest.components:
             modules = load_network(folder, name, nn.Module).named_modules()
-            quantized = {n: m for n, m in modules if isinstance(m, QuantizedLinear | nn.QuantizedEmbedding)}
+            packed: dict[str, Any] = {
+                n: getattr(m, "form", m) for n, m in modules if isinstance(m, Packed | nn.QuantizedEmbedding)
+            }
             rows = [row for row in q4[1].layers if row.component == name]
-            assert quantized.keys() == {row.layer for row in rows}
+            assert packed.keys() == {row.layer for row in rows}
             if bits == 4:
-                assert {n: m.bits for n, m in quantized.items()} == {row.layer: row.bits for row in rows}
+                assert {n: form.bits for n, form in packed.items()} == {row.layer: row.bits for row in rows}
 
     def test_report_against_the_files(self, demo_model: Path, q4: tuple[Path, Report]) -> None:
         """Sizes are the files' own; errors are recomputed with MLX's kernel."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from ltx2.runtime.errors import ModelFolderError
 from ltx2.runtime.layers.attention import Attention, FeedForward
+from ltx2.runtime.layers.linear import Linear
 from ltx2.runtime.layers.rope import Rope, rope_tables
 from ltx2.runtime.machine.bounded import divided, evaluate
 from ltx2.runtime.networks.text.config import ConnectorsConfig, Heads
@@ -99,10 +100,10 @@ class TextProjection(nn.Module):
         self.config = config
         inputs = config.text_projection_in_features
         if config.per_token:
-            self.video_aggregate_embed = nn.Linear(inputs, config.video.width)
-            self.audio_aggregate_embed = nn.Linear(inputs, config.audio.width)
+            self.video_aggregate_embed = Linear(inputs, config.video.width)
+            self.audio_aggregate_embed = Linear(inputs, config.audio.width)
         else:
-            self.aggregate_embed = nn.Linear(inputs, config.caption_channels, bias=False)
+            self.aggregate_embed = Linear(inputs, config.caption_channels, bias=False)
 
     def __call__(self, states: mx.array) -> tuple[mx.array, mx.array]:
         """states (batch, tokens, width of all hidden states) -> (batch, tokens, dim) for the video's connector and for

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.layers.attention import gelu_tanh
+from ltx2.runtime.layers.linear import Linear
 from ltx2.runtime.machine.bounded import evaluate
 from ltx2.runtime.networks.text.config import GemmaConfig
 
@@ -47,11 +48,11 @@ class Attention(nn.Module, ABC):
         super().__init__()
         dim, queries, keys = config.hidden_size, config.query_heads(layer), config.key_heads(layer)
         self.head_dim = queries.dim
-        self.q_proj = nn.Linear(dim, queries.width, bias=False)
-        self.k_proj = nn.Linear(dim, keys.width, bias=False)
+        self.q_proj = Linear(dim, queries.width, bias=False)
+        self.k_proj = Linear(dim, keys.width, bias=False)
         if not config.shares_values(layer):
-            self.v_proj = nn.Linear(dim, keys.width, bias=False)
-        self.o_proj = nn.Linear(queries.width, dim, bias=False)
+            self.v_proj = Linear(dim, keys.width, bias=False)
+        self.o_proj = Linear(queries.width, dim, bias=False)
         self.q_norm = norm(queries.dim, config.rms_norm_eps)
         self.k_norm = norm(queries.dim, config.rms_norm_eps)
 
@@ -83,9 +84,9 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
-        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+        self.gate_proj = Linear(dim, hidden_dim, bias=False)
+        self.up_proj = Linear(dim, hidden_dim, bias=False)
+        self.down_proj = Linear(hidden_dim, dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (batch, tokens, dim) -> the same shape."""

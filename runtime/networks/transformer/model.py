@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.layers.attention import gelu_tanh
+from ltx2.runtime.layers.linear import Linear
 from ltx2.runtime.layers.rope import Positions, rope_tables
 from ltx2.runtime.machine.bounded import queue
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
@@ -24,8 +25,8 @@ class CaptionProjection(nn.Module):
 
     def __init__(self, text_dim: int, dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(text_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(text_dim, dim)
+        self.linear_2 = Linear(dim, dim)
 
     def __call__(self, text: mx.array) -> mx.array:
         return self.linear_2(gelu_tanh(self.linear_1(text)))
@@ -50,13 +51,13 @@ class Transformer(nn.Module):
         self._streams = Streams(config.video, config.audio)
         for stream in self._streams.values():
             prefix, dim = stream.prefix, stream.dim
-            self[f"{prefix}patchify_proj"] = nn.Linear(stream.in_channels, dim)
+            self[f"{prefix}patchify_proj"] = Linear(stream.in_channels, dim)
             self[f"{prefix}caption_projection"] = CaptionProjection(config.caption_channels, dim)
             self[f"{prefix}adaln_single"] = AdaLayerNormSingle(dim, 6)
             self[f"av_ca_{stream.name}_scale_shift_adaln_single"] = AdaLayerNormSingle(dim, 4)
             self[stream.gate] = AdaLayerNormSingle(dim, 1)
             self[f"{prefix}scale_shift_table"] = mx.zeros((2, dim))
-            self[f"{prefix}proj_out"] = nn.Linear(dim, stream.out_channels)
+            self[f"{prefix}proj_out"] = Linear(dim, stream.out_channels)
         self.transformer_blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
         self.supply: Supply | None = None
 

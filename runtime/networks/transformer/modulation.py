@@ -5,6 +5,8 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
+from ltx2.runtime.layers.linear import Linear
+
 FREQUENCIES = 256  # width of the sinusoidal embedding
 
 
@@ -21,8 +23,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(FREQUENCIES, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(FREQUENCIES, dim)
+        self.linear_2 = Linear(dim, dim)
 
     def __call__(self, timesteps: mx.array) -> mx.array:
         x = sinusoidal_embedding(timesteps).astype(self.linear_1.bias.dtype)
@@ -42,7 +44,7 @@ class AdaLayerNormSingle(nn.Module):
         super().__init__()
         self.rows = rows
         self.emb = _Embedding(dim)
-        self.linear = nn.Linear(dim, rows * dim)
+        self.linear = Linear(dim, rows * dim)
 
     def __call__(self, timesteps: mx.array) -> tuple[mx.array, mx.array]:
         """timesteps (1, n) -> modulation (1, n, rows, dim), embedded timestep (1, n, dim)."""
