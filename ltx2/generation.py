@@ -7,8 +7,8 @@ from typing import Any
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Warned
-from ltx2.runtime.generate.options import repeated
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.resume import state_path
 from ltx2.runtime.generate.sidecar import Sidecar
 from ltx2.runtime.memory.plan import MemoryPlan
@@ -21,8 +21,8 @@ class Generation:
         self.state = state_path(target)
         self._found = _stamp(self.state)
         earlier = Sidecar.read(sidecar) if sidecar else None
-        options = repeated(earlier.request, given) if earlier else dict(given)
-        self.options = options | {"output": target, "state": self.state}
+        options = dict(given) | {"output": target, "state": self.state}
+        self.request = Request.again(earlier.request, options) if earlier else Request.from_options(options)
         self.pipeline = Pipeline(model or _earlier_model(earlier, sidecar))
         self._begun = False
         self._changed = sidecar if earlier and earlier.files != self.pipeline.folder.hashes() else None
@@ -31,17 +31,17 @@ class Generation:
     def left(self) -> bool:
         """Whether there is a state that this run has written, or was continuing."""
         now = _stamp(self.state)
-        continuing = self._begun and bool(self.options.get("resume"))
+        continuing = self._begun and self.request.resume
         return now is not None and (now != self._found or continuing)
 
     def plan(self) -> MemoryPlan:
-        return self.pipeline.plan(**self.options)
+        return self.pipeline.planned(self.request)
 
     def events(self) -> Iterator[Event]:
         """Those of the pipeline."""
         if self._changed is not None:
             yield Warned(f"this is not the model that {self._changed} was made with, so the clip will be another one")
-        for event in self.pipeline.stream(**self.options):
+        for event in self.pipeline.events(self.request):
             self._begun = True
             yield event
 

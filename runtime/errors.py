@@ -38,6 +38,13 @@ class InputError(Ltx2Error):
     kind = "input"
 
 
+class UsageError(InputError):
+    """Options that do not go together."""
+
+    kind = "usage"
+    exit_code = 2
+
+
 class CheckpointError(Ltx2Error):
     """A source file that is malformed, incomplete or not what it should be."""
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ltx2.console import Command, Output
-from ltx2.runtime.generate.options import ROWS, Choice, File, Flag, Number, Option, Whole
+from ltx2.runtime.generate.kinds import Choice, Flag, Number, Option, Several, Whole
+from ltx2.runtime.generate.options import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,9 +39,21 @@ def _option(row: Option[Any, Any], explained: bool) -> Callable[[Command], Comma
     text = row.help if explained else "As for generate."
     if isinstance(row, Flag):
         return click.option(row.flag, is_flag=True, default=None, help=text)
-    file = "FILE" if isinstance(row, File) else None
-    kind = click.Choice(row.choices) if isinstance(row, Choice) else TYPES.get(type(row), str)
-    return click.option(row.flag, type=kind, metavar=row.metavar or file, help=text)
+    kind = click.Choice(row.choices) if isinstance(row, Choice) else TYPES.get(type(row)) or _reader(row)
+    return click.option(row.flag, type=kind, metavar=row.metavar, multiple=isinstance(row, Several), help=text)
+
+
+def _reader(row: Option[Any, Any]) -> Callable[[str], str]:
+    """Refuse a text that the row cannot read; the request reads it."""
+
+    def read(text: str) -> str:
+        try:
+            row.read(text)
+        except (TypeError, ValueError):
+            raise click.BadParameter(f"{text!r} is not {row.kind}.") from None
+        return text
+
+    return read
 
 
 def follow_model(output: Output, events: "Iterable[Event]", report: Path | None = None) -> tuple[dict[str, Any], str]:

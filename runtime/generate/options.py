@@ -3,173 +3,29 @@
 
 Nothing here loads MLX, so that help stays instant."""
 
-import hashlib
-import operator
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
-from math import inf
-from pathlib import Path
-from typing import Any, ClassVar, Generic, SupportsFloat, SupportsIndex, TypeVar, cast
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import UsageError
+from ltx2.runtime.generate.kinds import Choice, File, Flag, Length, Number, Numbers, One, Option, Several, Text, Whole
+from ltx2.runtime.generate.values import Extension, KeyPicture, Lora, Picture, Reference, Sound, Span
 
-StrPath = str | os.PathLike[str]
-SEEDS = 1 << 64  # a key of MLX's generator has 64 bits
-Given = TypeVar("Given", contravariant=True)
-Value = TypeVar("Value", covariant=True)
-
-
-@dataclass(eq=False)
-class Option(ABC, Generic[Given, Value]):
-    """A row: how an option is read, what it means, and what it is part of.
-
-    It is the descriptor of its field: what is assigned (`Given`; None leaves the default) is read and checked, what is
-    got is a `Value`. Raises InputError for a value that is not valid.
-    """
-
-    help: str
-    _: KW_ONLY
-    default: Any = None  # None: what the model's preset says
-    metavar: str | None = None
-    valid: Callable[[Any], bool] | None = None  # of a value of the right type
-    meaning: str = ""  # what a valid value is
-    example: str = "another value"
-    decides: bool = False  # changes the latents: a run that was cut off cannot be continued with another value
-    costs: bool = False  # changes time or memory: benchmarks take it
-    recorded: bool = True  # in the sidecar
-    repeated: bool = True  # by --from
-    command: bool = True  # on the command line under this name
-    replaces: tuple[str, ...] = ()  # options that it leaves nothing to do
-    sets: tuple[str, ...] = ()  # options whose values come with it
-
-    name: str = field(init=False, default="")  # the field's
-    kind: ClassVar[str]  # of values, in words
-    type: ClassVar[Any]  # of what is given
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: object | None, owner: type | None = None) -> Value:
-        return cast(Value, self.default if instance is None else instance.__dict__[self.name])
-
-    def __set__(self, instance: object, value: Given) -> None:
-        instance.__dict__[self.name] = self.default if value is None else self.checked(value)
-
-    @property
-    def flag(self) -> str:
-        """As the command line spells it."""
-        return f"--{self.name.replace('_', '-')}"
-
-    @abstractmethod
-    def read(self, value: Any) -> Value:
-        """Raises TypeError or ValueError for a value of another type."""
-
-    def checked(self, value: Any) -> Value:
-        """The value, read. Raises InputError for one that is not valid."""
-        try:
-            read = self.read(value)
-        except (TypeError, ValueError):
-            raise self._invalid(repr(value), f"it must be {self.kind}") from None
-        if self.valid is not None and not self.valid(read):
-            raise self._invalid(str(read), f"it must be {self.meaning}")
-        return read
-
-    def identity(self, value: Any) -> Any:
-        """What a value that decides is told from others by."""
-        return value
-
-    def record(self, value: Any) -> Any:
-        """The value as JSON has it, so that it can be given again from another folder."""
-        return value
-
-    def _invalid(self, value: str, why: str) -> InputError:
-        return InputError(f"{self.name.replace('_', ' ')} {value} is not valid", why, f"use {self.example}")
+SIZE = ("width", "height", "frames")
+PICTURE_GUIDANCE = ("cfg", "stg", "rescale", "modality_scale")
+SOUND_GUIDANCE = ("audio_cfg", "audio_stg", "audio_rescale", "audio_modality_scale")
+GUIDANCE = (*PICTURE_GUIDANCE, *SOUND_GUIDANCE, "stg_blocks", "skip_steps", "audio_skip_steps")
+SHOWN = ("image", "keyframe", "keyframe_slots", "reference")
+CONDITIONINGS = (*SHOWN, "image_crf", "reference_attention", "audio", "video", "retake", "keep", "extend")
+# What leads to latents, and says nothing about a part of the clip.
+SAMPLING = (
+    "prompt", "embeddings", "save_embeddings", "noise", "pipeline", "no_upscale", "steps", "negative_prompt", "lora",
+    "distilled_lora", "checkpoint_every", "resume",
+)  # fmt: skip
 
 
-class Text(Option[StrPath | None, str | None]):
-    """Any text."""
-
-    kind = "a text"
-    type: ClassVar[Any] = str
-
-    def read(self, value: Any) -> str:
-        text = os.fspath(value)
-        if not isinstance(text, str):
-            raise TypeError
-        return text
-
-
-class File(Text):
-    """The path of a file. Where it decides, its content does."""
-
-    kind = "a text or path"
-    type = StrPath
-
-    def identity(self, value: Any) -> Any:
-        """The SHA-256 of its content."""
-        return value and hashlib.sha256(Path(value).read_bytes()).hexdigest()
-
-    def record(self, value: Any) -> Any:
-        """The absolute path."""
-        return value and str(Path(value).absolute())
-
-
-class Whole(Option[SupportsIndex | None, int | None]):
-    """A whole number, also numpy's."""
-
-    kind = "a whole number"
-    type = int
-
-    def read(self, value: Any) -> int:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-
-
-class Number(Option[SupportsFloat | None, float | None]):
-    """A number, also numpy's."""
-
-    kind = "a number"
-    type = float
-
-    def read(self, value: Any) -> float:
-        return float(value)
-
-
-@dataclass(eq=False)
-class Flag(Option[bool | None, bool]):
-    """On or off."""
-
-    default: Any = False
-    kind = "true or false"
-    type = bool
-
-    def read(self, value: Any) -> bool:
-        if value not in (True, False):
-            raise TypeError
-        return bool(value)
-
-
-@dataclass(eq=False)
-class Choice(Option[str | None, str]):
-    """One of some names; the first is the default."""
-
-    choices: tuple[str, ...] = ()
-    type = str
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return f"one of {', '.join(self.choices)}"
-
-    def __post_init__(self) -> None:
-        self.default, self.example = self.choices[0], self.choices[0]
-
-    def read(self, value: Any) -> str:
-        if value not in self.choices:
-            raise ValueError
-        return str(value)
+def _scale(text: str) -> Number:
+    return Number(text, metavar="X", decides=True, exposed=False)
 
 
 @dataclass(frozen=True)
@@ -178,71 +34,292 @@ class Options:
 
     prompt: Text = Text("What the clip shows, and how it sounds.", decides=True, command=False)
     _: KW_ONLY
+
+    pipeline: Choice[str | None] = Choice(
+        "Plan of stages; default: what the model calls for.",
+        choices=("distilled", "one-stage", "two-stage", "hq"),
+        decides=True,
+        costs=True,
+        exposed=False,
+        sets=("steps", *GUIDANCE, "distilled_lora"),
+    )
     width: Whole = Whole("Pixels; a multiple of 64 (32 with --no-upscale).", decides=True, costs=True)
     height: Whole = Whole("Pixels; a multiple of 64 (32 with --no-upscale).", decides=True, costs=True)
-    frames: Whole = Whole("8k+1, e.g. 121.", decides=True, costs=True)
+    frames: Length = Length("Length of the clip: 8k+1 frames, such as 121.", metavar="N", decides=True, costs=True)
     fps: Number = Number("Frames per second.", decides=True, costs=True)
     seed: Whole = Whole(
         "Same seed, same clip.",
-        valid=lambda seed: 0 <= seed < SEEDS,
-        meaning="between 0 and 2**64 - 1",
-        example="10",
         decides=True,
+        least=0,
+        most=(1 << 64) - 1,  # a key of MLX's generator has 64 bits
+        range="between 0 and 2**64 - 1",
+        example="10",
     )
     no_audio: Flag = Flag("Write no sound. The picture stays the same.", costs=True)
+    no_video: Flag = Flag("Make the sound alone, as a .wav file.", decides=True, costs=True, exposed=False)
     no_upscale: Flag = Flag("One stage at full size, without the upscaler.", decides=True, costs=True)
-    embeddings: File = File("Use saved prompt embeddings; skips the text encoder.", decides=True, replaces=("prompt",))
+    temporal_upscale: Flag = Flag(
+        "Twice the frame rate, by the temporal upscaler.", decides=True, costs=True, exposed=False
+    )
+    vae: Choice[str] = Choice(
+        "Video decoder, where the model folder has both.",
+        choices=("conv", "diffusion"),
+        default="conv",
+        costs=True,
+        exposed=False,
+    )
+
+    steps: Whole = Whole("Denoise steps of stage 1.", decides=True, costs=True, exposed=False, least=1, example="30")
+    negative_prompt: Text = Text(
+        "What the clip must not be like; default: Lightricks' own.", metavar="TEXT", decides=True, exposed=False
+    )
+    cfg: Number = _scale("How strictly the picture follows the prompt; 1: not guided.")
+    stg: Number = _scale("Guidance of the picture by a pass without attention in --stg-blocks; 0: none.")
+    rescale: Number = _scale("Share of the contrast that guidance adds to the picture, and that is taken back.")
+    modality_scale: Number = _scale("How strictly the picture follows the sound; 1: not guided.")
+    audio_cfg: Number = _scale("How strictly the sound follows the prompt; 1: not guided.")
+    audio_stg: Number = _scale("Guidance of the sound by a pass without attention in --stg-blocks; 0: none.")
+    audio_rescale: Number = _scale("Share of the contrast that guidance adds to the sound, and that is taken back.")
+    audio_modality_scale: Number = _scale("How strictly the sound follows the picture; 1: not guided.")
+    stg_blocks: Numbers = Numbers(
+        "Blocks whose self-attention STG leaves out.", metavar="N[,N...]", decides=True, exposed=False
+    )
+    skip_steps: Whole = Whole(
+        "Guide the picture only every (K+1)th step.", metavar="K", decides=True, exposed=False, least=0, example="1"
+    )
+    audio_skip_steps: Whole = Whole(
+        "Guide the sound only every (K+1)th step.", metavar="K", decides=True, exposed=False, least=0, example="1"
+    )
+    lora: Several[Lora] = Several(
+        "Add a LoRA, at strength S, or S in stage 1 and S2 in stage 2; repeatable.",
+        form=Lora,
+        decides=True,
+        exposed=False,
+    )
+    distilled_lora: One[Lora] = One(
+        "Distilled LoRA of two-stage and hq; default: the model folder's own.", form=Lora, decides=True, exposed=False
+    )
+
+    image: Several[Picture] = Several(
+        "Show this image at a frame (default: 0, as the first frame); repeatable.",
+        form=Picture,
+        decides=True,
+        exposed=False,
+    )
+    keyframe: Several[KeyPicture] = Several(
+        "Show this image as a keyframe, at frame 0 too; repeatable.", form=KeyPicture, decides=True, exposed=False
+    )
+    keyframe_slots: Whole = Whole(
+        "Single frames that stage 1 makes along, to hold fast motion.",
+        metavar="N",
+        decides=True,
+        exposed=False,
+        least=0,
+        example="2",
+    )
+    image_crf: Whole = Whole(
+        "Compress images first, at this H.264 quality, as in training; 0: do not.",
+        metavar="N",
+        decides=True,
+        exposed=False,
+        least=0,
+        most=51,
+        example="33",
+    )
+    audio: One[Sound] = One(
+        "Make the picture to this sound, used from a second on.", form=Sound, decides=True, exposed=False
+    )
+    video: File = File("Make the sound to this picture.", decides=True, exposed=False, sets=(*SIZE, "fps"))
+    retake: One[Span] = One(
+        "Make these seconds of a clip anew, and keep the rest.",
+        form=Span,
+        decides=True,
+        exposed=False,
+        sets=(*SIZE, "fps"),
+    )
+    keep: Choice[str | None] = Choice(
+        "With --retake: keep the whole sound, or the whole picture.",
+        choices=("audio", "video"),
+        decides=True,
+        exposed=False,
+        needs="retake",
+    )
+    extend: One[Extension] = One(
+        "Make so many seconds more after a clip, or before it if negative.",
+        form=Extension,
+        decides=True,
+        exposed=False,
+        sets=(*SIZE, "fps"),
+    )
+    reference: Several[Reference] = Several(
+        "Control or source video for an IC-LoRA; repeatable.",
+        form=Reference,
+        decides=True,
+        exposed=False,
+        needs="lora",
+    )
+    reference_attention: Number = Number(
+        "How much picture and reference see of each other, 0 to 1 (default).",
+        metavar="X",
+        decides=True,
+        exposed=False,
+        least=0,
+        most=1,
+        example="1",
+        needs="reference",
+    )
+
+    embeddings: File = File(
+        "Use saved prompt embeddings; skips the text encoder.", decides=True, replaces=("prompt", "negative_prompt")
+    )
     save_embeddings: File = File("Save the prompt's embeddings.", repeated=False)
     noise: File = File("Start from these noises instead of the seed.", decides=True, replaces=("seed",))
     save_latents: File = File("Save the latents before they are decoded.", repeated=False)
     latents: File = File(
         "Decode these latents only.",
-        replaces=("prompt", "embeddings", "save_embeddings", "noise", "no_upscale", "checkpoint_every", "resume"),
-        sets=("width", "height", "frames"),
+        replaces=SAMPLING,
+        sets=SIZE,
     )
     memory_limit: Number = Number(
         "Stay below; default: what the GPU can use.",
         metavar="GB",
-        valid=lambda limit: 0 < limit < inf,
-        meaning="a positive number of GB (1e9 bytes)",
+        least=1e-6,
+        range="a positive number of GB (1e9 bytes)",
         example="24, for example",
         costs=True,
     )
     low_memory: Flag = Flag("Take as little as possible; slower.", costs=True)
-    matmul: Choice = Choice(
+    matmul: Choice[str] = Choice(
         "With quantized weights; auto: the fastest, measured once.",
         choices=("auto", "packed", "dequantized", "widened"),
+        default="auto",
         costs=True,
     )
     checkpoint_every: Whole = Whole(
         "Keep the state after every N denoise steps.",
         metavar="N",
-        valid=lambda steps: steps >= 1,
-        meaning="a number of denoise steps, at least 1",
+        least=1,
         example="1",
         recorded=False,
+        needs="state",
     )
-    resume: Flag = Flag("Continue a run that was cut off, with the same result.", recorded=False)
+    resume: Flag = Flag("Continue a run that was cut off, with the same result.", recorded=False, needs="state")
+    preview: File = File(
+        "Write a small picture of the predicted clip there after every step.",
+        metavar="DIR",
+        recorded=False,
+        exposed=False,
+    )
     output: File = File("The mp4 file that frames go to as they are decoded.", recorded=False, command=False)
     state: File = File("The file that a run is continued from.", recorded=False, command=False)
 
-    def __post_init__(self) -> None:
-        if self.state is None and (self.resume or self.checkpoint_every):
-            option = "resume" if self.resume else "checkpoint_every"
-            what = f"{option} has no effect without a state"
-            raise InputError(what, "nothing says in which file the run is kept", "give state=FILE.safetensors")
 
-
-ROWS: Mapping[str, Option[Any, Any]] = {name: row for name, row in vars(Options).items() if isinstance(row, Option)}
-
-
+TABLE: Mapping[str, Option[Any, Any]] = {n: row for n, row in vars(Options).items() if isinstance(row, Option)}
+ROWS = {name: row for name, row in TABLE.items() if row.exposed}
 # What benchmarks take: options that change time or memory.
 COSTS = tuple(name for name, row in ROWS.items() if row.costs)
 
 
+@dataclass(frozen=True)
+class Clash:
+    """An option (with some of its values: only then) that does not go with others."""
+
+    option: str
+    others: tuple[str, ...]
+    why: str
+    values: tuple[str, ...] = ()
+
+    def of(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+        """The others that are given beside it."""
+        if self.option not in given or (self.values and given[self.option] not in self.values):
+            return ()
+        return tuple(other for other in self.others if other in given)
+
+    def error(self, given: Mapping[str, Any], other: str) -> UsageError:
+        """Of one of them."""
+        flag, beside = TABLE[self.option].flag, TABLE[other].flag
+        spelt = f"{flag} {given[self.option]}" if self.values else flag
+        return UsageError(f"{spelt} and {beside} do not go together", self.why, f"leave out {beside} or {flag}")
+
+
+CLASHES = (
+    Clash("pipeline", ("steps", "negative_prompt", *GUIDANCE), "its steps are fixed and not guided", ("distilled",)),
+    Clash("pipeline", ("distilled_lora",), "its one stage is guided", ("one-stage",)),
+    Clash(
+        "pipeline",
+        ("no_upscale", "retake", "extend", "video", "no_video"),
+        "it has two stages, and that leaves one",
+        ("two-stage", "hq"),
+    ),
+    Clash("pipeline", ("skip_steps", "audio_skip_steps"), "its sampler predicts twice a step", ("hq",)),
+    Clash(
+        "audio",
+        ("video", "retake", "extend", "no_audio", "no_video", *SOUND_GUIDANCE, "audio_skip_steps"),
+        "the sound is given, and the picture is made to it",
+    ),
+    Clash(
+        "video",
+        ("retake", "extend", "no_audio", "no_video", *SHOWN, *SIZE, *PICTURE_GUIDANCE, "skip_steps"),
+        "the picture is given, and the sound is made to it",
+    ),
+    Clash(
+        "retake",
+        ("extend", "no_video", *SHOWN, *SIZE),
+        "the clip is given, and keeps its size",
+    ),
+    Clash(
+        "extend",
+        ("no_video", *SHOWN, *SIZE),
+        "the clip is given, and keeps its size",
+    ),
+    Clash(
+        "no_video",
+        (*SHOWN, "width", "height", "no_audio", "preview", *PICTURE_GUIDANCE, "skip_steps", "audio_modality_scale"),
+        "only the sound is made",
+    ),
+    Clash("latents", (*CONDITIONINGS, *GUIDANCE), "the latents are there, and are only decoded"),
+)
+
+
+def check_usage(given: Mapping[str, Any]) -> None:
+    """Raises UsageError for options that do not go together, and for one that lacks another."""
+    for clash in CLASHES:
+        for other in clash.of(given):
+            raise clash.error(given, other)
+    check_needs(given)
+
+
+def check_needs(given: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option that lacks another."""
+    for name in given:
+        if (needed := TABLE[name].needs) and needed not in given:
+            flag, beside = TABLE[name].flag, TABLE[needed].flag
+            what, why = f"{flag} has no effect without {beside}", TABLE[name].help.rstrip(".")
+            raise UsageError(what, f"what it is for: {why}", f"add {beside}, or leave out {flag}")
+
+
 def repeated(earlier: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an earlier run with new ones in their place. What the new ones leave nothing to do is left out,
-    and what would leave nothing to do for those of them that decide."""
-    dropped = {name for file in given for name in (*ROWS[file].replaces, *ROWS[file].sets)}
-    dropped |= {row.name for row in ROWS.values() if any(n in given and ROWS[n].decides for n in row.replaces)}
-    return {name: value for name, value in earlier.items() if name not in dropped} | dict(given)
+    """The options of an earlier run with new ones in their place. What the new ones leave nothing to do, set, or do not
+    go with is left out; so is what would leave nothing to do for those of them that decide.
+
+    Raises UsageError for new options that do not go together, or with an earlier one that says what is made, such as
+    --retake; and for one that lacks another.
+    """
+    for clash in CLASHES:
+        for other in clash.of(given):
+            raise clash.error(given, other)
+    dropped = {name for file in given for name in (*TABLE[file].replaces, *TABLE[file].sets)}
+    dropped |= {row.name for row in TABLE.values() if any(n in given and TABLE[n].decides for n in row.replaces)}
+    leading = {clash.option for clash in CLASHES}
+    for clash in CLASHES:
+        for other in clash.of({**earlier, **given}):
+            if clash.option in given:
+                dropped.add(other)
+            elif other in leading & given.keys():
+                dropped.add(clash.option)
+            elif other in given and clash.option not in dropped:
+                raise clash.error(earlier, other)
+    kept = {name: value for name, value in earlier.items() if name not in dropped} | dict(given)
+    kept = {name: value for name, value in kept.items() if name in given or TABLE[name].needs in ("", *kept)}
+    check_needs(kept)
+    return kept

@@ -96,6 +96,10 @@ class Pipeline:
     def plan(self, request: Request) -> MemoryPlan:
         """How much memory every phase of a generation would take; reads headers only. Raises as `stream`, but not for
         what does not fit: `MemoryPlan.check` does."""
+        return self.planned(request)
+
+    def planned(self, request: Request) -> MemoryPlan:
+        """As `plan`."""
         job = Job(self.folder, request)
         job.check()
         return plan_memory(job)

@@ -7,13 +7,12 @@ from inspect import Parameter, signature
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.options import ROWS, Options
+from ltx2.runtime.generate.options import ROWS, Options, check_usage, repeated
 from ltx2.runtime.generate.presets import Preset
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
 P = ParamSpec("P")
 Self = TypeVar("Self")
-Asked = TypeVar("Asked")
 Result = TypeVar("Result")
 
 
@@ -24,10 +23,19 @@ class Request(Options):
     def from_options(cls, options: Mapping[str, Any]) -> "Request":
         """Any whole number, path or flag will do, also numpy's and pathlib's; None is left out.
 
-        Raises InputError for an unknown option and for a value that is not valid.
+        Raises InputError for an unknown option and for a value that is not valid, UsageError for options that do not go
+        together.
         """
         check_known(options)
-        return cls(**options)
+        request = cls(**options)
+        check_usage(request.given)
+        return request
+
+    @classmethod
+    def again(cls, earlier: Mapping[str, Any], given: Mapping[str, Any]) -> "Request":
+        """An earlier run's request with new options in the place of its own. Raises as `from_options`."""
+        new, old = cls(**given).given, cls(**earlier).given
+        return cls(**repeated(old, new))
 
     @property
     def given(self) -> dict[str, Any]:
@@ -86,25 +94,28 @@ class Request(Options):
         """Of a request that has its defaults."""
         width, height, frames, fps = self.width, self.height, self.frames, self.fps
         assert width is not None and height is not None, "a request has its defaults"
-        assert frames is not None and fps is not None, "a request has its defaults"
+        assert isinstance(frames, int) and fps is not None, "a request has its defaults"
         return Sizes(width, height, frames, fps)
 
 
 def takes(
-    request: Callable[P, Asked],
-) -> Callable[[Callable[[Self, Asked], Result]], Callable[Concatenate[Self, P], Result]]:
+    request: Callable[P, Request],
+) -> Callable[[Callable[[Self, Request], Result]], Callable[Concatenate[Self, P], Result]]:
     """Make a method of a request one of its options, known by name and type to completion, mypy and help()."""
 
-    def decorate(method: Callable[[Self, Asked], Result]) -> Callable[Concatenate[Self, P], Result]:
+    def decorate(method: Callable[[Self, Request], Result]) -> Callable[Concatenate[Self, P], Result]:
         @wraps(method)
         def taking(self: Self, /, *args: P.args, **options: P.kwargs) -> Result:
             check_known(options)
-            return method(self, request(*args, **options))
+            asked = request(*args, **options)
+            check_usage(asked.given)
+            return method(self, asked)
 
         own = signature(method)
         given = [
             Parameter(name, parameter.kind, default=parameter.default, annotation=ROWS[name].type | None)
             for name, parameter in signature(request).parameters.items()
+            if name in ROWS
         ]
         taking.__signature__ = own.replace(parameters=[own.parameters["self"], *given])  # type: ignore[attr-defined]
         return taking

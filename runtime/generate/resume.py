@@ -15,7 +15,8 @@ from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.generate.exchange import Contexts, read_tensors, write_tensors
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.options import ROWS, File
+from ltx2.runtime.generate.kinds import File
+from ltx2.runtime.generate.options import ROWS
 from ltx2.runtime.sampling.latents import Latents
 
 RECORD = "run"  # the metadata's key

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.options import ROWS, Choice, repeated
+from ltx2.runtime.generate.kinds import Choice
+from ltx2.runtime.generate.options import ROWS, repeated
 from ltx2.runtime.generate.presets import load_preset
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.matmul import AUTO, PRODUCTS
