@@ -20,7 +20,6 @@ from ltx2.convert.sources.checkpoint import (
     special_storage,
     variant_in_name,
 )
-from ltx2.convert.sources.lora import alphas
 from ltx2.convert.tensors.scales import CodedTensors, dropped_beside_codes, find_codes
 from ltx2.convert.tensors.steps import Spec
 from ltx2.runtime.errors import CheckpointError, Ltx2Error, UnsupportedError
@@ -28,6 +27,7 @@ from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.generate.presets import decoding_preset, load_preset
 from ltx2.runtime.model.forms import Quantization
 from ltx2.runtime.model.layout import MANIFEST, ModelFolder
+from ltx2.runtime.model.lorafile import alphas
 
 OTHER, DROPPED = "other", "dropped"
 UNUSED = ("temporal_upscaler", "duration_head")  # components that generate does not use yet, as LoRAs

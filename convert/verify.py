@@ -13,11 +13,11 @@ from ltx2.convert.compare import Repack, compare_values
 from ltx2.convert.names.release import is_computed
 from ltx2.convert.plan.check import network_differences
 from ltx2.convert.sources.checkpoint import open_sources, read_json
-from ltx2.convert.sources.lora import misfits
 from ltx2.runtime.errors import Ltx2Error, VerificationError
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.files.ranges import digesting
 from ltx2.runtime.model.layout import INDEX, MANIFEST, ModelFolder, is_lora
+from ltx2.runtime.model.lorafile import misfits
 from ltx2.runtime.networks.load import Shapes, build_component, parameter_shapes
 
 LISTED = 20  # differences named in the error

@@ -1,13 +1,14 @@
 """Names and axes as data: which component a source's tensor belongs to, its key there, and how its axes turn.
 
-Keys are the checkpoint's own names without the component's prefix, except where RENAMES says otherwise; convolution
-kernels get MLX's channels-last layout. What is dropped is dropped by a row that gives the reason."""
+Keys are the published names without the component's prefix, except where the table of names has others
+(runtime/model/names.json); convolution kernels get MLX's channels-last layout. What is dropped is dropped by a row that
+gives the reason."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ltx2.convert.names.lora_names import read_name
+from ltx2.runtime.model.names import folder_name, published_name, read_lora_name
 
 UNUSED_STATISTIC = "a statistic no network uses"
 VISION = "vision and audio towers and their projectors are not part of the text encoder"
@@ -17,12 +18,12 @@ UNUSED_CONSTANT = "a constant buffer that no network uses"
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors whose whole name matches `pattern` go to `component` as `key` (a match template) or are dropped; an
-    `asset` holds the bytes of a file, which is called `key`."""
+    """Tensors whose name begins with `prefix` go to `component`, or are dropped; `keep` stands for the prefix in their
+    key. An `asset` holds the bytes of a file, which is called `keep`."""
 
-    pattern: str
+    prefix: str
     component: str = ""
-    key: str = r"\1"
+    keep: str = ""
     dropped: str = ""
     asset: bool = False
 
@@ -46,64 +47,54 @@ class Axes:
     axes: tuple[int, ...]
 
 
-_UNUSED_STATISTICS = r"per_channel_statistics\.(channel|mean-of-stds|mean-of-stds_over_std-of-means)"
+_STATISTICS = "per_channel_statistics."
 CHECKPOINT = (
-    Rule(r"model\.diffusion_model\.(video|audio)_embeddings_connector\.(.+)", "connectors", r"\1_connector.\2"),
-    Rule(r"model\.diffusion_model\.(.+)", "transformer"),
-    Rule(r"text_embedding_projection\.(.+)", "connectors", r"text_projection.\1"),
-    Rule(rf"(?:vae\.)?{_UNUSED_STATISTICS}", dropped=UNUSED_STATISTIC),
-    Rule(r"vae\.(.+)", "video_vae"),
-    Rule(r"audio_vae\.(.+)", "audio_vae"),
-    Rule(r"vocoder\.mel_stft\.stft_fn\.inverse_basis", dropped=UNUSED_CONSTANT),  # only spectra are taken
-    Rule(r"vocoder\.(.+)", "vocoder"),
-    Rule(r"duration_head\.(.+)", "duration_head"),
-    Rule(r"((?:encoder|decoder|per_channel_statistics)\..+)", "video_vae"),  # in a file of its own
+    Rule("model.diffusion_model.video_embeddings_connector.", "connectors", "video_embeddings_connector."),
+    Rule("model.diffusion_model.audio_embeddings_connector.", "connectors", "audio_embeddings_connector."),
+    Rule("model.diffusion_model.", "transformer"),
+    Rule("text_embedding_projection.", "connectors", "text_embedding_projection."),
+    *(
+        Rule(f"{vae}{_STATISTICS}{name}", dropped=UNUSED_STATISTIC)
+        for vae in ("vae.", "")
+        for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
+    ),
+    Rule("vae.", "video_vae"),
+    Rule("audio_vae.", "audio_vae"),
+    Rule("vocoder.mel_stft.stft_fn.inverse_basis", dropped=UNUSED_CONSTANT),  # only spectra are taken
+    Rule("vocoder.", "vocoder"),
+    Rule("duration_head.", "duration_head"),
+    *(Rule(part, "video_vae", part) for part in ("encoder.", "decoder.", _STATISTICS)),  # in a file of its own
 )
-SPATIAL_UPSCALER = (
-    Rule(r"upsampler\.blur_down\.kernel", dropped=CONSTANT),
-    Rule(r"(.+)", "spatial_upscaler"),
-)
-TEMPORAL_UPSCALER = (Rule(r"(.+)", "temporal_upscaler"),)
+UPSCALER = Rule("upsampler.blur_down.kernel", dropped=CONSTANT)
+_VISION = (
+    "vision_tower.", "vision_model.", "vision_embedder.", "multi_modal_projector.", "embed_vision.", "embed_audio.",
+    "audio_tower.", "audio_model.", "audio_projector.",
+)  # fmt: skip
+_NO_TEXT = tuple(Rule(f"{model}{name}", dropped=VISION) for model in ("", "model.") for name in _VISION)
+_ASSETS = (
+    "tokenizer_config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+# Gemma as published, as newer transformers write it, and the language model alone.
 GEMMA = (
-    Rule(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.(.+)", dropped=VISION),
-    Rule(r"language_model\.model\.(.+)", "text_encoder", r"model.\1"),  # as published
-    Rule(r"model\.language_model\.(.+)", "text_encoder", r"model.\1"),  # as newer transformers write it
-)
-# A language model in one file with its projections and its tokenizer.
-_ASSETS = r"[a-z_]+_config\.json|(?:special_tokens_map|added_tokens|tokenizer)\.json|chat_template\.(?:jinja|json)"
-TEXT_ENCODER = (
-    Rule(r"tokenizer_json", "text_encoder", "tokenizer.json", asset=True),
-    Rule(rf"hf_asset__({_ASSETS})", "text_encoder", asset=True),
-    Rule(r"text_embedding_projection\.(.+)", "connectors", r"text_projection.\1"),
-    Rule(r"(?:model\.)?(?:vision_\w+|audio_\w+|embed_vision|embed_audio|multi_modal_projector)\..+", dropped=VISION),
-    Rule(r"(?:model\.language_model|language_model\.model|model)\.(.+)", "text_encoder", r"model.\1"),
-)
-_CHANGE = r"(?:lora_[AB]\.weight|diff|diff_b)"
-LORA = (  # official names: `target` translates the other spellings (lora_names.py)
-    Rule(rf"diffusion_model\.(video|audio)_embeddings_connector\.(.+\.{_CHANGE})", "connectors", r"\1_connector.\2"),
-    Rule(rf"diffusion_model\.(.+\.{_CHANGE})", "transformer"),
-    Rule(rf"text_embedding_projection\.(.+\.{_CHANGE})", "connectors", r"text_projection.\1"),
+    *_NO_TEXT,
+    *(Rule(prefix, "text_encoder", "model.") for prefix in ("language_model.model.", "model.language_model.")),
 )
 # The kinds of source that convert/checkpoint.py tells apart -> their rules, first match wins.
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "checkpoint": CHECKPOINT,
-    "spatial_upscaler": SPATIAL_UPSCALER,
-    "temporal_upscaler": TEMPORAL_UPSCALER,
+    "spatial_upscaler": (UPSCALER, Rule("", "spatial_upscaler")),
+    "temporal_upscaler": (Rule("", "temporal_upscaler"),),
     "gemma": GEMMA,
-    "text_encoder": TEXT_ENCODER,
-    "lora": LORA,
-}
-
-_ATTENTION = (("to_out.0.", "to_out."), ("ff.net.0.proj.", "ff.proj_in."), ("ff.net.2.", "ff.proj_out."))
-_STATISTICS = (
-    ("per_channel_statistics.mean-of-means", "per_channel_statistics.mean"),
-    ("per_channel_statistics.std-of-means", "per_channel_statistics.std"),
-)
-RENAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "transformer": _ATTENTION,
-    "connectors": _ATTENTION,
-    "video_vae": _STATISTICS,
-    "audio_vae": _STATISTICS,
+    # A language model in one file with its projections and its tokenizer.
+    "text_encoder": (
+        Rule("tokenizer_json", "text_encoder", "tokenizer.json", asset=True),
+        *(Rule(f"hf_asset__{name}", "text_encoder", name, asset=True) for name in _ASSETS),
+        Rule("text_embedding_projection.", "connectors", "text_embedding_projection."),
+        *GEMMA,
+        Rule("model.", "text_encoder", "model."),
+    ),
+    "lora": (),  # their names are read by the table of names alone
 }
 
 # PyTorch (out, in, *kernel) -> MLX (out, *kernel, in); transposed convolutions are (in, out, kernel) in PyTorch.
@@ -131,21 +122,24 @@ FLOAT32_TABLES = re.compile(r"(.+\.)?(audio_)?(prompt_)?scale_shift_table(_\w+)?
 def target(kind: str, name: str) -> Target | None:
     """Where a tensor of a source of this kind goes; None when no rule knows it."""
     if kind == "lora":
-        if (found := read_name(name)) is None:
-            return None
-        name = found.name
+        found = read_lora_name(name)
+        return Target(found.kind.component, f"{found.path}.{found.part}") if found else None
     for rule in RULES[kind]:
-        if match := re.fullmatch(rule.pattern, name):
+        exact = rule.asset or (rule.dropped and not rule.prefix.endswith("."))
+        if name == rule.prefix if exact else name.startswith(rule.prefix) and name != rule.prefix:
             if rule.dropped:
                 return Target("", "", rule.dropped)
-            return Target(rule.component, _renamed(rule.component, match.expand(rule.key)), asset=rule.asset)
+            if rule.asset:
+                return Target(rule.component, rule.keep, asset=True)
+            return Target(rule.component, folder_name(rule.component, rule.keep + name.removeprefix(rule.prefix)))
     return None
 
 
-def _renamed(component: str, key: str) -> str:
-    for old, new in RENAMES.get(component, ()):
-        key = key.replace(old, new)
-    return key
+def published(component: str, key: str) -> str:
+    """A tensor's name in a checkpoint as published, from that in a model folder: what `target` read forwards."""
+    name = published_name(component, key)
+    rule = next(rule for rule in CHECKPOINT if rule.component == component and name.startswith(rule.keep))
+    return rule.prefix + name.removeprefix(rule.keep)
 
 
 def axes(component: str, key: str, rank: int) -> tuple[int, ...] | None:
@@ -154,6 +148,12 @@ def axes(component: str, key: str, rank: int) -> tuple[int, ...] | None:
         if row.component == component and len(row.axes) == rank and re.fullmatch(row.pattern, key):
             return row.axes
     return None
+
+
+def published_shape(component: str, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A tensor's shape as published, from that in a model folder."""
+    turned = axes(component, key, len(shape))
+    return tuple(shape[turned.index(axis)] for axis in range(len(shape))) if turned else shape
 
 
 def is_linear(component: str, key: str, shape: tuple[int, ...]) -> bool:

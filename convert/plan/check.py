@@ -11,9 +11,9 @@ import mlx.nn as nn
 from ltx2.convert.names.networks import is_listed, missing_parts, name_differences
 from ltx2.convert.names.release import is_computed
 from ltx2.convert.plan.entries import Plan, parameters
-from ltx2.convert.sources.lora import misfits
 from ltx2.runtime.errors import CheckpointError, ConfigError, UnsupportedError
 from ltx2.runtime.model.layout import is_lora
+from ltx2.runtime.model.lorafile import misfits
 from ltx2.runtime.networks.load import NETWORKS, Shapes, build_network, parameter_shapes, shape_differences
 
 LISTED = 5  # tensors named in an error

@@ -13,7 +13,6 @@ from typing import Any
 from ltx2.convert.names import rules
 from ltx2.convert.sources.checkpoint import VARIANTS, Source, variant_in_name
 from ltx2.convert.sources.components import ComponentPlan, component_plan
-from ltx2.convert.sources.lora import alphas
 from ltx2.convert.sources.together import common_release
 from ltx2.convert.tensors.codes import Codes, Dequantize, Keep, KeepBlockScales, Nvfp4
 from ltx2.convert.tensors.scales import dropped_beside_codes, find_codes
@@ -22,6 +21,7 @@ from ltx2.runtime.errors import CheckpointError, InputError
 from ltx2.runtime.files.tensors import FLOATS, FileRecord, TensorFile, TensorInfo
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import COMPONENTS, LORAS, is_lora
+from ltx2.runtime.model.lorafile import alphas
 
 SCALE_PARTS = ("scales", "weight_scale")  # last name parts of what is stored beside a weight kept as codes
 

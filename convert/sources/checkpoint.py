@@ -9,13 +9,14 @@ from typing import Any
 
 from ltx2.convert.names.release import Release, recognise_releases
 from ltx2.convert.sources.foreign import check_is_tensorfile
-from ltx2.convert.sources.lora import ADAPTER_NAMES, check_lora, recognise_lora
+from ltx2.convert.sources.lora import check_lora, recognise_lora
 from ltx2.convert.sources.textmodels import check_text_config, check_text_model
 from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError
 from ltx2.runtime.files.jsonfile import parse_object, read_object
 from ltx2.runtime.files.paths import check_regular, is_base_name
 from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, TensorFile, open_tensorfile
 from ltx2.runtime.model.layout import CONFIG, INDEX, MANIFEST
+from ltx2.runtime.model.lorafile import ADAPTER_NAMES
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (

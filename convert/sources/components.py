@@ -9,10 +9,10 @@ from typing import Any
 
 from ltx2.convert.sources.checkpoint import Source
 from ltx2.convert.sources.gemma import text_config
-from ltx2.convert.sources.lora_scale import lora_config
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.tensors import FileRecord
 from ltx2.runtime.model.config import AS_PUBLISHED
+from ltx2.runtime.model.lorafile import lora_config
 from ltx2.runtime.networks.text.config import ConnectorsConfig
 
 # Component -> section of a checkpoint's configuration, and the class where the section does not name it.

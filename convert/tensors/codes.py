@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from ltx2.convert.tensors.steps import Packing, Spec, Step, from_float32, to_float32
+from ltx2.convert.tensors.steps import Packing, Spec, Step, from_float32
 from ltx2.runtime.errors import CheckpointError, NumericsError
-from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, Array, TensorFile, TensorInfo
+from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, Array, TensorFile, TensorInfo, to_float32
 from ltx2.runtime.model.forms import Form
 
 TILE_ROWS, TILE_COLUMNS = 128, 4  # NVFP4 files hold the block scales in tiles of this size

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ltx2.runtime.errors import NumericsError
-from ltx2.runtime.files.tensors import FLOATS, Array, bf16_to_f32, f32_to_bf16, item_bytes, tensor_bytes
+from ltx2.runtime.files.tensors import FLOATS, Array, f32_to_bf16, item_bytes, tensor_bytes, to_float32
 from ltx2.runtime.model.forms import Form
 
 
@@ -140,11 +140,6 @@ class Packing(ABC):
     @abstractmethod
     def rows(self, rows: Array, spec: Spec, start: int) -> Mapping[str, Array]:
         """The rows of every output for some rows of a tensor of this spec, the first of which is row `start`."""
-
-
-def to_float32(values: Array, dtype: str) -> Array:
-    """Values of a safetensors float dtype (BF16 as codes) as float32, exact."""
-    return bf16_to_f32(values) if dtype == "BF16" else values.astype(np.float32, copy=False)
 
 
 def from_float32(values: Array, dtype: str) -> Array:

@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ltx2.convert.tensors.steps import to_float32
 from ltx2.quant.codes.arithmetic import Values
 from ltx2.quant.codes.correlations import Feedback, rotated
 from ltx2.quant.codes.pack import Loss, Packed, check_form, dtype_of, search_of, unpack, what_is_wrong
 from ltx2.quant.codes.search import Search
-from ltx2.runtime.files.tensors import Array
+from ltx2.runtime.files.tensors import Array, to_float32
 from ltx2.runtime.model.forms import Form
 
 

@@ -6,9 +6,9 @@ from threading import local
 
 import numpy as np
 
-from ltx2.convert.tensors.steps import from_float32, to_float32
+from ltx2.convert.tensors.steps import from_float32
 from ltx2.quant.codes.arithmetic import EXPONENT, ROUND, Arithmetic, Grid
-from ltx2.runtime.files.tensors import Array
+from ltx2.runtime.files.tensors import Array, to_float32
 
 F32, I32, U32 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.uint32)
 _kept = local()

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ltx2.convert.tensors.steps import to_float32
 from ltx2.quant.codes.affine import AffineSearch
 from ltx2.quant.codes.arithmetic import Arithmetic, Values
 from ltx2.quant.codes.inputs import Columns, Inputs
@@ -22,7 +21,7 @@ from ltx2.quant.codes.minifloat import MinifloatSearch
 from ltx2.quant.codes.on_cpu import OnCpu
 from ltx2.quant.codes.on_gpu import OnGpu, is_gpu
 from ltx2.quant.codes.search import Search
-from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, Array
+from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, Array, to_float32
 from ltx2.runtime.model.forms import Form
 
 # Values of a block: so many that a CPU's threads do not wait for the interpreter, and that a GPU is busy.

@@ -16,7 +16,6 @@ import numpy as np
 
 from ltx2.convert.output.pieces import values_of
 from ltx2.convert.plan.entries import Move, Plan
-from ltx2.convert.tensors.steps import to_float32
 from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.measure.recording import NAME as CALL_NAME
 from ltx2.quant.measure.recording import Call, read_calls
@@ -31,6 +30,7 @@ from ltx2.runtime.files.tensors import (
     TensorInfo,
     f32_to_bf16,
     open_tensorfile,
+    to_float32,
     write_tensorfile,
 )
 from ltx2.runtime.model.layout import COMPONENTS, file_record

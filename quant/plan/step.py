@@ -9,7 +9,7 @@ import numpy as np
 
 from ltx2.convert.output.pieces import values_of
 from ltx2.convert.plan.entries import Move, packed_layers
-from ltx2.convert.tensors.steps import Packing, Spec, from_float32, to_float32
+from ltx2.convert.tensors.steps import Packing, Spec, from_float32
 from ltx2.quant.codes.correlations import Feedback
 from ltx2.quant.codes.gptq import pack_in_turn
 from ltx2.quant.codes.inputs import Inputs
@@ -19,7 +19,7 @@ from ltx2.quant.codes.pack import Loss, pack
 from ltx2.quant.measure.replay import Replay
 from ltx2.quant.measure.statistics import Statistics
 from ltx2.runtime.errors import CheckpointError
-from ltx2.runtime.files.tensors import Array, bf16_to_f32
+from ltx2.runtime.files.tensors import Array, bf16_to_f32, to_float32
 from ltx2.runtime.model.forms import Form
 
 MULTIPLIER = "weight_scale"  # the last name part of an output multiplier

@@ -172,6 +172,11 @@ def bf16_to_f32(codes: Array) -> Array:
     return (codes.astype(np.uint32) << 16).view(np.float32)
 
 
+def to_float32(values: Array, dtype: str) -> Array:
+    """Values of a safetensors float dtype (BF16 as codes) as float32, exact."""
+    return bf16_to_f32(values) if dtype == "BF16" else values.astype(np.float32, copy=False)
+
+
 def f32_to_bf16(values: Array) -> Array:
     """float32 to bfloat16 codes (uint16), rounding half to even; NaN stays NaN."""
     bits = np.asarray(values, np.float32).view(np.uint32)

@@ -14,15 +14,15 @@ from safetensors.numpy import load_file, save_file
 import ltx2
 from ltx2.convert.inspect import inspect
 from ltx2.convert.names import rules
-from ltx2.convert.names.lora_names import DIFFUSERS, modules, read_name
 from ltx2.convert.plan.check import check_plan, planned_shapes
 from ltx2.convert.plan.entries import Drop, Merge, lora_name, plan_json
 from ltx2.convert.sources.checkpoint import open_sources
-from ltx2.convert.sources.lora import misfits
 from ltx2.convert.sources.together import common_release
 from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.model.lorafile import misfits
+from ltx2.runtime.model.names import modules, read_lora_name
 from tests.support import published
 from tests.support.folders import contents, verified
 from tests.support.official import MONOLITH, plan_of
@@ -32,6 +32,21 @@ Tensors = dict[str, np.ndarray]
 Naming = Callable[[str, str], str]  # module and what (lora_A, ...) -> tensor name
 RANK = 4
 BLOCK = "transformer_blocks.1"
+# diffusers' words for parts of Lightricks' paths.
+DIFFUSERS = {
+    "proj_in": "patchify_proj", "audio_proj_in": "audio_patchify_proj", "time_embed": "adaln_single",
+    "audio_time_embed": "audio_adaln_single", "prompt_adaln": "prompt_adaln_single",
+    "audio_prompt_adaln": "audio_prompt_adaln_single",
+    "av_cross_attn_video_scale_shift": "av_ca_video_scale_shift_adaln_single",
+    "av_cross_attn_audio_scale_shift": "av_ca_audio_scale_shift_adaln_single",
+    "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
+    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single", "norm_q": "q_norm", "norm_k": "k_norm",
+    "video_connector.transformer_blocks": "video_embeddings_connector.transformer_1d_blocks",
+    "audio_connector.transformer_blocks": "audio_embeddings_connector.transformer_1d_blocks",
+    "text_proj_in": "text_embedding_projection.aggregate_embed",
+    "video_text_proj_in": "text_embedding_projection.video_aggregate_embed",
+    "audio_text_proj_in": "text_embedding_projection.audio_aggregate_embed",
+}  # fmt: skip
 PUBLISHED = {
     published.LORA: ("2.0", 1371, 384),
     "ltx-2.3-22b-distilled-lora-384": ("2.3", 1660, 384),
@@ -169,19 +184,20 @@ class TestSpellings:
         found = {module for name in TRANSFORMERS.values() for module in linear_modules(published_shapes(name))}
         assert len(found) > 1700
         for module in found:
-            read = read_name(naming(module, "lora_A"))
+            read = read_lora_name(naming(module, "lora_A"))
             assert read is not None and (read.module, read.part) == (module, "lora_A.weight")
 
     def test_known_are_the_published_modules_only(self) -> None:
         for name, network in TRANSFORMERS.items():
             release = PUBLISHED[name][0]
-            known = {path for path, kind in modules().items() if release in kind.releases}
-            found = {re.sub(r"(?<=blocks\.)\d+", "#", module) for module in linear_modules(published_shapes(network))}
+            known = {m.published for m in modules() if m.lora and release in m.releases}
+            linear = linear_modules(published_shapes(network))
+            found = {re.sub(r"(?<=blocks\.)\d+", "{bid}", module) for module in linear}
             beside = {path for path in known if path.endswith("_norm") or (release == "2.5" and is_text(path))}
             assert known - beside == found
 
     def test_flat_names_have_one_reading(self) -> None:
-        flat = [re.sub(r"\W", "_", path) for path in modules()]
+        flat = [re.sub(r"\W", "_", module.published) for module in modules() if module.lora]
         assert len(set(flat)) == len(flat) > 90
 
     @pytest.mark.parametrize(
@@ -193,7 +209,7 @@ class TestSpellings:
          "diffusion_model.proj_out.lora_C.weight", "vae.decoder.conv_in.conv.lora_A.weight", ""],
     )  # fmt: skip
     def test_no_guessing(self, name: str) -> None:
-        assert read_name(name) is None and rules.target("lora", name) is None
+        assert read_lora_name(name) is None and rules.target("lora", name) is None
 
 
 class TestDiffusers:
@@ -206,7 +222,7 @@ class TestDiffusers:
             theirs = convert(names) | convert(names, "text_embedding_projection")
             assert len(theirs) == len(tensors)
             for theirs_name, ours in theirs.items():
-                read = read_name(theirs_name)
+                read = read_lora_name(theirs_name)
                 assert read is not None and read.name == ours
 
     @pytest.mark.parametrize("gated", [False, True])
@@ -223,10 +239,10 @@ class TestDiffusers:
             )
         names = [f"transformer.{name}" for name, m in network.named_modules() if isinstance(m, torch.nn.Linear)]
         names += [f"connectors.{name}" for name, m in connectors.named_modules() if isinstance(m, torch.nn.Linear)]
-        read = {name: read_name(f"{name}.lora_A.weight") for name in names}
+        read = {name: read_lora_name(f"{name}.lora_A.weight") for name in names}
         assert not [name for name, found in read.items() if found is None]
         release = "2.3" if gated else "2.0"
-        known = {path.replace("#", "0") for path, kind in modules().items() if release in kind.releases}
+        known = {m.published.replace("{bid}", "0") for m in modules() if m.lora and release in m.releases}
         assert {found.module for found in read.values() if found} == {m for m in known if not m.endswith("_norm")}
 
 

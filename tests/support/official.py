@@ -14,8 +14,7 @@ from safetensors.numpy import save_file
 
 from ltx2.convert.plan.entries import Options, Plan, make_plan
 from ltx2.convert.sources.checkpoint import open_sources
-from ltx2.convert.tensors.steps import to_float32
-from ltx2.runtime.files.tensors import TensorFile, open_tensorfile
+from ltx2.runtime.files.tensors import TensorFile, open_tensorfile, to_float32
 
 FOLDER = Path(__file__).parent.parent.parent / "ltx2" / "demo" / "model"
 MONOLITH = FOLDER / "ltx-2-demo.safetensors"

@@ -1,0 +1,151 @@
+"""The names of tensors as one table (names.json), read in every direction: as Lightricks publishes them, in diffusers'
+words, and in a model folder. Converting reads it forwards, look-alikes of published files backwards; the names of a
+LoRA's tensors are read by it too. Only a name that means a row is understood, so nothing is guessed."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+BLOCK = "{bid}"
+_NUMBER = re.compile(r"(?<=blocks[._])(?:0|[1-9]\d{0,2})(?=[._])")
+# Stripped from the front of a LoRA's names as often as one fits: trainers nest them.
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "connectors.")
+FLAT_PREFIX = "lora_unet_"  # kohya: what follows has `_` for `.`
+# What a LoRA's tensor is; the down factor is (rank, in), the up factor (out, rank).
+DOWN, UP, ALPHA, DELTA, BIAS_DELTA = "lora_A.weight", "lora_B.weight", "alpha", "diff", "diff_b"
+_FACTORS = {"A": DOWN, "down": DOWN, "B": UP, "up": UP}
+# The part after lora_A is the name of a PEFT adapter, mostly "default".
+_SUFFIX = re.compile(
+    r"(?P<path>[^{]+)\.(?:lora_(?P<factor>A|B|down|up)(?:(?:\.\w+)?\.weight)?|(?P<other>alpha|diff|diff_b))"
+)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A row: a module's path with `{bid}` for its block, published below the component's prefix, in diffusers' words
+    and in a model folder; the releases that have it, and how many times wider its output is than its input, by
+    release, where they differ in it. `lora`: LoRAs may change it."""
+
+    component: str
+    published: str
+    diffusers: str
+    folder: str
+    releases: Mapping[str, int | None]
+    lora: bool
+
+
+@dataclass(frozen=True)
+class LoraTensor:
+    """What one tensor's name says: the module, with its published path and number, and what of it the tensor is."""
+
+    kind: Module
+    number: str
+    part: str
+
+    @property
+    def module(self) -> str:
+        """Its published path."""
+        return self.kind.published.replace(BLOCK, self.number)
+
+    @property
+    def path(self) -> str:
+        """Its path in a model folder."""
+        return self.kind.folder.replace(BLOCK, self.number)
+
+    @property
+    def name(self) -> str:
+        """The name it would have in an official file."""
+        prefix = "" if self.module.startswith("text_embedding_projection.") else "diffusion_model."
+        return f"{prefix}{self.module}.{self.part}"
+
+
+def folder_name(component: str, name: str) -> str:
+    """A tensor's name in a model folder, from the published one below its prefix."""
+    return _renamed(_ways()[0], component, name)
+
+
+def published_name(component: str, key: str) -> str:
+    """A tensor's published name below its prefix, from that in a model folder."""
+    return _renamed(_ways()[1], component, key)
+
+
+@lru_cache(8192)  # asked several times for each tensor of a file; the largest published one has 3320
+def read_lora_name(name: str) -> LoraTensor | None:
+    """What a tensor of a LoRA is; None when the name means no known module or nothing this version applies."""
+    match = _SUFFIX.fullmatch(name)
+    if match is None:
+        return None
+    path, flat = match["path"], match["path"].startswith(FLAT_PREFIX)
+    while prefix := next((p for p in (FLAT_PREFIX, *PREFIXES) if path.startswith(p)), ""):
+        path = path.removeprefix(prefix)
+    template, number = _split(path)
+    kind = _spellings()[flat].get(template)
+    return LoraTensor(kind, number, match["other"] or _FACTORS[match["factor"]]) if kind else None
+
+
+@cache
+def modules() -> tuple[Module, ...]:
+    """All rows; one for each component and published path."""
+    data = json.loads(Path(__file__).with_name("names.json").read_text())
+    found: dict[tuple[str, str], Module] = {}
+    for row in data["rows"]:
+        for words in _choices(row["published"], data["sets"]):
+            ours, theirs = ([part.split(":")[0] for part in words], [part.split(":")[-1] for part in words])
+            published = _filled(row["published"], ours)
+            known = found.get((row["component"], published))
+            releases = dict.fromkeys(row["releases"], row.get("rows_per_column"))
+            found[row["component"], published] = Module(
+                row["component"],
+                published,
+                _filled(row.get("diffusers", row["published"]), theirs),
+                _filled(row.get("folder", row["published"]), ours),
+                {**(known.releases if known else {}), **releases},
+                row.get("for") == "lora",
+            )
+    return tuple(found.values())
+
+
+def _choices(template: str, sets: Mapping[str, list[str]]) -> Iterator[tuple[str, ...]]:
+    """All words for the `{NAME}`s of a template, in order."""
+    return product(*(sets[name] for name in re.findall(r"\{(\w+)\}", template) if name != "bid"))
+
+
+def _filled(template: str, words: list[str]) -> str:
+    """A row's three templates have the same sets in the same order."""
+    rest: Iterator[Any] = iter(words)
+    return re.sub(r"\{(?!bid)\w+\}", lambda _: next(rest), template)
+
+
+@cache
+def _ways() -> tuple[Mapping[tuple[str, str], str], Mapping[tuple[str, str], str]]:
+    """(component, path) -> path, from published to ours and back."""
+    rows = modules()
+    return {(m.component, m.published): m.folder for m in rows}, {(m.component, m.folder): m.published for m in rows}
+
+
+@cache
+def _spellings() -> tuple[Mapping[str, Module], Mapping[str, Module]]:
+    """A LoRA's module by its path, and by its path as kohya writes it."""
+    dotted = {path: m for m in modules() if m.lora for path in (m.folder, m.diffusers, m.published)}
+    return dotted, {path.replace(".", "_"): module for path, module in dotted.items()}
+
+
+def _split(path: str) -> tuple[str, str]:
+    """A path with `{bid}` for its block, and the block's number, if it has one."""
+    number = _NUMBER.search(path)
+    return (_NUMBER.sub(BLOCK, path, count=1), number.group()) if number else (path, "")
+
+
+def _renamed(table: Mapping[tuple[str, str], str], component: str, name: str) -> str:
+    """A tensor's name, or its module's, by the table; itself where it has no row."""
+    template, number = _split(name)
+    module, _, part = template.rpartition(".")
+    if path := table.get((component, template)):
+        return path.replace(BLOCK, number)
+    path = table.get((component, module))
+    return f"{path.replace(BLOCK, number)}.{part}" if path else name
