@@ -420,7 +420,7 @@ class TestNames:
     @pytest.mark.parametrize("value", [-1, 10**9, "48", True, 1.5])
     def test_impossible_configuration(self, value: Any) -> None:
         with pytest.raises(ConfigError, match="num_layers"):
-            parts("AVTransformer3DModel", {"num_layers": value})
+            parts("EmbeddingsConnectors", {"connector_num_layers": value})
 
     def test_unknown_network(self) -> None:
         with pytest.raises(UnsupportedError, match="Transformer3DModel"):

@@ -166,14 +166,16 @@ class TestCutting:
     @pytest.mark.parametrize(("tokens", "count"), [(3, 0), (5, 2), (12, 4)])
     def test_attention_by_queries(self, machine: Limit, tokens: int, count: int) -> None:
         layer = Attention(16, 16, 2, 8, 1e-6)
-        x, text = random(1, tokens, 16), random(1, 7, 16, seed=1)
-        whole = layer(x, text), layer(x)
+        x, text, mask = random(1, tokens, 16), random(1, 7, 16, seed=1), random(1, 1, tokens, tokens, seed=2)
+        whole = layer(x, text), layer(x), layer(x, mask=mask), layer(x, mask=mask[:, :, :1])
         machine(3.5 * 4 * 16 * 7)
         with evaluations() as seen:
             cut = layer(x, text)
         assert len(seen) == count
         assert mx.allclose(whole[0], cut, rtol=1e-5, atol=1e-6).item()
-        assert mx.allclose(whole[1], layer(x), rtol=1e-5, atol=1e-6).item()
+        others = layer(x), layer(x, mask=mask), layer(x, mask=mask[:, :, :1])
+        assert all(mx.allclose(a, b, rtol=1e-5, atol=1e-6).item() for a, b in zip(whole[1:], others, strict=True))
+        assert not mx.allclose(whole[1], whole[2], rtol=1e-2, atol=1e-2).item()
 
     def test_feed_forward_by_tokens(self, machine: Limit) -> None:
         layer, x = FeedForward(16), random(1, 10, 16)

@@ -13,6 +13,7 @@ RENAMES = (
     (r"^audio_patchify_proj\.", "audio_proj_in."),
     (r"^adaln_single\.", "time_embed."),
     (r"^audio_adaln_single\.", "audio_time_embed."),
+    (r"^(audio_)?prompt_adaln_single\.", r"\1prompt_adaln."),
     (r"^av_ca_(video|audio)_scale_shift_adaln_single\.", r"av_cross_attn_\1_scale_shift."),
     (r"^av_ca_a2v_gate_adaln_single\.", "av_cross_attn_video_a2v_gate."),
     (r"^av_ca_v2a_gate_adaln_single\.", "av_cross_attn_audio_v2a_gate."),
@@ -44,6 +45,15 @@ def reference_transformer(tensors: dict[str, np.ndarray], config: dict[str, Any]
         num_layers=config["num_layers"],
         caption_channels=config["caption_channels"],
         rope_type="split",
+        gated_attn=config.get("apply_gated_attention", False),
+        audio_gated_attn=config.get("apply_gated_attention", False),
+        cross_attn_mod=config.get("cross_attention_adaln", False),
+        audio_cross_attn_mod=config.get("cross_attention_adaln", False),
+        use_prompt_adaln_single=config.get("use_prompt_adaln_single", True),
+        use_prompt_embeddings=not config.get("caption_proj_before_connector", False),
+        ff_bias=config.get("ff_bias", True),
+        use_keyframes_abs_pos_embedding=config.get("use_keyframes_abs_pos_embedding", False),
+        perturbed_attn=True,
     )
     weights = {
         diffusers_name(name.removeprefix(PREFIX)): torch.from_numpy(value)

@@ -10,7 +10,7 @@ from ltx2.runtime.layers.attention import Attention, FeedForward
 from ltx2.runtime.machine.bounded import queue, too_large
 from ltx2.runtime.networks.transformer.config import StreamConfig, TransformerConfig
 from ltx2.runtime.networks.transformer.inputs import Ropes
-from ltx2.runtime.networks.transformer.modulation import add_table, gated_add, rms_modulate
+from ltx2.runtime.networks.transformer.modulation import add_table, gated_add, rms_modulate, scale_shift
 from ltx2.runtime.streams import Streams
 
 
@@ -21,9 +21,10 @@ class StreamContext:
     stream: StreamConfig
     text: mx.array  # (1, text tokens, dim)
     ropes: Ropes
-    modulation: mx.array  # (1, n, 6, dim): self-attention and feed-forward
+    modulation: mx.array  # (1, n, 6 or 9, dim): self-attention, feed-forward and perhaps attention to the text
     embedded: mx.array  # (1, n, dim) the noise levels themselves
     cross_modulation: mx.array  # (1, n, 4, dim): scales and shifts of cross-attention between the streams
+    prompt_modulation: mx.array | None = None  # (1, 1, 2, dim), where the text is modulated
     cross_gate: mx.array | None = None  # (1, 1, 1, dim), from the other stream's noise level; None: no cross-attention
     index: mx.array | None = None  # (tokens,) which level each token has; None: all have the first
     attention: mx.array | None = None  # (1, 1, tokens, tokens) added to self-attention's scores
@@ -53,8 +54,17 @@ class Side:
             update = self._own("attn1").passed(given)
         else:
             update = self._own("attn1")(given, rope=context.ropes.own, mask=context.attention)
-        x = gated_add(x, update, gate)
-        return x + self._own("attn2")(mx.fast.rms_norm(x, None, self._eps), context.text)
+        return self._read(gated_add(x, update, gate))
+
+    def _read(self, x: mx.array) -> mx.array:
+        """Attention to the text: (1, tokens, dim) -> the same."""
+        attn2, text, modulation = self._own("attn2"), self.context.text, self.context.prompt_modulation
+        if modulation is None:
+            return x + attn2(mx.fast.rms_norm(x, None, self._eps), text)
+        shift, scale, gate = self._rows[6:]
+        text_shift, text_scale = add_table(self._own("prompt_scale_shift_table"), modulation)
+        text = scale_shift(text, text_scale, text_shift)
+        return gated_add(x, attn2(rms_modulate(x, scale, shift, self._eps), text), gate)
 
     def offers(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The stream (1, tokens, dim) modulated for audio-to-video, and for video-to-audio cross-attention."""
@@ -83,14 +93,18 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.eps = eps = config.norm_eps
+        gated = config.apply_gated_attention
         for stream, other in ((config.video, config.audio), (config.audio, config.video)):
             prefix, dim = stream.prefix, stream.dim
-            self[f"{prefix}attn1"] = Attention(dim, dim, stream.heads, stream.head_dim, eps)
-            self[f"{prefix}attn2"] = Attention(dim, stream.text_dim, stream.heads, stream.head_dim, eps)
-            self[f"{prefix}ff"] = FeedForward(dim)
-            self[f"{prefix}scale_shift_table"] = mx.zeros((6, dim))
+            self[f"{prefix}attn1"] = Attention(dim, dim, stream.heads, stream.head_dim, eps, gated=gated)
+            self[f"{prefix}attn2"] = Attention(dim, stream.text_dim, stream.heads, stream.head_dim, eps, gated=gated)
+            self[f"{prefix}ff"] = FeedForward(dim, stream.ff_bias)
+            self[f"{prefix}scale_shift_table"] = mx.zeros((config.modulation_rows, dim))
+            if config.cross_attention_adaln:
+                self[f"{prefix}prompt_scale_shift_table"] = mx.zeros((2, stream.text_dim))
             # Cross-attention between the streams runs at the audio stream's width in both directions.
-            self[stream.incoming] = Attention(dim, other.dim, config.audio.heads, config.audio.head_dim, eps)
+            heads, head_dim = config.audio.heads, config.audio.head_dim
+            self[stream.incoming] = Attention(dim, other.dim, heads, head_dim, eps, gated=gated)
             self[f"scale_shift_table_a2v_ca_{stream.name}"] = mx.zeros((5, dim))
 
     def __call__(self, x: Streams[mx.array], contexts: Streams[StreamContext], number: int = 0) -> Streams[mx.array]:

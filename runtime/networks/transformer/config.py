@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ltx2.runtime.model.config import Config, Repeats
+from ltx2.runtime.errors import UnsupportedError
+from ltx2.runtime.model.config import SUPPORTED_ONLY, Config, Repeats
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,9 @@ class StreamConfig:
     head_dim: int
     in_channels: int
     out_channels: int
-    text_dim: int
+    text_dim: int  # of what the blocks attend to
+    context_dim: int  # of what `Transformer.project` makes that of
+    ff_bias: bool
     max_positions: tuple[float, ...]  # seconds, pixel rows, pixel columns; seconds
 
     @property
@@ -49,6 +52,16 @@ class TransformerConfig(Config):
     positional_embedding_theta: float = 10000.0
     timestep_scale_multiplier: float = 1000.0
     av_ca_timestep_scale_multiplier: float = 1.0
+    apply_gated_attention: bool = False
+    cross_attention_adaln: bool = False  # noise levels also modulate attention to the text
+    use_prompt_adaln_single: bool = True  # and the text itself, not only by a table
+    ff_bias: bool = True  # of the video's feed-forward network
+    use_keyframes_abs_pos_embedding: bool = False
+    # The text is projected here, or before the connectors: four keys for one choice.
+    caption_projection_first_linear: bool = True
+    caption_projection_second_linear: bool = True
+    caption_proj_input_norm: bool = True
+    caption_proj_before_connector: bool = False
 
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "_class_name": ("AVTransformer3DModel",),
@@ -73,15 +86,6 @@ class TransformerConfig(Config):
         "use_middle_indices_grid": (True,),
         "rope_type": ("split",),
         "frequencies_precision": ("float64",),
-        # Later releases switch these on.
-        "apply_gated_attention": (False,),
-        "cross_attention_adaln": (False,),
-        "ff_bias": (True,),
-        "use_keyframes_abs_pos_embedding": (False,),
-        "caption_projection_first_linear": (True,),
-        "caption_projection_second_linear": (True,),
-        "caption_proj_input_norm": (True,),
-        "caption_proj_before_connector": (False,),
     }
     IGNORED: ClassVar[frozenset[str]] = frozenset(
         {
@@ -89,15 +93,28 @@ class TransformerConfig(Config):
             # Read by the connectors.
             "connector_attention_head_dim", "connector_num_attention_heads", "connector_num_layers",
             "connector_positional_embedding_max_pos", "connector_num_learnable_registers", "connector_norm_output",
+            "connector_apply_gated_attention", "connector_ff_bias", "connector_learnable_registers_std",
+            "audio_connector_attention_head_dim", "audio_connector_num_attention_heads", "text_encoder_norm_type",
         }
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        before = self.caption_proj_before_connector
+        here = self.caption_projection_first_linear, self.caption_projection_second_linear, self.caption_proj_input_norm
+        if before in here:
+            raise UnsupportedError(
+                "TransformerConfig: the caption_proj keys contradict each other",
+                "text is projected before the connectors, or by the transformer with a norm and two linear layers",
+                SUPPORTED_ONLY,
+            )
 
     @property
     def video(self) -> StreamConfig:
         return StreamConfig(
             "video", "", "audio_to_video_attn", "av_ca_a2v_gate_adaln_single",
             self.num_attention_heads, self.attention_head_dim, self.in_channels, self.out_channels,
-            self.cross_attention_dim, self.positional_embedding_max_pos,
+            self.cross_attention_dim, self._context_dim(self.cross_attention_dim), self.ff_bias,
+            self.positional_embedding_max_pos,
         )  # fmt: skip
 
     @property
@@ -105,8 +122,12 @@ class TransformerConfig(Config):
         return StreamConfig(
             "audio", "audio_", "video_to_audio_attn", "av_ca_v2a_gate_adaln_single",
             self.audio_num_attention_heads, self.audio_attention_head_dim, self.audio_in_channels,
-            self.audio_out_channels, self.audio_cross_attention_dim, self.audio_positional_embedding_max_pos,
+            self.audio_out_channels, self.audio_cross_attention_dim,
+            self._context_dim(self.audio_cross_attention_dim), True, self.audio_positional_embedding_max_pos,
         )  # fmt: skip
+
+    def _context_dim(self, text_dim: int) -> int:
+        return text_dim if self.caption_proj_before_connector else self.caption_channels
 
     @property
     def video_dim(self) -> int:
@@ -115,6 +136,11 @@ class TransformerConfig(Config):
     @property
     def audio_dim(self) -> int:
         return self.audio.dim
+
+    @property
+    def modulation_rows(self) -> int:
+        """Vectors per noise level in a block: shift, scale and gate of what a stream does by itself."""
+        return 9 if self.cross_attention_adaln else 6
 
     @property
     def cross_max_pos(self) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from ltx2.runtime.layers.rope import Positions, rope_tables
 from ltx2.runtime.machine.bounded import queue
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
 from ltx2.runtime.networks.transformer.config import StreamConfig, TransformerConfig
-from ltx2.runtime.networks.transformer.inputs import NOTHING, Ropes, Skips, StreamInput
+from ltx2.runtime.networks.transformer.inputs import NOTHING, Levels, Ropes, Skips, StreamInput
 from ltx2.runtime.networks.transformer.modulation import AdaLayerNormSingle, add_table
 from ltx2.runtime.streams import Streams
 
@@ -52,12 +52,17 @@ class Transformer(nn.Module):
         for stream in self._streams.values():
             prefix, dim = stream.prefix, stream.dim
             self[f"{prefix}patchify_proj"] = Linear(stream.in_channels, dim)
-            self[f"{prefix}caption_projection"] = CaptionProjection(config.caption_channels, dim)
-            self[f"{prefix}adaln_single"] = AdaLayerNormSingle(dim, 6)
+            if not config.caption_proj_before_connector:
+                self[f"{prefix}caption_projection"] = CaptionProjection(stream.context_dim, stream.text_dim)
+            self[f"{prefix}adaln_single"] = AdaLayerNormSingle(dim, config.modulation_rows)
+            if config.cross_attention_adaln and config.use_prompt_adaln_single:
+                self[f"{prefix}prompt_adaln_single"] = AdaLayerNormSingle(stream.text_dim, 2)
             self[f"av_ca_{stream.name}_scale_shift_adaln_single"] = AdaLayerNormSingle(dim, 4)
             self[stream.gate] = AdaLayerNormSingle(dim, 1)
             self[f"{prefix}scale_shift_table"] = mx.zeros((2, dim))
             self[f"{prefix}proj_out"] = Linear(dim, stream.out_channels)
+        if config.use_keyframes_abs_pos_embedding:
+            self.keyframes_abs_pos_embedding = mx.zeros((1, config.video_dim))
         self.transformer_blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
         self.supply: Supply | None = None
 
@@ -81,11 +86,11 @@ class Transformer(nn.Module):
         return self._streams.map(tables, positions)
 
     def project(self, contexts: Streams[mx.array]) -> Streams[mx.array]:
-        """Text as the blocks attend to it: contexts (1, text tokens, caption_channels) -> (1, text tokens, dim)."""
+        """Text as the blocks attend to it: contexts (1, text tokens, context_dim) -> (1, text tokens, text_dim)."""
 
         def projected(stream: StreamConfig, context: mx.array) -> mx.array:
-            text: mx.array = self[f"{stream.prefix}caption_projection"](context.astype(self.dtype))
-            return text
+            text, layer = context.astype(self.dtype), self.get(f"{stream.prefix}caption_projection")
+            return text if layer is None else layer(text)
 
         return self._streams.map(projected, contexts)
 
@@ -114,11 +119,11 @@ class Transformer(nn.Module):
         timesteps = levels.values[None] * config.timestep_scale_multiplier
         modulation, embedded = self[f"{stream.prefix}adaln_single"](timesteps)
         cross, _ = self[f"av_ca_{stream.name}_scale_shift_adaln_single"](timesteps)
+        prompt = self._prompt_modulation(stream, levels)
         gate = None
         if other is not None and not skips.exchange:
-            sigma = mx.array(other.levels.sigma, mx.float32).reshape(1, 1)
             # The gate's own multiplier is relative to the timestep multiplier, both 1000 in published checkpoints.
-            gate, _ = self[stream.gate](sigma * config.av_ca_timestep_scale_multiplier)
+            gate, _ = self[stream.gate](_sigma(other.levels) * config.av_ca_timestep_scale_multiplier)
         return StreamContext(
             stream,
             own.text,
@@ -126,6 +131,7 @@ class Transformer(nn.Module):
             modulation,
             embedded,
             cross,
+            prompt,
             gate,
             index=levels.index if levels.values.size > 1 else None,
             attention=None if own.attention is None else own.attention.astype(self.dtype),
@@ -133,8 +139,20 @@ class Transformer(nn.Module):
             idle=dict(skips.idle.items()).get(stream.name, False),
         )
 
+    def _prompt_modulation(self, stream: StreamConfig, levels: Levels) -> mx.array | None:
+        """What the noise level adds to the blocks' own tables for the text, (1, 1, 2, text_dim); None: no tables."""
+        if not self.config.cross_attention_adaln:
+            return None
+        if not self.config.use_prompt_adaln_single:
+            return mx.zeros((1, 1, 2, stream.text_dim), self.dtype)
+        network = self[f"{stream.prefix}prompt_adaln_single"]
+        modulation: mx.array = network(_sigma(levels) * self.config.timestep_scale_multiplier)[0]
+        return modulation
+
     def _embed(self, stream: StreamConfig, given: StreamInput) -> mx.array:
         x: mx.array = self[f"{stream.prefix}patchify_proj"](given.tokens.astype(self.dtype))
+        if stream.name == "video" and given.marked is not None and self.config.use_keyframes_abs_pos_embedding:
+            x = mx.where(given.marked > 0, x + self.keyframes_abs_pos_embedding.astype(x.dtype), x)
         return x
 
     def _velocity(self, x: mx.array, context: StreamContext) -> mx.array:
@@ -144,6 +162,11 @@ class Transformer(nn.Module):
         x = mx.fast.layer_norm(x, None, None, self.config.norm_eps) * (1 + scale) + shift
         velocity: mx.array = self[f"{prefix}proj_out"](x)
         return velocity
+
+
+def _sigma(levels: Levels) -> mx.array:
+    """(1, 1) float32"""
+    return mx.array(levels.sigma, mx.float32).reshape(1, 1)
 
 
 def build(config: Mapping[str, Any]) -> Transformer:

@@ -66,11 +66,12 @@ def rms_modulate(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> m
     """rms(x) * (1 + scale) + shift; x is (1, tokens, dim), scale and shift (1, tokens or 1, dim)."""
     if scale.shape[1] == 1:  # one vector for all tokens: the norm kernel applies it
         return mx.fast.rms_norm(x, 1 + scale.reshape(-1), eps) + shift
-    return _scale_shift(mx.fast.rms_norm(x, None, eps), scale, shift)
+    return scale_shift(mx.fast.rms_norm(x, None, eps), scale, shift)
 
 
 @mx.compile
-def _scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+def scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """x * (1 + scale) + shift"""
     return x * (1 + scale) + shift
 
 
