@@ -11,6 +11,7 @@ from math import prod
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.presets import Stage
 from ltx2.runtime.memory.plan import FULL, Model
+from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig, vocoder_config
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import CHANNELS, MEL_BINS, VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig, gemma_config
@@ -67,7 +68,7 @@ def _phases(job: Job, model: Model) -> Iterator[tuple[str, PhaseWork]]:
     audio = job.audio_config
     decoder = model.weights("audio_vae", "decoder.")
     yield "audio_vae", _moving(decode_audio(audio, grid.audio_frames), FLOAT32, decoder)
-    config = VocoderConfig.from_dict(model.config("vocoder"))
+    config = vocoder_config(model.config("vocoder"))
     mel_frames = (grid.audio_frames - 1) * audio.temporal_scale + 1
     yield "vocoder", _moving(vocode(config, mel_frames), FLOAT32, model.weights("vocoder"))
 
@@ -215,8 +216,18 @@ def decode_audio(config: AudioVAEConfig, frames: int) -> Work:
     return work + convolution(size, 9, width, network.out_ch)
 
 
-def vocode(config: VocoderConfig, mel_frames: int) -> Work:
-    width, frames = config.upsample_initial_channel, mel_frames
+def vocode(config: VocoderConfig | ExtendedVocoderConfig, mel_frames: int) -> Work:
+    """The generators, and the spectrogram in between. What filters compute counts as elementwise."""
+    work = sum((_generate(generator, frames) for generator, frames in config.generators(mel_frames)), Work())
+    if isinstance(config, ExtendedVocoderConfig):
+        (_, frames), bwe = config.generators(mel_frames)[1], config.bwe
+        work += convolution(CHANNELS * frames, bwe.n_fft, 1, bwe.n_fft + 2)
+        work += linear(CHANNELS * frames, bwe.n_fft // 2 + 1, MEL_BINS)
+    return work
+
+
+def _generate(config: VocoderConfig, frames: int) -> Work:
+    width = config.upsample_initial_channel
     work = convolution(frames, 7, CHANNELS * MEL_BINS, width)
     pairs = sum(
         2 * size * len(dilations)

@@ -7,6 +7,7 @@ beside it is fitted to measurements (bench/results/memory-*.json), and is what a
 from dataclasses import dataclass, replace
 from math import prod
 
+from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig
@@ -173,15 +174,17 @@ def decode_audio(config: AudioVAEConfig, audio_frames: int) -> Activations:
     return Activations(needed, max(0, full - needed), unit)
 
 
-def vocode(config: VocoderConfig, mel_frames: int) -> Activations:
+def vocode(config: VocoderConfig | ExtendedVocoderConfig, mel_frames: int) -> Activations:
     """In float32. The hungriest of the stages: its upsampling kernel, rearranged and widened, and a pair of
     convolutions at a time beside the stage's input and the sum of its blocks."""
-    width, rate, needed, full, largest = config.upsample_initial_channel, 1, 0, 0, 0
-    for factor, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
-        wide = 2 * width * (width // 2) * -(-kernel // factor) * factor * FLOAT32
-        width, rate = width // 2, rate * factor
-        unit = width * rate * mel_frames * FLOAT32
-        needed = max(needed, wide + min(29 * unit // 2, 10 * unit + UNDER_WAY))
-        full = max(full, wide + 147 * unit // 10)
-        largest = max(largest, unit)
+    needed, full, largest = 0, 0, 0
+    for generator, frames in config.generators(mel_frames):
+        width = generator.upsample_initial_channel
+        for factor, kernel in zip(generator.upsample_rates, generator.upsample_kernel_sizes, strict=True):
+            wide = 2 * width * (width // 2) * -(-kernel // factor) * factor * FLOAT32
+            width, frames = width // 2, frames * factor
+            unit = width * frames * FLOAT32
+            needed = max(needed, wide + min(29 * unit // 2, 10 * unit + UNDER_WAY))
+            full = max(full, wide + 147 * unit // 10)
+            largest = max(largest, unit)
     return Activations(needed, full - needed, largest)

@@ -2,6 +2,7 @@
 per tap of its kernel, attention writes out its scores, and kernels of 16 bits are widened before they are used."""
 
 from ltx2.runtime.memory.activations import FLOAT32
+from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig
@@ -50,9 +51,9 @@ def decode_audio(config: AudioVAEConfig, audio_frames: int) -> int:
     return pixel * TAPS_2D * (coarser + (2 * network.num_res_blocks + 1) * width)
 
 
-def vocode(config: VocoderConfig, unit: int) -> int:
+def vocode(config: VocoderConfig | ExtendedVocoderConfig, unit: int) -> int:
     """`unit`: bytes of the largest signal. One convolution."""
-    return max(config.resblock_kernel_sizes) * unit
+    return unit * max(max(generator.resblock_kernel_sizes) for generator, _ in config.generators(0))
 
 
 def _widened(values: int, itemsize: int) -> int:

@@ -22,7 +22,7 @@ from ltx2.runtime.memory import cpu as cpu
 from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.meter import limited, reusable_memory
 from ltx2.runtime.memory.streaming import block_of, choose_streamed, held_bytes
-from ltx2.runtime.networks.audio.vocoder import VocoderConfig
+from ltx2.runtime.networks.audio.bandwidth import vocoder_config
 from ltx2.runtime.networks.text.config import ConnectorsConfig, gemma_config
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
@@ -279,7 +279,7 @@ class Model:
             used = network.decode_audio(audio, grid.audio_frames)
             used = used.beside(on_cpu(cpu.decode_audio(audio, grid.audio_frames)))
             yield Need("audio_vae", self.weights("audio_vae", "decoder."), used)
-            vocoder = VocoderConfig.from_dict(self.config("vocoder"))
+            vocoder = vocoder_config(self.config("vocoder"))
             used = network.vocode(vocoder, grid.audio_frames * audio.temporal_scale)
             used = used.beside(on_cpu(cpu.vocode(vocoder, used.largest)))
             yield Need("vocoder", self.weights("vocoder"), used)

@@ -25,6 +25,7 @@ NETWORKS: Mapping[str, str] = {
     "CausalVideoAutoencoder": "ltx2.runtime.networks.video_vae.model",
     "AudioAutoencoder": "ltx2.runtime.networks.audio.vae",
     "Vocoder": "ltx2.runtime.networks.audio.vocoder",
+    "VocoderWithBWE": "ltx2.runtime.networks.audio.bandwidth",
     "LatentUpsampler": "ltx2.runtime.networks.upsampler",
 }
 

@@ -10,16 +10,18 @@ import mlx.nn as nn
 import pytest
 
 from ltx2.bench.random.model import random_folder
-from ltx2.bench.speed.flops import connect, count, denoise_step, encode_text
+from ltx2.bench.speed.flops import connect, count, denoise_step, encode_text, vocode
 from ltx2.bench.speed.run import PROMPT
 from ltx2.runtime.events import PhaseStarted
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.audio import bandwidth
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.text.config import ConnectorsConfig, gemma_config
 from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
 from ltx2.runtime.networks.text.gemma import TextEncoder
 from ltx2.runtime.networks.transformer.config import TransformerConfig
+from tests.networks.test_vocoder import EXTENDED
 
 SIZES: dict[str, Any] = {"width": 128, "height": 64, "frames": 9}
 ALL_LINEAR = ("text_encoder", "connectors", "stage1", "stage2")  # what goes in and out is counted exactly
@@ -103,6 +105,14 @@ def test_the_text_of_other_releases(model_25: Path) -> None:
     }
     assert {name: work.flops for name, work in counted.items()} == meter.flops
     assert {name: work.values for name, work in counted.items()} == meter.values
+
+
+def test_bandwidth_extension_as_executed(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, network = Meter(), bandwidth.build(EXTENDED)
+    meter.install(monkeypatch)
+    mx.eval(network(mx.zeros((1, 2, 40, 64))))
+    work = vocode(network.config, 40)
+    assert (meter.flops[""], meter.values[""]) == pytest.approx((work.flops, work.values), rel=0.05)
 
 
 def test_values_moved(measured: Meter, demo_f32: Path) -> None:

@@ -5,9 +5,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from diffusers import AutoencoderKLLTX2Audio
-from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+from diffusers.pipelines.ltx2.vocoder import AntiAliasAct1d, LTX2Vocoder, LTX2VocoderWithBWE, SnakeBeta
 
-VOCODER_RENAMES = {"conv_pre": "conv_in", "ups": "upsamplers", "resblocks": "resnets", "conv_post": "conv_out"}
+VOCODER_RENAMES = {
+    "conv_pre": "conv_in", "ups": "upsamplers", "resblocks": "resnets", "act_post": "act_out", "conv_post": "conv_out",
+}  # fmt: skip
 
 
 class ReferenceAudioVAE:
@@ -49,22 +51,53 @@ class ReferenceVocoder:
 
     def __init__(self, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
         """`tensors` by official names without `vocoder.`, `config` the checkpoint's `vocoder` section. Strict."""
-        module = cast(Any, LTX2Vocoder)(
-            hidden_channels=config["upsample_initial_channel"],
-            upsample_factors=config["upsample_rates"],
-            upsample_kernel_sizes=config["upsample_kernel_sizes"],
-            resnet_kernel_sizes=config["resblock_kernel_sizes"],
-            resnet_dilations=config["resblock_dilation_sizes"],
-        )
         state = {_vocoder_name(name): torch.tensor(value) for name, value in tensors.items()}
-        module.load_state_dict(state, strict=True)
-        self.module = module
+        if "bwe" not in config:
+            self.module = cast(Any, LTX2Vocoder)(**_generator(config))
+        else:
+            stage, bwe = config["vocoder"], config["bwe"]
+            self.module = cast(Any, LTX2VocoderWithBWE)(
+                **_generator(stage),
+                **{f"bwe_{key}": value for key, value in _generator(bwe).items()},
+                filter_length=bwe["n_fft"],
+                window_length=bwe["win_size"],
+                num_mel_channels=bwe["num_mels"],
+                **{key: bwe[key] for key in ("hop_length", "input_sampling_rate", "output_sampling_rate")},
+            )
+            unused = "mel_stft.stft_fn.inverse_basis"
+            state[unused] = torch.zeros_like(self.module.state_dict()[unused])
+        self.module.load_state_dict(state, strict=True)
 
     @torch.no_grad()
     def __call__(self, mel: np.ndarray) -> np.ndarray:
         return self.module(torch.tensor(mel)).numpy()
 
 
+def _generator(config: dict[str, Any]) -> dict[str, Any]:
+    """diffusers' arguments for one generator."""
+    final = "tanh" if config.get("use_tanh_at_final", True) else "clamp"
+    amp = config["resblock"] == "AMP1"
+    return {
+        "hidden_channels": config["upsample_initial_channel"],
+        "upsample_factors": config["upsample_rates"],
+        "upsample_kernel_sizes": config["upsample_kernel_sizes"],
+        "resnet_kernel_sizes": config["resblock_kernel_sizes"],
+        "resnet_dilations": config["resblock_dilation_sizes"],
+        "act_fn": "snakebeta" if amp else "leaky_relu",
+        "antialias": amp,
+        "final_act_fn": final if config.get("apply_final_activation", True) else None,
+        "final_bias": config.get("use_bias_at_final", True),
+    }
+
+
 def _vocoder_name(name: str) -> str:
-    first, _, rest = name.partition(".")
-    return f"{VOCODER_RENAMES[first]}.{rest}"
+    parts = [VOCODER_RENAMES.get(part, part) for part in name.split(".")]
+    return ".".join(parts).replace("downsample.lowpass", "downsample")
+
+
+@torch.no_grad()
+def reference_activation(x: np.ndarray, tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """An anti-aliased SnakeBeta of (B, C, T), by the official names of its parameters."""
+    module = cast(Any, AntiAliasAct1d)(SnakeBeta(x.shape[1]))
+    module.load_state_dict({_vocoder_name(k): torch.tensor(v) for k, v in tensors.items()}, strict=True)
+    return module(torch.tensor(x)).numpy()

@@ -1,4 +1,4 @@
-"""Vocoder: stereo log-mel spectrogram -> waveform, a HiFi-GAN generator.
+"""Vocoder: stereo log-mel spectrogram -> waveform, a HiFi-GAN generator, in later releases with BigVGAN's activations.
 
 Always float32: errors of 16-bit arithmetic add up over a hundred convolutions in sequence and become audible.
 Weights may be 16 bit; MLX widens them where they meet the float32 signal."""
@@ -6,55 +6,72 @@ Weights may be 16 bit; MLX widens them where they meet the float32 signal."""
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 from ltx2.runtime.machine.bounded import evaluate
-from ltx2.runtime.model.config import AS_PUBLISHED, Config
+from ltx2.runtime.model.config import AS_PUBLISHED, SUPPORTED_ONLY, Config
 
 CHANNELS = 2
 MEL_BINS = 64
 SLOPE = 0.1  # LeakyReLU inside
 FINAL_SLOPE = 0.01  # LeakyReLU before the last convolution
+TAPS = 12  # of the filters around an anti-aliased activation
+EPS = 1e-9  # of SnakeBeta
 
 
 @dataclass(frozen=True)
 class VocoderConfig(Config):
-    """Checkpoint section `vocoder`."""
+    """Checkpoint section `vocoder` (2.0), or one of its two generators (from 2.3 on)."""
 
-    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"resblock": ("1",), "stereo": (True,)}
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"stereo": (True,)}
 
     upsample_initial_channel: int
     upsample_rates: tuple[int, ...]
     upsample_kernel_sizes: tuple[int, ...]
     resblock_kernel_sizes: tuple[int, ...]
     resblock_dilation_sizes: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """As Config.from_dict; a vocoder with a second, bandwidth-extending stage raises UnsupportedError."""
-        if "bwe" in data:
-            raise UnsupportedError(
-                "this checkpoint's vocoder is not supported",
-                "it extends the bandwidth of its sound in a second stage (vocoder.bwe), which this version lacks",
-                "update ltx2, or generate with --no-audio",
-            )
-        return super().from_dict(data)
+    resblock: str = "1"
+    activation: str = "leaky_relu"
+    use_bias_at_final: bool = True
+    apply_final_activation: bool = True
+    use_tanh_at_final: bool = True  # else the final activation is a clamp to [-1, 1]
 
     def __post_init__(self) -> None:
+        if (self.resblock, self.activation) not in (("1", "leaky_relu"), ("AMP1", "snakebeta")):
+            raise UnsupportedError(
+                "this vocoder is not supported",
+                f"this version implements no resblock = {self.resblock!r} with activation = {self.activation!r}",
+                SUPPORTED_ONLY,
+            )
         for sizes, per in (
             ("upsample_kernel_sizes", "upsample_rates"),
             ("resblock_dilation_sizes", "resblock_kernel_sizes"),
         ):
             if len(getattr(self, sizes)) != len(getattr(self, per)):
                 raise ConfigError(
-                    f"VocoderConfig: {sizes} and {per} differ in length",
+                    f"{type(self).__name__}: {sizes} and {per} differ in length",
                     f"{len(getattr(self, sizes))} and {len(getattr(self, per))} entries",
                     AS_PUBLISHED,
                 )
+
+    @property
+    def antialiased(self) -> bool:
+        """Whether activations are SnakeBeta at twice the rate."""
+        return self.resblock == "AMP1"
+
+    @property
+    def upsample_factor(self) -> int:
+        """Samples per mel frame."""
+        return prod(self.upsample_rates)
+
+    def generators(self, mel_frames: int) -> tuple[tuple["VocoderConfig", int], ...]:
+        """The generators that run one after the other, and the mel frames that each is given."""
+        return ((self, mel_frames),)
 
 
 class DilatedConv(nn.Conv1d):
@@ -76,19 +93,104 @@ class DilatedConv(nn.Conv1d):
         return x.swapaxes(1, 2).flatten(1, 2)[:, :frames]
 
 
-class ResBlock(nn.Module):
-    """Residual pairs of a dilated and a plain convolution."""
+class SnakeBeta(nn.Module):
+    """x + sin(alpha x)^2 / beta per channel, as `AntiAliased` computes it; the parameters are logarithms."""
 
-    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = mx.zeros((channels,))
+        self.beta = mx.zeros((channels,))
+
+
+class Filter(nn.Module):
+    """A low-pass filter over time, the same for all channels; it comes with the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = mx.zeros((1, TAPS, 1))
+
+    @property
+    def taps(self) -> tuple[float, ...]:
+        """Constants, so that one kernel holds the whole filter."""
+        return tuple(np.array(self.filter.astype(mx.float32)).ravel().tolist())
+
+
+class AntiAliased(nn.Module):
+    """SnakeBeta at twice the rate, (B, T, C) -> (B, T, C): what it makes above the rate's limit is filtered out.
+
+    A filter is a sum of shifted slices in one kernel, which takes less time than a convolution per channel. The even
+    and the odd samples at twice the rate are two arrays, so that no kernel has to step over any.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.act = SnakeBeta(channels)
+        self.upsample = Filter()
+        self.downsample = nn.Module()
+        self.downsample.lowpass = Filter()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        first, last = x[:, :1], x[:, -1:]
+        x = mx.concatenate([first] * 3 + [x] + [last] * 3, axis=1)
+        even, odd = _snake(x, *_scales(self.act.alpha, self.act.beta), self.upsample.taps)
+        first, last = even[:, :1], odd[:, -1:]
+        even = mx.concatenate([first] * 2 + [even] + [last] * 3, axis=1)
+        odd = mx.concatenate([first] * 3 + [odd] + [last] * 2, axis=1)
+        return _decimated(even, odd, self.downsample.lowpass.taps)
+
+
+@mx.compile
+def _scales(alpha: mx.array, beta: mx.array) -> tuple[mx.array, mx.array]:
+    """alpha and 1 / beta of SnakeBeta, each (C,), in float32."""
+    return mx.exp(alpha.astype(mx.float32)), 1 / (mx.exp(beta.astype(mx.float32)) + EPS)
+
+
+@mx.compile
+def _snake(x: mx.array, alpha: mx.array, scale: mx.array, taps: tuple[float, ...]) -> tuple[mx.array, mx.array]:
+    """Twice the rate: (B, T + 6, C), padded -> SnakeBeta of the even and of the odd samples, each (B, T, C).
+
+    The transposed convolution of stride 2 without the zeros that it would multiply."""
+    at = _shifts(x, 7)
+    even = _sum([at[i] * (2 * taps[11 - 2 * i]) for i in range(6)])
+    odd = _sum([at[i + 1] * (2 * taps[10 - 2 * i]) for i in range(6)])
+    even, odd = (y + scale * mx.square(mx.sin(alpha * y)) for y in (even, odd))
+    return even, odd
+
+
+@mx.compile
+def _decimated(even: mx.array, odd: mx.array, taps: tuple[float, ...]) -> mx.array:
+    """Half the rate: even and odd samples, padded, each (B, T + 5, C) -> (B, T, C)."""
+    return _sum([x * tap for x, tap in zip(_shifts(odd, 6) + _shifts(even, 6), taps[::2] + taps[1::2], strict=True)])
+
+
+def _shifts(x: mx.array, count: int) -> list[mx.array]:
+    """Views of (B, T + count - 1, C) that begin one frame later each, (B, T, C)."""
+    length = x.shape[1] - count + 1
+    return [x[:, i : i + length] for i in range(count)]
+
+
+def _sum(terms: list[mx.array]) -> mx.array:
+    """By halves: added one after the other they would be too deep for one kernel."""
+    half = len(terms) // 2
+    return _sum(terms[:half]) + _sum(terms[half:]) if half else terms[0]
+
+
+class ResBlock(nn.Module):
+    """Residual pairs of a dilated and a plain convolution, an activation before each."""
+
+    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...], antialiased: bool = False) -> None:
         super().__init__()
         self.convs1 = [DilatedConv(channels, kernel, dilation) for dilation in dilations]
         self.convs2 = [nn.Conv1d(channels, channels, kernel, padding=kernel // 2) for _ in dilations]
+        if antialiased:
+            self.acts1 = [AntiAliased(channels) for _ in dilations]
+            self.acts2 = [AntiAliased(channels) for _ in dilations]
 
     def __call__(self, x: mx.array) -> mx.array:  # (B, T, C)
-        for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
-            y = conv1(nn.leaky_relu(x, SLOPE))
+        for i, (conv1, conv2) in enumerate(zip(self.convs1, self.convs2, strict=True)):
+            y = conv1(self.acts1[i](x) if "acts1" in self else nn.leaky_relu(x, SLOPE))
             evaluate(y)  # before more is queued: bounds the memory
-            x = x + conv2(nn.leaky_relu(y, SLOPE))
+            x = x + conv2(self.acts2[i](y) if "acts2" in self else nn.leaky_relu(y, SLOPE))
             evaluate(x)
         return x
 
@@ -111,6 +213,18 @@ class Upsample(nn.ConvTranspose1d):
 
 
 class Vocoder(nn.Module):
+    """From a log-mel spectrogram to a waveform, in one generator or in two."""
+
+    def sample_rate(self, mel_rate: float) -> int:
+        """Of the waveform, in Hz, where the spectrogram has `mel_rate` frames per second."""
+        raise NotImplementedError
+
+    def __call__(self, mel: mx.array) -> mx.array:
+        """Log-mel spectrogram (B, 2, T, 64) -> waveform (B, 2, samples), float32."""
+        raise NotImplementedError
+
+
+class Generator(Vocoder):
     """Upsampling stages, each followed by the mean of residual blocks of different kernel sizes."""
 
     def __init__(self, config: VocoderConfig) -> None:
@@ -124,28 +238,26 @@ class Vocoder(nn.Module):
             self.ups.append(Upsample(width, width // 2, kernel, rate, padding=(kernel - rate) // 2))
             width //= 2
             sizes = zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True)
-            self.resblocks += [ResBlock(width, size, dilations) for size, dilations in sizes]
-        self.conv_post = nn.Conv1d(width, CHANNELS, 7, padding=3)
-
-    @property
-    def upsample_factor(self) -> int:
-        """Samples per mel frame."""
-        return prod(self.config.upsample_rates)
+            self.resblocks += [ResBlock(width, size, dilations, config.antialiased) for size, dilations in sizes]
+        if config.antialiased:
+            self.act_post = AntiAliased(width)
+        self.conv_post = nn.Conv1d(width, CHANNELS, 7, padding=3, bias=config.use_bias_at_final)
 
     def sample_rate(self, mel_rate: float) -> int:
-        """Of the waveform, in Hz, where the spectrogram has `mel_rate` frames per second."""
-        return round(mel_rate * self.upsample_factor)
+        return round(mel_rate * self.config.upsample_factor)
 
     def __call__(self, mel: mx.array) -> mx.array:
-        """Log-mel spectrogram (B, 2, T, 64) -> waveform (B, 2, upsample_factor * T) in [-1, 1], float32."""
-        batch, _, frames, _ = mel.shape
+        """(B, 2, T, 64) -> (B, 2, upsample_factor * T), in [-1, 1] unless the final activation is left out."""
+        config, (batch, _, frames, _) = self.config, mel.shape
         x = mel.astype(mx.float32).transpose(0, 2, 1, 3).reshape(batch, frames, -1)  # channel = side * 64 + bin
         x = self.conv_pre(x)
         for stage, up in enumerate(self.ups):
-            x = self._mean_of_blocks(stage, up(nn.leaky_relu(x, SLOPE)))
+            x = self._mean_of_blocks(stage, up(x if config.antialiased else nn.leaky_relu(x, SLOPE)))
             evaluate(x)
-        x = self.conv_post(nn.leaky_relu(x, FINAL_SLOPE))
-        return mx.tanh(x).transpose(0, 2, 1)
+        x = self.conv_post(self.act_post(x) if config.antialiased else nn.leaky_relu(x, FINAL_SLOPE))
+        if config.apply_final_activation:
+            x = mx.tanh(x) if config.use_tanh_at_final else mx.clip(x, -1, 1)
+        return x.transpose(0, 2, 1)
 
     def _mean_of_blocks(self, stage: int, x: mx.array) -> mx.array:
         count = len(self.config.resblock_kernel_sizes)
@@ -153,6 +265,6 @@ class Vocoder(nn.Module):
         return sum((block(x) for block in blocks[1:]), blocks[0](x)) / count
 
 
-def build(config: Mapping[str, Any]) -> Vocoder:
+def build(config: Mapping[str, Any]) -> Generator:
     """The network of a checkpoint's `vocoder` section. Raises ConfigError or UnsupportedError."""
-    return Vocoder(VocoderConfig.from_dict(config))
+    return Generator(VocoderConfig.from_dict(config))
