@@ -27,6 +27,7 @@ from ltx2.runtime.files.paths import check_folder, check_room, write_failure
 from ltx2.runtime.files.ranges import changed
 from ltx2.runtime.files.tensors import FileRecord
 from ltx2.runtime.model.layout import MANIFEST, ComponentRecord, Manifest, ModelFolder
+from ltx2.runtime.model.origin import check_gemma
 
 SHARD_GB = 5.0
 RESERVE_BYTES = 16 << 20  # for folders, journal and manifest
@@ -85,6 +86,9 @@ def _warnings(plan: Plan) -> Iterator[Event]:
         beside = {path.name for path in text_encoder.companions} | {a.name for a in plan.assets("text_encoder")}
         if TOKENIZER not in beside:
             yield Warned(f"the text encoder comes without {TOKENIZER}: generate will read no prompts with it")
+        transformer = plan.components.get("transformer")
+        if transformer is not None and (warning := check_gemma(transformer.config, text_encoder.config)):
+            yield Warned(warning)
     for part in incomplete_parts(plan):
         yield Warned(f"{part} is missing: it comes in another file of the release, which is not among the sources")
 

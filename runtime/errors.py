@@ -51,6 +51,12 @@ class CheckpointError(Ltx2Error):
     kind = "checkpoint"
 
 
+class MismatchError(Ltx2Error):
+    """Two networks that were not trained together."""
+
+    kind = "mismatch"
+
+
 class DownloadError(Ltx2Error):
     """A published file that cannot be had: no access, not there, no connection, or it arrives damaged."""
 

@@ -22,6 +22,7 @@ from ltx2.runtime.files.tensors import FLOATS, FileRecord, TensorFile, TensorInf
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import COMPONENTS, LORAS, is_lora
 from ltx2.runtime.model.lorafile import alphas
+from ltx2.runtime.model.origin import check_gemma
 
 SCALE_PARTS = ("scales", "weight_scale")  # last name parts of what is stored beside a weight kept as codes
 
@@ -174,7 +175,7 @@ def make_plan(sources: Sequence[Source], options: Options | None = None) -> Plan
     """Plan the conversion of all sources into one model folder.
 
     Raises CheckpointError for tensors no rule knows and for components filled twice, InputError for options that do
-    not fit the sources.
+    not fit the sources, MismatchError for networks that were not trained together.
     """
     options = options or Options()
     _check_options(options)
@@ -193,9 +194,18 @@ def make_plan(sources: Sequence[Source], options: Options | None = None) -> Plan
         )
         for name in sorted(owners)
     }
+    _check_gemma(components, owners)
     used = {id(e.file): e.file for e in entries if not isinstance(e, Drop)}
     files = tuple(sorted(used.values(), key=lambda f: (f.path.name, f.size)))
     return Plan(tuple(entries), components, release, _variant(owners, options), files)
+
+
+def _check_gemma(components: Mapping[str, ComponentPlan], owners: Owners) -> None:
+    """Raises MismatchError when the text encoder is not the one that the transformer was trained with."""
+    pair = ("transformer", "text_encoder")
+    if all(name in components for name in pair):
+        first, second = (next(iter(owners[name].values())).path.name for name in pair)
+        check_gemma(components[pair[0]].config, components[pair[1]].config, (first, second))
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -3,16 +3,19 @@ configuration."""
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ltx2.convert.sources.checkpoint import Source
 from ltx2.convert.sources.gemma import text_config
 from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.files.jsonfile import parse_json
 from ltx2.runtime.files.tensors import FileRecord
 from ltx2.runtime.model.config import AS_PUBLISHED
+from ltx2.runtime.model.layout import is_lora
 from ltx2.runtime.model.lorafile import lora_config
+from ltx2.runtime.model.origin import GEMMA_VERSION, MODEL_VERSION
 from ltx2.runtime.networks.text.config import ConnectorsConfig
 
 # Component -> section of a checkpoint's configuration, and the class where the section does not name it.
@@ -30,6 +33,7 @@ CLASS_KEYS: Mapping[str, tuple[str, str]] = {"vocoder": ("bwe", "VocoderWithBWE"
 TRANSFORMER_KEYS: Mapping[str, tuple[str, ...]] = {
     "duration_head": ("cross_attention_dim", "audio_cross_attention_dim"),
 }
+TRAINED_WITH = "gemma_source_checkpoint"  # in a transformer's metadata
 TEXT_PROJECTION = re.compile(r"text_embedding_projection\.(?:\w+_)?aggregate_embed\.weight")
 
 
@@ -49,6 +53,26 @@ class ComponentPlan:
 
 def component_plan(name: str, sources: Sequence[Source]) -> ComponentPlan:
     """How `sources` fill the component together. Raises CheckpointError when they lack the configuration."""
+    plan = _plan(name, sources)
+    return replace(plan, config=dict(plan.config) | _origin(name, sources))
+
+
+def _origin(name: str, sources: Sequence[Source]) -> dict[str, str]:
+    """What the files' metadata say of the model's version and, in the transformer's, of its text encoder's."""
+    found: dict[str, str] = {}
+    for file in (file for source in sources for file in source.files if not is_lora(name)):
+        if version := file.metadata.get(MODEL_VERSION):
+            found.setdefault(MODEL_VERSION, version)
+        try:
+            stated = parse_json(file.metadata.get(TRAINED_WITH, "null"))
+        except ValueError:
+            stated = None
+        if name == "transformer" and isinstance(stated, dict) and GEMMA_VERSION in stated:
+            found[GEMMA_VERSION] = str(stated[GEMMA_VERSION])
+    return found
+
+
+def _plan(name: str, sources: Sequence[Source]) -> ComponentPlan:
     source = sources[0]
     if source.kind == "lora":
         return ComponentPlan(name, "LoRA", lora_config(source.files[0]))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.model.origin import GEMMA_VERSION
 
 # Published files leave out what equals transformers' defaults for Gemma 3.
 DEFAULTS: Mapping[str, Any] = {
@@ -36,7 +37,6 @@ DROPPED = frozenset(
     }
 )  # fmt: skip
 # A multimodal configuration states these for the whole model.
-VERSION = "gemma_version"  # of a model fine-tuned for a release, which brings its own text encoder
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -50,9 +50,9 @@ def text_config(source: Mapping[str, Any]) -> dict[str, Any]:
     own = _language_model(source)
     given = {key: value for key, value in own.items() if key not in DROPPED}
     given |= {key: source[key] for key in TOKEN_IDS if source.get(key) is not None}
-    if VERSION in source:
-        fixed = {"architectures": ["Gemma4UnifiedForCausalLM"], "model_type": "gemma4_text", VERSION: source[VERSION]}
-        return given | fixed
+    if GEMMA_VERSION in source:  # of a model fine-tuned for a release, which brings its own text encoder
+        fixed = {"architectures": ["Gemma4UnifiedForCausalLM"], "model_type": "gemma4_text"}
+        return given | fixed | {GEMMA_VERSION: source[GEMMA_VERSION]}
     rope = _rope(given.pop("rope_parameters", None))
     pattern = _pattern(given.pop("layer_types", None))
     return {

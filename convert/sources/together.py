@@ -1,14 +1,10 @@
-"""Whether sources belong to one model: one release, and the text encoder that the transformer was trained with."""
+"""Whether sources belong to one model."""
 
 from collections.abc import Sequence
 
 from ltx2.convert.names.release import releases, titles
 from ltx2.convert.sources.checkpoint import Source
 from ltx2.runtime.errors import CheckpointError
-from ltx2.runtime.files.jsonfile import parse_json
-
-VERSION = "gemma_version"  # stated by the text encoder's configuration, and by the transformer's metadata below
-TRAINED_WITH = "gemma_source_checkpoint"
 
 
 def common_release(sources: Sequence[Source]) -> str | None:
@@ -25,7 +21,6 @@ def common_release(sources: Sequence[Source]) -> str | None:
         fitting = [release for release in fitting if release in source.releases]
         if not fitting:
             raise _different(_contradiction(limited))
-    _check_text_encoder(sources)
     return fitting[0].name if limited and len(fitting) == 1 else None
 
 
@@ -47,28 +42,3 @@ def _contradiction(sources: Sequence[Source]) -> list[Source]:
 
 def _names(source: Source) -> set[str]:
     return {release.name for release in source.releases}
-
-
-def _check_text_encoder(sources: Sequence[Source]) -> None:
-    """Raises CheckpointError when transformer and text encoder name different fine-tunings of Gemma."""
-    given = {str(s.config[VERSION]): s for s in sources if VERSION in s.config}
-    for source in sources:
-        wanted = _trained_with(source)
-        for version, encoder in given.items() if wanted else ():
-            if version != wanted:
-                raise CheckpointError(
-                    f"{encoder.path.name} is not the text encoder of {source.path.name}",
-                    f"the text encoder is {version}, the transformer was trained with {wanted}",
-                    "use the text encoder published with this transformer",
-                )
-
-
-def _trained_with(source: Source) -> str | None:
-    for file in source.files:
-        try:
-            stated = parse_json(file.metadata.get(TRAINED_WITH, "null"))
-        except ValueError:
-            stated = None
-        if isinstance(stated, dict) and VERSION in stated:
-            return str(stated[VERSION])
-    return None

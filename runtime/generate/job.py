@@ -12,6 +12,7 @@ from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.sidecar import sidecar_path
 from ltx2.runtime.media.video import check_target
 from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.model.origin import check_text_encoder
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.load import check_network, encode_prompt
 from ltx2.runtime.networks.text.tokenizer import Encoded
@@ -87,6 +88,8 @@ class Job:
         self._check_upscaler()
         for component in self.components:
             check_network(self.folder, component)
+        if "text_encoder" in self.components:
+            check_text_encoder(self.folder)
         request = self.request
         if request.output is not None:
             check_target(Path(request.output))

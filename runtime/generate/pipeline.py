@@ -31,6 +31,7 @@ from ltx2.runtime.memory.meter import Phase, explained
 from ltx2.runtime.memory.plan import MemoryPlan, plan_memory
 from ltx2.runtime.memory.streaming import streamed
 from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.model.origin import check_text_encoder
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.audio.vocoder import Vocoder
 from ltx2.runtime.networks.load import load_network, read_weights
@@ -232,6 +233,8 @@ class Run:
         tokens = self.job.tokens
         if tokens.truncated:
             yield Warned(f"the prompt is {tokens.truncated} tokens too long; its end is ignored")
+        if warning := check_text_encoder(self.folder):
+            yield Warned(warning)
         hidden = yield from self._phase("text_encoder", self._encode_text, tokens)
         return (yield from self._phase("connectors", self._connect, hidden, tokens))
 

@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from ltx2.runtime.errors import ConfigError, UnsupportedError
+from ltx2.runtime.model.origin import ORIGIN_KEYS
 
 # Keys that describe storage, not the network; they may stand in every component's config.json.
 STORAGE_KEYS = frozenset({"quantization", "quantization_config"})
@@ -47,7 +48,7 @@ class Config:
                 kwargs[key] = _checked(cls.__name__, key, _freeze(value), hints[key])
             elif key in cls.FIXED:
                 _check_constant(cls.__name__, key, value, cls.FIXED[key])
-            elif key not in cls.IGNORED and key not in STORAGE_KEYS:
+            elif key not in cls.IGNORED | STORAGE_KEYS | ORIGIN_KEYS:
                 raise ConfigError(
                     f"{cls.__name__}: unknown configuration key {key!r}",
                     "a key this version does not know may change what the network computes",

@@ -18,7 +18,7 @@ from ltx2.convert.plan.check import check_plan, incomplete_parts
 from ltx2.convert.plan.entries import Asset, Drop, Merge, Move, Options, Plan, make_plan
 from ltx2.convert.sources.checkpoint import open_sources, special_storage, variant_in_name
 from ltx2.convert.tensors.scales import dropped_beside_codes
-from ltx2.runtime.errors import CheckpointError, ConfigError, UnsupportedError
+from ltx2.runtime.errors import CheckpointError, ConfigError, MismatchError, UnsupportedError
 from tests.support import published
 from tests.support.official import plan_of
 
@@ -282,9 +282,9 @@ class TestKeys:
         config = json.loads(published.read_header("ltx-2.3-22b")[1]["config"])
         sections = {"transformer": "transformer", "video_vae": "vae", "audio_vae": "audio_vae", "vocoder": "vocoder"}
         for component, section in sections.items():
-            assert made.components[component].config == config[section]
+            assert made.components[component].config == config[section] | {"model_version": "2.3.0"}
         assert made.components["connectors"].config["text_projection_in_features"] == 188160
-        widths = {"cross_attention_dim": 4096, "audio_cross_attention_dim": 2048}
+        widths = {"cross_attention_dim": 4096, "audio_cross_attention_dim": 2048, "model_version": "2.5.0"}
         assert plan("ltx-2.5-duration-head-bf16").components["duration_head"].config == widths
 
 
@@ -323,6 +323,8 @@ class TestTogether:
             "transformer", "connectors", "text_encoder", "video_vae", "audio_vae", "vocoder", "duration_head",
             "temporal_upscaler",
         }  # fmt: skip
+        versions = [plan.components[name].config["gemma_version"] for name in ("transformer", "text_encoder")]
+        assert versions == ["gemma4-12b-ltx-v1"] * 2
         assert plan.components["connectors"].config["connector_num_layers"] == 8
         assert plan.components["connectors"].config["text_projection_in_features"] == 188160
         check_plan(plan)
@@ -362,7 +364,7 @@ class TestTogether:
         _, metadata, tensors = published.read_header("gemma4-12b-with-proj-ltx-2.5-bf16")
         metadata["gemma_config"] = metadata["gemma_config"].replace("gemma4-12b-ltx-v1", "gemma4-12b-ltx-v2")
         other = published.write_sparse(tmp_path / "te.safetensors", tensors, metadata)
-        with pytest.raises(CheckpointError, match=r"te\.safetensors is not the text .*-ltx-v2, .*-ltx-v1"):
+        with pytest.raises(MismatchError, match=r"te\.safetensors is not the text .*-ltx-v2, .*-ltx-v1"):
             plan_of(file("ltx-2.5-22b-transformer-bf16"), other, variant="dev")
 
     def test_text_encoder_of_another_width(self, file: Look, tmp_path: Path) -> None:

@@ -59,6 +59,13 @@ def test_first_token_does_not_depend_on_the_files_post_processor(tokenizer: Toke
     np.testing.assert_array_equal(without.encode("a red square", 8).ids, tokenizer.encode("a red square", 8).ids)
 
 
+def test_a_prompt_that_begins_with_the_first_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """What a post-processor adds is added in any case, what is missing only where it is missing."""
+    without = Tokenizer.load(edited(tmp_path, post_processor=None))
+    assert without.encode("<bos>a", 4).ids[0, 1:].tolist() == [0, 2, 260]
+    assert tokenizer.encode("<bos>a", 4).ids[0, 1:].tolist() == [2, 2, 260]
+
+
 def test_saved_truncation_and_padding_have_no_effect(tokenizer: Tokenizer, tmp_path: Path) -> None:
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     padding = {

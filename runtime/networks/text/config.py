@@ -139,7 +139,6 @@ class Gemma4Config(GemmaConfig):
         "use_bidirectional_attention": ("vision", None),  # "vision": none between the tokens of a text
     }
     IGNORED: ClassVar[frozenset[str]] = NO_EFFECT | {
-        "gemma_version",  # compared with the transformer's
         "moe_intermediate_size", "num_experts", "top_k_experts",  # without experts
         "use_double_wide_mlp",  # without layers that share keys
         "vocab_size_per_layer_input",  # without inputs per layer

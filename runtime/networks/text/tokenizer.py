@@ -57,9 +57,10 @@ class Tokenizer:
         return cls(backend, bos, pad)
 
     def encode(self, prompt: str, length: int) -> Encoded:
-        """Exactly `length` ids: padding, then one beginning-of-sequence token and the stripped prompt's tokens."""
-        # Whether the post-processor adds the first token differs between Gemma versions: do it here, once.
-        tokens = [self.bos, *self._backend.encode(prompt.strip(), add_special_tokens=False).ids]
+        """Exactly `length` ids: padding, then a beginning-of-sequence token and the stripped prompt's tokens."""
+        tokens = self._backend.encode(prompt.strip()).ids
+        if tokens[:1] != [self.bos]:  # whether the post-processor adds it differs between Gemma's generations
+            tokens = [self.bos, *tokens]
         kept = tokens[:length]
         ids = np.full((1, length), self.pad, np.int32)
         mask = np.zeros((1, length), np.int32)
