@@ -233,7 +233,7 @@ class Run:
         tokens = self.job.tokens
         if tokens.truncated:
             yield Warned(f"the prompt is {tokens.truncated} tokens too long; its end is ignored")
-        if warning := check_text_encoder(self.folder):
+        if warning := check_text_encoder(self.job.folder):
             yield Warned(warning)
         hidden = yield from self._phase("text_encoder", self._encode_text, tokens)
         return (yield from self._phase("connectors", self._connect, hidden, tokens))
