@@ -28,8 +28,12 @@ from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.video_vae.frames import decode_frames
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling, tilings
-from ltx2.runtime.sampling.denoise import denoise
-from ltx2.runtime.sampling.latents import AUDIO_FREQUENCIES, Grid, Latents, Scales, audio_positions, video_positions
+from ltx2.runtime.sampling.denoise import Course, Denoiser, begin, denoise
+from ltx2.runtime.sampling.guidance import NEUTRAL, TEXT
+from ltx2.runtime.sampling.latents import AUDIO_FREQUENCIES, Grid, Scales
+from ltx2.runtime.sampling.noise import Seeded
+from ltx2.runtime.sampling.samplers import SAMPLERS
+from ltx2.runtime.sampling.state import begin_states
 from ltx2.runtime.streams import Streams
 
 DATA = json.loads(resources.files("ltx2.bench.random").joinpath("fullsize.json").read_text())
@@ -125,12 +129,11 @@ def steps(bits: int) -> Iterator[Row]:
 
 
 def _step(transformer: Transformer, grid: Grid) -> None:
-    scales = Scales(**DATA["scales"])
     text = mx.zeros((1, DATA["text_tokens"], transformer.config.caption_channels), mx.bfloat16)
-    positions = Streams(video_positions(grid, DATA["fps"], scales), audio_positions(grid, scales))
-    prepared = transformer.project(Streams(text, text)).zip(transformer.ropes(positions))
-    noise = Latents(mx.ones(grid.video_shape), mx.ones(grid.audio_shape)).to_tokens()
-    for _ in denoise(transformer, noise, SIGMAS, prepared):
+    states = begin_states(grid, DATA["fps"], Scales(**DATA["scales"]))
+    course, noise = Course(1, SIGMAS, SAMPLERS["euler"], Streams(NEUTRAL, NEUTRAL)), Seeded(0)
+    denoiser = Denoiser(transformer, {TEXT: Streams(text, text)}, states)
+    for _ in denoise(denoiser, course, noise, begin(course, states, noise)):
         pass
 
 

@@ -24,7 +24,7 @@ from ltx2.convert.tensors.scales import CodedTensors, dropped_beside_codes, find
 from ltx2.convert.tensors.steps import Spec
 from ltx2.runtime.errors import CheckpointError, Ltx2Error, UnsupportedError
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
-from ltx2.runtime.generate.presets import decoding_preset, load_preset
+from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.model.forms import Quantization
 from ltx2.runtime.model.layout import MANIFEST, ModelFolder
 from ltx2.runtime.model.lorafile import alphas
@@ -122,7 +122,7 @@ def _is_used(source: Source, components: Container[str], variant: str | None) ->
 
 def _generates(release: str | None, variant: str | None) -> bool:
     try:
-        load_preset(release, variant) if variant else decoding_preset(release)
+        load_preset(release)
     except UnsupportedError:
         return False
     return True

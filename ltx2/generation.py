@@ -8,10 +8,10 @@ from typing import Any
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.resume import state_path
 from ltx2.runtime.generate.sidecar import Sidecar
-from ltx2.runtime.memory.plan import MemoryPlan
 
 
 class Generation:

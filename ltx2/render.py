@@ -31,7 +31,7 @@ from ltx2.runtime.events import (
 )
 
 if TYPE_CHECKING:
-    from ltx2.runtime.memory.plan import MemoryPlan
+    from ltx2.runtime.generate.planning import MemoryPlan
 
 SILENCE_SECONDS = 4.0  # five are promised
 BEAT_SECONDS = 0.5

@@ -29,6 +29,14 @@ class Streams(Generic[T]):
         video = None if self.video is None else function(self.video)
         return Streams(video, None if self.audio is None else function(self.audio))
 
+    def named(self, function: Callable[[str, T], R]) -> "Streams[R]":
+        """As `map`, of a function that is also given the stream's name."""
+        return Streams(**{name: function(name, value) for name, value in self.items()})
+
+    def get(self, name: str) -> T:
+        """The stream of this name. Raises KeyError where it is absent."""
+        return dict(self.items())[name]
+
     def zip(self, other: "Streams[U]") -> "Streams[tuple[T, U]]":
         """Pairs, of the streams that both have."""
         video = None if self.video is None or other.video is None else (self.video, other.video)

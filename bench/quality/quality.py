@@ -35,6 +35,7 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Section
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options import COSTS
+from ltx2.runtime.generate.phases import components, phases
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.model.layout import ModelFolder
@@ -134,7 +135,7 @@ def check_comparable(model: ModelFolder, reference: ModelFolder, case: Case) -> 
         if ours != theirs:
             raise refuse(f"the {name}", ours, theirs)
     job = Job(reference, Request.from_options({"prompt": "", **case.options}))
-    for component in job.components:
+    for component in components(phases(job)):
         ours, theirs = (_architecture(folder, component) for folder in (model, reference))
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):

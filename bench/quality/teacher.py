@@ -19,7 +19,7 @@ import numpy as np
 from ltx2.bench.quality.metrics import Array, Difference
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.clip import Clip, Generated
-from ltx2.runtime.generate.exchange import Contexts, read_embeddings
+from ltx2.runtime.generate.exchange import read_embeddings
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.observe import intercept
 from ltx2.runtime.generate.pipeline import Observe, Pipeline
@@ -28,6 +28,7 @@ from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.transformer.inputs import Levels, StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.sampling.guidance import TEXT
 from ltx2.runtime.sampling.latents import audio_positions, video_positions
 from ltx2.runtime.streams import Streams
 
@@ -76,7 +77,7 @@ class Recording:
     prompt: str
     rows: Mapping[Layer, list[Rows]]
     stages: list[list[Step]]
-    contexts: Contexts
+    contexts: Streams[mx.array]
     clip: Clip
 
 
@@ -127,7 +128,9 @@ def make(model: Path, prompt: str, case: Case) -> Generator[Event, None, Clip]:
     return clip
 
 
-def _generated(model: Path, prompt: str, case: Case, observe: Observe) -> Generator[Event, None, tuple[Contexts, Clip]]:
+def _generated(
+    model: Path, prompt: str, case: Case, observe: Observe
+) -> Generator[Event, None, tuple[Streams[mx.array], Clip]]:
     """Run the pipeline; returns what it made of the text, and the clip."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "contexts.safetensors"
@@ -135,7 +138,7 @@ def _generated(model: Path, prompt: str, case: Case, observe: Observe) -> Genera
         for event in pipeline.stream(prompt, **case.options, save_embeddings=file):
             if isinstance(event, Generated):
                 width = pipeline.folder.config("transformer")["caption_channels"]
-                return read_embeddings(file, width), event.clip
+                return read_embeddings(file, Streams(width, width))[TEXT], event.clip
             yield event
     raise RuntimeError("the generation ended without a clip")
 
@@ -218,13 +221,13 @@ class _Pupil:
 
     def _teach(self, transformer: Transformer) -> None:
         """The velocities at the tokens of the reference's steps."""
-        stage = self._job.preset.stages[self._stage]
         steps = self._recording.stages[self._stage]
         self._stage += 1
-        grid, scales, contexts = self._job.grid(stage), self._job.scales, self._recording.contexts
+        course, grid = self._job.course(self._stage), self._job.stage_grid(self._stage)
+        scales, contexts = self._job.scales, self._recording.contexts
         positions = Streams(video_positions(grid, self._job.sizes.fps, scales), audio_positions(grid, scales))
         prepared = transformer.project(Streams(contexts.video, contexts.audio)).zip(transformer.ropes(positions))
-        for number, (step, sigma) in enumerate(zip(steps, stage.sigmas, strict=False), start=1):
+        for number, (step, sigma) in enumerate(zip(steps, course.sigmas, strict=False), start=1):
             levels = Levels(mx.array([sigma]), sigma=sigma)
             inputs = {name: StreamInput(step.tokens[name], levels, *pair) for name, pair in prepared.items()}
             velocities = dict(transformer(Streams(**inputs)).items())

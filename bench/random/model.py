@@ -22,7 +22,7 @@ from ltx2.convert.tensors.steps import Spec
 from ltx2.quant.apply import Settings, quantize_plan
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
-from ltx2.runtime.generate.presets import load_preset
+from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.memory.blocks import Names, Weights, open_blocks
 from ltx2.runtime.model.forms import AFFINE
 from ltx2.runtime.model.layout import ComponentRecord, Manifest, ModelFolder
@@ -106,7 +106,7 @@ def random_folder(name: str, settings: Settings | None = None) -> RandomFolder:
     Raises InputError for other names, UnsupportedError for a model that cannot generate yet.
     """
     bundle = _bundle(name)
-    load_preset(bundle.release, bundle.variant)
+    load_preset(bundle.release)
     data = published()
     if data["release"] != bundle.release:
         raise UnsupportedError(f"the networks of {name} are not known", "no data say their sizes", "download it")

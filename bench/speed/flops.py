@@ -4,17 +4,29 @@ stored once per evaluation, and what goes in and out of each of them. Elementwis
 
 What a tiling of the video decoder computes twice is no work of the clip either, so that tiles cost efficiency."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.presets import Stage
-from ltx2.runtime.memory.plan import FULL, Model
+from ltx2.runtime.generate.phases import (
+    Connect,
+    DecodeSound,
+    DecodeVideo,
+    Denoise,
+    EncodeText,
+    Phase,
+    Upscale,
+    Vocode,
+    phases,
+)  # fmt: skip
+from ltx2.runtime.memory.plan import Headers
+from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig, vocoder_config
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import CHANNELS, MEL_BINS, VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig, gemma_config
+from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.modulation import FREQUENCIES
 from ltx2.runtime.networks.upsampler import RATIONAL_SCALES, UpsamplerConfig
@@ -49,50 +61,68 @@ class PhaseWork:
 
 def count(job: Job) -> dict[str, PhaseWork]:
     """The work of every phase of a job by its name. Reads headers."""
-    return dict(_phases(job, Model(job)))
+    headers = Headers(job.folder)
+    return {phase.name: COUNTS[type(phase)](phase, headers) for phase in phases(job)}
 
 
-def _phases(job: Job, model: Model) -> Iterator[tuple[str, PhaseWork]]:
-    request = job.request
-    if request.latents is None:
-        if request.embeddings is None:
-            yield from _text(job, model)
-        for number, stage in enumerate(job.preset.stages, start=1):
-            yield from _stage(job, model, number, stage)
-    grid = job.grid(FULL)
-    latents = (grid.frames, grid.height, grid.width)
-    work, decoder = decode_video(job.video_config, latents), model.weights("video_vae", "decoder.")
-    yield "video_vae", _moving(work, model.itemsize("video_vae"), decoder)
-    if request.no_audio:
-        return
-    audio = job.audio_config
-    decoder = model.weights("audio_vae", "decoder.")
-    yield "audio_vae", _moving(decode_audio(audio, grid.audio_frames), FLOAT32, decoder)
-    config = vocoder_config(model.config("vocoder"))
-    mel_frames = (grid.audio_frames - 1) * audio.temporal_scale + 1
-    yield "vocoder", _moving(vocode(config, mel_frames), FLOAT32, model.weights("vocoder"))
+def _encode_text(phase: Phase, headers: Headers) -> PhaseWork:
+    weights = headers.weights("text_encoder") - headers.weights("text_encoder", EMBEDDING)
+    config = gemma_config(headers.config("text_encoder"))
+    work = sum((encode_text(config, _length(tokens)) for tokens in phase.job.tokens.values()), Work())
+    return _moving(work, headers.itemsize("text_encoder"), weights)
 
 
-def _text(job: Job, model: Model) -> Iterator[tuple[str, PhaseWork]]:
-    tokens, length = int(job.tokens.mask.sum()), job.preset.text_tokens
-    weights = model.weights("text_encoder") - model.weights("text_encoder", EMBEDDING)
-    work = encode_text(gemma_config(model.config("text_encoder")), tokens)
-    yield "text_encoder", _moving(work, model.itemsize("text_encoder"), weights)
-    work = connect(ConnectorsConfig.from_dict(model.config("connectors")), tokens, length)
-    yield "connectors", _moving(work, model.itemsize("connectors"), model.weights("connectors"))
+def _connect(phase: Phase, headers: Headers) -> PhaseWork:
+    config, length = ConnectorsConfig.from_dict(headers.config("connectors")), phase.job.preset.text_tokens
+    work = sum((connect(config, _length(tokens), length) for tokens in phase.job.tokens.values()), Work())
+    return _moving(work, headers.itemsize("connectors"), headers.weights("connectors"))
 
 
-def _stage(job: Job, model: Model, number: int, stage: Stage) -> Iterator[tuple[str, PhaseWork]]:
-    if number > 1:
-        config = UpsamplerConfig.from_dict(model.config("spatial_upscaler"))
-        work = upscale(config, job.grid(job.preset.stages[number - 2]))
-        itemsize = model.itemsize("spatial_upscaler")
-        yield "spatial_upscaler", _moving(work, itemsize, model.weights("spatial_upscaler"))
-    transformer = TransformerConfig.from_dict(model.config("transformer"))
-    step = denoise_step(transformer, job.grid(stage), job.preset.text_tokens)
-    work = step * stage.steps + project_text(transformer, job.preset.text_tokens)
-    weights = stage.steps * model.weights("transformer")
-    yield f"stage{number}", _moving(work, model.itemsize("transformer"), weights)
+def _upscale(phase: Phase, headers: Headers) -> PhaseWork:
+    assert isinstance(phase, Upscale), "as COUNTS says"
+    config = UpsamplerConfig.from_dict(headers.config(phase.upscaler))
+    work = upscale(config, phase.job.stage_grid(phase.number - 1))
+    return _moving(work, headers.itemsize(phase.upscaler), headers.weights(phase.upscaler))
+
+
+def _denoise(phase: Phase, headers: Headers) -> PhaseWork:
+    assert isinstance(phase, Denoise), "as COUNTS says"
+    job, config = phase.job, TransformerConfig.from_dict(headers.config(TRANSFORMER))
+    step, calls = denoise_step(config, job.stage_grid(phase.number), job.preset.text_tokens), job.calls(phase.number)
+    work = step * calls + project_text(config, job.preset.text_tokens)
+    return _moving(work, headers.itemsize(TRANSFORMER), calls * headers.weights(TRANSFORMER))
+
+
+def _decode_sound(phase: Phase, headers: Headers) -> PhaseWork:
+    work = decode_audio(phase.job.audio_config, phase.job.grid().audio_frames)
+    return _moving(work, FLOAT32, headers.weights("audio_vae", "decoder."))
+
+
+def _vocode(phase: Phase, headers: Headers) -> PhaseWork:
+    mel_frames = (phase.job.grid().audio_frames - 1) * phase.job.audio_config.temporal_scale + 1
+    work = vocode(vocoder_config(headers.config("vocoder")), mel_frames)
+    return _moving(work, FLOAT32, headers.weights("vocoder"))
+
+
+def _decode_video(phase: Phase, headers: Headers) -> PhaseWork:
+    grid = phase.job.grid()
+    work = decode_video(phase.job.video_config, (grid.frames, grid.height, grid.width))
+    return _moving(work, headers.itemsize("video_vae"), headers.weights("video_vae", "decoder."))
+
+
+COUNTS: Mapping[type[Phase], Callable[[Phase, Headers], PhaseWork]] = {
+    EncodeText: _encode_text,
+    Connect: _connect,
+    Upscale: _upscale,
+    Denoise: _denoise,
+    DecodeSound: _decode_sound,
+    Vocode: _vocode,
+    DecodeVideo: _decode_video,
+}
+
+
+def _length(tokens: Encoded) -> int:
+    return int(tokens.mask.sum())
 
 
 def _moving(work: Work, itemsize: int, weights: int) -> PhaseWork:

@@ -16,9 +16,9 @@ from ltx2.bench.speed.suite import Schedule
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options import COSTS
+from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.machine.bounded import ceiling as eval_ceiling
 from ltx2.runtime.memory.meter import SAMPLED
-from ltx2.runtime.memory.plan import MemoryPlan
 from ltx2.runtime.model.layout import ModelFolder
 
 GIB = 1 << 30

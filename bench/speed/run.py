@@ -24,16 +24,17 @@ from ltx2.bench.speed.trace import MemoryTrace
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, Warned
 from ltx2.runtime.files.tensors import FLOATS, MLX_DTYPES
-from ltx2.runtime.generate.clip import Generated
-from ltx2.runtime.generate.exchange import Contexts, write_embeddings, write_latents
-from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.clip import Generated, Sampled
+from ltx2.runtime.generate.exchange import write_embeddings, write_latents
+from ltx2.runtime.generate.job import CONTEXTS, LATENTS, Job
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.linear import Packed
 from ltx2.runtime.machine.process import disk_bytes_read
-from ltx2.runtime.memory.plan import FULL
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.transformer.config import TransformerConfig
-from ltx2.runtime.sampling.latents import Latents
+from ltx2.runtime.sampling.guidance import TEXT
+from ltx2.runtime.streams import Streams
 
 PROMPT = "a red square moves left on a white background with a low tone"
 
@@ -116,10 +117,9 @@ class _Subject:
         self._case = case
         self._pipeline = Pipeline(case.model, self._observe)
         whole = self._pipeline.plan(PROMPT, **dict(case.task.options)).job
-        self._options = _start(whole, case.task, file)
-        self.plan = self._pipeline.plan(**self._options)
-        ends = {"text": "connectors", "denoise": f"stage{len(whole.preset.stages)}"}
-        self._last = ends.get(case.task.part)  # None: it ends by itself
+        self._request = Request.from_options(_start(whole, case.task, file))
+        self._until = {"text": CONTEXTS, "denoise": LATENTS}.get(case.task.part)
+        self.plan = self._pipeline.planned(self._request, self._until)
         self._runs: list[list[PhaseRun]] = []
         self._trace: dict[str, Any] = {}
         self._products: dict[str, dict[int, str]] = {}
@@ -150,7 +150,7 @@ class _Subject:
     def run(self, counted: bool) -> Iterator[Event]:
         """One run of the case: its events."""
         phases: list[PhaseRun] = []
-        with MemoryTrace() as trace, closing(self._events()) as events:
+        with MemoryTrace() as trace, closing(self._pipeline.events(self._request, self._until)) as events:
             read = None
             for event in events:
                 if isinstance(event, PhaseStarted):
@@ -158,16 +158,11 @@ class _Subject:
                     read = disk_bytes_read()
                 if isinstance(event, PhaseDone):
                     phases.append(PhaseRun(event, trace.end(), _since(read)))
-                if not isinstance(event, Generated):
+                if not isinstance(event, Generated | Sampled):
                     yield event
-                if isinstance(event, PhaseDone) and event.name == self._last:
-                    break
         if counted:
             self._runs.append(phases)
             self._trace = trace.to_dict()
-
-    def _events(self) -> Generator[Event, None, None]:
-        yield from self._pipeline.stream(**self._options)
 
     def result(self, ceilings: Ceilings) -> CaseRuns:
         """What the receipt is made from."""
@@ -188,11 +183,10 @@ def _start(job: Job, task: Task, file: Path) -> dict[str, Any]:
     if task.part == "denoise":
         config = TransformerConfig.from_dict(job.folder.config("transformer"))
         shape = (1, job.preset.text_tokens, config.caption_channels)
-        write_embeddings(str(file), Contexts(_normal(shape), _normal(shape)))
+        write_embeddings(str(file), {TEXT: Streams(_normal(shape), _normal(shape))})
         return options | {"embeddings": str(file)}
     if task.part == "decode":
-        grid = job.grid(FULL)
-        write_latents(str(file), Latents(_normal(grid.video_shape), _normal(grid.audio_shape)))
+        write_latents(str(file), job.grid().segments.map(lambda segment: _normal(segment.shape)))
         return {name: value for name, value in options.items() if name != "no_upscale"} | {"latents": str(file)}
     return options | {"prompt": PROMPT}
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ltx2.runtime.errors import InputError, UnsupportedError
-from ltx2.runtime.generate.presets import load_preset
+from ltx2.runtime.generate.preset import load_preset
 
 HUB = "https://huggingface.co"
 
@@ -73,7 +73,7 @@ class Bundle:
     @property
     def generates(self) -> bool:
         try:
-            load_preset(self.release, self.variant)
+            load_preset(self.release)
         except UnsupportedError:
             return False
         return True

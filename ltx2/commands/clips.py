@@ -10,7 +10,7 @@ from ltx2.console import Output, common, say_how_to_continue
 from ltx2.runtime.errors import Ltx2Error
 
 if TYPE_CHECKING:
-    from ltx2.runtime.memory.plan import MemoryPlan
+    from ltx2.runtime.generate.planning import MemoryPlan
 
 
 @click.command()

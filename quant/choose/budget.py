@@ -14,7 +14,7 @@ from ltx2.quant.recipes.recipe import BITS, EVERY, load_recipe
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.tensors import FLOATS
-from ltx2.runtime.generate.presets import Stage, decoding_preset
+from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.memory.activations import denoise_step
 from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
@@ -76,7 +76,7 @@ def _activations(plan: Plan, sizes: Sizes) -> int:
     config = TransformerConfig.from_dict(plan.components[TRANSFORMER].config)
     specs = [spec for move in plan.moves(TRANSFORMER) for spec in move.stored().values()]
     width = min(spec.itemsize for spec in specs if spec.dtype in FLOATS.values())
-    tokens = decoding_preset(plan.release).text_tokens
+    tokens = load_preset(plan.release).text_tokens
     weights = {move.layer: prod(move.values.shape) for move in plan.moves(TRANSFORMER) if move.key.endswith(".weight")}
     packed = load_recipe(EVERY).bits(TRANSFORMER, list(weights), max(BITS))
     largest = max((weights[layer] for layer in packed), default=0)
@@ -87,4 +87,4 @@ def _grid(plan: Plan, sizes: Sizes) -> Grid:
     video = VideoVAEConfig.from_dict(plan.components["video_vae"].config)
     audio = AudioVAEConfig.from_dict(plan.components["audio_vae"].config)
     scales = Scales(video.spatial_scale, video.temporal_scale, audio.hop / audio.sample_rate, audio.temporal_scale)
-    return sizes.grid(Stage(1, ()), scales, video.latent_channels, audio.latent_channels)
+    return sizes.grid(1, scales, video.latent_channels, audio.latent_channels)

@@ -4,8 +4,7 @@ connectors and every denoise step, up to the latents.
 Layers are watched, not changed. Sums are taken input by input, so memory stays what generating takes."""
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +21,14 @@ from ltx2.quant.measure.recording import CallRecorder
 from ltx2.quant.measure.sensitivity import Steps, measure
 from ltx2.quant.measure.statistics import About, Layer, identity, write_statistics
 from ltx2.runtime.errors import InputError, NumericsError
-from ltx2.runtime.events import Event, PhaseStarted, PromptStarted
+from ltx2.runtime.events import Event, PromptStarted
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.paths import check_output, open_regular
 from ltx2.runtime.files.tensors import Array
-from ltx2.runtime.generate.job import DECODERS
+from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
 
@@ -147,7 +147,8 @@ def calibrate(
             calls.next_prompt()
         if steps is not None:
             steps.next_prompt()
-        yield from _until_decoding(pipeline.stream(prompt, seed=seed + number, no_audio=True, **options))
+        request = Request.from_options({"prompt": prompt, "seed": seed + number, "no_audio": True, **options})
+        yield from pipeline.events(request, LATENTS)
     found = (yield from measure(pipeline.folder, steps)) if steps is not None else None
     about = _about(pipeline.folder, prompts, options | {"seed": seed})
     layers = recorder.layers()
@@ -159,15 +160,6 @@ def _observe(recorder: Recorder, steps: Steps | None, component: str, network: n
     recorder.observe(component, network)
     if steps is not None:
         steps.observe(component, network)
-
-
-def _until_decoding(events: Generator[Event, None, None]) -> Iterator[Event]:
-    """The events of a generation up to its latents; what would follow is not done."""
-    with closing(events):
-        for event in events:
-            if isinstance(event, PhaseStarted) and event.name in DECODERS:
-                return
-            yield event
 
 
 def _about(folder: ModelFolder, prompts: Sequence[str], options: Mapping[str, Any]) -> About:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.events import Event
@@ -13,6 +14,7 @@ from ltx2.runtime.files.atomic import write_text
 from ltx2.runtime.generate.sidecar import sidecar_path
 from ltx2.runtime.media.video import AudioTrack, write_video
 from ltx2.runtime.sampling.latents import Sizes
+from ltx2.runtime.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,15 @@ class Clip:
         write_video(video, [self.frames], fps=self.fps, audio=audio)
         conclude(video, self.record, self.state)
         return video
+
+
+@dataclass(frozen=True)
+class Sampled(Event):
+    """Last event of a generation that is not decoded: the prompts' contexts by name, and the latents if there are any
+    yet."""
+
+    contexts: Mapping[str, Streams[mx.array]]
+    latents: Streams[mx.array]
 
 
 @dataclass(frozen=True)

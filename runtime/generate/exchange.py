@@ -2,7 +2,6 @@
 first, batch 1."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,17 +10,11 @@ import numpy as np
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
-from ltx2.runtime.sampling.latents import AUDIO_FREQUENCIES, Grid, Latents
+from ltx2.runtime.sampling.guidance import NEGATIVE, TEXT
+from ltx2.runtime.sampling.latents import AUDIO_FREQUENCIES
+from ltx2.runtime.streams import Streams
 
 MOST_BYTES = 10**9  # of one tensor; a minute of 4K has 0.75 GB of latents
-
-
-@dataclass(frozen=True)
-class Contexts:
-    """The connectors' outputs for one prompt: (1, tokens, width) each."""
-
-    video: mx.array
-    audio: mx.array
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
@@ -56,43 +49,57 @@ def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array
     return result
 
 
-def read_noise(path: str | Path, grids: list[Grid]) -> list[Latents]:
-    """`stageN.video`, `stageN.audio` for every stage, checked against the stages' grids."""
-    result = []
-    for number, grid in enumerate(grids, start=1):
-        video, audio = f"stage{number}.video", f"stage{number}.audio"
-        tensors = read_tensors(path, (video, audio))
-        _check_shape(path, video, tensors[video], grid.video_shape)
-        _check_shape(path, audio, tensors[audio], grid.audio_shape)
-        result.append(Latents(tensors[video], tensors[audio]))
-    return result
+def read_noise(path: str | Path, draws: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
+    """All tensors that a run draws, by name and shape. Raises InputError when one is missing, unknown or misshapen."""
+    tensors = read_tensors(path, tuple(draws))
+    for name, shape in draws.items():
+        _check_shape(path, name, tensors[name], shape)
+    return tensors
 
 
-def read_latents(path: str | Path, channels: int, audio_channels: int) -> Latents:
+def read_latents(path: str | Path, channels: int, audio_channels: int) -> Streams[mx.array]:
     """`video` (1, channels, F, H, W) and `audio` (1, audio_channels, T, 16)."""
     tensors = read_tensors(path, ("video", "audio"))
     video, audio = tensors["video"], tensors["audio"]
     _check_shape(path, "video", video, (1, channels, *video.shape[2:5]) if video.ndim == 5 else (1, channels, 1, 1, 1))
     _check_shape(path, "audio", audio, (1, audio_channels, audio.shape[2] if audio.ndim == 4 else 1, AUDIO_FREQUENCIES))
-    return Latents(video, audio)
+    return Streams(video, audio)
 
 
-def write_latents(path: str | Path, latents: Latents) -> None:
-    write_tensors(path, {"video": latents.video, "audio": latents.audio})
+def write_latents(path: str | Path, latents: Streams[mx.array]) -> None:
+    """The streams that are there."""
+    write_tensors(path, dict(latents.items()))
 
 
-def read_embeddings(path: str | Path, width: int) -> Contexts:
-    """`video_context` and `audio_context`, (1, tokens, width)."""
-    tensors = read_tensors(path, ("video_context", "audio_context"))
+def read_embeddings(path: str | Path, widths: Streams[int]) -> dict[str, Streams[mx.array]]:
+    """The connectors' outputs by the name of their prompt, (1, tokens, width) each."""
+    tensors = read_tensors(path, tuple(_name(TEXT, stream) for stream, _ in widths.items()))
     for name, value in tensors.items():
+        width = widths.get(name.split("_")[-2])
         if value.ndim != 3 or value.shape[0] != 1 or value.shape[2] != width:
             why = f"its shape is {list(value.shape)}, this model needs [1, tokens, {width}]"
             raise InputError(f"{name} in {Path(path).name} cannot be used", why, "use a file from --save-embeddings")
-    return Contexts(tensors["video_context"], tensors["audio_context"])
+    return contexts_from(tensors)
 
 
-def write_embeddings(path: str | Path, contexts: Contexts) -> None:
-    write_tensors(path, {"video_context": contexts.video, "audio_context": contexts.audio})
+def write_embeddings(path: str | Path, contexts: Mapping[str, Streams[mx.array]]) -> None:
+    """As `read_embeddings` reads them."""
+    write_tensors(path, context_tensors(contexts))
+
+
+def context_tensors(contexts: Mapping[str, Streams[mx.array]]) -> dict[str, mx.array]:
+    """video_context, audio_context and, of a negative prompt, negative_video_context, negative_audio_context."""
+    return {_name(prompt, stream): c for prompt, streams in contexts.items() for stream, c in streams.items()}
+
+
+def contexts_from(tensors: Mapping[str, mx.array]) -> dict[str, Streams[mx.array]]:
+    """Inverse of `context_tensors`; other tensors are left out."""
+    found = {p: Streams(*(tensors.get(_name(p, stream)) for stream in ("video", "audio"))) for p in (TEXT, NEGATIVE)}
+    return {prompt: streams for prompt, streams in found.items() if any(True for _ in streams.items())}
+
+
+def _name(prompt: str, stream: str) -> str:
+    return f"{stream}_context" if prompt == TEXT else f"{prompt}_{stream}_context"
 
 
 def _check_shape(path: str | Path, name: str, value: mx.array, shape: tuple[int, ...]) -> None:

@@ -1,38 +1,62 @@
-"""A request meets a model folder: preset, configurations and sizes, and everything that can be known to be wrong
+"""A request meets a model folder: pipeline, configurations and sizes, and everything that can be known to be wrong
 before the work starts."""
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.paths import check_output
-from ltx2.runtime.generate.exchange import Contexts, read_embeddings, read_latents, read_noise
-from ltx2.runtime.generate.presets import Preset, Stage, decoding_preset, load_preset
+from ltx2.runtime.generate.exchange import read_embeddings, read_latents, read_noise
+from ltx2.runtime.generate.preset import (
+    DISTILLED,
+    HQ,
+    ONE_STAGE,
+    TWO_STAGE,
+    StageRow,
+    load_preset,
+    negative_prompt,
+    pipeline_row,
+)  # fmt: skip
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.sidecar import sidecar_path
 from ltx2.runtime.media.video import check_target
-from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.model.origin import check_text_encoder
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.load import check_network, encode_prompt
 from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
-from ltx2.runtime.sampling.latents import Grid, Latents, Scales, Sizes
+from ltx2.runtime.sampling.denoise import Course
+from ltx2.runtime.sampling.guidance import NEGATIVE, NEUTRAL, TEXT, Guidance, passes
+from ltx2.runtime.sampling.latents import Grid, Scales, Segment, Sizes
+from ltx2.runtime.sampling.noise import Given, Noise, Seeded
+from ltx2.runtime.sampling.samplers import SAMPLERS
+from ltx2.runtime.sampling.state import StreamState, begin_states
+from ltx2.runtime.streams import Streams
 
-DECODERS = ("video_vae", "audio_vae", "vocoder")
+LATENTS, CONTEXTS = "latents", "contexts"  # what a run may end with, in place of a clip
 
 
 class Job:
-    """One generation, complete: the request with its defaults, the model's folder, preset and geometry.
+    """One generation, complete: the request with its defaults, the model's folder, the pipeline's stages and geometry.
+    `until` LATENTS or CONTEXTS ends it before the clip is decoded or sampled.
 
     Raises InputError, UnsupportedError, ConfigError or ModelFolderError for what does not go together; `check` looks
     at files and tensors too.
     """
 
-    def __init__(self, folder: ModelFolder, request: Request) -> None:
+    def __init__(self, folder: ModelFolder, request: Request, until: str | None = None) -> None:
         self.folder = folder
-        self.preset = _preset(folder, request)
+        self.until = until
+        self.preset = load_preset(folder.manifest.release)
+        self.row = None if request.latents is not None else pipeline_row(_chosen(folder, request))
+        first = self.preset.distilled_sampler if self.row is not None and self.row.name == DISTILLED else "euler"
+        self.stages = _stages(self.row.stages if self.row else (), request, first)
         self.video_config = VideoVAEConfig.from_dict(folder.config("video_vae"))
         self.audio_config = AudioVAEConfig.from_dict(folder.config("audio_vae"))
         self.scales = Scales(
@@ -42,53 +66,132 @@ class Job:
             self.audio_config.temporal_scale,
         )
         if request.latents is not None:
-            request = request.for_latents(self.read_latents(request.latents).video.shape, self.scales)
-        self.request = request.with_defaults(self.preset)
+            request = request.for_latents(_present(self.read_latents(request.latents).video).shape, self.scales)
+        self.request = request.with_defaults(self._defaults(request))
         self.sizes = self.request.sizes
-        self.sizes.check(self.scales, self.preset.stages, self.video_config.smallest_side)
+        multiple = max((stage.downscale for stage in self.stages), default=1)
+        self.sizes.check(self.scales, multiple, self.video_config.smallest_side)
+
+    def _defaults(self, request: Request) -> dict[str, Any]:
+        """Options that have values where the request gives none."""
+        defaults = dict(self.preset.defaults)
+        if self.row is None:
+            return defaults
+        defaults["pipeline"] = self.row.name
+        if self.row.guided:
+            guided = {name: value for name, value in self.preset.guided.items() if name != "stg_blocks"}
+            defaults |= guided | {"negative_prompt": negative_prompt(), "skip_steps": 0, "audio_skip_steps": 0}
+            defaults |= self.row.options
+        return defaults
 
     @property
-    def components(self) -> list[str]:
-        """What the work needs of the model folder."""
-        needed = ["video_vae"] if self.request.no_audio else list(DECODERS)
-        if self.request.latents is None:
-            needed.append("transformer")
-            needed += ["spatial_upscaler"] if len(self.preset.stages) > 1 else []
-            needed += ["text_encoder", "connectors"] if self.request.embeddings is None else []
-        return needed
+    def _blocks(self) -> tuple[int, ...]:
+        """Whose self-attention a perturbed pass leaves out; the last one where the network is not as deep."""
+        last = int(self.folder.config(TRANSFORMER)["num_layers"]) - 1
+        return tuple(min(block, last) for block in self.preset.guided["stg_blocks"])
 
-    def grid(self, stage: Stage, sizes: Sizes | None = None) -> Grid:
-        """The latent grid of one stage, also for other `sizes` than the job's."""
+    @property
+    def steps(self) -> int:
+        """Denoise steps of all stages."""
+        return sum(self.course(number).steps for number in self.numbers)
+
+    @property
+    def numbers(self) -> range:
+        """Of the stages, from 1."""
+        return range(1, len(self.stages) + 1)
+
+    def grid(self, downscale: int = 1, sizes: Sizes | None = None) -> Grid:
+        """The latents of the output, each side divided by `downscale`; also for other `sizes` than the job's."""
         channels = self.video_config.latent_channels, self.audio_config.latent_channels
-        return (sizes or self.sizes).grid(stage, self.scales, *channels)
+        return (sizes or self.sizes).grid(downscale, self.scales, *channels)
+
+    def stage_grid(self, number: int, sizes: Sizes | None = None) -> Grid:
+        """The latents of a stage."""
+        return self.grid(self.stages[number - 1].downscale, sizes)
+
+    def course(self, number: int, sizes: Sizes | None = None) -> Course:
+        """How stage `number` is sampled."""
+        row, grid = self.stages[number - 1], self.stage_grid(number, sizes)
+        sampler = SAMPLERS[row.sampler or "euler"]
+        schedule = row.schedule if row.schedule.fixed else replace(row.schedule, steps=self.request.steps or 1)
+        guidance = self._guidance() if row.guided else Streams(NEUTRAL, NEUTRAL)
+        return Course(number, sampler.sigmas(schedule.sigmas(grid.tokens)), sampler, guidance)
+
+    def _guidance(self) -> Streams[Guidance]:
+        """Of both streams, as the request says."""
+        return Streams(self._guided(""), self._guided("audio_"))
+
+    def _guided(self, prefix: str) -> Guidance:
+        names = ("cfg", "stg", "modality_scale", "rescale")
+        cfg, stg, modality, rescale = (float(getattr(self.request, prefix + name)) for name in names)
+        return Guidance(cfg, stg, modality, rescale, self._blocks, getattr(self.request, f"{prefix}skip_steps"))
 
     @property
-    def grids(self) -> list[Grid]:
-        """The latent grids of all stages."""
-        return [self.grid(stage) for stage in self.preset.stages]
+    def passes(self) -> frozenset[str]:
+        """Names of the passes that a step of some stage takes beside the text's."""
+        if not any(stage.guided for stage in self.stages):
+            return frozenset()
+        return frozenset[str]().union(*(guidance.wanted for guidance in self._guidance().values()))
+
+    def calls(self, number: int) -> int:
+        """Calls of the transformer in stage `number`."""
+        course, frozen = self.course(number), Streams(False, False)
+        counts = (len(passes(course.guidance, frozen, step)) for step in range(course.steps))
+        return course.sampler.predictions * sum(counts)
+
+    def states(self, number: int, start: Streams[mx.array]) -> Streams[StreamState]:
+        """The streams of stage `number` before its first step, from the latents of the stage before."""
+        return begin_states(self.stage_grid(number), self.sizes.fps, self.scales, start)
+
+    def segments(self, number: int) -> Streams[tuple[Segment, ...]]:
+        """Each stream's tokens in stage `number`, for the noise that they need."""
+        return self.stage_grid(number).segments.map(lambda segment: (segment,))
+
+    def draws(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of all noise that the run draws."""
+        found: dict[str, tuple[int, ...]] = {}
+        for number in self.numbers:
+            found |= self.course(number).draws(self.segments(number))
+        return found
+
+    def noise(self) -> Noise:
+        """The request's file, or its seed."""
+        if self.request.noise is not None:
+            return Given(read_noise(self.request.noise, self.draws()))
+        return Seeded(self.request.seed or 0)
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The texts that are encoded, by the name of their context."""
+        assert self.request.prompt is not None, "checked in with_defaults"
+        negative = {NEGATIVE: self.request.negative_prompt or ""} if NEGATIVE in self.passes else {}
+        return {TEXT: self.request.prompt} | negative
 
     @cached_property
-    def tokens(self) -> Encoded:
-        """The prompt's tokens."""
-        assert self.request.prompt is not None, "checked in with_defaults"
-        return encode_prompt(self.folder, self.request.prompt, self.preset.text_tokens)
+    def tokens(self) -> dict[str, Encoded]:
+        """The tokens of every prompt."""
+        return {name: encode_prompt(self.folder, text, self.preset.text_tokens) for name, text in self.prompts.items()}
 
-    def read_latents(self, path: str) -> Latents:
+    def read_latents(self, path: str) -> Streams[mx.array]:
+        """Latents out of a file, checked against the model's channels."""
         return read_latents(path, self.video_config.latent_channels, self.audio_config.latent_channels)
 
-    def read_contexts(self, path: str) -> Contexts:
+    def read_contexts(self, path: str) -> dict[str, Streams[mx.array]]:
+        """The prompts' contexts out of a file."""
         config = TransformerConfig.from_dict(self.folder.config("transformer"))
-        return read_embeddings(path, config.caption_channels)
+        return read_embeddings(path, Streams(config.caption_channels, config.caption_channels))
 
-    def read_noise(self, path: str) -> list[Latents]:
-        return read_noise(path, self.grids)
-
-    def check(self) -> None:
-        """Components are whole, files to read fit, files to write have a place. Reads headers, and small files."""
-        self._check_upscaler()
-        for component in self.components:
+    def check(self, components: list[str]) -> None:
+        """The components are whole, files to read fit, files to write have a place. Reads headers, and small files."""
+        for component in components:
+            if component.endswith("upscaler") and not self.folder.has(component):
+                raise InputError(
+                    f"{self.folder.path} has no {component}",
+                    "the second stage needs it",
+                    "convert again with the spatial upscaler file among the sources, or use --no-upscale",
+                )
             check_network(self.folder, component)
-        if "text_encoder" in self.components:
+        if "text_encoder" in components:
             check_text_encoder(self.folder)
         request = self.request
         if request.output is not None:
@@ -98,22 +201,39 @@ class Job:
             if path is not None:
                 check_output(Path(path))
         if request.latents is None and request.noise is not None:
-            self.read_noise(request.noise)
+            self.noise()
         if request.latents is None and request.embeddings is not None:
             self.read_contexts(request.embeddings)
 
-    def _check_upscaler(self) -> None:
-        if "spatial_upscaler" in self.components and not self.folder.has("spatial_upscaler"):
-            raise InputError(
-                f"{self.folder.path} has no spatial_upscaler",
-                "the second stage needs it",
-                "convert again with the spatial upscaler file among the sources, or use --no-upscale",
-            )
+
+def _present(value: mx.array | None) -> mx.array:
+    assert value is not None, "a latents file has a picture"
+    return value
 
 
-def _preset(folder: ModelFolder, request: Request) -> Preset:
-    manifest = folder.manifest
-    if request.latents is not None:
-        return decoding_preset(manifest.release)
-    preset = load_preset(manifest.release, manifest.variant)
-    return preset.single_stage() if request.no_upscale else preset
+def _chosen(folder: ModelFolder, request: Request) -> str:
+    """The pipeline that is asked for, else what the model calls for. Raises InputError where it cannot run."""
+    distilled, name = folder.manifest.variant == DISTILLED, request.pipeline
+    lora = request.distilled_lora is not None or folder.distilled_lora is not None
+    if name is None:
+        dev = TWO_STAGE if lora and folder.has("spatial_upscaler") and not request.no_upscale else ONE_STAGE
+        return DISTILLED if distilled else dev
+    if distilled and name == HQ:
+        why = "its sampler takes steps that a distilled model was not made for"
+        raise InputError(f"{folder.path} cannot run the hq pipeline", why, "use a dev model, or leave out --pipeline")
+    if not distilled and name != ONE_STAGE and not lora:
+        raise InputError(
+            f"the {name} pipeline needs a distilled LoRA",
+            f"{folder.path} is a dev model, and has none in its loras folder",
+            "give --distilled-lora FILE, convert again with it among the sources, or use --pipeline one-stage",
+        )
+    return name
+
+
+def _stages(rows: tuple[StageRow, ...], request: Request, first: str) -> tuple[StageRow, ...]:
+    """The pipeline's stages as the request wants them; `first` is the sampler of stage 1 where the pipeline names
+    none."""
+    if not rows:
+        return ()
+    start = replace(rows[0], sampler=rows[0].sampler or first)
+    return (replace(start, downscale=1),) if request.no_upscale else (start, *rows[1:])

@@ -8,7 +8,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.generate.options import ROWS, Options, check_usage, repeated
-from ltx2.runtime.generate.presets import Preset
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
 P = ParamSpec("P")
@@ -81,12 +80,12 @@ class Request(Options):
                 raise InputError(what, f"they make {name} {value}", f"leave out --{name}")
         return made
 
-    def with_defaults(self, preset: Preset) -> "Request":
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "Request":
         """Fill what was not asked for. Raises InputError without a prompt, embeddings or latents."""
         if self.prompt is None and self.embeddings is None and self.latents is None:
             why = "nothing says what the clip should show"
             raise InputError("there is no prompt", why, "give a PROMPT, --embeddings or --latents")
-        missing = {n: v for n, v in preset.defaults.items() if getattr(self, n) is None and n not in self.replaced}
+        missing = {n: v for n, v in defaults.items() if getattr(self, n) is None and n not in self.replaced}
         return replace(self, **missing)
 
     @property

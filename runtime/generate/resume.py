@@ -1,8 +1,7 @@
 """How far a generation has come, on disk: a run that was cut off continues there and ends with the same bits.
 
-One tensor file beside the clip. It holds the running stage's latents, what the rest of the run needs (embeddings, the
-later stages' noise), and, as metadata, the request and the model it belongs to. After the last denoise step it is a
-latents file like any other."""
+One tensor file beside the clip. It holds the running stage's tokens, the embeddings and, as metadata, the request and
+the model it belongs to. After the last denoise step it is a latents file like any other."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,14 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from ltx2.runtime.errors import InputError, Ltx2Error
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.files.tensors import open_tensorfile
-from ltx2.runtime.generate.exchange import Contexts, read_tensors, write_tensors
+from ltx2.runtime.generate.exchange import context_tensors, contexts_from, read_tensors, write_tensors
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.kinds import File
 from ltx2.runtime.generate.options import ROWS
-from ltx2.runtime.sampling.latents import Latents
+from ltx2.runtime.generate.phases import Made
+from ltx2.runtime.sampling.denoise import Step
+from ltx2.runtime.streams import Streams
 
 RECORD = "run"  # the metadata's key
 START_AGAIN = "leave out --resume to start from the beginning"
@@ -30,21 +33,40 @@ def state_path(clip: Path) -> Path:
 
 @dataclass(frozen=True)
 class State:
-    """A run after `step` steps of stage `stage` (from 1); `contexts` and `noises` (of later stages) only while there
-    are steps left. `phases` are the finished ones, `seconds` the time all of it took."""
+    """How far a run has come: the `phase` that is running or comes next (None: no denoise step is left), all that is
+    made so far, the phases that are done, and the seconds that they took."""
 
-    stage: int
-    step: int
-    latents: Latents
-    contexts: Contexts | None = None
-    noises: Sequence[Latents] = ()
-    phases: Sequence[PhaseDone] = ()
+    phase: str | None
+    made: Made
+    done: Sequence[PhaseDone] = ()
     seconds: float = 0.0
 
-    @property
-    def sampled(self) -> bool:
-        """No step is left."""
-        return self.contexts is None
+    def tensors(self) -> dict[str, mx.array]:
+        """What the rest of the run needs. Noise is drawn again."""
+        found = dict(self.made.latents.items())
+        if self.phase is None:
+            return found
+        found |= context_tensors(self.made.contexts)
+        if self.made.sound is not None:
+            found["sound"] = self.made.sound
+        if (step := self.made.step) is not None:
+            found |= {f"x.{name}": value for name, value in step.x.items()}
+            found |= {f"x0.{name}": value for name, value in step.x0.items()}
+        return found
+
+    @classmethod
+    def from_tensors(cls, record: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> "State":
+        """Inverse of `tensors`; `record` is the metadata."""
+        step = None
+        if record["step"]:
+            step = Step(record["step"], _streams(tensors, "x."), _streams(tensors, "x0."))
+        made = Made(latents=_streams(tensors), contexts=contexts_from(tensors), sound=tensors.get("sound"), step=step)
+        done = [PhaseDone(**phase | {"step_seconds": tuple(phase["step_seconds"])}) for phase in record["phases"]]
+        return cls(record["phase"], made, done, record["seconds"])
+
+
+def _streams(tensors: Mapping[str, mx.array], prefix: str = "") -> Streams[mx.array]:
+    return Streams(tensors.get(f"{prefix}video"), tensors.get(f"{prefix}audio"))
 
 
 @dataclass(frozen=True)
@@ -56,9 +78,10 @@ class Owner:
     model: Mapping[str, Any]
 
     @classmethod
-    def of(cls, job: Job) -> "Owner":
+    def of(cls, job: Job, components: Sequence[str]) -> "Owner":
+        """`components`: those of the model folder that the run uses."""
         hashes = job.folder.hashes()
-        return cls(job.request.identity(), {name: hashes[name] for name in sorted(job.components)})
+        return cls(job.request.identity(), {name: hashes[name] for name in sorted(components)})
 
     def check(self, given: "Owner", path: Path) -> None:
         """Raises InputError, naming the first difference, when `given` is not what made the state at `path`."""
@@ -89,20 +112,16 @@ class StateFile:
 
     def write(self, state: State) -> None:
         """The file appears whole or not at all, and is on the disk when this returns."""
-        tensors = {"video": state.latents.video, "audio": state.latents.audio}
-        if state.contexts is not None:
-            tensors |= {"video_context": state.contexts.video, "audio_context": state.contexts.audio}
-        for number, noise in enumerate(state.noises, start=state.stage + 1):
-            tensors |= {f"stage{number}.video": noise.video, f"stage{number}.audio": noise.audio}
+        step = state.made.step
         record = {
             "options": self.owner.options,
             "model": self.owner.model,
-            "stage": state.stage,
-            "step": state.step,
-            "phases": [asdict(phase) for phase in state.phases],
+            "phase": state.phase,
+            "step": 0 if step is None else step.number,
+            "phases": [asdict(phase) for phase in state.done],
             "seconds": state.seconds,
         }
-        write_tensors(self.path, tensors, {RECORD: json.dumps(record)})
+        write_tensors(self.path, state.tensors(), {RECORD: json.dumps(record)})
 
     def read(self) -> State | None:
         """The state there is, None where there is no file.
@@ -114,7 +133,8 @@ class StateFile:
         try:
             file = open_tensorfile(self.path)
             record = json.loads(file.metadata[RECORD])
-            owner, state = Owner(record["options"], record["model"]), self._state(record, set(file.tensors))
+            owner = Owner(record["options"], record["model"])
+            state = State.from_tensors(record, read_tensors(self.path, tuple(file.tensors)))
         except Ltx2Error as error:
             raise self._damaged(error.why) from error
         except (ValueError, LookupError, TypeError) as error:
@@ -124,17 +144,3 @@ class StateFile:
 
     def _damaged(self, why: str) -> InputError:
         return InputError(f"{self.path.name} cannot be continued", why, START_AGAIN)
-
-    def _state(self, record: Mapping[str, Any], names: set[str]) -> State:
-        tensors = read_tensors(self.path, tuple(names))
-        contexts = Contexts(tensors["video_context"], tensors["audio_context"]) if "video_context" in names else None
-        numbers = sorted({int(name[len("stage")]) for name in names if name.startswith("stage")})
-        return State(
-            record["stage"],
-            record["step"],
-            Latents(tensors["video"], tensors["audio"]),
-            contexts,
-            [Latents(tensors[f"stage{n}.video"], tensors[f"stage{n}.audio"]) for n in numbers],
-            [PhaseDone(**phase | {"step_seconds": tuple(phase["step_seconds"])}) for phase in record["phases"]],
-            record["seconds"],
-        )

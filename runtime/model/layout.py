@@ -163,6 +163,12 @@ class ModelFolder:
         """SHA-256 of every component's files, as they were written."""
         return {name: [file.sha256 for file in c.files] for name, c in sorted(self.manifest.components.items())}
 
+    @property
+    def distilled_lora(self) -> str | None:
+        """The LoRA in it that makes a dev model a distilled one, by its name."""
+        names = sorted(name for name in self.manifest.components if is_lora(name) and "distilled" in name)
+        return names[0] if names else None
+
     def has(self, component: str) -> bool:
         return component in self.manifest.components
 

@@ -1,62 +1,153 @@
-"""The sampler: noise in, latents out, one yield per step. Knows nothing of prompts, files or progress bars."""
+"""The only sampling loop. It yields after every step, so that progress, previews, checkpoints and cancelling belong to
+whoever drives it. It knows nothing of prompts, files or progress bars."""
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ltx2.runtime.layers.checks import check_varied
 from ltx2.runtime.machine.bounded import evaluate
-from ltx2.runtime.networks.transformer.inputs import Levels, Ropes, StreamInput
+from ltx2.runtime.networks.transformer.inputs import StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer
-from ltx2.runtime.sampling.latents import Latents
+from ltx2.runtime.sampling.guidance import Guidance, Pass, passes
+from ltx2.runtime.sampling.latents import Segment
+from ltx2.runtime.sampling.noise import Noise
+from ltx2.runtime.sampling.samplers import ANCESTRAL, Sampler, Tokens, Tools
+from ltx2.runtime.sampling.state import StreamState
 from ltx2.runtime.streams import Streams
 
 
-def mix_noise(start: Latents | None, noise: Latents, sigma: float) -> Latents:
-    """sigma * noise + (1 - sigma) * start; `start` None is zeros."""
-    if start is None:
-        return Latents(sigma * noise.video, sigma * noise.audio)
-    return Latents(
-        sigma * noise.video + (1 - sigma) * start.video,
-        sigma * noise.audio + (1 - sigma) * start.audio,
-    )
+@dataclass(frozen=True)
+class Course:
+    """How one stage is sampled: its number, the noise levels to go through (the last one 0), sampler and guidance."""
+
+    number: int
+    sigmas: tuple[float, ...]
+    sampler: Sampler
+    guidance: Streams[Guidance]
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def noise_name(self, purpose: str, segment: str) -> str:
+        """What a draw is called in a noise file."""
+        if purpose == ANCESTRAL:
+            return f"{ANCESTRAL}.{segment}"
+        return f"stage{self.number}.{purpose}.{segment}" if purpose else f"stage{self.number}.{segment}"
+
+    def draws(self, states: Streams[tuple[Segment, ...]]) -> dict[str, tuple[int, ...]]:
+        """Name and shape in a noise file, (1 or rows, channels, ...), of all draws for streams of these segments."""
+        rows, found = self.sampler.rows(self.sigmas), {}
+        for segments in states.values():
+            for segment in segments:
+                if segment.noisy:
+                    found[self.noise_name("", segment.name)] = segment.shape
+                for purpose in self.sampler.draws:
+                    if segment.noisy or purpose != ANCESTRAL:
+                        found[self.noise_name(purpose, segment.name)] = (rows, *segment.shape[1:])
+        return found
 
 
-def denoise(
-    transformer: Transformer,
-    tokens: Latents,
-    sigmas: tuple[float, ...],
-    prepared: Streams[tuple[mx.array, Ropes]],
-) -> Iterator[Latents]:
-    """Euler steps along `sigmas` from noisy `tokens` (video, audio), yielding the tokens after each step. `prepared`:
-    text and rotary tables as the transformer makes them.
+class Step(NamedTuple):
+    """After `number` steps of a stage: the noisy tokens, and the x0s that were predicted, (1, tokens, channels)."""
 
-    State and arithmetic are float32 whatever the transformer's dtype: a step is a difference of near-equal numbers.
-    """
-    video, audio = tokens.video.astype(mx.float32), tokens.audio.astype(mx.float32)
-    for sigma, following in pairwise(sigmas):
-        inputs = Streams(video, audio).map(partial(_input, Levels(mx.array([sigma]), sigma=sigma)), prepared)
-        velocity = transformer(inputs)
-        assert velocity.video is not None and velocity.audio is not None
-        video = euler_step(video, velocity.video, sigma, following)
-        audio = euler_step(audio, velocity.audio, sigma, following)
-        evaluate(video, audio)
-        yield Latents(video, audio)
+    number: int
+    x: Tokens
+    x0: Tokens
 
 
-def _input(levels: Levels, tokens: mx.array, prepared: tuple[mx.array, Ropes]) -> StreamInput:
-    return StreamInput(tokens, levels, *prepared)
+class Denoiser:
+    """A stage's transformer, with text projected and rotary tables made once. `contexts`: by name, (1, tokens, width)
+    of both streams. Wrap a call to watch it or to replay it."""
+
+    def __init__(
+        self, transformer: Transformer, contexts: Mapping[str, Streams[mx.array]], states: Streams[StreamState]
+    ) -> None:
+        self.transformer = transformer
+        self.states = states
+        self._ropes = transformer.ropes(states.map(lambda state: state.positions))
+        self._texts = {name: transformer.project(context) for name, context in contexts.items()}
+
+    def __call__(self, x: Tokens, sigma: float, call: Pass) -> Tokens:
+        """x0s, (1, tokens, channels) float32, that the transformer predicts for tokens at this noise level. Given
+        tokens are not pinned yet."""
+        inputs = x.named(lambda name, tokens: self._input(name, tokens, sigma, call))
+        velocities = self.transformer(inputs, call.skips)
+        triples = x.zip(velocities).zip(self.states)
+        return triples.map(lambda triple: triple[1].denoised(*triple[0], sigma))
+
+    def _input(self, name: str, tokens: mx.array, sigma: float, call: Pass) -> StreamInput:
+        state = self.states.get(name)
+        text, ropes = self._texts[call.contexts.get(name)].get(name), self._ropes.get(name)
+        return StreamInput(tokens, state.levels(sigma), text, ropes, state.marked, state.attention)
+
+    def run(self, x: Tokens, sigma: float, calls: Mapping[str, Pass]) -> dict[str, Tokens]:
+        """x0s of several calls by name, one after the other: together they would take more memory and no less time."""
+        return {name: self(x, sigma, call) for name, call in calls.items()}
 
 
-def euler_step(x: mx.array, velocity: mx.array, sigma: float, following: float) -> mx.array:
-    """From noise level `sigma` to `following` along the prediction x0 = x - sigma * velocity."""
-    x0 = x - sigma * velocity.astype(mx.float32)
-    return x0 + (x - x0) * (following / sigma)
+def begin(course: Course, states: Streams[StreamState], noise: Noise) -> Step:
+    """A stage before its first step."""
+    sigma = course.sigmas[0]
+
+    def draw(segment: Segment) -> mx.array:
+        return noise(course.noise_name("", segment.name), segment.shape)
+
+    x = states.map(lambda state: state.noisy(sigma, draw))
+    return Step(0, x, x)
 
 
-def check_latents(latents: Latents, where: str) -> None:
-    """Raises NumericsError when either stream is not finite or constant: neither can become a picture or sound."""
-    check_varied(latents.video, f"the video latents after {where}")
-    check_varied(latents.audio, f"the audio latents after {where}")
+def denoise(denoiser: Denoiser, course: Course, noise: Noise, after: Step) -> Iterator[Step]:
+    """The steps of a stage that are left `after` one."""
+    states, guidance = denoiser.states, course.guidance
+    frozen = states.map(lambda state: state.frozen)
+    x, x0 = after.x, after.x0
+
+    for number, span in enumerate(pairwise(course.sigmas)):
+        if number < after.number:
+            continue
+        last = x0
+
+        def predict(x: Tokens, sigma: float, again: bool, number: int = number, last: Tokens = last) -> Tokens:
+            turn = 0 if again else number
+            return _guided(course, states, denoiser.run(x, sigma, passes(guidance, frozen, turn)), last, turn)
+
+        def drawn(purpose: str, name: str, number: int = number) -> mx.array:
+            state = states.get(name)
+
+            def draw(segment: Segment) -> mx.array:
+                return noise(course.noise_name(purpose, segment.name), segment.shape, row=number)
+
+            if purpose == ANCESTRAL:
+                return mx.concatenate(state.drawn(draw), axis=1)
+            return state.drawn_standardised(draw)
+
+        x, x0 = course.sampler.step(x, span, Tools(states, predict, drawn))
+        evaluate(*x.values())
+        yield Step(number + 1, x, x0)
+
+
+def _guided(
+    course: Course, states: Streams[StreamState], predicted: Mapping[str, Tokens], last: Tokens, number: int
+) -> Tokens:
+    """Guided and pinned x0s; a stream that is not guided in step `number` keeps its last one."""
+
+    def one(name: str, state: StreamState) -> mx.array:
+        rule: Guidance = course.guidance.get(name)
+        if state.frozen:
+            return state.clean
+        if rule.skipped(number):
+            return last.get(name)
+        return state.pinned(rule.combined({call: x0s.get(name) for call, x0s in predicted.items()}))
+
+    return states.named(one)
+
+
+def check_latents(latents: Streams[mx.array], where: str) -> None:
+    """Raises NumericsError when a stream is not finite or constant: it cannot become a picture or sound."""
+    for name, value in latents.items():
+        check_varied(value, f"the {name} latents after {where}")

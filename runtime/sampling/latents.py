@@ -2,15 +2,15 @@
 
 One frame rate serves positions, audio length and the written file: mixing 24 and 25 breaks the sync."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from math import prod
 
 import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.layers.rope import Positions
+from ltx2.runtime.streams import Streams
 
 AUDIO_FREQUENCIES = 16  # latent mel bins per audio latent
 
@@ -28,6 +28,34 @@ class Scales:
     def audio_rate(self) -> float:
         """Audio latents per second."""
         return 1 / (self.audio_hop * self.audio_temporal)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of a stream's tokens by the name that its noise has. `shape` is that of its latents, (1, C, F, H, W) or
+    (1, A, T, 16). `noisy`: some of its tokens start with noise in them."""
+
+    name: str
+    shape: tuple[int, ...]
+    noisy: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return prod(self.shape[2:5]) if len(self.shape) == 5 else self.shape[2]
+
+    def to_tokens(self, latents: mx.array) -> mx.array:
+        """Latents shaped `shape` -> (1, tokens, channels): frame by frame, row by row; of a sound
+        channel-major."""
+        if len(self.shape) == 5:
+            return latents.transpose(0, 2, 3, 4, 1).flatten(1, 3)
+        return latents.transpose(0, 2, 1, 3).flatten(2)
+
+    def from_tokens(self, tokens: mx.array) -> mx.array:
+        """Inverse of `to_tokens`."""
+        batch, channels, *rest = self.shape
+        if len(self.shape) == 5:
+            return tokens.reshape(batch, *rest, channels).transpose(0, 4, 1, 2, 3)
+        return tokens.reshape(batch, rest[0], channels, rest[1]).transpose(0, 2, 1, 3)
 
 
 @dataclass(frozen=True)
@@ -51,83 +79,18 @@ class Grid:
 
     @property
     def tokens(self) -> int:
+        """Of the video."""
         return self.frames * self.height * self.width
 
-
-class Scaled(Protocol):
-    """A stage, as far as its size goes: the sides are the clip's divided by `downscale`."""
-
     @property
-    def downscale(self) -> int: ...
+    def segments(self) -> Streams[Segment]:
+        """Each stream's own tokens."""
+        return Streams(Segment("video", self.video_shape), Segment("audio", self.audio_shape))
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a complete request makes: pixels, frames, rate."""
-
-    width: int
-    height: int
-    frames: int
-    fps: float
-
-    def check(self, scales: Scales, stages: Sequence[Scaled], smallest: int) -> None:
-        """`smallest`: pixels of the shortest side that can be decoded. Raises InputError naming both nearest valid
-        values."""
-        multiple = scales.spatial * max((stage.downscale for stage in stages), default=1)
-        smallest = -(-smallest // multiple) * multiple
-        for name, value in (("width", self.width), ("height", self.height)):
-            if value < smallest or value % multiple:
-                why = f"it must be a multiple of {multiple}, at least {smallest}"
-                raise _invalid(name, value, _nearest(value, multiple, smallest), why)
-        step = scales.temporal
-        if self.frames < 1 or (self.frames - 1) % step:
-            raise _invalid("frames", self.frames, _nearest(self.frames, step, 1), f"it must be {step}k+1")
-        if not 1 <= self.fps <= 240:
-            raise InputError(f"fps {self.fps:g} is not valid", "it must be between 1 and 240", "use 24, 25 or 30")
-
-    def grid(self, stage: Scaled, scales: Scales, channels: int, audio_channels: int) -> Grid:
-        """The latent grid of one stage."""
-        return Grid(
-            channels,
-            (self.frames - 1) // scales.temporal + 1,
-            self.height // stage.downscale // scales.spatial,
-            self.width // stage.downscale // scales.spatial,
-            audio_channels,
-            audio_latent_count(self.frames, self.fps, scales),
-        )
-
-
-def _nearest(value: int, step: int, smallest: int) -> list[int]:
-    """The valid values around `value`, of smallest, smallest + step, ..."""
-    below = value - (value - smallest) % step
-    return sorted({max(below, smallest), max(below + step, smallest)})
-
-
-def _invalid(name: str, value: int, nearest: list[int], why: str) -> InputError:
-    return InputError(f"{name} {value} is not valid", why, f"use {' or '.join(str(n) for n in nearest)}")
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Normalised latents, float32, shaped as `Grid` says."""
-
-    video: mx.array
-    audio: mx.array
-
-    def to_tokens(self) -> "Latents":
-        """Video (1, F*H*W, C), frame by frame, rows then columns; audio (1, T, A*16), channel-major."""
-        video = self.video.transpose(0, 2, 3, 4, 1).flatten(1, 3)
-        return Latents(video, self.audio.transpose(0, 2, 1, 3).flatten(2))
-
-    def from_tokens(self, grid: Grid) -> "Latents":
-        """Inverse of `to_tokens`."""
-        video = self.video.reshape(1, grid.frames, grid.height, grid.width, grid.channels).transpose(0, 4, 1, 2, 3)
-        audio = self.audio.reshape(1, grid.audio_frames, grid.audio_channels, AUDIO_FREQUENCIES)
-        return Latents(video, audio.transpose(0, 2, 1, 3))
-
-    def as_numpy(self) -> Mapping[str, np.ndarray]:
-        """Contiguous, as the safetensors library needs them."""
-        return {"video": np.array(self.video, order="C"), "audio": np.array(self.audio, order="C")}
+def as_numpy(latents: Streams[mx.array]) -> dict[str, np.ndarray]:
+    """Contiguous, as the safetensors library needs them."""
+    return {name: np.array(value, order="C") for name, value in latents.items()}
 
 
 def audio_latent_count(frames: int, fps: float, scales: Scales) -> int:
@@ -153,3 +116,49 @@ def _causal_midpoints(count: int, factor: int) -> np.ndarray:
     """Midpoints of latents in source frames; the first latent spans one frame, the others `factor` each."""
     edges = np.maximum(np.arange(count + 1, dtype=np.float32) * factor - (factor - 1), 0)
     return (edges[:-1] + edges[1:]) / 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a complete request makes: pixels, frames, rate."""
+
+    width: int
+    height: int
+    frames: int
+    fps: float
+
+    def check(self, scales: Scales, downscale: int, smallest: int) -> None:
+        """`downscale`: the largest of a stage. `smallest`: pixels of the shortest side that can be decoded. Raises
+        InputError naming both nearest valid values."""
+        multiple = scales.spatial * downscale
+        smallest = -(-smallest // multiple) * multiple
+        for name, value in (("width", self.width), ("height", self.height)):
+            if value < smallest or value % multiple:
+                why = f"it must be a multiple of {multiple}, at least {smallest}"
+                raise _invalid(name, value, _nearest(value, multiple, smallest), why)
+        step = scales.temporal
+        if self.frames < 1 or (self.frames - 1) % step:
+            raise _invalid("frames", self.frames, _nearest(self.frames, step, 1), f"it must be {step}k+1")
+        if not 1 <= self.fps <= 240:
+            raise InputError(f"fps {self.fps:g} is not valid", "it must be between 1 and 240", "use 24, 25 or 30")
+
+    def grid(self, downscale: int, scales: Scales, channels: int, audio_channels: int) -> Grid:
+        """The latents, with each side divided by `downscale`."""
+        return Grid(
+            channels,
+            (self.frames - 1) // scales.temporal + 1,
+            self.height // downscale // scales.spatial,
+            self.width // downscale // scales.spatial,
+            audio_channels,
+            audio_latent_count(self.frames, self.fps, scales),
+        )
+
+
+def _nearest(value: int, step: int, smallest: int) -> list[int]:
+    """The valid values around `value`, of smallest, smallest + step, ..."""
+    below = value - (value - smallest) % step
+    return sorted({max(below, smallest), max(below + step, smallest)})
+
+
+def _invalid(name: str, value: int, nearest: list[int], why: str) -> InputError:
+    return InputError(f"{name} {value} is not valid", why, f"use {' or '.join(str(n) for n in nearest)}")

@@ -18,11 +18,10 @@ from ltx2.bench.quality.demo_prompts import Prompt, random_prompts
 from ltx2.bench.quality.demo_quality import Models, measure_prompt, read_result, result_key, summary, table
 from ltx2.cli import cli
 from ltx2.runtime.errors import ModelFolderError
-from ltx2.runtime.generate import job
-from ltx2.runtime.generate.presets import Preset, Stage
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_weights
 from tests.support.folders import contents, verified
+from tests.support.sampling import shorten
 
 SMALL = {"width": 64, "height": 64, "frames": 9}
 PROMPT = Prompt("a red circle", {"colour": "red", "shape": "circle"})
@@ -96,9 +95,8 @@ class TestMeasuring:
     @classmethod
     def small(cls) -> Iterator[None]:
         """Clips, texts and schedules that take a tenth of the time."""
-        preset = Preset({**SMALL, "fps": 24.0, "seed": 10}, 128, (Stage(2, (1.0, 0.0)), Stage(1, (0.6, 0.0))))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(job, "load_preset", lambda release, variant: preset)
+            shorten(patch, (1.0, 0.0), (0.6, 0.0), **SMALL)
             patch.setattr(demo_quality, "SIZE", SMALL)
             yield
 

@@ -27,14 +27,14 @@ from ltx2.quant.measure import calibrate
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event
 from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
-from ltx2.runtime.generate import job, pipeline
-from ltx2.runtime.generate.presets import Preset, Stage
+from ltx2.runtime.generate import pipeline
 from ltx2.runtime.memory import streaming
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_weights
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.model import Transformer
 from tests.support.command import SIZE, Here
+from tests.support.sampling import shorten
 
 # One stage, no sound: what a second stage and sounds add is seen in test_demo_quality.py.
 OPTIONS = {"width": 64, "height": 64, "frames": 9, "no_upscale": True, "no_audio": True}
@@ -64,9 +64,8 @@ def compared(model: Path, reference: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module", autouse=True)
 def short_text_and_few_steps() -> Iterator[None]:
     """Of 1024 tokens and eleven steps: what is compared stays the same, and takes a tenth of the time."""
-    preset = Preset({"fps": 24.0, "seed": 10}, 128, (Stage(2, SIGMAS), Stage(1, SIGMAS[-2:])))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "load_preset", lambda release, variant: preset)
+        shorten(patch, SIGMAS, SIGMAS[-2:])
         patch.setitem(teacher.KEPT, "transformer", (1, 5))
         yield
 

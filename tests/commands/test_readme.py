@@ -21,7 +21,7 @@ from ltx2.convert.fetch.catalogue import catalogue
 from ltx2.convert.plan.entries import Plan
 from ltx2.demo import PROMPT
 from ltx2.quant.apply import Settings, quantize_plan
-from ltx2.runtime.generate.presets import load_preset
+from ltx2.runtime.generate.preset import load_preset, pipeline_row
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.model.layout import COMPONENTS
 from tests.support import published
@@ -70,7 +70,7 @@ class TestCommands:
         context = cli.commands[name].make_context(name, args)
         given = {k: v for k, v in context.params.items() if k in Request.__dataclass_fields__ and v is not None}
         if name == "generate":
-            Request.from_options(given).with_defaults(load_preset("2.0", "distilled"))
+            Request.from_options(given).with_defaults(load_preset("2.0").defaults)
 
     @pytest.mark.parametrize("text", [text for text in INLINE if text.startswith("ltx2 ")])
     def test_in_the_text(self, text: str) -> None:
@@ -172,9 +172,10 @@ class TestNames:
         assert re.findall(r"`(\w+)`", sentence) == [name for name in COMPONENTS if name not in of_later_releases]
 
     def test_stages(self) -> None:
-        first, second = load_preset("2.0", "distilled").stages
-        assert f"stage 1: transformer, {first.steps} steps at half size" in README and first.downscale == 2
-        assert f"stage 2: transformer, {second.steps} steps" in README and second.downscale == 1
+        stages = pipeline_row("distilled").stages
+        first, second = (len(stage.schedule.fixed) - 1 for stage in stages)
+        assert f"stage 1: transformer, {first} steps at half size" in README and stages[0].downscale == 2
+        assert f"stage 2: transformer, {second} steps" in README and stages[1].downscale == 1
 
 
 def receipt() -> dict[str, Any]:

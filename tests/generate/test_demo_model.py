@@ -17,19 +17,17 @@ from ltx2.bench.quality.demo_prompts import random_prompts
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.request import Request
-from ltx2.runtime.layers.rope import Positions
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
-from ltx2.runtime.networks.transformer.inputs import Ropes
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
-from ltx2.runtime.sampling.denoise import denoise
-from ltx2.runtime.sampling.latents import Grid, Latents, audio_positions, video_positions
+from ltx2.runtime.sampling.latents import audio_positions, video_positions
 from ltx2.runtime.streams import Streams
 from tests.support.calls import inputs
 from tests.support.golden import PROMPTS, golden
 from tests.support.parity import relative_l2
+from tests.support.sampling import sampled
 
 SIZE: dict[str, Any] = {"width": 192, "height": 128, "frames": 25}
 Note = Callable[[str], None]
@@ -55,40 +53,33 @@ def test_networks_reproduce_the_reference(demo_f32: Path, figure: Callable[..., 
 
     transformer = load_network(folder, "transformer", Transformer)
     contexts = Streams(want("video_context"), want("audio_context"))
-    stage1, stage2 = job.preset.stages
-    grid1, grid2 = job.grid(stage1), job.grid(stage2)
+    stage1, stage2 = (job.course(number).sigmas for number in job.numbers)
+    grid1, grid2 = (job.stage_grid(number) for number in job.numbers)
 
-    def positions(grid: Grid) -> Streams[Positions]:
-        return Streams(video_positions(grid, 24.0, job.scales), audio_positions(grid, job.scales))
-
-    def prepared(grid: Grid) -> Streams[tuple[mx.array, Ropes]]:
-        return transformer.project(contexts).zip(transformer.ropes(positions(grid)))
-
-    noise = Latents(want("stage1.video"), want("stage1.audio")).to_tokens()
-    call = inputs(transformer, Streams(noise.video, noise.audio), contexts, positions(grid1), 0.725)
+    noise = Streams(want("stage1.video"), want("stage1.audio"))
+    tokens = grid1.segments.zip(noise).map(lambda pair: pair[0].to_tokens(pair[1]))
+    positions = Streams(video_positions(grid1, 24.0, job.scales), audio_positions(grid1, job.scales))
+    call = inputs(transformer, tokens, contexts, positions, 0.725)
     for name, value in transformer(call).items():
         error = relative_l2(value, want(f"velocity_at_0.725.{name}"))
         figure(f"golden {which}: velocity {name}, rel L2", error, limit=1e-4)
 
-    *_, tokens = denoise(transformer, noise, stage1.sigmas, prepared(grid1))
-    done = tokens.from_tokens(grid1)
-    figure(f"golden {which}: stage 1 video, rel L2", relative_l2(done.video, want("stage1.video_latent")), limit=1e-3)
-    figure(f"golden {which}: stage 1 audio, rel L2", relative_l2(done.audio, want("stage1.audio_latent")), limit=1e-3)
+    *_, done = sampled(transformer, grid1, contexts, stage1, noise)
+    for name, value in done.items():
+        error = relative_l2(value, want(f"stage1.{name}_latent"))
+        figure(f"golden {which}: stage 1 {name}, rel L2", error, limit=1e-3)
 
     statistics = load_network(folder, "video_vae", VideoAutoencoder).per_channel_statistics
     upscaler = load_network(folder, "spatial_upscaler", LatentUpsampler)
     upscaled = statistics.normalise(upscaler(statistics.unnormalise(want("stage1.video_latent"))))
     figure(f"golden {which}: upscaler, rel L2", relative_l2(upscaled, want("upsampled.video_latent")), limit=1e-4)
 
-    sigma = stage2.sigmas[0]
-    start = Latents(
-        sigma * want("stage2.video") + (1 - sigma) * want("upsampled.video_latent"),
-        sigma * want("stage2.audio") + (1 - sigma) * want("stage1.audio_latent"),
-    )
-    *_, tokens = denoise(transformer, start.to_tokens(), stage2.sigmas, prepared(grid2))
-    done = tokens.from_tokens(grid2)
-    figure(f"golden {which}: stage 2 video, rel L2", relative_l2(done.video, want("stage2.video_latent")), limit=1e-3)
-    figure(f"golden {which}: stage 2 audio, rel L2", relative_l2(done.audio, want("stage2.audio_latent")), limit=1e-3)
+    start = Streams(want("upsampled.video_latent"), want("stage1.audio_latent"))
+    noise = Streams(want("stage2.video"), want("stage2.audio"))
+    *_, done = sampled(transformer, grid2, contexts, stage2, noise, start)
+    for name, value in done.items():
+        error = relative_l2(value, want(f"stage2.{name}_latent"))
+        figure(f"golden {which}: stage 2 {name}, rel L2", error, limit=1e-3)
 
 
 @pytest.mark.parametrize("which", ["a", "b"])

@@ -9,27 +9,26 @@ import pytest
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.generate.kinds import Choice
 from ltx2.runtime.generate.options import ROWS, repeated
-from ltx2.runtime.generate.presets import load_preset
+from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.matmul import AUTO, PRODUCTS
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
 SCALES = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)
-PRESET = load_preset("2.0", "distilled")
-TWO_STAGES, ONE_STAGE = PRESET.stages, PRESET.single_stage().stages
+DEFAULTS = load_preset("2.0").defaults
 VALID = {"width": 768, "height": 512, "frames": 121, "fps": 24.0}
 
 
 def error_of(**changes: Any) -> InputError:
     with pytest.raises(InputError) as caught:
-        Sizes(**VALID | changes).check(SCALES, TWO_STAGES, 64)
+        Sizes(**VALID | changes).check(SCALES, 2, 64)
     return caught.value
 
 
 class TestSizes:
     @pytest.mark.parametrize("changes", [{}, {"width": 64}, {"frames": 1}, {"fps": 1}, {"fps": 240.0}, {"fps": 23.976}])
     def test_valid(self, changes: dict[str, Any]) -> None:
-        Sizes(**VALID | changes).check(SCALES, TWO_STAGES, 64)
+        Sizes(**VALID | changes).check(SCALES, 2, 64)
 
     @pytest.mark.parametrize("side", ["width", "height"])
     @pytest.mark.parametrize(
@@ -62,19 +61,19 @@ class TestSizes:
         assert "between 1 and 240" in error_of(fps=fps).why
 
     def test_one_stage_takes_multiples_of_32(self) -> None:
-        Sizes(96, 224, 9, 24.0).check(SCALES, ONE_STAGE, 64)
+        Sizes(96, 224, 9, 24.0).check(SCALES, 1, 64)
         with pytest.raises(InputError, match="use 64 or 96"):
-            Sizes(80, 64, 9, 24.0).check(SCALES, ONE_STAGE, 64)
+            Sizes(80, 64, 9, 24.0).check(SCALES, 1, 64)
 
     def test_what_the_decoder_needs_at_least(self) -> None:
         with pytest.raises(InputError, match=r"at least 64 \(use 64\)"):
-            Sizes(32, 64, 9, 24.0).check(SCALES, ONE_STAGE, 64)
-        Sizes(32, 64, 9, 24.0).check(SCALES, ONE_STAGE, 32)
+            Sizes(32, 64, 9, 24.0).check(SCALES, 1, 64)
+        Sizes(32, 64, 9, 24.0).check(SCALES, 1, 32)
 
     def test_grids_of_both_stages(self) -> None:
         """MODEL.md 11's sizes: half as large in stage 1; the sound is the same."""
         sizes = Sizes(1536, 1024, 121, 24.0)
-        first, second = (sizes.grid(stage, SCALES, 128, 8) for stage in TWO_STAGES)
+        first, second = (sizes.grid(downscale, SCALES, 128, 8) for downscale in (2, 1))
         assert (first.video_shape, first.tokens) == ((1, 128, 16, 16, 24), 6144)
         assert (second.video_shape, second.tokens) == ((1, 128, 16, 32, 48), 24576)
         assert first.audio_shape == second.audio_shape == (1, 8, 126, 16)
@@ -82,26 +81,26 @@ class TestSizes:
 
 class TestOptions:
     def test_defaults_are_the_presets(self) -> None:
-        request = Request.from_options({"prompt": "x"}).with_defaults(PRESET)
+        request = Request.from_options({"prompt": "x"}).with_defaults(DEFAULTS)
         got = {name: getattr(request, name) for name in ("width", "height", "frames", "fps", "seed")}
         assert got == {"width": 768, "height": 512, "frames": 121, "fps": 24.0, "seed": 10}
         assert (request.no_audio, request.no_upscale) == (False, False)
 
     def test_what_is_asked_for_stays(self) -> None:
         asked = {"prompt": "x", "width": 64, "height": 128, "frames": 9, "fps": 30.0, "seed": 0}
-        request = Request.from_options(asked).with_defaults(PRESET)
+        request = Request.from_options(asked).with_defaults(DEFAULTS)
         assert {name: getattr(request, name) for name in asked} == asked
 
     def test_an_empty_prompt_is_a_prompt(self) -> None:
-        assert Request.from_options({"prompt": ""}).with_defaults(PRESET).prompt == ""
+        assert Request.from_options({"prompt": ""}).with_defaults(DEFAULTS).prompt == ""
 
     @pytest.mark.parametrize("instead", [{"embeddings": "e"}, {"latents": "l"}])
     def test_what_stands_for_a_prompt(self, instead: dict[str, str]) -> None:
-        Request.from_options(instead).with_defaults(PRESET)
+        Request.from_options(instead).with_defaults(DEFAULTS)
 
     def test_nothing_stands_for_a_prompt(self) -> None:
         with pytest.raises(InputError, match=r"no prompt.*PROMPT, --embeddings or --latents"):
-            Request.from_options({"seed": 1}).with_defaults(PRESET)
+            Request.from_options({"seed": 1}).with_defaults(DEFAULTS)
 
     @pytest.mark.parametrize(
         ("options", "warnings"),

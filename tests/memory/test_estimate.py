@@ -14,10 +14,11 @@ import pytest
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.media.video import encoding_memory
 from ltx2.runtime.memory import activations
 from ltx2.runtime.memory.activations import Activations
-from ltx2.runtime.memory.plan import COMMAND_BUFFER, MemoryPlan
+from ltx2.runtime.memory.plan import COMMAND_BUFFER
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config

@@ -120,7 +120,7 @@ def test_values_moved(measured: Meter, demo_f32: Path) -> None:
     plan = Pipeline(demo_f32).plan(PROMPT, **SIZES)
     work = count(plan.job)
     weights = {need.name: need.weights for need in plan.needs}
-    steps = {f"stage{number}": stage.steps for number, stage in enumerate(plan.job.preset.stages, start=1)}
+    steps = {f"stage{number}": plan.job.course(number).steps for number in plan.job.numbers}
     for phase in ALL_LINEAR[1:]:
         assert work[phase].bytes == 4 * measured.values[phase] + steps.get(phase, 1) * weights[phase], phase
     assert work["text_encoder"].bytes > 4 * measured.values["text_encoder"]
@@ -130,8 +130,8 @@ def test_known_totals() -> None:
     """A step of 121 frames of 512x768, in TFLOP; known of a model whose blocks have a few gates more."""
     plan = Pipeline(random_folder("ltx-2-distilled")).plan(PROMPT, width=768, height=512, frames=121)
     config = TransformerConfig.from_dict(plan.job.folder.config("transformer"))
-    for stage, known in zip(plan.job.preset.stages, (48.0, 198.9), strict=True):
-        step = denoise_step(config, plan.job.grid(stage), plan.job.preset.text_tokens)
+    for number, known in zip(plan.job.numbers, (48.0, 198.9), strict=True):
+        step = denoise_step(config, plan.job.stage_grid(number), plan.job.preset.text_tokens)
         assert step.flops / 1e12 == pytest.approx(known, rel=2e-3)
 
 

@@ -31,12 +31,12 @@ from ltx2.runtime.memory.streaming import IN_MEMORY, BlockStream, choose_streame
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, read_weights
 from ltx2.runtime.networks.transformer.model import Transformer
-from ltx2.runtime.sampling.denoise import denoise
-from ltx2.runtime.sampling.latents import Grid, Latents, Scales, audio_positions, video_positions
+from ltx2.runtime.sampling.latents import Grid
 from ltx2.runtime.streams import Streams
 from tests.support import encoded
 from tests.support.command import Here
 from tests.support.official import MONOLITH
+from tests.support.sampling import sampled
 
 BLOCKS = 6  # of the demo model
 EVERY = tuple(range(BLOCKS))
@@ -96,13 +96,11 @@ def transformer(folder: Path) -> Transformer:
 
 def steps(network: Transformer) -> Pictures:
     """Latents after every step of a small clip."""
-    config, grid, scales = network.config, Grid(32, 2, 2, 2, 2, 9), Scales(32, 8, 0.01, 4)
+    config, grid = network.config, Grid(32, 2, 2, 2, 2, 9)
     text = mx.random.normal((1, 16, config.caption_channels), key=mx.random.key(0))
-    positions = Streams(video_positions(grid, 25.0, scales), audio_positions(grid, scales))
-    prepared = network.project(Streams(text, text)).zip(network.ropes(positions))
-    noise = [mx.random.normal(s, key=mx.random.key(1)) for s in (grid.video_shape, grid.audio_shape)]
-    done = denoise(network, Latents(*noise).to_tokens(), SIGMAS, prepared)
-    return [np.array(tokens) for latents in done for tokens in (latents.video, latents.audio)]
+    noise = grid.segments.map(lambda segment: mx.random.normal(segment.shape, key=mx.random.key(1)))
+    done = sampled(network, grid, Streams(text, text), SIGMAS, noise)
+    return [np.array(value) for latents in done for value in latents.values()]
 
 
 def size(module: nn.Module) -> int:

@@ -22,9 +22,9 @@ from ltx2.runtime.networks.load import build_network
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.video_vae.layers import Border, CausalConv3d
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
-from ltx2.runtime.sampling.denoise import denoise
-from ltx2.runtime.sampling.latents import Grid, Latents, Scales, audio_positions, video_positions
+from ltx2.runtime.sampling.latents import Grid
 from ltx2.runtime.streams import Streams
+from tests.support.sampling import sampled
 
 DATA = json.loads((Path(__file__).parent.parent.parent / "bench" / "random" / "fullsize.json").read_text())
 Limit = Callable[[float], None]
@@ -270,11 +270,8 @@ class TestPublishedSizes:
         transformer: Transformer = network("transformer", num_layers=2)
         grid = Grid(128, *SIZES[size], 8, 126)
         text = mx.zeros((1, DATA["text_tokens"], transformer.config.caption_channels), mx.bfloat16)
-        scales = Scales(**DATA["scales"])
-        positions = Streams(video_positions(grid, 24.0, scales), audio_positions(grid, scales))
-        prepared = transformer.project(Streams(text, text)).zip(transformer.ropes(positions))
-        noise = Latents(mx.zeros(grid.video_shape), mx.zeros(grid.audio_shape)).to_tokens()
-        next(denoise(transformer, noise, (0.9, 0.5), prepared))
+        noise = grid.segments.map(lambda segment: mx.zeros(segment.shape))
+        next(sampled(transformer, grid, Streams(text, text), (0.9, 0.5, 0.0), noise))
         bounded(f"step of {size}")
 
     @pytest.mark.parametrize("tile", [(11, 16, 24), (16, 16, 24)], ids=str)

@@ -10,7 +10,7 @@ from ltx2.runtime.files.tensors import Array, open_tensorfile
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.transformer.model import Transformer
-from ltx2.runtime.sampling.latents import Grid, Latents, Scales, audio_positions, video_positions
+from ltx2.runtime.sampling.latents import Grid, Scales, audio_positions, video_positions
 from ltx2.runtime.streams import Streams
 from tests.support.calls import inputs
 
@@ -34,13 +34,13 @@ def golden_velocity(folder: ModelFolder) -> tuple[Array, Array]:
     """Velocities of golden prompt a at sigma 0.725, computed in float32."""
     network = load_network(folder, "transformer", Transformer)
     network.set_dtype(mx.float32)
-    noise = Latents(mx.array(golden("a.stage1.video")), mx.array(golden("a.stage1.audio")))
-    (_, channels, frames, height, width), (_, audio_channels, audio_frames, _) = noise.video.shape, noise.audio.shape
+    noise = Streams(mx.array(golden("a.stage1.video")), mx.array(golden("a.stage1.audio")))
+    (_, channels, frames, height, width), (_, audio_channels, audio_frames, _) = (n.shape for n in noise.values())
     grid = Grid(channels, frames, height, width, audio_channels, audio_frames)
     scales = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)
     contexts = Streams(*(mx.array(golden(f"a.{name}_context")) for name in ("video", "audio")))
     positions = Streams(video_positions(grid, 24.0, scales), audio_positions(grid, scales))
-    tokens = noise.to_tokens()
-    velocity = network(inputs(network, Streams(tokens.video, tokens.audio), contexts, positions, 0.725))
+    tokens = grid.segments.zip(noise).map(lambda pair: pair[0].to_tokens(pair[1]))
+    velocity = network(inputs(network, tokens, contexts, positions, 0.725))
     video, audio = (np.array(values) for values in velocity.values())
     return video, audio

@@ -1,6 +1,7 @@
-"""Noise levels, sampler steps, noise, and the grids, order and positions of latents."""
+"""Presets, noise levels, sampler steps, noise, and the grids, order and positions of latents."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -11,56 +12,49 @@ import pytest
 
 from ltx2.runtime.errors import NumericsError, UnsupportedError
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.pipeline import Run
-from ltx2.runtime.generate.presets import load_preset
+from ltx2.runtime.generate.preset import load_preset, pipeline_row
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.model.layout import ModelFolder
-from ltx2.runtime.networks.transformer.inputs import Ropes, StreamInput
+from ltx2.runtime.networks.transformer.inputs import Skips, StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer
-from ltx2.runtime.sampling.denoise import check_latents, denoise, euler_step, mix_noise
-from ltx2.runtime.sampling.latents import Grid, Latents, Scales, audio_latent_count, audio_positions, video_positions
+from ltx2.runtime.sampling.denoise import check_latents
+from ltx2.runtime.sampling.latents import Grid, audio_latent_count, audio_positions, video_positions
+from ltx2.runtime.sampling.samplers import SAMPLERS, Tools
+from ltx2.runtime.sampling.state import begin_states
 from ltx2.runtime.streams import Streams
 from tests.support.parity import require
+from tests.support.sampling import SCALES, sampled
 
-SCALES = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)  # as published
 GRID = Grid(channels=4, frames=3, height=2, width=5, audio_channels=2, audio_frames=7)
-DISTILLED = load_preset("2.0", "distilled")
+DISTILLED = pipeline_row("distilled")
 
 
 def normal(shape: tuple[int, ...], seed: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-def latents(seed: int, grid: Grid = GRID) -> Latents:
-    return Latents(normal(grid.video_shape, seed), normal(grid.audio_shape, seed + 1))
+def latents(seed: int, grid: Grid = GRID) -> Streams[mx.array]:
+    return Streams(normal(grid.video_shape, seed), normal(grid.audio_shape, seed + 1))
 
 
 class TestPresets:
     def test_distilled_noise_levels(self) -> None:
-        """MODEL.md 3.2: stage 1 at half size, stage 2 at full size."""
+        """Stage 1 at half size, stage 2 at full size."""
         first, second = DISTILLED.stages
-        assert first.sigmas == (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
-        assert second.sigmas == (0.909375, 0.725, 0.421875, 0.0)
-        assert (first.downscale, first.steps, second.downscale, second.steps) == (2, 8, 1, 3)
+        assert first.schedule.fixed == (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
+        assert second.schedule.fixed == (0.909375, 0.725, 0.421875, 0.0)
+        assert (first.downscale, second.downscale, second.enter) == (2, 1, "spatial_upscaler")
 
     def test_distilled_noise_levels_equal_diffusers(self) -> None:
         theirs = require("diffusers.pipelines.ltx2.utils")
         first, second = DISTILLED.stages
-        assert [*theirs.DISTILLED_SIGMA_VALUES, 0.0] == list(first.sigmas)
-        assert [*theirs.STAGE_2_DISTILLED_SIGMA_VALUES, 0.0] == list(second.sigmas)
+        assert [*theirs.DISTILLED_SIGMA_VALUES, 0.0] == list(first.schedule.fixed)
+        assert [*theirs.STAGE_2_DISTILLED_SIGMA_VALUES, 0.0] == list(second.schedule.fixed)
 
-    def test_without_the_upscaler_the_first_stage_runs_at_full_size(self) -> None:
-        (only,) = DISTILLED.single_stage().stages
-        assert (only.downscale, only.sigmas) == (1, DISTILLED.stages[0].sigmas)
-        assert DISTILLED.single_stage().defaults == DISTILLED.defaults
-
-    @pytest.mark.parametrize(
-        ("release", "variant", "named"),
-        [("2.0", "dev", "dev"), ("2.0", None, "unnamed"), ("9.9", "distilled", "9.9"), (None, None, "not known")],
-    )
-    def test_what_cannot_be_sampled_is_named(self, release: str | None, variant: str | None, named: str) -> None:
+    @pytest.mark.parametrize(("release", "named"), [("9.9", "9.9"), (None, "not known")])
+    def test_what_cannot_be_sampled_is_named(self, release: str | None, named: str) -> None:
         with pytest.raises(UnsupportedError, match=named):
-            load_preset(release, variant)
+            load_preset(release)
 
 
 class TestSteps:
@@ -69,60 +63,71 @@ class TestSteps:
         """Whole trajectories along a stage's noise levels, with random velocities."""
         torch = require("torch")
         diffusers = require("diffusers")
-        sigmas = DISTILLED.stages[number].sigmas
+        sigmas = DISTILLED.stages[number].schedule.fixed
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift_terminal=None)
         scheduler.set_timesteps(sigmas=list(sigmas[:-1]))
-        ours = normal((1, 40, 8), 0)
-        theirs, worst = torch.tensor(np.array(ours)), 0.0
-        for i, (sigma, following) in enumerate(pairwise(sigmas)):
-            velocity = normal(ours.shape, 10 + i)
-            ours = euler_step(ours, velocity, sigma, following)
-            theirs = scheduler.step(torch.tensor(np.array(velocity)), scheduler.timesteps[i], theirs).prev_sample
-            worst = max(worst, float(np.abs(np.array(ours) - theirs.numpy()).max()))
-        assert ours.dtype == mx.float32
-        figure(f"Euler steps of stage {number + 1} vs diffusers, max abs difference", worst, limit=1e-6)
+        states = begin_states(GRID, 24.0, SCALES)
+        ours = states.map(lambda state: normal(state.clean.shape, 0))
+        theirs, worst = torch.tensor(np.array(ours.video)), 0.0
+        for i, span in enumerate(pairwise(sigmas)):
+            velocity = Streams(*(normal(state.clean.shape, 10 + i) for state in states.values()))
 
-    def test_the_last_step_lands_on_the_prediction(self) -> None:
-        x, velocity = normal((3, 5), 1), normal((3, 5), 2)
-        np.testing.assert_array_equal(euler_step(x, velocity, 0.421875, 0.0), x - 0.421875 * velocity)
+            def predict(x: Streams[mx.array], sigma: float, again: bool, v: Any = velocity) -> Streams[mx.array]:
+                return x.zip(v).map(lambda both, state: state.denoised(*both, sigma), states)  # noqa: B023
+
+            ours, _ = SAMPLERS["euler"].step(ours, span, Tools(states, predict, lambda *_: mx.zeros(())))
+            theirs = scheduler.step(torch.tensor(np.array(velocity.video)), scheduler.timesteps[i], theirs).prev_sample
+            worst = max(worst, float(np.abs(np.array(ours.video) - theirs.numpy()).max()))
+        assert ours.get("video").dtype == mx.float32
+        figure(f"Euler steps of stage {number + 1} vs diffusers, max abs difference", worst, limit=1e-6)
 
     def test_mixing_noise(self) -> None:
         start, noise = latents(0), latents(5)
         for sigma in (0.0, 0.909375, 1.0):
-            mixed = mix_noise(start, noise, sigma)
-            for name in ("video", "audio"):
-                a, n = np.array(getattr(start, name)), np.array(getattr(noise, name))
-                np.testing.assert_allclose(getattr(mixed, name), sigma * n + (1 - sigma) * a, rtol=1e-6, atol=1e-6)
-        np.testing.assert_array_equal(mix_noise(None, noise, 1.0).video, noise.video)
-        np.testing.assert_array_equal(mix_noise(None, noise, 0.5).audio, 0.5 * noise.audio)
+            for name, state in begin_states(GRID, 24.0, SCALES, start).items():
+                drawn = partial(lambda value, _: value, noise.get(name))
+                mixed = state.latents(state.noisy(sigma, drawn))
+                want = sigma * np.array(noise.get(name)) + (1 - sigma) * np.array(start.get(name))
+                np.testing.assert_allclose(mixed, want, rtol=1e-6, atol=1e-6)
 
     def test_denoise_gives_both_streams_the_noise_level_and_keeps_float32(self) -> None:
         """A transformer in bf16 whose velocity is known: constant, so that every step is known too."""
         seen: list[float] = []
 
-        def transformer(inputs: Streams[StreamInput]) -> Streams[mx.array]:
-            assert all(stream.tokens.dtype == mx.float32 for stream in inputs.values())
-            given = [stream.levels for stream in inputs.values()]
-            levels = {float(np.float32(level)) for s in given for level in (np.array(s.values).item(), s.sigma)}
-            seen.append(levels.pop())
-            assert not levels, "the four levels are one"
-            speeds = Streams(mx.array(0.5, mx.bfloat16), mx.array(-2.0, mx.bfloat16))
-            return inputs.map(lambda stream, speed: mx.broadcast_to(speed, stream.tokens.shape), speeds)
+        class Constant:
+            def ropes(self, positions: Streams[Any]) -> Streams[Any]:
+                return positions
 
-        start, sigmas = latents(3).to_tokens(), (0.909375, 0.725, 0.421875, 0.0)
-        nothing = cast(Streams[tuple[mx.array, Ropes]], Streams((None, None), (None, None)))
-        steps = list(denoise(cast(Transformer, transformer), start, sigmas, nothing))
+            def project(self, contexts: Streams[mx.array]) -> Streams[mx.array]:
+                return contexts
+
+            def __call__(self, inputs: Streams[StreamInput], skips: Skips) -> Streams[mx.array]:
+                assert all(stream.tokens.dtype == mx.float32 for stream in inputs.values())
+                given = [stream.levels for stream in inputs.values()]
+                levels = {float(np.float32(level)) for s in given for level in (np.array(s.values).item(), s.sigma)}
+                seen.append(levels.pop())
+                assert not levels, "the four levels are one"
+                speeds = Streams(mx.array(0.5, mx.bfloat16), mx.array(-2.0, mx.bfloat16))
+                return inputs.map(lambda stream, speed: mx.broadcast_to(speed, stream.tokens.shape), speeds)
+
+        sigmas, text = (1.0, 0.725, 0.421875, 0.0), mx.zeros((1, 1, 1))
+        noise = latents(3)
+        steps = list(sampled(cast(Transformer, Constant()), GRID, Streams(text, text), sigmas, noise))
         np.testing.assert_allclose(seen, sigmas[:-1], rtol=1e-6)
         for step, level in zip(steps, sigmas[1:], strict=True):
             travelled = sigmas[0] - level
-            np.testing.assert_allclose(step.video, start.video - travelled * 0.5, atol=1e-6)
-            np.testing.assert_allclose(step.audio, start.audio + travelled * 2.0, atol=1e-6)
+            np.testing.assert_allclose(step.get("video"), noise.get("video") - travelled * 0.5, atol=1e-6)
+            np.testing.assert_allclose(step.get("audio"), noise.get("audio") + travelled * 2.0, atol=1e-6)
 
 
 class TestNoise:
-    def noises(self, model: Path, **options: Any) -> list[Latents]:
+    def noises(self, model: Path, **options: Any) -> list[Any]:
+        """Of both stages."""
         size = {"prompt": "x", "width": 128, "height": 64, "frames": 9}
-        return Run(Job(ModelFolder.open(model), Request.from_options(size | options)))._noises()
+        job = Job(ModelFolder.open(model), Request.from_options(size | options))
+        noise = job.noise()
+        drawn = {name: noise(name, shape) for name, shape in job.draws().items()}
+        return [Streams(drawn[f"stage{n}.video"], drawn[f"stage{n}.audio"]) for n in job.numbers]
 
     def test_is_of_the_seed(self, demo_f32: Path) -> None:
         first, again, other = (self.noises(demo_f32, seed=seed) for seed in (1, 1, 2))
@@ -158,16 +163,16 @@ class TestLatents:
         """Video: frame by frame, rows, then columns. Audio: channel-major, so feature = channel * 16 + bin."""
         both = latents(0)
         video, audio = np.array(both.video), np.array(both.audio)
-        tokens = both.to_tokens()
-        assert tokens.video.shape == (1, GRID.tokens, 4) and tokens.audio.shape == (1, 7, 32)
+        tokens = GRID.segments.zip(both).map(lambda pair: pair[0].to_tokens(pair[1]))
+        assert tokens.get("video").shape == (1, GRID.tokens, 4) and tokens.get("audio").shape == (1, 7, 32)
         for f, h, w in ((0, 0, 0), (0, 0, 4), (0, 1, 0), (2, 1, 3)):
-            np.testing.assert_array_equal(tokens.video[0, (f * 2 + h) * 5 + w], video[0, :, f, h, w])
+            np.testing.assert_array_equal(tokens.get("video")[0, (f * 2 + h) * 5 + w], video[0, :, f, h, w])
         for t, c, mel in ((0, 0, 0), (3, 1, 0), (6, 0, 15)):
-            assert tokens.audio[0, t, c * 16 + mel].item() == audio[0, c, t, mel]
+            assert tokens.get("audio")[0, t, c * 16 + mel].item() == audio[0, c, t, mel]
 
     def test_roundtrip(self) -> None:
         both = latents(2)
-        back = both.to_tokens().from_tokens(GRID)
+        back = GRID.segments.zip(both).map(lambda pair: pair[0].from_tokens(pair[0].to_tokens(pair[1])))
         np.testing.assert_array_equal(back.video, both.video)
         np.testing.assert_array_equal(back.audio, both.audio)
 
@@ -220,6 +225,6 @@ class TestCheck:
     )
     def test_garbage_is_named(self, stream: str, damage: Callable[[mx.array], mx.array], said: str) -> None:
         good = latents(0)
-        bad = {"video": good.video, "audio": good.audio} | {stream: damage(getattr(good, stream))}
+        bad = dict(good.items()) | {stream: damage(good.get(stream))}
         with pytest.raises(NumericsError, match=f"the {stream} latents after stage 1 {said}"):
-            check_latents(Latents(**bad), "stage 1")
+            check_latents(Streams(**bad), "stage 1")

@@ -1,0 +1,161 @@
+"""How much memory a generation takes, phase by phase, before anything but headers is read; in which tiles the video
+decoder stays below a limit; and, where nothing does, the nearest settings that would."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ltx2.runtime.errors import DoesNotFitError
+from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.phases import DecodeVideo, phases
+from ltx2.runtime.machine.facts import available_memory
+from ltx2.runtime.memory.meter import reusable_memory
+from ltx2.runtime.memory.plan import Headers, Need, PhasePlan
+from ltx2.runtime.networks.video_vae.tiles import Tiling, tilings
+from ltx2.runtime.sampling.latents import Sizes
+
+GB = 10**9
+PACKED = "packed"  # the way to multiply that unpacks no weights
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All phases against the limit. `tiling` is the video decoder's, None for one piece."""
+
+    job: Job
+    needs: tuple[Need, ...]
+    limit: int
+    tiling: Tiling | None
+
+    @cached_property
+    def phases(self) -> tuple[PhasePlan, ...]:
+        if not self.job.request.low_memory:
+            return tuple(need.within(self.limit, reusable_memory()) for need in self.needs)
+        # What the hungriest phase takes at least is taken anyway: the others may use as much.
+        return tuple(need.within(_least(self.needs), 0) for need in self.needs)
+
+    def phase(self, name: str) -> PhasePlan:
+        return next(phase for phase in self.phases if phase.name == name)
+
+    @property
+    def peak(self) -> int:
+        return max((phase.total for phase in self.phases), default=0)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+    def check(self) -> None:
+        """Raises DoesNotFitError, which names the nearest settings that fit."""
+        if not self.fits:
+            raise _refusal(self)
+
+    def warnings(self) -> Iterator[str]:
+        """What staying within the limit costs."""
+        reads = [f"{phase.read / GB:.1f} GB in every step of {phase.name}" for phase in self.phases if phase.streamed]
+        if reads:
+            yield f"the transformer is not kept in memory as a whole: it is read from disk, {' and '.join(reads)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`; memory in bytes."""
+        return {
+            **asdict(self.job.sizes),
+            "phases": [asdict(phase) | {"total": phase.total} for phase in self.phases],
+            "peak": self.peak,
+            "limit": self.limit,
+            "tiling": asdict(self.tiling) if self.tiling else None,
+            "fits": self.fits,
+        }
+
+
+def _least(needs: Iterable[Need]) -> int:
+    """Bytes below which some phase cannot go."""
+    return max((need.least for need in needs), default=0)
+
+
+class Needs:
+    """What a job's phases take, for any sizes and limit."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.phases = phases(job)
+        self.headers = Headers(job.folder, job.request.matmul != PACKED)
+
+    def choose(self, sizes: Sizes, limit: int) -> tuple[Tiling | None, tuple[Need, ...]]:
+        """With the first tiling of the video decoder that stays below the limit, else the one that takes least."""
+        *_, last = self.phases
+        if not isinstance(last, DecodeVideo):
+            return None, self._of(sizes, None)
+        grid, found = self.job.grid(sizes=sizes), []
+        for tiling in tilings(self.job.video_config, (grid.frames, grid.height, grid.width)):
+            needs = self._of(sizes, tiling)
+            if _least(needs) <= limit:
+                return tiling, needs
+            found.append((needs[-1].least, tiling, needs))
+        _, tiling, needs = min(found, key=lambda choice: choice[0])
+        return tiling, needs
+
+    def _of(self, sizes: Sizes, tiling: Tiling | None) -> tuple[Need, ...]:
+        return tuple(phase.need(self.headers, sizes, tiling) for phase in self.phases)
+
+
+def plan_memory(job: Job) -> MemoryPlan:
+    """The plan of a checked job on this machine. Its tiles are the first that stay below the limit, from Lightricks'
+    choice down; with `low_memory` below what is taken in any case."""
+    given, needs = job.request.memory_limit, Needs(job)
+    limit = available_memory() if given is None else int(given * GB)
+    low = job.request.low_memory
+    tiling, found = needs.choose(job.sizes, _least(needs.choose(job.sizes, 0)[1]) if low else limit)
+    return MemoryPlan(job, found, limit, tiling)
+
+
+def _refusal(plan: MemoryPlan) -> DoesNotFitError:
+    """Says what is too large, and what would fit."""
+    job, sizes = plan.job, plan.job.sizes
+    worst = max(plan.needs, key=lambda need: need.least)
+    has = f"this computer has {plan.limit / GB:.1f} GB for it"
+    if job.request.memory_limit is not None:
+        has = f"the limit is {plan.limit / GB:.1f} GB"
+    if worst.least_weights > plan.limit:
+        component = "transformer" if worst.name.startswith("stage") else worst.name
+        why = f"{worst.least_weights / GB:.1f} GB of its weights must be there at once, and {has}"
+        return DoesNotFitError(f"the {component} does not fit in memory", why, job.folder.how_to_shrink())
+    what = f"{sizes.frames} frames of {sizes.width}x{sizes.height} do not fit in memory"
+    why = f"{worst.name} takes {worst.least / GB:.1f} GB, {worst.least_weights / GB:.1f} GB of it weights, and {has}"
+    found = [] if job.request.latents else list(_smaller(plan))
+    return DoesNotFitError(what, why, f"use {', or '.join(found)}" if found else job.folder.how_to_shrink())
+
+
+def _smaller(plan: MemoryPlan) -> Iterator[str]:
+    """The most frames that fit at this size, and the largest picture of nearly this shape at these frames."""
+    job, sizes, needs = plan.job, plan.job.sizes, Needs(plan.job)
+    scale = job.scales.spatial * max(stage.downscale for stage in job.stages)
+    least = -(-job.video_config.smallest_side // scale) * scale
+
+    def fits(other: Sizes) -> bool:
+        return _least(needs.choose(other, plan.limit)[1]) <= plan.limit
+
+    def shorter(count: int) -> Sizes:
+        return replace(sizes, frames=(count - 1) * job.scales.temporal + 1)
+
+    def narrower(count: int) -> Sizes:
+        height = max(least, round(sizes.height * count * scale / sizes.width / scale) * scale)
+        return replace(sizes, width=count * scale, height=height)
+
+    frames = _most(lambda count: fits(shorter(count)), 1, (sizes.frames - 1) // job.scales.temporal + 1)
+    if frames is not None:
+        yield f"--frames {shorter(frames).frames}"
+    width = _most(lambda count: fits(narrower(count)), least // scale, sizes.width // scale)
+    if width is not None:
+        yield f"--width {narrower(width).width} --height {narrower(width).height}"
+
+
+def _most(fits: Callable[[int], bool], least: int, too_many: int) -> int | None:
+    """The largest number from `least` on, below `too_many`, that fits; None where none does."""
+    if least >= too_many or not fits(least):
+        return None
+    while too_many - least > 1:
+        middle = (least + too_many) // 2
+        least, too_many = (middle, too_many) if fits(middle) else (least, middle)
+    return least

@@ -1,0 +1,54 @@
+"""Sampling without a pipeline: given noise, plain Euler steps, no guidance."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from ltx2.runtime.generate import job
+from ltx2.runtime.generate.preset import load_preset, pipeline_row
+from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.sampling.denoise import Course, Denoiser, begin, denoise
+from ltx2.runtime.sampling.guidance import NEUTRAL, TEXT
+from ltx2.runtime.sampling.latents import Grid, Scales
+from ltx2.runtime.sampling.noise import Given
+from ltx2.runtime.sampling.samplers import SAMPLERS
+from ltx2.runtime.sampling.schedule import Schedule
+from ltx2.runtime.sampling.state import begin_states
+from ltx2.runtime.streams import Streams
+
+SCALES = Scales(spatial=32, temporal=8, audio_hop=0.01, audio_temporal=4)  # as published
+PLAIN = Streams(NEUTRAL, NEUTRAL)
+
+
+def sampled(
+    transformer: Transformer,
+    grid: Grid,
+    contexts: Streams[mx.array],
+    sigmas: Sequence[float],
+    noise: Streams[mx.array],
+    start: Streams[mx.array] | None = None,
+) -> Iterator[Streams[mx.array]]:
+    """Latents after each step from `noise` (and `start`), shaped as the grid says, at 24 frames per second."""
+    states, course = begin_states(grid, 24.0, SCALES, start), Course(1, tuple(sigmas), SAMPLERS["euler"], PLAIN)
+    drawn = Given({f"stage1.{name}": value for name, value in noise.items()})
+    denoiser = Denoiser(transformer, texts(contexts), states)
+    for step in denoise(denoiser, course, drawn, begin(course, states, drawn)):
+        yield states.zip(step.x).map(lambda pair: pair[0].latents(pair[1]))
+
+
+def texts(contexts: Streams[mx.array]) -> Mapping[str, Streams[mx.array]]:
+    """Contexts of one prompt, as a denoiser takes them."""
+    return {TEXT: contexts}
+
+
+def shorten(patch: pytest.MonkeyPatch, *sigmas: tuple[float, ...], **defaults: Any) -> None:
+    """Fewer steps along these noise levels of the distilled stages, texts of 128 tokens, other default options: what is
+    computed stays the same and takes a tenth of the time."""
+    row, preset = pipeline_row("distilled"), load_preset("2.0")
+    stages = tuple(replace(stage, schedule=Schedule(levels)) for stage, levels in zip(row.stages, sigmas, strict=True))
+    patch.setattr(job, "pipeline_row", lambda name: replace(row, stages=stages))
+    changed = replace(preset, text_tokens=128, defaults={**preset.defaults, **defaults})
+    patch.setattr(job, "load_preset", lambda release: changed)
