@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
 SILENCE_SECONDS = 4.0  # five are promised
 BEAT_SECONDS = 0.5
 FILE_WIDTH = 120  # of tables, where there is no terminal that says its own
-GIB = 1 << 30
+GAP = 3  # columns of a table are so far apart
+WORDS = 40  # a column that is wider holds words, which may be broken between them
+NOTHING = "-"  # where a table has nothing to say
 
 
 class Progress:
@@ -171,34 +175,55 @@ def _phase_line(event: PhaseDone) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / (1 << 20):.0f} MiB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stderr; all columns but the first are right-aligned. Names are never cut off."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    width = None if sys.stderr.isatty() else FILE_WIDTH
-    Console(stderr=True, highlight=False, width=width).print(table)
+    """A table on stderr; all columns but the first are right-aligned. No cell is empty and no number is broken: columns
+    that do not fit beside the others follow in another table, under the same first column."""
+    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else FILE_WIDTH)
+    cells = [[printable(cell) or NOTHING for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
+    console.print(*map(printable, title.split("\n")), sep="\n", markup=False)
+    for part in _beside(widths, console.width - 2):  # a space at both ends
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
+        for index in part:
+            whole = widths[index] < WORDS
+            table.add_column(columns[index], justify="right" if index else "left", no_wrap=whole, overflow="fold")
+        for row in cells:
+            if any(row[index] != NOTHING for index in part[1:]):
+                table.add_row(*(row[index] for index in part))
+        console.print(table, "", markup=False)
+
+
+def _beside(widths: list[int], room: int) -> Iterator[list[int]]:
+    """Columns that fit beside each other, the first one always among them."""
+    part, taken = [0], widths[0]
+    for index, width in enumerate(widths[1:], start=1):
+        if len(part) > 1 and taken + width + GAP > room:
+            yield part
+            part, taken = [0], widths[0]
+        part.append(index)
+        taken += width + GAP
+    yield part
 
 
 def memory_table(plan: "MemoryPlan") -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows of what every phase of a generation takes."""
     sizes, tiling = plan.job.sizes, plan.tiling
     tiles = f"video decoded in tiles of {tiling.width}x{tiling.height}, {tiling.frames} frames" if tiling else ""
-    title = f"{sizes.frames} frames of {sizes.width}x{sizes.height}, GB; {tiles or 'video decoded in one piece'}"
-    columns = ["phase", "weights", "activations", "clip", "total", "reusable cache", "disk, per step"]
+    title = f"{sizes.frames} frames of {sizes.width}x{sizes.height}; {tiles or 'video decoded in one piece'}"
+    columns = ["GB", "weights", "activations", "clip", "total", "cache"]
+    streams = any(phase.streamed for phase in plan.phases)
     rows = []
     for phase in plan.phases:
-        numbers = (phase.weights, phase.activations, phase.clip, phase.total, phase.cache)
+        numbers = [phase.weights, phase.activations, phase.clip, phase.total, phase.cache]
         slowed = " (slowed)" if phase.held_back else ""
-        read = f"{phase.read / 1e9:.2f}, {len(phase.streamed)} blocks" if phase.streamed else ""
-        rows.append([phase.name + slowed, *(f"{number / 1e9:.2f}" for number in numbers), read])
-    rows.append(["limit", "", "", "", f"{plan.limit / 1e9:.2f}", "", ""])
-    return title, columns, rows
+        rows.append([phase.name + slowed, *(f"{number / 1e9:.2f}" for number in numbers)])
+        if streams:
+            read = f"{phase.read / 1e9:.2f}, {len(phase.streamed)} blocks" if phase.streamed else ""
+            rows[-1].append(read)
+    return f"{title}\nlimit {plan.limit / 1e9:.2f} GB", [*columns, *(["read per step"] if streams else [])], rows
 
 
 def plan_summary(plan: Plan) -> str:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ltx2.bench.plots.plot import Axes
 
 Row = Mapping[str, Any]
-GIB = 1 << 30
+GB = 1e9
 LOADING, COMPUTING, MLX, PROCESS = COLOURS[4], COLOURS[0], COLOURS[0], COLOURS[1]
 NARROW = 0.08  # of the time axis: no room for the name of a phase
 
@@ -21,10 +21,14 @@ def plot_receipt(path: Path, receipt: Row) -> None:
     with drawing(path, (12, 3.4 * len(cases) + 0.4)) as figure:
         title = f"{machine['device']}, mlx {machine['mlx']}, ltx2 {machine['ltx2']}"
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
-        axes = figure.subplots(len(cases), 2, squeeze=False, width_ratios=(1, 1.4))
+        # One scale for all cases, so that they can be compared by eye.
+        axes = figure.subplots(len(cases), 2, squeeze=False, width_ratios=(1, 1.4), sharex="col")
         for case, (left, right) in zip(cases, axes, strict=True):
             _draw_times(left, case)
             _draw_memory(right, case["memory"])
+        top = max(right.get_ylim()[1] for _, right in axes)
+        for _, right in axes:
+            right.set_ylim(0, 1.12 * top)
 
 
 def _draw_times(axis: "Axes", case: Row) -> None:
@@ -49,7 +53,7 @@ def _draw_times(axis: "Axes", case: Row) -> None:
 def _draw_memory(axis: "Axes", memory: Row) -> None:
     """What MLX and the process held, over the phases."""
     for name, series, colour in (("MLX", "mlx_bytes", MLX), ("process", "process_bytes", PROCESS)):
-        axis.plot(memory["seconds"], [count / GIB for count in memory[series]], color=colour, label=name, linewidth=1.2)
+        axis.plot(memory["seconds"], [count / GB for count in memory[series]], color=colour, label=name, linewidth=1.2)
     phases = memory["phases"]
     whole = phases[-1]["stop"] - phases[0]["start"]
     for number, phase in enumerate(phases):
@@ -58,7 +62,6 @@ def _draw_memory(axis: "Axes", memory: Row) -> None:
         if phase["stop"] - phase["start"] > NARROW * whole:
             middle = (phase["start"] + phase["stop"]) / 2
             axis.text(middle, 0.95, phase["name"], transform=axis.get_xaxis_transform(), ha="center", color=INK)
-    axis.set_ylim(0, 1.12 * axis.get_ylim()[1])
     axis.set_xlabel("seconds")
-    axis.set_title("memory over the last run, GiB")
+    axis.set_title("memory over the last run, GB")
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)

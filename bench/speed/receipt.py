@@ -21,8 +21,6 @@ from ltx2.runtime.machine.bounded import ceiling as eval_ceiling
 from ltx2.runtime.memory.meter import SAMPLED
 from ltx2.runtime.model.layout import ModelFolder
 
-GIB = 1 << 30
-
 
 @dataclass(frozen=True)
 class PhaseRun:
@@ -143,13 +141,12 @@ def _shares(work: PhaseWork, seconds: float, ceilings: Ceilings) -> dict[str, An
 
 
 Table = tuple[str, list[str], list[list[str]]]
-COLUMNS = [
-    "phase", "seconds", "spread", "load", "s/step", "steps", "eval", "matmul", "copy", "MLX", "plan", "process", "read",
-]  # fmt: skip
+COLUMNS = ["phase", "seconds", "s/step", "peak GB", "plan GB"]
+MORE_COLUMNS = ["load s", "steps", "eval s", "matmul", "copy", "process GB", "read GB"]
 
 
-def tables(receipt: Mapping[str, Any]) -> list[Table]:
-    """For people: title, columns and rows of every case."""
+def tables(receipt: Mapping[str, Any], verbose: bool = False) -> list[Table]:
+    """For people: title, columns and rows of every case; with `verbose` all that is measured."""
     machine = receipt["machine"]
     where = f"on {machine['device']}, mlx {machine['mlx']}"
     best = " or ".join(
@@ -157,32 +154,52 @@ def tables(receipt: Mapping[str, Any]) -> list[Table]:
         for c in receipt["ceilings"]
     )
     allowed = receipt["eval_ceiling_seconds"]
-    longest = "longest evaluation, s" if allowed is None else f"longest evaluation, s, of {allowed:.2g} allowed"
-    legend = f"eval: {longest}; matmul, copy: of {best}; MLX, plan, process: peak GiB; read: GB"
-    return [(f"{case['name']} {where}\n{legend}", COLUMNS, _rows(case)) for case in receipt["cases"]]
+    longest = "longest evaluation" if allowed is None else f"longest evaluation, of {allowed:.2g} s allowed"
+    legend = f"\neval: {longest}; matmul, copy: of {best}" if verbose else ""
+    columns = [*COLUMNS, *(MORE_COLUMNS if verbose else [])]
+    return [(f"{case['name']} {where}{legend}", columns, _rows(case, verbose)) for case in receipt["cases"]]
 
 
-def _rows(case: Mapping[str, Any]) -> list[list[str]]:
-    total = case["total_seconds"]
-    rows = [_row(phase) for phase in case["phases"]]
-    return [*rows, ["total", f"{total['median']:.2f}", _percent(total["spread"]), *[""] * (len(COLUMNS) - 3)]]
+def _rows(case: Mapping[str, Any], verbose: bool) -> list[list[str]]:
+    total = ["total", _seconds(case["total_seconds"]), "", *(_highest(case, key) for key in PEAKS)]
+    rows = [*(_row(phase, verbose) for phase in case["phases"]), total]
+    return [row + [""] * (len(rows[0]) - len(row)) for row in rows]
 
 
-def _row(phase: Mapping[str, Any]) -> list[str]:
-    step, seconds, read = phase["step_seconds"], phase["seconds"], phase["disk_bytes_read"]
-    return [
+PEAKS = ("mlx_peak_bytes", "planned_bytes")
+
+
+def _highest(case: Mapping[str, Any], key: str) -> str:
+    return _gigabytes(max(phase[key] for phase in case["phases"]))
+
+
+def _row(phase: Mapping[str, Any], verbose: bool) -> list[str]:
+    step, longest, read = phase["step_seconds"], phase["longest_eval_seconds"], phase["disk_bytes_read"]
+    row = [
         phase["name"],
-        f"{seconds['median']:.2f}",
-        _percent(seconds["spread"]),
-        f"{phase['load_seconds']['median']:.2f}",
+        _seconds(phase["seconds"]),
         f"{step['median']:.3f}" if step else "",
+        *(_gigabytes(phase[key]) for key in PEAKS),
+    ]
+    more = [
+        f"{phase['load_seconds']['median']:.2f}",
         str(phase["steps"] or ""),
-        "" if phase["longest_eval_seconds"] is None else f"{phase['longest_eval_seconds']:.3f}",
+        "" if longest is None else f"{longest:.3f}",
         _percent(phase["matmul_share"]),
         _percent(phase["copy_share"]),
-        *(f"{phase[name] / GIB:.2f}" for name in ("mlx_peak_bytes", "planned_bytes", "process_peak_bytes")),
-        "" if read is None else f"{read / 1e9:.2f}",
+        _gigabytes(phase["process_peak_bytes"]),
+        "" if read is None else _gigabytes(read),
     ]
+    return row + (more if verbose else [])
+
+
+def _seconds(timing: Mapping[str, float]) -> str:
+    """The median, and half of what the slowest run took longer than the fastest."""
+    return f"{timing['median']:.2f} ± {(timing['slowest'] - timing['fastest']) / 2:.2f}"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f}"
 
 
 def _percent(share: float) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 from ltx2.bench.speed.compare import STAGE, read_receipt
 
-GIB = 1 << 30
 MARKS = re.compile(r"<!-- bench table: (?P<paths>[^>]+?) -->\n(?P<table>.*?)\n<!-- end of table -->", re.DOTALL)
 Case = Mapping[str, Any]
 
@@ -47,7 +46,7 @@ def _column(case: Case, sized: bool) -> str:
 
 def _cell(phase: Mapping[str, Any]) -> str:
     seconds = phase["step_seconds"] if phase["name"].startswith(STAGE) else phase["work_seconds"]
-    return f"{_time(seconds['median'])}, {phase['mlx_peak_bytes'] / GIB:.1f} GiB"
+    return f"{_time(seconds['median'])}, {phase['mlx_peak_bytes'] / 1e9:.1f} GB"
 
 
 def _time(seconds: float) -> str:

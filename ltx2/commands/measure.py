@@ -37,6 +37,7 @@ with_quality = partial(click.option, cls=Dependent, needs=("compared",))
 @when_timing("--cooldown", type=float, metavar="SECONDS", help="Rest before every run.")
 @when_timing("--compare", metavar="OLD.json", type=PATH, help="What became faster or slower since that receipt.")
 @click.option("--out", type=PATH, help="Write the receipt (JSON).")
+@when_timing("--verbose", is_flag=True, help="Show all that the receipt says of every phase.")
 @click.option("--plot", metavar="FILE", type=PATH, help="Draw the receipt (.png or .svg).")
 @click.option("--quality", "compared", metavar="MODEL", type=PATH, help="Compare this model with --reference.")
 @with_quality("--reference", metavar="MODEL", type=PATH, help="The model that the one of --quality was made from.")
@@ -53,7 +54,7 @@ def bench(output: Output, models: tuple[Path, ...], compared: Path | None, **opt
     """
     from ltx2.runtime.files.paths import check_output
 
-    out, plot = options.pop("out"), options.pop("plot")
+    out, plot, verbose = (options.pop(name) for name in ("out", "plot", "verbose"))
     if out is not None:
         check_output(out)
     if plot is not None:
@@ -66,7 +67,7 @@ def bench(output: Output, models: tuple[Path, ...], compared: Path | None, **opt
         return
     if not (models or "random" in given):
         raise click.UsageError("Missing argument 'MODEL', or option '--random'.")
-    _time(output, models, (out, plot), given)
+    _time(output, models, (out, plot), given, verbose)
 
 
 Files = tuple[Path | None, Path | None]  # of the receipt and of its picture
@@ -98,7 +99,9 @@ def _compare(output: Output, models: tuple[Path, ...], compared: Path, files: Fi
     output.result(done.receipt)
 
 
-def _time(output: Output, models: tuple[Path, ...], files: Files, options: dict[str, Any]) -> None:
+def _time(
+    output: Output, models: tuple[Path, ...], files: Files, options: dict[str, Any], verbose: bool = False
+) -> None:
     from ltx2.bench.plots.receipt import plot_receipt
     from ltx2.bench.speed.cases import bench_cases
     from ltx2.bench.speed.compare import read_receipt, table
@@ -125,7 +128,7 @@ def _time(output: Output, models: tuple[Path, ...], files: Files, options: dict[
     if plot is not None:
         plot_receipt(plot, done.receipt)
     if not output.quiet and not output.as_json:
-        for shown in tables(done.receipt):
+        for shown in tables(done.receipt, verbose):
             print_table(*shown)
         if old is not None:
             print_table(*table(done.receipt["comparison"]))

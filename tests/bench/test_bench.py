@@ -159,9 +159,10 @@ class TestRuns:
         assert [phase["name"] for phase in samples["phases"]] == STEPS
         assert len(samples["seconds"]) == len(samples["mlx_bytes"]) == len(samples["process_bytes"]) > 1
         assert json.loads(json.dumps(receipt))["machine"]["cores"]
-        title, columns, rows = tables(receipt)[1]
-        assert "denoise: 1 frames of 64x64" in title and [row[0] for row in rows] == [*STEPS, "total"]
-        assert {len(row) for row in rows} == {len(columns)}
+        for verbose in (False, True):
+            title, columns, rows = tables(receipt, verbose)[1]
+            assert "denoise: 1 frames of 64x64" in title and [row[0] for row in rows] == [*STEPS, "total"]
+            assert {len(row) for row in rows} == {len(columns)} and ("eval" in title) == verbose
 
     def test_what_does_not_fit_is_left_out(self, demo_f32: Path) -> None:
         model = ModelFolder.open(demo_f32)
@@ -291,8 +292,8 @@ class TestTable:
         made = markdown([{"cases": [denoise]}, {"cases": [decode]}]).splitlines()
         assert made[0].split(" | ")[1:] == ["f32, denoise", "f32, decode, no upscale |"]
         step = denoise["phases"][0]["step_seconds"]["median"]
-        peak = denoise["phases"][0]["mlx_peak_bytes"] / 2**30
-        assert made[2] == f"| stage1, one step | {1000 * step:.0f} ms, {peak:.1f} GiB | |"
+        peak = denoise["phases"][0]["mlx_peak_bytes"] / 1e9
+        assert made[2] == f"| stage1, one step | {1000 * step:.0f} ms, {peak:.1f} GB | |"
         assert len(made) == 2 + len(denoise["phases"]) + len(decode["phases"])
 
     def test_in_a_text(self, parts: tuple[list[Event], Receipt], tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class TestSameAsTheCommandLine:
 
     def test_bench_takes_options_of_generate(self) -> None:
         """Those that change what a clip costs; the others say what is measured, how often, and what becomes of it."""
-        own = {"models", "part", "suite", "repeat", "warmup", "cooldown", "compare", "out", "plot"}
+        own = {"models", "part", "suite", "repeat", "warmup", "cooldown", "compare", "out", "plot", "verbose"}
         own |= {"random", "bits", "mode", "group_size", "recipe"} | {"compared", "reference", "prompts"}
         assert options("bench") - own <= options("generate") and set(COSTS) <= options("bench")
 

@@ -1,8 +1,10 @@
 """What people see of a run, on a terminal and in a file."""
 
 import io
+import re
 import time
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 from rich.console import Console
@@ -11,7 +13,7 @@ from ltx2 import render
 from ltx2.render import Progress, print_table
 from ltx2.runtime.events import BytesDone, PhaseDone, PhaseStarted, Section, StepDone, Warned
 
-MIB = 1 << 20
+MB = 10**6
 DONE = PhaseDone("stage1", 12.34, 1.0, (1.0, 2.0), 3 << 30, 4 << 30)
 
 
@@ -69,7 +71,7 @@ class TestPlain:
         with Progress() as progress:
             for step in range(1, 9):
                 late[0] += 0.4
-                progress.show(StepDone("stage1", step, 8, 0.4, 7 * MIB))
+                progress.show(StepDone("stage1", step, 8, 0.4, 7 * MB))
         assert [line.split()[2] for line in lines(capsys)] == ["3/8", "6/8"]
 
     def test_step_says_how_long_it_will_take(self, capsys: pytest.CaptureFixture[str], late: list[float]) -> None:
@@ -79,21 +81,21 @@ class TestPlain:
                 late[0] += seconds
                 progress.show(StepDone("stage1", step, 8, seconds, 36 << 30))
         assert lines(capsys) == [
-            "stage1: step 1/8  30.00 s/step  ETA 210 s  36.0 GiB",
-            "stage1: step 2/8  2.00 s/step  ETA 12 s  36.0 GiB",
-            "stage1: step 3/8  2.00 s/step  ETA 10 s  36.0 GiB",
+            "stage1: step 1/8  30.00 s/step  ETA 210 s  38.7 GB",
+            "stage1: step 2/8  2.00 s/step  ETA 12 s  38.7 GB",
+            "stage1: step 3/8  2.00 s/step  ETA 10 s  38.7 GB",
         ]
 
     def test_events(self, capsys: pytest.CaptureFixture[str], late: list[float]) -> None:
         with Progress() as progress:
             progress.show(DONE)
             late[0] += 2
-            progress.show(BytesDone("transformer/model.safetensors", 10 * MIB, 40 * MIB))
+            progress.show(BytesDone("transformer/model.safetensors", 10 * MB, 40 * MB))
             progress.show(Warned("the prompt is 3 tokens too long; [its] end is ignored"))
             progress.show(Section("convert", "ltx2 convert a -o b"))
         assert lines(capsys) == [
-            "stage1: done in 12.3 s  2 steps  peak 3.0 GiB",
-            "transformer/model.safetensors: 25 % of 40 MiB",
+            "stage1: done in 12.3 s  2 steps  peak 3.2 GB",
+            "transformer/model.safetensors: 25 % of 40 MB",
             "warning: the prompt is 3 tokens too long; [its] end is ignored",
             "",
             "convert",
@@ -105,20 +107,20 @@ class TestPlain:
         with Progress() as progress:
             for done, total in ((40, 100), (50, 100), (60, 100), (10, 500)):
                 late[0] += 1.5
-                progress.show(BytesDone("transformer/model.safetensors", done * MIB, total * MIB))
+                progress.show(BytesDone("transformer/model.safetensors", done * MB, total * MB))
         assert [line.split(": ")[1] for line in lines(capsys)] == [
-            "40 % of 100 MiB",
-            "50 % of 100 MiB",
-            "60 % of 100 MiB  7 MiB/s  ETA 6 s",
-            "2 % of 500 MiB",
+            "40 % of 100 MB",
+            "50 % of 100 MB",
+            "60 % of 100 MB  7 MB/s  ETA 6 s",
+            "2 % of 500 MB",
         ]
 
     def test_long_times_are_minutes(self, capsys: pytest.CaptureFixture[str], late: list[float]) -> None:
         with Progress() as progress:
             for done in (0, 1):
-                progress.show(BytesDone("ltx-2.safetensors", done << 30, 43 << 30))
+                progress.show(BytesDone("ltx-2.safetensors", done * 10**9, 43 * 10**9))
                 late[0] += 100
-        assert lines(capsys)[-1] == "ltx-2.safetensors: 2 % of 43.0 GiB  10 MiB/s  ETA 70 min"
+        assert lines(capsys)[-1] == "ltx-2.safetensors: 2 % of 43.0 GB  10 MB/s  ETA 70 min"
 
     def test_checking_after_fetching_is_another_stream(
         self, capsys: pytest.CaptureFixture[str], late: list[float]
@@ -127,8 +129,8 @@ class TestPlain:
         with Progress() as progress:
             for name, done in (("a", 0), ("a", 90), ("checking a", 0), ("checking a", 50)):
                 late[0] += 3
-                progress.show(BytesDone(name, done * MIB, 100 * MIB))
-        assert lines(capsys)[-2:] == ["checking a: 0 % of 100 MiB", "checking a: 50 % of 100 MiB  17 MiB/s  ETA 3 s"]
+                progress.show(BytesDone(name, done * MB, 100 * MB))
+        assert lines(capsys)[-2:] == ["checking a: 0 % of 100 MB", "checking a: 50 % of 100 MB  17 MB/s  ETA 3 s"]
 
     def test_long_lines_are_not_broken(self, capsys: pytest.CaptureFixture[str]) -> None:
         with Progress() as progress:
@@ -152,7 +154,7 @@ def test_a_terminal_shows_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(render, "Console", lambda **_: console)
     with Progress() as progress:
         progress.show(PhaseStarted("stage1"))
-        progress.show(StepDone("stage1", 1, 8, 0.5, MIB))
+        progress.show(StepDone("stage1", 1, 8, 0.5, MB))
         time.sleep(0.6)
         progress.show(DONE)
     shown = screen.getvalue()
@@ -172,7 +174,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(monkeypatch: py
         progress.show(DONE)
     shown = screen.getvalue()
     assert "\x1b" not in shown and "\r" not in shown
-    assert shown.startswith("stage1 ... ") and shown.endswith("stage1: done in 12.3 s  2 steps  peak 3.0 GiB\n")
+    assert shown.startswith("stage1 ... ") and shown.endswith("stage1: done in 12.3 s  2 steps  peak 3.2 GB\n")
 
 
 class TestTable:
@@ -183,8 +185,36 @@ class TestTable:
         (row,) = (line for line in shown if "total" in line)
         assert row.index("total") < row.index("3.50")
 
-    def test_names_and_numbers_are_whole(self, capsys: pytest.CaptureFixture[str]) -> None:
-        columns = ["phase", "seconds", "spread", "s/step", "steps", "peak GiB (MLX)", "peak GiB (process)"]
-        row = ["spatial_upscaler", "1234.56", "100 %", "123.456", "40", "123.45", "123.45"]
-        print_table("x" * 30, columns, [row])
-        assert any(all(cell in line for cell in row) for line in lines(capsys))
+    COLUMNS: ClassVar = ["phase", "seconds", "spread", "s/step", "steps", "peak GB (MLX)", "peak GB (process)"]
+    ROW: ClassVar = ["spatial_upscaler", "1234.56 ± 0.12", "100 %", "123.456", "40", "123.45", "123.45"]
+
+    @pytest.mark.parametrize("width", [40, 60, 80, 100, 120])
+    def test_numbers_are_whole_at_every_width(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+    ) -> None:
+        """Columns that do not fit follow below, beside the same names."""
+        monkeypatch.setattr(render, "FILE_WIDTH", width)
+        print_table("x" * 30, self.COLUMNS, [self.ROW, ["total", "1.00", *[""] * 5]])
+        shown = lines(capsys)
+        assert all(len(line.rstrip()) <= width for line in shown)
+        cells = [cell for line in shown if line.startswith(" spatial_upscaler ") for cell in re.split("   +", line)[1:]]
+        assert [cell.strip() for cell in cells] == self.ROW[1:]
+        heads = [cell for line in shown if line.startswith(" phase ") for cell in re.split("   +", line)[1:]]
+        assert [head.strip() for head in heads] == self.COLUMNS[1:]
+
+    def test_no_cell_is_empty(self, capsys: pytest.CaptureFixture[str]) -> None:
+        print_table("t", ["phase", "seconds", "s/step"], [["stage1", "2.00", "0.25"], ["total", "3.50", ""]])
+        (row,) = (line for line in lines(capsys) if "total" in line)
+        assert row.split() == ["total", "3.50", "-"]
+
+    @pytest.mark.parametrize("width", [60, 80])
+    def test_long_names_are_folded_not_cut(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+    ) -> None:
+        monkeypatch.setattr(render, "FILE_WIDTH", width)
+        name = "transformer.transformer_blocks.0.audio_to_video_attn.to_out"
+        print_table("t", ["layer", "stored as", "error"], [[name, "affine 4, 64", "12.3 %"]])
+        shown = "\n".join(lines(capsys))
+        assert "12.3 %" in shown and "affine 4, 64" in shown and "…" not in shown
+        folded = "".join(line[1:].split("   ")[0].strip() for line in shown.splitlines()[3:])
+        assert name in folded
