@@ -42,6 +42,11 @@ class LinearLayer(nn.Module):
         y = self.product(x)
         return y if self.factors is None else _added(y, x, self.factors.down, self.factors.up)
 
+    @property
+    @abstractmethod
+    def dtype(self) -> mx.Dtype:
+        """The float type of its parameters."""
+
     @abstractmethod
     def product(self, x: mx.array) -> mx.array:
         """x (..., inputs) with the layer's own weight and bias: (..., outputs)"""
@@ -49,6 +54,10 @@ class LinearLayer(nn.Module):
 
 class Linear(LinearLayer, nn.Linear):
     """x @ W^T + bias, with W (outputs, inputs)."""
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.weight.dtype
 
     def product(self, x: mx.array) -> mx.array:
         return nn.Linear.__call__(self, x)
@@ -70,6 +79,11 @@ class Packed(LinearLayer):
             self.scales = mx.zeros(groups, mx.uint8)
         self._shared_scales = shared_scales
         self.form, self.choice = form, Choice()
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        floats = (self.get("bias"), self.scales if self.form.biased else None)
+        return next((array.dtype for array in floats if array is not None), mx.bfloat16)
 
     def product(self, x: mx.array) -> mx.array:
         bias = self.get("bias")

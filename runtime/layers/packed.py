@@ -70,13 +70,7 @@ def choose_products(network: nn.Module, wanted: str) -> dict[str, Choice]:
         if isinstance(module, Packed):
             form = str(module.form)
             if form not in chosen:
-                chosen[form] = choose(module.form, _dtype(module), wanted)
+                chosen[form] = choose(module.form, module.dtype, wanted)
             if prod(module.weight.shape) * 32 // module.form.bits <= UNPACKABLE:
                 module.choice = chosen[form]
     return chosen
-
-
-def _dtype(layer: Packed) -> mx.Dtype:
-    """What a layer computes in."""
-    floats = (layer.get("bias"), layer.scales if layer.form.biased else None)
-    return next((array.dtype for array in floats if array is not None), mx.bfloat16)

@@ -1,0 +1,183 @@
+"""LoRAs that are applied while a model works: what they add to which layers, known and checked from headers alone.
+
+A LoRA is a published file or a converted loras/<name> folder (lorafile.py says what both hold). What it adds to the
+transformer's linear layers is applied; what it holds for other networks is not, as in Lightricks' pipelines. `Change`
+is also what fusing one into weights needs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ltx2.runtime.errors import CheckpointError, InputError
+from ltx2.runtime.files.jsonfile import read_object
+from ltx2.runtime.files.tensors import Array, TensorFile, TensorInfo, open_tensorfile, to_float32
+from ltx2.runtime.model.layout import CONFIG, LORAS, TRANSFORMER, ModelFolder, is_lora
+from ltx2.runtime.model.lorafile import Shapes, checked_layers, lora_config, misfits
+from ltx2.runtime.model.names import ALPHA, BIAS_DELTA, DELTA, DOWN, UP
+
+OTHER = "use a LoRA made for the model's release"
+
+
+def find_lora(name: str | Path, folder: ModelFolder) -> Path:
+    """The LoRA of this name in a model folder, else the file or folder that it names. Raises InputError where there
+    is neither."""
+    if folder.has(component := f"{LORAS}/{name}"):
+        return folder.component_path(component)
+    if Path(name).exists():
+        return Path(name)
+    have = ", ".join(c.removeprefix(f"{LORAS}/") for c in folder.manifest.components if is_lora(c)) or "none"
+    why = f"there is no such file, and the model's own are: {have}"
+    raise InputError(f"there is no LoRA {name}", why, "name a .safetensors file, a converted folder or one of these")
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """A LoRA, and how strong it is in each stage; the last number holds for all stages that follow."""
+
+    path: Path
+    strengths: tuple[float, ...] = (1.0,)
+
+    def strength(self, stage: int) -> float:
+        """In a stage, counted from 1."""
+        return self.strengths[min(stage, len(self.strengths)) - 1]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a LoRA of strength 1 adds to one layer: scale * up @ down and `diff` to its weight, `diff_b` to its bias;
+    down is (rank, inputs), up (outputs, rank). `parts` has those that there are, and the file that each is in."""
+
+    parts: Mapping[str, tuple[TensorFile, TensorInfo]]
+    scale: float
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        return self.parts[part][1].shape
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows of what is added to the weight, float32 (rows, inputs). Raises LookupError where nothing is."""
+        if DOWN not in self.parts:
+            return self._values(DELTA, start, stop)
+        product = np.float32(self.scale) * self._values(UP, start, stop) @ self._down
+        return product + self._values(DELTA, start, stop) if DELTA in self.parts else product
+
+    def bias(self) -> Array:
+        """What is added to the bias, float32 (outputs,). Raises LookupError where nothing is."""
+        return self._values(BIAS_DELTA, 0, self.shape(BIAS_DELTA)[0])
+
+    @cached_property
+    def _down(self) -> Array:
+        return self._values(DOWN, 0, self.shape(DOWN)[0])
+
+    def _values(self, part: str, start: int, stop: int) -> Array:
+        file, tensor = self.parts[part]
+        return to_float32(file.array(tensor.name)[start:stop], tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An opened LoRA: what it changes, by component and path ("transformer.<path>"), and its facts, as config.json of
+    its converted folder has them."""
+
+    path: Path
+    changes: Mapping[str, Change]
+    config: Mapping[str, Any]
+    version: str = ""  # of the release that the file says it is made for
+
+    @classmethod
+    def open(cls, path: Path) -> "Lora":
+        """Raises CheckpointError for what is no LoRA or not whole, UnsupportedError for adapters of other kinds."""
+        converted = path.is_dir()
+        files = [open_tensorfile(file) for file in (sorted(path.glob("*.safetensors")) if converted else [path])]
+        where = {name: file for file in files for name in file.tensors}
+        tensors = {name: file.tensors[name] for name, file in where.items()}
+        whole = TensorFile(path, {}, tensors) if converted else files[0]
+        layers = checked_layers(whole)
+        config = _folder_config(path, len(layers)) if converted else lora_config(whole)
+        changes = {}
+        for layer in layers.values():
+            parts = {part: (where[t.name], t) for part, t in layer.parts.items() if part != ALPHA}
+            changes[layer.path] = Change(parts, config.get("scales", {}).get(layer.path, config["scale"]))
+        return cls(path, changes, config, whole.metadata.get("model_version", ""))
+
+    def applied(self) -> dict[str, Change]:
+        """What is applied to a transformer, by path."""
+        prefix = f"{TRANSFORMER}."
+        return {name.removeprefix(prefix): change for name, change in self.changes.items() if name.startswith(prefix)}
+
+    def check(self, wanted: Shapes, release: str | None) -> None:
+        """Raises InputError unless a transformer of this release, whose parameters have these shapes (those of plain
+        weights), has all layers that are changed, and only factors change them."""
+        applied, name = self.applied(), self.path.name
+        if release and self.version and not self.version.startswith(release):
+            why = f"it is made for {self.version}, and the model is of {release}"
+            raise InputError(f"{name} does not fit the model", why, OTHER)
+        if not applied:
+            why = f"none of the {len(self.changes)} layers that it changes is the transformer's"
+            raise InputError(f"{name} has no effect", why, "leave it out")
+        parts = ((f"{TRANSFORMER}.{path}", part, change) for path, change in applied.items() for part in change.parts)
+        shapes = {f"{layer}.{part}": change.shape(part) for layer, part, change in parts}
+        _, reasons = misfits(shapes, {TRANSFORMER: wanted})
+        if reasons:
+            layer, reason = next(iter(reasons.items()))
+            fitting = f"it fits {len(applied) - len(reasons)} of the {len(applied)} layers that it changes"
+            why = f"{fitting}; {layer}: {reason}"
+            raise InputError(f"{name} does not fit the model", why, OTHER)
+        whole = [path for path, change in applied.items() if not change.parts.keys() <= {DOWN, UP}]
+        if whole:
+            why = f"it changes {len(whole)} weights or biases by more than factors; the first is {whole[0]}"
+            raise InputError(f"{name} cannot act beside the weights", why, "fuse it: ltx2 convert --fuse LORA")
+
+
+def _folder_config(path: Path, layers: int) -> dict[str, Any]:
+    try:
+        config = read_object(path / CONFIG)
+        if config["modules"] != layers:
+            raise ValueError(f"it says that {config['modules']} layers are changed, {layers} are there")
+        scales = (config["scale"], *config.get("scales", {}).values())
+        if not all(isinstance(scale, int | float) and isfinite(scale) for scale in scales):
+            raise ValueError("a scale is not a number")
+        return config
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        fix = "name a LoRA's .safetensors, or convert it again"
+        raise CheckpointError(f"{path} is no converted LoRA", f"{CONFIG}: {error}", fix) from error
+
+
+@dataclass(frozen=True)
+class LoraSet:
+    """The LoRAs of a run, opened and checked."""
+
+    uses: tuple[tuple[LoraUse, Lora], ...] = ()
+
+    @classmethod
+    def open(cls, uses: Sequence[LoraUse], wanted: Shapes, release: str | None) -> "LoraSet":
+        """`wanted`: the transformer's parameters, as they are unpacked. Raises as `Lora.open` and `Lora.check`."""
+        opened = tuple((use, Lora.open(use.path)) for use in uses)
+        for _, lora in opened:
+            lora.check(wanted, release)
+        return cls(opened)
+
+    def at(self, stage: int) -> dict[str, list[tuple[float, Change]]]:
+        """What changes the transformer's layers in a stage, counted from 1, by path: strengths and changes."""
+        found: dict[str, list[tuple[float, Change]]] = {}
+        for use, lora in self.uses:
+            if strength := use.strength(stage):
+                for path, change in lora.applied().items():
+                    found.setdefault(path, []).append((strength, change))
+        return found
+
+    def nbytes(self, stage: int, itemsize: int) -> int:
+        """Of the factors in memory in a stage, in a float type of so many bytes."""
+        changes = [change for layer in self.at(stage).values() for _, change in layer]
+        return itemsize * sum(prod(change.shape(part)) for change in changes for part in (DOWN, UP))
+
+    def facts(self) -> Iterator[tuple[str, int, int]]:
+        """Of every LoRA: its name, how many of the transformer's layers it changes, and how many of other networks,
+        which are left as they are."""
+        for _, lora in self.uses:
+            count = len(lora.applied())
+            yield lora.path.name, count, len(lora.changes) - count
