@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ltx2.api import calibrate as calibrate
-    from ltx2.api import convert as convert  # for type checkers a function only; at run time also the sub-package
+    from ltx2.api import convert as convert  # the function; the sub-package is what `from ltx2.convert import` reaches
     from ltx2.api import download as download
     from ltx2.api import load as load
     from ltx2.api import quantize as quantize
@@ -19,19 +19,17 @@ __version__ = "0.1.0"
 
 # Name -> module that has it. Imported on first use, so that `import ltx2` and `ltx2 --help` stay instant.
 _LAZY = {
-    "calibrate": "ltx2.api", "download": "ltx2.api", "load": "ltx2.api", "quantize": "ltx2.api",
+    "calibrate": "ltx2.api", "convert": "ltx2.api", "download": "ltx2.api", "load": "ltx2.api", "quantize": "ltx2.api",
     "Clip": "ltx2.runtime.generate.clip",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """The public names on first use. `ltx2.convert` is a sub-package that can be called."""
-    if name == "convert":
-        return import_module("ltx2.convert")
+    """The public names on first use."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY, "convert"])
+    return sorted({*globals(), *_LAZY})

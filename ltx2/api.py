@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import ltx2
 from ltx2.convert.fetch.catalogue import catalogue
 from ltx2.convert.plan.entries import Options, Plan, make_plan
 from ltx2.convert.sources.checkpoint import open_sources
@@ -127,3 +128,7 @@ def quantize(
 
 def _path(path: StrPath | None) -> Path | None:
     return None if path is None else Path(path)
+
+
+# Importing a sub-package has bound its name; the public one is the function's. `from ltx2.convert import …` works on.
+vars(ltx2)["convert"] = convert

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import ltx2.api  # ltx2.convert is the function, whichever sub-package a test imports first
 from tests.support.command import SIZE, Done, Here
 from tests.support.hostile import HANGS
 from tests.support.official import DEMO, DEMO_25, MONOLITH, Official, Split, random_23, random_25, random_official
@@ -33,8 +34,6 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Official:
 @pytest.fixture(scope="session")
 def model(official: Official, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`official` converted by our converter, as users would."""
-    import ltx2
-
     out = tmp_path_factory.mktemp("converted") / "model"
     ltx2.convert([str(path) for path in official.sources], str(out))
     return out
@@ -43,8 +42,6 @@ def model(official: Official, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded demo checkpoint converted; what the golden tensors were computed with."""
-    import ltx2
-
     out = tmp_path_factory.mktemp("demo") / "model"
     ltx2.convert([str(path) for path in DEMO], str(out), variant="distilled")
     return out
@@ -53,8 +50,6 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model in float32: a CPU computes bf16 slowly and imprecisely."""
-    import ltx2
-
     out = tmp_path_factory.mktemp("demo") / "f32"
     ltx2.convert(DEMO, out, variant="distilled", dtype="f32")
     return out
@@ -69,8 +64,6 @@ def official_25(tmp_path_factory: pytest.TempPathFactory) -> Split:
 @pytest.fixture(scope="session")
 def model_25(official_25: Split, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`official_25` converted."""
-    import ltx2
-
     out = tmp_path_factory.mktemp("converted") / "model-25"
     ltx2.convert(official_25.sources, out, variant="distilled")
     return out
@@ -85,8 +78,6 @@ def official_23(tmp_path_factory: pytest.TempPathFactory) -> Official:
 @pytest.fixture(scope="session")
 def model_23(official_23: Official, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`official_23` converted."""
-    import ltx2
-
     out = tmp_path_factory.mktemp("converted") / "model-23"
     ltx2.convert(official_23.sources, out)
     return out
@@ -95,8 +86,6 @@ def model_23(official_23: Official, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def demo_25(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded 2.5 demo checkpoint converted to float32; what its golden tensors were computed with."""
-    import ltx2
-
     out = tmp_path_factory.mktemp("demo") / "25"
     ltx2.convert(DEMO_25, out, variant="distilled", dtype="f32")
     return out
@@ -119,8 +108,6 @@ def in_time() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two components of the demo model, several files each."""
-    import ltx2
-
     out = tmp_path_factory.mktemp("small") / "model"
     ltx2.convert(MONOLITH, out, variant="distilled", only=("vocoder", "connectors"), shard_size=0.0004)
     assert (out / "vocoder" / "model.safetensors.index.json").is_file()

@@ -23,11 +23,10 @@ from ltx2.quant.apply import Settings, quantize_plan
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.generate.preset import load_preset
-from ltx2.runtime.memory.blocks import Names, Weights, open_blocks
+from ltx2.runtime.memory.blocks import Names, Weights
 from ltx2.runtime.model.forms import AFFINE
 from ltx2.runtime.model.layout import ComponentRecord, Manifest, ModelFolder
-from ltx2.runtime.networks.load import build_network, encode_prompt, load_weights, parameter_shapes
-from ltx2.runtime.networks.text.tokenizer import Encoded
+from ltx2.runtime.networks.load import build_network, parameter_shapes
 
 Tensors = Mapping[str, Spec]
 
@@ -55,10 +54,15 @@ class RandomFolder(ModelFolder):
         values = RandomValues(self.quantization(component))
         return {name: values.tensor(name, spec) for name, spec in self.tensors[component].items()}
 
+    def blocks(self, component: str, names: Mapping[int, Names]) -> dict[int, "_RandomBlock"]:
+        return {index: _RandomBlock(self, component, found) for index, found in names.items()}
 
-@load_weights.register
-def _(folder: RandomFolder, component: str) -> dict[str, mx.array]:
-    return folder.arrays(component)
+    def tokens(self, length: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """As many as a usual prompt has, whatever the prompt: there is no tokenizer."""
+        count = min(length, published()["prompt_tokens"])
+        ids, mask = np.zeros((1, length), np.int32), np.zeros((1, length), np.int32)
+        ids[0, length - count :], mask[0, length - count :] = np.arange(count), 1
+        return ids, mask, 0
 
 
 @dataclass(frozen=True)
@@ -83,20 +87,6 @@ class _RandomBlock:
 
     def views(self, made: Weights, /) -> Weights:
         return made
-
-
-@open_blocks.register
-def _(folder: RandomFolder, component: str, names: Mapping[int, Names]) -> Mapping[int, _RandomBlock]:
-    return {index: _RandomBlock(folder, component, found) for index, found in names.items()}
-
-
-@encode_prompt.register
-def _(folder: RandomFolder, prompt: str, length: int) -> Encoded:
-    """Tokens as many as a usual prompt has, whatever the prompt: there is no tokenizer."""
-    count = min(length, published()["prompt_tokens"])
-    ids, mask = np.zeros((1, length), np.int32), np.zeros((1, length), np.int32)
-    ids[0, length - count :], mask[0, length - count :] = np.arange(count), 1
-    return Encoded(ids, mask, 0)
 
 
 def random_folder(name: str, settings: Settings | None = None) -> RandomFolder:

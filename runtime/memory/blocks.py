@@ -7,7 +7,7 @@ a Mac they go straight to memory that the GPU shares, with CUDA MLX copies them 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cache, singledispatch
+from functools import cache
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
@@ -127,13 +127,13 @@ class _OneTensor:
         return len(memory)
 
 
-@singledispatch
 def open_blocks(folder: ModelFolder, component: str, names: Mapping[int, Names]) -> Mapping[int, Source]:
-    """The blocks of a component by number; `names` are those of their tensors, in the network -> in the files. A kind
-    of folder that has no files registers its own way.
+    """The blocks of a component by number; `names` are those of their tensors, in the network -> in the files.
 
     Raises ModelFolderError when files are missing, LookupError when tensors are.
     """
+    if (made := folder.blocks(component, names)) is not None:
+        return made
     files = [(file, RangeReader(file.path, cached=True)) for file in folder.tensor_files(component)]
     found = {name: (tensor, reader) for file, reader in files for name, tensor in file.tensors.items()}
     return {index: Block({name: found[stored] for name, stored in tensors.items()}) for index, tensors in names.items()}

@@ -153,6 +153,18 @@ class ModelFolder:
                 f"{manifest} cannot be read", str(error), "convert the checkpoint again, or update ltx2"
             ) from error
 
+    def arrays(self, component: str) -> Mapping[str, Any] | None:
+        """The component's tensors as arrays, where a folder exists in memory only; None: its files have them."""
+        return None
+
+    def blocks(self, component: str, names: Mapping[int, Mapping[str, str]]) -> Mapping[int, Any] | None:
+        """The component's blocks as streaming reads them, by number, likewise."""
+        return None
+
+    def tokens(self, length: int) -> tuple[Any, Any, int] | None:
+        """Ids and mask of a prompt, (1, length) each, and how many tokens were cut, likewise."""
+        return None
+
     def how_to_shrink(self) -> str:
         """What to do where its weights do not fit in memory."""
         if any(record.quantization for record in self.manifest.components.values()):

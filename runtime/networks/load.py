@@ -2,7 +2,6 @@
 quantization, and every tensor must fit."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import singledispatch
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
@@ -63,19 +62,20 @@ def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in parameters}
 
 
-@singledispatch
 def load_weights(folder: ModelFolder, component: str) -> dict[str, mx.array]:
-    """The component's tensors as lazy arrays: data are read when they are first used. A kind of folder that has no
-    files registers its own way, and of `encode_prompt` too."""
+    """The component's tensors as lazy arrays: data are read when they are first used."""
+    if (made := folder.arrays(component)) is not None:
+        return dict(made)
     weights: dict[str, mx.array] = {}
     for path in folder.weight_files(component):
         weights.update(cast(dict[str, mx.array], mx.load(str(path))))
     return weights
 
 
-@singledispatch
 def encode_prompt(folder: ModelFolder, prompt: str, length: int) -> Encoded:
     """A prompt's tokens by the tokenizer that comes with the text encoder. Raises what `Tokenizer.load` raises."""
+    if (made := folder.tokens(length)) is not None:
+        return Encoded(*made)
     return Tokenizer.load(folder.component_path("text_encoder")).encode(prompt, length)
 
 

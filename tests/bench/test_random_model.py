@@ -147,7 +147,7 @@ class TestRuns:
         folder = random_folder(NAME, Settings(bits=4, group_size=32))
         network = load_network(folder, "transformer", Transformer)
         block = network.transformer_blocks[1]
-        assert block.attn1.to_q.bits == 4 and block.attn1.to_q.weight.dtype == mx.uint32
+        assert block.attn1.to_q.form.bits == 4 and block.attn1.to_q.weight.dtype == mx.uint32
         assert network.patchify_proj.weight.dtype == mx.bfloat16 and block.scale_shift_table.dtype == mx.float32
 
     def test_measured(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,8 @@ class TestNames:
         "code",
         [
             "import ltx2; assert callable(ltx2.convert); import ltx2.convert.write; assert callable(ltx2.convert)",
-            "import ltx2.convert.plan.entries; import ltx2; assert callable(ltx2.convert); ltx2.convert.plan",
+            "import ltx2; ltx2.load; import ltx2.convert.plan.entries; assert callable(ltx2.convert)",
+            "import ltx2.api, ltx2; from ltx2.convert.plan import entries; assert callable(ltx2.convert)",
             "from ltx2 import convert; assert callable(convert); from ltx2.convert import plan",
             "from ltx2 import load, quantize, Clip; import ltx2.quant, ltx2.bench, ltx2.runtime",
         ],
