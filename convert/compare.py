@@ -10,8 +10,8 @@ import numpy as np
 
 from ltx2.convert.output.files import stream_order
 from ltx2.convert.output.pieces import Parts, Rows, in_order, rows_of
-from ltx2.convert.plan.entries import Move, Options, Plan, make_plan, packed_key
-from ltx2.convert.plan.recode import Layer, decoded, kept_layers
+from ltx2.convert.plan.entries import Layer, Move, Plan, decoded, kept_layers, packed_key
+from ltx2.convert.plan.make import Options, make_plan
 from ltx2.convert.sources.checkpoint import VARIANTS, Source
 from ltx2.convert.tensors.steps import Cast
 from ltx2.runtime.errors import UnsupportedError

@@ -9,7 +9,8 @@ from typing import Any
 
 from ltx2.convert.names import rules
 from ltx2.convert.names.release import releases
-from ltx2.convert.plan.entries import SCALE_PARTS, Options, make_plan, packed_key
+from ltx2.convert.plan.entries import SCALE_PARTS, packed_key
+from ltx2.convert.plan.make import Options, make_plan
 from ltx2.convert.sources.checkpoint import (
     VARIANTS,
     Source,

@@ -7,7 +7,8 @@ from typing import Any
 
 import ltx2
 from ltx2.convert.fetch.catalogue import catalogue
-from ltx2.convert.plan.entries import Options, Plan, make_plan
+from ltx2.convert.plan.entries import Plan
+from ltx2.convert.plan.make import Options, make_plan
 from ltx2.convert.sources.checkpoint import open_sources
 from ltx2.convert.write import SHARD_GB, WriteOptions, write_plan
 from ltx2.quant.apply import Settings, write_quantized

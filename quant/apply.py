@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ltx2.convert.plan.entries import Move, Plan, packed_layers
+from ltx2.convert.plan.entries import Layer, Move, Plan, decoded, kept_layers, packed_layers
 from ltx2.convert.plan.folder import folder_plan
-from ltx2.convert.plan.recode import Layer, decoded, kept_layers
 from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.quant.choose.budget import mac_budget
 from ltx2.quant.choose.fit import HALVED, fit_transformer

@@ -63,7 +63,7 @@ WITHOUT_MLX = ("convert/names", "convert/tensors", "runtime/model", "runtime/fil
 WITHOUT_MLX_FILES = (
     "runtime/errors.py",
     "convert/sources/checkpoint.py",
-    "convert/plan/entries.py",
+    "convert/plan/make.py",
 )
 MAX_LINES = {"tests": 600}
 MAX_LINES_ELSEWHERE = 400
@@ -325,7 +325,7 @@ BAD: list[tuple[Rule, str, str]] = [
 GOOD: list[tuple[Rule, str, str]] = [
     (
         import_directions,
-        "convert/plan/entries.py",
+        "convert/plan/make.py",
         "from ltx2 import __version__\nfrom ltx2.runtime.errors import Ltx2Error",
     ),
     (import_directions, "quant/apply.py", "from ltx2.convert.tensors.steps import cast"),

@@ -12,8 +12,7 @@ from math import prod
 from time import monotonic
 
 from ltx2.convert.output.pieces import in_order
-from ltx2.convert.plan.entries import Plan
-from ltx2.convert.plan.recode import kept_layers
+from ltx2.convert.plan.entries import Plan, kept_layers
 from ltx2.quant.choose.budget import Budget
 from ltx2.quant.choose.fitted import Chosen, Fit
 from ltx2.quant.choose.knapsack import Option, allocate

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ltx2.convert.output.pieces import rows_at
-from ltx2.convert.plan.entries import Move, Plan
-from ltx2.convert.plan.recode import decoded, kept_layers
+from ltx2.convert.plan.entries import Move, Plan, decoded, kept_layers
 from ltx2.quant.codes.pack import pack
 from ltx2.quant.measure.statistics import Statistics
 from ltx2.quant.plan.replan import Given, packed_plan

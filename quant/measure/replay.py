@@ -15,8 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2.convert.output.pieces import values_of
-from ltx2.convert.plan.entries import Move, Plan
-from ltx2.convert.plan.recode import decoded, kept_layers
+from ltx2.convert.plan.entries import Move, Plan, decoded, kept_layers
 from ltx2.quant.codes.correlations import Correlations, Feedback, make_feedback
 from ltx2.quant.codes.on_cpu import OnCpu
 from ltx2.quant.codes.on_gpu import OnGpu, is_gpu

@@ -17,8 +17,9 @@ from safetensors.numpy import save_file
 
 import ltx2
 from ltx2.convert.output import journal
-from ltx2.convert.plan.entries import Drop, Plan, make_plan
+from ltx2.convert.plan.entries import Drop, Plan
 from ltx2.convert.plan.folder import folder_plan
+from ltx2.convert.plan.make import make_plan
 from ltx2.convert.tensors.steps import Cast, Spec, Transpose
 from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.runtime.errors import InputError, ModelFolderError, NumericsError
@@ -374,10 +375,10 @@ class TestExistingFolders:
 
 def test_import_is_light() -> None:
     """Neither `import ltx2` nor planning loads MLX."""
-    code = "import sys, ltx2, ltx2.convert.plan.entries; sys.exit('mlx.core' in sys.modules)"
+    code = "import sys, ltx2, ltx2.convert.plan.make; sys.exit('mlx.core' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent.parent, check=True)
 
 
 def test_convert_is_a_package_and_a_function(tmp_path: Path) -> None:
     assert ltx2.convert([str(UPSCALER)], str(tmp_path / "out")) == tmp_path / "out"
-    assert vars(import_module("ltx2.convert.plan.entries"))["make_plan"] is make_plan
+    assert vars(import_module("ltx2.convert.plan.make"))["make_plan"] is make_plan

@@ -15,7 +15,8 @@ import ltx2
 from ltx2.convert.inspect import inspect
 from ltx2.convert.names import rules
 from ltx2.convert.plan.check import check_plan, planned_shapes
-from ltx2.convert.plan.entries import Drop, Merge, lora_name, plan_json
+from ltx2.convert.plan.entries import Drop, Merge, plan_json
+from ltx2.convert.plan.make import lora_name
 from ltx2.convert.sources.checkpoint import open_sources
 from ltx2.convert.sources.together import common_release
 from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError, VerificationError

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from ltx2.convert.plan.entries import Options, Plan, make_plan
+from ltx2.convert.plan.entries import Plan
+from ltx2.convert.plan.make import Options, make_plan
 from ltx2.convert.sources.checkpoint import open_sources
 from ltx2.runtime.files.tensors import TensorFile, open_tensorfile, to_float32
 
