@@ -1,6 +1,7 @@
 """A request meets a model folder: pipeline, configurations and sizes, and everything that can be known to be wrong
 before the work starts."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -79,16 +80,21 @@ class Job:
             return defaults
         defaults["pipeline"] = self.row.name
         if self.row.guided:
-            guided = {name: value for name, value in self.preset.guided.items() if name != "stg_blocks"}
-            defaults |= guided | {"negative_prompt": negative_prompt(), "skip_steps": 0, "audio_skip_steps": 0}
-            defaults |= self.row.options
+            layers = int(self.folder.config(TRANSFORMER)["num_layers"])
+            blocks = [min(block, layers - 1) for block in self.preset.guided["stg_blocks"]]
+            defaults |= self.preset.guided | {"stg_blocks": blocks, "negative_prompt": negative_prompt()}
+            defaults |= {"skip_steps": 0, "audio_skip_steps": 0} | self.row.options
+            if missing := [block for block in request.stg_blocks or () if block >= layers]:
+                why = f"the transformer has blocks 0 to {layers - 1}"
+                raise InputError(f"there is no block {missing[0]} for --stg-blocks", why, f"use {layers - 1}")
         return defaults
 
-    @property
-    def _blocks(self) -> tuple[int, ...]:
-        """Whose self-attention a perturbed pass leaves out; the last one where the network is not as deep."""
-        last = int(self.folder.config(TRANSFORMER)["num_layers"]) - 1
-        return tuple(min(block, last) for block in self.preset.guided["stg_blocks"])
+    def warnings(self) -> Iterator[str]:
+        """What may not come out as expected."""
+        if self.row is not None and self.row.guided and self.folder.manifest.variant == DISTILLED:
+            yield f"this is a distilled model: the {self.row.name} pipeline guides it, which it was not made for"
+        if self.folder.has("text_encoder") and (message := check_text_encoder(self.folder)):
+            yield message
 
     @property
     def steps(self) -> int:
@@ -124,7 +130,7 @@ class Job:
     def _guided(self, prefix: str) -> Guidance:
         names = ("cfg", "stg", "modality_scale", "rescale")
         cfg, stg, modality, rescale = (float(getattr(self.request, prefix + name)) for name in names)
-        return Guidance(cfg, stg, modality, rescale, self._blocks, getattr(self.request, f"{prefix}skip_steps"))
+        return Guidance(cfg, stg, modality, rescale, tuple(self.request.stg_blocks or ()), getattr(self.request, f"{prefix}skip_steps"))
 
     @property
     def passes(self) -> frozenset[str]:

@@ -25,7 +25,7 @@ SAMPLING = (
 
 
 def _scale(text: str) -> Number:
-    return Number(text, metavar="X", decides=True, exposed=False)
+    return Number(text, metavar="X", decides=True, costs=True)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Options:
         choices=("distilled", "one-stage", "two-stage", "hq"),
         decides=True,
         costs=True,
-        exposed=False,
         sets=("steps", *GUIDANCE, "distilled_lora"),
     )
     width: Whole = Whole("Pixels; a multiple of 64 (32 with --no-upscale).", decides=True, costs=True)
@@ -69,9 +68,9 @@ class Options:
         exposed=False,
     )
 
-    steps: Whole = Whole("Denoise steps of stage 1.", decides=True, costs=True, exposed=False, least=1, example="30")
+    steps: Whole = Whole("Denoise steps of stage 1.", decides=True, costs=True, least=1, example="30")
     negative_prompt: Text = Text(
-        "What the clip must not be like; default: Lightricks' own.", metavar="TEXT", decides=True, exposed=False
+        "What the clip must not be like; default: Lightricks' own.", metavar="TEXT", decides=True
     )
     cfg: Number = _scale("How strictly the picture follows the prompt; 1: not guided.")
     stg: Number = _scale("Guidance of the picture by a pass without attention in --stg-blocks; 0: none.")
@@ -82,13 +81,13 @@ class Options:
     audio_rescale: Number = _scale("Share of the contrast that guidance adds to the sound, and that is taken back.")
     audio_modality_scale: Number = _scale("How strictly the sound follows the picture; 1: not guided.")
     stg_blocks: Numbers = Numbers(
-        "Blocks whose self-attention STG leaves out.", metavar="N[,N...]", decides=True, exposed=False
+        "Blocks whose self-attention STG leaves out.", metavar="N[,N...]", decides=True
     )
     skip_steps: Whole = Whole(
-        "Guide the picture only every (K+1)th step.", metavar="K", decides=True, exposed=False, least=0, example="1"
+        "Guide the picture only every (K+1)th step.", metavar="K", decides=True, least=0, example="1"
     )
     audio_skip_steps: Whole = Whole(
-        "Guide the sound only every (K+1)th step.", metavar="K", decides=True, exposed=False, least=0, example="1"
+        "Guide the sound only every (K+1)th step.", metavar="K", decides=True, least=0, example="1"
     )
     lora: Several[Lora] = Several(
         "Add a LoRA, at strength S, or S in stage 1 and S2 in stage 2; repeatable.",

@@ -220,7 +220,8 @@ class Run:
         return self.seconds + time.perf_counter() - self._started
 
     def _warnings(self) -> Iterator[Event]:
-        for message in [*self.request.without_effect(), *self.memory.warnings()]:
+        messages = [*self.request.without_effect(), *self.job.warnings(), *self.memory.warnings()]
+        for message in messages:
             yield Warned(message)
         if self.request.memory_limit is not None and self.memory.limit > (has := available_memory()):
             yield Warned(f"--memory-limit {self.request.memory_limit:g} is more than the {has / 1e9:.1f} GB there are")
