@@ -26,6 +26,7 @@ from ltx2.runtime.generate.pipeline import Observe, Pipeline
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.inputs import Levels, StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.guidance import TEXT
@@ -137,8 +138,8 @@ def _generated(
         pipeline = Pipeline(model, observe)
         for event in pipeline.stream(prompt, **case.options, save_embeddings=file):
             if isinstance(event, Generated):
-                width = pipeline.folder.config("transformer")["caption_channels"]
-                return read_embeddings(file, Streams(width, width))[TEXT], event.clip
+                config = TransformerConfig.from_dict(pipeline.folder.config("transformer"))
+                return read_embeddings(file, config.context_dims)[TEXT], event.clip
             yield event
     raise RuntimeError("the generation ended without a clip")
 

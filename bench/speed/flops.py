@@ -157,12 +157,19 @@ def denoise_step(config: TransformerConfig, grid: Grid, text: int) -> Work:
     block += _cross(x, video, y, audio, audio) + _cross(y, audio, x, video, audio)
     ends = linear(x, config.in_channels, video) + linear(x, video, config.out_channels)
     ends += linear(y, config.audio_in_channels, audio) + linear(y, audio, config.audio_out_channels)
-    noise_levels = (_modulation(width, rows) for width in (video, audio) for rows in (6, 4, 1))
+    if config.apply_gated_attention:  # self-attention, attention to the text and to the other stream
+        heads = (config.num_attention_heads, config.num_attention_heads, config.audio_num_attention_heads)
+        block += linear(x, video, sum(heads)) + linear(y, audio, 3 * config.audio_num_attention_heads)
+    rows = [9 if config.cross_attention_adaln else 6, 4, 1]
+    rows += [2] if config.cross_attention_adaln and config.use_prompt_adaln_single else []
+    noise_levels = (_modulation(width, count) for width in (video, audio) for count in rows)
     return block * config.num_layers + sum(noise_levels, ends)
 
 
 def project_text(config: TransformerConfig, text: int) -> Work:
-    """The text's features to both streams' widths, once per stage."""
+    """The text's features to both streams' widths, once per stage; nothing where the connectors do that."""
+    if config.caption_proj_before_connector:
+        return Work()
     widths = (config.video_dim, config.audio_dim)
     return sum((linear(text, config.caption_channels, w) + linear(text, w, w) for w in widths), Work())
 

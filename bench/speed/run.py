@@ -32,9 +32,7 @@ from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.linear import Packed
 from ltx2.runtime.machine.process import disk_bytes_read
 from ltx2.runtime.model.layout import ModelFolder
-from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.sampling.guidance import TEXT
-from ltx2.runtime.streams import Streams
 
 PROMPT = "a red square moves left on a white background with a low tone"
 
@@ -181,9 +179,9 @@ def _start(job: Job, task: Task, file: Path) -> dict[str, Any]:
     depend on them."""
     options = dict(task.options)
     if task.part == "denoise":
-        config = TransformerConfig.from_dict(job.folder.config("transformer"))
-        shape = (1, job.preset.text_tokens, config.caption_channels)
-        write_embeddings(str(file), {TEXT: Streams(_normal(shape), _normal(shape))})
+        widths = job.transformer_config.context_dims
+        contexts = widths.map(lambda width: _normal((1, job.preset.text_tokens, width)))
+        write_embeddings(str(file), dict.fromkeys((TEXT, *job.negatives), contexts))
         return options | {"embeddings": str(file)}
     if task.part == "decode":
         write_latents(str(file), job.grid().segments.map(lambda segment: _normal(segment.shape)))

@@ -52,6 +52,9 @@ def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array
 def read_noise(path: str | Path, draws: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
     """All tensors that a run draws, by name and shape. Raises InputError when one is missing, unknown or misshapen."""
     tensors = read_tensors(path, tuple(draws))
+    if unknown := sorted(open_tensorfile(Path(path)).tensors.keys() - draws.keys()):
+        why = f"this run draws {', '.join(draws)}"
+        raise InputError(f"{Path(path).name} holds {unknown[0]}, which this run does not draw", why, "leave it out")
     for name, shape in draws.items():
         _check_shape(path, name, tensors[name], shape)
     return tensors

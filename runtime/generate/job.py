@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.paths import check_output
@@ -80,7 +81,7 @@ class Job:
             return defaults
         defaults["pipeline"] = self.row.name
         if self.row.guided:
-            layers = int(self.folder.config(TRANSFORMER)["num_layers"])
+            layers = self.transformer_config.num_layers
             blocks = [min(block, layers - 1) for block in self.preset.guided["stg_blocks"]]
             defaults |= self.preset.guided | {"stg_blocks": blocks, "negative_prompt": negative_prompt()}
             defaults |= {"skip_steps": 0, "audio_skip_steps": 0} | self.row.options
@@ -100,6 +101,10 @@ class Job:
     def steps(self) -> int:
         """Denoise steps of all stages."""
         return sum(self.course(number).steps for number in self.numbers)
+
+    @cached_property
+    def transformer_config(self) -> TransformerConfig:
+        return TransformerConfig.from_dict(self.folder.config(TRANSFORMER))
 
     @property
     def numbers(self) -> range:
@@ -130,14 +135,8 @@ class Job:
     def _guided(self, prefix: str) -> Guidance:
         names = ("cfg", "stg", "modality_scale", "rescale")
         cfg, stg, modality, rescale = (float(getattr(self.request, prefix + name)) for name in names)
-        return Guidance(cfg, stg, modality, rescale, tuple(self.request.stg_blocks or ()), getattr(self.request, f"{prefix}skip_steps"))
-
-    @property
-    def passes(self) -> frozenset[str]:
-        """Names of the passes that a step of some stage takes beside the text's."""
-        if not any(stage.guided for stage in self.stages):
-            return frozenset()
-        return frozenset[str]().union(*(guidance.wanted for guidance in self._guidance().values()))
+        blocks, skip = tuple(self.request.stg_blocks or ()), int(getattr(self.request, f"{prefix}skip_steps"))
+        return Guidance(cfg, stg, modality, rescale, blocks, skip)
 
     def calls(self, number: int) -> int:
         """Calls of the transformer in stage `number`."""
@@ -147,7 +146,14 @@ class Job:
 
     def states(self, number: int, start: Streams[mx.array]) -> Streams[StreamState]:
         """The streams of stage `number` before its first step, from the latents of the stage before."""
-        return begin_states(self.stage_grid(number), self.sizes.fps, self.scales, start)
+        grid = self.stage_grid(number)
+        states = begin_states(grid, self.sizes.fps, self.scales, start)
+        if states.video is None or not self.transformer_config.use_keyframes_abs_pos_embedding:
+            return states
+        # The first latent frame stands for one single frame.
+        single = np.arange(grid.tokens) < grid.height * grid.width
+        marked = mx.array(single.astype(np.float32))[None, :, None]
+        return Streams(replace(states.video, marked=marked), states.audio)
 
     def segments(self, number: int) -> Streams[tuple[Segment, ...]]:
         """Each stream's tokens in stage `number`, for the noise that they need."""
@@ -170,8 +176,13 @@ class Job:
     def prompts(self) -> dict[str, str]:
         """The texts that are encoded, by the name of their context."""
         assert self.request.prompt is not None, "checked in with_defaults"
-        negative = {NEGATIVE: self.request.negative_prompt or ""} if NEGATIVE in self.passes else {}
-        return {TEXT: self.request.prompt} | negative
+        return {TEXT: self.request.prompt} | dict.fromkeys(self.negatives, self.request.negative_prompt or "")
+
+    @property
+    def negatives(self) -> tuple[str, ...]:
+        """Names of the contexts that the clip is guided away from."""
+        guided = any(stage.guided for stage in self.stages)
+        return (NEGATIVE,) if guided and any(NEGATIVE in g.wanted for g in self._guidance().values()) else ()
 
     @cached_property
     def tokens(self) -> dict[str, Encoded]:
@@ -184,8 +195,7 @@ class Job:
 
     def read_contexts(self, path: str) -> dict[str, Streams[mx.array]]:
         """The prompts' contexts out of a file."""
-        config = TransformerConfig.from_dict(self.folder.config("transformer"))
-        return read_embeddings(path, Streams(config.caption_channels, config.caption_channels))
+        return read_embeddings(path, self.transformer_config.context_dims)
 
     def check(self, components: list[str]) -> None:
         """The components are whole, files to read fit, files to write have a place. Reads headers, and small files."""

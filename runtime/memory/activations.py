@@ -78,10 +78,11 @@ def denoise_step(
     video, audio = config.video_dim, config.audio_dim
     tables = FLOAT32 * ((video + audio) * grid.tokens + 2 * audio * grid.audio_frames)
     channels = config.in_channels * grid.tokens + config.audio_in_channels * grid.audio_frames
-    text = text_tokens * (video + audio + 2 * config.caption_channels) * itemsize
+    text = text_tokens * (video + audio + sum(config.context_dims.values())) * itemsize
     kept = tables + text + 4 * FLOAT32 * channels
     unit = (video * grid.tokens + audio * grid.audio_frames) * itemsize
-    keys = 4 * text_tokens * (video + audio) * itemsize
+    # A text that every block modulates is there once more.
+    keys = (5 if config.cross_attention_adaln else 4) * text_tokens * (video + audio) * itemsize
     needed = kept + keys + 13 * unit // 2 + UNPACKED * unpacked
     # Up to ten command buffers wait for the device. Each ends after some operations, or some megabytes.
     full = kept + keys + min(47 * unit, 700 * MB + 11 * unit) + UNPACKED_QUEUED * unpacked

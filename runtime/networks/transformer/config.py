@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.model.config import SUPPORTED_ONLY, Config, Repeats
+from ltx2.runtime.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ class TransformerConfig(Config):
             self.audio_out_channels, self.audio_cross_attention_dim,
             self._context_dim(self.audio_cross_attention_dim), True, self.audio_positional_embedding_max_pos,
         )  # fmt: skip
+
+    @property
+    def context_dims(self) -> Streams[int]:
+        """Widths of the contexts that `Transformer.project` is given."""
+        return Streams(self.video.context_dim, self.audio.context_dim)
 
     def _context_dim(self, text_dim: int) -> int:
         return text_dim if self.caption_proj_before_connector else self.caption_channels
