@@ -48,7 +48,7 @@ def network_differences(
     try:
         network = build()
     except (ConfigError, UnsupportedError):
-        if is_computed(release) or (class_name not in NETWORKS and not is_listed(class_name)):
+        if (class_name in NETWORKS and is_computed(release)) or not (class_name in NETWORKS or is_listed(class_name)):
             raise
         return name_differences(class_name, config, stored.keys()) if is_listed(class_name) else {}
     return shape_differences(parameter_shapes(network), stored)

@@ -28,7 +28,7 @@ def write_noise(path: Path, which: str) -> Path:
         segment = Segment(stream, golden_25(f"{which}.stage1.{stream}_latent").shape)
         rows = golden_25(f"{which}.ancestral.{stream}").reshape(7, 1, segment.tokens, -1)
         latents = [np.array(segment.from_tokens(mx.array(row))) for row in rows]
-        tensors[f"ancestral.{stream}"] = np.concatenate(latents)
+        tensors[f"ancestral.{stream}"] = np.ascontiguousarray(np.concatenate(latents))
     save_file(tensors, path)
     return path
 
