@@ -37,7 +37,7 @@ from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.media.video import video_writer
 from ltx2.runtime.memory.meter import Phase as Meter
 from ltx2.runtime.memory.meter import explained
-from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.sampling.latents import as_numpy
 from ltx2.runtime.sampling.noise import Seeded
@@ -112,6 +112,7 @@ class Run:
         self.products: dict[str, Choice] = {}
         self.seconds = 0.0  # of an earlier run that this one continues
         self.made = Made()
+        self._transformer: nn.Module | None = None  # that of the last stage, where the plan keeps it for the next one
         self.state: StateFile | None = None
         if job.request.state is not None and job.request.latents is None:
             self.state = StateFile(Path(job.request.state), Owner.of(job, used))
@@ -167,6 +168,8 @@ class Run:
                     self._keep(phase.name)
                     self.meter.pause()
                 yield event
+        if phase.name not in self.memory.keeps_transformer:
+            self._transformer = None
         self.done.append(self.meter.finish())
         yield self.done[-1]
 
@@ -184,10 +187,14 @@ class Run:
 
     def load(self, component: str, expected: type[Network]) -> Network:
         """A phase's network, after the observer has seen it."""
+        if component == TRANSFORMER and isinstance(self._transformer, expected):
+            return self._transformer
         network = load_network(self.job.folder, component, expected)
         self.products |= choose_products(network, self.request.matmul)
         if self.observe is not None:
             self.observe(component, network)
+        elif component == TRANSFORMER and self.plan.name in self.memory.keeps_transformer:
+            self._transformer = network  # whoever observes gets a new one in every stage
         return network
 
     def _generated(self, phase: Phase) -> Iterator[Event]:

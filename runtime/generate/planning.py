@@ -1,7 +1,7 @@
 """How much memory a generation takes, phase by phase, before anything but headers is read; in which tiles the video
 decoder stays below a limit; and, where nothing does, the nearest settings that would."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -30,10 +30,34 @@ class MemoryPlan:
 
     @cached_property
     def phases(self) -> tuple[PhasePlan, ...]:
-        if not self.job.request.low_memory:
-            return tuple(need.within(self.limit, reusable_memory()) for need in self.needs)
-        # What the hungriest phase takes at least is taken anyway: the others may use as much.
-        return tuple(need.within(_least(self.needs), 0) for need in self.needs)
+        if self.job.request.low_memory:
+            # What the hungriest phase takes at least is taken anyway: the others may use as much.
+            return tuple(need.within(_least(self.needs), 0) for need in self.needs)
+        planned = [need.within(self.limit, reusable_memory()) for need in self.needs]
+        kept = self._kept(planned)
+        for index in kept:
+            if not self.needs[index].blocks:
+                planned[index] = replace(planned[index], beside=planned[kept[0]].weights, cache=0)
+        return tuple(planned)
+
+    def _kept(self, planned: Sequence[PhasePlan]) -> range:
+        """The phases after which the transformer stays loaded, for the stages to come: where that takes no more memory
+        than is taken anyway."""
+        stages = [index for index, need in enumerate(self.needs) if need.blocks]
+        if len(stages) < 2 or any(planned[index].streamed for index in stages):
+            return range(0)
+        kept, peak = range(stages[0], stages[-1]), max(phase.total for phase in planned)
+        between = (planned[index].total for index in kept if index not in stages)
+        fits = all(total + planned[stages[0]].weights <= min(peak, self.limit) for total in between)
+        return kept if fits else range(0)
+
+    @cached_property
+    def keeps_transformer(self) -> frozenset[str]:
+        """Names of the phases after which it stays loaded."""
+        if self.job.request.low_memory:
+            return frozenset()
+        planned = [replace(phase, beside=0) for phase in self.phases]
+        return frozenset(planned[index].name for index in self._kept(planned))
 
     def phase(self, name: str) -> PhasePlan:
         return next(phase for phase in self.phases if phase.name == name)

@@ -63,7 +63,8 @@ class Need:
 class PhasePlan:
     """One phase within a limit. `cache` bounds freed memory that is kept for reuse, and makes way when it is needed.
     `held_back` is not 0 where the limit leaves less than full speed takes: MLX is told to wait so many bytes early.
-    The blocks in `streamed` are not kept: `read` bytes are read from disk in every step."""
+    The blocks in `streamed` are not kept: `read` bytes are read from disk in every step. `beside` are bytes of the
+    transformer that stays loaded for a later stage."""
 
     name: str
     weights: int
@@ -73,16 +74,17 @@ class PhasePlan:
     held_back: int
     streamed: tuple[int, ...] = ()
     read: int = 0
+    beside: int = 0
 
     @property
     def total(self) -> int:
         """Without the cache."""
-        return self.weights + self.activations + self.clip
+        return self.weights + self.activations + self.clip + self.beside
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """MLX keeps to the plan."""
-        memory = self.weights + self.activations + self.cache - self.held_back
+        memory = self.weights + self.activations + self.cache + self.beside - self.held_back
         with limited(memory, self.activations + self.cache):
             yield
 

@@ -112,9 +112,13 @@ def audio_positions(grid: Grid, scales: Scales) -> Positions:
     return (midpoints * np.float32(scales.audio_hop))[None].astype(np.float32)
 
 
+def causal_edges(count: int, factor: int) -> np.ndarray:
+    """Where latents begin and end in source frames (count + 1,): the first spans one frame, the others `factor`."""
+    return np.maximum(np.arange(count + 1, dtype=np.float32) * factor - (factor - 1), 0)
+
+
 def _causal_midpoints(count: int, factor: int) -> np.ndarray:
-    """Midpoints of latents in source frames; the first latent spans one frame, the others `factor` each."""
-    edges = np.maximum(np.arange(count + 1, dtype=np.float32) * factor - (factor - 1), 0)
+    edges = causal_edges(count, factor)
     return (edges[:-1] + edges[1:]) / 2
 
 

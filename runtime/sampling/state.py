@@ -60,17 +60,18 @@ class StreamState:
 
     def pinning(self, clean: mx.array, mask: np.ndarray) -> "StreamState":
         """With other own tokens given: `clean` (1, own, channels), `mask` (own,)."""
-        assert self.tokens == self.own, "own tokens are pinned before others are appended"
+        assert self.tokens == self.own, "given in the order of the options: own tokens before appended ones"
         return replace(self, clean=clean, mask=mask)
 
-    def appended(self, segment: Segment, clean: mx.array | None, positions: Positions, share: float) -> "StreamState":
-        """With more tokens: latents `clean` shaped as the segment, None is zeros, with a `share` of noise. Segments of
-        one name become one."""
+    def appended(
+        self, segment: Segment, clean: mx.array | None, positions: Positions, share: float, *, marked: bool = False
+    ) -> "StreamState":
+        """With more tokens: latents `clean` shaped as the segment, None is zeros, with a `share` of noise; `marked`:
+        they are single frames. Segments of one name become one."""
         shape = (1, segment.tokens, self.clean.shape[2])
         tokens = mx.zeros(shape) if clean is None else segment.to_tokens(clean.astype(mx.float32))
         made = np.ones(self.tokens, np.float32) if self.mask is None else self.mask
-        more = mx.zeros((1, segment.tokens, 1))
-        marked = None if self.marked is None else mx.concatenate([self.marked, more], axis=1)
+        marks = mx.full((1, segment.tokens, 1), float(marked))
         return replace(
             self,
             segments=_joined(self.segments, segment),
@@ -78,7 +79,7 @@ class StreamState:
             clean=mx.concatenate([self.clean, tokens], axis=1),
             positions=np.concatenate([self.positions, positions], axis=1),
             mask=np.concatenate([made, np.full(segment.tokens, share, np.float32)]),
-            marked=marked,
+            marked=None if self.marked is None else mx.concatenate([self.marked, marks], axis=1),
         )
 
     def levels(self, sigma: float) -> Levels:

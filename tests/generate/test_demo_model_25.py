@@ -10,7 +10,15 @@ from safetensors.numpy import save_file
 
 import ltx2
 from ltx2.runtime.errors import InputError
+from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.request import Request
+from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.load import load_network
+from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.sampling.conditioning import FirstFrame, Keyframe, Place
+from ltx2.runtime.sampling.denoise import Denoiser, begin, denoise
 from ltx2.runtime.sampling.latents import Segment
+from ltx2.runtime.streams import Streams
 from tests.support.golden import PROMPTS_25, golden_25
 from tests.support.parity import relative_l2
 
@@ -53,3 +61,35 @@ def test_noise_files_hold_what_is_drawn(demo_25: Path, tmp_path: Path) -> None:
     noise = write_noise(tmp_path / "noise.safetensors", "a")
     with pytest.raises(InputError, match=r"has no tensor|holds .* which this run does not draw"):
         ltx2.load(demo_25).generate(PROMPTS_25["a"], noise=noise, pipeline="one-stage", steps=2, **SIZE)
+
+
+class GoldenNoise:
+    """The golden draws of case `c` by their names; the last tokens of its video draws are the appended picture's."""
+
+    def __call__(self, name: str, shape: tuple[int, ...], row: int | None = None) -> mx.array:
+        stage, _, what = name.partition(".")
+        stream, segment = "audio" if what == "audio" else "video", Segment(what, shape)
+        tokens = golden_25(f"c.{stage}.{stream}")
+        tokens = tokens.reshape(1 if row is None else 7, -1, tokens.shape[-1])[row or 0][None]
+        own = tokens[:, -segment.tokens :] if what == "keyframes" else tokens[:, : segment.tokens]
+        return segment.from_tokens(mx.array(np.ascontiguousarray(own)))
+
+
+def test_first_and_last_picture(demo_25: Path, figure: Callable[..., None]) -> None:
+    """Both stages of case `c`, each from the reference's own latents: a picture in the first frame, one appended."""
+    folder = ModelFolder.open(demo_25)
+    job = Job(folder, Request.from_options({"prompt": PROMPTS_25["c"], **SIZE}))
+    transformer = load_network(folder, "transformer", Transformer)
+    contexts = {"text": Streams(*(mx.array(golden_25(f"a.{name}_context"))[None] for name in ("video", "audio")))}
+    upscaled = Streams(*(mx.array(golden_25(f"c.{n}_latent")) for n in ("upsampled.video", "stage1.audio")))
+    noise = GoldenNoise()
+    for number, size, start in ((1, "64x96", Streams[mx.array]()), (2, "128x192", upscaled)):
+        place = Place(number, job.stage_grid(number), 24.0, job.scales)
+        first, last = (mx.array(golden_25(f"c.picture{n}.latent_{size}")) for n in (0, 24))
+        states = FirstFrame().apply(job.states(number, start), place, Streams(first))
+        states = Keyframe(24).apply(states, place, Streams(last))
+        denoiser, course = Denoiser(transformer, contexts, states), job.course(number)
+        *_, step = denoise(denoiser, course, noise, begin(course, states, noise))
+        for name, state in states.items():
+            error = relative_l2(state.latents(step.x.get(name)), golden_25(f"c.stage{number}.{name}_latent"))
+            figure(f"golden 2.5 c: stage {number} {name} with pictures, rel L2", error, limit=3e-4)
