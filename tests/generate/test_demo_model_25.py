@@ -80,7 +80,7 @@ def test_first_and_last_picture(demo_25: Path, figure: Callable[..., None]) -> N
     folder = ModelFolder.open(demo_25)
     job = Job(folder, Request.from_options({"prompt": PROMPTS_25["c"], **SIZE}))
     transformer = load_network(folder, "transformer", Transformer)
-    contexts = {"text": Streams(*(mx.array(golden_25(f"a.{name}_context"))[None] for name in ("video", "audio")))}
+    contexts = {"text": Streams(*(mx.array(golden_25(f"a.{name}_context")) for name in ("video", "audio")))}
     upscaled = Streams(*(mx.array(golden_25(f"c.{n}_latent")) for n in ("upsampled.video", "stage1.audio")))
     noise = GoldenNoise()
     for number, size, start in ((1, "64x96", Streams[mx.array]()), (2, "128x192", upscaled)):
