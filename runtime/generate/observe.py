@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.layers.rope import Positions
-from ltx2.runtime.networks.transformer.inputs import NOTHING, Levels, Ropes, Skips, StreamInput
+from ltx2.runtime.networks.transformer.inputs import NOTHING, KeptText, Levels, Ropes, Skips, StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.streams import Streams
 
@@ -89,7 +89,8 @@ class _WatchedTransformer(Transformer):
 
     def __call__(self, inputs: Streams[StreamInput], skips: Skips = NOTHING) -> Streams[mx.array]:
         def seen(stream: StreamInput) -> Stream:
-            text, positions = (self._made[id(made)][1] for made in (stream.text, stream.ropes))
+            projected = stream.text.tokens if isinstance(stream.text, KeptText) else stream.text
+            text, positions = (self._made[id(made)][1] for made in (projected, stream.ropes))
             return Stream(stream.tokens, stream.levels, text, positions)
 
         for called in self._called:

@@ -1,12 +1,21 @@
 """Multi-head attention with RMS-normalised queries and keys, and the feed-forward network: the two halves of every
 transformer and connector block."""
 
+from typing import NamedTuple
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.layers.linear import Linear
 from ltx2.runtime.layers.rope import Rope, apply_rope
 from ltx2.runtime.machine.bounded import divided, in_parts, too_large
+
+
+class Keys(NamedTuple):
+    """What queries are compared with, and what they find there: both (batch, heads, tokens, head_dim)."""
+
+    keys: mx.array
+    values: mx.array
 
 
 class Attention(nn.Module):
@@ -33,20 +42,21 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        context: mx.array | None = None,
+        context: mx.array | Keys | None = None,
         rope: Rope | None = None,
         context_rope: Rope | None = None,
         mask: mx.array | None = None,
     ) -> mx.array:
-        """x (batch, tokens, query_dim) -> the same shape; context: (batch, keys, context_dim), x itself if None.
+        """x (batch, tokens, query_dim) -> the same shape; context: (batch, keys, context_dim), or what `keys_of` made
+        of it, x itself if None.
 
         `rope` rotates the queries and, where no `context_rope` is given for them, the keys of self-attention. `mask`
         (batch or 1, heads or 1, tokens or 1, keys), in x's dtype, is added to the scores.
         """
-        source = x if context is None else context
         q = self._heads(self.q_norm(self.to_q(x)), rope)
-        k = self._heads(self.k_norm(self.to_k(source)), rope if context is None else context_rope)
-        v = self._heads(self.to_v(source), None)
+        if context is None:
+            context, context_rope = x, rope
+        k, v = context if isinstance(context, Keys) else self.keys_of(context, context_rope)
 
         def attend(part: slice) -> mx.array:
             rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
@@ -55,6 +65,10 @@ class Attention(nn.Module):
         flops = 4 * q.size * k.shape[2]
         out = in_parts(attend, q.shape[2], 2, flops) if too_large(flops) else attend(slice(None))
         return self._out(x, out)
+
+    def keys_of(self, context: mx.array, rope: Rope | None = None) -> Keys:
+        """Of the context (batch, keys, context_dim), for calls with the same context to come."""
+        return Keys(self._heads(self.k_norm(self.to_k(context)), rope), self._heads(self.to_v(context), None))
 
     def passed(self, x: mx.array) -> mx.array:
         """The values of self-attention in place of its result: what skipping it means (STG); x (batch, tokens,

@@ -1,7 +1,7 @@
 """The only sampling loop. It yields after every step, so that progress, previews, checkpoints and cancelling belong to
 whoever drives it. It knows nothing of prompts, files or progress bars."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ltx2.runtime.layers.checks import check_varied
 from ltx2.runtime.machine.bounded import evaluate
-from ltx2.runtime.networks.transformer.inputs import StreamInput
+from ltx2.runtime.networks.transformer.inputs import KeptText, StreamInput, Text
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.guidance import Guidance, Pass, passes
 from ltx2.runtime.sampling.latents import Segment
@@ -62,15 +62,23 @@ class Step(NamedTuple):
 
 class Denoiser:
     """A stage's transformer, with text projected and rotary tables made once. `contexts`: by name, (1, tokens, width)
-    of both streams. Wrap a call to watch it or to replay it."""
+    of both streams. `keep`: contexts whose keys and values stay as long as they are the same (`KeptText`). Wrap a call
+    to watch it or to replay it."""
 
     def __init__(
-        self, transformer: Transformer, contexts: Mapping[str, Streams[mx.array]], states: Streams[StreamState]
+        self,
+        transformer: Transformer,
+        contexts: Mapping[str, Streams[mx.array]],
+        states: Streams[StreamState],
+        keep: Collection[str] = (),
     ) -> None:
         self.transformer = transformer
         self.states = states
         self._ropes = transformer.ropes(states.map(lambda state: state.positions))
-        self._texts = {name: transformer.project(context) for name, context in contexts.items()}
+        self._texts: dict[str, Streams[Text]] = {}
+        for name, context in contexts.items():
+            text = transformer.project(context)
+            self._texts[name] = text.map(KeptText) if name in keep else text
 
     def __call__(self, x: Tokens, sigma: float, call: Pass) -> Tokens:
         """x0s, (1, tokens, channels) float32, that the transformer predicts for tokens at this noise level. Given

@@ -94,12 +94,12 @@ def transformer(folder: Path) -> Transformer:
     return load_network(ModelFolder.open(folder), "transformer", Transformer)
 
 
-def steps(network: Transformer) -> Pictures:
-    """Latents after every step of a small clip."""
+def steps(network: Transformer, keep: bool = False) -> Pictures:
+    """Latents after every step of a small clip. `keep`: with the text's keys and values kept over the steps."""
     config, grid = network.config, Grid(32, 2, 2, 2, 2, 9)
     text = mx.random.normal((1, 16, config.caption_channels), key=mx.random.key(0))
     noise = grid.segments.map(lambda segment: mx.random.normal(segment.shape, key=mx.random.key(1)))
-    done = sampled(network, grid, Streams(text, text), SIGMAS, noise)
+    done = sampled(network, grid, Streams(text, text), SIGMAS, noise, keep=keep)
     return [np.array(value) for latents in done for value in latents.values()]
 
 
@@ -168,6 +168,12 @@ class TestSameBits:
         assert stream is not None and network.supply is None
         once = sum(size(network.transformer_blocks[i]) for i in blocks)
         assert stream.read_bytes == (len(SIGMAS) - 1) * once, "each is read once in every step"
+
+    def test_with_text_that_is_kept(self, demo_f32: Path) -> None:
+        """Made when a block is there for the first time."""
+        network = transformer(demo_f32)
+        with streamed(ModelFolder.open(demo_f32), network, (1, 2, 5)):
+            assert same(steps(network, keep=True), steps(network))
 
     def test_after_a_pass_that_was_left(self, demo_f32: Path) -> None:
         network = transformer(demo_f32)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from ltx2.runtime.errors import UnsupportedError
+from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.transformer.config import TransformerConfig
-from ltx2.runtime.networks.transformer.inputs import NOTHING, Levels, Skips, StreamInput
+from ltx2.runtime.networks.transformer.inputs import NOTHING, KeptText, Levels, Skips, StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.latents import Grid, Scales, audio_positions, video_positions
 from ltx2.runtime.streams import Streams
@@ -271,3 +273,34 @@ def test_contradicting_text_projections(cases: dict[str, Case], key: str) -> Non
     config = cases["2.3"].config
     with pytest.raises(UnsupportedError, match="contradict"):
         TransformerConfig.from_dict(config | {key: not config[key]})
+
+
+class TestKeptText:
+    def text_keys(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The text's layers that make keys, as they are called from now on."""
+        called: list[str] = []
+
+        def around(path: str, layer: LinearLayer, x: mx.array) -> mx.array:
+            called.append(path)
+            return layer.multiply(x)
+
+        for path, layer in case.network.named_modules():
+            if path.endswith("attn2.to_k"):
+                monkeypatch.setattr(layer, "around", partial(around, path))
+        return called
+
+    @pytest.mark.parametrize(("release", "times"), [("2.0", 1), ("2.5", 2)])
+    def test_same_bits_from_fewer_products(
+        self, cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch, release: str, times: int
+    ) -> None:
+        """Made once per noise level where that modulates the text, else once."""
+        case = cases[release]
+        calls = [(sigma, skips) for sigma in (0.9, 0.4) for skips in (NOTHING, Skips(exchange=True))]
+        plain = [case.run(case.given(sigma), skips) for sigma, skips in calls]
+        keys = self.text_keys(case, monkeypatch)
+        text = case.given(0.9).map(lambda stream: KeptText(cast(mx.array, stream.text)))
+        for (sigma, skips), velocity in zip(calls, plain, strict=True):
+            given = case.given(sigma).map(lambda stream, kept: replace(stream, text=kept), text)
+            for name, values in case.run(given, skips).items():
+                np.testing.assert_array_equal(values, velocity[name])
+        assert len(keys) == times * 2 * case.network.config.num_layers == times * len(set(keys))

@@ -6,12 +6,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ltx2.runtime.layers.attention import Attention, FeedForward
+from ltx2.runtime.layers.attention import Attention, FeedForward, Keys
 from ltx2.runtime.machine.bounded import queue, too_large
 from ltx2.runtime.networks.transformer.config import StreamConfig, TransformerConfig
-from ltx2.runtime.networks.transformer.inputs import Ropes
-from ltx2.runtime.networks.transformer.modulation import add_table, gated_add, rms_modulate, scale_shift
+from ltx2.runtime.networks.transformer.inputs import KeptText, Ropes
+from ltx2.runtime.networks.transformer.modulation import Rows, gated_add, rms_modulate, scale_shift
 from ltx2.runtime.streams import Streams
+
+# Where a table's rows begin: shift, scale and gate of each part.
+SELF, FEED, TEXT = 0, 3, 6
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,14 @@ class StreamContext:
     """What one stream brings to every block of one call. `n` is the number of its distinct noise levels."""
 
     stream: StreamConfig
-    text: mx.array  # (1, text tokens, dim)
+    text: mx.array | KeptText  # (1, text tokens, dim)
     ropes: Ropes
     modulation: mx.array  # (1, n, 6 or 9, dim): self-attention, feed-forward and perhaps attention to the text
     embedded: mx.array  # (1, n, dim) the noise levels themselves
     cross_modulation: mx.array  # (1, n, 4, dim): scales and shifts of cross-attention between the streams
     prompt_modulation: mx.array | None = None  # (1, 1, 2, dim), where the text is modulated
     cross_gate: mx.array | None = None  # (1, 1, 1, dim), from the other stream's noise level; None: no cross-attention
-    index: mx.array | None = None  # (tokens,) which level each token has; None: all have the first
+    index: mx.array | None = None  # (1, tokens, 1) which level each token has; None: all have the first
     attention: mx.array | None = None  # (1, 1, tokens, tokens) added to self-attention's scores
     passing: frozenset[int] = frozenset()  # blocks whose self-attention passes its values through
     idle: bool = False  # stays as it is, and is attended to
@@ -39,37 +42,49 @@ class Side:
         self.context, self._block, self._eps = context, block, block.eps
         # Unlike all other tables this one holds (scale, shift) pairs: audio-to-video, then video-to-audio.
         self._cross_table = block[f"scale_shift_table_a2v_ca_{context.stream.name}"]
-        self._rows = add_table(self._own("scale_shift_table"), context.modulation, context.index)
+        self._rows = Rows(self._own("scale_shift_table"), context.modulation)
 
     def _own(self, name: str) -> Any:
         return self._block[self.context.stream.prefix + name]
 
+    def _modulated(self, x: mx.array, part: int) -> mx.array:
+        return rms_modulate(x, self._rows.scale(part + 1), self._rows[part], self._eps, self.context.index)
+
+    def _add(self, x: mx.array, update: mx.array, part: int) -> mx.array:
+        return gated_add(x, update, self._rows[part + 2], self.context.index)
+
     def attend(self, x: mx.array, number: int) -> mx.array:
         """Self-attention in block `number`, then attention to the text: (1, tokens, dim) -> the same."""
-        context, (shift, scale, gate) = self.context, self._rows[:3]
+        context, attn1 = self.context, self._own("attn1")
         if context.idle:
             return x
-        given = rms_modulate(x, scale, shift, self._eps)
+        given = self._modulated(x, SELF)
         if number in context.passing:
-            update = self._own("attn1").passed(given)
+            update = attn1.passed(given)
         else:
-            update = self._own("attn1")(given, rope=context.ropes.own, mask=context.attention)
-        return self._read(gated_add(x, update, gate))
+            update = attn1(given, rope=context.ropes.own, mask=context.attention)
+        x = self._add(x, update, SELF)
+        modulates = context.prompt_modulation is not None
+        given = self._modulated(x, TEXT) if modulates else mx.fast.rms_norm(x, None, self._eps)
+        if isinstance(context.text, KeptText):
+            text = context.text.keys(number, self._text_keys)
+        else:
+            text = self._text_keys(context.text)
+        update = self._own("attn2")(given, text)
+        return self._add(x, update, TEXT) if modulates else x + update
 
-    def _read(self, x: mx.array) -> mx.array:
-        """Attention to the text: (1, tokens, dim) -> the same."""
-        attn2, text, modulation = self._own("attn2"), self.context.text, self.context.prompt_modulation
-        if modulation is None:
-            return x + attn2(mx.fast.rms_norm(x, None, self._eps), text)
-        shift, scale, gate = self._rows[6:]
-        text_shift, text_scale = add_table(self._own("prompt_scale_shift_table"), modulation)
-        text = scale_shift(text, text_scale, text_shift)
-        return gated_add(x, attn2(rms_modulate(x, scale, shift, self._eps), text), gate)
+    def _text_keys(self, text: mx.array) -> Keys:
+        """Keys and values of the text (1, text tokens, dim)."""
+        if self.context.prompt_modulation is not None:
+            rows = Rows(self._own("prompt_scale_shift_table"), self.context.prompt_modulation)
+            text = scale_shift(text, rows.scale(1), rows[0])
+        return self._own("attn2").keys_of(text)
 
     def offers(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The stream (1, tokens, dim) modulated for audio-to-video, and for video-to-audio cross-attention."""
-        rows = add_table(self._cross_table[:4], self.context.cross_modulation, self.context.index)
-        return rms_modulate(x, rows[0], rows[1], self._eps), rms_modulate(x, rows[2], rows[3], self._eps)
+        rows, index = Rows(self._cross_table[:4], self.context.cross_modulation), self.context.index
+        a2v, v2a = (rms_modulate(x, rows.scale(i), rows[i + 1], self._eps, index) for i in (0, 2))
+        return a2v, v2a
 
     def receive(self, x: mx.array, queries: mx.array, keys: mx.array, other: "Side") -> mx.array:
         """x (1, tokens, dim) and what its `queries` find in the other stream's `keys`, both modulated."""
@@ -77,14 +92,11 @@ class Side:
         if context.idle or context.cross_gate is None:
             return x
         update = self._block[context.stream.incoming](queries, keys, context.ropes.cross, other.context.ropes.cross)
-        return gated_add(x, update, *add_table(self._cross_table[4:], context.cross_gate))
+        return gated_add(x, update, Rows(self._cross_table[4:], context.cross_gate)[0])
 
     def feed(self, x: mx.array) -> mx.array:
         """The feed-forward network: (1, tokens, dim) -> the same."""
-        if self.context.idle:
-            return x
-        shift, scale, gate = self._rows[3:6]
-        return gated_add(x, self._own("ff")(rms_modulate(x, scale, shift, self._eps)), gate)
+        return x if self.context.idle else self._add(x, self._own("ff")(self._modulated(x, FEED)), FEED)
 
 
 class TransformerBlock(nn.Module):

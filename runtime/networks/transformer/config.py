@@ -149,6 +149,11 @@ class TransformerConfig(Config):
         return 9 if self.cross_attention_adaln else 6
 
     @property
+    def modulates_text(self) -> bool:
+        """Whether the noise level modulates the text, so that its keys and values are others in every step."""
+        return self.cross_attention_adaln and self.use_prompt_adaln_single
+
+    @property
     def cross_max_pos(self) -> tuple[float, ...]:
         """Time range of audio-video cross-attention: the longer of the two streams' own."""
         return (max(self.positional_embedding_max_pos[0], self.audio_positional_embedding_max_pos[0]),)

@@ -1,10 +1,13 @@
 """What the transformer is called with: each stream's tokens, noise levels, text and positions, and what a call leaves
 out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
+from ltx2.runtime.layers.attention import Keys
 from ltx2.runtime.layers.rope import Rope
 from ltx2.runtime.streams import Streams
 
@@ -26,13 +29,42 @@ class Ropes:
     cross: Rope  # of cross-attention between the streams: time only
 
 
+class KeptText:
+    """Text for several calls: a block's keys and values of it are kept as long as the next call's would be the same.
+    That is for ever where no noise level modulates the text, else over the calls of one noise level (the passes of a
+    guided step). It must not outlive the weights. All blocks together keep 2 * text tokens * dim values each."""
+
+    def __init__(self, tokens: mx.array) -> None:
+        self.tokens = tokens  # (1, text tokens, dim), from `project`
+        self._level: float | None = None
+        self._keys: dict[int, Keys] = {}
+
+    def at(self, level: float | mx.array | None) -> "KeptText":
+        """For a call at the noise level that modulates the text; None: none does."""
+        if isinstance(level, mx.array):
+            level = cast(float, level.item())  # waits for the device; samplers give numbers
+        if level != self._level:
+            self._keys.clear()
+            self._level = level
+        return self
+
+    def keys(self, block: int, make: Callable[[mx.array], Keys]) -> Keys:
+        """A block's, made of the tokens if they are not there."""
+        if block not in self._keys:
+            self._keys[block] = make(self.tokens)
+        return self._keys[block]
+
+
+Text = mx.array | KeptText
+
+
 @dataclass(frozen=True)
 class StreamInput:
     """One stream at one call."""
 
     tokens: mx.array  # (1, tokens, channels)
     levels: Levels
-    text: mx.array  # (1, text tokens, dim), from `project`
+    text: Text  # (1, text tokens, dim), from `project`
     ropes: Ropes
     marked: mx.array | None = None  # (1, tokens, 1), 1 where the token is one single frame
     attention: mx.array | None = None  # (1, 1, tokens, tokens) or broadcastable, added to self-attention's scores

@@ -15,8 +15,8 @@ from ltx2.runtime.layers.rope import Positions, rope_tables
 from ltx2.runtime.machine.bounded import queue
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
 from ltx2.runtime.networks.transformer.config import StreamConfig, TransformerConfig
-from ltx2.runtime.networks.transformer.inputs import NOTHING, Levels, Ropes, Skips, StreamInput
-from ltx2.runtime.networks.transformer.modulation import AdaLayerNormSingle, add_table
+from ltx2.runtime.networks.transformer.inputs import NOTHING, KeptText, Levels, Ropes, Skips, StreamInput
+from ltx2.runtime.networks.transformer.modulation import AdaLayerNormSingle, Rows, scale_shift
 from ltx2.runtime.streams import Streams
 
 
@@ -55,7 +55,7 @@ class Transformer(nn.Module):
             if not config.caption_proj_before_connector:
                 self[f"{prefix}caption_projection"] = CaptionProjection(stream.context_dim, stream.text_dim)
             self[f"{prefix}adaln_single"] = AdaLayerNormSingle(dim, config.modulation_rows)
-            if config.cross_attention_adaln and config.use_prompt_adaln_single:
+            if config.modulates_text:
                 self[f"{prefix}prompt_adaln_single"] = AdaLayerNormSingle(stream.text_dim, 2)
             self[f"av_ca_{stream.name}_scale_shift_adaln_single"] = AdaLayerNormSingle(dim, 4)
             self[stream.gate] = AdaLayerNormSingle(dim, 1)
@@ -119,21 +119,23 @@ class Transformer(nn.Module):
         timesteps = levels.values[None] * config.timestep_scale_multiplier
         modulation, embedded = self[f"{stream.prefix}adaln_single"](timesteps)
         cross, _ = self[f"av_ca_{stream.name}_scale_shift_adaln_single"](timesteps)
-        prompt = self._prompt_modulation(stream, levels)
+        prompt, text = self._prompt_modulation(stream, levels), own.text
+        if isinstance(text, KeptText):
+            text = text.at(levels.sigma if config.modulates_text else None)
         gate = None
         if other is not None and not skips.exchange:
             # The gate's own multiplier is relative to the timestep multiplier, both 1000 in published checkpoints.
             gate, _ = self[stream.gate](_sigma(other.levels) * config.av_ca_timestep_scale_multiplier)
         return StreamContext(
             stream,
-            own.text,
+            text,
             own.ropes,
             modulation,
             embedded,
             cross,
             prompt,
             gate,
-            index=levels.index if levels.values.size > 1 else None,
+            index=None if levels.index is None or levels.values.size == 1 else levels.index[None, :, None],
             attention=None if own.attention is None else own.attention.astype(self.dtype),
             passing=dict(skips.values.items()).get(stream.name, frozenset()),
             idle=dict(skips.idle.items()).get(stream.name, False),
@@ -143,7 +145,7 @@ class Transformer(nn.Module):
         """What the noise level adds to the blocks' own tables for the text, (1, 1, 2, text_dim); None: no tables."""
         if not self.config.cross_attention_adaln:
             return None
-        if not self.config.use_prompt_adaln_single:
+        if not self.config.modulates_text:
             return mx.zeros((1, 1, 2, stream.text_dim), self.dtype)
         network = self[f"{stream.prefix}prompt_adaln_single"]
         modulation: mx.array = network(_sigma(levels) * self.config.timestep_scale_multiplier)[0]
@@ -158,8 +160,10 @@ class Transformer(nn.Module):
     def _velocity(self, x: mx.array, context: StreamContext) -> mx.array:
         """Of LayerNorm(x) * (1 + scale) + shift, with (shift, scale) = table + embedded noise level."""
         prefix = context.stream.prefix
-        shift, scale = add_table(self[f"{prefix}scale_shift_table"], context.embedded[:, :, None], context.index)
-        x = mx.fast.layer_norm(x, None, None, self.config.norm_eps) * (1 + scale) + shift
+        rows = Rows(self[f"{prefix}scale_shift_table"], context.embedded[:, :, None])
+        x = mx.fast.layer_norm(x, None, None, self.config.norm_eps)
+        shift, scale, index = rows[0], rows.scale(1), context.index
+        x = x * scale + shift if index is None else scale_shift(x, scale, shift, index)
         velocity: mx.array = self[f"{prefix}proj_out"](x)
         return velocity
 

@@ -53,29 +53,81 @@ class AdaLayerNormSingle(nn.Module):
         return modulation.reshape(*timesteps.shape, self.rows, -1), embedded
 
 
-def add_table(table: mx.array, modulation: mx.array, index: mx.array | None = None) -> list[mx.array]:
-    """Rows of table (rows, dim, float32) + modulation (1, n, rows, dim), summed in float32 and cast back to the
-    stream's dtype (a float32 table must not promote a bf16 stream): a list of (1, n, dim). With an `index` (tokens,)
-    into the n noise levels, every token's own: (1, tokens, dim)."""
+class Rows:
+    """A block's table with the modulation of one call: a vector of width `dim` per row and noise level."""
+
+    def __init__(self, table: mx.array, modulation: mx.array) -> None:
+        """table (rows, dim, float32), modulation (1, n, rows, dim) of n noise levels."""
+        rows, scales = _added(table, modulation)
+        self._rows, self._scales = (mx.split(values, table.shape[0], axis=2) for values in (rows, scales))
+
+    def __getitem__(self, row: int) -> mx.array:
+        """(1, n, dim)"""
+        return self._rows[row].squeeze(2)
+
+    def scale(self, row: int) -> mx.array:
+        """1 + row, (1, n, dim)"""
+        return self._scales[row].squeeze(2)
+
+
+@mx.compile
+def _added(table: mx.array, modulation: mx.array) -> tuple[mx.array, mx.array]:
+    """table + modulation, and 1 more than that, both (1, n, rows, dim): summed in float32 and cast back to the stream's
+    dtype, since a float32 table must not promote a bf16 stream."""
     total = (table + modulation.astype(mx.float32)).astype(modulation.dtype)
-    rows = (row.squeeze(2) for row in mx.split(total, table.shape[0], axis=2))
-    return [row if index is None else row[:, index] for row in rows]
+    return total, 1 + total
 
 
-def rms_modulate(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.array:
-    """rms(x) * (1 + scale) + shift; x is (1, tokens, dim), scale and shift (1, tokens or 1, dim)."""
-    if scale.shape[1] == 1:  # one vector for all tokens: the norm kernel applies it
-        return mx.fast.rms_norm(x, 1 + scale.reshape(-1), eps) + shift
-    return scale_shift(mx.fast.rms_norm(x, None, eps), scale, shift)
+def rms_modulate(x: mx.array, scale: mx.array, shift: mx.array, eps: float, index: mx.array | None = None) -> mx.array:
+    """rms(x) * scale + shift: x is (1, tokens, dim), scale and shift (1, n, dim), index (1, tokens, 1) into the n noise
+    levels where there are several."""
+    if index is None:  # one vector for all tokens: the norm kernel applies it
+        return mx.fast.rms_norm(x, scale.reshape(-1), eps) + shift
+    return scale_shift(mx.fast.rms_norm(x, None, eps), scale, shift, index)
+
+
+def scale_shift(x: mx.array, scale: mx.array, shift: mx.array, index: mx.array | None = None) -> mx.array:
+    """x * scale + shift, shapes as in `rms_modulate`."""
+    if index is None:
+        return _scale_shift(x, scale, shift)
+    return _scale_shift_by_token(x, _vectors(scale), _vectors(shift), index)
+
+
+def gated_add(x: mx.array, update: mx.array, gate: mx.array, index: mx.array | None = None) -> mx.array:
+    """x + update * gate, shapes as in `rms_modulate`."""
+    if index is None:
+        return _gated_add(x, update, gate)
+    return _gated_add_by_token(x, update, _vectors(gate), index)
 
 
 @mx.compile
-def scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    """x * (1 + scale) + shift"""
-    return x * (1 + scale) + shift
+def _scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    return x * scale + shift
 
 
 @mx.compile
-def gated_add(x: mx.array, update: mx.array, gate: mx.array) -> mx.array:
-    """x + update * gate"""
+def _gated_add(x: mx.array, update: mx.array, gate: mx.array) -> mx.array:
     return x + update * gate
+
+
+@mx.compile
+def _scale_shift_by_token(x: mx.array, scales: list[mx.array], shifts: list[mx.array], index: mx.array) -> mx.array:
+    return x * _chosen(scales, index) + _chosen(shifts, index)
+
+
+@mx.compile
+def _gated_add_by_token(x: mx.array, update: mx.array, gates: list[mx.array], index: mx.array) -> mx.array:
+    return x + update * _chosen(gates, index)
+
+
+def _vectors(values: mx.array) -> list[mx.array]:
+    """(1, n, dim) -> n of (1, 1, dim)"""
+    return list(mx.split(values, values.shape[1], axis=1))
+
+
+def _chosen(vectors: list[mx.array], index: mx.array) -> mx.array:
+    """Every token's own of a few (1, 1, dim), inside a fused kernel: gathered, they would be as large as the stream."""
+    first, *others = vectors
+    for number, vector in enumerate(others, start=1):
+        first = mx.where(index == number, vector, first)
+    return first
