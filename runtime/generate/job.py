@@ -25,11 +25,13 @@ from ltx2.runtime.generate.preset import (
 )  # fmt: skip
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.sidecar import sidecar_path
+from ltx2.runtime.generate.values import Lora
 from ltx2.runtime.media.video import check_target
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
+from ltx2.runtime.model.loras import LoraSet, LoraUse, find_lora
 from ltx2.runtime.model.origin import check_text_encoder
 from ltx2.runtime.networks.audio.vae import AudioVAEConfig
-from ltx2.runtime.networks.load import check_network, encode_prompt
+from ltx2.runtime.networks.load import build_network, check_network, encode_prompt, parameter_shapes
 from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
@@ -138,6 +140,39 @@ class Job:
         blocks, skip = tuple(self.request.stg_blocks or ()), int(getattr(self.request, f"{prefix}skip_steps"))
         return Guidance(cfg, stg, modality, rescale, blocks, skip)
 
+    @cached_property
+    def loras(self) -> LoraSet:
+        """The user's LoRAs, then the distilled one. Raises InputError for one that does not fit the transformer."""
+        uses = [self._lora_use(lora) for lora in self.request.lora] if self.stages else []
+        if self.row is not None and (distilled := self._distilled_lora()) is not None:
+            uses.append(distilled)
+        if not uses:
+            return LoraSet()
+        record = self.folder.record(TRANSFORMER)
+        plain = parameter_shapes(build_network(record.cls, self.folder.config(TRANSFORMER)))
+        return LoraSet.open(uses, plain, self.folder.manifest.release)
+
+    def _lora_use(self, lora: Lora) -> LoraUse:
+        first = 1.0 if lora.strength is None else lora.strength
+        # An IC-LoRA is made to see its reference, which stage 2 does not have.
+        second = lora.second if lora.second is not None else 0.0 if self.request.reference else first
+        return LoraUse(find_lora(lora.path, self.folder), (first, second))
+
+    def _distilled_lora(self) -> LoraUse | None:
+        """What makes a dev model a distilled one, in the stages that the pipeline says."""
+        assert self.row is not None, "latents are not sampled"
+        lora, own = self.request.distilled_lora, self.folder.distilled_lora
+        distilled = self.folder.manifest.variant == DISTILLED
+        if all(row.lora is None for row in self.stages) or (lora is None and (distilled or own is None)):
+            return None
+        given = self.row.lora
+        if lora is not None and lora.strength is not None:
+            # One number is all stages', but for a pipeline that has none in its first stage.
+            first = 0.0 if self.row.stages[0].lora is None else lora.strength
+            given = (first, lora.strength) if lora.second is None else (lora.strength, lora.second)
+        strengths = tuple(0.0 if row.lora is None else given[row.lora] for row in self.stages)
+        return LoraUse(find_lora(own if lora is None else lora.path, self.folder), strengths)
+
     def calls(self, number: int) -> int:
         """Calls of the transformer in stage `number`."""
         course, frozen = self.course(number), Streams(False, False)
@@ -199,6 +234,7 @@ class Job:
 
     def check(self, components: list[str]) -> None:
         """The components are whole, files to read fit, files to write have a place. Reads headers, and small files."""
+        self.loras  # noqa: B018 (opened, and checked to fit)
         for component in components:
             if component.endswith("upscaler") and not self.folder.has(component):
                 raise InputError(

@@ -80,9 +80,7 @@ class Options:
     audio_stg: Number = _scale("Guidance of the sound by a pass without attention in --stg-blocks; 0: none.")
     audio_rescale: Number = _scale("Share of the contrast that guidance adds to the sound, and that is taken back.")
     audio_modality_scale: Number = _scale("How strictly the sound follows the picture; 1: not guided.")
-    stg_blocks: Numbers = Numbers(
-        "Blocks whose self-attention STG leaves out.", metavar="N[,N...]", decides=True
-    )
+    stg_blocks: Numbers = Numbers("Blocks whose self-attention STG leaves out.", metavar="N[,N...]", decides=True)
     skip_steps: Whole = Whole(
         "Guide the picture only every (K+1)th step.", metavar="K", decides=True, least=0, example="1"
     )
@@ -93,10 +91,9 @@ class Options:
         "Add a LoRA, at strength S, or S in stage 1 and S2 in stage 2; repeatable.",
         form=Lora,
         decides=True,
-        exposed=False,
     )
     distilled_lora: One[Lora] = One(
-        "Distilled LoRA of two-stage and hq; default: the model folder's own.", form=Lora, decides=True, exposed=False
+        "Distilled LoRA of two-stage and hq; default: the model folder's own.", form=Lora, decides=True
     )
 
     image: Several[Picture] = Several(

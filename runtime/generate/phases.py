@@ -15,6 +15,7 @@ import numpy as np
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.generate.job import CONTEXTS, LATENTS, Job
 from ltx2.runtime.layers.checks import check_finite
+from ltx2.runtime.layers.lora import attach
 from ltx2.runtime.media.video import AudioTrack, encoding_memory
 from ltx2.runtime.memory import activations as network
 from ltx2.runtime.memory import cpu
@@ -209,12 +210,15 @@ class Denoise(Phase):
         grid, text = self.job.stage_grid(self.number, sizes), self.job.preset.text_tokens
         used = network.denoise_step(config, grid, text, width, unpacked=width * headers.unpacked(TRANSFORMER))
         used = used.beside(on_cpu(cpu.denoise_step(config, grid, text, width)))
-        return Need(self.name, headers.weights(TRANSFORMER), used, blocks=headers.blocks)
+        weights = headers.weights(TRANSFORMER) + self.job.loras.nbytes(self.number, width)
+        return Need(self.name, weights, used, blocks=headers.blocks)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         course, states = self.job.course(self.number), self.job.states(self.number, made.latents)
         start = made.step or begin(course, states, tools.noise)
         transformer = tools.load(TRANSFORMER, Transformer)
+        if self.job.loras.uses:
+            attach(transformer, self.job.loras.at(self.number))
         with streamed(self.job.folder, transformer, tools.plan.streamed) as stream:
             denoiser = Denoiser(transformer, made.contexts, states)
             tools.meter.loaded(course.steps - start.number)

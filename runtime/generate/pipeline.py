@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import mlx.nn as nn
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.events import Event, PhaseDone, PhaseStarted, StepDone, Warned
+from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, StepDone, Warned
 from ltx2.runtime.generate.clip import Clip, FrameBuffer, Generated, Sampled, Saved, conclude
 from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import CONTEXTS, Job
@@ -230,6 +230,9 @@ class Run:
         messages = [*self.request.without_effect(), *self.job.warnings(), *self.memory.warnings()]
         for message in messages:
             yield Warned(message)
+        for name, count, others in self.job.loras.facts():
+            beside = f"; {others} layers of other networks stay as they are" if others else ""
+            yield Noted(f"{name} changes {count} layers of the transformer{beside}")
         if self.request.memory_limit is not None and self.memory.limit > (has := available_memory()):
             yield Warned(f"--memory-limit {self.request.memory_limit:g} is more than the {has / 1e9:.1f} GB there are")
         if self.state is None:

@@ -179,7 +179,7 @@ class ModelFolder:
     def distilled_lora(self) -> str | None:
         """The LoRA in it that makes a dev model a distilled one, by its name."""
         names = sorted(name for name in self.manifest.components if is_lora(name) and "distilled" in name)
-        return names[0] if names else None
+        return names[0].removeprefix(f"{LORAS}/") if names else None
 
     def has(self, component: str) -> bool:
         return component in self.manifest.components
