@@ -35,6 +35,10 @@ def compare_values(
     `repack`.
     """
     components = model.manifest.components
+    if with_lora := [name for name, record in components.items() if record.fused]:
+        what = f"the values of {', '.join(with_lora)} cannot be compared: LoRAs are fused into them"
+        why = "sums of products depend on how a machine adds up, so another one would find other values"
+        raise UnsupportedError(what, why, "verify without sources: every byte is checked by the hashes")
     plan = make_plan(sources, Options(model.manifest.variant or VARIANTS[0]))  # no value depends on the variant
     differences = [
         f"{source.path.name} holds nothing of this model"

@@ -25,7 +25,7 @@ from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.files.atomic import PARTIAL, UNLOCKED, beside, write_file
 from ltx2.runtime.files.paths import check_folder, check_room, write_failure
 from ltx2.runtime.files.ranges import changed
-from ltx2.runtime.files.tensors import FileRecord
+from ltx2.runtime.files.tensors import FileRecord, TensorFile
 from ltx2.runtime.model.layout import MANIFEST, ComponentRecord, Manifest, ModelFolder
 from ltx2.runtime.model.origin import check_gemma
 
@@ -179,6 +179,7 @@ def _manifest(
             component.quantization,
             component.statistics,
             component.method,
+            component.fused,
         )
         for name, component in plan.components.items()
     }
@@ -228,7 +229,8 @@ def _check_room(out: Path, needed: int) -> None:
 
 def _states(plan: Plan) -> dict[Path, tuple[int, int]]:
     """Size and time of the last change of every source."""
-    states = {path: path.stat() for path in dict.fromkeys(entry.file.path for entry in plan.entries)}
+    files = [*(entry.file for entry in plan.entries), *(file for file in plan.sources if isinstance(file, TensorFile))]
+    states = {path: path.stat() for path in dict.fromkeys(file.path for file in files)}
     return {path: (state.st_size, state.st_mtime_ns) for path, state in states.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import ltx2
 from ltx2.convert.fetch.catalogue import catalogue
 from ltx2.convert.plan.entries import Plan
+from ltx2.convert.plan.fuse import fuse as fused
 from ltx2.convert.plan.make import Options, make_plan
 from ltx2.convert.sources.checkpoint import open_sources
 from ltx2.convert.write import SHARD_GB, WriteOptions, write_plan
@@ -18,10 +19,13 @@ from ltx2.quant.report import Quantized, Report
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.values import Lora
 from ltx2.runtime.model.forms import AFFINE
+from ltx2.runtime.model.loras import LoraUse
 
 StrPath = str | PathLike[str]
 Sources = StrPath | Iterable[StrPath]
+FuseLora = StrPath | tuple[StrPath, float]
 
 
 def load(model: StrPath) -> Pipeline:
@@ -41,11 +45,29 @@ def download(names: str | Iterable[str], *, to: StrPath = "weights") -> list[Pat
 
 
 def plan_conversion(
-    sources: Sources, *, variant: str | None = None, dtype: str | None = None, only: Sequence[str] = ()
+    sources: Sources,
+    *,
+    variant: str | None = None,
+    dtype: str | None = None,
+    only: Sequence[str] = (),
+    fuse: Iterable[FuseLora] = (),
 ) -> Plan:
     """What `convert` would do, from headers alone; writing checks that it fills whole networks."""
     paths = [sources] if isinstance(sources, str | PathLike) else sources
-    return make_plan(open_sources([Path(path) for path in paths]), Options(variant, dtype, tuple(only)))
+    plan = make_plan(open_sources([Path(path) for path in paths]), Options(variant, dtype, tuple(only)))
+    return fused(plan, [_use(lora) for lora in fuse], dtype)
+
+
+def _use(lora: FuseLora) -> LoraUse:
+    """A LoRA to fuse, as `convert --fuse` spells it or as a tuple."""
+    try:
+        read = Lora.read(lora)
+    except (ValueError, TypeError) as error:
+        why, fix = "it is a path, or a path and a strength", "name it like style.safetensors:0.8"
+        raise InputError(f"{lora!r} is no LoRA to fuse", why, fix) from error
+    if read.second is not None:
+        raise InputError(f"{lora} cannot be fused", "fused, it has one strength in all stages", f"use {read.path}:1")
+    return LoraUse(Path(read.path), (1.0 if read.strength is None else read.strength,))
 
 
 def convert(
@@ -55,6 +77,7 @@ def convert(
     variant: str | None = None,
     dtype: str | None = None,
     only: Sequence[str] = (),
+    fuse: Iterable[FuseLora] = (),
     bits: int | None = None,
     mode: str | None = None,
     group_size: int | None = None,
@@ -66,8 +89,9 @@ def convert(
     force: bool = False,
 ) -> Path:
     """Convert published checkpoints into a model folder; returns its path. With `bits`, `mode`, `recipe` or `fit` the
-    folder is quantized, with the bytes of converting and quantizing in turn."""
-    plan = plan_conversion(sources, variant=variant, dtype=dtype, only=only)
+    folder is quantized, with the bytes of converting and quantizing in turn. LoRAs to `fuse`, paths or tuples of a path
+    and a strength, are added to the transformer's weights before anything else."""
+    plan = plan_conversion(sources, variant=variant, dtype=dtype, only=only, fuse=fuse)
     chosen = Settings(bits, group_size, recipe, (), mode or AFFINE, _path(stats), fit, method or SEARCH)
     settings = None if all(value is None for value in (bits, mode, recipe, fit)) else chosen
     if settings is None and chosen != Settings():

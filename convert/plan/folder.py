@@ -18,7 +18,7 @@ def folder_plan(folder: ModelFolder) -> Plan:
     for name, record in folder.manifest.components.items():
         extra = [folder.path / name / f.name for f in record.files if _is_companion(f.name)]
         config = {k: v for k, v in folder.config(name).items() if k not in STORAGE_KEYS}
-        packed = (record.quantization, record.statistics, record.method)
+        packed = (record.quantization, record.statistics, record.method, record.fused)
         components[name] = ComponentPlan(name, record.cls, config, tuple(extra), *packed)
         entries += _moves(name, folder.tensor_files(name), Quantization.from_config(record.quantization))
     manifest = folder.manifest

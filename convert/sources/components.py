@@ -13,7 +13,7 @@ from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.jsonfile import parse_json
 from ltx2.runtime.files.tensors import FileRecord
 from ltx2.runtime.model.config import AS_PUBLISHED
-from ltx2.runtime.model.layout import is_lora
+from ltx2.runtime.model.layout import Fused, is_lora
 from ltx2.runtime.model.lorafile import lora_config
 from ltx2.runtime.model.origin import GEMMA_VERSION, MODEL_VERSION
 from ltx2.runtime.networks.text.config import ConnectorsConfig
@@ -40,7 +40,7 @@ TEXT_PROJECTION = re.compile(r"text_embedding_projection\.(?:\w+_)?aggregate_emb
 @dataclass(frozen=True)
 class ComponentPlan:
     """One component to write: folder name, network class, config.json, files copied beside the weights, how layers are
-    quantized, with which statistics and, if not by a search, by which method."""
+    quantized, with which statistics and, if not by a search, by which method; the LoRAs fused into it."""
 
     name: str
     cls: str
@@ -49,6 +49,7 @@ class ComponentPlan:
     quantization: Mapping[str, Any] | None = None
     statistics: FileRecord | None = None
     method: str | None = None
+    fused: tuple[Fused, ...] = ()
 
 
 def component_plan(name: str, sources: Sequence[Source]) -> ComponentPlan:

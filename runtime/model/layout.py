@@ -35,9 +35,18 @@ def is_lora(component: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """A LoRA that was added to a component's weights: its file's name, and how strong."""
+
+    name: str
+    strength: float
+
+
+@dataclass(frozen=True)
 class ComponentRecord:
     """What ltx2.json says of one component. `cls` is written as "class"; `files` includes config and tokenizer;
-    `statistics` is the file that layers were packed with, `method` how their codes were chosen if not by a search."""
+    `statistics` is the file that layers were packed with, `method` how their codes were chosen if not by a search;
+    `fused` are the LoRAs in its weights."""
 
     cls: str
     files: tuple[FileRecord, ...]
@@ -45,6 +54,7 @@ class ComponentRecord:
     quantization: Mapping[str, Any] | None = None
     statistics: FileRecord | None = None
     method: str | None = None
+    fused: tuple[Fused, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As ltx2.json says it."""
@@ -55,7 +65,8 @@ class ComponentRecord:
             "quantization": self.quantization,
         }
         data |= {"statistics": asdict(self.statistics)} if self.statistics else {}
-        return data | ({"method": self.method} if self.method else {})
+        data |= {"method": self.method} if self.method else {}
+        return data | ({"fused": [asdict(lora) for lora in self.fused]} if self.fused else {})
 
 
 @dataclass(frozen=True)
@@ -120,6 +131,7 @@ def _component(name: str, data: Mapping[str, Any]) -> ComponentRecord:
         data["quantization"],
         file_record(statistics) if statistics else None,
         _text(data.get("method"), None),
+        tuple(Fused(_text(lora["name"]), float(lora["strength"])) for lora in data.get("fused", ())),
     )
 
 

@@ -6,7 +6,6 @@ is also what fusing one into weights needs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -58,24 +57,26 @@ class Change:
     def shape(self, part: str) -> tuple[int, ...]:
         return self.parts[part][1].shape
 
+    def parameters(self) -> set[str]:
+        """What is changed: weight, bias, or both."""
+        weight = {"weight"} if self.parts.keys() - {BIAS_DELTA} else set()
+        return weight | ({"bias"} if BIAS_DELTA in self.parts else set())
+
     def rows(self, start: int, stop: int) -> Array:
         """Rows of what is added to the weight, float32 (rows, inputs). Raises LookupError where nothing is."""
         if DOWN not in self.parts:
             return self._values(DELTA, start, stop)
-        product = np.float32(self.scale) * self._values(UP, start, stop) @ self._down
+        down = self._values(DOWN, 0, self.shape(DOWN)[0])
+        product = np.float32(self.scale) * self._values(UP, start, stop) @ down
         return product + self._values(DELTA, start, stop) if DELTA in self.parts else product
 
     def bias(self) -> Array:
         """What is added to the bias, float32 (outputs,). Raises LookupError where nothing is."""
         return self._values(BIAS_DELTA, 0, self.shape(BIAS_DELTA)[0])
 
-    @cached_property
-    def _down(self) -> Array:
-        return self._values(DOWN, 0, self.shape(DOWN)[0])
-
     def _values(self, part: str, start: int, stop: int) -> Array:
         file, tensor = self.parts[part]
-        return to_float32(file.array(tensor.name)[start:stop], tensor.dtype)
+        return to_float32(file.rows(tensor.name, start, stop), tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Lora:
 
     def check(self, wanted: Shapes, release: str | None) -> None:
         """Raises InputError unless a transformer of this release, whose parameters have these shapes (those of plain
-        weights), has all layers that are changed, and only factors change them."""
+        weights), has all layers that are changed."""
         applied, name = self.applied(), self.path.name
         if release and self.version and not self.version.startswith(release):
             why = f"it is made for {self.version}, and the model is of {release}"
@@ -127,6 +128,10 @@ class Lora:
             fitting = f"it fits {len(applied) - len(reasons)} of the {len(applied)} layers that it changes"
             why = f"{fitting}; {layer}: {reason}"
             raise InputError(f"{name} does not fit the model", why, OTHER)
+
+    def check_factors(self) -> None:
+        """Raises InputError unless only factors change the transformer's layers: so they can act beside the weights."""
+        applied, name = self.applied(), self.path.name
         whole = [path for path, change in applied.items() if not change.parts.keys() <= {DOWN, UP}]
         if whole:
             why = f"it changes {len(whole)} weights or biases by more than factors; the first is {whole[0]}"
@@ -159,6 +164,7 @@ class LoraSet:
         opened = tuple((use, Lora.open(use.path)) for use in uses)
         for _, lora in opened:
             lora.check(wanted, release)
+            lora.check_factors()
         return cls(opened)
 
     def at(self, stage: int) -> dict[str, list[tuple[float, Change]]]:
