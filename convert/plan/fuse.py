@@ -4,11 +4,12 @@ Generating with the same LoRAs unfused gives the same clip, to the rounding of t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
+from pathlib import Path
 
 from ltx2.convert.plan.entries import Entry, Move, Plan, decoded, kept_layers, parameters
 from ltx2.convert.tensors.steps import Cast, Spec, Step, from_float32
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.files.tensors import FLOATS, Array, to_float32
+from ltx2.runtime.files.tensors import FLOATS, Array, TensorFile, to_float32
 from ltx2.runtime.model.layout import TRANSFORMER, Fused
 from ltx2.runtime.model.loras import Change, Lora, LoraUse
 
@@ -56,7 +57,7 @@ def fuse(plan: Plan, uses: Sequence[LoraUse], dtype: str | None) -> Plan:
         raise InputError("there is nothing to fuse a LoRA into", f"the sources hold {have}", "add the transformer")
     wanted = {key: spec.shape for key, spec in parameters(plan.moves(TRANSFORMER)).items()}
     changes: dict[str, list[tuple[float, Change]]] = {}
-    files = {}
+    files: dict[Path, TensorFile] = {}
     for use in uses:
         if not isfinite(use.strength(1)):
             raise InputError(f"{use.path.name} cannot be fused", f"its strength is {use.strength(1)}", "give a number")
