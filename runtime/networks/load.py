@@ -26,6 +26,7 @@ NETWORKS: Mapping[str, str] = {
     "Vocoder": "ltx2.runtime.networks.audio.vocoder",
     "VocoderWithBWE": "ltx2.runtime.networks.audio.bandwidth",
     "LatentUpsampler": "ltx2.runtime.networks.upsampler",
+    "DurationHead": "ltx2.runtime.networks.text.duration_head",
 }
 
 READ_BYTES = 1 << 30  # weights are read in portions of this size
