@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.convert.compare import Repack, compare_values
-from ltx2.convert.names.release import is_computed
 from ltx2.convert.plan.check import network_differences
 from ltx2.convert.sources.checkpoint import open_sources, read_json
 from ltx2.runtime.errors import Ltx2Error, VerificationError
@@ -113,14 +112,13 @@ def _tensor_differences(model: ModelFolder, component: str, shapes: dict[str, Sh
 
 def _misfits(model: ModelFolder, component: str, stored: Shapes) -> list[str]:
     if is_lora(component):
-        computed = is_computed(model.manifest.release)
-        targets = [name for name in ("transformer", "connectors") if computed and model.has(name)]
+        targets = [name for name in ("transformer", "connectors") if model.has(name)]
         shapes = {name: parameter_shapes(build_component(model, name, {})) for name in targets}
         _, wrong = misfits(stored, shapes)
         return [f"{component}: the factors for {module} do not fit ({reason})" for module, reason in wrong.items()]
     record, config = model.record(component), model.config(component)
     build = partial(build_component, model, component, stored)
-    found = network_differences(model.manifest.release, record.cls, config, stored, build)
+    found = network_differences(record.cls, config, stored, build)
     return [f"{component}: tensor {name} is {kind}" for kind, names in found.items() for name in names]
 
 

@@ -79,13 +79,6 @@ def name_differences(class_name: str, config: Mapping[str, Any], stored: Set[str
     return {kind: names for kind, names in found.items() if names}
 
 
-def missing_parts(class_name: str, config: Mapping[str, Any], stored: Set[str]) -> list[str]:
-    """The parts of a network that are missing as a whole."""
-    if not is_listed(class_name):
-        return []
-    return [part for part, names in parts(class_name, config).items() if not names & stored]
-
-
 def _is_beside_weight(name: str, layers: Set[str]) -> bool:
     layer, _, part = name.rpartition(".")
     return part in BESIDE_WEIGHT and layer in layers

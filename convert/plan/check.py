@@ -2,16 +2,15 @@
 this version cannot compute yet the names are compared, where they are known."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import mlx.nn as nn
 
-from ltx2.convert.names.networks import is_listed, missing_parts, name_differences
-from ltx2.convert.names.release import is_computed
+from ltx2.convert.names.networks import is_listed, name_differences
 from ltx2.convert.plan.entries import Plan, parameters
-from ltx2.runtime.errors import CheckpointError, ConfigError, UnsupportedError
+from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.model.layout import is_lora
 from ltx2.runtime.model.lorafile import misfits
 from ltx2.runtime.networks.load import NETWORKS, Shapes, build_network, parameter_shapes, shape_differences
@@ -33,33 +32,39 @@ def check_plan(plan: Plan) -> None:
             _check_lora(name, planned)
         else:
             build = partial(build_network, component.cls, component.config)
-            _refuse(name, network_differences(plan.release, component.cls, component.config, planned[name], build))
+            _refuse(name, network_differences(component.cls, component.config, planned[name], build))
 
 
 def network_differences(
-    release: str | None, class_name: str, config: Mapping[str, Any], stored: Shapes, build: Callable[[], nn.Module]
+    class_name: str, config: Mapping[str, Any], stored: Shapes, build: Callable[[], nn.Module]
 ) -> dict[str, list[str]]:
     """Kind of difference -> the tensors concerned, between the `stored` tensors and those of the network that `build`
-    makes.
+    makes. None for a network without a part that comes in another file: it cannot be built.
 
-    Raises ConfigError or UnsupportedError when the configuration is not one this version computes, though it computes
-    the release.
+    Raises ConfigError or UnsupportedError when the configuration is not one this version computes.
     """
-    try:
-        network = build()
-    except (ConfigError, UnsupportedError):
-        if (class_name in NETWORKS and is_computed(release)) or not (class_name in NETWORKS or is_listed(class_name)):
-            raise
-        return name_differences(class_name, config, stored.keys()) if is_listed(class_name) else {}
-    return shape_differences(parameter_shapes(network), stored)
+    if class_name not in NETWORKS and is_listed(class_name):
+        return name_differences(class_name, config, stored.keys())
+    if _missing_parts(class_name, config, stored):
+        return {}
+    return shape_differences(parameter_shapes(build()), stored)
 
 
 def incomplete_parts(plan: Plan) -> Iterator[str]:
     """What a component lacks that comes in another file, which is not among the sources."""
     for name, component in plan.components.items():
-        if not is_lora(name) and not is_computed(plan.release):
-            keys = parameters(plan.moves(name)).keys()
-            yield from (f"{name}: {part}" for part in missing_parts(component.cls, component.config, keys))
+        missing = _missing_parts(component.cls, component.config, parameters(plan.moves(name)))
+        yield from (f"{name}: {part}" for part in missing)
+
+
+def _missing_parts(class_name: str, config: Mapping[str, Any], stored: Iterable[str]) -> list[str]:
+    """Connectors whose streams have projections of their own may come in two files: with the transformer, and with the
+    text encoder, whose file says nothing of the other part."""
+    if class_name != "EmbeddingsConnectors" or not config.get("caption_proj_before_connector", len(config) == 1):
+        return []
+    have = {name.partition(".")[0] for name in stored}
+    parts = {"text projection": {"text_projection"}, "embeddings connectors": {"video_connector", "audio_connector"}}
+    return [part for part, names in parts.items() if not names & have]
 
 
 def planned_shapes(plan: Plan, component: str) -> Shapes:

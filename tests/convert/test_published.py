@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from ltx2.convert.names import rules
-from ltx2.convert.names.networks import parts
 from ltx2.convert.plan.check import check_plan, incomplete_parts
 from ltx2.convert.plan.entries import Asset, Drop, Merge, Move, Plan
 from ltx2.convert.plan.make import Options, make_plan
@@ -378,8 +377,8 @@ class TestTogether:
             check_plan(plan_of(file("ltx-2.3-22b"), tmp_path, variant="dev"))
 
 
-class TestNames:
-    """Networks that cannot be computed yet are complete by name."""
+class TestTensors:
+    """The configuration decides which tensors a network has, and all of them must be there."""
 
     def changed(self, plan: Plan, change: Callable[[Move], Move | None]) -> Plan:
         entries = [change(e) if isinstance(e, Move) else e for e in plan.entries]
@@ -421,10 +420,15 @@ class TestNames:
         check_plan(self.changed(plain, lambda m: None if "prompt_adaln_single" in m.key else m))
 
     @pytest.mark.parametrize("value", [-1, 10**9, "48", True, 1.5])
-    def test_impossible_configuration(self, value: Any) -> None:
+    def test_impossible_configuration(self, value: Any, plan: PlanOf) -> None:
+        made = plan("ltx-2.3-22b")
+        connectors = made.components["connectors"]
+        changed = replace(connectors, config={**connectors.config, "connector_num_layers": value})
         with pytest.raises(ConfigError, match="num_layers"):
-            parts("EmbeddingsConnectors", {"connector_num_layers": value})
+            check_plan(replace(made, components={**made.components, "connectors": changed}))
 
-    def test_unknown_network(self) -> None:
-        with pytest.raises(UnsupportedError, match="Transformer3DModel"):
-            parts("Transformer3DModel", {})
+    def test_unknown_network(self, plan: PlanOf) -> None:
+        made = plan("ltx-2.5-audio-vae-bf16")
+        changed = replace(made.components["vocoder"], cls="Singer")
+        with pytest.raises(UnsupportedError, match="Singer"):
+            check_plan(replace(made, components={**made.components, "vocoder": changed}))

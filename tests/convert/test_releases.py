@@ -129,7 +129,7 @@ class TestInspect:
     @pytest.mark.parametrize(
         ("name", "expected"),
         [
-            ("ltx-2-19b-fp8", ("checkpoint", "2.0", "dev", "FP8 (E4M3)", True, False)),  # dev needs guidance
+            ("ltx-2-19b-fp8", ("checkpoint", "2.0", "dev", "FP8 (E4M3)", True, True)),
             ("ltx-2.3-22b", ("checkpoint", "2.3", "dev", None, True, False)),
             ("ltx-2.5-22b-transformer-nvfp4", ("checkpoint", "2.5", "distilled", "NVFP4", True, False)),
             ("ltx-2.5-22b-transformer-int8", ("checkpoint", "2.5", "dev", "int8", False, False)),

@@ -1,9 +1,8 @@
-"""The duration head: how long the clip that a prompt describes should be, from what the connectors make of the prompt. One
-learned query looks at all tokens of both streams; two linear layers turn what it sees into the logarithm of seconds.
+"""The duration head: how long the clip that a prompt describes should be, from what the connectors make of the prompt.
+One learned query looks at all tokens of both streams; two linear layers turn what it sees into a logarithm of seconds.
 
 Computed in float32 whatever the weights: the result is rounded to frames."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,10 +12,13 @@ import mlx.nn as nn
 
 from ltx2.runtime.errors import ConfigError
 from ltx2.runtime.layers.attention import gelu_tanh
+from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.layers.linear import Linear
 from ltx2.runtime.machine.bounded import evaluate
 from ltx2.runtime.model.config import AS_PUBLISHED, Config
 from ltx2.runtime.streams import Streams
+
+MOST = 50.0  # of the logarithm: its power is a number, and longer than any clip
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ class DurationHead(nn.Module):
         self.mlp_out = Linear(config.mlp_hidden, 1)
 
     def seconds(self, contexts: Streams[mx.array]) -> float:
-        """Of one prompt's contexts, (1, tokens, dim) as the connectors make them, of both streams or one of them."""
+        """Of one prompt's contexts, (1, tokens, dim) as the connectors make them, of both streams or one of them.
+
+        Raises NumericsError where they are not finite.
+        """
         projections = Streams(self.video_input_proj, self.audio_input_proj)
         embeddings = Streams(self.video_modality_emb, self.audio_modality_emb)
         streams = contexts.zip(projections.zip(embeddings)).values()
@@ -98,7 +103,8 @@ class DurationHead(nn.Module):
         pooled = self.attention_pooler(mx.concatenate(tokens, axis=1))
         logarithm = self.mlp_out(gelu_tanh(self.mlp_hidden(pooled)))
         evaluate(logarithm)
-        return math.exp(logarithm.item())
+        check_finite(logarithm, "the predicted seconds")
+        return float(mx.exp(mx.minimum(logarithm, MOST)))
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def duration(seconds: float, fps: float, least: float = 1.0, most: float = 20.0,
     where that is below the lower bound and the next one is not above the upper.
     """
     low, high = round(least * fps), round(most * fps)
-    wanted = round(min(seconds, 2 * most) * fps)  # the head may answer anything, infinity included
+    wanted = round(seconds * fps)
     clamped = min(max(wanted, low), high)
     frames = max(0, clamped - 1) // step * step + 1
     if frames < low and frames + step <= high:
