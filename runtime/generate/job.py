@@ -85,8 +85,8 @@ class Job:
         if self.row.guided:
             layers = self.transformer_config.num_layers
             blocks = [min(block, layers - 1) for block in self.preset.guided["stg_blocks"]]
-            defaults |= self.preset.guided | {"stg_blocks": blocks, "negative_prompt": negative_prompt()}
-            defaults |= {"skip_steps": 0, "audio_skip_steps": 0} | self.row.options
+            defaults |= {**self.preset.guided, "stg_blocks": blocks, "negative_prompt": negative_prompt()}
+            defaults |= {"skip_steps": 0, "audio_skip_steps": 0, **self.row.options}
             if missing := [block for block in request.stg_blocks or () if block >= layers]:
                 why = f"the transformer has blocks 0 to {layers - 1}"
                 raise InputError(f"there is no block {missing[0]} for --stg-blocks", why, f"use {layers - 1}")

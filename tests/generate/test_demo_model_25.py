@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +23,7 @@ from ltx2.runtime.streams import Streams
 from tests.support.golden import PROMPTS_25, golden_25
 from tests.support.parity import relative_l2
 
-SIZE = {"width": 192, "height": 128, "frames": 25, "fps": 24.0}
+SIZE: dict[str, Any] = {"width": 192, "height": 128, "frames": 25, "fps": 24.0}
 
 
 def write_noise(path: Path, which: str) -> Path:
