@@ -171,7 +171,7 @@ class Job:
             first = 0.0 if self.row.stages[0].lora is None else lora.strength
             given = (first, lora.strength) if lora.second is None else (lora.strength, lora.second)
         strengths = tuple(0.0 if row.lora is None else given[row.lora] for row in self.stages)
-        return LoraUse(find_lora(own if lora is None else lora.path, self.folder), strengths)
+        return LoraUse(find_lora(lora.path if lora is not None else str(own), self.folder), strengths)
 
     def calls(self, number: int) -> int:
         """Calls of the transformer in stage `number`."""
