@@ -15,6 +15,7 @@ from ltx2.runtime.generate.phases import (
     DecodeVideo,
     Denoise,
     EncodeText,
+    Interpolate,
     Phase,
     Upscale,
     Vocode,
@@ -85,6 +86,11 @@ def _upscale(phase: Phase, headers: Headers) -> PhaseWork:
     return _moving(work, headers.itemsize(phase.upscaler), headers.weights(phase.upscaler))
 
 
+def _interpolate(phase: Phase, headers: Headers) -> PhaseWork:
+    work = upscale(UpsamplerConfig.from_dict(headers.config(phase.name)), phase.job.grid())
+    return _moving(work, headers.itemsize(phase.name), headers.weights(phase.name))
+
+
 def _denoise(phase: Phase, headers: Headers) -> PhaseWork:
     assert isinstance(phase, Denoise), "as COUNTS says"
     job, config = phase.job, TransformerConfig.from_dict(headers.config(TRANSFORMER))
@@ -105,7 +111,7 @@ def _vocode(phase: Phase, headers: Headers) -> PhaseWork:
 
 
 def _decode_video(phase: Phase, headers: Headers) -> PhaseWork:
-    grid = phase.job.grid()
+    grid = phase.job.grid(sizes=phase.job.output())
     work = decode_video(phase.job.video_config, (grid.frames, grid.height, grid.width))
     return _moving(work, headers.itemsize("video_vae"), headers.weights("video_vae", "decoder."))
 
@@ -115,6 +121,7 @@ COUNTS: Mapping[type[Phase], Callable[[Phase, Headers], PhaseWork]] = {
     Connect: _connect,
     Upscale: _upscale,
     Denoise: _denoise,
+    Interpolate: _interpolate,
     DecodeSound: _decode_sound,
     Vocode: _vocode,
     DecodeVideo: _decode_video,

@@ -184,7 +184,7 @@ def _start(job: Job, task: Task, file: Path) -> dict[str, Any]:
         write_embeddings(str(file), dict.fromkeys((TEXT, *job.negatives), contexts))
         return options | {"embeddings": str(file)}
     if task.part == "decode":
-        write_latents(str(file), job.grid().segments.map(lambda segment: _normal(segment.shape)))
+        write_latents(str(file), job.grid().segments.map(lambda segment: _normal(segment.shape)), job.sizes.fps)
         return {name: value for name, value in options.items() if name != "no_upscale"} | {"latents": str(file)}
     return options | {"prompt": PROMPT}
 

@@ -69,9 +69,9 @@ def read_latents(path: str | Path, channels: int, audio_channels: int) -> Stream
     return Streams(video, audio)
 
 
-def write_latents(path: str | Path, latents: Streams[mx.array]) -> None:
-    """The streams that are there."""
-    write_tensors(path, dict(latents.items()))
+def write_latents(path: str | Path, latents: Streams[mx.array], fps: float) -> None:
+    """The streams that are there, and the clip's frames per second."""
+    write_tensors(path, dict(latents.items()), {"fps": f"{fps:g}"})
 
 
 def read_embeddings(path: str | Path, widths: Streams[int]) -> dict[str, Streams[mx.array]]:

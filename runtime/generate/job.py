@@ -2,7 +2,7 @@
 before the work starts."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.generate.exchange import read_embeddings, read_latents, read_noise
+from ltx2.runtime.generate.kinds import digest, portable
+from ltx2.runtime.generate.options import ROWS
 from ltx2.runtime.generate.preset import (
     DISTILLED,
     HQ,
@@ -112,6 +114,13 @@ class Job:
     def numbers(self) -> range:
         """Of the stages, from 1."""
         return range(1, len(self.stages) + 1)
+
+    def output(self, sizes: Sizes | None = None) -> Sizes:
+        """Of the clip that is written, where the stages make one of these sizes (the job's)."""
+        sizes = sizes or self.sizes
+        if not self.request.temporal_upscale:
+            return sizes
+        return replace(sizes, frames=2 * sizes.frames - 1, fps=2 * sizes.fps)
 
     def grid(self, downscale: int = 1, sizes: Sizes | None = None) -> Grid:
         """The latents of the output, each side divided by `downscale`; also for other `sizes` than the job's."""
@@ -231,6 +240,32 @@ class Job:
     def read_contexts(self, path: str) -> dict[str, Streams[mx.array]]:
         """The prompts' contexts out of a file."""
         return read_embeddings(path, self.transformer_config.context_dims)
+
+    def record(self) -> dict[str, Any]:
+        """What a sidecar says of the stages, of the sound's origin, and of every file that is given."""
+        read = {name: row for name, row in ROWS.items() if row.decides or name == "latents"}
+        files = {path: name for name, row in read.items() for path in row.files(getattr(self.request, name))}
+        inputs = [
+            {"option": name, "path": portable(path), "size": Path(path).stat().st_size, "sha256": digest(path)}
+            for path, name in files.items()
+            if Path(path).exists()
+        ]
+        sound = None if self.row is None else f"stage {min(self.row.sound, len(self.stages))}"
+        return {"stages": [self._stage_record(n) for n in self.numbers], "sound": sound, "inputs": inputs}
+
+    def _stage_record(self, number: int) -> dict[str, Any]:
+        course, grid, row = self.course(number), self.stage_grid(number), self.stages[number - 1]
+        scale = self.scales.spatial
+        return {
+            "width": grid.width * scale,
+            "height": grid.height * scale,
+            "sigmas": course.sigmas,
+            "sampler": row.sampler or "euler",
+            "loras": [{"path": portable(use.path), "strength": use.strength(number)} for use, _ in self.loras.uses],
+            "guidance": {name: asdict(g) for name, g in course.guidance.items()} if row.guided else None,
+            "passes": len(passes(course.guidance, course.guidance.map(lambda _: False))),
+            "tokens": {name: {s.name: s.tokens for s in found} for name, found in self.segments(number).items()},
+        }
 
     def check(self, components: list[str]) -> None:
         """The components are whole, files to read fit, files to write have a place. Reads headers, and small files."""

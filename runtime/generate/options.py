@@ -57,9 +57,7 @@ class Options:
     no_audio: Flag = Flag("Write no sound. The picture stays the same.", costs=True)
     no_video: Flag = Flag("Make the sound alone, as a .wav file.", decides=True, costs=True, exposed=False)
     no_upscale: Flag = Flag("One stage at full size, without the upscaler.", decides=True, costs=True)
-    temporal_upscale: Flag = Flag(
-        "Twice the frame rate, by the temporal upscaler.", decides=True, costs=True, exposed=False
-    )
+    temporal_upscale: Flag = Flag("Twice the frame rate, by the temporal upscaler.", decides=True, costs=True)
     vae: Choice[str] = Choice(
         "Video decoder, where the model folder has both.",
         choices=("conv", "diffusion"),

@@ -183,14 +183,7 @@ class Upscale(Phase):
         return Need(self.name, headers.weights(self.upscaler), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        statistics = tools.load("video_vae", VideoAutoencoder).per_channel_statistics
-        upscaler = tools.load(self.upscaler, LatentUpsampler)
-        read_weights(upscaler)
-        tools.meter.loaded()
-        assert made.latents.video is not None, "only pictures are upscaled"
-        video = statistics.normalise(upscaler(statistics.unnormalise(made.latents.video)))
-        check_finite(video, "the upscaled latents")
-        made.latents = Streams(video, made.latents.audio)
+        made.latents = _upscaled(tools, self.upscaler, made.latents)
         yield tools.meter.step()
 
 
@@ -236,6 +229,23 @@ class Denoise(Phase):
             made.sound = made.latents.audio
         if self.number == len(self.job.stages) and made.sound is not None:
             made.latents = Streams(made.latents.video, made.sound)
+
+
+class Interpolate(Phase):
+    """Twice the frame rate, on the final latents without the VAE's normalisation: F latent frames become 2F - 1."""
+
+    name = "temporal_upscaler"
+    components = ("temporal_upscaler", "video_vae")
+
+    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        config, itemsize = UpsamplerConfig.from_dict(headers.config(self.name)), headers.itemsize(self.name)
+        used = network.upscale(config, self.job.grid(sizes=sizes), itemsize)
+        used = used.beside(on_cpu(cpu.upscale(config, used.largest, itemsize)))
+        return Need(self.name, headers.weights(self.name), used)
+
+    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
+        made.latents = _upscaled(tools, self.name, made.latents)
+        yield tools.meter.step()
 
 
 class DecodeSound(Phase):
@@ -296,6 +306,7 @@ class DecodeVideo(Phase):
     components = ("video_vae",)
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        sizes = self.job.output(sizes)
         config, grid, width = self.job.video_config, self.job.grid(sizes=sizes), headers.itemsize(self.name)
         tiles = Tiles((grid.frames, grid.height, grid.width), tiling, config)
         used = network.decode_video(config, tiles, width, uses_cpu()).beside(on_cpu(cpu.decode_video(config, width)))
@@ -316,6 +327,18 @@ class DecodeVideo(Phase):
             yield done
 
 
+def _upscaled(tools: Tools, component: str, latents: Streams[mx.array]) -> Streams[mx.array]:
+    """The picture's latents (1, C, F, H, W) through an upscaler; the sound passes."""
+    statistics = tools.load("video_vae", VideoAutoencoder).per_channel_statistics
+    upscaler = tools.load(component, LatentUpsampler)
+    read_weights(upscaler)
+    tools.meter.loaded()
+    assert latents.video is not None, "only pictures are upscaled"
+    video = statistics.normalise(upscaler(statistics.unnormalise(latents.video)))
+    check_finite(video, "the upscaled latents")
+    return Streams(video, latents.audio)
+
+
 def phases(job: Job) -> list[Phase]:
     """What a job's generation consists of, in order."""
     request, found = job.request, list[Phase]()
@@ -325,6 +348,8 @@ def phases(job: Job) -> list[Phase]:
         for number in job.numbers if job.until != CONTEXTS else ():
             found += [Upscale(job, number)] if job.stages[number - 1].enter and number > 1 else []
             found.append(Denoise(job, number))
+    if request.temporal_upscale and job.until != CONTEXTS:
+        found.append(Interpolate(job))
     if job.until not in (CONTEXTS, LATENTS):
         found += [] if request.no_audio else [DecodeSound(job), Vocode(job)]
         found.append(DecodeVideo(job))

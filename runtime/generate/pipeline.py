@@ -156,7 +156,7 @@ class Run:
             if self.job.until is None and (following is None or (request.checkpoint_every and self.made.latents.video)):
                 self._keep(following)
         if request.save_latents and self.job.until != CONTEXTS:
-            write_latents(request.save_latents, self.made.latents)
+            write_latents(request.save_latents, self.made.latents, self.job.output().fps)
 
     def _measured(self, phase: Phase) -> Iterator[Event]:
         """One phase. Its network is a local of `run`, so it is free when that returns."""
@@ -199,7 +199,8 @@ class Run:
 
     def _generated(self, phase: Phase) -> Iterator[Event]:
         """The clip in memory."""
-        frames, sizes = FrameBuffer(self.job.sizes), self.job.sizes
+        sizes = self.job.output()
+        frames = FrameBuffer(sizes)
         self.write = frames.write
         yield from self._measured(phase)
         track, state = self.made.track, self.state.path if self.state is not None else None
@@ -209,7 +210,7 @@ class Run:
 
     def _saved(self, phase: Phase, path: Path) -> Iterator[Event]:
         """The clip in its file; frames are there as they are decoded, so that no more than a tile's are in memory."""
-        with video_writer(path, fps=self.job.sizes.fps, audio=self.made.track) as writer:
+        with video_writer(path, fps=self.job.output().fps, audio=self.made.track) as writer:
             self.write = writer.write
             yield from self._measured(phase)
             yield PhaseStarted("mp4")
@@ -219,6 +220,7 @@ class Run:
 
     def _record(self) -> dict[str, Any]:
         record = make_record(self.job.folder, self.request, self.done, self._seconds())
+        record |= self.job.record()
         record["memory_plan"] = self.memory.to_dict()
         record["products"] = {form: dict(choice.by_rows) for form, choice in self.products.items()}
         return record

@@ -111,7 +111,7 @@ class Needs:
         *_, last = self.phases
         if not isinstance(last, DecodeVideo):
             return None, self._of(sizes, None)
-        grid, found = self.job.grid(sizes=sizes), []
+        grid, found = self.job.grid(sizes=self.job.output(sizes)), []
         for tiling in tilings(self.job.video_config, (grid.frames, grid.height, grid.width)):
             needs = self._of(sizes, tiling)
             if _least(needs) <= limit:
