@@ -33,7 +33,10 @@ class Scales:
 @dataclass(frozen=True)
 class Segment:
     """A run of a stream's tokens by the name that its noise has. `shape` is that of its latents, (1, C, F, H, W) or
-    (1, A, T, 16). `noisy`: some of its tokens start with noise in them."""
+    (1, A, T, 16). `noisy`: some of its tokens start with noise in them.
+
+    Tokens and latents are row-contiguous. A matrix product of a transposed view may be summed in another order (by
+    OpenBLAS with AVX-512, for example), so values read from a file would not give the same bits as those computed."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,15 +50,15 @@ class Segment:
         """Latents shaped `shape` -> (1, tokens, channels): frame by frame, row by row; of a sound
         channel-major."""
         if len(self.shape) == 5:
-            return latents.transpose(0, 2, 3, 4, 1).flatten(1, 3)
-        return latents.transpose(0, 2, 1, 3).flatten(2)
+            return mx.contiguous(latents.transpose(0, 2, 3, 4, 1).flatten(1, 3))
+        return mx.contiguous(latents.transpose(0, 2, 1, 3).flatten(2))
 
     def from_tokens(self, tokens: mx.array) -> mx.array:
         """Inverse of `to_tokens`."""
         batch, channels, *rest = self.shape
         if len(self.shape) == 5:
-            return tokens.reshape(batch, *rest, channels).transpose(0, 4, 1, 2, 3)
-        return tokens.reshape(batch, rest[0], channels, rest[1]).transpose(0, 2, 1, 3)
+            return mx.contiguous(tokens.reshape(batch, *rest, channels).transpose(0, 4, 1, 2, 3))
+        return mx.contiguous(tokens.reshape(batch, rest[0], channels, rest[1]).transpose(0, 2, 1, 3))
 
 
 @dataclass(frozen=True)
