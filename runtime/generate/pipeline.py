@@ -153,7 +153,8 @@ class Run:
             following = names[number] if number < len(names) else None
             if isinstance(phase, Connect) and request.save_embeddings:
                 write_embeddings(request.save_embeddings, self.made.contexts)
-            if self.job.until is None and (following is None or (request.checkpoint_every and self.made.latents.video)):
+            sampled = request.checkpoint_every is not None and self.made.latents.video is not None
+            if self.job.until is None and (following is None or sampled):
                 self._keep(following)
         if request.save_latents and self.job.until != CONTEXTS:
             write_latents(request.save_latents, self.made.latents, self.job.output().fps)

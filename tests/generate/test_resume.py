@@ -90,11 +90,11 @@ def phases(sidecar: Path) -> list[str]:
 
 
 KILLED = {
-    "while decoding": ("video_vae", 1, [], (2, 3)),
-    "before the picture": ("video_vae", 0, ["--checkpoint-every", "5"], (2, 3)),
-    "some steps after the state": ("stage1", 6, ["--checkpoint-every", "4"], (1, 4)),
-    "between stages": ("stage2", 1, ["--checkpoint-every", "8"], (1, 8)),
-    "in the second stage": ("stage2", 2, ["--checkpoint-every", "2"], (2, 2)),
+    "while decoding": ("video_vae", 1, [], (None, 0)),
+    "before the picture": ("video_vae", 0, ["--checkpoint-every", "5"], (None, 0)),
+    "some steps after the state": ("stage1", 6, ["--checkpoint-every", "4"], ("stage1", 4)),
+    "between stages": ("stage2", 1, ["--checkpoint-every", "8"], ("stage2", 0)),
+    "in the second stage": ("stage2", 2, ["--checkpoint-every", "2"], ("stage2", 2)),
 }
 
 
@@ -103,11 +103,11 @@ class TestKilled:
     def test_goes_on_with_the_same_bits(
         self, here: Here, arguments: list[str], stopped: Stopped, whole: Path, tmp_path: Path, name: str
     ) -> None:
-        phase, step, options, (stage, done) = KILLED[name]
+        phase, step, options, left = KILLED[name]
         assert stopped(signal.SIGKILL, phase, step, *options).returncode == -signal.SIGKILL
         assert not (tmp_path / "clip.mp4").exists()
         record = json.loads(open_tensorfile(tmp_path / STATE).metadata["run"])
-        assert (record["stage"], record["step"]) == (stage, done)
+        assert (record["phase"], record["step"]) == left
         ended = here(*arguments, "--resume")
         assert ended.code == 0 and "warning" not in ended.err, ended
         assert same(tmp_path / "latents", whole / "latents")
@@ -194,7 +194,7 @@ class TestFailed:
             raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity (0000000e).")
 
         with monkeypatch.context() as patch:
-            patch.setattr("ltx2.runtime.generate.pipeline.decode_frames", ended)
+            patch.setattr("ltx2.runtime.generate.phases.decode_frames", ended)
             failed = here(*arguments, "--json")
         error = failed.json["error"]
         assert failed.code == 1 and error["kind"] == "device" and "this continues: ltx2 generate" in error["fix"]
@@ -273,7 +273,7 @@ class TestPython:
 
     @pytest.mark.parametrize("option", [{"resume": True}, {"checkpoint_every": 2}])
     def test_a_state_needs_a_place(self, demo_f32: Path, option: dict[str, Any]) -> None:
-        with pytest.raises(InputError, match=r"without a state.*state=FILE"):
+        with pytest.raises(InputError, match=r"no effect without state.*add state"):
             ltx2.load(demo_f32).stream(PROMPT, **option)
 
     def test_nothing_is_written_without_being_asked(
