@@ -181,7 +181,7 @@ class TestLatents:
         whose latents come from a file, would differ by 1e-7 from one whose latents were computed."""
         for value, segment in zip(latents(0).values(), GRID.segments.values(), strict=True):
             tokens = segment.to_tokens(value)
-            assert all(memoryview(x).c_contiguous for x in (tokens, segment.from_tokens(tokens)))
+            assert all(np.asarray(x).flags.c_contiguous for x in (tokens, segment.from_tokens(tokens)))
 
     def test_video_positions(self) -> None:
         """MODEL.md 2.5: midpoints; the first latent frame spans one pixel frame, the others eight."""
