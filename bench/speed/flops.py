@@ -24,7 +24,7 @@ from ltx2.runtime.generate.phases import (
 from ltx2.runtime.memory.plan import Headers
 from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig, vocoder_config
-from ltx2.runtime.networks.audio.vae import AudioVAEConfig
+from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import CHANNELS, MEL_BINS, VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig, gemma_config
 from ltx2.runtime.networks.text.tokenizer import Encoded
@@ -243,21 +243,37 @@ def decode_video(config: VideoVAEConfig, latents: Size) -> Work:
 
 
 def decode_audio(config: AudioVAEConfig, frames: int) -> Work:
-    network = config.network
-    width, bins = network.widths[-1], config.latent_frequencies
+    width, bins = config.widths[-1], config.latent_frequencies
     size = frames * bins
-    work = convolution(size, 9, network.z_channels, width) + convolution(size, 9, width, width) * 4
-    for level, outputs in reversed(list(enumerate(network.widths))):
-        if outputs != width:
-            work += convolution(size, 9, width, outputs) + convolution(size, 1, width, outputs)
-        same = 2 * (network.num_res_blocks + 1) - (outputs != width)
-        work += convolution(size, 9, outputs, outputs) * same
+    work = convolution(size, 9, config.z_channels, width) + _residual_blocks(size, width, width, 2)
+    for level, outputs in reversed(list(enumerate(config.widths))):
+        work += _residual_blocks(size, width, outputs, config.num_res_blocks + 1)
         width = outputs
         if level:
             work += convolution(4 * size, 9, width, width)  # of its frames the first is left out afterwards
             frames, bins = 2 * frames - 1, 2 * bins
             size = frames * bins
-    return work + convolution(size, 9, width, network.out_ch)
+    return work + convolution(size, 9, width, config.out_ch)
+
+
+def encode_audio(config: AudioVAEConfig, samples: int) -> Work:
+    frames, bins, width = samples // config.hop_length + 1, config.mel_bins, config.ch
+    work = convolution(frames * bins, 9, config.in_channels, width)
+    for level, outputs in enumerate(config.widths):
+        size = frames * bins
+        work += _residual_blocks(size, width, outputs, config.num_res_blocks)
+        width = outputs
+        if level < len(config.widths) - 1:
+            frames, bins = -(-frames // 2), bins // 2
+            work += linear(frames * bins, 9 * width, width) + Work(0, (size - 9 * frames * bins) * width)
+    size = frames * bins
+    return work + _residual_blocks(size, width, width, 2) + convolution(size, 9, width, 2 * config.z_channels)
+
+
+def _residual_blocks(size: int, inputs: int, outputs: int, count: int) -> Work:
+    """Two convolutions each; the first block's input is projected where it has another width."""
+    work = convolution(size, 9, inputs, outputs) + convolution(size, 9, outputs, outputs) * (2 * count - 1)
+    return work + (convolution(size, 1, inputs, outputs) if inputs != outputs else Work())
 
 
 def vocode(config: VocoderConfig | ExtendedVocoderConfig, mel_frames: int) -> Work:

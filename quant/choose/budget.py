@@ -17,7 +17,7 @@ from ltx2.runtime.files.tensors import FLOATS
 from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.memory.activations import denoise_step
 from ltx2.runtime.model.layout import TRANSFORMER
-from ltx2.runtime.networks.audio.vae import AudioVAEConfig
+from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
 from ltx2.runtime.sampling.latents import Grid, Scales, Sizes
@@ -86,5 +86,5 @@ def _activations(plan: Plan, sizes: Sizes) -> int:
 def _grid(plan: Plan, sizes: Sizes) -> Grid:
     video = VideoVAEConfig.from_dict(plan.components["video_vae"].config)
     audio = AudioVAEConfig.from_dict(plan.components["audio_vae"].config)
-    scales = Scales(video.spatial_scale, video.temporal_scale, audio.hop / audio.sample_rate, audio.temporal_scale)
+    scales = Scales(video.spatial_scale, video.temporal_scale, audio.hop_seconds, audio.temporal_scale)
     return sizes.grid(1, scales, video.latent_channels, audio.latent_channels)

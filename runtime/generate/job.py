@@ -32,7 +32,7 @@ from ltx2.runtime.media.video import check_target
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.model.loras import LoraSet, LoraUse, find_lora
 from ltx2.runtime.model.origin import check_text_encoder
-from ltx2.runtime.networks.audio.vae import AudioVAEConfig
+from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.load import build_network, check_network, encode_prompt, parameter_shapes
 from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.config import TransformerConfig
@@ -68,7 +68,7 @@ class Job:
         self.scales = Scales(
             self.video_config.spatial_scale,
             self.video_config.temporal_scale,
-            self.audio_config.hop / self.audio_config.sample_rate,
+            self.audio_config.hop_seconds,
             self.audio_config.temporal_scale,
         )
         if request.latents is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig
-from ltx2.runtime.networks.audio.vae import AudioVAEConfig
+from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
@@ -167,10 +167,19 @@ def _tower(tower: Tower, size: Size, itemsize: int, unfold: bool) -> Activations
 def decode_audio(config: AudioVAEConfig, audio_frames: int) -> Activations:
     """In float32 whatever the weights, which are widened as they are used. The largest arrays are those that an
     upsampling repeats, at the finest resolution: one, padded for a convolution, and its result."""
-    network, frames = config.network, audio_frames * config.temporal_scale
-    widths = network.widths
-    unit = frames * network.mel_bins * widths[min(1, len(widths) - 1)] * FLOAT32
+    frames, widths = audio_frames * config.temporal_scale, config.widths
+    unit = frames * config.mel_bins * widths[min(1, len(widths) - 1)] * FLOAT32
     wide = 5 * 9 * widths[-1] ** 2 * FLOAT32
+    needed, full = wide + min(5 * unit, 13 * unit // 5 + UNDER_WAY), wide + min(8 * unit, 21 * unit // 5 + 110 * MB)
+    return Activations(needed, max(0, full - needed), unit)
+
+
+def encode_audio(config: AudioVAEConfig, samples: int) -> Activations:
+    """In float32. The largest arrays are at the finest resolution: a residual block's input, the padded copy of it,
+    normalised, and the convolution's result."""
+    frames = samples // config.hop_length + 1
+    unit = frames * config.mel_bins * config.widths[0] * FLOAT32
+    wide = 5 * 9 * config.widths[-1] ** 2 * FLOAT32
     needed, full = wide + min(5 * unit, 13 * unit // 5 + UNDER_WAY), wide + min(8 * unit, 21 * unit // 5 + 110 * MB)
     return Activations(needed, max(0, full - needed), unit)
 

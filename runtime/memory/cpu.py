@@ -3,7 +3,7 @@ per tap of its kernel, attention writes out its scores, and kernels of 16 bits a
 
 from ltx2.runtime.memory.activations import FLOAT32
 from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig
-from ltx2.runtime.networks.audio.vae import AudioVAEConfig
+from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
@@ -45,10 +45,14 @@ def encode_video(config: VideoVAEConfig, itemsize: int) -> int:
 
 def decode_audio(config: AudioVAEConfig, audio_frames: int) -> int:
     """The convolutions of the finest level, which are computed together."""
-    network = config.network
-    pixel = audio_frames * config.temporal_scale * network.mel_bins * FLOAT32
-    coarser, width = network.widths[min(1, len(network.widths) - 1)], network.widths[0]
-    return pixel * TAPS_2D * (coarser + (2 * network.num_res_blocks + 1) * width)
+    pixel = audio_frames * config.temporal_scale * config.mel_bins * FLOAT32
+    coarser, width = config.widths[min(1, len(config.widths) - 1)], config.widths[0]
+    return pixel * TAPS_2D * (coarser + (2 * config.num_res_blocks + 1) * width)
+
+
+def encode_audio(config: AudioVAEConfig, unit: int) -> int:
+    """`unit`: bytes of an array at the finest level, whose convolutions are computed together."""
+    return unit * TAPS_2D * (2 * config.num_res_blocks + 2)
 
 
 def vocode(config: VocoderConfig | ExtendedVocoderConfig, unit: int) -> int:

@@ -19,7 +19,7 @@ from ltx2.runtime.media.video import encoding_memory
 from ltx2.runtime.memory import activations
 from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.plan import COMMAND_BUFFER
-from ltx2.runtime.networks.audio.vae import AudioVAEConfig
+from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
 from ltx2.runtime.networks.transformer.config import TransformerConfig

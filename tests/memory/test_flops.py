@@ -10,12 +10,13 @@ import mlx.nn as nn
 import pytest
 
 from ltx2.bench.random.model import random_folder
-from ltx2.bench.speed.flops import connect, count, denoise_step, encode_text, vocode
+from ltx2.bench.speed.flops import connect, count, denoise_step, encode_audio, encode_text, vocode
 from ltx2.bench.speed.run import PROMPT
 from ltx2.runtime.events import PhaseStarted
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.audio import bandwidth
+from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.text.config import ConnectorsConfig, gemma_config
 from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
@@ -113,6 +114,15 @@ def test_bandwidth_extension_as_executed(monkeypatch: pytest.MonkeyPatch) -> Non
     mx.eval(network(mx.zeros((1, 2, 40, 64))))
     work = vocode(network.config, 40)
     assert (meter.flops[""], meter.values[""]) == pytest.approx((work.flops, work.values), rel=0.05)
+
+
+def test_encoding_sound_as_executed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, network = Meter(), load_network(ModelFolder.open(model), "audio_vae", AudioAutoencoder)
+    meter.install(monkeypatch)
+    mx.eval(network.encode(mx.zeros((1, 2, 16000))))
+    work = encode_audio(network.config, 16000)
+    assert meter.flops[""] == work.flops
+    assert meter.values[""] == pytest.approx(work.values, rel=0.1)  # beside the borders
 
 
 def test_values_moved(measured: Meter, demo_f32: Path) -> None:

@@ -55,9 +55,10 @@ def log_mel(frames: int, seed: int = 0) -> np.ndarray:
 
 
 def official_tensors(network: nn.Module, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random values by official names, in PyTorch's layout; as published, all filters of a kind are the same."""
+    """Random values by official names, in PyTorch's layout; as published, all filters of a kind are the same, and symmetric."""
     rng = np.random.default_rng(seed)
-    filters = {side: random_values("filter", (1, 1, 12), rng) for side in ("upsample", "lowpass")}
+    halves = {side: random_values("filter", (1, 1, 6), rng) / 2 for side in ("upsample", "lowpass")}
+    filters = {side: np.concatenate([half, half[..., ::-1]], axis=-1) for side, half in halves.items()}
     tensors = {}
     for name, shape in sorted(parameter_shapes(network).items()):
         if name.endswith(".filter"):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLLTX2Audio
 from diffusers.pipelines.ltx2.vocoder import AntiAliasAct1d, LTX2Vocoder, LTX2VocoderWithBWE, SnakeBeta
+from transformers.audio_utils import mel_filter_bank
 
 VOCODER_RENAMES = {
     "conv_pre": "conv_in", "ups": "upsamplers", "resblocks": "resnets", "act_post": "act_out", "conv_post": "conv_out",
@@ -27,8 +28,8 @@ class ReferenceAudioVAE:
             latent_channels=network["z_channels"],
         )
         state = {k: torch.tensor(v) for k, v in tensors.items() if not k.startswith("per_channel_statistics.")}
-        statistics = {"latents_mean": torch.tensor(self.mean), "latents_std": torch.tensor(self.std)}
-        module.load_state_dict(state | statistics, strict=True)
+        statistics = {name: value for name, value in module.state_dict().items() if name.startswith("latents_")}
+        module.load_state_dict(state | statistics, strict=True)  # statistics are applied here, whatever their size
         self.module = module
 
     @torch.no_grad()
@@ -101,3 +102,28 @@ def reference_activation(x: np.ndarray, tensors: dict[str, np.ndarray]) -> np.nd
     module = cast(Any, AntiAliasAct1d)(SnakeBeta(x.shape[1]))
     module.load_state_dict({_vocoder_name(k): torch.tensor(v) for k, v in tensors.items()}, strict=True)
     return module(torch.tensor(x)).numpy()
+
+
+def reference_mel(sound: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+    """(channels, samples) -> log-mel (1, channels, T, bins), by torch's transform and transformers' filters."""
+    stft, mel, rate = (config["preprocessing"][key] for key in ("stft", "mel", "audio"))
+    size, window = stft["filter_length"], torch.hann_window(stft["win_length"])
+    spectrum = torch.stft(
+        torch.tensor(sound),
+        size,
+        stft["hop_length"],
+        stft["win_length"],
+        window,
+        pad_mode="reflect",
+        return_complex=True,
+    )
+    filters = mel_filter_bank(
+        size // 2 + 1,
+        mel["n_mel_channels"],
+        mel["mel_fmin"],
+        mel["mel_fmax"],
+        rate["sampling_rate"],
+        "slaney",
+        "slaney",
+    )
+    return (spectrum.abs().mT @ torch.tensor(filters, dtype=torch.float32)).clamp(min=1e-5).log()[None].numpy()

@@ -3,123 +3,18 @@
 A 2-D convolutional network over (time, frequency), causal in time. Computes in the dtype of its argument."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from ltx2.runtime.errors import ConfigError
 from ltx2.runtime.layers.statistics import LatentStatistics
 from ltx2.runtime.machine.bounded import evaluate
-from ltx2.runtime.model.config import AS_PUBLISHED, Config, Repeats
+from ltx2.runtime.networks.audio.config import AudioVAEConfig
+from ltx2.runtime.networks.audio.mel import log_mel
 
 NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class NetworkConfig(Config):
-    """Section `model.params.ddconfig`: the convolutional network."""
-
-    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "double_z": (True,),
-        "downsample_time": (False,),
-        "attn_resolutions": ((),),
-        "mid_block_add_attention": (False,),
-        "norm_type": ("pixel",),
-        "causality_axis": ("height",),
-    }
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"resolution", "dropout"})  # places attention; training
-
-    ch: int
-    ch_mult: tuple[int, ...]
-    num_res_blocks: Repeats
-    in_channels: int
-    out_ch: int
-    z_channels: int
-    mel_bins: int
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of every level, finest first."""
-        return tuple(self.ch * m for m in self.ch_mult)
-
-
-@dataclass(frozen=True)
-class ParamsConfig(Config):
-    """Section `model.params`."""
-
-    ddconfig: NetworkConfig
-    sampling_rate: int
-
-
-@dataclass(frozen=True)
-class ModelConfig(Config):
-    """Section `model`."""
-
-    params: ParamsConfig
-
-
-@dataclass(frozen=True)
-class StftConfig(Config):
-    """Section `preprocessing.stft`; the rest describes how spectrograms are made from sound."""
-
-    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"causal": (True,)}
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"filter_length", "win_length"})
-
-    hop_length: int  # samples per mel frame
-
-
-@dataclass(frozen=True)
-class PreprocessingConfig(Config):
-    """Section `preprocessing`; `audio` and `mel` describe how spectrograms are made from sound."""
-
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"audio", "mel"})
-
-    stft: StftConfig
-
-
-@dataclass(frozen=True)
-class AudioVAEConfig(Config):
-    """Checkpoint section `audio_vae`."""
-
-    model: ModelConfig
-    preprocessing: PreprocessingConfig
-
-    def __post_init__(self) -> None:
-        if self.network.mel_bins % self.temporal_scale:
-            raise ConfigError(
-                "AudioVAEConfig: mel_bins does not fit ch_mult",
-                f"{self.network.mel_bins} bins cannot be halved {len(self.network.ch_mult) - 1} times",
-                AS_PUBLISHED,
-            )
-
-    @property
-    def network(self) -> NetworkConfig:
-        return self.model.params.ddconfig
-
-    @property
-    def temporal_scale(self) -> int:
-        """Mel frames per latent frame, and mel bins per latent frequency."""
-        return 2 ** (len(self.network.ch_mult) - 1)
-
-    @property
-    def latent_channels(self) -> int:
-        return self.network.z_channels
-
-    @property
-    def latent_frequencies(self) -> int:
-        return self.network.mel_bins // self.temporal_scale
-
-    @property
-    def sample_rate(self) -> int:
-        """Of the sound that spectrograms are made from, in Hz; the vocoder's output has its own."""
-        return self.model.params.sampling_rate
-
-    @property
-    def hop(self) -> int:
-        """Samples per mel frame."""
-        return self.preprocessing.stft.hop_length
 
 
 class CausalConv2d(nn.Module):
@@ -205,11 +100,12 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     """(B, T, mel bins, 2) -> means and log variances (B, t, frequencies, 2 * latent channels)."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: AudioVAEConfig) -> None:
         super().__init__()
         widths = config.widths
-        self.conv_in = CausalConv2d(config.in_channels, widths[0], 3)
-        self.down = [Level(widths[max(i - 1, 0)], width, config.num_res_blocks) for i, width in enumerate(widths)]
+        self.conv_in = CausalConv2d(config.in_channels, config.ch, 3)
+        finer = (config.ch, *widths[:-1])
+        self.down = [Level(*sides, config.num_res_blocks) for sides in zip(finer, widths, strict=True)]
         for level, width in zip(self.down[:-1], widths, strict=False):
             level.downsample = Downsample(width)
         self.mid = MidBlock(widths[-1])
@@ -225,7 +121,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, t, frequencies, latent channels) -> (B, T, mel bins, 2). Level 0 is the finest, as in the encoder."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: AudioVAEConfig) -> None:
         super().__init__()
         widths = config.widths
         self.conv_in = CausalConv2d(config.z_channels, widths[-1], 3)
@@ -251,8 +147,8 @@ class AudioAutoencoder(nn.Module):
     def __init__(self, config: AudioVAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.network)
-        self.decoder = Decoder(config.network)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
         self.per_channel_statistics = LatentStatistics(config.latent_channels, 1, config.latent_frequencies)
 
     def decode(self, latents: mx.array) -> mx.array:
@@ -260,7 +156,21 @@ class AudioAutoencoder(nn.Module):
         x = self.per_channel_statistics.unnormalise(latents)
         return self.decoder(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
 
-    def encode(self, mel: mx.array) -> mx.array:
+    def encode(self, waveform: mx.array, frames: int | None = None) -> mx.array:
+        """Sound (1, 1 or 2, samples) at `sampling_rate` -> normalised latents (1, A, t, frequencies), float32.
+
+        t is `config.latent_frames(samples)`, or `frames`: cut to it, or with zeros (the mean) behind. One channel
+        counts as both.
+        """
+        mel = log_mel(np.array(waveform[0].astype(mx.float32)), self.config)
+        mel = np.broadcast_to(mel, (self.config.in_channels, *mel.shape[1:]))
+        latents = self.encode_mel(mx.array(mel)[None])
+        if frames is None:
+            return latents
+        missing = max(0, frames - latents.shape[2])
+        return mx.pad(latents[:, :, :frames], [(0, 0), (0, 0), (0, missing), (0, 0)])
+
+    def encode_mel(self, mel: mx.array) -> mx.array:
         """Log-mel spectrogram (B, 2, T, mel bins) -> normalised latents (B, A, ceil(T/4), frequencies), the means."""
         x = self.encoder(mel.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
         return self.per_channel_statistics.normalise(x[:, : self.config.latent_channels])

@@ -130,9 +130,9 @@ class AntiAliased(nn.Module):
         self.downsample.lowpass = Filter()
 
     def __call__(self, x: mx.array) -> mx.array:
-        first, last = x[:, :1], x[:, -1:]
-        x = mx.concatenate([first] * 3 + [x] + [last] * 3, axis=1)
-        even, odd = _snake(x, *_scales(self.act.alpha, self.act.beta), self.upsample.taps)
+        scales, taps = _scales(self.act.alpha, self.act.beta), self.upsample.taps
+        x = mx.concatenate([x[:, :1]] * 3 + [x] + [x[:, -1:]] * 3, axis=1)
+        even, odd = _snake(x[:, :-1], *scales, taps[::-2]), _snake(x[:, 1:], *scales, taps[-2::-2])
         first, last = even[:, :1], odd[:, -1:]
         even = mx.concatenate([first] * 2 + [even] + [last] * 3, axis=1)
         odd = mx.concatenate([first] * 3 + [odd] + [last] * 2, axis=1)
@@ -146,21 +146,19 @@ def _scales(alpha: mx.array, beta: mx.array) -> tuple[mx.array, mx.array]:
 
 
 @mx.compile
-def _snake(x: mx.array, alpha: mx.array, scale: mx.array, taps: tuple[float, ...]) -> tuple[mx.array, mx.array]:
-    """Twice the rate: (B, T + 6, C), padded -> SnakeBeta of the even and of the odd samples, each (B, T, C).
+def _snake(x: mx.array, alpha: mx.array, scale: mx.array, taps: tuple[float, ...]) -> mx.array:
+    """Every second sample at twice the rate: padded (B, T + 5, C) -> SnakeBeta of them, (B, T, C).
 
-    The transposed convolution of stride 2 without the zeros that it would multiply."""
-    at = _shifts(x, 7)
-    even = _sum([at[i] * (2 * taps[11 - 2 * i]) for i in range(6)])
-    odd = _sum([at[i + 1] * (2 * taps[10 - 2 * i]) for i in range(6)])
-    even, odd = (y + scale * mx.square(mx.sin(alpha * y)) for y in (even, odd))
-    return even, odd
+    The even or the odd ones of a transposed convolution of stride 2, without the zeros that it would multiply."""
+    y = _sum([part * (2 * tap) for part, tap in zip(_shifts(x, len(taps)), taps, strict=True)])
+    return y + scale * mx.square(mx.sin(alpha * y))
 
 
 @mx.compile
 def _decimated(even: mx.array, odd: mx.array, taps: tuple[float, ...]) -> mx.array:
     """Half the rate: even and odd samples, padded, each (B, T + 5, C) -> (B, T, C)."""
-    return _sum([x * tap for x, tap in zip(_shifts(odd, 6) + _shifts(even, 6), taps[::2] + taps[1::2], strict=True)])
+    parts = _shifts(odd, TAPS // 2) + _shifts(even, TAPS // 2)
+    return _sum([part * tap for part, tap in zip(parts, taps[::2] + taps[1::2], strict=True)])
 
 
 def _shifts(x: mx.array, count: int) -> list[mx.array]:
