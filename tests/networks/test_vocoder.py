@@ -55,10 +55,11 @@ def log_mel(frames: int, seed: int = 0) -> np.ndarray:
 
 
 def official_tensors(network: nn.Module, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random values by official names, in PyTorch's layout; as published, all filters of a kind are the same, and symmetric."""
+    """Random values by official names, in PyTorch's layout. As published, the filters of a kind are the same in all
+    layers, and symmetric."""
     rng = np.random.default_rng(seed)
-    halves = {side: random_values("filter", (1, 1, 6), rng) / 2 for side in ("upsample", "lowpass")}
-    filters = {side: np.concatenate([half, half[..., ::-1]], axis=-1) for side, half in halves.items()}
+    halves = {side: abs(random_values("filter", (1, 1, 6), rng)) for side in ("upsample", "lowpass")}
+    filters = {side: np.concatenate([h, h[..., ::-1]], axis=-1) / (2 * h.sum()) for side, h in halves.items()}
     tensors = {}
     for name, shape in sorted(parameter_shapes(network).items()):
         if name.endswith(".filter"):
@@ -124,8 +125,8 @@ def test_bandwidth_extension_equals_diffusers(final: dict[str, bool], most: floa
     config = EXTENDED | {"vocoder": EXTENDED["vocoder"] | final}
     network = bandwidth.build(config)
     tensors = official_tensors(network)
-    for part in ("vocoder", "bwe_generator"):  # signals grow from block to block
-        tensors[f"{part}.conv_post.weight"] /= 100
+    for part, loudness in {"vocoder": 0.2, "bwe_generator": 0.02}.items():  # signals grow from block to block
+        tensors[f"{part}.conv_post.weight"] *= loudness
     fill(network, tensors)
     mel = log_mel(9)
     narrow = np.array(network.vocoder(mx.array(mel)))
