@@ -60,3 +60,10 @@ def apply_rope(x: mx.array, rope: Rope) -> mx.array:
     sign = mx.array([[-1.0], [1.0]])
     # Reading the halves in reverse order is a view, so one fused kernel writes the result without a concatenation.
     return _rotate(halves, halves[..., ::-1, :], rope.cos[..., None, :], rope.sin[..., None, :], sign).reshape(x.shape)
+
+
+def rotate_pairs(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate pairs of neighbouring values of `x` (..., dim) in float32, by tables that broadcast to (..., dim / 2);
+    keeps x's dtype."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    return _rotate(pairs, pairs[..., ::-1], cos[..., None], sin[..., None], mx.array([-1.0, 1.0])).reshape(x.shape)

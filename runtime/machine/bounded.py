@@ -9,7 +9,9 @@ One meter serves the process, as MLX's peak memory does: phases follow one anoth
 
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import mlx.core as mx
@@ -24,6 +26,8 @@ class Meter:
     """Seconds of the longest evaluation since `start`; None where no single one was waited for."""
 
     def __init__(self) -> None:
+        self._behind = 0
+        self._under_way: deque[tuple[mx.array, ...]] = deque()
         self.start()
 
     def start(self) -> None:
@@ -32,7 +36,13 @@ class Meter:
         self._queued = False
 
     def evaluate(self, *arrays: mx.array) -> None:
-        """Evaluate and wait."""
+        """Evaluate and wait; inside `running_ahead`, wait for earlier ones only."""
+        if self._behind and not self.waits:
+            self.queue(*arrays)
+            self._under_way.append(arrays)
+            if len(self._under_way) > self._behind:
+                mx.eval(*self._under_way.popleft())
+            return
         started = time.perf_counter()
         mx.eval(*arrays)
         if not self._queued:  # else it has waited for earlier ones too
@@ -47,9 +57,21 @@ class Meter:
             mx.async_eval(*arrays)
             self._queued = True
 
+    @contextmanager
+    def running_ahead(self, evaluations: int) -> Iterator[None]:
+        """So many evaluations may be under way while the host prepares the next one, at the price of the memory that
+        their results take; 0: none. At the end of the block all are done."""
+        before, self._behind = self._behind, evaluations
+        try:
+            yield
+        finally:
+            self._behind = before
+            while len(self._under_way) > before:
+                mx.eval(*self._under_way.popleft())
+
 
 meter = Meter()
-evaluate, queue = meter.evaluate, meter.queue
+evaluate, queue, running_ahead = meter.evaluate, meter.queue, meter.running_ahead
 
 
 def divided(function: Callable[[mx.array], mx.array], x: mx.array, axis: int, flops: float) -> mx.array:

@@ -22,6 +22,7 @@ NETWORKS: Mapping[str, str] = {
     "Gemma3ForCausalLM": "ltx2.runtime.networks.text.gemma3",
     "Gemma4UnifiedForCausalLM": "ltx2.runtime.networks.text.gemma4",
     "CausalVideoAutoencoder": "ltx2.runtime.networks.video_vae.model",
+    "CausalDiffusionVAE": "ltx2.runtime.networks.video_vae.diffusion",
     "AudioAutoencoder": "ltx2.runtime.networks.audio.vae",
     "Vocoder": "ltx2.runtime.networks.audio.vocoder",
     "VocoderWithBWE": "ltx2.runtime.networks.audio.bandwidth",

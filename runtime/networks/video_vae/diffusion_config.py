@@ -1,0 +1,188 @@
+"""Configuration of the video VAE whose decoder is a diffusion model (class CausalDiffusionVAE), and the sizes of a clip
+on its way through that decoder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, ClassVar, NamedTuple
+
+from ltx2.runtime.errors import ConfigError, UnsupportedError
+from ltx2.runtime.model.config import AS_PUBLISHED, SUPPORTED_ONLY, Config, Repeats
+from ltx2.runtime.networks.video_vae.config import Blocks, Size, Tower, encoder_tower
+
+OUTPUT_TYPES = ("x0", "v")
+
+
+@dataclass(frozen=True)
+class EncoderConfig(Config):
+    """Section `encoder`: the convolutional encoder."""
+
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "_class_name": ("Encoder",),
+        "dims": (3,),
+        "in_channels": (3,),
+        "norm_layer": ("pixel_norm",),
+        "latent_log_var": ("constant", "uniform"),
+    }
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"latent_log_var_value"})  # latents are means
+
+    out_channels: int  # of the latents
+    blocks: Blocks
+    base_channels: int
+    patch_size: int
+    spatial_padding_mode: str | None = None
+
+
+@dataclass(frozen=True)
+class DecoderConfig(Config):
+    """Section `decoder`: stages of neighbourhood attention, the last of which is the diffusion model."""
+
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "_class_name": ("NADiffusionDecoder",),
+        "out_channels": (3,),
+        "resampler_kind": ("linear",),
+    }
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"spatial_padding_mode"})  # it has no convolutions
+
+    in_channels: int
+    patch_size: int
+    head_dim: int
+    stage_channels: tuple[int, ...]
+    stage_depths: tuple[Repeats, ...]
+    stage_kernels: tuple[tuple[int, int, int], ...]
+    upsamples: tuple[
+        tuple[tuple[int, int, int], int], ...
+    ]  # after every stage but the last: stride, divisor of channels
+    stage5_kernel: tuple[int, int, int] | None = None
+    timestep_scale_multiplier: float = 1.0
+    default_num_inference_steps: int = 2
+
+
+class Stage(NamedTuple):
+    """A stage of the decoder, and the size of what it works on without the frames that are replicated at the end."""
+
+    channels: int
+    depth: int
+    kernel: Size
+    size: Size
+
+
+@dataclass(frozen=True)
+class DiffusionVAEConfig(Config):
+    """`vae` of the checkpoint's metadata (class CausalDiffusionVAE)."""
+
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"_class_name": ("CausalDiffusionVAE",), "dims": (3,)}
+
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    model_output_type: str = "v"
+    spatial_padding_mode: str | None = None  # of the encoder, where that says nothing itself
+
+    def __post_init__(self) -> None:
+        d = self.decoder
+        if self.model_output_type not in OUTPUT_TYPES:
+            raise UnsupportedError(
+                f"DiffusionVAEConfig: model_output_type = {self.model_output_type!r} is not supported",
+                f"this version implements {' and '.join(OUTPUT_TYPES)}",
+                SUPPORTED_ONLY,
+            )
+        widths = tuple(width // divisor for width, (_, divisor) in zip(d.stage_channels, d.upsamples, strict=False))
+        fits = {
+            "as many widths, depths and kernels as stages": len(d.stage_channels)
+            == len(d.stage_depths)
+            == len(d.stage_kernels)
+            == len(d.upsamples) + 1
+            >= 2,
+            "upsamples that lead from width to width": widths == d.stage_channels[1:],
+            "widths that are multiples of head_dim": not any(width % d.head_dim for width in d.stage_channels),
+            "a head_dim that splits over three axes": d.head_dim % 8 == 0,
+            "one kernel for the last stage": d.stage5_kernel in (None, d.stage_kernels[-1]),
+            "strides over time of 1 or 2": all(stride[0] in (1, 2) for stride, _ in d.upsamples),
+            "the encoder's latents": d.in_channels == self.encoder.out_channels,
+            "the encoder's scale": (self.tower.scale[0], *(self.encoder.patch_size * s for s in self.tower.scale[1:]))
+            == (self._scale[0], *(d.patch_size * s for s in self._scale[1:])),
+        }
+        for wanted, given in fits.items():
+            if not given:
+                raise ConfigError("DiffusionVAEConfig: the decoder's keys disagree", f"it needs {wanted}", AS_PUBLISHED)
+
+    @cached_property
+    def tower(self) -> Tower:
+        """The encoder's convolutions."""
+        e = self.encoder
+        padding = e.spatial_padding_mode or self.spatial_padding_mode or "zeros"
+        return encoder_tower(e.blocks, e.base_channels, e.out_channels, e.patch_size, padding)
+
+    @property
+    def _scale(self) -> Size:
+        time, height, width = (
+            prod(axis) for axis in zip(*(stride for stride, _ in self.decoder.upsamples), strict=True)
+        )
+        return time, height, width
+
+    @property
+    def temporal_scale(self) -> int:
+        """Frames per latent; the first latent stands for one frame."""
+        return self._scale[0]
+
+    @property
+    def spatial_scale(self) -> int:
+        """Pixels per latent along height and width."""
+        return self._scale[1] * self.decoder.patch_size
+
+    @property
+    def ghosts(self) -> int:
+        """Copies of the last latent that are decoded behind it and dropped, so that no window of a kept frame is
+        shifted inwards at the end of the first stages."""
+        return self.decoder.stage_kernels[0][0] // 2 * 2
+
+    def stages(self, latents: Size) -> list[Stage]:
+        """All stages for a clip of so many latents (frames, height, width)."""
+        d, size, found = self.decoder, latents, []
+        strides = [*(stride for stride, _ in d.upsamples), (1, 1, 1)]
+        for channels, depth, kernel, (t, h, w) in zip(
+            d.stage_channels, d.stage_depths, d.stage_kernels, strides, strict=True
+        ):
+            found.append(Stage(channels, depth, kernel, size))
+            size = size[0] * t - (t - 1), size[1] * h, size[2] * w
+        return found
+
+    @cached_property
+    def smallest(self) -> Size:
+        """Latents below which some stage's kernel is larger than its clip: smaller clips are extended at the edges."""
+        frames = height = width = time = rows = columns = 1  # of latents, and positions per latent so far
+        strides = [*(stride for stride, _ in self.decoder.upsamples), (1, 1, 1)]
+        for (t, h, w), stride in zip(self.decoder.stage_kernels, strides, strict=True):
+            frames = max(frames, -(-(t - 1) // time) + 1)
+            height, width = max(height, -(-h // rows)), max(width, -(-w // columns))
+            time, rows, columns = time * stride[0], rows * stride[1], columns * stride[2]
+        return frames, height, width
+
+    @property
+    def smallest_tile(self) -> Size:
+        """Cells that a tile has at least along each axis, for the windows of the last two stages."""
+        (outer, inner), (stride, _) = self.decoder.stage_kernels[-2:], self.decoder.upsamples[-1]
+        frames = max(outer[0], -(-(inner[0] + stride[0] - 1) // stride[0]))
+        height, width = (max(outer[axis], -(-inner[axis] // stride[axis])) for axis in (1, 2))
+        return frames, height, width
+
+    def canvas(self, latents: Size) -> tuple[int, ...]:
+        """Shape of the noise that decoding so many latents starts from: (1, 3, F, H, W) in pixels, each side raised to
+        the smallest that can be decoded."""
+        frames, height, width = map(max, latents, self.smallest)
+        space = self.spatial_scale
+        return 1, 3, (frames - 1) * self.temporal_scale + 1, height * space, width * space
+
+    @property
+    def cell(self) -> "Cell":
+        """What tiles are cut in."""
+        (time, space, _), _ = self.decoder.upsamples[-1]
+        return Cell(space * self.decoder.patch_size, time)
+
+
+class Cell(NamedTuple):
+    """Pixels and frames of one position that goes into the last stage but one, which tiles are cut in."""
+
+    spatial_scale: int
+    temporal_scale: int
