@@ -31,7 +31,7 @@ from ltx2.runtime.model.layout import MANIFEST, ModelFolder
 from ltx2.runtime.model.lorafile import alphas
 
 OTHER, DROPPED = "other", "dropped"
-UNUSED = ("temporal_upscaler", "duration_head")  # components that generate does not use yet, as LoRAs
+UNUSED = ("diffusion_vae", "temporal_upscaler", "duration_head")  # components that generate does not use yet, as LoRAs
 
 
 @dataclass

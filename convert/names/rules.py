@@ -13,6 +13,7 @@ from ltx2.runtime.model.names import folder_name, published_name, read_lora_name
 UNUSED_STATISTIC = "a statistic no network uses"
 VISION = "vision and audio towers and their projectors are not part of the text encoder"
 CONSTANT = "a constant buffer, computed where it is used"
+UNUSED_MARK = "a mark of keyframes that Lightricks' decoder does not use"
 UNUSED_CONSTANT = "a constant buffer that no network uses"
 
 
@@ -48,22 +49,30 @@ class Axes:
 
 
 _STATISTICS = "per_channel_statistics."
+_UNUSED_STATISTICS = tuple(
+    Rule(f"{vae}{_STATISTICS}{name}", dropped=UNUSED_STATISTIC)
+    for vae in ("vae.", "")
+    for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
+)
+_VAE_PARTS = ("encoder.", "decoder.", _STATISTICS)  # in a file of its own
 CHECKPOINT = (
     Rule("model.diffusion_model.video_embeddings_connector.", "connectors", "video_embeddings_connector."),
     Rule("model.diffusion_model.audio_embeddings_connector.", "connectors", "audio_embeddings_connector."),
     Rule("model.diffusion_model.", "transformer"),
     Rule("text_embedding_projection.", "connectors", "text_embedding_projection."),
-    *(
-        Rule(f"{vae}{_STATISTICS}{name}", dropped=UNUSED_STATISTIC)
-        for vae in ("vae.", "")
-        for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
-    ),
+    *_UNUSED_STATISTICS,
     Rule("vae.", "video_vae"),
     Rule("audio_vae.", "audio_vae"),
     Rule("vocoder.mel_stft.stft_fn.inverse_basis", dropped=UNUSED_CONSTANT),  # only spectra are taken
     Rule("vocoder.", "vocoder"),
     Rule("duration_head.", "duration_head"),
-    *(Rule(part, "video_vae", part) for part in ("encoder.", "decoder.", _STATISTICS)),  # in a file of its own
+    *(Rule(part, "video_vae", part) for part in _VAE_PARTS),
+)
+DIFFUSION_VAE = (
+    *_UNUSED_STATISTICS,
+    *(Rule(f"{vae}decoder.type_emb", dropped=UNUSED_MARK) for vae in ("vae.", "")),
+    Rule("vae.", "diffusion_vae"),
+    *(Rule(part, "diffusion_vae", part) for part in _VAE_PARTS),
 )
 UPSCALER = Rule("upsampler.blur_down.kernel", dropped=CONSTANT)
 _VISION = (
@@ -83,6 +92,7 @@ GEMMA = (
 # The kinds of source that convert/checkpoint.py tells apart -> their rules, first match wins.
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "checkpoint": CHECKPOINT,
+    "diffusion_vae": DIFFUSION_VAE,
     "spatial_upscaler": (UPSCALER, Rule("", "spatial_upscaler")),
     "temporal_upscaler": (Rule("", "temporal_upscaler"),),
     "gemma": GEMMA,
@@ -100,6 +110,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 # PyTorch (out, in, *kernel) -> MLX (out, *kernel, in); transposed convolutions are (in, out, kernel) in PyTorch.
 TRANSPOSES = (
     Axes("video_vae", r".+\.weight", (0, 2, 3, 4, 1)),
+    Axes("diffusion_vae", r".+\.weight", (0, 2, 3, 4, 1)),
     Axes("audio_vae", r".+\.weight", (0, 2, 3, 1)),
     Axes("vocoder", r"(.+\.)?ups\.\d+\.weight", (1, 2, 0)),
     Axes("vocoder", r".+\.(weight|filter|forward_basis)", (0, 2, 1)),

@@ -30,6 +30,7 @@ KINDS = (
     (ADAPTER_NAMES, "", "lora"),
     (r"^model\.", "gemma_version", "text_encoder"),
     (r"^language_model\.model\.|^model\.language_model\.|^vision_tower\.", "", "gemma"),
+    (r"^(vae\.)?decoder\.det_stages\.", "vae", "diffusion_vae"),
     (r"^(model\.diffusion_model|text_embedding_projection|vae|audio_vae|vocoder|duration_head)\.", "", "checkpoint"),
     (r"^(encoder|decoder|per_channel_statistics)\.", "vae", "checkpoint"),
     (r"^upsampler\.", "", "upscaler"),

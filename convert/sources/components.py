@@ -23,6 +23,7 @@ SECTIONS: Mapping[str, tuple[str, str]] = {
     "transformer": ("transformer", "AVTransformer3DModel"),
     "connectors": ("transformer", "EmbeddingsConnectors"),
     "video_vae": ("vae", "CausalVideoAutoencoder"),
+    "diffusion_vae": ("vae", "CausalDiffusionVAE"),
     "audio_vae": ("audio_vae", "AudioAutoencoder"),
     "vocoder": ("vocoder", "Vocoder"),
     "duration_head": ("duration_head", "DurationHead"),

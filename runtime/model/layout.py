@@ -22,7 +22,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 FORMAT_METADATA = {"format": "mlx"}
 COMPONENTS = (
-    "transformer", "connectors", "text_encoder", "video_vae", "audio_vae", "vocoder",
+    "transformer", "connectors", "text_encoder", "video_vae", "diffusion_vae", "audio_vae", "vocoder",
     "spatial_upscaler", "temporal_upscaler", "duration_head",
 )  # fmt: skip
 TRANSFORMER = "transformer"

@@ -68,7 +68,7 @@ SPLIT = {
         "checkpoint", ("2.5",), {"transformer": 4091 + 2 * LAYERS, "connectors": 258}, LAYERS, "NVFP4", ("distilled",)
     ),
     "ltx-2.5-video-vae-bf16": File(
-        "checkpoint", ("2.5",), {"video_vae": 396}, classes={"video_vae": "CausalDiffusionVAE"}
+        "diffusion_vae", ("2.5",), {"diffusion_vae": 395}, 1, classes={"diffusion_vae": "CausalDiffusionVAE"}
     ),
     "ltx-2.5-video-vae-conv-bf16": File(
         "checkpoint", ("2.5",), {"video_vae": 170}, classes={"video_vae": "CausalVideoAutoencoder"}
@@ -111,7 +111,8 @@ PLAIN = {
     "ltx-2.3-22b-distilled-fp8": "ltx-2.3-22b", "ltx-2.5-22b-transformer-nvfp4": "ltx-2.5-22b-transformer-bf16",
 }  # fmt: skip
 REASONS = {
-    rules.UNUSED_STATISTIC, rules.VISION, rules.CONSTANT, rules.UNUSED_CONSTANT, dropped_beside_codes("x.input_scale"),
+    rules.UNUSED_STATISTIC, rules.UNUSED_MARK, rules.VISION, rules.CONSTANT, rules.UNUSED_CONSTANT,
+    dropped_beside_codes("x.input_scale"),
 }  # fmt: skip
 # Axes of kernels per component, where not all stay as they are.
 TURNED = {
@@ -120,7 +121,7 @@ TURNED = {
         # 6 kernels and 12 filters of 33 blocks, four kernels and filters at the ends of both, and the Fourier basis
         ("vocoder", "(0,2,1)"): 33 * (6 + 12) + 2 * 4 + 1,
     },
-    "ltx-2.5-video-vae-bf16": {("video_vae", "(0,2,3,4,1)"): 42},
+    "ltx-2.5-video-vae-bf16": {("diffusion_vae", "(0,2,3,4,1)"): 42},
     "ltx-2.5-video-vae-conv-bf16": {("video_vae", "(0,2,3,4,1)"): 84},
     "ltx-2.3-spatial-upscaler-x2": {("spatial_upscaler", "(0,2,3,4,1)"): 18, ("spatial_upscaler", "(0,2,3,1)"): 1},
     "ltx-2.3-temporal-upscaler-x2-1.0": {("temporal_upscaler", "(0,2,3,4,1)"): 19},
@@ -247,9 +248,9 @@ class TestKeys:
              "text_projection.video_aggregate_embed.weight"),
             ("ltx-2.3-22b", "vocoder.vocoder.ups.5.weight", "vocoder", "vocoder.ups.5.weight"),
             ("ltx-2.3-22b", "vocoder.mel_stft.mel_basis", "vocoder", "mel_stft.mel_basis"),
-            ("ltx-2.5-video-vae-bf16", "per_channel_statistics.std-of-means", "video_vae",
+            ("ltx-2.5-video-vae-bf16", "per_channel_statistics.std-of-means", "diffusion_vae",
              "per_channel_statistics.std"),
-            ("ltx-2.5-video-vae-bf16", "decoder.det_stages.1.0.attn.qkv.weight", "video_vae",
+            ("ltx-2.5-video-vae-bf16", "decoder.det_stages.1.0.attn.qkv.weight", "diffusion_vae",
              "decoder.det_stages.1.0.attn.qkv.weight"),
             ("ltx-2.5-duration-head-bf16", "duration_head.mlp_out.bias", "duration_head", "mlp_out.bias"),
             ("gemma4-12b-with-proj-ltx-2.5-bf16", "model.layers.5.layer_scalar", "text_encoder",
@@ -310,7 +311,7 @@ class TestGemma3:
 class TestTogether:
     """A model from several files."""
 
-    WHOLE = tuple(name for name in SPLIT if name not in ("ltx-2.5-22b-transformer-nvfp4", "ltx-2.5-video-vae-bf16"))
+    WHOLE = tuple(name for name in SPLIT if name != "ltx-2.5-22b-transformer-nvfp4")
 
     def together(self, file: Look, *names: str) -> Plan:
         return plan_of(*map(file, names), variant="dev")
@@ -320,8 +321,8 @@ class TestTogether:
         plan = self.together(file, *self.WHOLE, "ltx-2.5-latent-temporal-upscaler-x2-bf16-1.0")
         assert plan.release == "2.5" and len(plan.moves("connectors")) == 262
         assert set(plan.components) == {
-            "transformer", "connectors", "text_encoder", "video_vae", "audio_vae", "vocoder", "duration_head",
-            "temporal_upscaler",
+            "transformer", "connectors", "text_encoder", "video_vae", "diffusion_vae", "audio_vae", "vocoder",
+            "duration_head", "temporal_upscaler",
         }  # fmt: skip
         versions = [plan.components[name].config["gemma_version"] for name in ("transformer", "text_encoder")]
         assert versions == ["gemma4-12b-ltx-v1"] * 2
@@ -356,9 +357,11 @@ class TestTogether:
             plan_of(file("ltx-2.5-22b-transformer-bf16"), gemma, variant="dev")
         assert plan_of(file("ltx-2.3-22b"), gemma, variant="dev").release == "2.3"
 
-    def test_two_files_of_one_component(self, file: Look) -> None:
-        with pytest.raises(CheckpointError, match=r"two sources hold a video_vae.*vae-bf16.*vae-conv-bf16"):
-            self.together(file, "ltx-2.5-video-vae-bf16", "ltx-2.5-video-vae-conv-bf16")
+    def test_two_files_of_one_component(self, file: Look, tmp_path: Path) -> None:
+        _, metadata, tensors = published.read_header("ltx-2.5-video-vae-conv-bf16")
+        other = published.write_sparse(tmp_path / "other.safetensors", tensors, metadata)
+        with pytest.raises(CheckpointError, match=r"two sources hold a video_vae.*vae-conv-bf16.*other"):
+            plan_of(file("ltx-2.5-video-vae-conv-bf16"), other, variant="dev")
 
     def test_text_encoder_of_another_training(self, file: Look, tmp_path: Path) -> None:
         _, metadata, tensors = published.read_header("gemma4-12b-with-proj-ltx-2.5-bf16")

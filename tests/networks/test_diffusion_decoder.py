@@ -4,15 +4,18 @@ diffusers' stages, clips that are smaller than its windows, and what is refused.
 import json
 from collections.abc import Callable
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_map
+from safetensors.numpy import save_file
 
 from ltx2.runtime.errors import ConfigError, InputError, NumericsError, UnsupportedError
-from ltx2.runtime.networks.load import parameter_shapes
+from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.load import load_network, parameter_shapes
 from ltx2.runtime.networks.video_vae.diffusion import DiffusionAutoencoder, build
 from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig
 from ltx2.runtime.networks.video_vae.tiles import Tiling
@@ -227,6 +230,23 @@ def test_shapes_of_the_published_file() -> None:
         if name != "decoder.type_emb"  # a mark for keyframes that Lightricks does not use
     }
     assert parameter_shapes(build(PUBLISHED)) == theirs
+
+
+def test_a_converted_file(tmp_path: Path) -> None:
+    """As published: bare names, statistics, and the mark for keyframes, which is left out."""
+    import ltx2
+
+    vae, tensors = network(SHORT)
+    tensors["decoder.type_emb"] = noise(8)
+    metadata = {"config": json.dumps({"vae": SHORT}), "model_version": "2.5.0"}
+    save_file(tensors, tmp_path / "vae.safetensors", metadata)
+    folder = ModelFolder.open(ltx2.convert(tmp_path / "vae.safetensors", tmp_path / "model"))
+    assert list(folder.manifest.components) == ["diffusion_vae"]
+    loaded = load_network(folder, "diffusion_vae", DiffusionAutoencoder)
+    latents, canvas = noise(1, 8, 3, 3, 3), noise(*vae.config.canvas((3, 3, 3)))
+    np.testing.assert_array_equal(decoded(loaded, latents, canvas), decoded(vae, latents, canvas))
+    pixels = mx.array(np.tanh(noise(1, 3, 5, 16, 16)))
+    assert mx.array_equal(loaded.encode(pixels), vae.encode(pixels))
 
 
 # --- data types, memory, errors

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ltx2.runtime.layers.linear import Linear
 from ltx2.runtime.layers.neighbourhood import BLOCK, Keys, Neighbourhood
 from ltx2.runtime.layers.rope import rotate_pairs
 from ltx2.runtime.machine.bounded import evaluate
@@ -37,8 +38,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.q_norm = nn.RMSNorm(head_dim, eps=NORM_EPS)
         self.k_norm = nn.RMSNorm(head_dim, eps=NORM_EPS)
         self.heads = dim // head_dim
@@ -57,9 +58,9 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = (4 * dim + 15) // 16 * 16
-        self.w_up = nn.Linear(dim, hidden, bias=False)
-        self.w_gate = nn.Linear(dim, hidden, bias=False)
-        self.w_down = nn.Linear(hidden, dim, bias=False)
+        self.w_up = Linear(dim, hidden, bias=False)
+        self.w_gate = Linear(dim, hidden, bias=False)
+        self.w_down = Linear(hidden, dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.w_down(nn.silu(self.w_gate(x)) * self.w_up(x))
@@ -120,7 +121,7 @@ class DiffusionBlock(Block):
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__(dim, head_dim)
-        self.context_proj = nn.Linear(dim, dim)
+        self.context_proj = Linear(dim, dim)
         self.scale_shift_table = mx.zeros((ROWS, dim))
 
     def denoise(self, volume: Volume, grid: "Grid", context: Volume, modulation: mx.array) -> None:
@@ -141,7 +142,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, stride: Size, divisor: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, dim * prod(stride) // divisor)
+        self.proj = Linear(dim, dim * prod(stride) // divisor)
         self.stride = stride
 
     def run(self, volume: Volume, *, inner: bool = False) -> Volume:
@@ -163,11 +164,11 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = [nn.Linear(FREQUENCIES, TIMESTEP_WIDTH), nn.SiLU(), nn.Linear(TIMESTEP_WIDTH, TIMESTEP_WIDTH)]
+        self.mlp = [Linear(FREQUENCIES, TIMESTEP_WIDTH), nn.SiLU(), Linear(TIMESTEP_WIDTH, TIMESTEP_WIDTH)]
 
     def __call__(self, timestep: float) -> mx.array:
         """(384,)"""
-        x = sinusoidal_embedding(mx.array([[timestep]]))[0, 0].astype(self.mlp[0].weight.dtype)
+        x = sinusoidal_embedding(mx.array([[timestep]]))[0, 0].astype(self.mlp[0].dtype)
         for layer in self.mlp:
             x = layer(x)
         return x
@@ -178,7 +179,7 @@ class Modulation(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(TIMESTEP_WIDTH, ROWS * dim)
+        self.proj = Linear(TIMESTEP_WIDTH, ROWS * dim)
 
     def __call__(self, embedded: mx.array) -> mx.array:
         """(384,) -> (7, C)"""
@@ -195,7 +196,7 @@ class DiffusionDecoder(nn.Module):
         pixels = 3 * d.patch_size**2
         *widths, last = d.stage_channels
         self.config = config
-        self.conv_in = nn.Linear(d.in_channels, widths[0])
+        self.conv_in = Linear(d.in_channels, widths[0])
         self.det_stages = [
             [Block(width, d.head_dim) for _ in range(depth)]
             for width, depth in zip(widths, d.stage_depths[:-1], strict=True)
@@ -203,15 +204,15 @@ class DiffusionDecoder(nn.Module):
         self.upsamples = [Upsample(width, *upsample) for width, upsample in zip(widths, d.upsamples, strict=True)]
         self.t_embedder = TimestepEmbedder()
         self.shared_adaln = Modulation(last)
-        self.conv_in_x_t = nn.Linear(pixels, last)
+        self.conv_in_x_t = Linear(pixels, last)
         self.diff_blocks = [DiffusionBlock(last, d.head_dim) for _ in range(d.stage_depths[-1])]
         self.norm_out = nn.RMSNorm(last, eps=NORM_EPS)
-        self.conv_out = nn.Linear(last, pixels)
+        self.conv_out = Linear(last, pixels)
 
     def features(self, latents: mx.array) -> Volume:
         """(f, h, w, C) -> slabs of what goes into the last stage but one; the last latent's copies are part of it."""
         ghosts = mx.repeat(latents[-1:], self.config.ghosts, axis=0)
-        x = self.conv_in(mx.concatenate([latents, ghosts]).astype(self.conv_in.weight.dtype))
+        x = self.conv_in(mx.concatenate([latents, ghosts]).astype(self.conv_in.dtype))
         volume = [x[start : start + BLOCK] for start in range(0, x.shape[0], BLOCK)]
         for stage in range(len(self.det_stages) - 1):
             volume = self._stage(stage, volume)
@@ -243,7 +244,7 @@ class DiffusionDecoder(nn.Module):
 
     def _predict(self, context: Volume, x: mx.array, t: float) -> mx.array:
         """The model's answer to pixels (F, H, W, 3) at noise level t."""
-        patch, dtype = self.config.decoder.patch_size, self.conv_in_x_t.weight.dtype
+        patch, dtype = self.config.decoder.patch_size, self.conv_in_x_t.dtype
         starts = [0, *accumulate(slab.shape[0] for slab in context)]
         volume = []
         for start, stop in pairwise(starts):
