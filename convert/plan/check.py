@@ -1,5 +1,4 @@
-"""A plan against the networks it fills: every parameter once, with the right shape, and nothing else. Of networks that
-this version cannot compute yet the names are compared, where they are known."""
+"""A plan against the networks it fills: every parameter once, with the right shape, and nothing else."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,12 +7,11 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ltx2.convert.names.networks import is_listed, name_differences
 from ltx2.convert.plan.entries import Plan, parameters
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.model.layout import is_lora
 from ltx2.runtime.model.lorafile import misfits
-from ltx2.runtime.networks.load import NETWORKS, Shapes, build_network, parameter_shapes, shape_differences
+from ltx2.runtime.networks.load import Shapes, build_network, parameter_shapes, shape_differences
 
 LISTED = 5  # tensors named in an error
 
@@ -43,8 +41,6 @@ def network_differences(
 
     Raises ConfigError or UnsupportedError when the configuration is not one this version computes.
     """
-    if class_name not in NETWORKS and is_listed(class_name):
-        return name_differences(class_name, config, stored.keys())
     if _missing_parts(class_name, config, stored):
         return {}
     return shape_differences(parameter_shapes(build()), stored)

@@ -9,15 +9,14 @@ tensors of other header files over, with a prefix, and the first one's metadata;
 import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from ltx2.convert.names.networks import expand
-
+BRACES = re.compile(r"\{([^{}]*)\}")
 HEADERS = Path(__file__).parent / "headers"
 MONOLITH = "ltx-2-19b"
 SPATIAL = "ltx-2-spatial-upscaler-x2-1.0"
@@ -31,6 +30,18 @@ ESCAPED = {21426: 420, 21427: 420, 34561: 622, 34562: 623}
 COMFY_QUANT = 72  # bytes of JSON
 Spec = tuple[str, tuple[int, ...]]
 Tensors = dict[str, Spec]
+
+
+def expand(pattern: str) -> Iterator[str]:
+    """All names that a pattern stands for: `{a,b}` is each of its parts, `{0-3}` each of these numbers."""
+    match = BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    for part in match[1].split(","):
+        numbers = re.fullmatch(r"(\d+)-(\d+)", part)
+        for value in range(int(numbers[1]), int(numbers[2]) + 1) if numbers else (part,):
+            yield from expand(f"{pattern[: match.start()]}{value}{pattern[match.end() :]}")
 
 
 def header_names() -> list[str]:
