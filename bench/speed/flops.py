@@ -30,7 +30,7 @@ from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig, gem
 from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.modulation import FREQUENCIES
-from ltx2.runtime.networks.upsampler import RATIONAL_SCALES, UpsamplerConfig
+from ltx2.runtime.networks.upsampler import UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import Size, VideoVAEConfig
 from ltx2.runtime.sampling.latents import Grid
 
@@ -227,13 +227,15 @@ def connect(config: ConnectorsConfig, tokens: int, length: int) -> Work:
 
 
 def upscale(config: UpsamplerConfig, grid: Grid) -> Work:
-    """`grid` is of the latents that come in; the spatial upscaler."""
-    mid, blocks = config.mid_channels, 2 * config.num_blocks_per_stage
-    up, down = RATIONAL_SCALES[config.spatial_scale] if config.rational else (2, 1)
-    sizes = grid.tokens, grid.frames * -(-grid.height * up // down) * -(-grid.width * up // down)
-    ends = convolution(sizes[0], 27, config.in_channels, mid) + convolution(sizes[1], 27, mid, config.in_channels)
-    inner = (convolution(size, 27, mid, mid) * blocks for size in sizes)
-    return sum(inner, ends + convolution(sizes[0], 9, mid, mid * up * up))
+    """`grid` is of the latents that come in."""
+    mid, blocks, (up, down) = config.mid_channels, 2 * config.num_blocks_per_stage, config.factors
+    large = prod(config.enlarged(grid.frames, grid.height, grid.width))
+    ends = convolution(grid.tokens, 27, config.in_channels, mid) + convolution(large, 27, mid, config.in_channels)
+    inner = (convolution(size, 27, mid, mid) * blocks for size in (grid.tokens, large))
+    if config.temporal_upsample:
+        return sum(inner, ends + convolution(grid.tokens, 27, mid, 2 * mid * up * up))
+    blur = Work(2 * 25 * large * mid, (grid.tokens * up * up + large) * mid) if down > 1 else Work()
+    return sum(inner, ends + convolution(grid.tokens, 9, mid, mid * up * up) + blur)
 
 
 def decode_video(config: VideoVAEConfig, latents: Size) -> Work:

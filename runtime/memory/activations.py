@@ -12,7 +12,7 @@ from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
-from ltx2.runtime.networks.upsampler import RATIONAL_SCALES, UpsamplerConfig
+from ltx2.runtime.networks.upsampler import UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import Size, Tower, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.frames import FRAMES_PER_GROUP
 from ltx2.runtime.networks.video_vae.layers import LARGE
@@ -91,13 +91,14 @@ def denoise_step(
 
 def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
     """`grid` is of the latents that come in. Per value of the enlarged latents: the residual stream and what two
-    normalised convolutions keep."""
-    up, down = RATIONAL_SCALES[config.spatial_scale] if config.rational else (2, 1)
-    scale = (up / down) ** 2 if config.spatial_upsample else 1
-    frames = 2 if config.temporal_upsample else 1
-    unit = int(grid.tokens * scale * frames * config.mid_channels * itemsize)
-    needed, full = 3 * unit + min(4 * unit, 110 * MB), 7 * unit + min(6 * unit, 200 * MB)
-    return Activations(needed, full - needed, unit)
+    normalised convolutions keep. Where they are enlarged and reduced again: a picture at its largest, shuffled."""
+    up, down = config.factors
+    small = grid.tokens * config.mid_channels * itemsize
+    unit = prod(config.enlarged(grid.frames, grid.height, grid.width)) * config.mid_channels * itemsize
+    picture = small + unit + 2 * up * up * small // grid.frames if down > 1 else 0
+    needed = max(3 * unit + min(4 * unit, 110 * MB), picture)
+    full = max(7 * unit + min(6 * unit, 200 * MB), picture)
+    return Activations(needed, full - needed, max(unit, up * up * small // grid.frames))
 
 
 def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bool) -> Activations:

@@ -46,6 +46,19 @@ class UpsamplerConfig(Config):
     def rational(self) -> bool:
         return self.rational_resampler and not self.temporal_upsample
 
+    @property
+    def factors(self) -> tuple[int, int]:
+        """Of height and width: up, then down."""
+        if not self.spatial_upsample:
+            return 1, 1
+        return RATIONAL_SCALES[self.spatial_scale] if self.rational else (2, 1)
+
+    def enlarged(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """The size that latents of this size get."""
+        up, down = self.factors
+        frames = 2 * frames - 1 if self.temporal_upsample else frames
+        return frames, -(-height * up // down), -(-width * up // down)
+
     def _reject(self, why: str) -> None:
         raise UnsupportedError(
             "this latent upscaler is not supported", why, "use a published LTX-2 upscaler of a supported release"
@@ -73,12 +86,11 @@ class RationalResampler(nn.Module):
     def __init__(self, channels: int, up: int, down: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels * up * up, 3, padding=1)
-        self.up = up
-        self.down = down
+        self._up, self._down = up, down
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = _shuffle(self.conv(x), self.up)
-        return x if self.down == 1 else _blur(x, self.down)
+        x = _shuffle(self.conv(x), self._up)
+        return x if self._down == 1 else _blur(x, self._down)
 
 
 class LatentUpsampler(nn.Module):
@@ -110,20 +122,25 @@ class LatentUpsampler(nn.Module):
         return self.final_conv(x).transpose(0, 4, 1, 2, 3).astype(latents.dtype)
 
     def _resample(self, x: mx.array) -> mx.array:
-        if isinstance(self.upsampler, RationalResampler):
-            return self.upsampler(x[0])[None]
-        conv = self.upsampler[0]
-        if not self.config.temporal_upsample:
-            return _shuffle(conv(x[0]), 2)[None]
-        spatial = 2 if self.config.spatial_upsample else 1
-        # The first latent stands for one frame: of its two only the second is kept.
-        return depth_to_space(conv(x), (2, spatial, spatial))[:, 1:]
+        if self.config.temporal_upsample:
+            spatial, _ = self.config.factors
+            # The first latent stands for one frame: of its two only the second is kept.
+            return depth_to_space(self.upsampler[0](x), (2, spatial, spatial))[:, 1:]
+        pictures = []
+        for i in range(x.shape[1]):  # one at a time: on the way they are up to nine times as large
+            picture = x[0, i : i + 1]
+            if isinstance(self.upsampler, RationalResampler):
+                pictures.append(self.upsampler(picture))
+            else:
+                pictures.append(_shuffle(self.upsampler[0](picture), 2))
+            evaluate(pictures[-1])
+        return mx.concatenate(pictures)[None]
 
 
 def _upsampler(config: UpsamplerConfig) -> RationalResampler | list[nn.Module]:
     mid = config.mid_channels
     if config.rational:
-        return RationalResampler(mid, *RATIONAL_SCALES[config.spatial_scale])
+        return RationalResampler(mid, *config.factors)
     if config.temporal_upsample:
         return [_conv3d(mid, mid * (8 if config.spatial_upsample else 2))]
     return [nn.Conv2d(mid, mid * 4, 3, padding=1)]

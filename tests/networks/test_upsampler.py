@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
+from ltx2.bench.speed.flops import upscale
 from ltx2.runtime.errors import ConfigError, UnsupportedError
+from ltx2.runtime.memory import activations, cpu
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
 from ltx2.runtime.networks.upsampler import LatentUpsampler, UpsamplerConfig, build
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
+from ltx2.runtime.sampling.latents import Grid
+from tests.memory.test_audio_memory import peak
+from tests.memory.test_flops import Meter
 from tests.support.golden import golden
 from tests.support.official import Official
 from tests.support.parity import relative_l2, require
@@ -36,6 +41,7 @@ STRUCTURES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "x2, rational": (SPACE | {"spatial_scale": 2.0, "rational_resampler": True}, (3, 10, 14)),
     "x2": (SPACE, (3, 10, 14)),
     "x1.5": (SPACE | {"spatial_scale": 1.5, "rational_resampler": True}, (3, 8, 11)),
+    "x0.75": (SPACE | {"spatial_scale": 0.75, "rational_resampler": True}, (3, 4, 6)),
     "time x2": (TIME, (5, 5, 7)),
     "time x2 with keys of the spatial ones": (TIME | {"spatial_scale": 1.0, "rational_resampler": True}, (5, 5, 7)),
     "space and time x2": ({"spatial_upsample": True, "temporal_upsample": True}, (5, 10, 14)),
@@ -78,6 +84,7 @@ def test_structures_equal_diffusers(name: str, figure: Figure) -> None:
     load_official(network, tensors)
     latents = noise(1, 8, 3, 5, 7)
     assert network(mx.array(latents)).shape == (1, 8, *size)
+    assert network.config.enlarged(3, 5, 7) == size
     reference = reference_upsampler(tensors, TINY | changes)
     figure(f"upsampler ({name}) rel L2", compare(network, reference, latents), limit=1e-4)
 
@@ -119,15 +126,50 @@ def test_bf16_is_computed_in_bf16_and_returned_in_the_inputs_type(model: Path, m
     assert seen == {mx.bfloat16}
 
 
-@pytest.mark.parametrize("name", [SPATIAL, TEMPORAL])
-def test_shapes_of_the_published_files(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        (SPATIAL, (16, 34, 60)),
+        (TEMPORAL, (31, 17, 30)),
+        ("ltx-2.3-spatial-upscaler-x2", (16, 34, 60)),
+        ("ltx-2.3-spatial-upscaler-x1.5-1.0", (16, 26, 45)),
+        ("ltx-2.3-temporal-upscaler-x2-1.0", (31, 17, 30)),
+        ("ltx-2.5-latent-spatial-upscaler-x2-bf16-1.0", (16, 34, 60)),
+        ("ltx-2.5-latent-temporal-upscaler-x2-bf16-1.0", (31, 17, 30)),
+    ],
+)
+def test_published_files(name: str, size: tuple[int, int, int]) -> None:
+    """All tensors' shapes; and the size that 16 latent frames of 17x30 get."""
     _, metadata, tensors = read_header(name)
     theirs = {
         key: (shape[0], *shape[2:], shape[1]) if len(shape) > 1 else shape
         for key, (_, shape) in tensors.items()
         if key != "upsampler.blur_down.kernel"
     }
-    assert parameter_shapes(build(json.loads(metadata["config"]))) == theirs
+    network = build(json.loads(metadata["config"]))
+    assert parameter_shapes(network) == theirs
+    assert network.config.enlarged(16, 17, 30) == size
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_work_is_counted_as_executed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, network = Meter(), build(TINY | STRUCTURES[name][0])
+    meter.install(monkeypatch)
+    mx.eval(network(mx.zeros((1, 8, 3, 5, 7))))
+    work = upscale(network.config, Grid(8, 3, 5, 7, 8, 1))
+    assert (work.flops, work.values) == (meter.flops[""], meter.values[""])
+
+
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a CPU's kernels hold more")
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_memory_on_a_cpu(name: str) -> None:
+    """Never more than 5 % below, at most 50 % above: sizes are tiny."""
+    network = build(TINY | STRUCTURES[name][0])
+    mx.eval(network.parameters())
+    plan = activations.upscale(network.config, Grid(8, 4, 8, 8, 8, 1), 4)
+    planned = plan.needed + cpu.upscale(network.config, plan.largest, 4)
+    measured = peak(network, 1, 8, 4, 8, 8)
+    assert -0.05 * measured <= planned - measured <= 0.5 * measured, (planned, measured)
 
 
 @pytest.mark.parametrize(
