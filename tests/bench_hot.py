@@ -84,6 +84,16 @@ def test_modulation(measure: Time) -> None:
     measure(lambda x, scale, shift, gate: gated_add(x, rms_modulate(x, scale, shift, EPS), gate), x, *rows)
 
 
+def test_modulation_of_two_levels(measure: Time) -> None:
+    """The same where some tokens are given, in half of the tokens here."""
+    x, rows, index = normal(1, TOKENS, DIM), [normal(1, 2, DIM) for _ in range(3)], mx.arange(TOKENS)[None, :, None] % 2
+
+    def modulated(x: mx.array, scale: mx.array, shift: mx.array, gate: mx.array) -> mx.array:
+        return gated_add(x, rms_modulate(x, scale, shift, EPS, index), gate, index)
+
+    measure(modulated, x, *rows)
+
+
 def test_gelu(measure: Time) -> None:
     measure(gelu_tanh, normal(1, TOKENS, 4 * DIM), values=4 * TOKENS * DIM)
 
@@ -104,10 +114,11 @@ def test_block(measure: Time) -> None:
     x, y = normal(1, TOKENS, DIM), normal(1, SOUND, DIM // 2)
 
     def context(stream: StreamConfig, tokens: int) -> StreamContext:
-        modulation, cross, gate = (normal(1, 1, rows, stream.dim) for rows in (6, 4, 1))
+        modulation, cross, gate = (normal(1, 1, rows, stream.dim) for rows in (config.modulation_rows, 4, 1))
         ropes = Ropes(tables(tokens, stream.dim), tables(tokens, DIM // 2))
         level = normal(1, 1, stream.dim)
-        return StreamContext(stream, normal(1, TEXT, stream.dim), ropes, modulation, level, cross, gate)
+        text = normal(1, TEXT, stream.dim)
+        return StreamContext(stream, text, ropes, modulation, level, cross, cross_gate=gate)
 
     contexts = Streams(context(config.video, TOKENS), context(config.audio, SOUND))
     measure(lambda x, y: tuple(block(Streams(x, y), contexts).values()), x, y)
