@@ -90,12 +90,12 @@ def denoise_step(
 
 
 def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
-    """`grid` is of the latents that come in. Per value of the enlarged latents: the residual stream and what two
+    """`grid` is of the latents that come in. Per value of the larger latents: the residual stream and what two
     normalised convolutions keep. Where they are enlarged and reduced again: a picture at its largest, shuffled."""
     up, down = config.factors
     small = grid.tokens * config.mid_channels * itemsize
-    unit = prod(config.enlarged(grid.frames, grid.height, grid.width)) * config.mid_channels * itemsize
-    picture = small + unit + 2 * up * up * small // grid.frames if down > 1 else 0
+    made = prod(config.enlarged(grid.frames, grid.height, grid.width)) * config.mid_channels * itemsize
+    unit, picture = max(small, made), small + made + 2 * up * up * small // grid.frames if down > 1 else 0
     needed = max(3 * unit + min(4 * unit, 110 * MB), picture)
     full = max(7 * unit + min(6 * unit, 200 * MB), picture)
     return Activations(needed, full - needed, max(unit, up * up * small // grid.frames))

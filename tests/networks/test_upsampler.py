@@ -161,7 +161,7 @@ def test_work_is_counted_as_executed(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a CPU's kernels hold more")
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", [name for name in STRUCTURES if name != "x0.75"])  # which was never published
 def test_memory_on_a_cpu(name: str) -> None:
     """Never more than 5 % below, at most 50 % above: sizes are tiny."""
     network = build(TINY | STRUCTURES[name][0])
