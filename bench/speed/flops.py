@@ -27,6 +27,7 @@ from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig, vocoder
 from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import CHANNELS, MEL_BINS, VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig, gemma_config
+from ltx2.runtime.networks.text.duration_head import DurationHeadConfig
 from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.modulation import FREQUENCIES
@@ -224,6 +225,14 @@ def connect(config: ConnectorsConfig, tokens: int, length: int) -> Work:
             block += linear(length, heads.width, heads.count)
         work += block * config.connector_num_layers
     return work
+
+
+def predict_length(config: DurationHeadConfig, length: int) -> Work:
+    """Of contexts of `length` tokens, for each stream."""
+    dim, hidden = config.pooler_hidden_dim, config.mlp_hidden
+    work = linear(length, config.cross_attention_dim, dim) + linear(length, config.audio_cross_attention_dim, dim)
+    work += linear(2 * length, dim, dim) * 2 + linear(1, dim, dim) * 2 + attention(1, 2 * length, dim)
+    return work + linear(1, dim, hidden) + linear(1, hidden, 1)
 
 
 def upscale(config: UpsamplerConfig, grid: Grid) -> Work:

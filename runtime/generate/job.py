@@ -98,7 +98,8 @@ class Job:
         """What may not come out as expected."""
         if self.row is not None and self.row.guided and self.folder.manifest.variant == DISTILLED:
             yield f"this is a distilled model: the {self.row.name} pipeline guides it, which it was not made for"
-        if self.folder.has("text_encoder") and (message := check_text_encoder(self.folder)):
+        reads = self.request.latents is None and self.request.embeddings is None
+        if reads and self.folder.has("text_encoder") and (message := check_text_encoder(self.folder)):
             yield message
 
     @property

@@ -11,6 +11,7 @@ from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig
 from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig
+from ltx2.runtime.networks.text.duration_head import DurationHeadConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import Size, Tower, VideoVAEConfig
@@ -67,6 +68,16 @@ def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int
     needed, full = (max(3 * states + 2 * position, states + waiting + units * position) for units in (16, 22))
     needed, full = needed + UNPACKED * unpacked, full + UNPACKED_QUEUED * unpacked
     return Activations(needed, full - needed, max(states, unpacked))
+
+
+def predict_length(config: DurationHeadConfig, length: int) -> Activations:
+    """In float32: the contexts of both streams, `length` tokens each, one after the other beside the weight that projects
+    them; then what was projected, twice while it is put side by side, and its keys and values."""
+    widest = max(config.cross_attention_dim, config.audio_cross_attention_dim)
+    context = FLOAT32 * length * widest
+    projected = 2 * FLOAT32 * length * config.pooler_hidden_dim
+    needed = max(context + FLOAT32 * widest * config.pooler_hidden_dim + projected, 4 * projected)
+    return Activations(needed, context + 3 * projected, context)
 
 
 def denoise_step(

@@ -10,7 +10,16 @@ import mlx.nn as nn
 import pytest
 
 from ltx2.bench.random.model import random_folder
-from ltx2.bench.speed.flops import connect, count, denoise_step, encode_audio, encode_text, vocode
+from ltx2.bench.speed.flops import (
+    connect,
+    count,
+    denoise_step,
+    encode_audio,
+    encode_text,
+    linear,
+    predict_length,
+    vocode,
+)
 from ltx2.bench.speed.run import PROMPT
 from ltx2.runtime.events import PhaseStarted
 from ltx2.runtime.generate.pipeline import Pipeline
@@ -20,6 +29,7 @@ from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.text.config import ConnectorsConfig, gemma_config
 from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
+from ltx2.runtime.networks.text.duration_head import DurationHead
 from ltx2.runtime.networks.text.gemma import TextEncoder
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from tests.networks.test_vocoder import EXTENDED
@@ -89,20 +99,28 @@ def test_as_executed(measured: Meter, demo_f32: Path) -> None:
 
 
 def test_the_text_of_other_releases(model_25: Path) -> None:
-    """Gemma 4, and connectors with gates and own widths; networks alone."""
+    """Gemma 4, connectors with gates and own widths, and the duration head; networks alone."""
     folder, meter = ModelFolder.open(model_25), Meter()
     encoder = load_network(folder, "text_encoder", TextEncoder)
     connectors = load_network(folder, "connectors", EmbeddingsConnectors)
+    head = load_network(folder, "duration_head", DurationHead)
     ids, mask = mx.ones((1, 20), mx.int32), (mx.arange(128) >= 108)[None].astype(mx.int32)
     with pytest.MonkeyPatch.context() as patch:
         meter.install(patch)
         meter.phase = "text_encoder"
         states = list(encoder.hidden_states(ids, mx.ones_like(ids)))
         meter.phase = "connectors"
-        connectors(states, mask)
+        contexts = connectors(states, mask)
+        meter.phase = "duration_head"
+        head.seconds(contexts)
+    # The head's attention multiplies with one matrix for queries, keys and values, which is no layer.
+    for tokens in (1, 2 * 128, 2 * 128):
+        meter.flops["duration_head"] += linear(tokens, 64, 64).flops
+        meter.values["duration_head"] += linear(tokens, 64, 64).values
     counted = {
         "text_encoder": encode_text(gemma_config(folder.config("text_encoder")), 20),
         "connectors": connect(ConnectorsConfig.from_dict(folder.config("connectors")), 20, 128),
+        "duration_head": predict_length(head.config, 128),
     }
     assert {name: work.flops for name, work in counted.items()} == meter.flops
     assert {name: work.values for name, work in counted.items()} == meter.values

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltx2.runtime.errors import ConfigError, NumericsError, UnsupportedError
+from ltx2.runtime.memory.activations import predict_length
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.text.duration_head import Duration, DurationHead, DurationHeadConfig, build, duration
@@ -71,6 +72,19 @@ def test_an_answer_out_of_hand(demo_25: Path) -> None:
         head.seconds(Streams(mx.full((1, 4, 128), mx.nan)))
     head.mlp_out.bias = mx.array([1e4])
     assert duration(head.seconds(Streams(mx.ones((1, 4, 128)))), 24.0).frames == 473
+
+
+def test_memory_as_planned() -> None:
+    """Beside weights and contexts."""
+    head = build({"cross_attention_dim": 1024, "audio_cross_attention_dim": 512})
+    head.set_dtype(mx.bfloat16)
+    contexts = Streams(mx.ones((1, 1024, 1024), mx.bfloat16), mx.ones((1, 1024, 512), mx.bfloat16))
+    mx.eval(head.parameters(), list(contexts.values()))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    head.seconds(contexts)
+    planned = predict_length(head.config, 1024)
+    assert 0.8 * planned.needed <= mx.get_peak_memory() - before <= planned.full
 
 
 # Frames

@@ -98,8 +98,10 @@ class DurationHead(nn.Module):
         """
         projections = Streams(self.video_input_proj, self.audio_input_proj)
         embeddings = Streams(self.video_modality_emb, self.audio_modality_emb)
-        streams = contexts.zip(projections.zip(embeddings)).values()
-        tokens = [project(x.astype(mx.float32)) + embedding for x, (project, embedding) in streams]
+        tokens: list[mx.array] = []
+        for x, (project, embedding) in contexts.zip(projections.zip(embeddings)).values():
+            tokens.append(project(x.astype(mx.float32)) + embedding)
+            evaluate(tokens[-1])  # before the other is queued: bounds the memory
         pooled = self.attention_pooler(mx.concatenate(tokens, axis=1))
         logarithm = self.mlp_out(gelu_tanh(self.mlp_hidden(pooled)))
         evaluate(logarithm)
