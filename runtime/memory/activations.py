@@ -71,8 +71,8 @@ def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int
 
 
 def predict_length(config: DurationHeadConfig, length: int) -> Activations:
-    """In float32: the contexts of both streams, `length` tokens each, one after the other beside the weight that projects
-    them; then what was projected, twice while it is put side by side, and its keys and values."""
+    """In float32: the contexts of both streams, `length` tokens each, one after the other beside the weight that
+    projects them; then what was projected, twice while it is put side by side, and its keys and values."""
     widest = max(config.cross_attention_dim, config.audio_cross_attention_dim)
     context = FLOAT32 * length * widest
     projected = 2 * FLOAT32 * length * config.pooler_hidden_dim
