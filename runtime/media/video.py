@@ -60,7 +60,7 @@ def check_target(path: Path) -> None:
     check_output(path)
     if path.suffix.lower() != ".mp4":
         raise InputError(f"cannot write {path}", "clips are written as mp4", f"use {path.with_suffix('.mp4')}")
-    _check_encoders(_program())
+    _check_encoders(ffmpeg_program())
 
 
 def encoding_memory(width: int, height: int) -> int:
@@ -148,7 +148,7 @@ class VideoWriter:
 
     def _start(self) -> subprocess.Popen[bytes]:
         height, width = self._shape[:2]
-        command = [_program(), "-hide_banner", "-loglevel", "error", "-y", "-video_size", f"{width}x{height}"]
+        command = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", "-y", "-video_size", f"{width}x{height}"]
         shared = () if self._sound is None else (self._sound.fileno(),)
         with _explained(self._path):
             # In a session of its own: Ctrl-C is for us, and we end it.
@@ -245,7 +245,7 @@ def _write_wav(file: IO[bytes], audio: AudioTrack) -> None:
     file.seek(0)
 
 
-def _program() -> str:
+def ffmpeg_program() -> str:
     import imageio_ffmpeg  # here: what computes and writes no video works without it
 
     try:

@@ -1,0 +1,204 @@
+"""Pictures, clips and sounds that users give, read through the ffmpeg program that imageio-ffmpeg brings along.
+
+ffmpeg gets files only: their absolute path behind `file:`, and no other protocol, so that no name is taken for an
+option or an address. Frames and samples come through pipes, some at a time."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+import numpy as np
+
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.media.video import AudioTrack, ffmpeg_program
+
+Array = np.ndarray[Any, np.dtype[Any]]
+GROUP = 8  # frames that are handed on at a time
+MOST_PIXELS = 100_000_000  # of one frame: a small file can say that it holds a huge picture
+OTHER = "name a picture, clip or sound that plays elsewhere"
+FLAGS = "bicubic+accurate_rnd+full_chroma_int"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a media file says of itself. `width` and `height` are 0 without a picture, `fps` 0 where it is not known;
+    `rate` is that of its sound, 0 without one."""
+
+    width: int = 0
+    height: int = 0
+    fps: float = 0.0
+    rate: int = 0
+
+
+def media_facts(path: Path) -> Facts:
+    """What the file's first picture and sound are. Raises InputError for what cannot be read as media."""
+    _check_file(path)
+    command = [ffmpeg_program(), "-hide_banner", "-nostdin", *_input(path)]
+    said = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False).stderr.decode(
+        errors="replace"
+    )
+    streams = re.findall(r"^ *Stream #\d+:\d+.*$", said, re.MULTILINE)
+    video = next((line for line in streams if " Video: " in line), "")
+    audio = next((line for line in streams if " Audio: " in line), "")
+    size = re.search(r" (\d+)x(\d+)[ ,\[]", f"{video},")
+    fps, rate = re.search(r"([\d.]+k?) (?:fps|tbr)", video), re.search(r"(\d+) Hz", audio)
+    if not size and not rate:
+        raise InputError(f"cannot read {path}", _reason(said), OTHER)
+    width, height = (int(n) for n in size.groups()) if size else (0, 0)
+    if width * height > MOST_PIXELS:
+        why = f"it says that it is {width}x{height}, more than {MOST_PIXELS // 10**6} million pixels"
+        raise InputError(f"{path} is too large", why, "make it smaller first")
+    return Facts(width, height, _number(fps[1]) if fps else 0.0, int(rate[1]) if rate else 0)
+
+
+def read_picture(path: Path) -> Array:
+    """A picture, or a clip's first frame: uint8 (H, W, 3). Turned as its EXIF says; alpha is dropped, grey becomes RGB.
+    Raises InputError."""
+    if not media_facts(path).width:
+        raise InputError(f"{path} has no picture", "it holds sound alone", "name a picture")
+    return next(_frames(path, ["-frames:v", "1"]))
+
+
+def read_frames(path: Path) -> Iterator[Array]:
+    """A clip's frames in groups, uint8 (n, H, W, 3), each once. Raises InputError."""
+    frames = _frames(path, ["-fps_mode", "passthrough"])
+    while group := list(islice(frames, GROUP)):
+        yield np.stack(group)
+
+
+def count_frames(path: Path) -> int:
+    """Frames of a clip, by reading it."""
+    return sum(1 for _ in _frames(path, ["-fps_mode", "passthrough"]))
+
+
+def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> AudioTrack:
+    """A file's sound from `start` on, at its own rate, float32 (channels, samples); at most `seconds` of it, fewer where
+    the file ends. More than two channels become two. Raises InputError where there is no sound."""
+    facts = media_facts(path)
+    if not facts.rate:
+        raise InputError(f"{path} has no sound", "it holds no sound track", "name a file with sound")
+    cut = ["-ss", f"{start:.6f}"] if start else []
+    length = [] if seconds is None else ["-t", f"{seconds + 1:.6f}"]
+    command = [ffmpeg_program(), "-hide_banner", "-nostdin", "-loglevel", "error", *cut, *_input(path), *length]
+    command += ["-vn", "-map", "0:a:0", "-ac", "2", "-f", "f32le", "-c:a", "pcm_f32le", "pipe:1"]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise InputError(f"cannot read {path}", _reason(done.stderr.decode(errors="replace")), OTHER)
+    samples = np.frombuffer(done.stdout, "<f4").reshape(-1, 2).T
+    if seconds is not None:
+        samples = samples[:, : round(seconds * facts.rate)]
+    return AudioTrack(np.ascontiguousarray(samples), facts.rate)
+
+
+def compressed(picture: Array, crf: int) -> Array:
+    """A picture uint8 (H, W, 3) after H.264 at this quality, as in training: one frame, even sides (MODEL.md §15.2). A
+    side below 2 or a crf of 0: unchanged."""
+    height, width = (side // 2 * 2 for side in picture.shape[:2])
+    if crf == 0 or not height or not width:
+        return picture
+    size, raw = f"{width}x{height}", ["-f", "rawvideo", "-pix_fmt", "rgb24"]
+    program = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", "-sws_flags", "bilinear"]
+    encode = [*program, *raw, "-video_size", size, "-i", "pipe:0", "-sws_flags", "bilinear", "-c:v", "libx264"]
+    encode += ["-preset", "veryfast", "-crf", str(crf), "-pix_fmt", "yuv420p"]
+    encode += ["-x264-params", "sliced-threads=1:threads=2", "-f", "h264", "pipe:1"]
+    decode = [*program, "-f", "h264", "-i", "pipe:0", "-sws_flags", "bilinear", *raw, "pipe:1"]
+    stream = _piped(encode, picture[:height, :width].tobytes())
+    return np.frombuffer(_piped(decode, stream), np.uint8)[: height * width * 3].reshape(height, width, 3)
+
+
+def covering(frames: Array, height: int, width: int) -> Array:
+    """Pictures (..., H, W, 3) that cover the wanted size, centre cropped: float32 in [-1, 1].
+
+    Resized bilinearly without antialiasing, corners not aligned, in float32 without rounding (MODEL.md §15.2).
+    """
+    values = frames.astype(np.float32)
+    before = values.shape[-3:-1]
+    if before != (height, width):
+        scale = max(height / before[0], width / before[1])
+        sizes = [int(np.ceil(side * scale)) for side in before]
+        for axis, size, wanted in ((-3, sizes[0], height), (-2, sizes[1], width)):
+            values = _resized(values, axis, size, (size - wanted) // 2, wanted)
+    return values / np.float32(127.5) - 1
+
+
+def _resized(values: Array, axis: int, size: int, start: int, count: int) -> Array:
+    """An axis stretched to `size`, and of that `count` from `start` on."""
+    length = values.shape[axis]
+    at = (np.arange(start, start + count, dtype=np.float64) + 0.5) * (length / size) - 0.5
+    at = np.clip(at, 0, None).astype(np.float32)
+    low = np.minimum(at.astype(np.int64), length - 1)
+    share = (at - low).reshape((-1,) + (1,) * (-axis - 1))
+    first, second = np.take(values, low, axis), np.take(values, np.minimum(low + 1, length - 1), axis)
+    return first * (1 - share) + second * share
+
+
+def _input(path: Path) -> list[str]:
+    return ["-protocol_whitelist", "file,pipe", "-i", f"file:{path.absolute()}"]
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"cannot read {path}", "there is no such file", "check the path")
+    if path.stat().st_size == 0:
+        raise InputError(f"cannot read {path}", "it is empty", OTHER)
+
+
+def _frames(path: Path, options: list[str]) -> Iterator[Array]:
+    """Frames as they are decoded; each says its own size, since a turned one has another than the file says."""
+    _check_file(path)
+    command = [ffmpeg_program(), "-hide_banner", "-nostdin", "-loglevel", "error", *_input(path), "-map", "0:v:0"]
+    command += [*options, "-sws_flags", FLAGS, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1"]
+    with _running(command, path) as pipe:
+        while (frame := _read_ppm(pipe)) is not None:
+            yield frame
+
+
+@contextmanager
+def _running(command: list[str], path: Path) -> Iterator[IO[bytes]]:
+    with TemporaryFile() as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+        assert process.stdout is not None
+        try:
+            yield process.stdout
+            if process.wait():
+                log.seek(0)
+                raise InputError(f"cannot read {path}", _reason(log.read().decode(errors="replace")), OTHER)
+        finally:
+            process.kill()
+            process.stdout.close()
+            process.wait()
+
+
+def _read_ppm(pipe: IO[bytes]) -> Array | None:
+    """The next picture of a stream, uint8 (H, W, 3); None at its end."""
+    if pipe.readline() != b"P6\n":
+        return None
+    width, height = (int(n) for n in pipe.readline().split())
+    pipe.readline()
+    data = pipe.read(width * height * 3)
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3) if len(data) == width * height * 3 else None
+
+
+def _piped(command: list[str], data: bytes) -> bytes:
+    done = subprocess.run(command, input=data, capture_output=True, check=False)
+    if done.returncode:
+        raise InputError(
+            "a picture cannot be compressed", _reason(done.stderr.decode(errors="replace")), "--image-crf 0"
+        )
+    return done.stdout
+
+
+def _number(text: str) -> float:
+    return float(text.removesuffix("k")) * (1000 if text.endswith("k") else 1)
+
+
+def _reason(said: str) -> str:
+    """The last thing that ffmpeg said."""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and "At least one output" not in line]
+    return lines[-1] if lines else "ffmpeg does not know what it is"
