@@ -35,7 +35,7 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Section
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options import COSTS
-from ltx2.runtime.generate.phases import components, phases
+from ltx2.runtime.generate.phases.order import components, phases
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.model.layout import ModelFolder

@@ -9,18 +9,11 @@ from dataclasses import dataclass
 from math import prod
 
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.phases import (
-    Connect,
-    DecodeSound,
-    DecodeVideo,
-    Denoise,
-    EncodeText,
-    Interpolate,
-    Phase,
-    Upscale,
-    Vocode,
-    phases,
-)  # fmt: skip
+from ltx2.runtime.generate.phases.base import Phase
+from ltx2.runtime.generate.phases.decode import DecodeSound, DecodeVideo, Vocode
+from ltx2.runtime.generate.phases.order import phases
+from ltx2.runtime.generate.phases.sample import Denoise, Interpolate, Upscale
+from ltx2.runtime.generate.phases.text import Connect, EncodeText
 from ltx2.runtime.memory.plan import Headers
 from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig, vocoder_config

@@ -1,9 +1,11 @@
 """What a request gives beside its text, and how it comes from files to latents: pictures, clips, sounds. What each does
 in a stage is its conditioning (sampling/conditioning.py)."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,34 @@ import numpy as np
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.generate.exchange import read_tensors
-from ltx2.runtime.media.source import (
-    compressed, count_frames, covering, media_facts, read_frames, read_picture, read_sound,
-)  # fmt: skip
+from ltx2.runtime.generate.request import Request
 from ltx2.runtime.media.sound import resample
+from ltx2.runtime.media.source import (
+    compressed,
+    count_frames,
+    covering,
+    media_facts,
+    read_frames,
+    read_picture,
+    read_sound,
+)  # fmt: skip
 from ltx2.runtime.media.video import AudioTrack
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
-from ltx2.runtime.sampling.conditioning import Conditioning, Place
-from ltx2.runtime.sampling.latents import Scales, Sizes, audio_latent_count
+from ltx2.runtime.sampling.conditioning import (
+    REFERENCE,
+    Conditioning,
+    FirstFrame,
+    Frozen,
+    Kept,
+    Keyframe,
+    Place,
+    Slots,
+    slot_frames,
+)  # fmt: skip
+from ltx2.runtime.sampling.conditioning import Reference as Reference_
+from ltx2.runtime.sampling.latents import Scales, Sizes
 
 Pixels = np.ndarray[Any, np.dtype[np.float32]]
 RATE = 24.0  # of latents that do not say theirs
@@ -56,20 +76,27 @@ class Clip:
             raise InputError(f"{path} has no picture", "it holds sound alone", "name a clip")
         return cls(path, Sizes(facts.width, facts.height, count_frames(path), facts.fps), False, facts.rate > 0)
 
-    def video(self, vae: VideoAutoencoder) -> mx.array:
-        """Normalised latents (1, C, F, H, W) of all frames."""
+    def video(self, vae: VideoAutoencoder | None) -> mx.array:
+        """Normalised latents (1, C, F, H, W) of all frames; latents need no network."""
         if self.latents:
             return read_tensors(self.path, ("video",))["video"]
-        return encode_clip(vae, (covering(group, self.sizes.height, self.sizes.width) for group in read_frames(self.path)))
+        assert vae is not None, "as encodes_video says"
+        return encode_clip(
+            vae, (covering(group, self.sizes.height, self.sizes.width) for group in read_frames(self.path))
+        )
 
-    def audio(self, vae: AudioAutoencoder, frames: int) -> mx.array | None:
-        """Normalised latents (1, A, frames, 16) of its sound, with zeros behind a shorter one; None without sound."""
-        if not self.sound:
-            return None
+    def audio(self, vae: AudioAutoencoder | None, frames: int, silence: float = 0.0) -> mx.array:
+        """Normalised latents (1, A, frames, 16) of its sound, with so many seconds of silence before it and zeros
+        behind; latents need no network."""
         if self.latents:
-            found = read_tensors(self.path, ("audio",))["audio"][:, :, :frames]
+            found = read_tensors(self.path, ("audio",))["audio"]
+            late = round(silence * found.shape[2] * self.sizes.fps / self.sizes.frames)
+            found = mx.pad(found, [(0, 0), (0, 0), (late, 0), (0, 0)])[:, :, :frames]
             return mx.pad(found, [(0, 0), (0, 0), (0, frames - found.shape[2]), (0, 0)])
-        return encode_sound(vae, read_sound(self.path, 0.0, self.sizes.frames / self.sizes.fps), frames)
+        assert vae is not None, "as encodes_audio says"
+        track = read_sound(self.path, 0.0, self.sizes.frames / self.sizes.fps)
+        samples = np.pad(track.samples, ((0, 0), (round(silence * track.sample_rate), 0)))
+        return encode_sound(vae, AudioTrack(samples, track.sample_rate), frames)
 
 
 @dataclass(frozen=True)
@@ -108,7 +135,9 @@ class GivenPicture(Given):
 
     def video(self, vae: VideoAutoencoder, place: Place) -> mx.array:
         scale = place.scales.spatial
-        pixels = covering(compressed(read_picture(self.path), self.crf), place.grid.height * scale, place.grid.width * scale)
+        pixels = covering(
+            compressed(read_picture(self.path), self.crf), place.grid.height * scale, place.grid.width * scale
+        )
         return vae.encode(mx.array(pixels)[None, None].transpose(0, 4, 1, 2, 3))
 
 
@@ -149,14 +178,29 @@ class GivenClip(Given):
 
     clip: Clip
     streams: tuple[str, ...] = ("video", "audio")
-    encodes_video = True
-    encodes_audio = True
+    before: int = 0  # frames that are made before the clip's
 
-    def video(self, vae: VideoAutoencoder, place: Place) -> mx.array | None:
-        return self.clip.video(vae) if "video" in self.streams else None
+    @property
+    def encodes_video(self) -> bool:  # type: ignore[override]
+        return "video" in self.streams and not self.clip.latents
 
-    def audio(self, vae: AudioAutoencoder, place: Place) -> mx.array | None:
-        return self.clip.audio(vae, place.grid.audio_frames) if "audio" in self.streams else None
+    @property
+    def encodes_audio(self) -> bool:  # type: ignore[override]
+        return "audio" in self.streams and self.clip.sound and not self.clip.latents
+
+    def video(self, vae: VideoAutoencoder | None, place: Place) -> mx.array | None:
+        if "video" not in self.streams:
+            return None
+        latents, wanted = self.clip.video(vae), place.grid.frames
+        if self.before:
+            latents = latents[:, :, 1:]
+            return mx.pad(latents, [(0, 0), (0, 0), (wanted - latents.shape[2], 0), (0, 0), (0, 0)])
+        return mx.pad(latents, [(0, 0), (0, 0), (0, wanted - latents.shape[2]), (0, 0), (0, 0)])
+
+    def audio(self, vae: AudioAutoencoder | None, place: Place) -> mx.array | None:
+        if "audio" not in self.streams or not self.clip.sound:
+            return None
+        return self.clip.audio(vae, place.grid.audio_frames, self.before / self.clip.sizes.fps)
 
 
 @dataclass(frozen=True)
@@ -194,6 +238,76 @@ def encode_clip(vae: VideoAutoencoder, groups: Iterator[Pixels]) -> mx.array:
     return vae.encode_video((mx.array(group).transpose(3, 0, 1, 2)[None] for group in groups), ENCODING)
 
 
-def audio_frames(sizes: Sizes, scales: Scales) -> int:
-    """Audio latents of a clip."""
-    return audio_latent_count(sizes.frames, sizes.fps, scales)
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a clip when its given things are gathered: the request, the source clip, and geometry."""
+
+    request: Request
+    clip: Clip | None
+    sizes: Sizes
+    scales: Scales
+    factors: tuple[int, int]  # of IC-LoRAs: downscale, and every so many frames
+
+
+def gather(at: Setting) -> tuple[Given, ...]:
+    """All that a request gives, in the order in which it is applied: own tokens first, then appended ones as images,
+    keyframes, slots, references. Raises InputError for what does not go together."""
+    request, frames, crf = at.request, at.sizes.frames, at.request.image_crf or 0
+    pictures = [(p, p.frame > 0) for p in request.image] + [(p, True) for p in request.keyframe]
+    for picture, _ in pictures:
+        if picture.frame >= frames:
+            what = f"frame {picture.frame} of {picture.path} is outside the clip"
+            raise InputError(what, f"its frames are 0 to {frames - 1}", f"use {frames - 1} for the last")
+    first = [p for p, appended in pictures if not appended]
+    if len(first) > 1:
+        what = f"{first[0].path} and {first[1].path} are both for frame 0"
+        raise InputError(what, "a clip has one first frame", "give the other one a frame: PATH@FRAME")
+    found = [GivenPicture(FirstFrame(p.strength), Path(p.path), crf) for p in first] + [*_kept(at)]
+    found += [GivenPicture(Keyframe(p.frame, p.strength), Path(p.path), crf) for p, appended in pictures if appended]
+    if slots := request.keyframe_slots:
+        found.append(GivenNothing(Slots(slot_frames(slots, frames))))
+    return (*found, *_references(at))
+
+
+def _kept(at: Setting) -> Iterator[Given]:
+    """A source clip or sound."""
+    request, clip = at.request, at.clip
+    if request.audio is not None:
+        sound = request.audio
+        yield GivenSound(Frozen("audio"), partial(sound_track, Path(sound.path), sound.start, at.sizes, at.scales))
+    if clip is None:
+        return
+    if request.video is not None:
+        yield GivenClip(Frozen("video"), clip, ("video",))
+    elif request.retake is not None:
+        span, step = request.retake, 1 / clip.sizes.fps
+        if span.start >= clip.sizes.frames * step:
+            why = f"the clip ends at {clip.sizes.frames * step:.2f} s"
+            raise InputError(f"the span {span.start:g}-{span.end:g} touches no frame", why, "use an earlier one")
+        yield GivenClip(Kept(span.start, span.end, (request.keep,) if request.keep else ()), clip)
+    elif request.extend is not None:
+        made = at.sizes.frames - clip.sizes.frames
+        if request.extend.seconds > 0:
+            yield GivenClip(Kept(clip.sizes.frames / clip.sizes.fps, inf), clip)
+        else:
+            # The clip's first frame has a latent of its own: in the longer clip it is made along, as all before it.
+            yield GivenClip(Kept(-inf, (made + 1) / clip.sizes.fps), clip, before=made)
+
+
+def _references(at: Setting) -> Iterator[Given]:
+    request, (downscale, every) = at.request, at.factors
+    for number, reference in enumerate(request.reference, start=1):
+        path, many = Path(reference.path), len(request.reference) > 1
+        if not media_facts(path).width:
+            raise InputError(f"{path} has no picture", "it holds sound alone", "name a clip")
+        height, width = at.sizes.height // 2 // downscale, at.sizes.width // 2 // downscale
+        if request.no_upscale:
+            height, width = 2 * height, 2 * width
+        given = min(count_frames(path), at.sizes.frames)
+        kept = sum(1 for frame in range(given) if frame == 0 or (frame - 1) % every == 0)
+        step, scale = at.scales.temporal, at.scales.spatial
+        shape = ((kept - 1) // step + 1, height // scale, width // scale)
+        attention = 1.0 if request.reference_attention is None else request.reference_attention
+        name = f"{REFERENCE}.{number}" if many else REFERENCE
+        conditioning = Reference_(shape, downscale, every, reference.strength, attention, name)
+        yield GivenReference(conditioning, path, given, height, width, every)

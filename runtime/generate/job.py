@@ -1,7 +1,7 @@
 """A request meets a model folder: pipeline, configurations and sizes, and everything that can be known to be wrong
 before the work starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.generate.exchange import read_embeddings, read_latents, read_noise
+from ltx2.runtime.generate.given import Clip, Given, Setting, gather, sound_track
 from ltx2.runtime.generate.kinds import digest, portable
 from ltx2.runtime.generate.options import ROWS
 from ltx2.runtime.generate.preset import (
@@ -28,7 +29,7 @@ from ltx2.runtime.generate.preset import (
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.sidecar import sidecar_path
 from ltx2.runtime.generate.values import Lora
-from ltx2.runtime.media.video import check_target
+from ltx2.runtime.media.video import AudioTrack, check_target
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.model.loras import LoraSet, LoraUse, find_lora
 from ltx2.runtime.model.origin import check_text_encoder
@@ -37,10 +38,11 @@ from ltx2.runtime.networks.load import build_network, check_network, encode_prom
 from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
+from ltx2.runtime.sampling.conditioning import Place
 from ltx2.runtime.sampling.denoise import Course
 from ltx2.runtime.sampling.guidance import NEGATIVE, NEUTRAL, TEXT, Guidance, passes
 from ltx2.runtime.sampling.latents import Grid, Scales, Segment, Sizes
-from ltx2.runtime.sampling.noise import Given, Noise, Seeded
+from ltx2.runtime.sampling.noise import Injected, Noise, Seeded
 from ltx2.runtime.sampling.samplers import SAMPLERS
 from ltx2.runtime.sampling.state import StreamState, begin_states
 from ltx2.runtime.streams import Streams
@@ -59,6 +61,7 @@ class Job:
     def __init__(self, folder: ModelFolder, request: Request, until: str | None = None) -> None:
         self.folder = folder
         self.until = until
+        self.clip: Clip | None = None  # the source, where a clip is given
         self.preset = load_preset(folder.manifest.release)
         self.row = None if request.latents is not None else pipeline_row(_chosen(folder, request))
         first = self.preset.distilled_sampler if self.row is not None and self.row.name == DISTILLED else "euler"
@@ -73,6 +76,9 @@ class Job:
         )
         if request.latents is not None:
             request = request.for_latents(_present(self.read_latents(request.latents).video).shape, self.scales)
+        if (source := _source(request)) is not None:
+            self.clip = Clip.open(Path(source), self.scales, request.fps)
+            request = replace(request, **asdict(_extended(self.clip.sizes, request, self.scales)))
         self.request = request.with_defaults(self._defaults(request))
         self.sizes = self.request.sizes
         multiple = max((stage.downscale for stage in self.stages), default=1)
@@ -83,7 +89,7 @@ class Job:
         defaults = dict(self.preset.defaults)
         if self.row is None:
             return defaults
-        defaults["pipeline"] = self.row.name
+        defaults |= {"pipeline": self.row.name, "image_crf": self.preset.image_crf}
         if self.row.guided:
             layers = self.transformer_config.num_layers
             blocks = [min(block, layers - 1) for block in self.preset.guided["stg_blocks"]]
@@ -94,6 +100,20 @@ class Job:
                 raise InputError(f"there is no block {missing[0]} for --stg-blocks", why, f"use {layers - 1}")
         return defaults
 
+    @cached_property
+    def given(self) -> tuple[Given, ...]:
+        """What the request gives beside its text. Raises InputError for what does not go together."""
+        if not self.stages:
+            return ()
+        if self.request.keyframe_slots and not self.transformer_config.use_keyframes_abs_pos_embedding:
+            why = "its transformer has no embedding for single frames"
+            raise InputError("this model makes no keyframe slots", why, "leave out --keyframe-slots")
+        return gather(Setting(self.request, self.clip, self.sizes, self.scales, self.loras.reference_factors))
+
+    def place(self, number: int) -> Place:
+        """Where things are given in stage `number`."""
+        return Place(number, self.stage_grid(number), self.sizes.fps, self.scales)
+
     def warnings(self) -> Iterator[str]:
         """What may not come out as expected."""
         if self.row is not None and self.row.guided and self.folder.manifest.variant == DISTILLED:
@@ -101,6 +121,12 @@ class Job:
         reads = self.request.latents is None and self.request.embeddings is None
         if reads and self.folder.has("text_encoder") and (message := check_text_encoder(self.folder)):
             yield message
+
+    @property
+    def sound_stage(self) -> int:
+        """The stage that the clip's sound is from. Pictures that are shown as keyframes are in stage 2's."""
+        last = len(self.stages)
+        return last if self.row is None or self.request.keyframe else min(self.row.sound, last)
 
     @property
     def steps(self) -> int:
@@ -141,8 +167,9 @@ class Job:
         return Course(number, sampler.sigmas(schedule.sigmas(grid.tokens)), sampler, guidance)
 
     def _guidance(self) -> Streams[Guidance]:
-        """Of both streams, as the request says."""
-        return Streams(self._guided(""), self._guided("audio_"))
+        """Of both streams, as the request says; a kept one is not guided."""
+        guided = Streams(self._guided(""), self._guided("audio_"))
+        return guided.map(lambda guidance, kept: NEUTRAL if kept else guidance, self.frozen)
 
     def _guided(self, prefix: str) -> Guidance:
         names = ("cfg", "stg", "modality_scale", "rescale")
@@ -183,14 +210,30 @@ class Job:
         strengths = tuple(0.0 if row.lora is None else given[row.lora] for row in self.stages)
         return LoraUse(find_lora(lora.path if lora is not None else str(own), self.folder), strengths)
 
+    @property
+    def frozen(self) -> Streams[bool]:
+        """The streams that are kept whole."""
+        return self.states(1, Streams()).map(lambda state: state.frozen)
+
     def calls(self, number: int) -> int:
         """Calls of the transformer in stage `number`."""
-        course, frozen = self.course(number), Streams(False, False)
+        course, frozen = self.course(number), self.frozen
         counts = (len(passes(course.guidance, frozen, step)) for step in range(course.steps))
         return course.sampler.predictions * sum(counts)
 
-    def states(self, number: int, start: Streams[mx.array]) -> Streams[StreamState]:
-        """The streams of stage `number` before its first step, from the latents of the stage before."""
+    def states(
+        self, number: int, start: Streams[mx.array], encoded: Mapping[str, mx.array] | None = None
+    ) -> Streams[StreamState]:
+        """The streams of stage `number` before its first step, from the latents of the stage before, with all that is
+        given; `encoded` as the Encode phases make it, None for shapes alone."""
+        states = self._own_states(number, start)
+        for index, given in enumerate(self.given):
+            if given.in_stage(number):
+                latents = Streams(*((encoded or {}).get(f"{index}.{number}.{name}") for name in ("video", "audio")))
+                states = given.conditioning.apply(states, self.place(number), latents)
+        return states
+
+    def _own_states(self, number: int, start: Streams[mx.array]) -> Streams[StreamState]:
         grid = self.stage_grid(number)
         states = begin_states(grid, self.sizes.fps, self.scales, start)
         if states.video is None or not self.transformer_config.use_keyframes_abs_pos_embedding:
@@ -202,7 +245,7 @@ class Job:
 
     def segments(self, number: int) -> Streams[tuple[Segment, ...]]:
         """Each stream's tokens in stage `number`, for the noise that they need."""
-        return self.stage_grid(number).segments.map(lambda segment: (segment,))
+        return self.states(number, Streams()).map(lambda state: () if state.frozen else state.segments)
 
     def draws(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of all noise that the run draws."""
@@ -214,7 +257,7 @@ class Job:
     def noise(self) -> Noise:
         """The request's file, or its seed."""
         if self.request.noise is not None:
-            return Given(read_noise(self.request.noise, self.draws()))
+            return Injected(read_noise(self.request.noise, self.draws()))
         return Seeded(self.request.seed or 0)
 
     @property
@@ -242,6 +285,11 @@ class Job:
         """The prompts' contexts out of a file."""
         return read_embeddings(path, self.transformer_config.context_dims)
 
+    def track(self) -> AudioTrack:
+        """The given sound. Raises InputError for one that cannot be used."""
+        assert self.request.audio is not None, "as asked"
+        return sound_track(Path(self.request.audio.path), self.request.audio.start, self.sizes, self.scales)
+
     def record(self) -> dict[str, Any]:
         """What a sidecar says of the stages, of the sound's origin, and of every file that is given."""
         read = {name: row for name, row in ROWS.items() if row.decides or name == "latents"}
@@ -251,7 +299,8 @@ class Job:
             for path, name in files.items()
             if Path(path).exists()
         ]
-        sound = None if self.row is None else f"stage {min(self.row.sound, len(self.stages))}"
+        sound = None if self.row is None else f"stage {self.sound_stage}"
+        sound = "given" if self.request.audio is not None else sound
         return {"stages": [self._stage_record(n) for n in self.numbers], "sound": sound, "inputs": inputs}
 
     def _stage_record(self, number: int) -> dict[str, Any]:
@@ -264,13 +313,15 @@ class Job:
             "sampler": row.sampler or "euler",
             "loras": [{"path": portable(use.path), "strength": use.strength(number)} for use, _ in self.loras.uses],
             "guidance": {name: asdict(g) for name, g in course.guidance.items()} if row.guided else None,
-            "passes": len(passes(course.guidance, course.guidance.map(lambda _: False))),
+            "passes": len(passes(course.guidance, self.frozen)),
             "tokens": {name: {s.name: s.tokens for s in found} for name, found in self.segments(number).items()},
         }
 
     def check(self, components: list[str]) -> None:
         """The components are whole, files to read fit, files to write have a place. Reads headers, and small files."""
-        self.loras  # noqa: B018 (opened, and checked to fit)
+        self.given  # noqa: B018 (opened with its LoRAs, and checked to fit)
+        if self.request.audio is not None:
+            self.track()
         for component in components:
             if component.endswith("upscaler") and not self.folder.has(component):
                 raise InputError(
@@ -294,6 +345,20 @@ class Job:
             self.read_contexts(request.embeddings)
 
 
+def _source(request: Request) -> str | None:
+    """The clip that decides the sizes."""
+    spans = (request.retake, request.extend)
+    return request.video or next((form.path for form in spans if form is not None), None)
+
+
+def _extended(sizes: Sizes, request: Request, scales: Scales) -> Sizes:
+    """The source's sizes, with the whole latent frames that are made beside it."""
+    if request.extend is None:
+        return sizes
+    more = max(1, round(abs(request.extend.seconds) * sizes.fps / scales.temporal)) * scales.temporal
+    return replace(sizes, frames=sizes.frames + more)
+
+
 def _present(value: mx.array | None) -> mx.array:
     assert value is not None, "a latents file has a picture"
     return value
@@ -303,8 +368,9 @@ def _chosen(folder: ModelFolder, request: Request) -> str:
     """The pipeline that is asked for, else what the model calls for. Raises InputError where it cannot run."""
     distilled, name = folder.manifest.variant == DISTILLED, request.pipeline
     lora = request.distilled_lora is not None or folder.distilled_lora is not None
+    single = request.no_upscale or _source(request) is not None or request.no_video
     if name is None:
-        dev = TWO_STAGE if lora and folder.has("spatial_upscaler") and not request.no_upscale else ONE_STAGE
+        dev = TWO_STAGE if lora and folder.has("spatial_upscaler") and not single else ONE_STAGE
         return DISTILLED if distilled else dev
     if distilled and name == HQ:
         why = "its sampler takes steps that a distilled model was not made for"
@@ -323,5 +389,7 @@ def _stages(rows: tuple[StageRow, ...], request: Request, first: str) -> tuple[S
     none."""
     if not rows:
         return ()
-    start = replace(rows[0], sampler=rows[0].sampler or first)
+    if _source(request) is not None or request.no_video:
+        return (replace(rows[0], downscale=1),)
+    start = replace(rows[0], sampler=rows[0].sampler or ("euler" if request.reference else first))
     return (replace(start, downscale=1),) if request.no_upscale else (start, *rows[1:])

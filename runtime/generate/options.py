@@ -98,16 +98,14 @@ class Options:
         "Show this image at a frame (default: 0, as the first frame); repeatable.",
         form=Picture,
         decides=True,
-        exposed=False,
     )
     keyframe: Several[KeyPicture] = Several(
-        "Show this image as a keyframe, at frame 0 too; repeatable.", form=KeyPicture, decides=True, exposed=False
+        "Show this image as a keyframe, at frame 0 too; repeatable.", form=KeyPicture, decides=True
     )
     keyframe_slots: Whole = Whole(
         "Single frames that stage 1 makes along, to hold fast motion.",
         metavar="N",
         decides=True,
-        exposed=False,
         least=0,
         example="2",
     )
@@ -115,48 +113,40 @@ class Options:
         "Compress images first, at this H.264 quality, as in training; 0: do not.",
         metavar="N",
         decides=True,
-        exposed=False,
         least=0,
         most=51,
         example="33",
     )
-    audio: One[Sound] = One(
-        "Make the picture to this sound, used from a second on.", form=Sound, decides=True, exposed=False
-    )
+    audio: One[Sound] = One("Make the picture to this sound, used from a second on.", form=Sound, decides=True)
     video: File = File("Make the sound to this picture.", decides=True, exposed=False, sets=(*SIZE, "fps"))
     retake: One[Span] = One(
         "Make these seconds of a clip anew, and keep the rest.",
         form=Span,
         decides=True,
-        exposed=False,
         sets=(*SIZE, "fps"),
     )
     keep: Choice[str | None] = Choice(
         "With --retake: keep the whole sound, or the whole picture.",
         choices=("audio", "video"),
         decides=True,
-        exposed=False,
         needs="retake",
     )
     extend: One[Extension] = One(
         "Make so many seconds more after a clip, or before it if negative.",
         form=Extension,
         decides=True,
-        exposed=False,
         sets=(*SIZE, "fps"),
     )
     reference: Several[Reference] = Several(
         "Control or source video for an IC-LoRA; repeatable.",
         form=Reference,
         decides=True,
-        exposed=False,
         needs="lora",
     )
     reference_attention: Number = Number(
         "How much picture and reference see of each other, 0 to 1 (default).",
         metavar="X",
         decides=True,
-        exposed=False,
         least=0,
         most=1,
         example="1",

@@ -15,17 +15,11 @@ from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, StepDone,
 from ltx2.runtime.generate.clip import Clip, FrameBuffer, Generated, Sampled, Saved, conclude
 from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import CONTEXTS, Job
-from ltx2.runtime.generate.phases import (
-    Connect,
-    DecodeSound,
-    DecodeVideo,
-    Denoise,
-    Made,
-    Phase,
-    Vocode,
-    components,
-    phases,
-)  # fmt: skip
+from ltx2.runtime.generate.phases.base import Made, Phase
+from ltx2.runtime.generate.phases.decode import DecodeSound, DecodeVideo, Vocode
+from ltx2.runtime.generate.phases.order import components, phases
+from ltx2.runtime.generate.phases.sample import Denoise
+from ltx2.runtime.generate.phases.text import Connect
 from ltx2.runtime.generate.planning import MemoryPlan, plan_memory
 from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.generate.request import Request, takes

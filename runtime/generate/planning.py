@@ -8,7 +8,8 @@ from typing import Any
 
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.phases import DecodeVideo, phases
+from ltx2.runtime.generate.phases.decode import DecodeVideo
+from ltx2.runtime.generate.phases.order import phases
 from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.memory.meter import reusable_memory
 from ltx2.runtime.memory.plan import Headers, Need, PhasePlan

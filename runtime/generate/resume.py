@@ -18,7 +18,7 @@ from ltx2.runtime.generate.exchange import context_tensors, contexts_from, read_
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.kinds import File
 from ltx2.runtime.generate.options import ROWS
-from ltx2.runtime.generate.phases import Made
+from ltx2.runtime.generate.phases.base import Made
 from ltx2.runtime.sampling.denoise import Step
 from ltx2.runtime.streams import Streams
 

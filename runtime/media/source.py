@@ -78,8 +78,8 @@ def count_frames(path: Path) -> int:
 
 
 def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> AudioTrack:
-    """A file's sound from `start` on, at its own rate, float32 (channels, samples); at most `seconds` of it, fewer where
-    the file ends. More than two channels become two. Raises InputError where there is no sound."""
+    """A file's sound from `start` on, at its own rate, float32 (channels, samples); at most `seconds` of it, fewer
+    where the file ends. More than two channels become two. Raises InputError where there is no sound."""
     facts = media_facts(path)
     if not facts.rate:
         raise InputError(f"{path} has no sound", "it holds no sound track", "name a file with sound")

@@ -181,6 +181,19 @@ class LoraSet:
         changes = [change for layer in self.at(stage).values() for _, change in layer]
         return itemsize * sum(prod(change.shape(part)) for change in changes for part in (DOWN, UP))
 
+    @property
+    def reference_factors(self) -> tuple[int, int]:
+        """Of an IC-LoRA's reference: how often smaller its sides are, and every how many frames one is kept. Raises
+        InputError where two LoRAs disagree."""
+        return self._factor("reference_downscale_factor"), self._factor("reference_temporal_scale_factor")
+
+    def _factor(self, name: str) -> int:
+        found = {int(lora.config.get(name, 1)) for _, lora in self.uses} - {1}
+        if len(found) > 1:
+            why = f"their {name} are {' and '.join(map(str, sorted(found)))}"
+            raise InputError("these LoRAs do not go together", why, "use one IC-LoRA at a time")
+        return found.pop() if found else 1
+
     def facts(self) -> Iterator[tuple[str, int, int]]:
         """Of every LoRA: its name, how many of the transformer's layers it changes, and how many of other networks,
         which are left as they are."""

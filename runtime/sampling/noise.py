@@ -36,7 +36,7 @@ class Seeded:
         return mx.random.key(int.from_bytes(digest[:8], "big"))
 
 
-class Given:
+class Injected:
     """Noise out of a file's tensors."""
 
     def __init__(self, tensors: Mapping[str, mx.array]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from ltx2.runtime.sampling.denoise import Course
 from ltx2.runtime.sampling.guidance import Guidance, passes
 from ltx2.runtime.sampling.latents import Segment
-from ltx2.runtime.sampling.noise import Given, Seeded, standardised
+from ltx2.runtime.sampling.noise import Injected, Seeded, standardised
 from ltx2.runtime.sampling.samplers import SAMPLERS, Tools
 from ltx2.runtime.sampling.schedule import Schedule, shifted
 from ltx2.runtime.sampling.state import StreamState
@@ -197,7 +197,7 @@ class TestNoise:
 
     def test_rows_of_a_file(self) -> None:
         value = mx.arange(24).reshape(2, 3, 4)
-        assert np.array_equal(Given({"step.video": value})("step.video", (1, 3, 4), 1), value[1:2])
+        assert np.array_equal(Injected({"step.video": value})("step.video", (1, 3, 4), 1), value[1:2])
 
     def test_standardised_together(self) -> None:
         parts = standardised([mx.array([[1.0, 2.0]]), mx.array([[6.0, 9.0, 4.0]])])

@@ -13,7 +13,7 @@ from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.denoise import Course, Denoiser, begin, denoise
 from ltx2.runtime.sampling.guidance import NEUTRAL, TEXT
 from ltx2.runtime.sampling.latents import Grid, Scales
-from ltx2.runtime.sampling.noise import Given
+from ltx2.runtime.sampling.noise import Injected
 from ltx2.runtime.sampling.samplers import SAMPLERS
 from ltx2.runtime.sampling.schedule import Schedule
 from ltx2.runtime.sampling.state import begin_states
@@ -35,7 +35,7 @@ def sampled(
     """Latents after each step from `noise` (and `start`), shaped as the grid says, at 24 frames per second.
     `keep`: with the text's keys and values kept over the steps."""
     states, course = begin_states(grid, 24.0, SCALES, start), Course(1, tuple(sigmas), SAMPLERS["euler"], PLAIN)
-    drawn = Given({f"stage1.{name}": value for name, value in noise.items()})
+    drawn = Injected({f"stage1.{name}": value for name, value in noise.items()})
     denoiser = Denoiser(transformer, texts(contexts), states, (TEXT,) if keep else ())
     for step in denoise(denoiser, course, drawn, begin(course, states, drawn)):
         yield states.zip(step.x).map(lambda pair: pair[0].latents(pair[1]))

@@ -1,0 +1,79 @@
+"""What a phase is, and what it works with."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ltx2.runtime.events import Event
+from ltx2.runtime.generate.job import Job
+from ltx2.runtime.media.video import AudioTrack
+from ltx2.runtime.memory.meter import Phase as Meter
+from ltx2.runtime.memory.plan import Headers, Need, PhasePlan
+from ltx2.runtime.networks.video_vae.tiles import Tiling
+from ltx2.runtime.sampling.denoise import Step
+from ltx2.runtime.sampling.latents import Sizes
+from ltx2.runtime.sampling.noise import Noise
+from ltx2.runtime.streams import Streams
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass
+class Made:
+    """What the phases of a run have made so far. `step` is the running stage's last one; `latents` are those of the
+    last finished stage or upscaler, (1, C, F, H, W) and (1, A, T, 16); `sound` are the clip's audio latents where a
+    later stage makes others."""
+
+    hidden: Sequence[mx.array] = ()
+    contexts: Mapping[str, Streams[mx.array]] = field(default_factory=dict)
+    latents: Streams[mx.array] = field(default_factory=Streams)
+    sound: mx.array | None = None
+    encoded: dict[str, mx.array] = field(default_factory=dict)  # "number of the given thing.stage.stream"
+    step: Step | None = None
+    mel: mx.array | None = None
+    track: AudioTrack | None = None
+
+
+class Tools(Protocol):
+    """What a run gives its phases: a stopwatch, the phase's share of the memory plan, networks, noise, and where frames
+    (F, H, W, 3) uint8 go."""
+
+    meter: Meter
+    plan: PhasePlan
+    tiling: Tiling | None
+    noise: Noise
+
+    @property
+    def write(self) -> Callable[[np.ndarray], None]: ...
+
+    def load(self, component: str, expected: type[Network]) -> Network:
+        """A network that was checked to be there."""
+
+
+@dataclass(frozen=True)
+class Phase(ABC):
+    """One step of a generation. `components`: of the model folder."""
+
+    job: Job
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Unique among the phases of a run."""
+
+    @property
+    @abstractmethod
+    def components(self) -> tuple[str, ...]: ...
+
+    @abstractmethod
+    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        """What the phase takes of memory, for these sizes in place of the job's."""
+
+    @abstractmethod
+    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
+        """Do it: what it makes goes into `made`."""

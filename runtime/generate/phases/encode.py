@@ -1,0 +1,76 @@
+"""Given pictures, clips and sounds to latents."""
+
+from collections.abc import Iterator
+
+from ltx2.runtime.events import Event
+from ltx2.runtime.generate.given import ENCODING, Given, GivenClip, GivenReference
+from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.phases.base import Made, Phase, Tools
+from ltx2.runtime.layers.checks import check_finite
+from ltx2.runtime.memory import activations as network
+from ltx2.runtime.memory import cpu
+from ltx2.runtime.memory.plan import Headers, Need, on_cpu, uses_cpu
+from ltx2.runtime.networks.audio.vae import AudioAutoencoder
+from ltx2.runtime.networks.load import read_weights
+from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
+from ltx2.runtime.networks.video_vae.tiles import Tiling
+from ltx2.runtime.sampling.latents import Sizes
+
+
+class EncodeVideo(Phase):
+    """Given pictures and clips to latents, at the size of every stage that has them."""
+
+    name = "encode_video"
+    components = ("video_vae",)
+
+    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        config, itemsize = self.job.video_config, headers.itemsize("video_vae")
+        clips = any(isinstance(given, GivenClip | GivenReference) for given in self.job.given)
+        clip = (sizes.frames if clips else 1, sizes.height, sizes.width)
+        used = network.encode_video(config, clip, ENCODING, itemsize, uses_cpu())
+        used = used.beside(on_cpu(cpu.encode_video(config, itemsize)))
+        return Need(self.name, headers.weights("video_vae", "encoder."), used)
+
+    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
+        vae = tools.load("video_vae", VideoAutoencoder)
+        read_weights(vae.encoder)
+        tools.meter.loaded()
+        for index, number, given in _places(self.job):
+            if given.encodes_video:
+                latents = given.video(vae, self.job.place(number))
+                assert latents is not None, "as it says"
+                check_finite(latents, "the latents of a given picture")
+                made.encoded[f"{index}.{number}.video"] = latents
+                yield tools.meter.step()
+
+
+class EncodeSound(Phase):
+    """Given sounds to latents."""
+
+    name = "encode_audio"
+    components = ("audio_vae",)
+
+    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        frames = self.job.grid(sizes=sizes).audio_frames
+        used = network.decode_audio(self.job.audio_config, frames)
+        return Need(self.name, headers.weights(self.components[0], "encoder."), used)
+
+    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
+        vae = tools.load("audio_vae", AudioAutoencoder)
+        read_weights(vae.encoder)
+        tools.meter.loaded()
+        for index, number, given in _places(self.job):
+            if given.encodes_audio:
+                latents = given.audio(vae, self.job.place(number))
+                assert latents is not None, "as it says"
+                check_finite(latents, "the latents of a given sound")
+                made.encoded[f"{index}.{number}.audio"] = latents
+                yield tools.meter.step()
+
+
+def _places(job: Job) -> Iterator[tuple[int, int, Given]]:
+    """Number of a given thing, stage, and the thing."""
+    for index, given in enumerate(job.given):
+        for number in job.numbers:
+            if given.in_stage(number):
+                yield index, number, given

@@ -1,0 +1,130 @@
+"""Noise to latents, and latents to larger ones."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ltx2.runtime.events import Event, Warned
+from ltx2.runtime.generate.phases.base import Made, Phase, Tools
+from ltx2.runtime.layers.checks import check_finite
+from ltx2.runtime.layers.lora import attach
+from ltx2.runtime.memory import activations as network
+from ltx2.runtime.memory import cpu
+from ltx2.runtime.memory.plan import Headers, Need, on_cpu
+from ltx2.runtime.memory.streaming import streamed
+from ltx2.runtime.model.layout import TRANSFORMER
+from ltx2.runtime.networks.load import read_weights
+from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.networks.upsampler import LatentUpsampler, UpsamplerConfig
+from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
+from ltx2.runtime.networks.video_vae.tiles import Tiling
+from ltx2.runtime.sampling.denoise import Denoiser, begin, check_latents, denoise
+from ltx2.runtime.sampling.latents import Sizes
+from ltx2.runtime.streams import Streams
+
+SLOW = 0.1  # warn if a stage spends more than this share of its time waiting for the disk
+
+
+@dataclass(frozen=True)
+class Upscale(Phase):
+    """Twice the picture's sides before stage `number`, on latents without the VAE's normalisation; the sound passes."""
+
+    number: int
+
+    @property
+    def upscaler(self) -> str:
+        return str(self.job.stages[self.number - 1].enter)
+
+    @property
+    def name(self) -> str:
+        return self.upscaler if self.number == 2 else f"{self.upscaler}{self.number}"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return (self.upscaler, "video_vae")
+
+    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        config = UpsamplerConfig.from_dict(headers.config(self.upscaler))
+        itemsize = headers.itemsize(self.upscaler)
+        used = network.upscale(config, self.job.stage_grid(self.number - 1, sizes), itemsize)
+        used = used.beside(on_cpu(cpu.upscale(config, used.largest, itemsize)))
+        return Need(self.name, headers.weights(self.upscaler), used)
+
+    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
+        made.latents = _upscaled(tools, self.upscaler, made.latents)
+        yield tools.meter.step()
+
+
+@dataclass(frozen=True)
+class Denoise(Phase):
+    """Stage `number`: noise to latents."""
+
+    number: int
+    components = (TRANSFORMER,)
+
+    @property
+    def name(self) -> str:
+        return f"stage{self.number}"
+
+    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        config, width = TransformerConfig.from_dict(headers.config(TRANSFORMER)), headers.itemsize(TRANSFORMER)
+        grid, text = self.job.stage_grid(self.number, sizes), self.job.preset.text_tokens
+        used = network.denoise_step(config, grid, text, width, unpacked=width * headers.unpacked(TRANSFORMER))
+        used = used.beside(on_cpu(cpu.denoise_step(config, grid, text, width)))
+        weights = headers.weights(TRANSFORMER) + self.job.loras.nbytes(self.number, width)
+        return Need(self.name, weights, used, blocks=headers.blocks)
+
+    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
+        course = self.job.course(self.number)
+        states = self.job.states(self.number, made.latents, made.encoded)
+        start = made.step or begin(course, states, tools.noise)
+        transformer = tools.load(TRANSFORMER, Transformer)
+        if self.job.loras.uses:
+            attach(transformer, self.job.loras.at(self.number))
+        with streamed(self.job.folder, transformer, tools.plan.streamed) as stream:
+            denoiser = Denoiser(transformer, made.contexts, states)
+            tools.meter.loaded(course.steps - start.number)
+            for made.step in denoise(denoiser, course, tools.noise, start):
+                yield tools.meter.step()
+        if stream is not None and stream.share > SLOW:
+            slow = f"{self.name} has waited {100 * stream.share:.0f} % of its time for blocks to be read"
+            yield Warned(f"{slow}: fewer bits, or more memory, leave less to read")
+        assert made.step is not None, "a stage has steps"
+        made.latents = states.zip(made.step.x).map(lambda pair: pair[0].latents(pair[1]))
+        made.step = None
+        check_latents(made.latents, f"stage {self.number}")
+        if self.job.sound_stage == self.number:
+            made.sound = made.latents.audio
+        if self.number == len(self.job.stages) and made.sound is not None:
+            made.latents = Streams(made.latents.video, made.sound)
+
+
+class Interpolate(Phase):
+    """Twice the frame rate, on the final latents without the VAE's normalisation: F latent frames become 2F - 1."""
+
+    name = "temporal_upscaler"
+    components = ("temporal_upscaler", "video_vae")
+
+    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        config, itemsize = UpsamplerConfig.from_dict(headers.config(self.name)), headers.itemsize(self.name)
+        used = network.upscale(config, self.job.grid(sizes=sizes), itemsize)
+        used = used.beside(on_cpu(cpu.upscale(config, used.largest, itemsize)))
+        return Need(self.name, headers.weights(self.name), used)
+
+    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
+        made.latents = _upscaled(tools, self.name, made.latents)
+        yield tools.meter.step()
+
+
+def _upscaled(tools: Tools, component: str, latents: Streams[mx.array]) -> Streams[mx.array]:
+    """The picture's latents (1, C, F, H, W) through an upscaler; the sound passes."""
+    statistics = tools.load("video_vae", VideoAutoencoder).per_channel_statistics
+    upscaler = tools.load(component, LatentUpsampler)
+    read_weights(upscaler)
+    tools.meter.loaded()
+    assert latents.video is not None, "only pictures are upscaled"
+    video = statistics.normalise(upscaler(statistics.unnormalise(latents.video)))
+    check_finite(video, "the upscaled latents")
+    return Streams(video, latents.audio)

@@ -1,0 +1,88 @@
+"""Prompts to contexts."""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from ltx2.runtime.events import Event, Warned
+from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.phases.base import Made, Phase, Tools
+from ltx2.runtime.layers.checks import check_finite
+from ltx2.runtime.memory import activations as network
+from ltx2.runtime.memory import cpu
+from ltx2.runtime.memory.plan import Headers, Need, on_cpu
+from ltx2.runtime.networks.load import read_weights
+from ltx2.runtime.networks.text.config import ConnectorsConfig, gemma_config
+from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
+from ltx2.runtime.networks.text.gemma import TextEncoder
+from ltx2.runtime.networks.video_vae.tiles import Tiling
+from ltx2.runtime.sampling.latents import Sizes
+from ltx2.runtime.streams import Streams
+
+
+class EncodeText(Phase):
+    """Prompts to the text encoder's hidden states, all in one load of it."""
+
+    name = "text_encoder"
+    components = ("text_encoder",)
+
+    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        embedding, layer = headers.text_parts
+        config = gemma_config(headers.config(self.name))
+        used = network.text_encoder(config, layer, embedding, _tokens(self.job), headers.itemsize(self.name))
+        return Need(self.name, max(embedding, layer), used)
+
+    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
+        for tokens in self.job.tokens.values():
+            if tokens.truncated:
+                yield Warned(f"the prompt is {tokens.truncated} tokens too long; its end is ignored")
+        ids, mask = _batch(self.job)
+        encoder = tools.load(self.name, TextEncoder)
+        tools.meter.loaded(encoder.config.num_hidden_layers + 1)
+        states = []
+        for state in encoder.hidden_states(ids, mask, release=True):
+            states.append(state)
+            yield tools.meter.step()
+        made.hidden = states
+
+
+class Connect(Phase):
+    """Hidden states to the contexts that the transformer attends to."""
+
+    name = "connectors"
+    components = ("connectors",)
+
+    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        config, width = ConnectorsConfig.from_dict(headers.config(self.name)), headers.itemsize(self.name)
+        length = self.job.preset.text_tokens
+        used = network.connectors(
+            config, _tokens(self.job), length, width, unpacked=width * headers.unpacked(self.name)
+        )
+        used = used.beside(on_cpu(cpu.connectors(config, length, width)))
+        return Need(self.name, headers.weights(self.name), used)
+
+    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
+        connectors = tools.load(self.name, EmbeddingsConnectors)
+        read_weights(connectors)
+        tools.meter.loaded()
+        both = connectors(made.hidden, _batch(self.job)[1])
+        made.hidden = ()
+        for stream, context in both.items():
+            check_finite(context, f"the prompt's {stream} embeddings")
+        names = list(self.job.prompts)
+        made.contexts = {
+            name: Streams(*(context[row : row + 1] for context in both.values())) for row, name in enumerate(names)
+        }
+        yield tools.meter.step()
+
+
+def _tokens(job: Job) -> int:
+    """Tokens of all prompts together, each as long as the longest."""
+    return len(job.tokens) * max(int(tokens.mask.sum()) for tokens in job.tokens.values())
+
+
+def _batch(job: Job) -> tuple[mx.array, mx.array]:
+    """ids and mask of all prompts, (prompts, tokens) int32 both."""
+    tokens = job.tokens.values()
+    return mx.array(np.concatenate([t.ids for t in tokens])), mx.array(np.concatenate([t.mask for t in tokens]))
