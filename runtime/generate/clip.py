@@ -12,17 +12,18 @@ import numpy as np
 from ltx2.runtime.events import Event
 from ltx2.runtime.files.atomic import write_text
 from ltx2.runtime.generate.sidecar import sidecar_path
-from ltx2.runtime.media.video import AudioTrack, write_video
+from ltx2.runtime.media.video import AudioTrack, write_video, write_wav
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.streams import Streams
 
 
 @dataclass(frozen=True)
 class Clip:
-    """frames: uint8 (F, H, W, 3); audio: float32 (channels, samples) or None; latents: normalised, float32;
-    record: what its sidecar holds; state: the file its run could be continued from, which goes when it is saved."""
+    """frames: uint8 (F, H, W, 3), None of a sound alone; audio: float32 (channels, samples) or None; latents:
+    normalised, float32; record: what its sidecar holds; state: the file its run could be continued from, which goes
+    when it is saved."""
 
-    frames: np.ndarray
+    frames: np.ndarray | None
     audio: np.ndarray | None
     sample_rate: int
     fps: float
@@ -34,6 +35,11 @@ class Clip:
         """Write the mp4 and, beside it, the sidecar JSON. Returns the video's path."""
         video = Path(path)
         audio = None if self.audio is None else AudioTrack(self.audio, self.sample_rate)
+        if self.frames is None:
+            assert audio is not None, "a clip has a picture or sound"
+            write_wav(video, audio)
+            conclude(video, self.record, self.state)
+            return video
         write_video(video, [self.frames], fps=self.fps, audio=audio)
         conclude(video, self.record, self.state)
         return video

@@ -229,7 +229,7 @@ def sound_track(path: Path, start: float, sizes: Sizes, scales: Scales) -> Audio
 
 def encode_sound(vae: AudioAutoencoder, track: AudioTrack, frames: int) -> mx.array:
     """Normalised latents (1, A, frames, 16)."""
-    samples = resample(track.samples, track.sample_rate, vae.config.sample_rate)
+    samples = resample(track.samples, track.sample_rate, vae.config.sampling_rate)
     return vae.encode(mx.array(samples)[None], frames)
 
 

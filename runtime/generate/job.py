@@ -152,6 +152,9 @@ class Job:
     def grid(self, downscale: int = 1, sizes: Sizes | None = None) -> Grid:
         """The latents of the output, each side divided by `downscale`; also for other `sizes` than the job's."""
         channels = self.video_config.latent_channels, self.audio_config.latent_channels
+        if self.request.no_video:
+            grid = replace(sizes or self.sizes, width=0, height=0).grid(downscale, self.scales, *channels)
+            return grid
         return (sizes or self.sizes).grid(downscale, self.scales, *channels)
 
     def stage_grid(self, number: int, sizes: Sizes | None = None) -> Grid:
@@ -235,6 +238,9 @@ class Job:
 
     def _own_states(self, number: int, start: Streams[mx.array]) -> Streams[StreamState]:
         grid = self.stage_grid(number)
+        if self.request.no_video:
+            states = begin_states(grid, self.sizes.fps, self.scales, start)
+            return Streams(None, states.audio)
         states = begin_states(grid, self.sizes.fps, self.scales, start)
         if states.video is None or not self.transformer_config.use_keyframes_abs_pos_embedding:
             return states
@@ -334,7 +340,7 @@ class Job:
             check_text_encoder(self.folder)
         request = self.request
         if request.output is not None:
-            check_target(Path(request.output))
+            check_target(Path(request.output), ".wav" if request.no_video else ".mp4")
             check_output(sidecar_path(Path(request.output)))
         for path in (request.save_embeddings, request.save_latents, request.state):
             if path is not None:

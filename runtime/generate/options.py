@@ -55,7 +55,7 @@ class Options:
         example="10",
     )
     no_audio: Flag = Flag("Write no sound. The picture stays the same.", costs=True)
-    no_video: Flag = Flag("Make the sound alone, as a .wav file.", decides=True, costs=True, exposed=False)
+    no_video: Flag = Flag("Make the sound alone, as a .wav file.", decides=True, costs=True)
     no_upscale: Flag = Flag("One stage at full size, without the upscaler.", decides=True, costs=True)
     temporal_upscale: Flag = Flag("Twice the frame rate, by the temporal upscaler.", decides=True, costs=True)
     vae: Choice[str] = Choice(
@@ -118,7 +118,7 @@ class Options:
         example="33",
     )
     audio: One[Sound] = One("Make the picture to this sound, used from a second on.", form=Sound, decides=True)
-    video: File = File("Make the sound to this picture.", decides=True, exposed=False, sets=(*SIZE, "fps"))
+    video: File = File("Make the sound to this picture.", decides=True, sets=(*SIZE, "fps"))
     retake: One[Span] = One(
         "Make these seconds of a clip anew, and keep the rest.",
         form=Span,

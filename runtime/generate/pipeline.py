@@ -16,7 +16,7 @@ from ltx2.runtime.generate.clip import Clip, FrameBuffer, Generated, Sampled, Sa
 from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import CONTEXTS, Job
 from ltx2.runtime.generate.phases.base import Made, Phase
-from ltx2.runtime.generate.phases.decode import DecodeSound, DecodeVideo, Vocode
+from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, Vocode
 from ltx2.runtime.generate.phases.order import components, phases
 from ltx2.runtime.generate.phases.sample import Denoise
 from ltx2.runtime.generate.phases.text import Connect
@@ -28,7 +28,7 @@ from ltx2.runtime.generate.sidecar import make_record
 from ltx2.runtime.layers.matmul import Choice
 from ltx2.runtime.layers.packed import choose_products
 from ltx2.runtime.machine.facts import available_memory
-from ltx2.runtime.media.video import video_writer
+from ltx2.runtime.media.video import video_writer, write_wav
 from ltx2.runtime.memory.meter import Phase as Meter
 from ltx2.runtime.memory.meter import explained
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
@@ -116,15 +116,20 @@ class Run:
         """All phases, then the event that says what was made."""
         self._started = time.perf_counter()
         yield from self._warnings()
-        sampling = [phase for phase in self.phases if not isinstance(phase, DecodeSound | Vocode | DecodeVideo)]
+        sampling = [
+            phase for phase in self.phases if not isinstance(phase, DecodeSound | Vocode | DecodeVideo | CopyVideo)
+        ]
         yield from self._sampled(sampling)
         decoding = self.phases[len(sampling) :]
         if not decoding:
             yield Sampled(self.made.contexts, self.made.latents)
             return
-        *sound, video = decoding
+        *sound, video = decoding if not self.request.no_video else (*decoding, None)
         for phase in sound:
-            yield from self._measured(phase)
+            if phase is not None:
+                yield from self._measured(phase)
+        if self.request.audio is not None:
+            self.made.track = self.job.track()
         if self.request.output is None:
             yield from self._generated(video)
         else:
@@ -192,19 +197,29 @@ class Run:
             self._transformer = network  # whoever observes gets a new one in every stage
         return network
 
-    def _generated(self, phase: Phase) -> Iterator[Event]:
+    def _generated(self, phase: Phase | None) -> Iterator[Event]:
         """The clip in memory."""
         sizes = self.job.output()
-        frames = FrameBuffer(sizes)
-        self.write = frames.write
-        yield from self._measured(phase)
+        frames = None if phase is None else FrameBuffer(sizes)
+        if frames is not None and phase is not None:
+            self.write = frames.write
+            yield from self._measured(phase)
         track, state = self.made.track, self.state.path if self.state is not None else None
         samples, rate = (None, 0) if track is None else (track.samples, track.sample_rate)
         latents = as_numpy(self.made.latents)
-        yield Generated(Clip(frames.frames, samples, rate, sizes.fps, latents, self._record(), state))
+        yield Generated(
+            Clip(None if frames is None else frames.frames, samples, rate, sizes.fps, latents, self._record(), state)
+        )
 
-    def _saved(self, phase: Phase, path: Path) -> Iterator[Event]:
+    def _saved(self, phase: Phase | None, path: Path) -> Iterator[Event]:
         """The clip in its file; frames are there as they are decoded, so that no more than a tile's are in memory."""
+        if phase is None:
+            assert self.made.track is not None, "a sound is made"
+            write_wav(path, self.made.track)
+            record = self._record()
+            conclude(path, record, self.state.path if self.state is not None else None)
+            yield Saved(path, record)
+            return
         with video_writer(path, fps=self.job.output().fps, audio=self.made.track) as writer:
             self.write = writer.write
             yield from self._measured(phase)

@@ -22,6 +22,7 @@ from ltx2.runtime.generate.phases.base import Made
 from ltx2.runtime.sampling.denoise import Step
 from ltx2.runtime.streams import Streams
 
+ENCODED = "given."  # before the names of encoded pictures and sounds
 RECORD = "run"  # the metadata's key
 START_AGAIN = "leave out --resume to start from the beginning"
 
@@ -47,6 +48,7 @@ class State:
         if self.phase is None:
             return found
         found |= context_tensors(self.made.contexts)
+        found |= {f"{ENCODED}{name}": value for name, value in self.made.encoded.items()}
         if self.made.sound is not None:
             found["sound"] = self.made.sound
         if (step := self.made.step) is not None:
@@ -60,7 +62,14 @@ class State:
         step = None
         if record["step"]:
             step = Step(record["step"], _streams(tensors, "x."), _streams(tensors, "x0."))
-        made = Made(latents=_streams(tensors), contexts=contexts_from(tensors), sound=tensors.get("sound"), step=step)
+        encoded = {n.removeprefix(ENCODED): value for n, value in tensors.items() if n.startswith(ENCODED)}
+        made = Made(
+            encoded=encoded,
+            latents=_streams(tensors),
+            contexts=contexts_from(tensors),
+            sound=tensors.get("sound"),
+            step=step,
+        )
         done = [PhaseDone(**phase | {"step_seconds": tuple(phase["step_seconds"])}) for phase in record["phases"]]
         return cls(record["phase"], made, done, record["seconds"])
 

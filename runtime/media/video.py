@@ -52,14 +52,17 @@ class AudioTrack:
     sample_rate: int
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, suffix: str = ".mp4") -> None:
     """Find out before a clip is made what would prevent writing it to `path`.
 
     Raises InputError for the path, MediaError where ffmpeg is missing or has no encoder for clips.
     """
     check_output(path)
-    if path.suffix.lower() != ".mp4":
-        raise InputError(f"cannot write {path}", "clips are written as mp4", f"use {path.with_suffix('.mp4')}")
+    if path.suffix.lower() != suffix:
+        what = "clips" if suffix == ".mp4" else "sounds"
+        raise InputError(
+            f"cannot write {path}", f"{what} are written as {suffix[1:]}", f"use {path.with_suffix(suffix)}"
+        )
     _check_encoders(ffmpeg_program())
 
 
@@ -222,6 +225,14 @@ def _check_picture(picture: Array, shape: tuple[int, ...]) -> None:
             "H.264 with 4:2:0 colour needs an even width and height",
             f"use {shape[1] // 2 * 2}x{shape[0] // 2 * 2}",
         )
+
+
+def write_wav(path: Path, audio: AudioTrack) -> None:
+    """A 16-bit WAV file; it takes its name when it is whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w+b") as file:
+        _write_wav(file, audio)
+    partial.replace(path)
 
 
 def _write_wav(file: IO[bytes], audio: AudioTrack) -> None:

@@ -5,11 +5,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from ltx2.runtime.events import Event, Warned
+from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.base import Made, Phase, Tools
 from ltx2.runtime.layers.checks import check_finite
+from ltx2.runtime.media.source import read_frames
 from ltx2.runtime.media.video import AudioTrack, encoding_memory
 from ltx2.runtime.memory import activations as network
 from ltx2.runtime.memory import cpu
+from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.plan import Headers, Need, on_cpu, uses_cpu
 from ltx2.runtime.networks.audio.bandwidth import vocoder_config
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
@@ -94,9 +97,52 @@ class DecodeVideo(Phase):
         vae = tools.load(self.name, VideoAutoencoder)
         read_weights(vae.decoder)
         tools.meter.loaded()
+        splice = Splice(self.job)
         assert made.latents.video is not None, "a clip without a picture has no such phase"
         for frames in decode_frames(vae, made.latents.video, tools.tiling):
             done = tools.meter.step()
-            tools.write(frames)
+            tools.write(splice(frames))
             tools.meter.pause()
             yield done
+
+
+class CopyVideo(Phase):
+    """A given picture goes into the clip as it is."""
+
+    name = "copy_video"
+    components = ()
+
+    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        frames = sizes.frames * sizes.height * sizes.width * 3
+        if self.job.request.output is not None:
+            frames = encoding_memory(sizes.width, sizes.height)
+        return Need(self.name, 0, Activations(0, 0, 0), frames)
+
+    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
+        tools.meter.loaded()
+        assert self.job.clip is not None, "a picture is given"
+        for frames in read_frames(self.job.clip.path):
+            tools.write(frames)
+            yield tools.meter.step()
+
+
+class Splice:
+    """A longer clip keeps the frames of its source: called with groups of frames (F, H, W, 3), one after the other."""
+
+    def __init__(self, job: Job) -> None:
+        clip, extend = job.clip, job.request.extend
+        self._next, self._start = 0, 0
+        self._frames: Iterator[np.ndarray] = iter(())
+        if clip is None or extend is None or clip.latents or job.request.temporal_upscale:
+            return
+        self._start = job.sizes.frames - clip.sizes.frames if extend.seconds < 0 else 0
+        self._frames = (frame for group in read_frames(clip.path) for frame in group)
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        """The group, with the source's frames where it has some."""
+        spliced = frames.copy()
+        for index in range(len(frames)):
+            if self._next >= self._start and (own := next(self._frames, None)) is not None:
+                spliced[index] = own
+            self._next += 1
+        return spliced

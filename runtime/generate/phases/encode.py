@@ -51,8 +51,8 @@ class EncodeSound(Phase):
     components = ("audio_vae",)
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
-        frames = self.job.grid(sizes=sizes).audio_frames
-        used = network.decode_audio(self.job.audio_config, frames)
+        config = self.job.audio_config
+        used = network.encode_audio(config, round(sizes.frames / sizes.fps * config.sampling_rate))
         return Need(self.name, headers.weights(self.components[0], "encoder."), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:

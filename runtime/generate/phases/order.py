@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ltx2.runtime.generate.job import CONTEXTS, LATENTS, Job
 from ltx2.runtime.generate.phases.base import Phase
-from ltx2.runtime.generate.phases.decode import DecodeSound, DecodeVideo, Vocode
+from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, Vocode
 from ltx2.runtime.generate.phases.encode import EncodeSound, EncodeVideo
 from ltx2.runtime.generate.phases.sample import Denoise, Interpolate, Upscale
 from ltx2.runtime.generate.phases.text import Connect, EncodeText
@@ -29,7 +29,9 @@ def phases(job: Job) -> list[Phase]:
         found.append(Interpolate(job))
     if job.until not in (CONTEXTS, LATENTS):
         found += [] if request.no_audio or request.audio is not None else [DecodeSound(job), Vocode(job)]
-        found.append(DecodeVideo(job))
+        if not request.no_video:
+            copied = request.video is not None and job.clip is not None and not job.clip.latents
+            found.append(CopyVideo(job) if copied else DecodeVideo(job))
     return found
 
 
