@@ -23,7 +23,7 @@ class Clip:
     normalised, float32; record: what its sidecar holds; state: the file its run could be continued from, which goes
     when it is saved."""
 
-    frames: np.ndarray | None
+    frames: Any  # np.ndarray or None: who asks for a picture need not ask whether it is there
     audio: np.ndarray | None
     sample_rate: int
     fps: float

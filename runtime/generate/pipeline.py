@@ -116,9 +116,8 @@ class Run:
         """All phases, then the event that says what was made."""
         self._started = time.perf_counter()
         yield from self._warnings()
-        sampling = [
-            phase for phase in self.phases if not isinstance(phase, DecodeSound | Vocode | DecodeVideo | CopyVideo)
-        ]
+        decodes = DecodeSound | Vocode | DecodeVideo | CopyVideo
+        sampling = [phase for phase in self.phases if not isinstance(phase, decodes)]
         yield from self._sampled(sampling)
         decoding = self.phases[len(sampling) :]
         if not decoding:
@@ -207,9 +206,8 @@ class Run:
         track, state = self.made.track, self.state.path if self.state is not None else None
         samples, rate = (None, 0) if track is None else (track.samples, track.sample_rate)
         latents = as_numpy(self.made.latents)
-        yield Generated(
-            Clip(None if frames is None else frames.frames, samples, rate, sizes.fps, latents, self._record(), state)
-        )
+        pictures = None if frames is None else frames.frames
+        yield Generated(Clip(pictures, samples, rate, sizes.fps, latents, self._record(), state))
 
     def _saved(self, phase: Phase | None, path: Path) -> Iterator[Event]:
         """The clip in its file; frames are there as they are decoded, so that no more than a tile's are in memory."""
