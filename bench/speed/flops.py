@@ -26,6 +26,9 @@ from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.modulation import FREQUENCIES
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import Size, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig
+from ltx2.runtime.networks.video_vae.diffusion_config import Stage as NeighbourhoodStage
+from ltx2.runtime.networks.video_vae.diffusion_decoder import ROWS, TIMESTEP_WIDTH
 from ltx2.runtime.sampling.latents import Grid
 
 FLOAT32 = 4
@@ -244,6 +247,30 @@ def decode_video(config: VideoVAEConfig, latents: Size) -> Work:
     """`latents`: frames, height, width."""
     layers = config.decoder.convolutions(latents)
     return sum((convolution(prod(c.size), 27, c.inputs, c.outputs) * c.times for c in layers), Work())
+
+
+def decode_diffusion(config: DiffusionVAEConfig, latents: Size, steps: int) -> Work:
+    """`latents`: frames, height, width."""
+    *stages, last = config.stages(latents)
+    work = linear(stages[0].positions, config.decoder.in_channels, stages[0].channels)
+    for stage, (stride, divisor) in zip(stages, config.decoder.upsamples, strict=True):
+        work += _neighbourhood(stage) * stage.depth
+        work += linear(stage.positions, stage.channels, stage.channels * prod(stride) // divisor)
+    pixels, width = 3 * config.decoder.patch_size**2, last.channels
+    step = linear(last.positions, pixels, width) + linear(last.positions, width, pixels)
+    step += (_neighbourhood(last) + linear(last.positions, width, width)) * last.depth
+    step += linear(1, FREQUENCIES, TIMESTEP_WIDTH) + linear(1, TIMESTEP_WIDTH, TIMESTEP_WIDTH)
+    step += linear(1, TIMESTEP_WIDTH, ROWS * width)
+    return work + step * steps
+
+
+def _neighbourhood(stage: NeighbourhoodStage) -> Work:
+    """One block: attention to windows, and a gated feed-forward network. Keys that are gathered and not seen are not
+    counted."""
+    count, width = stage.positions, stage.channels
+    scores = Work(4 * count * prod(stage.kernel) * width, 4 * count * width)
+    feed = linear(count, width, 4 * width) * 2 + linear(count, 4 * width, width)
+    return linear(count, width, 3 * width) + linear(count, width, width) + scores + feed
 
 
 def decode_audio(config: AudioVAEConfig, frames: int) -> Work:

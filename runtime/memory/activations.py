@@ -7,6 +7,7 @@ beside it is fitted to measurements (bench/results/memory-*.json), and is what a
 from dataclasses import dataclass, replace
 from math import prod
 
+from ltx2.runtime.layers.neighbourhood import BLOCK, GATHERED
 from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig
 from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
@@ -15,6 +16,7 @@ from ltx2.runtime.networks.text.duration_head import DurationHeadConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import Size, Tower, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig, Stage
 from ltx2.runtime.networks.video_vae.frames import FRAMES_PER_GROUP
 from ltx2.runtime.networks.video_vae.layers import LARGE
 from ltx2.runtime.networks.video_vae.tiles import Interval, Tiles, Tiling
@@ -162,6 +164,59 @@ def encode_video(config: VideoVAEConfig, clip: Size, tiling: Tiling, itemsize: i
     pixels = 2 * frames * height * width * 3 * itemsize
     patch = config.patch_size
     return _tower(config.encoder, (frames, height // patch, width // patch), itemsize, unfold).beside(buffer + pixels)
+
+
+def decode_diffusion(
+    config: DiffusionVAEConfig, latents: Size, tiling: Tiling | None, itemsize: int, steps: int
+) -> Activations:
+    """The hungriest stage; the last one works beside what the stage before it made. Tiles work beside the clip that
+    they are cut from and the tiles that are added up so far. The noise is there all the time; several steps keep
+    pixels in float32."""
+    *early, part, last = tiled_stages(config, latents, tiling)
+    tiles, outer = Tiles(config.cells(latents), tiling, config.cell), config.stages(latents)[-2]
+    context = last.positions * last.channels * itemsize
+    _, _, frames, height, width = config.canvas(latents)
+    picture, pixels = height * width * 3, last.positions * 3 * config.decoder.patch_size**2
+    several, cut = len(tiles.rows) * len(tiles.columns) > 1, len(tiles.times) > 1
+    kept = outer.positions * outer.channels * itemsize if several or cut else 0
+    waiting = (tiles.tiling.frame_overlap if tiles.tiling and cut else 0) * picture * FLOAT32
+    added = last.size[0] * picture * FLOAT32 if several else 0
+    between = 3 * pixels * FLOAT32 if steps > 1 else 0
+    decoding = max(_slabs(part, itemsize), context + _slabs(last, itemsize) + between)
+    finishing = pixels * itemsize + max(2 * waiting, 3 * FRAMES_PER_GROUP * picture * FLOAT32)
+    needed = max(*(_slabs(stage, itemsize) for stage in early), kept + waiting + added + max(decoding, finishing))
+    largest = max(stage.positions * stage.channels * itemsize for stage in (*early, part, last))
+    return Activations(frames * picture * FLOAT32 + needed, UNDER_WAY, largest)
+
+
+def tiled_stages(config: DiffusionVAEConfig, latents: Size, tiling: Tiling | None) -> list[Stage]:
+    """The decoder's stages, the last two of the largest tile."""
+    *early, outer, inner = config.stages(latents)
+    tiles = Tiles(config.cells(latents), tiling, config.cell)
+    axes = (tiles.times, tiles.rows, tiles.columns)
+    t, h, w = (max(stop - start for start, stop in axis) for axis in axes)
+    (time, tall, wide), _ = config.decoder.upsamples[-1]
+    part = outer._replace(size=(t + outer.size[0] - tiles.latents[0], h, w))
+    return [*early, part, inner._replace(size=(t * time, h * tall, w * wide))]
+
+
+def _slabs(stage: Stage, itemsize: int) -> int:
+    """A clip in slabs; queries, keys and values of the frames that windows reach over; and either what rows of blocks
+    gather of these, with their masks and the feed-forward network of their positions, or a slab's projections."""
+    (frames, height, width), (reach, _, _) = stage.size, stage.kernel
+    position = stage.channels * itemsize
+    frame = height * width * position
+    held = 2 * min(frames, reach + 3 * BLOCK) + min(frames, reach + 2 * BLOCK)
+    blocks, box = gathered_blocks(stage, itemsize)
+    gathering = blocks * (box * (5 * position // 2 + 2 * BLOCK**3) + 12 * BLOCK**3 * position)
+    return (frames + held) * frame + max(gathering, 12 * min(frames, BLOCK) * frame)
+
+
+def gathered_blocks(stage: Stage, itemsize: int) -> tuple[int, int]:
+    """Blocks of queries that attend together, and the keys of each."""
+    box = prod(min(side, BLOCK + reach - 1) for side, reach in zip(stage.size, stage.kernel, strict=True))
+    rows, row = -(-stage.size[1] // BLOCK), -(-stage.size[2] // BLOCK)
+    return row * min(rows, max(1, GATHERED // (2 * row * box * stage.channels * itemsize))), box
 
 
 def _tower(tower: Tower, size: Size, itemsize: int, unfold: bool) -> Activations:

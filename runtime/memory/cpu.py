@@ -1,14 +1,19 @@
 """What a CPU's kernels hold beside what a GPU's do, in bytes and from shapes alone: a convolution copies its input once
 per tap of its kernel, attention writes out its scores, and kernels of 16 bits are widened before they are used."""
 
-from ltx2.runtime.memory.activations import FLOAT32
+from math import prod
+
+from ltx2.runtime.layers.neighbourhood import BLOCK
+from ltx2.runtime.memory.activations import FLOAT32, gathered_blocks, tiled_stages
 from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig
 from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
-from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
+from ltx2.runtime.networks.video_vae.config import Size, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig
+from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import Grid
 
 TAPS_2D, TAPS_3D = 9, 27
@@ -41,6 +46,13 @@ def decode_video(config: VideoVAEConfig, itemsize: int) -> int:
 def encode_video(config: VideoVAEConfig, itemsize: int) -> int:
     """As `decode_video`."""
     return _widened(TAPS_3D * max(stage.outputs for stage in config.encoder.stages) ** 2, itemsize)
+
+
+def decode_diffusion(config: DiffusionVAEConfig, latents: Size, tiling: Tiling | None, itemsize: int) -> int:
+    """Scores of the blocks that attend together, before and after the softmax."""
+    stages = tiled_stages(config, latents, tiling)
+    scores = max(prod(gathered_blocks(stage, itemsize)) * stage.channels for stage in stages)
+    return 2 * FLOAT32 * BLOCK**3 * scores // config.decoder.head_dim
 
 
 def decode_audio(config: AudioVAEConfig, audio_frames: int) -> int:

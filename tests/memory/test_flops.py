@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ltx2.bench.random.model import random_folder
 from ltx2.bench.speed.flops import (
     connect,
     count,
+    decode_diffusion,
     denoise_step,
     encode_audio,
     encode_text,
@@ -32,6 +34,8 @@ from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
 from ltx2.runtime.networks.text.duration_head import DurationHead
 from ltx2.runtime.networks.text.gemma import TextEncoder
 from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.video_vae.diffusion import build as build_diffusion
+from tests.networks.test_diffusion_decoder import SHORT
 from tests.networks.test_vocoder import EXTENDED
 
 SIZES: dict[str, Any] = {"width": 128, "height": 64, "frames": 9}
@@ -169,3 +173,17 @@ def test_given_latents_and_no_sound(demo_f32: Path) -> None:
     assert list(count(pipeline.plan(PROMPT, no_audio=True, no_upscale=True, **SIZES).job)) == [
         "text_encoder", "connectors", "stage1", "video_vae",
     ]  # fmt: skip
+
+
+def test_diffusion_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers as executed; of attention, which gathers more keys than are seen, the windows."""
+    vae, meter, latents = build_diffusion(SHORT), Meter(), (4, 4, 5)
+    attention = mx.fast.scaled_dot_product_attention
+    meter.install(monkeypatch)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
+    for _ in vae.decode_frames(mx.zeros((1, 8, *latents)), mx.zeros(vae.config.canvas(latents)), steps=2):
+        pass
+    *stages, last = vae.config.stages(latents)
+    windows = [(s.depth, s.positions * prod(s.kernel) * s.channels) for s in (*stages, last, last)]
+    scores = sum(4 * depth * size for depth, size in windows)
+    assert decode_diffusion(vae.config, latents, steps=2).flops == meter.flops[""] + scores

@@ -14,10 +14,12 @@ from mlx.utils import tree_map
 from safetensors.numpy import save_file
 
 from ltx2.runtime.errors import ConfigError, InputError, NumericsError, UnsupportedError
+from ltx2.runtime.layers import neighbourhood
+from ltx2.runtime.memory import activations, cpu
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
 from ltx2.runtime.networks.video_vae.diffusion import DiffusionAutoencoder, build
-from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig
+from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig, diffusion_tilings
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from tests.support.parity import relative_l2, require
 from tests.support.published import read_header
@@ -267,21 +269,40 @@ def test_bf16_frames(figure: Figure) -> None:
     )
 
 
-def test_memory_beside_the_clip_is_that_of_slabs() -> None:
-    """Twice the frames take less than twice the memory of one whole clip more: keys and values do not grow."""
-    vae, _ = network(SHORT)
-    peaks = []
-    for frames in (6, 12):
-        latents, canvas = mx.array(noise(1, 8, frames, 4, 4)), mx.array(noise(*vae.config.canvas((frames, 4, 4))))
-        mx.eval(latents, canvas)
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        for group in vae.decode_frames(latents, canvas):
-            del group
-        peaks.append(mx.get_peak_memory() - before)
-    clip = 12 * 16 * 16 * 32 * 4  # one array of six latents more, in the last stages' width
-    assert peaks[1] - peaks[0] < 4.5 * clip
+@pytest.mark.parametrize("gathered", [1 << 16, 1 << 22])
+@pytest.mark.parametrize(
+    ("size", "tiling", "steps"),
+    [((6, 4, 6), None, 1), ((5, 4, 4), None, 2), ((6, 4, 6), Tiling(24, 32, 12, 10, 4), 1)],
+)
+def test_memory_is_as_planned(
+    monkeypatch: pytest.MonkeyPatch, figure: Figure, size: tuple[int, int, int], tiling: Tiling | None, steps: int,
+    gathered: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(neighbourhood, "GATHERED", gathered)
+    monkeypatch.setattr(activations, "GATHERED", gathered)
+    vae = build(SHORT)
+    latents, canvas = mx.array(noise(1, 8, *size)), mx.array(noise(*vae.config.canvas(size)))
+    mx.eval(latents, canvas, vae.parameters())
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory() - canvas.nbytes
+    for group in vae.decode_frames(latents, canvas, tiling, steps):
+        del group
+    measured = mx.get_peak_memory() - before
+    planned = activations.decode_diffusion(vae.config, size, tiling, 4, steps).needed
+    planned += cpu.decode_diffusion(vae.config, size, tiling, 4)
+    figure(f"diffusion decoder's memory above the plan, {size}, {tiling}", measured / planned - 1, limit=0.05)
+    assert planned <= 1.5 * measured
+
+
+def test_tilings_take_less_and_less() -> None:
+    config = DiffusionVAEConfig.from_dict(PUBLISHED)
+    assert config.halo == (40, 160)
+    assert diffusion_tilings(config, (3, 7, 7)) == [None]
+    for latents in [(16, 16, 24), (16, 34, 60), (31, 22, 40)]:
+        tilings = diffusion_tilings(config, latents)
+        needs = [activations.decode_diffusion(config, latents, tiling, 2, 1).needed for tiling in tilings]
+        assert needs == sorted(needs, reverse=True) and len(needs) >= 3
 
 
 def test_noise_of_another_size_is_refused() -> None:

@@ -69,12 +69,11 @@ class DiffusionAutoencoder(VideoCoder):
     def _groups(self, latents: mx.array, noise: mx.array, tiling: Tiling | None, steps: int) -> Iterator[mx.array]:
         """Groups of frames of latents (1, C, f, h, w) from noise (F, H, W, 3)."""
         x = self.per_channel_statistics.unnormalise(latents)[0].transpose(1, 2, 3, 0)
-        features = self.decoder.features(x)
-        cell = self.config.cell
-        ghosts = self.config.ghosts * (self.temporal_scale // cell.temporal_scale)
-        cells = sum(slab.shape[0] for slab in features) - ghosts, *features[0].shape[1:3]
-        tiles = Tiles((cells[0], cells[1], cells[2]), tiling, cell)
+        cell, cells = self.config.cell, self.config.cells((x.shape[0], x.shape[1], x.shape[2]))
+        tiles = Tiles(cells, tiling, cell)
         self._check_tiles(tiles)
+        features = self.decoder.features(x)
+        ghosts = sum(slab.shape[0] for slab in features) - cells[0]
         times = _causal_spans(tiles.times, cell.temporal_scale)
         rows, columns = (spatial_spans(side, cell.spatial_scale) for side in (tiles.rows, tiles.columns))
         whole = len(times) == len(rows) == len(columns) == 1

@@ -10,7 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 from ltx2.runtime.model.config import AS_PUBLISHED, SUPPORTED_ONLY, Config, Repeats
 from ltx2.runtime.networks.video_vae.config import Blocks, Size, Tower, encoder_tower
+from ltx2.runtime.networks.video_vae.tiles import Tiling
 
+# Pixels along both sides, and frames: the first ones take most memory.
+TILES = ((1024, 128), (768, 128), (512, 128), (512, 96), (384, 96))
 OUTPUT_TYPES = ("x0", "v")
 
 
@@ -60,12 +63,16 @@ class DecoderConfig(Config):
 
 
 class Stage(NamedTuple):
-    """A stage of the decoder, and the size of what it works on without the frames that are replicated at the end."""
+    """A stage of the decoder, and the size of what it works on."""
 
     channels: int
     depth: int
     kernel: Size
     size: Size
+
+    @property
+    def positions(self) -> int:
+        return prod(self.size)
 
 
 @dataclass(frozen=True)
@@ -138,15 +145,19 @@ class DiffusionVAEConfig(Config):
         return self.decoder.stage_kernels[0][0] // 2 * 2
 
     def stages(self, latents: Size) -> list[Stage]:
-        """All stages for a clip of so many latents (frames, height, width)."""
-        d, size, found = self.decoder, latents, []
+        """All stages for a clip of so many latents (frames, height, width), no fewer than `smallest`. All but the last
+        have the copies of the last latent."""
+        d, found = self.decoder, []
+        frames, height, width = map(max, latents, self.smallest)
+        size = (frames + self.ghosts, height, width)
         strides = [*(stride for stride, _ in d.upsamples), (1, 1, 1)]
         for channels, depth, kernel, (t, h, w) in zip(
             d.stage_channels, d.stage_depths, d.stage_kernels, strides, strict=True
         ):
             found.append(Stage(channels, depth, kernel, size))
             size = size[0] * t - (t - 1), size[1] * h, size[2] * w
-        return found
+        last = found.pop()
+        return [*found, last._replace(size=(last.size[0] - self.ghosts * self.temporal_scale, *last.size[1:]))]
 
     @cached_property
     def smallest(self) -> Size:
@@ -174,15 +185,42 @@ class DiffusionVAEConfig(Config):
         space = self.spatial_scale
         return 1, 3, (frames - 1) * self.temporal_scale + 1, height * space, width * space
 
+    def cells(self, latents: Size) -> Size:
+        """What tiles are cut in: positions that go into the last stage but one, without the copies' own."""
+        frames, height, width = self.stages(latents)[-2].size
+        return frames - self.ghosts * (self.temporal_scale // self.cell.temporal_scale), height, width
+
+    @property
+    def halo(self) -> tuple[int, int]:
+        """Frames and pixels that a position of the last stage sees to each side, in whole cells: what neighbouring
+        tiles must share."""
+        kernel, depth, cell = self.decoder.stage_kernels[-1], self.decoder.stage_depths[-1], self.cell
+        frames, pixels = depth * (kernel[0] // 2), depth * (max(kernel[1:]) // 2) * self.decoder.patch_size
+        time, space = cell.temporal_scale, cell.spatial_scale
+        return -(-frames // time) * time, -(-pixels // space) * space
+
     @property
     def cell(self) -> "Cell":
-        """What tiles are cut in."""
+        """Pixels and frames of one of the `cells`, the first of which stands for one frame."""
         (time, space, _), _ = self.decoder.upsamples[-1]
         return Cell(space * self.decoder.patch_size, time)
 
 
+def diffusion_tilings(config: DiffusionVAEConfig, latents: Size) -> list[Tiling | None]:
+    """Ways to decode a clip of so many latents (frames, height, width): in one piece, then in tiles that take less and
+    less memory. Neighbours share what a position of the last stage sees."""
+    frames, pixels = config.halo
+    shape = config.canvas(latents)
+    found: list[Tiling | None] = [None]
+    for side, length in TILES:
+        tiling = Tiling(side, side, pixels, length, frames)
+        if min(side - max(shape[3:]), length - shape[2]) < 0:  # else it is the whole clip
+            found.append(tiling)
+    return found
+
+
 class Cell(NamedTuple):
-    """Pixels and frames of one position that goes into the last stage but one, which tiles are cut in."""
+    """Pixels and frames of a position."""
 
     spatial_scale: int
     temporal_scale: int

@@ -49,7 +49,7 @@ class Attention(nn.Module):
         q, k, v = (part.reshape(*x.shape[:3], self.heads, -1) for part in mx.split(self.qkv(x), 3, axis=-1))
         q = rotate_pairs(self.q_norm(q) * q.shape[-1] ** -0.5, *rope)
         k = rotate_pairs(self.k_norm(k), *rope)
-        return q.reshape(x.shape), k.reshape(x.shape), v.reshape(x.shape)
+        return q.reshape(x.shape), k.reshape(x.shape), mx.contiguous(v).reshape(x.shape)  # no view that holds all three
 
 
 class FeedForward(nn.Module):
