@@ -114,8 +114,9 @@ def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
     return Activations(needed, full - needed, max(unit, up * up * small // grid.frames))
 
 
-def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bool) -> Activations:
-    """The largest layer of a tile, beside the tiles that are added up so far and the frames that wait for more.
+def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bool, ahead: int = 0) -> Activations:
+    """The largest layer of a tile, beside the tiles that are added up so far and the frames that wait for more. `ahead`
+    layers more are there while the host does not wait for them.
     `unfold`: convolutions without a kernel of their own copy their input 27 times."""
     space = config.spatial_scale
     _, height, width = tiles.latents
@@ -144,7 +145,7 @@ def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bo
         needed = max(needed, before * per_latent * FLOAT32 + max(tile.needed, adding))
         full = max(full, before * per_latent * FLOAT32 + max(tile.full + late, adding))
         largest = tile.largest
-    return Activations(waiting + latents + needed, full - needed, largest)
+    return Activations(waiting + latents + needed, full - needed + ahead * largest, largest)
 
 
 def _ends(tiles: list[Interval]) -> list[tuple[int, int, int]]:

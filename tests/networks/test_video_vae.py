@@ -368,6 +368,13 @@ def test_memory_does_not_grow_with_the_clips_length(trained: VideoAutoencoder) -
     assert peaks[1] < 1.1 * peaks[0]
 
 
+@pytest.mark.parametrize("tiles", [None, Tiling(64, 64, 32, 16, 0)])
+def test_running_ahead_makes_the_same_frames(tiles: Tiling | None) -> None:
+    network, latents = build(NEWER), mx.array(noise(1, 8, 3, 2, 3))
+    waiting, ahead = (np.concatenate(list(decode_frames(network, latents, tiles, n))) for n in (0, 1))
+    np.testing.assert_array_equal(ahead, waiting)
+
+
 # --- what is refused
 
 

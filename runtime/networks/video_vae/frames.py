@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.layers.checks import check_finite
-from ltx2.runtime.machine.bounded import evaluate
+from ltx2.runtime.machine.bounded import evaluate, running_ahead
 from ltx2.runtime.networks.video_vae.tiles import Scaled, Span, Tiles, Tiling, Weights, spatial_spans, temporal_spans
 
 FRAMES_PER_GROUP = 8  # bounds the float32 frames that are handed out at a time
@@ -28,23 +28,27 @@ class VideoDecoder(Scaled, Protocol):
     def decode(self, latents: mx.array) -> mx.array: ...
 
 
-def decode_frames(vae: VideoDecoder, latents: mx.array, tiling: Tiling | None = None) -> Iterator[Pictures]:
+def decode_frames(
+    vae: VideoDecoder, latents: mx.array, tiling: Tiling | None = None, ahead: int = 0
+) -> Iterator[Pictures]:
     """Decode normalised latents (1, C, f, h, w) to groups of frames (n, H, W, 3), uint8, in order.
 
-    Without `tiling` the clip is decoded in one piece. Raises InputError for tiles that do not fit the latents' scale
+    Without `tiling` the clip is decoded in one piece. `ahead`: layers that the device may be behind the host, faster at
+    the price of their memory; the frames are the same. Raises InputError for tiles that do not fit the latents' scale
     or are too large to decode, NumericsError for frames that are not finite.
     """
-    return map(to_levels, decode_tiles(vae, latents, tiling))
+    return map(to_levels, decode_tiles(vae, latents, tiling, ahead))
 
 
-def decode_tiles(vae: VideoDecoder, latents: mx.array, tiling: Tiling | None) -> Iterator[mx.array]:
+def decode_tiles(vae: VideoDecoder, latents: mx.array, tiling: Tiling | None, ahead: int = 0) -> Iterator[mx.array]:
     """As `decode_frames`, but float32 in [-1, 1], not clamped and not evaluated."""
     frames, height, width = latents.shape[2:]
     tiles = Tiles((frames, height, width), tiling, vae)
     rows, columns = (spatial_spans(side, vae.spatial_scale) for side in (tiles.rows, tiles.columns))
 
     def decode(time: slice, row: slice, column: slice) -> mx.array:
-        return vae.decode(latents[:, :, time, row, column])
+        with running_ahead(ahead):
+            return vae.decode(latents[:, :, time, row, column])
 
     return blended(temporal_spans(tiles.times, vae.temporal_scale), rows, columns, decode)
 
