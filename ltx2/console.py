@@ -135,12 +135,13 @@ def alternatives(words: Sequence[str]) -> str:
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def say_how_to_continue(error: Ltx2Error | KeyboardInterrupt, option: str) -> NoReturn:
-    """Raise a failure that says what it leaves can be continued: by the command that was given, with `option`."""
+def say_how_to_continue(error: Ltx2Error | KeyboardInterrupt, added: Mapping[str, str | None]) -> NoReturn:
+    """Raise a failure that says how its work is continued: by the command that was given, with the options (and their
+    values) of `added` that it lacks."""
     args: list[str] = click.get_current_context().obj
-    command = shlex.join(["ltx2", *args, *([] if option in args else [option])])
-    kept = f"what is done is kept, this continues: {command}"
+    words = (word for option, value in added.items() if option not in args for word in (option, value))
+    command = shlex.join(["ltx2", *args, *(word for word in words if word is not None)])
     if isinstance(error, Ltx2Error):
-        error.fix = f"{error.fix}; {kept}"
+        error.fix = f"{error.fix}; what is done is kept, this continues: {command}"
         raise error
-    raise click.Abort(kept) from error
+    raise click.Abort(f"this continues: {command}") from error

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import ltx2.api  # ltx2.convert is the function, whichever sub-package a test imports first
-from tests.support.command import SIZE, Done, Here
+from tests.support.command import SEED, SIZE, Done, Here
 from tests.support.hostile import HANGS
 from tests.support.official import DEMO, DEMO_25, MONOLITH, Official, Split, random_23, random_25, random_official
 
@@ -140,7 +140,7 @@ def generate(here: Here, demo_f32: Path, tmp_path: Path) -> Here:
     """`ltx2 generate -m demo -o clip.mp4 --width 64 ...` in an empty folder; `to` is the clip's name."""
 
     def call(*args: str | Path, to: str = "clip.mp4", size: Sequence[str] = SIZE) -> Done:
-        return here("generate", *args, "-m", demo_f32, "-o", tmp_path / to, *size)
+        return here("generate", *args, "-m", demo_f32, "-o", tmp_path / to, *size, *SEED)
 
     return call
 

@@ -15,39 +15,44 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("-m", "--model", type=PATH, help="Model folder (with --from: that run's).")
-@click.option("-o", "--output", "target", type=PATH, required=True, help="Clip, e.g. clip.mp4.")
+@click.option("-m", "--model", type=PATH, help="Model folder, or its name in weights/. [default: the only one there]")
+@click.option("-o", "--output", "target", type=PATH, help="Clip (.mp4). [default: outputs/PROMPT-SEED.mp4]")
 @generate_options()
-@click.option("--from", "sidecar", metavar="CLIP.json", type=PATH, help="Repeat a run.")
+@click.option("--from", "sidecar", metavar="CLIP", type=PATH, help="Repeat the run that made this .mp4 or .json.")
 @click.option("--dry-run", is_flag=True, help="Show each phase's memory from headers, and whether it fits; do nothing.")
 @common
 def generate(
-    output: Output, target: Path, model: Path | None, sidecar: Path | None, dry_run: bool, **options: Any
+    output: Output, target: Path | None, model: Path | None, sidecar: Path | None, dry_run: bool, **options: Any
 ) -> None:
     """Make a video with sound from PROMPT.
 
-    PROMPT is not needed with --latents, --embeddings or --from. Beside clip.mp4, clip.json records the run. The
-    result of the last denoise step is kept until the clip is written: a run that is cut off then can be continued.
+    PROMPT is not needed with --latents, --embeddings or --from. Beside clip.mp4, clip.json records the run. A run that
+    is cut off can be continued: the state is kept after every denoise step until the clip is written. With
+    --save-latents and no -o the clip is not decoded.
     """
     from ltx2.generation import Generation
     from ltx2.runtime.generate.clip import Saved
+    from ltx2.runtime.generate.sidecar import sidecar_path
 
-    if model is None and sidecar is None:
-        raise click.UsageError("Missing option '-m' / '--model'.")
     given = {name: value for name, value in options.items() if value is not None}
-    generation = Generation(target, model, sidecar, given)
+    generation = Generation(target, model, sidecar, given, dry_run)
     if dry_run:
         _show_plan(output, generation.plan())
         return
     try:
         done = output.follow(generation.events())
     except (Ltx2Error, KeyboardInterrupt) as error:
-        if generation.left:
-            say_how_to_continue(error, "--resume")
+        if generation.left or isinstance(error, KeyboardInterrupt):
+            say_how_to_continue(error, generation.continuing())
         raise
-    assert isinstance(done, Saved), "a generation ends with its clip"
-    data = {"clip": str(target), "sidecar": str(target.with_suffix(".json")), **done.record}
-    output.result(data, f"{target}  ({done.record['request']['frames']} frames, {done.record['seconds']:.1f} s)")
+    if not isinstance(done, Saved):
+        latents = str(generation.request.save_latents)
+        output.result({"latents": latents, "seed": generation.request.seed}, latents)
+        return
+    data = {"clip": str(done.path), "sidecar": str(sidecar_path(done.path)), **done.record}
+    request = done.record["request"]
+    said = [f"{request['frames']} frames", *([] if request["seed"] is None else [f"seed {request['seed']}"])]
+    output.result(data, f"{done.path}  ({', '.join(said)}, {done.record['seconds']:.1f} s)")
 
 
 def _show_plan(output: Output, plan: "MemoryPlan") -> None:

@@ -82,8 +82,8 @@ def _convert(model: Path) -> Iterator[Event]:
 
 
 def _generate(model: Path, clip: Path) -> Iterator[Event]:
-    yield Section("generate", f'ltx2 generate "{PROMPT}" -m {model} -o {clip} {_options()}')
-    yield from Pipeline(model).stream(PROMPT, output=clip, **SIZE)
+    yield Section("generate", f'ltx2 generate "{PROMPT}" -m {model} -o {clip} --force {_options()}')
+    yield from Pipeline(model).stream(PROMPT, output=clip, force=True, **SIZE)
 
 
 def _options(*, seed: bool = True) -> str:

@@ -1,27 +1,31 @@
 """A finished clip: its frames in memory, what is saved of it, and what is left to do once its video file is there."""
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.events import Event
-from ltx2.runtime.files.atomic import write_text
-from ltx2.runtime.generate.sidecar import sidecar_path
-from ltx2.runtime.media.video import AudioTrack, write_video, write_wav
+from ltx2.runtime.generate.sidecar import settings_of, sidecar_path, write_sidecar
+from ltx2.runtime.media.video import AudioTrack, video_writer, write_wav
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.streams import Streams
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Clip:
     """frames: uint8 (F, H, W, 3), None of a sound alone; audio: float32 (channels, samples) or None; latents:
     normalised, float32; record: what its sidecar holds; state: the file its run could be continued from, which goes
-    when it is saved."""
+    when it is saved.
+
+    In a notebook it plays.
+    """
 
     frames: Any  # np.ndarray or None: who asks for a picture need not ask whether it is there
     audio: np.ndarray | None
@@ -31,18 +35,48 @@ class Clip:
     record: Mapping[str, Any]
     state: Path | None = None
 
+    def __repr__(self) -> str:
+        if self.frames is None:
+            return f"<Clip: sound at {self.sample_rate} Hz, seed {self.seed}>"
+        frames, height, width, _ = self.frames.shape
+        sound = "no sound" if self.audio is None else f"sound at {self.sample_rate} Hz"
+        return f"<Clip: {frames} frames of {width}x{height}, {frames / self.fps:.1f} s, {sound}, seed {self.seed}>"
+
+    @property
+    def seed(self) -> int | None:
+        """Of its noise; None where the noise came from a file."""
+        seed: int | None = self.record["request"]["seed"]
+        return seed
+
     def save(self, path: str | Path) -> Path:
-        """Write the mp4 and, beside it, the sidecar JSON. Returns the video's path."""
+        """Write the mp4, which replaces one that was there, and the sidecar JSON beside it. Returns the mp4's path."""
         video = Path(path)
+        self._write(video)
+        write_sidecar(sidecar_path(video), self.record)
+        if self.state is not None:
+            self.state.unlink(missing_ok=True)
+        return video
+
+    def _write(self, video: Path) -> None:
         audio = None if self.audio is None else AudioTrack(self.audio, self.sample_rate)
         if self.frames is None:
             assert audio is not None, "a clip has a picture or sound"
             write_wav(video, audio)
-            conclude(video, self.record, self.state)
-            return video
-        write_video(video, [self.frames], fps=self.fps, audio=audio)
-        conclude(video, self.record, self.state)
-        return video
+            return
+        comment = "" if self.record["request"]["no_metadata"] else json.dumps(settings_of(self.record))
+        with video_writer(video, fps=self.fps, audio=audio, comment=comment) as writer:
+            writer.write(self.frames)
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        with TemporaryDirectory() as folder:
+            video = Path(folder) / "clip.mp4"
+            self._write(video)
+            data = base64.b64encode(video.read_bytes()).decode()
+        if self.frames is None:
+            return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
+        _, height, width, _ = self.frames.shape
+        return f'<video controls loop width="{width}" height="{height}" src="data:video/mp4;base64,{data}"></video>'
 
 
 @dataclass(frozen=True)
@@ -80,10 +114,3 @@ class FrameBuffer:
         """Add a group (F, H, W, 3)."""
         self.frames[self._done : self._done + len(frames)] = frames
         self._done += len(frames)
-
-
-def conclude(video: Path, record: Mapping[str, Any], state: Path | None) -> None:
-    """Write the sidecar beside a finished video; the state of its run is not needed any more."""
-    write_text(sidecar_path(video), json.dumps(record, indent=2) + "\n")
-    if state is not None:
-        state.unlink(missing_ok=True)

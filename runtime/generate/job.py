@@ -11,11 +11,9 @@ import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.generate.exchange import read_embeddings, read_latents, read_noise
 from ltx2.runtime.generate.given import Clip, Given, Setting, gather, sound_track
 from ltx2.runtime.generate.kinds import digest, portable
-from ltx2.runtime.generate.options import ROWS
 from ltx2.runtime.generate.preset import (
     DISTILLED,
     HQ,
@@ -27,9 +25,8 @@ from ltx2.runtime.generate.preset import (
     pipeline_row,
 )  # fmt: skip
 from ltx2.runtime.generate.request import Request
-from ltx2.runtime.generate.sidecar import sidecar_path
 from ltx2.runtime.generate.values import Lora
-from ltx2.runtime.media.video import AudioTrack, check_target
+from ltx2.runtime.media.video import AudioTrack
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.model.loras import LoraSet, LoraUse, find_lora
 from ltx2.runtime.model.origin import check_text_encoder
@@ -298,12 +295,9 @@ class Job:
 
     def record(self) -> dict[str, Any]:
         """What a sidecar says of the stages, of the sound's origin, and of every file that is given."""
-        read = {name: row for name, row in ROWS.items() if row.decides or name == "latents"}
-        files = {path: name for name, row in read.items() for path in row.files(getattr(self.request, name))}
         inputs = [
             {"option": name, "path": portable(path), "size": Path(path).stat().st_size, "sha256": digest(path)}
-            for path, name in files.items()
-            if Path(path).exists()
+            for name, path in self.request.inputs()
         ]
         sound = None if self.row is None else f"stage {self.sound_stage}"
         sound = "given" if self.request.audio is not None else sound
@@ -324,7 +318,7 @@ class Job:
         }
 
     def check(self, components: list[str]) -> None:
-        """The components are whole, files to read fit, files to write have a place. Reads headers, and small files."""
+        """The components are whole, files to read fit. Reads headers, and small files."""
         self.given  # noqa: B018 (opened with its LoRAs, and checked to fit)
         if self.request.audio is not None:
             self.track()
@@ -339,12 +333,6 @@ class Job:
         if "text_encoder" in components:
             check_text_encoder(self.folder)
         request = self.request
-        if request.output is not None:
-            check_target(Path(request.output), ".wav" if request.no_video else ".mp4")
-            check_output(sidecar_path(Path(request.output)))
-        for path in (request.save_embeddings, request.save_latents, request.state):
-            if path is not None:
-                check_output(Path(path))
         if request.latents is None and request.noise is not None:
             self.noise()
         if request.latents is None and request.embeddings is not None:

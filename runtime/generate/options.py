@@ -180,9 +180,10 @@ class Options:
         costs=True,
     )
     checkpoint_every: Whole = Whole(
-        "Keep the state after every N denoise steps.",
+        "Keep the state after every N-th denoise step; 0: only after the last one.",
+        default=1,
         metavar="N",
-        least=1,
+        least=0,
         example="1",
         recorded=False,
         needs="state",
@@ -194,6 +195,8 @@ class Options:
         recorded=False,
         exposed=False,
     )
+    force: Flag = Flag("Replace a clip that is already there.", recorded=False)
+    no_metadata: Flag = Flag("Write no settings into the mp4 file.")
     output: File = File("The mp4 file that frames go to as they are decoded.", recorded=False, command=False)
     state: File = File("The file that a run is continued from.", recorded=False, command=False)
 
@@ -277,9 +280,10 @@ def check_needs(given: Mapping[str, Any]) -> None:
     """Raises UsageError for an option that lacks another."""
     for name in given:
         if (needed := TABLE[name].needs) and needed not in given:
-            flag, beside = TABLE[name].flag, TABLE[needed].flag
-            what, why = f"{flag} has no effect without {beside}", TABLE[name].help.rstrip(".")
-            raise UsageError(what, f"what it is for: {why}", f"add {beside}, or leave out {flag}")
+            flag, row = TABLE[name].flag, TABLE[needed]
+            what, why = f"{flag} has no effect without {row.flag}", TABLE[name].help.rstrip(".")
+            fix = f"add {row.flag}{'' if row.command else f'={row.metavar}'}, or leave out {flag}"
+            raise UsageError(what, f"what it is for: {why}", fix)
 
 
 def repeated(earlier: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

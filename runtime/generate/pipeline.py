@@ -3,16 +3,21 @@
 Text encoder, connectors, transformer, upscaler and decoders are never in memory together: each phase loads its network,
 uses it and frees it. Whoever consumes the events decides what to show."""
 
+import json
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.nn as nn
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, Ltx2Error
 from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, StepDone, Warned
-from ltx2.runtime.generate.clip import Clip, FrameBuffer, Generated, Sampled, Saved, conclude
+from ltx2.runtime.files.atomic import UNLOCKED, claimed
+from ltx2.runtime.generate.clip import Clip, FrameBuffer, Generated, Sampled, Saved
 from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import CONTEXTS, Job
 from ltx2.runtime.generate.phases.base import Made, Phase
@@ -20,11 +25,12 @@ from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVi
 from ltx2.runtime.generate.phases.order import components, phases
 from ltx2.runtime.generate.phases.sample import Denoise
 from ltx2.runtime.generate.phases.text import Connect
+from ltx2.runtime.generate.places import check_places
 from ltx2.runtime.generate.planning import MemoryPlan, plan_memory
 from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.generate.request import Request, takes
-from ltx2.runtime.generate.resume import Owner, State, StateFile
-from ltx2.runtime.generate.sidecar import make_record
+from ltx2.runtime.generate.resume import Owner, State, StateFile, started_seed
+from ltx2.runtime.generate.sidecar import make_record, make_settings, sidecar_path, write_sidecar
 from ltx2.runtime.layers.matmul import Choice
 from ltx2.runtime.layers.packed import choose_products
 from ltx2.runtime.machine.facts import available_memory
@@ -76,6 +82,8 @@ class Pipeline:
 
     def events(self, request: Request, until: str | None = None) -> Generator[Event, None, None]:
         """As `stream`. With `until` "contexts" or "latents" the last event is Sampled, and nothing is decoded."""
+        if request.resume and request.state is not None and request.seed is None:  # the seed was drawn
+            request = replace(request, seed=started_seed(Path(request.state)))
         return Run(Job(self.folder, request, until), self.observe).events()
 
     @takes(Request)
@@ -88,6 +96,7 @@ class Pipeline:
         """As `plan`, of what `events` would do."""
         job = Job(self.folder, request, until)
         job.check(components(phases(job)))
+        check_places(job)
         return plan_memory(job)
 
 
@@ -101,6 +110,7 @@ class Run:
         job.check(used := components(self.phases))
         self.memory = plan_memory(job)
         self.memory.check()
+        check_places(job)
         self.tiling = self.memory.tiling
         self.done: list[PhaseDone] = []
         self.products: dict[str, Choice] = {}
@@ -110,17 +120,36 @@ class Run:
         self.state: StateFile | None = None
         if job.request.state is not None and job.request.latents is None:
             self.state = StateFile(Path(job.request.state), Owner.of(job, used))
+        self.earlier = self.state.read() if self.state is not None and job.request.resume else None
         self.noise = job.noise() if job.stages else Seeded(0)
 
     def events(self) -> Generator[Event, None, None]:
         """All phases, then the event that says what was made."""
         self._started = time.perf_counter()
-        yield from self._warnings()
+        with ExitStack() as held:  # the clip's name, from the start
+            output, self._claim = self.request.output, None
+            if output is not None:
+                self._claim = held.enter_context(claimed(Path(output).absolute()))
+                if not self._claim.locked:
+                    yield Warned(UNLOCKED.format(Path(output).absolute().parent))
+            yield Noted(self._about())
+            yield from self._warnings()
+            yield from self._all()
+
+    def _about(self) -> str:
+        """What will be made, and how."""
+        sizes, row, seed = self.job.sizes, self.job.row, self.request.seed
+        how = "decoding" if row is None else f"{row.name} pipeline"
+        noise = "" if row is None or seed is None else f", seed {seed}"
+        return f"{how}: {sizes.frames} frames of {sizes.width}x{sizes.height} at {sizes.fps:g} fps{noise}"
+
+    def _all(self) -> Iterator[Event]:
         decodes = DecodeSound | Vocode | DecodeVideo | CopyVideo
         sampling = [phase for phase in self.phases if not isinstance(phase, decodes)]
         yield from self._sampled(sampling)
         decoding = self.phases[len(sampling) :]
         if not decoding:
+            self._finished()
             yield Sampled(self.made.contexts, self.made.latents)
             return
         *sound, video = decoding if not self.request.no_video else (*decoding, None)
@@ -141,8 +170,7 @@ class Run:
             self.made.latents = self.job.read_latents(request.latents)
         elif request.embeddings is not None:
             self.made.contexts = self.job.read_contexts(request.embeddings)
-        left = 0
-        earlier = self.state.read() if self.state is not None and request.resume else None
+        left, earlier = 0, self.earlier
         if earlier is not None:
             self.made, self.done, self.seconds = earlier.made, list(earlier.done), earlier.seconds
             left = len(names) if earlier.phase is None else names.index(earlier.phase)
@@ -150,12 +178,12 @@ class Run:
             yield from self._measured(phase)
             following = names[number] if number < len(names) else None
             if isinstance(phase, Connect) and request.save_embeddings:
-                write_embeddings(request.save_embeddings, self.made.contexts)
-            sampled = request.checkpoint_every is not None and self.made.latents.video is not None
-            if self.job.until is None and (following is None or sampled):
-                self._keep(following)
+                yield from _beside(request.save_embeddings, partial(write_embeddings, contexts=self.made.contexts))
+            if following is None or (request.checkpoint_every and self.made.latents.video is not None):
+                yield from self._keep(following)
         if request.save_latents and self.job.until != CONTEXTS:
-            write_latents(request.save_latents, self.made.latents, self.job.output().fps)
+            write = partial(write_latents, latents=self.made.latents, fps=self.job.output().fps)
+            yield from _beside(request.save_latents, write)
 
     def _measured(self, phase: Phase) -> Iterator[Event]:
         """One phase. Its network is a local of `run`, so it is free when that returns."""
@@ -164,7 +192,7 @@ class Run:
         with self.plan.applied(), explained(phase.name):
             for event in phase.run(self, self.made):
                 if isinstance(event, StepDone) and isinstance(phase, Denoise) and self._due(phase):
-                    self._keep(phase.name)
+                    yield from self._keep(phase.name)
                     self.meter.pause()
                 yield event
         if phase.name not in self.memory.keeps_transformer:
@@ -176,13 +204,14 @@ class Run:
         """Whether the state is kept after the running stage's latest step: every N steps, counted over all stages. A
         stage's last step has a state of its own."""
         every, step = self.request.checkpoint_every, self.made.step
-        if every is None or step is None or step.number == self.job.course(phase.number).steps:
+        if not every or step is None or step.number == self.job.course(phase.number).steps:
             return False
         return (sum(self.job.course(n).steps for n in range(1, phase.number)) + step.number) % every == 0
 
-    def _keep(self, phase: str | None) -> None:
-        if self.state is not None:
-            self.state.write(State(phase, self.made, self.done, self._seconds()))
+    def _keep(self, phase: str | None) -> Iterator[Event]:
+        if (file := self.state) is not None:
+            state = State(phase, self.made, self.done, self._seconds())
+            yield from _beside(file.path, lambda _: file.write(state))
 
     def load(self, component: str, expected: type[Network]) -> Network:
         """A phase's network, after the observer has seen it."""
@@ -214,21 +243,34 @@ class Run:
         if phase is None:
             assert self.made.track is not None, "a sound is made"
             write_wav(path, self.made.track)
-            record = self._record()
-            conclude(path, record, self.state.path if self.state is not None else None)
-            yield Saved(path, record)
+            yield from self._concluded(path)
             return
-        with video_writer(path, fps=self.job.output().fps, audio=self.made.track) as writer:
+        comment = "" if self.request.no_metadata else json.dumps(self._settings)
+        fps, track, claim = self.job.output().fps, self.made.track, self._claim
+        with video_writer(path, fps=fps, audio=track, comment=comment, claim=claim) as writer:
             self.write = writer.write
             yield from self._measured(phase)
             yield PhaseStarted("mp4")
+        yield from self._concluded(path)
+
+    def _concluded(self, path: Path) -> Iterator[Event]:
+        """The clip is there: its record beside it."""
         record = self._record()
-        conclude(path, record, self.state.path if self.state is not None else None)
+        yield from _beside(sidecar_path(path), partial(write_sidecar, record=record))
+        self._finished()
         yield Saved(path, record)
 
+    def _finished(self) -> None:
+        """There is nothing left to continue."""
+        if self.state is not None:
+            self.state.path.unlink(missing_ok=True)
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return make_settings(self.job.folder, self.request) | self.job.record()
+
     def _record(self) -> dict[str, Any]:
-        record = make_record(self.job.folder, self.request, self.done, self._seconds())
-        record |= self.job.record()
+        record = make_record(self._settings, self.done, self._seconds())
         record["memory_plan"] = self.memory.to_dict()
         record["products"] = {form: dict(choice.by_rows) for form, choice in self.products.items()}
         return record
@@ -252,3 +294,12 @@ class Run:
             yield Warned(f"there is no {self.state.path.name} to continue: this run starts from the beginning")
         elif there and not self.request.resume:
             yield Warned(f"{self.state.path.name} is of a run that was cut off: --resume would continue it")
+
+
+def _beside(path: str | Path, write: Callable[[Any], object]) -> Iterator[Event]:
+    """Write a file that the clip does not need: what prevents it is a warning."""
+    try:
+        write(path)
+    except (Ltx2Error, OSError) as error:
+        why = error.why if isinstance(error, Ltx2Error) else error.strerror or str(error)
+        yield Warned(f"{path} was not written: {why}")

@@ -1,15 +1,18 @@
 """One validated generation: options in, sizes that the model can make out."""
 
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.generate.options import ROWS, Options, check_usage, repeated
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
+DRAWN = 1 << 32  # seeds that are drawn are below
 P = ParamSpec("P")
 Self = TypeVar("Self")
 Result = TypeVar("Result")
@@ -48,6 +51,12 @@ class Request(Options):
         found = {name: file for file in self.given for name in ROWS[file].replaces}
         return {name: file for name, file in found.items() if file not in found}
 
+    def inputs(self) -> Iterator[tuple[str, str]]:
+        """Option and path of every file that is read."""
+        for name, row in ROWS.items():
+            if row.recorded and row.repeated and name not in self.replaced:
+                yield from ((name, path) for path in row.files(getattr(self, name)) if Path(path).exists())
+
     def recorded(self) -> dict[str, Any]:
         """As the sidecar records it: files by absolute path."""
         return {name: row.record(getattr(self, name)) for name, row in ROWS.items() if row.recorded}
@@ -81,11 +90,12 @@ class Request(Options):
         return made
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Request":
-        """Fill what was not asked for. Raises InputError without a prompt, embeddings or latents."""
+        """Fill what was not asked for; a seed is drawn. Raises InputError without a prompt, embeddings or latents."""
         if self.prompt is None and self.embeddings is None and self.latents is None:
             why = "nothing says what the clip should show"
             raise InputError("there is no prompt", why, "give a PROMPT, --embeddings or --latents")
-        missing = {n: v for n, v in defaults.items() if getattr(self, n) is None and n not in self.replaced}
+        usual = {"seed": draw_seed(), **defaults}
+        missing = {n: v for n, v in usual.items() if getattr(self, n) is None and n not in self.replaced}
         return replace(self, **missing)
 
     @property
@@ -95,6 +105,11 @@ class Request(Options):
         assert width is not None and height is not None, "a request has its defaults"
         assert isinstance(frames, int) and fps is not None, "a request has its defaults"
         return Sizes(width, height, frames, fps)
+
+
+def draw_seed() -> int:
+    """One that is short enough to be written down."""
+    return secrets.randbelow(DRAWN)
 
 
 def takes(

@@ -27,11 +27,6 @@ RECORD = "run"  # the metadata's key
 START_AGAIN = "leave out --resume to start from the beginning"
 
 
-def state_path(clip: Path) -> Path:
-    """clip.mp4 -> clip.unfinished.safetensors"""
-    return clip.with_name(f"{clip.stem}.unfinished.safetensors")
-
-
 @dataclass(frozen=True)
 class State:
     """How far a run has come: the `phase` that is running or comes next (None: no denoise step is left), all that is
@@ -110,6 +105,15 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(ROWS.get(name), File):
         return f"another {name} file" if value else f"no {name} file"
     return f"{name.replace('_', ' ')} {value!r}" if value is not None else f"no {name.replace('_', ' ')}"
+
+
+def started_seed(path: Path) -> int | None:
+    """The seed of the run whose state is at `path`; None where there is none."""
+    try:
+        seed = json.loads(open_tensorfile(path).metadata[RECORD])["options"]["seed"]
+    except (OSError, Ltx2Error, ValueError, LookupError, TypeError):
+        return None  # reading it says what is wrong
+    return seed if isinstance(seed, int) else None
 
 
 class StateFile:

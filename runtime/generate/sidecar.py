@@ -1,32 +1,41 @@
 """What is recorded of a run beside its clip: enough to repeat it and to know what made it; written and read."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import InputError
+from ltx2 import __version__
+from ltx2.runtime.errors import InputError, MediaError
 from ltx2.runtime.events import PhaseDone
-from ltx2.runtime.files.jsonfile import read_object
+from ltx2.runtime.files.atomic import beside, write_text
+from ltx2.runtime.files.jsonfile import parse_object, read_object
+from ltx2.runtime.generate.kinds import digest, portable
 from ltx2.runtime.generate.options import ROWS
 from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.values import path_of
 from ltx2.runtime.machine.facts import machine_facts
+from ltx2.runtime.media.video import read_comment
 from ltx2.runtime.model.layout import ModelFolder
+
+SETTINGS = ("ltx2", "request", "model", "stages", "sound", "inputs")
 
 
 def sidecar_path(video: Path) -> Path:
     """clip.mp4 -> clip.json"""
-    return video.with_suffix(".json")
+    return beside(video.with_suffix(""), ".json")
 
 
-def make_record(folder: ModelFolder, request: Request, phases: Sequence[PhaseDone], seconds: float) -> dict[str, Any]:
-    """The sidecar's content: a request with all its defaults, the model, this machine, and what each phase took."""
+def make_settings(folder: ModelFolder, request: Request) -> dict[str, Any]:
+    """What makes the clip, beside a job's own record: a request with all its defaults, and the model."""
     manifest = folder.manifest
     return {
+        "ltx2": __version__,
         "request": request.recorded(),
         "model": {
-            "path": str(folder.path.absolute()),
+            "path": portable(folder.path),
             "release": manifest.release,
             "variant": manifest.variant,
             "files": folder.hashes(),
@@ -34,11 +43,28 @@ def make_record(folder: ModelFolder, request: Request, phases: Sequence[PhaseDon
             "sources": [{"name": s.name, "sha256": s.sha256} for s in manifest.sources],
             "converted_by": manifest.tool_version,
         },
+    }
+
+
+def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a record was made with."""
+    return {name: record[name] for name in SETTINGS}
+
+
+def make_record(settings: Mapping[str, Any], phases: Sequence[PhaseDone], seconds: float) -> dict[str, Any]:
+    """The sidecar's content: the settings, this machine, and what each phase took."""
+    return {
+        **settings,
         "machine": machine_facts(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
         "phases": [_phase(phase) for phase in phases],
     }
+
+
+def write_sidecar(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises InputError when it cannot be written."""
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def _phase(phase: PhaseDone) -> dict[str, Any]:
@@ -56,26 +82,55 @@ def _phase(phase: PhaseDone) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What a sidecar says of an earlier run: the options it had, less what it saved, and its model folder with the
-    hashes of every component's files."""
+    """What is recorded of an earlier run: the options it had, less what it saved; the files it was given, by option and
+    path, with their SHA-256; and its model folder with the hashes of every component's files."""
 
     request: Mapping[str, Any]
+    inputs: Sequence[tuple[str, str, str]]
     model: Path
     files: Mapping[str, Any]
 
     @classmethod
     def read(cls, path: Path) -> "Sidecar":
-        """Raises InputError when the file is not a sidecar."""
+        """From the .json beside a clip, or the clip itself. Raises InputError for anything else."""
         try:
-            record = read_object(path)
-            request, model, files = dict(record["request"]), Path(record["model"]["path"]), record["model"]["files"]
+            return cls.from_record(_record(path))
         except OSError as error:
             raise _not_repeated(path, error.strerror or str(error)) from error
+        except MediaError as error:
+            raise _not_repeated(path, error.why) from error
         except (ValueError, LookupError, TypeError) as error:
             raise _not_repeated(path, "it is not the record of a clip") from error
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Sidecar":
+        """Raises ValueError, LookupError or TypeError for anything else."""
         again = {name for name, row in ROWS.items() if row.recorded and row.repeated}
-        return cls({n: v for n, v in request.items() if v is not None and n in again}, model, files)
+        request = {n: v for n, v in dict(record["request"]).items() if v is not None and n in again}
+        inputs = [(str(i["option"]), path_of(i["path"]), str(i["sha256"])) for i in record.get("inputs", ())]
+        return cls(request, inputs, Path(path_of(record["model"]["path"])), record["model"]["files"])
+
+    def check_inputs(self, request: Request, given: Container[str]) -> None:
+        """Raises InputError for a file that is used again and has changed; options that are `given` anew may."""
+        used = set(request.inputs())
+        for option, path, sha256 in self.inputs:
+            if option not in given and (option, path) in used and Path(path).exists() and digest(path) != sha256:
+                why = f"its content is not what the clip was made with, for {ROWS[option].flag}"
+                raise InputError(f"{path} has changed", why, f"put the old file back, or give {ROWS[option].flag} anew")
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether a file is the record of a clip."""
+    try:
+        Sidecar.from_record(read_object(path))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return True
+
+
+def _record(path: Path) -> Mapping[str, Any]:
+    return read_object(path) if path.suffix.lower() == ".json" else parse_object(read_comment(path))
 
 
 def _not_repeated(path: Path, why: str) -> InputError:
-    return InputError(f"cannot repeat {path}", why, "use the .json that was written beside a clip")
+    return InputError(f"cannot repeat {path}", why, "use a clip that ltx2 made, or the .json beside it")

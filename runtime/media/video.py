@@ -3,6 +3,7 @@
 Frames are streamed, so a clip is never held whole; a file appears under its name only when it is complete."""
 
 import os
+import re
 import subprocess
 import wave
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from ltx2.runtime.errors import InputError, MediaError, NumericsError
-from ltx2.runtime.files.atomic import claimed
+from ltx2.runtime.files.atomic import Claim, claimed
 from ltx2.runtime.files.paths import check_output
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -75,12 +76,19 @@ def encoding_memory(width: int, height: int) -> int:
 
 @contextmanager
 def video_writer(
-    path: Path, *, fps: float, audio: AudioTrack | None = None, encoding: Encoding = DELIVERY
+    path: Path,
+    *,
+    fps: float,
+    audio: AudioTrack | None = None,
+    encoding: Encoding = DELIVERY,
+    comment: str = "",
+    claim: Claim | None = None,
 ) -> Iterator["VideoWriter"]:
     """An mp4 file that grows with the pictures it is given: H.264 in BT.709 4:2:0, with stereo AAC when there is sound.
 
     It takes its name when the block ends without an exception; a file that was there is replaced then, or not at all.
-    Until then it is `<name>.partial`. All frames and all samples are kept, whichever end first.
+    Until then it is `<name>.partial`, of the caller's `claim` or one for the block. All frames and all samples are
+    kept, whichever end first. `comment` is a text inside the file, see `read_comment`.
 
     Raises InputError for unusable arguments, NumericsError for sound that is not finite, MediaError when writing
     fails: when a picture is written, or at the end.
@@ -90,15 +98,17 @@ def video_writer(
     with ExitStack() as stack:
         with _explained(path):
             log = stack.enter_context(TemporaryFile())  # a pipe could fill up and block ffmpeg
-            sound = stack.enter_context(TemporaryFile()) if audio is not None else None
-            if audio is not None and sound is not None:
+            about, sound = stack.enter_context(TemporaryFile()), stack.enter_context(TemporaryFile())
+            _write_comment(about, comment)
+            options += ["-f", "ffmetadata", "-i", f"pipe:{about.fileno()}"]
+            if audio is not None:
                 _write_wav(sound, audio)
                 options += ["-i", f"pipe:{sound.fileno()}", "-c:a", AUDIO_CODEC, "-b:a", "192k", "-ac", "2"]
-            claim = stack.enter_context(claimed(path.absolute()))
+            claim = claim or stack.enter_context(claimed(path.absolute()))
         options += ["-c:v", VIDEO_CODEC, "-crf", str(encoding.crf), "-preset", encoding.preset, "-vf", COLOUR]
         # No -shortest: sound is often a little shorter than the picture, which must not lose frames.
-        options += ["-movflags", "+faststart", "-f", "mp4", str(claim.partial)]
-        writer = VideoWriter(path, options, log, sound)
+        options += ["-map_metadata", "1", "-movflags", "+faststart", "-f", "mp4", str(claim.partial)]
+        writer = VideoWriter(path, options, log, (about, sound))
         stack.callback(writer.stop)
         yield writer
         writer.finish()
@@ -109,11 +119,11 @@ def video_writer(
 class VideoWriter:
     """A file that is being written (see `video_writer`). ffmpeg starts with the first picture, which says the size."""
 
-    def __init__(self, path: Path, options: list[str], log: IO[bytes], sound: IO[bytes] | None) -> None:
+    def __init__(self, path: Path, options: list[str], log: IO[bytes], beside: tuple[IO[bytes], ...]) -> None:
         self._path = path
         self._options = options
         self._log = log
-        self._sound = sound
+        self._beside = beside  # files that ffmpeg reads too
         self._shape: tuple[int, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -152,7 +162,7 @@ class VideoWriter:
     def _start(self) -> subprocess.Popen[bytes]:
         height, width = self._shape[:2]
         command = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", "-y", "-video_size", f"{width}x{height}"]
-        shared = () if self._sound is None else (self._sound.fileno(),)
+        shared = tuple(file.fileno() for file in self._beside)
         with _explained(self._path):
             # In a session of its own: Ctrl-C is for us, and we end it.
             return subprocess.Popen(
@@ -204,6 +214,20 @@ def read_video(path: Path) -> tuple[Array, float]:
     return np.stack(frames).reshape(-1, height, width, 3), about["fps"]
 
 
+def read_comment(path: Path) -> str:
+    """The comment inside a media file, empty if there is none. Raises MediaError when ffmpeg cannot read the file."""
+    command = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", "-i", str(path.absolute())]
+    done = subprocess.run(
+        [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL, check=False
+    )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").splitlines()[-1:]
+        raise MediaError(f"cannot read {path}", " ".join(said), "check that it is a picture or video")
+    # key=value, the value's special characters (a line's end among them) after a backslash
+    found = re.search(r"^comment=((?:\\.|[^\\\n])*)$", done.stdout.decode(), re.MULTILINE | re.DOTALL)
+    return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else ""
+
+
 def _rate(fps: float) -> Fraction:
     """Whole and decimal rates exactly, and 24000/1001 from its nearest float."""
     if not 0 < fps < 1000:
@@ -233,6 +257,13 @@ def write_wav(path: Path, audio: AudioTrack) -> None:
     with partial.open("w+b") as file:
         _write_wav(file, audio)
     partial.replace(path)
+
+
+def _write_comment(file: IO[bytes], text: str) -> None:
+    """As ffmpeg reads metadata: special characters after a backslash."""
+    escaped = re.sub(r"([=;#\\\n])", r"\\\1", text)
+    file.write(f";FFMETADATA1\ncomment={escaped}\n".encode() if text else b";FFMETADATA1\n")
+    file.seek(0)
 
 
 def _write_wav(file: IO[bytes], audio: AudioTrack) -> None:

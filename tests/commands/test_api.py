@@ -23,7 +23,7 @@ from ltx2.runtime.model.layout import ModelFolder
 from tests.support.official import GEMMA, MONOLITH, UPSCALER
 
 PROMPT = "a red square"
-SIZE: dict[str, Any] = {"width": 128, "height": 64, "frames": 9}
+SIZE: dict[str, Any] = {"width": 128, "height": 64, "frames": 9, "seed": 10}
 
 
 @pytest.fixture(scope="module")

@@ -87,8 +87,7 @@ USAGE = {
     "an option is missing": (["convert", "x"], "Missing option '-o'"),
     "an argument is missing": (["convert", "-o", "x"], "Missing argument 'SOURCES...'"),
     "a wrong choice": (["convert", "x", "-o", "y", "--dtype", "int8"], "'int8' is not one of"),
-    "no number": (["generate", "x", "-m", "m", "-o", "c.mp4", "--frames", "many"], "'many' is not a valid integer"),
-    "no model": (["generate", "x", "-o", "c.mp4"], "Missing option '-m'"),
+    "no number": (["generate", "x", "-m", "m", "-o", "c.mp4", "--frames", "many"], "'many' is not a whole number"),
     "an option without --bits": (["convert", "x", "-o", "y", "--group-size", "64"], "--group-size has no effect"),
     "an unknown mode": (["quantize", "x", "-o", "y", "--mode", "int4"], "'int4' is not one of 'affine', 'mxfp4'"),
     "too many arguments": (["generate", "two", "prompts", "-o", "c.mp4"], "unexpected extra argument"),
@@ -199,10 +198,6 @@ class TestIncompleteModels:
         args = ["generate", "x", "-m", lacking("vocoder"), "-o", tmp_path / "c.mp4", *SIZE]
         assert here(*args, "--no-audio").code == 0
 
-    def test_dev(self, here: Here, lacking: Callable[..., Path], tmp_path: Path) -> None:
-        done = here("generate", "x", "-m", lacking(variant="dev"), "-o", tmp_path / "c.mp4", *SIZE)
-        done.failed(1, "the dev variant", "distilled")
-
     def test_a_missing_tensor_is_named(self, here: Here, lacking: Callable[..., Path], tmp_path: Path) -> None:
         weights = lacking() / "vocoder" / "model.safetensors"
         tensors = load_file(weights)
@@ -222,7 +217,7 @@ class TestDoesNotFit:
         assert not (tmp_path / "model").exists()
 
     def test_memory(self, generate: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr("ltx2.runtime.memory.plan.available_memory", lambda: 1000)
+        monkeypatch.setattr("ltx2.runtime.generate.planning.available_memory", lambda: 1000)
         generate(PROMPT).failed(3, "does not fit in memory", "ltx2 quantize")
         assert names(tmp_path) == []
 
@@ -231,7 +226,7 @@ class TestDoesNotFit:
     ) -> None:
         """Which cannot be quantized again."""
         assert here("quantize", demo_f32, "-o", tmp_path / "q").code == 0
-        monkeypatch.setattr("ltx2.runtime.memory.plan.available_memory", lambda: 1000)
+        monkeypatch.setattr("ltx2.runtime.generate.planning.available_memory", lambda: 1000)
         here("generate", PROMPT, "-m", tmp_path / "q", "-o", tmp_path / "c.mp4").failed(3, "fewer --bits")
 
     @pytest.mark.parametrize(
@@ -249,7 +244,7 @@ class TestUnexpected:
         def broken(*_: Any, **__: Any) -> None:
             raise ZeroDivisionError("a bug")
 
-        monkeypatch.setattr(Pipeline, "stream", broken)
+        monkeypatch.setattr(Pipeline, "events", broken)
         with pytest.raises(ZeroDivisionError, match="a bug"):
             generate(PROMPT)
 

@@ -82,9 +82,14 @@ class TestSizes:
 class TestOptions:
     def test_defaults_are_the_presets(self) -> None:
         request = Request.from_options({"prompt": "x"}).with_defaults(DEFAULTS)
-        got = {name: getattr(request, name) for name in ("width", "height", "frames", "fps", "seed")}
-        assert got == {"width": 768, "height": 512, "frames": 121, "fps": 24.0, "seed": 10}
+        got = {name: getattr(request, name) for name in ("width", "height", "frames", "fps")}
+        assert got == {"width": 768, "height": 512, "frames": 121, "fps": 24.0}
         assert (request.no_audio, request.no_upscale) == (False, False)
+
+    def test_a_seed_is_drawn(self) -> None:
+        seeds = {Request.from_options({"prompt": "x"}).with_defaults({}).seed for _ in range(5)}
+        assert len(seeds) == 5 and all(seed is not None and 0 <= seed < 1 << 32 for seed in seeds)
+        assert Request.from_options({"prompt": "x", "noise": "n"}).with_defaults({}).seed is None
 
     def test_what_is_asked_for_stays(self) -> None:
         asked = {"prompt": "x", "width": 64, "height": 128, "frames": 9, "fps": 30.0, "seed": 0}

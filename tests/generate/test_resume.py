@@ -19,7 +19,7 @@ from ltx2.cli import run
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.networks.video_vae.frames import decode_frames
-from tests.support.command import SIZE, Here
+from tests.support.command import SEED, SIZE, Here
 from tests.support.programs import ffmpeg_that
 
 PROMPT = "a red square"
@@ -56,7 +56,7 @@ def listen() -> None:
 def whole(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the clip of a run that nothing stopped, its latents and its prompt's embeddings."""
     folder = tmp_path_factory.mktemp("whole")
-    args = ["generate", PROMPT, "-m", demo_f32, "-o", folder / "clip.mp4", *SIZE]
+    args = ["generate", PROMPT, "-m", demo_f32, "-o", folder / "clip.mp4", *SIZE, *SEED, "--no-metadata"]
     args += ["--save-embeddings", folder / "embeddings", "--save-latents", folder / "latents"]
     assert run([str(arg) for arg in args]) == 0
     assert not (folder / STATE).exists()
@@ -66,7 +66,7 @@ def whole(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def arguments(demo_f32: Path, whole: Path, tmp_path: Path) -> list[str]:
     files = ["-o", tmp_path / "clip.mp4", "--embeddings", whole / "embeddings", "--save-latents", tmp_path / "latents"]
-    return [str(arg) for arg in ["generate", "-m", demo_f32, *files, *SIZE]]
+    return [str(arg) for arg in ["generate", "-m", demo_f32, *files, *SIZE, *SEED, "--no-metadata"]]
 
 
 @pytest.fixture
@@ -95,6 +95,7 @@ KILLED = {
     "some steps after the state": ("stage1", 6, ["--checkpoint-every", "4"], ("stage1", 4)),
     "between stages": ("stage2", 1, ["--checkpoint-every", "8"], ("stage2", 0)),
     "in the second stage": ("stage2", 2, ["--checkpoint-every", "2"], ("stage2", 2)),
+    "at every step, unasked": ("stage1", 3, [], ("stage1", 3)),
 }
 
 
@@ -116,8 +117,9 @@ class TestKilled:
 
     def test_text_is_encoded_once(self, here: Here, demo_f32: Path, whole: Path, tmp_path: Path) -> None:
         """From a prompt; the record of the run has the phases of both processes."""
-        args = ["generate", PROMPT, "-m", str(demo_f32), "-o", str(tmp_path / "clip.mp4"), *SIZE]
-        command = [sys.executable, "-c", STOPPED, "9", "stage1", "2", *args, "--checkpoint-every", "1"]
+        args = ["generate", PROMPT, "-m", str(demo_f32), "-o", str(tmp_path / "clip.mp4"), *SIZE, *SEED]
+        args.append("--no-metadata")
+        command = [sys.executable, "-c", STOPPED, "9", "stage1", "2", *args]
         assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
         ended = here(*args, "--resume")
         assert ended.code == 0 and "text_encoder: done" not in ended.err
@@ -129,13 +131,13 @@ class TestKilled:
     ) -> None:
         stopped(signal.SIGKILL, "video_vae", 0)
         args = ["generate", "-m", demo_f32, "--latents", tmp_path / STATE, "-o", tmp_path / "by-hand.mp4"]
-        assert here(*args).code == 0
+        assert here(*args, "--no-metadata").code == 0
         assert (tmp_path / "by-hand.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
 
     def test_without_a_state_it_starts_again(
         self, here: Here, arguments: list[str], stopped: Stopped, whole: Path, tmp_path: Path
     ) -> None:
-        stopped(signal.SIGKILL, "stage1", 2)
+        stopped(signal.SIGKILL, "stage1", 2, "--checkpoint-every", "0")
         assert not (tmp_path / STATE).exists()
         ended = here(*arguments, "--resume")
         assert ended.code == 0 and f"warning: there is no {STATE} to continue" in ended.err
@@ -164,10 +166,26 @@ class TestInterrupted:
         assert same(tmp_path / "latents", whole / "latents")
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
 
-    def test_without_a_state_it_says_so(self, stopped: Stopped, tmp_path: Path) -> None:
-        ended = stopped(signal.SIGINT, "stage1", 2, "--json")
+    @pytest.mark.parametrize("options", [(), ("--checkpoint-every", "0")])
+    def test_at_any_moment(self, stopped: Stopped, tmp_path: Path, options: tuple[str, ...]) -> None:
+        """Also before there is a state: then the command is the same one, its seed said."""
+        ended = stopped(signal.SIGINT, "stage1", 0, "--json", *options)
         assert ended.returncode == 130
-        assert json.loads(ended.stdout)["error"]["fix"] == "run the same command again"
+        fix = json.loads(ended.stdout)["error"]["fix"]
+        same_command = " ".join([*SEED, "--no-metadata", "--json", *options])
+        assert fix.startswith("this continues: ltx2 generate ") and fix.endswith(same_command)
+
+    def test_a_drawn_seed_goes_on(
+        self, here: Here, arguments: list[str], whole: Path, tmp_path: Path, demo_f32: Path
+    ) -> None:
+        """The same command with --resume, or the one that is said, means the same seed."""
+        without = [arg for arg in arguments if arg not in SEED]
+        command = [sys.executable, "-c", STOPPED, "2", "stage2", "1", *without]
+        said = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=listen).stderr
+        options = json.loads(open_tensorfile(tmp_path / STATE).metadata["run"])["options"]
+        assert f"--seed {options['seed']} --resume" in said
+        assert here(*without, "--resume").code == 0
+        assert json.loads((tmp_path / "clip.json").read_text())["request"]["seed"] == options["seed"]
 
 
 class TestFailed:
@@ -255,7 +273,7 @@ class TestRefused:
 
 class TestPython:
     def options(self, folder: Path, whole: Path) -> dict[str, Any]:
-        options = {"embeddings": whole / "embeddings", "width": 64, "height": 64, "frames": 9}
+        options = {"embeddings": whole / "embeddings", "width": 64, "height": 64, "frames": 9, "seed": 10}
         return options | {"state": folder / "state.safetensors"}
 
     def test_a_stream_that_is_closed(self, demo_f32: Path, whole: Path, tmp_path: Path) -> None:
@@ -273,7 +291,7 @@ class TestPython:
 
     @pytest.mark.parametrize("option", [{"resume": True}, {"checkpoint_every": 2}])
     def test_a_state_needs_a_place(self, demo_f32: Path, option: dict[str, Any]) -> None:
-        with pytest.raises(InputError, match=r"no effect without state.*add state"):
+        with pytest.raises(InputError, match=r"no effect without state.*add state=FILE"):
             ltx2.load(demo_f32).stream(PROMPT, **option)
 
     def test_nothing_is_written_without_being_asked(

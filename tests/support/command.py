@@ -11,6 +11,7 @@ from typing import Any
 
 SCRIPT = Path(sys.executable).with_name("ltx2")
 SIZE = ["--width", "64", "--height", "64", "--frames", "9"]
+SEED = ["--seed", "10"]
 PARTS = ("error", "why: ", "fix: ")
 
 

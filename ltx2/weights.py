@@ -1,0 +1,58 @@
+"""Model folders by path, by name in `weights/`, or the only one there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ltx2.runtime.errors import ModelFolderError, UsageError
+from ltx2.runtime.files.paths import is_base_name
+from ltx2.runtime.model.layout import MANIFEST
+
+WEIGHTS = Path("weights")
+
+
+def find_model(model: Path | None) -> Path:
+    """The folder at a path, else of this name in `weights/`; None: the only one there.
+
+    Raises UsageError where none is named and there is not exactly one, ModelFolderError for a name that is known for
+    something else. What else is wrong with a folder is said by what opens it.
+    """
+    if model is None:
+        return _only_one()
+    named = WEIGHTS / model
+    if not model.exists() and is_base_name(str(model)) and named.is_dir():
+        model = named
+    if not model.exists() and is_base_name(str(model)):
+        _check_name(str(model))
+    if model.is_dir() and not (model / MANIFEST).exists() and (inside := list(_models(model))):
+        why = f"it holds model folders: {', '.join(str(path) for path in inside)}"
+        raise ModelFolderError(f"{model} is not a model folder", why, f"use -m {inside[0]}")
+    return model
+
+
+def _only_one() -> Path:
+    models = list(_models(WEIGHTS))
+    if len(models) == 1:
+        return models[0]
+    what, fix = "no model is named", "ltx2 download ltx-2-distilled --convert --bits 4 makes one"
+    if not models:
+        raise UsageError(what, f"and there is none in {WEIGHTS}/", f"use -m MODEL; {fix}")
+    raise UsageError(what, f"and {WEIGHTS}/ has {len(models)}", f"use -m {' or -m '.join(m.name for m in models)}")
+
+
+def _models(folder: Path) -> Iterator[Path]:
+    """Model folders in a folder."""
+    return (path.parent for path in sorted(folder.glob(f"*/{MANIFEST}")))
+
+
+def _check_name(name: str) -> None:
+    """Raises ModelFolderError for a name that `download` knows."""
+    from ltx2.convert.fetch.catalogue import catalogue
+
+    known = catalogue()
+    if name in known.bundles:
+        why = "it is the name of what can be downloaded"
+        fix = f"ltx2 download {name} --convert --bits 4, then use -m {name}-q4"
+        raise ModelFolderError(f"there is no model folder {name}", why, fix)
+    if name in known.published:
+        why = "it is the name of a published file, which must be converted first"
+        raise ModelFolderError(f"there is no model folder {name}", why, f"ltx2 download {name}, then ltx2 convert")

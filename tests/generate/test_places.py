@@ -1,0 +1,159 @@
+"""Where a run's files go: made sure of before the work, never a clip that was there."""
+
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ltx2
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.files.atomic import claimed
+from ltx2.runtime.generate.places import state_path
+from ltx2.runtime.generate.sidecar import Sidecar, sidecar_path
+from ltx2.runtime.media.video import read_comment, read_video
+from tests.support.command import Here
+
+PROMPT = "a red square"
+SIZE: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "seed": 1, "no_audio": True}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+class TestNames:
+    def test_beside_the_clip(self) -> None:
+        assert sidecar_path(Path("a/kite.mp4")) == Path("a/kite.json")
+        assert state_path(Path("a/kite.v2.mp4")) == Path("a/kite.v2.unfinished.safetensors")
+
+    @pytest.mark.parametrize("length", [221, 228, 240, 251])
+    def test_any_legal_length(self, demo_f32: Path, tmp_path: Path, length: int) -> None:
+        """In bytes before `.mp4`; a file system allows 255 in all."""
+        for letters in ("n" * length, "ä" * (length // 2)):
+            clip = tmp_path / letters / f"{letters}.mp4"
+            clip.parent.mkdir()
+            list(ltx2.load(demo_f32).stream(PROMPT, output=clip, state=state_path(clip), **SIZE))
+            assert set(clip.parent.iterdir()) == {clip, sidecar_path(clip)}
+            assert len(os.fsencode(state_path(clip).name)) <= 255
+
+    @pytest.mark.parametrize("target", [".", "..", "/"])
+    def test_a_folder(self, here: Here, demo_f32: Path, target: str) -> None:
+        here("generate", PROMPT, "-m", demo_f32, "-o", target).failed(1, f"cannot write {target}", "it is a folder")
+
+
+class TestUnasked:
+    def test_a_clip_is_not_replaced(self, generate: Here, tmp_path: Path) -> None:
+        (tmp_path / "clip.mp4").write_bytes(b"mine")
+        generate(PROMPT).failed(1, "clip.mp4 is already there", "--force")
+        assert (tmp_path / "clip.mp4").read_bytes() == b"mine" and names(tmp_path) == ["clip.mp4"]
+        assert generate(PROMPT, "--force").code == 0
+        assert len(read_video(tmp_path / "clip.mp4")[0]) == 9
+
+    def test_nor_a_file_that_would_become_its_record(self, generate: Here, tmp_path: Path) -> None:
+        (tmp_path / "clip.json").write_text('{"my": "notes"}')
+        generate(PROMPT).failed(1, "clip.json is already there", "--force")
+
+    def test_a_record_without_its_clip_is(self, generate: Here, tmp_path: Path) -> None:
+        assert generate(PROMPT).code == 0
+        (tmp_path / "clip.mp4").unlink()
+        assert generate(PROMPT).code == 0
+
+    def test_in_python(self, demo_f32: Path, tmp_path: Path) -> None:
+        pipe, clip = ltx2.load(demo_f32), tmp_path / "clip.mp4"
+        clip.touch()
+        with pytest.raises(InputError, match="already there"):
+            pipe.stream(PROMPT, output=clip, **SIZE)
+        list(pipe.stream(PROMPT, output=clip, force=True, **SIZE))
+        assert clip.stat().st_size
+
+    def test_a_second_run_of_the_same_name(self, generate: Here, tmp_path: Path) -> None:
+        """It ends at its start, and the first one goes on."""
+        with claimed(tmp_path / "clip.mp4") as claim:
+            generate(PROMPT).failed(1, "clip.mp4 is being written", "another process")
+            assert claim.partial.exists()
+        assert generate(PROMPT).code == 0
+
+
+class TestRoom:
+    @pytest.mark.parametrize("free", [0, 8000])
+    def test_a_disk_that_is_too_small(
+        self, generate: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int
+    ) -> None:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - free, free))
+        generate(PROMPT).failed(3, "the disk is too small")
+        assert names(tmp_path) == []
+
+    def test_a_side_file_that_cannot_be_written_is_a_warning(
+        self, generate: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        for writer in ("write_latents", "write_sidecar"):
+            monkeypatch.setattr(f"ltx2.runtime.generate.pipeline.{writer}", full)
+        monkeypatch.setattr("ltx2.runtime.generate.resume.write_tensors", full)
+        done = generate(PROMPT, "--save-latents", tmp_path / "latents")
+        assert done.code == 0 and names(tmp_path) == ["clip.mp4"]
+        for name in ("clip.unfinished.safetensors", "latents", "clip.json"):
+            assert any(name in line and "No space left" in line for line in done.err.splitlines()), name
+
+
+class TestSettings:
+    """Inside the clip."""
+
+    @pytest.fixture(scope="class")
+    def made(self, demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        clip = tmp_path_factory.mktemp("made") / "clip.mp4"
+        prompt = 'a "red" square; 50 % = half #1, \\ and\na new line ü'
+        list(ltx2.load(demo_f32).stream(prompt, output=clip, **SIZE))
+        return clip
+
+    def test_are_those_beside_it(self, made: Path) -> None:
+        record, settings = json.loads(sidecar_path(made).read_text()), json.loads(read_comment(made))
+        assert settings == {name: record[name] for name in settings}
+        assert settings["request"]["seed"] == 1 and "\n" in settings["request"]["prompt"]
+
+    def test_repeat_the_clip(self, here: Here, made: Path, tmp_path: Path) -> None:
+        (tmp_path / "moved.mp4").write_bytes(made.read_bytes())
+        assert here("generate", "--from", tmp_path / "moved.mp4", "-o", tmp_path / "again.mp4").code == 0
+        assert (tmp_path / "again.mp4").read_bytes() == made.read_bytes()
+
+    def test_may_be_left_out(self, generate: Here, here: Here, tmp_path: Path) -> None:
+        assert generate(PROMPT, "--no-metadata").code == 0
+        assert read_comment(tmp_path / "clip.mp4") == ""
+        here("generate", "--from", tmp_path / "clip.mp4").failed(1, "cannot repeat", "the .json beside it")
+
+    def test_a_clip_in_memory_has_them_too(self, demo_f32: Path, made: Path, tmp_path: Path) -> None:
+        prompt = json.loads(read_comment(made))["request"]["prompt"]
+        clip = ltx2.load(demo_f32).generate(prompt, **SIZE)
+        assert clip.save(tmp_path / "clip.mp4").read_bytes() == made.read_bytes()
+
+    def test_home_is_not_named(
+        self, here: Here, demo_f32: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        model = tmp_path / "models" / "demo"
+        shutil.copytree(demo_f32, model)
+        latents, size = tmp_path / "l.safetensors", ["--width", "64", "--height", "64", "--frames", "9", "--no-audio"]
+        assert here("generate", PROMPT, "-m", model, *size, "--save-latents", latents).code == 0
+        clip = tmp_path / "clip.mp4"
+        assert here("generate", "--latents", latents, "-m", model, "-o", clip, "--no-audio").code == 0
+        assert str(tmp_path) not in sidecar_path(clip).read_text() + read_comment(clip)
+        earlier = Sidecar.read(clip)
+        assert (earlier.model, earlier.request["latents"]) == (model, "~/l.safetensors")
+        assert here("generate", "--from", clip, "-o", tmp_path / "again.mp4").code == 0
+
+    def test_a_given_file_that_has_changed(self, generate: Here, here: Here, tmp_path: Path) -> None:
+        latents, clip, again = tmp_path / "l.safetensors", tmp_path / "clip.mp4", tmp_path / "again.mp4"
+        assert generate(PROMPT, "--save-latents", latents, to="first.mp4").code == 0
+        assert generate("--latents", latents, size=[]).code == 0
+        content = bytearray(latents.read_bytes())
+        content[-1] ^= 1
+        latents.write_bytes(content)
+        here("generate", "--from", clip, "-o", again).failed(1, "has changed", "--latents anew")
+        assert here("generate", "--from", clip, "--latents", latents, "-o", again).code == 0
