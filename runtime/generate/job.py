@@ -149,10 +149,10 @@ class Job:
     def grid(self, downscale: int = 1, sizes: Sizes | None = None) -> Grid:
         """The latents of the output, each side divided by `downscale`; also for other `sizes` than the job's."""
         channels = self.video_config.latent_channels, self.audio_config.latent_channels
+        sizes = sizes or self.sizes
         if self.request.no_video:
-            grid = replace(sizes or self.sizes, width=0, height=0).grid(downscale, self.scales, *channels)
-            return grid
-        return (sizes or self.sizes).grid(downscale, self.scales, *channels)
+            sizes = replace(sizes, width=0, height=0)
+        return sizes.grid(downscale, self.scales, *channels)
 
     def stage_grid(self, number: int, sizes: Sizes | None = None) -> Grid:
         """The latents of a stage."""
@@ -235,10 +235,9 @@ class Job:
 
     def _own_states(self, number: int, start: Streams[mx.array]) -> Streams[StreamState]:
         grid = self.stage_grid(number)
-        if self.request.no_video:
-            states = begin_states(grid, self.sizes.fps, self.scales, start)
-            return Streams(None, states.audio)
         states = begin_states(grid, self.sizes.fps, self.scales, start)
+        if self.request.no_video:
+            return Streams(None, states.audio)
         if states.video is None or not self.transformer_config.use_keyframes_abs_pos_embedding:
             return states
         # The first latent frame stands for one single frame.
