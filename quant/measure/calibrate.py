@@ -177,7 +177,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """A file's prompts, one per line. Raises InputError when there is none."""
     try:
         with open_regular(path) as file:
-            lines = file.read().decode().splitlines()
+            lines = file.read().decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         fix = "name a text file with one prompt per line"
         raise InputError(f"cannot read the prompts {path}", str(error), fix) from error

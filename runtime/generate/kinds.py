@@ -104,14 +104,15 @@ class Option(ABC, Generic[Given, Value]):
 class Text(Option[StrPath | None, str | None]):
     """Any text."""
 
-    kind = "a text"
+    kind = "a text in UTF-8"
     type: ClassVar[Any] = str
 
     def read(self, value: Any) -> str:
         text = os.fspath(value)
         if not isinstance(text, str):
             raise TypeError
-        return text
+        text.encode()  # raises ValueError for bytes that were no UTF-8 on a command line
+        return text.removeprefix("\ufeff")  # the mark that some editors begin a file with
 
 
 @dataclass(eq=False)

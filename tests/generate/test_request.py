@@ -141,6 +141,11 @@ class TestOptions:
         row = ROWS["matmul"]
         assert isinstance(row, Choice) and row.choices == (AUTO, *PRODUCTS)
 
+    def test_prompts_from_files_of_other_systems(self) -> None:
+        assert Request.from_options({"prompt": "\ufeffa red square"}).prompt == "a red square"
+        with pytest.raises(InputError, match="must be a text in UTF-8"):
+            Request.from_options({"prompt": "caf\udce9"})
+
     def test_unknown_option(self) -> None:
         with pytest.raises(InputError, match=r"'widht'.*no such option.*width"):
             Request.from_options({"widht": 64})
