@@ -151,6 +151,29 @@ def quantize(
     return next(event.report for event in list(events) if isinstance(event, Quantized))
 
 
+def verify(model: StrPath, *, sources: Sources = (), stats: StrPath | None = None) -> dict[str, Any]:
+    """Check every file, hash, tensor and shape of a model folder, and with the `sources` it was converted from every
+    value; returns what was found right. Raises VerificationError that lists the differences."""
+    from functools import partial
+
+    from ltx2.convert.verify import Verified
+    from ltx2.convert.verify import verify as check_folder
+    from ltx2.quant.measure.statistics import Statistics
+    from ltx2.quant.plan.replan import repack
+
+    paths = [sources] if isinstance(sources, str | PathLike) else sources
+    statistics = None if stats is None else Statistics.open(Path(stats))
+    events = check_folder(Path(model), [Path(path) for path in paths], partial(repack, statistics=statistics))
+    return next(event.to_dict() for event in events if isinstance(event, Verified))
+
+
+def inspect(path: StrPath) -> dict[str, Any]:
+    """What a published file, a folder of them or a model folder contains, from headers alone."""
+    from ltx2.convert.inspect import inspect as describe
+
+    return describe(Path(path))
+
+
 def _path(path: StrPath | None) -> Path | None:
     return None if path is None else Path(path)
 

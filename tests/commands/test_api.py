@@ -36,6 +36,12 @@ class TestNames:
         assert {"load", "convert", "quantize", "Clip", "__version__"} <= set(dir(ltx2))
         assert all(callable(getattr(ltx2, name)) for name in ("load", "convert", "quantize", "Clip"))
 
+    def test_errors_events_and_checks(self, demo_f32: Path) -> None:
+        assert issubclass(ltx2.UsageError, ltx2.InputError) and issubclass(ltx2.InputError, ltx2.Ltx2Error)
+        assert ltx2.events.StepDone is StepDone and ltx2.events.Saved is Saved
+        assert ltx2.verify(demo_f32)["verified"] is True
+        assert "transformer" in ltx2.inspect(demo_f32)["components"]
+
     def test_others_are_not(self) -> None:
         with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
             _ = ltx2.nonsense
