@@ -28,7 +28,7 @@ from ltx2.runtime.networks.audio.vocoder import ResBlock as VocoderResBlock
 from ltx2.runtime.networks.audio.vocoder import Upsample
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
 from ltx2.runtime.networks.transformer.config import StreamConfig, TransformerConfig
-from ltx2.runtime.networks.transformer.inputs import Ropes
+from ltx2.runtime.networks.transformer.inputs import Ropes, Text
 from ltx2.runtime.networks.transformer.modulation import gated_add, rms_modulate
 from ltx2.runtime.networks.video_vae.layers import Border
 from ltx2.runtime.networks.video_vae.layers import ResBlock as VideoResBlock
@@ -115,10 +115,10 @@ def test_block(measure: Time) -> None:
 
     def context(stream: StreamConfig, tokens: int) -> StreamContext:
         modulation, cross, gate = (normal(1, 1, rows, stream.dim) for rows in (config.modulation_rows, 4, 1))
-        ropes = Ropes(tables(tokens, stream.dim), tables(tokens, DIM // 2))
+        ropes = Ropes(tables(tokens, stream.dim), tables(tokens, DIM // 2), np.zeros((1, tokens), np.float32))
         level = normal(1, 1, stream.dim)
         text = normal(1, TEXT, stream.dim)
-        return StreamContext(stream, text, ropes, modulation, level, cross, cross_gate=gate)
+        return StreamContext(stream, Text(text, text), ropes, modulation, level, cross, cross_gate=gate)
 
     contexts = Streams(context(config.video, TOKENS), context(config.audio, SOUND))
     measure(lambda x, y: tuple(block(Streams(x, y), contexts).values()), x, y)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ltx2.bench.plots.plot import COLOURS, INK, drawing, log_scale
 from ltx2.bench.quality.metrics import Array
-from ltx2.bench.quality.teacher import ENDS
+from ltx2.bench.quality.teacher import STREAMS
 
 if TYPE_CHECKING:
     from ltx2.bench.plots.plot import Axes, SubFigure
@@ -103,13 +103,13 @@ def _draw_map(axis: "Axes", kinds: Mapping[str, Mapping[int, float]], scale: Map
 
 def _draw_steps(axis: "Axes", steps: Sequence[Row]) -> None:
     """The velocity's error on the reference's tokens, a line per stream and stage."""
-    for name, colour in zip(ENDS, COLOURS, strict=False):
+    for name, colour in zip(STREAMS, COLOURS, strict=False):
         for stage in dict.fromkeys(step["stage"] for step in steps):
             places = [place for place, step in enumerate(steps) if step["stage"] == stage]
             errors = [100 * steps[place][name]["relative_error"] for place in places]
             label = name if stage == steps[0]["stage"] else None
             axis.plot(places, errors, color=colour, marker="o", markersize=3.5, linewidth=1.2, label=label)
-    if any(step[name]["relative_error"] for step in steps for name in ENDS):
+    if any(step[name]["relative_error"] for step in steps for name in STREAMS):
         log_scale(axis)
     axis.set_title("velocity of each step, on the reference's tokens")
     axis.set_ylabel("relative error, %")

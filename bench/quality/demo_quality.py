@@ -32,7 +32,7 @@ from ltx2.bench.quality.demo_models import REFERENCE, SIZE, DemoModel, demo_mode
 from ltx2.bench.quality.demo_prompts import Prompt, random_prompts
 from ltx2.bench.quality.metrics import Array, Difference
 from ltx2.bench.quality.quality import clip_row, model_facts, strip
-from ltx2.bench.quality.teacher import ENDS, Case, Comparison, Recording, compare, make, packed_layers, record
+from ltx2.bench.quality.teacher import STREAMS, Case, Comparison, Recording, compare, make, packed_layers, record
 from ltx2.bench.speed.stats import write_receipt
 from ltx2.runtime.events import Event
 from ltx2.runtime.files.atomic import write_text
@@ -127,13 +127,13 @@ def _distances(recording: Recording, comparison: Comparison, layers: Mapping[str
     """`layers`: the root mean square of the relative errors of the transformer's packed layers."""
     known = ((layer, d.relative) for (component, layer), d in comparison.layers.items() if component == TRANSFORMER)
     errors = [error for layer, error in known if layer in layers[TRANSFORMER]]
-    velocity = {name: sum((s[name] for s in comparison.velocity.values()), Difference()) for name in ENDS}
+    velocity = {name: sum((s[name] for s in comparison.velocity.values()), Difference()) for name in STREAMS}
     return {
         **clip_row(recording, comparison),
         "layers": sqrt(mean(error**2 for error in errors)),
-        "contexts": {name: comparison.contexts[name].relative for name in ENDS},
-        "velocity": {name: velocity[name].relative for name in ENDS},
-        "cosine": {name: velocity[name].cosine for name in ENDS},
+        "contexts": {name: comparison.contexts[name].relative for name in STREAMS},
+        "velocity": {name: velocity[name].relative for name in STREAMS},
+        "cosine": {name: velocity[name].cosine for name in STREAMS},
     }
 
 
@@ -201,7 +201,7 @@ def _model_row(models: Models, model: DemoModel, prompts: Sequence[Prompt]) -> R
         return row
     compared = found[:COMPARED]
     single = {name: _median(result[name] for result in compared) for name in MEASURES}
-    pairs = {name: {end: _median(r[name][end] for r in compared) for end in ENDS} for name in PAIRS}
+    pairs = {name: {end: _median(r[name][end] for r in compared) for end in STREAMS} for name in PAIRS}
     return row | single | pairs
 
 

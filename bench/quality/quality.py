@@ -18,7 +18,7 @@ import numpy as np
 
 from ltx2.bench.quality.metrics import Array, Difference, log_spectral_distance, psnr
 from ltx2.bench.quality.teacher import (
-    ENDS,
+    STREAMS,
     Case,
     Comparison,
     Differences,
@@ -71,9 +71,9 @@ class Quality:
         for layer, difference in comparison.layers.items():
             self.layers[layer] += difference
         for step, streams in comparison.velocity.items():
-            total = self.velocity.setdefault(step, dict.fromkeys(ENDS, Difference()))
-            self.velocity[step] = {name: total[name] + streams[name] for name in ENDS}
-        for name in ENDS:
+            total = self.velocity.setdefault(step, dict.fromkeys(STREAMS, Difference()))
+            self.velocity[step] = {name: total[name] + streams[name] for name in STREAMS}
+        for name in STREAMS:
             self.contexts[name] += comparison.contexts[name]
         self.clips.append(clip_row(recording, comparison))
         self.request = recording.clip.record["request"]
@@ -163,7 +163,7 @@ def clip_row(recording: Recording, comparison: Comparison) -> Row:
     return {
         "prompt": recording.prompt,
         "seed": theirs.record["request"]["seed"],
-        "latents": {name: _digits(comparison.latents[name].relative) for name in ENDS},
+        "latents": {name: _digits(comparison.latents[name].relative) for name in STREAMS},
         "psnr_db": round(ratio, 3) if isfinite(ratio) else None,  # None: no value differs
         "log_spectral_distance_db": distance,
     }
@@ -189,12 +189,12 @@ def make_receipt(folders: tuple[ModelFolder, ModelFolder], measured: Quality) ->
         "reference": model_facts(reference),
         "case": {name: measured.request[name] for name in COSTS},
         **{f"{name}_peak_bytes": max(p[f"{name}_peak_bytes"] for p in measured.peaks) for name in ("mlx", "process")},
-        "contexts": {name: _digits(measured.contexts[name].relative) for name in ENDS},
+        "contexts": {name: _digits(measured.contexts[name].relative) for name in STREAMS},
         "layers": _layer_rows(model, measured.layers),
         "steps": [_step_row(key, streams) for key, streams in measured.velocity.items()],
         "clips": measured.clips,
     }
-    velocity = {name: sum((streams[name] for streams in measured.velocity.values()), Difference()) for name in ENDS}
+    velocity = {name: sum((streams[name] for streams in measured.velocity.values()), Difference()) for name in STREAMS}
     return receipt | {"summary": _summary(measured.clips, velocity)}
 
 
@@ -295,7 +295,7 @@ def _summary_table(receipt: Row) -> tuple[str, list[str], list[list[str]]]:
     summary, count = receipt["summary"], len(receipt["clips"])
     ratio, distance = summary["psnr_db"], summary["log_spectral_distance_db"]
     pairs = (("text", receipt["contexts"]), ("velocity", summary["velocity"]), ("final latents", summary["latents"]))
-    rows = [[f"{what}, relative error", *(_percent(found[name]) for name in ENDS)] for what, found in pairs]
+    rows = [[f"{what}, relative error", *(_percent(found[name]) for name in STREAMS)] for what, found in pairs]
     rows += [
         ["frames, PSNR", "the same" if ratio is None else f"{ratio:.1f} dB", ""],
         ["sound, log-spectral distance", "", "" if distance is None else f"{distance:.2f} dB"],
@@ -305,7 +305,8 @@ def _summary_table(receipt: Row) -> tuple[str, list[str], list[list[str]]]:
 
 
 def _step_texts(row: Row) -> list[str]:
-    streams = [text for name in ENDS for text in (_percent(row[name]["relative_error"]), f"{row[name]['cosine']:.6f}")]
+    found = (row[name] for name in STREAMS)
+    streams = [text for one in found for text in (_percent(one["relative_error"]), f"{one['cosine']:.6f}")]
     return [f"stage {row['stage']}, step {row['step']}", f"{row['sigma']:g}", *streams]
 
 

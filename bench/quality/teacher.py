@@ -6,11 +6,11 @@ before it makes the clip on its own. Only one network is in memory at a time."""
 
 from collections import Counter
 from collections.abc import Collection, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,25 +20,20 @@ from ltx2.bench.quality.metrics import Array, Difference
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.clip import Clip, Generated
 from ltx2.runtime.generate.exchange import read_embeddings
-from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.observe import intercept
+from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Observe, Pipeline
-from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.transformer.config import TransformerConfig
-from ltx2.runtime.networks.transformer.inputs import Levels, StreamInput
+from ltx2.runtime.networks.transformer.inputs import Levels, Skips, StreamInput, Text
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.guidance import TEXT
-from ltx2.runtime.sampling.latents import audio_positions, video_positions
 from ltx2.runtime.streams import Streams
 
 # Components that have packed layers, which of a layer's calls (every n-th) are kept, and how many inputs of one: a
 # transformer is called once a step, the others once a clip. A published model's take 0.6 GB.
 KEPT = {"text_encoder": (1, 16), "connectors": (1, 16), "transformer": (3, 5)}
-# The transformer's first and last layer of each stream: what they are given and what they return is one step.
-ENDS = {"video": ("patchify_proj", "proj_out"), "audio": ("audio_patchify_proj", "audio_proj_out")}
-FIRST = ENDS["video"][0]  # of all layers that are called at a step
+STREAMS = ("video", "audio")
 
 Layer = tuple[str, str]  # component, path
 StepKey = tuple[int, int, float]  # stage, step (both from 1), noise level
@@ -65,10 +60,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Step:
-    """What the transformer was given at one step, and what it returned: (1, tokens, channels) of each stream."""
+    """A call of the transformer that leaves nothing out: tokens (1, tokens, channels) of each stream with their noise
+    levels, and the velocities that it returned, shaped as these."""
 
-    tokens: dict[str, mx.array]
-    velocities: dict[str, mx.array]
+    tokens: Streams[mx.array]
+    levels: Streams[Levels]
+    velocities: Streams[mx.array]
 
 
 @dataclass(frozen=True)
@@ -115,11 +112,10 @@ def record(
 
 def compare(model: Path, recording: Recording, case: Case) -> Generator[Event, None, Comparison]:
     """Make the clip with the other model, after giving it the reference's inputs; returns how far they are apart."""
-    request = Request.from_options({"prompt": recording.prompt, **case.options})
-    pupil = _Pupil(recording, Job(ModelFolder.open(model), request), case.dtype)
+    pupil = _Pupil(recording, case.dtype)
     contexts, clip = yield from _generated(model, recording.prompt, case, pupil)
-    text = {name: _difference(getattr(recording.contexts, name), getattr(contexts, name)) for name in ENDS}
-    latents = {name: Difference.between(recording.clip.latents[name], clip.latents[name]) for name in ENDS}
+    text = {name: _difference(getattr(recording.contexts, name), getattr(contexts, name)) for name in STREAMS}
+    latents = {name: Difference.between(recording.clip.latents[name], clip.latents[name]) for name in STREAMS}
     return Comparison(pupil.layers, pupil.velocity, text, latents, clip)
 
 
@@ -156,21 +152,18 @@ class _Recorder:
 
     def __call__(self, component: str, network: nn.Module) -> None:
         _cast(network, self._dtype)
-        if component == "transformer":
-            self.stages.append([])
         if component in KEPT:
-            intercept(network, partial(self._call, component))
+            watch(network, partial(self._see, component))
+        if isinstance(network, Transformer):
+            self.stages.append([])
+            network.around = self._call
 
-    def _call(self, component: str, path: str, layer: LinearLayer, x: mx.array) -> mx.array:
-        y = layer.multiply(x)
+    def _see(self, component: str, path: str, layer: LinearLayer, x: mx.array) -> None:
         every, _ = KEPT[component]
         if path in self._layers[component]:
             if self._calls[component, path] % every == 0:
                 self._keep_rows((component, path), layer, x)
             self._calls[component, path] += 1
-        if component == "transformer":
-            self._keep_step(path, x, y)
-        return y
 
     def _keep_rows(self, key: Layer, layer: LinearLayer, x: mx.array) -> None:
         kept = self.rows.setdefault(key, [])
@@ -178,63 +171,58 @@ class _Recorder:
         kept.append(Rows(inputs, _product(layer, inputs, bias), bias))
         mx.eval(inputs, kept[-1].products)  # or the whole input would stay in memory
 
-    def _keep_step(self, path: str, x: mx.array, y: mx.array) -> None:
-        for stream, (first, last) in ENDS.items():
-            if path == first:
-                if path == FIRST:
-                    self.stages[-1].append(Step({}, {}))
-                self.stages[-1][-1].tokens[stream] = x
-            elif path == last:
-                self.stages[-1][-1].velocities[stream] = y
-                mx.eval(y)
+    def _call(self, transformer: Transformer, inputs: Streams[StreamInput], skips: Skips) -> Streams[mx.array]:
+        velocities = transformer.velocities(inputs, skips)
+        text = next(inputs.values()).text
+        if not self.stages[-1]:
+            self._text = text  # of a guided step's calls, the first is the prompt's
+        if skips.nothing and text is self._text:
+            mx.eval(*velocities.values())
+            tokens, levels = inputs.map(lambda stream: stream.tokens), inputs.map(lambda stream: stream.levels)
+            self.stages[-1].append(Step(tokens, levels, velocities))
+        return velocities
 
 
 class _Pupil:
     """Observes the other model's networks, and gives them the reference's inputs first."""
 
-    def __init__(self, recording: Recording, job: Job, dtype: mx.Dtype | None) -> None:
+    def __init__(self, recording: Recording, dtype: mx.Dtype | None) -> None:
         self.layers: dict[Layer, Difference] = {}
         self.velocity: dict[StepKey, Differences] = {}
         self._recording = recording
-        self._job = job
         self._dtype = dtype
         self._stage = 0
-        self._transformer: Transformer | None = None  # until it has been taught
 
     def __call__(self, component: str, network: nn.Module) -> None:
         _cast(network, self._dtype)
         if component in KEPT:
-            intercept(network, partial(self._call, component))
-        if component == "transformer":
-            self._transformer = cast(Transformer, network)
+            watch(network, partial(self._see, component))
+        if isinstance(network, Transformer):
+            network.around = self._taught
 
-    def _call(self, component: str, path: str, layer: LinearLayer, x: mx.array) -> mx.array:
-        # At the first step's first layer the network is ready: its weights are read, or are supplied block by block.
-        if self._transformer is not None and path == FIRST:
-            transformer, self._transformer = self._transformer, None
-            self._teach(transformer)
-        key = component, path
-        rows = self._recording.rows.get(key)
+    def _see(self, component: str, path: str, layer: LinearLayer, _: mx.array) -> None:
+        rows = self._recording.rows.get(key := (component, path))
         if rows and key not in self.layers:  # measured when it is first called: then its weights are there
             pairs = ((row.products, _product(layer, row.inputs, row.bias)) for row in rows)
             self.layers[key] = sum((_difference(*pair) for pair in pairs), Difference())
-        return layer.multiply(x)
 
-    def _teach(self, transformer: Transformer) -> None:
-        """The velocities at the tokens of the reference's steps."""
+    def _taught(self, transformer: Transformer, inputs: Streams[StreamInput], skips: Skips) -> Streams[mx.array]:
+        """The stage's first call, when the network is ready; before it, the velocities at the reference's steps."""
+        transformer.around = None
         steps = self._recording.stages[self._stage]
         self._stage += 1
-        course, grid = self._job.course(self._stage), self._job.stage_grid(self._stage)
-        scales, contexts = self._job.scales, self._recording.contexts
-        positions = Streams(video_positions(grid, self._job.sizes.fps, scales), audio_positions(grid, scales))
-        prepared = transformer.project(Streams(contexts.video, contexts.audio)).zip(transformer.ropes(positions))
-        for number, (step, sigma) in enumerate(zip(steps, course.sigmas, strict=False), start=1):
-            levels = Levels(mx.array([sigma]), sigma=sigma)
-            inputs = {name: StreamInput(step.tokens[name], levels, *pair) for name, pair in prepared.items()}
-            velocities = dict(transformer(Streams(**inputs)).items())
-            self.velocity[self._stage, number, sigma] = {
-                stream: _difference(step.velocities[stream], velocities[stream]) for stream in ENDS
-            }
+        texts = transformer.project(self._recording.contexts)
+        for number, step in enumerate(steps, start=1):
+            given = inputs.named(partial(_given, step, texts))
+            pairs = step.velocities.zip(transformer(given))
+            sigma = float(next(step.levels.values()).sigma)
+            self.velocity[self._stage, number, sigma] = {name: _difference(*pair) for name, pair in pairs.items()}
+        return transformer(inputs, skips)
+
+
+def _given(step: Step, texts: Streams[Text], name: str, stream: StreamInput) -> StreamInput:
+    """What the transformer is called with at the reference's step, otherwise as in this call."""
+    return replace(stream, tokens=step.tokens.get(name), levels=step.levels.get(name), text=texts.get(name))
 
 
 def _cast(network: nn.Module, dtype: mx.Dtype | None) -> None:

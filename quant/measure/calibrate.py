@@ -17,7 +17,7 @@ import numpy as np
 from ltx2 import __version__
 from ltx2.convert.plan.folder import folder_plan
 from ltx2.quant.codes.inputs import Inputs
-from ltx2.quant.measure.recording import CallRecorder
+from ltx2.quant.measure.recording import CallRecorder, Stream
 from ltx2.quant.measure.sensitivity import Steps, measure
 from ltx2.quant.measure.statistics import About, Layer, identity, write_statistics
 from ltx2.runtime.errors import InputError, NumericsError
@@ -31,6 +31,9 @@ from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.transformer.inputs import Skips, StreamInput
+from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.streams import Streams
 
 BUILT_IN = Path(__file__).with_name("prompts.json")
 WATCHED = ("text_encoder", "connectors", "transformer")  # components with layers that are quantized
@@ -83,11 +86,11 @@ def _sums(rows: mx.array) -> tuple[mx.array, mx.array]:
 
 
 class Recorder:
-    """Watches networks and sums up what their linear layers are given, and may keep some of the denoiser's `calls`;
+    """Watches networks and sums up what their linear layers are given, and shows the transformer's calls to `keepers`;
     `observe` is a pipeline's."""
 
-    def __init__(self, calls: CallRecorder | None = None) -> None:
-        self.calls = calls
+    def __init__(self, keepers: Sequence[CallRecorder | Steps] = ()) -> None:
+        self.keepers = keepers
         self._moments: dict[Layer, _Moments] = {}
         self._latest: tuple[mx.array, _Moments] | None = None
 
@@ -96,8 +99,17 @@ class Recorder:
         self._latest = None
         if component in WATCHED:
             watch(network, partial(self._see, component))
-        if self.calls is not None:
-            self.calls.observe(network)
+        if isinstance(network, Transformer):
+            network.around = self._call
+            for keeper in self.keepers:
+                keeper.next_stage()
+
+    def _call(self, transformer: Transformer, inputs: Streams[StreamInput], skips: Skips) -> Streams[mx.array]:
+        if skips.nothing and all(stream.attention is None for stream in inputs.values()):
+            call = inputs.map(Stream.of)
+            for keeper in self.keepers:
+                keeper.see(call)
+        return transformer.velocities(inputs, skips)
 
     def _see(self, component: str, path: str, _: LinearLayer, x: mx.array) -> None:
         if self._latest is None or self._latest[0] is not x:  # queries, keys and values are made of the same input
@@ -138,15 +150,13 @@ def calibrate(
     started = time.monotonic()
     check_output(out)
     calls, steps = CallRecorder() if gptq else None, Steps() if sensitivity else None
-    recorder, options = Recorder(calls), dict(options or {})
-    pipeline, prompts = Pipeline(model, partial(_observe, recorder, steps)), tuple(prompts) or built_in_prompts()
+    recorder, options = Recorder([keeper for keeper in (calls, steps) if keeper is not None]), dict(options or {})
+    pipeline, prompts = Pipeline(model, recorder.observe), tuple(prompts) or built_in_prompts()
     seed = options.pop("seed", None) or 0
     for number, prompt in enumerate(prompts):
         yield PromptStarted(number + 1, len(prompts), prompt)
-        if calls is not None:
-            calls.next_prompt()
-        if steps is not None:
-            steps.next_prompt()
+        for keeper in recorder.keepers:
+            keeper.next_prompt()
         request = Request.from_options({"prompt": prompt, "seed": seed + number, "no_audio": True, **options})
         yield from pipeline.events(request, LATENTS)
     found = (yield from measure(pipeline.folder, steps)) if steps is not None else None
@@ -154,12 +164,6 @@ def calibrate(
     layers = recorder.layers()
     write_statistics(out, layers, about, found, calls.tensors() if calls is not None else None)
     yield Calibrated(str(out), len(layers), len(prompts), recorder.most, time.monotonic() - started)
-
-
-def _observe(recorder: Recorder, steps: Steps | None, component: str, network: nn.Module) -> None:
-    recorder.observe(component, network)
-    if steps is not None:
-        steps.observe(component, network)
 
 
 def _about(folder: ModelFolder, prompts: Sequence[str], options: Mapping[str, Any]) -> About:

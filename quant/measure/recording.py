@@ -1,78 +1,124 @@
-"""Calls of the denoiser, kept while a model works: what quantizing needs to run its blocks again, one by one."""
+"""Calls of the transformer, kept while a model works: what quantizing needs to run its blocks again, one by one."""
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.files.tensors import Array, TensorFile
-from ltx2.runtime.generate.observe import Stream, watch_calls
-from ltx2.runtime.networks.transformer.inputs import Levels
+from ltx2.runtime.layers.rope import Positions
+from ltx2.runtime.networks.transformer.inputs import Levels, Ropes, StreamInput, Text
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.streams import Streams
 
 EVERY = 3  # calls of a stage, of which one is kept; which one changes from prompt to prompt
 PARTS = ("tokens", "timesteps", "sigma", "positions")
-NAME = re.compile(rf"replay\.\d{{1,6}}\.(text|\d{{1,6}})\.(?:video|audio)(?:\.({'|'.join(PARTS)}))?")
-DTYPES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
+OPTIONAL = ("index", "marked")
+NAME = re.compile(rf"replay\.\d{{1,6}}\.(text|\d{{1,6}})\.(?:video|audio)(?:\.({'|'.join(PARTS + OPTIONAL)}))?")
+DTYPES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.int32: "I32"}
 Tensors = dict[str, tuple[str, Array]]  # name -> safetensors dtype and values
 
 
-Call = Streams[Stream]  # one denoise step; calls of one prompt share their texts' arrays
+@dataclass(frozen=True)
+class Stream:
+    """One stream of a call: tokens (1, tokens, channels) with their noise levels and marks (1, tokens, 1), and what its
+    text and its tables are made of: text (1, text tokens, width), positions (axes, tokens)."""
+
+    tokens: mx.array
+    levels: Levels
+    text: mx.array
+    positions: Positions
+    marked: mx.array | None = None
+
+    @classmethod
+    def of(cls, given: StreamInput) -> "Stream":
+        return cls(given.tokens, given.levels, given.text.context, given.ropes.positions, given.marked)
+
+
+Call = Streams[Stream]  # calls with the same text share its array
+
+
+def given(transformer: Transformer, call: Call) -> Streams[StreamInput]:
+    """What gives a transformer the same call again."""
+    texts = transformer.project(call.map(lambda stream: stream.text))
+    ropes = transformer.ropes(call.map(lambda stream: stream.positions))
+
+    def again(stream: Stream, made: tuple[Text, Ropes]) -> StreamInput:
+        return StreamInput(stream.tokens, stream.levels, *made, marked=stream.marked)
+
+    return call.map(again, texts.zip(ropes))
 
 
 class CallRecorder:
-    """Keeps a part of a pipeline's denoise steps."""
+    """Keeps a part of a pipeline's calls."""
 
     def __init__(self) -> None:
-        self._kept: list[list[Call]] = []
-        self._seen = 0
+        self._kept: list[tuple[Streams[mx.array], list[Call]]] = []  # texts, and calls with them
+        self._prompts = self._seen = 0
 
     def next_prompt(self) -> None:
         """What is seen from now on belongs to another prompt."""
-        self._kept.append([])
+        self._prompts += 1
 
-    def observe(self, network: nn.Module) -> None:
-        """Watch a network, which is one stage's, if it is a transformer."""
-        if isinstance(network, Transformer):
-            self._seen = len(self._kept)  # another step's turn for every prompt
-            watch_calls(network, self._see)
+    def next_stage(self) -> None:
+        self._seen = self._prompts  # another step's turn for every prompt
 
-    def _see(self, call: Call) -> None:
+    def see(self, call: Call) -> None:
         if self._seen % EVERY == 0:
-            self._kept[-1].append(call)
+            text = call.map(lambda stream: stream.text)
+            known = (calls for other, calls in self._kept if all(a is b for a, b in text.zip(other).values()))
+            calls = next(known, None)
+            if calls is None:
+                self._kept.append((text, calls := []))
+            calls.append(call)
         self._seen += 1
 
     def tensors(self) -> Tensors:
         """The calls as they are written to a file."""
         tensors: Tensors = {}
-        for prompt, calls in enumerate(self._kept):
+        for place, (text, calls) in enumerate(self._kept):
+            tensors |= {f"replay.{place}.text.{name}": _tensor(values) for name, values in text.items()}
             for number, call in enumerate(calls):
                 for name, stream in call.items():
-                    tensors[f"replay.{prompt}.text.{name}"] = _tensor(stream.text)
-                    values = vars(stream) | {"positions": mx.array(stream.positions)}
-                    values |= {"timesteps": stream.levels.values[None], "sigma": mx.array([[stream.levels.sigma]])}
-                    tensors |= {f"replay.{prompt}.{number}.{name}.{part}": _tensor(values[part]) for part in PARTS}
+                    prefix = f"replay.{place}.{number}.{name}"
+                    tensors |= {f"{prefix}.{part}": _tensor(values) for part, values in _parts(stream).items()}
         return tensors
+
+
+def _parts(stream: Stream) -> dict[str, mx.array]:
+    levels = stream.levels
+    parts = {
+        "tokens": stream.tokens,
+        "timesteps": levels.values[None],
+        "sigma": mx.array([[levels.sigma]]),
+        "positions": mx.array(stream.positions),
+        "index": levels.index,
+        "marked": stream.marked,
+    }
+    return {name: values for name, values in parts.items() if values is not None}
 
 
 def read_calls(file: TensorFile) -> Iterator[Call]:
     """The calls that a file of statistics holds. Raises LookupError where a part of one is missing."""
-    for prompt in _numbers(file.tensors, r"replay\.(\d+)\.text\.video"):
-        texts = {name: _array(file, f"replay.{prompt}.text.{name}") for name in ("video", "audio")}
-        for number in _numbers(file.tensors, rf"replay\.{prompt}\.(\d+)\.video\.tokens"):
-            yield Call(*(_stream(file, f"replay.{prompt}.{number}.{name}", text) for name, text in texts.items()))
+    for place in _numbers(file.tensors, r"replay\.(\d+)\.text\.\w+"):
+        names = [name for name in ("video", "audio") if f"replay.{place}.text.{name}" in file.tensors]
+        texts = {name: _array(file, f"replay.{place}.text.{name}") for name in names}
+        for number in _numbers(file.tensors, rf"replay\.{place}\.(\d+)\.\w+\.tokens"):
+            prefix = f"replay.{place}.{number}"
+            yield Streams(**{name: _stream(file, f"{prefix}.{name}", text) for name, text in texts.items()})
 
 
 def _numbers(names: Mapping[str, object], pattern: str) -> list[int]:
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(pattern, name)))
+    return sorted({int(match[1]) for name in names if (match := re.fullmatch(pattern, name))})
 
 
 def _stream(file: TensorFile, name: str, text: mx.array) -> Stream:
     tokens, timesteps, sigma, positions = (_array(file, f"{name}.{part}") for part in PARTS)
-    return Stream(tokens, Levels(timesteps[0], sigma=sigma), text, np.array(positions))
+    found = (f"{name}.{part}" for part in OPTIONAL)
+    index, marked = (_array(file, part) if part in file.tensors else None for part in found)
+    return Stream(tokens, Levels(timesteps[0], index, sigma), text, np.array(positions), marked)
 
 
 def _tensor(values: mx.array) -> tuple[str, Array]:

@@ -8,7 +8,7 @@ from its weights as they are before packing: nothing depends on what was packed 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,14 +19,14 @@ from ltx2.convert.plan.entries import Move, Plan, decoded, kept_layers
 from ltx2.quant.codes.correlations import Correlations, Feedback, make_feedback
 from ltx2.quant.codes.on_cpu import OnCpu
 from ltx2.quant.codes.on_gpu import OnGpu, is_gpu
-from ltx2.quant.measure.recording import Call
+from ltx2.quant.measure.recording import Call, Stream, given
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.observe import Stream, given, watch
+from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
 from ltx2.runtime.networks.transformer.config import TransformerConfig
-from ltx2.runtime.networks.transformer.inputs import StreamInput
+from ltx2.runtime.networks.transformer.inputs import Ropes, StreamInput, Text
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.streams import Streams
 
@@ -97,12 +97,20 @@ class Replay:
         """All calls as the first block is given them."""
         network = Transformer(TransformerConfig.from_dict({**self._config, "num_layers": 0}))
         self._load(network, {key: key for key in self._weights if not key.startswith(f"{BLOCKS}.")})
-        streams, first = _Streams(network), _FirstBlock()
+        first, texts, ropes = _FirstBlock(), dict[int, Text](), dict[tuple[Any, ...], Ropes]()
         network.transformer_blocks = cast(list[TransformerBlock], [first])
+
+        def shared(stream: Stream, made: StreamInput) -> StreamInput:
+            """What several calls have in common is held once."""
+            positions = stream.positions.shape, stream.positions.tobytes()
+            text = texts.setdefault(id(stream.text), made.text)
+            return replace(made, text=text, ropes=ropes.setdefault(positions, made.ropes))
+
         try:
             for call in self._calls:
-                network(streams.given(call))
-                mx.eval(*first.given[-1].x.values(), *(vars(context) for context in first.given[-1].contexts.values()))
+                network(call.map(shared, given(network, call)))
+                x, contexts = first.given[-1]
+                mx.eval(*x.values(), *((vars(context), context.text.tokens) for context in contexts.values()))
         except (ValueError, IndexError) as error:
             fix = "calibrate this model"
             raise InputError("the calls in the statistics do not fit the model", str(error), fix) from error
@@ -142,22 +150,6 @@ class _FirstBlock:
     def __call__(self, x: Streams[mx.array], contexts: Streams[StreamContext], _: int) -> Streams[mx.array]:
         self.given.append(_State(x, contexts))
         return x
-
-
-class _Streams:
-    """Prepares calls; what several have in common is held once."""
-
-    def __init__(self, network: Transformer) -> None:
-        self._network = network
-        self._first: dict[object, StreamInput] = {}  # of the calls with one text, and of those with the same positions
-
-    def given(self, call: Call) -> Streams[StreamInput]:
-        return call.map(self._shared, given(self._network, call))
-
-    def _shared(self, stream: Stream, made: StreamInput) -> StreamInput:
-        positions = stream.positions.shape, stream.positions.tobytes()
-        ropes, text = (self._first.setdefault(key, made) for key in (positions, id(stream.text)))
-        return replace(made, ropes=ropes.ropes, text=text.text)
 
 
 class _Sums:

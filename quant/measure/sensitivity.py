@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ltx2.convert.plan.entries import natural_order
-from ltx2.quant.measure.recording import Call
+from ltx2.quant.measure.recording import Call, given
 from ltx2.quant.measure.statistics import Layer
 from ltx2.quant.recipes.recipe import EVERY, block_counts, block_of, load_recipe
 from ltx2.runtime.events import Event, PhaseStarted, StepDone
 from ltx2.runtime.files.jsonfile import read_object
-from ltx2.runtime.generate.observe import given, intercept, watch_calls
+from ltx2.runtime.generate.observe import intercept
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.networks.load import load_network, read_weights
@@ -54,24 +53,24 @@ def load_method() -> Method:
 
 
 class Steps:
-    """Keeps what the transformer is given in the first stage of some prompts; `observe` is a pipeline's."""
+    """Keeps the transformer's calls in the first stage of some prompts."""
 
     def __init__(self) -> None:
         self.method = load_method()
         self._prompts: list[list[Call]] = []
-        self._due = False
+        self._stages = 0  # of a prompt, begun so far
 
     def next_prompt(self) -> None:
         """What is seen from now on belongs to another prompt."""
-        self._due = len(self._prompts) < self.method.prompts
+        self._prompts.append([])
+        self._stages = 0
 
-    def observe(self, component: str, network: nn.Module) -> None:
-        """Watch a network, which is one stage's, if it is the first stage's transformer."""
-        if component == TRANSFORMER and self._due:
-            steps: list[Call] = []
-            watch_calls(cast(Transformer, network), steps.append)
-            self._prompts.append(steps)
-            self._due = False
+    def next_stage(self) -> None:
+        self._stages += 1
+
+    def see(self, call: Call) -> None:
+        if self._stages == 1 and len(self._prompts) <= self.method.prompts:
+            self._prompts[-1].append(call)
 
     def chosen(self) -> list[Call]:
         """As many of every prompt's as the method asks for."""

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ltx2.runtime.layers.checks import check_varied
 from ltx2.runtime.machine.bounded import evaluate
-from ltx2.runtime.networks.transformer.inputs import KeptText, StreamInput, Text
+from ltx2.runtime.networks.transformer.inputs import StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.guidance import Guidance, Pass, passes
 from ltx2.runtime.sampling.latents import Segment
@@ -62,7 +62,7 @@ class Step(NamedTuple):
 
 class Denoiser:
     """A stage's transformer, with text projected and rotary tables made once. `contexts`: by name, (1, tokens, width)
-    of both streams. `keep`: contexts whose keys and values stay as long as they are the same (`KeptText`). Wrap a call
+    of both streams. `keep`: contexts whose keys and values stay as long as they are the same (`Text`). Wrap a call
     to watch it or to replay it."""
 
     def __init__(
@@ -75,10 +75,7 @@ class Denoiser:
         self.transformer = transformer
         self.states = states
         self._ropes = transformer.ropes(states.map(lambda state: state.positions))
-        self._texts: dict[str, Streams[Text]] = {}
-        for name, context in contexts.items():
-            text = transformer.project(context)
-            self._texts[name] = text.map(KeptText) if name in keep else text
+        self._texts = {name: transformer.project(context, name in keep) for name, context in contexts.items()}
 
     def __call__(self, x: Tokens, sigma: float, call: Pass) -> Tokens:
         """x0s, (1, tokens, channels) float32, that the transformer predicts for tokens at this noise level. Given

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +16,7 @@ from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.transformer.config import TransformerConfig
-from ltx2.runtime.networks.transformer.inputs import NOTHING, KeptText, Levels, Skips, StreamInput
+from ltx2.runtime.networks.transformer.inputs import NOTHING, Levels, Skips, StreamInput, Text
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.latents import Grid, Scales, audio_positions, video_positions
 from ltx2.runtime.streams import Streams
@@ -298,7 +298,7 @@ class TestKeptText:
         calls = [(sigma, skips) for sigma in (0.9, 0.4) for skips in (NOTHING, Skips(exchange=True))]
         plain = [case.run(case.given(sigma), skips) for sigma, skips in calls]
         keys = self.text_keys(case, monkeypatch)
-        text = case.given(0.9).map(lambda stream: KeptText(cast(mx.array, stream.text)))
+        text = case.given(0.9).map(lambda stream: Text(stream.text.tokens, stream.text.context, kept=True))
         for (sigma, skips), velocity in zip(calls, plain, strict=True):
             given = case.given(sigma).map(lambda stream, kept: replace(stream, text=kept), text)
             for name, values in case.run(given, skips).items():

@@ -23,18 +23,19 @@ from ltx2.quant.choose.fitted import Fit
 from ltx2.quant.choose.sample import candidates
 from ltx2.quant.codes.pack import pack, unpack
 from ltx2.quant.measure import sensitivity
-from ltx2.quant.measure.recording import Call
+from ltx2.quant.measure.recording import Call, Stream
 from ltx2.quant.measure.sensitivity import Method, velocities
 from ltx2.quant.measure.statistics import Statistics, write_statistics
 from ltx2.quant.recipes.recipe import Recipe, Rule, load_recipe
 from ltx2.runtime.errors import DoesNotFitError, InputError
 from ltx2.runtime.events import BytesDone
-from ltx2.runtime.generate.observe import watch_calls
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.networks.load import load_network
+from ltx2.runtime.networks.transformer.inputs import Skips, StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.streams import Streams
 from tests.support.command import Here
 from tests.support.encoded import demo_encoded, scaled, write
 from tests.support.folders import contents
@@ -160,9 +161,13 @@ def steps(demo_f32: Path) -> list[Call]:
     """What the transformer is given for another prompt, in both stages."""
     kept: list[Call] = []
 
+    def call(transformer: Transformer, inputs: Streams[StreamInput], skips: Skips) -> Streams[mx.array]:
+        kept.append(inputs.map(Stream.of))
+        return transformer.velocities(inputs, skips)
+
     def observe(component: str, network: nn.Module) -> None:
         if isinstance(network, Transformer):
-            watch_calls(network, kept.append)
+            network.around = call
 
     Pipeline(demo_f32, observe).generate("a blue star moves up on a black background in silence", no_audio=True, **SIZE)
     return kept[2::4]

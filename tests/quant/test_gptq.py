@@ -23,13 +23,14 @@ from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.codes.on_cpu import OnCpu
 from ltx2.quant.codes.on_gpu import OnGpu
 from ltx2.quant.codes.pack import pack, unpack
+from ltx2.quant.measure.recording import given
 from ltx2.quant.measure.replay import Replay
 from ltx2.quant.measure.statistics import Statistics
 from ltx2.quant.plan.replan import repack
 from ltx2.quant.report import Report
 from ltx2.runtime.errors import ConfigError, InputError
 from ltx2.runtime.files.tensors import bf16_to_f32, f32_to_bf16
-from ltx2.runtime.generate.observe import given, watch
+from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.layers.linear import Linear, Packed
 from ltx2.runtime.layers.packed import quantize_like
 from ltx2.runtime.layers.rotation import hadamard

@@ -98,7 +98,7 @@ class TestSteps:
             def ropes(self, positions: Streams[Any]) -> Streams[Any]:
                 return positions
 
-            def project(self, contexts: Streams[mx.array]) -> Streams[mx.array]:
+            def project(self, contexts: Streams[mx.array], kept: bool) -> Streams[mx.array]:
                 return contexts
 
             def __call__(self, inputs: Streams[StreamInput], skips: Skips) -> Streams[mx.array]:

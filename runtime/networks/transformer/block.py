@@ -9,7 +9,7 @@ import mlx.nn as nn
 from ltx2.runtime.layers.attention import Attention, FeedForward, Keys
 from ltx2.runtime.machine.bounded import queue, too_large
 from ltx2.runtime.networks.transformer.config import StreamConfig, TransformerConfig
-from ltx2.runtime.networks.transformer.inputs import KeptText, Ropes
+from ltx2.runtime.networks.transformer.inputs import Ropes, Text
 from ltx2.runtime.networks.transformer.modulation import Rows, gated_add, rms_modulate, scale_shift
 from ltx2.runtime.streams import Streams
 
@@ -22,7 +22,7 @@ class StreamContext:
     """What one stream brings to every block of one call. `n` is the number of its distinct noise levels."""
 
     stream: StreamConfig
-    text: mx.array | KeptText  # (1, text tokens, dim)
+    text: Text
     ropes: Ropes
     modulation: mx.array  # (1, n, 6 or 9, dim): self-attention, feed-forward and perhaps attention to the text
     embedded: mx.array  # (1, n, dim) the noise levels themselves
@@ -66,11 +66,7 @@ class Side:
         x = self._add(x, update, SELF)
         modulates = context.prompt_modulation is not None
         given = self._modulated(x, TEXT) if modulates else mx.fast.rms_norm(x, None, self._eps)
-        if isinstance(context.text, KeptText):
-            text = context.text.keys(number, self._text_keys)
-        else:
-            text = self._text_keys(context.text)
-        update = self._own("attn2")(given, text)
+        update = self._own("attn2")(given, context.text.keys(number, self._text_keys))
         return self._add(x, update, TEXT) if modulates else x + update
 
     def _text_keys(self, text: mx.array) -> Keys:

@@ -8,7 +8,7 @@ from typing import cast
 import mlx.core as mx
 
 from ltx2.runtime.layers.attention import Keys
-from ltx2.runtime.layers.rope import Rope
+from ltx2.runtime.layers.rope import Positions, Rope
 from ltx2.runtime.streams import Streams
 
 
@@ -27,35 +27,39 @@ class Ropes:
 
     own: Rope  # of self-attention
     cross: Rope  # of cross-attention between the streams: time only
+    positions: Positions  # (axes, tokens) that they are of
 
 
-class KeptText:
-    """Text for several calls: a block's keys and values of it are kept as long as the next call's would be the same.
-    That is for ever where no noise level modulates the text, else over the calls of one noise level (the passes of a
-    guided step). It must not outlive the weights. All blocks together keep 2 * text tokens * dim values each."""
+class Text:
+    """A stream's text as the blocks attend to it: `tokens` (1, text tokens, dim), and the `context` (1, text tokens,
+    width) that they are projected from.
 
-    def __init__(self, tokens: mx.array) -> None:
-        self.tokens = tokens  # (1, text tokens, dim), from `project`
+    Where it is `kept` for several calls, so are a block's keys and values of it, as long as the next call's would be
+    the same. That is for ever where no noise level modulates the text, else over the calls of one noise level (the
+    passes of a guided step). It must not outlive the weights. All blocks together keep 2 * text tokens * dim values
+    each."""
+
+    def __init__(self, tokens: mx.array, context: mx.array, kept: bool = False) -> None:
+        self.tokens, self.context, self.kept = tokens, context, kept
         self._level: float | None = None
         self._keys: dict[int, Keys] = {}
 
-    def at(self, level: float | mx.array | None) -> "KeptText":
+    def at(self, level: float | mx.array | None) -> "Text":
         """For a call at the noise level that modulates the text; None: none does."""
-        if isinstance(level, mx.array):
+        if self.kept and isinstance(level, mx.array):
             level = cast(float, level.item())  # waits for the device; samplers give numbers
-        if level != self._level:
+        if self.kept and level != self._level:
             self._keys.clear()
-            self._level = level
+            self._level = cast(float | None, level)
         return self
 
     def keys(self, block: int, make: Callable[[mx.array], Keys]) -> Keys:
         """A block's, made of the tokens if they are not there."""
+        if not self.kept:
+            return make(self.tokens)
         if block not in self._keys:
             self._keys[block] = make(self.tokens)
         return self._keys[block]
-
-
-Text = mx.array | KeptText
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class StreamInput:
 
     tokens: mx.array  # (1, tokens, channels)
     levels: Levels
-    text: Text  # (1, text tokens, dim), from `project`
+    text: Text  # from `project`
     ropes: Ropes
     marked: mx.array | None = None  # (1, tokens, 1), 1 where the token is one single frame
     attention: mx.array | None = None  # (1, 1, tokens, tokens) or broadcastable, added to self-attention's scores
@@ -79,6 +83,11 @@ class Skips:
     exchange: bool = False  # cross-attention between the streams, in all blocks
     # Streams that no block updates; the other one still attends to their tokens.
     idle: Streams[bool] = field(default_factory=Streams)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the call leaves nothing out."""
+        return not (self.exchange or any(self.values.values()) or any(self.idle.values()))
 
 
 NOTHING = Skips()

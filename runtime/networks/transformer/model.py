@@ -3,7 +3,7 @@
 Notable: two streams of different width joined by cross-attention in every block; per-token noise levels; text reaches
 the blocks through small projections; positions are seconds and pixels, not indices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ from ltx2.runtime.layers.rope import Positions, rope_tables
 from ltx2.runtime.machine.bounded import queue
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
 from ltx2.runtime.networks.transformer.config import StreamConfig, TransformerConfig
-from ltx2.runtime.networks.transformer.inputs import NOTHING, KeptText, Levels, Ropes, Skips, StreamInput
+from ltx2.runtime.networks.transformer.inputs import NOTHING, Levels, Ropes, Skips, StreamInput, Text
 from ltx2.runtime.networks.transformer.modulation import AdaLayerNormSingle, Rows, scale_shift
 from ltx2.runtime.streams import Streams
 
@@ -43,7 +43,10 @@ class Supply(Protocol):
 
 
 class Transformer(nn.Module):
-    """AVTransformer3DModel. Attribute names are the checkpoint's."""
+    """AVTransformer3DModel. Attribute names are the checkpoint's. `around`, if there is one, is called in its place; it
+    gets the velocities by `velocities`."""
+
+    around: "Callable[[Transformer, Streams[StreamInput], Skips], Streams[mx.array]] | None" = None
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -81,20 +84,25 @@ class Transformer(nn.Module):
             return Ropes(
                 rope_tables(at, stream.max_positions, stream.dim, stream.heads, theta),
                 rope_tables(at[:1], config.cross_max_pos, audio.dim, audio.heads, theta),
+                at,
             )
 
         return self._streams.map(tables, positions)
 
-    def project(self, contexts: Streams[mx.array]) -> Streams[mx.array]:
+    def project(self, contexts: Streams[mx.array], kept: bool = False) -> Streams[Text]:
         """Text as the blocks attend to it: contexts (1, text tokens, context_dim) -> (1, text tokens, text_dim)."""
 
-        def projected(stream: StreamConfig, context: mx.array) -> mx.array:
+        def projected(stream: StreamConfig, context: mx.array) -> Text:
             text, layer = context.astype(self.dtype), self.get(f"{stream.prefix}caption_projection")
-            return text if layer is None else layer(text)
+            return Text(text if layer is None else layer(text), context, kept)
 
         return self._streams.map(projected, contexts)
 
     def __call__(self, inputs: Streams[StreamInput], skips: Skips = NOTHING) -> Streams[mx.array]:
+        """As `velocities`."""
+        return self.velocities(inputs, skips) if self.around is None else self.around(self, inputs, skips)
+
+    def velocities(self, inputs: Streams[StreamInput], skips: Skips = NOTHING) -> Streams[mx.array]:
         """Velocities (1, tokens, channels) in the transformer's dtype, of the streams that are there and not idle."""
         video, audio = inputs.video, inputs.audio
         contexts = Streams(
@@ -119,16 +127,14 @@ class Transformer(nn.Module):
         timesteps = levels.values[None] * config.timestep_scale_multiplier
         modulation, embedded = self[f"{stream.prefix}adaln_single"](timesteps)
         cross, _ = self[f"av_ca_{stream.name}_scale_shift_adaln_single"](timesteps)
-        prompt, text = self._prompt_modulation(stream, levels), own.text
-        if isinstance(text, KeptText):
-            text = text.at(levels.sigma if config.modulates_text else None)
+        prompt = self._prompt_modulation(stream, levels)
         gate = None
         if other is not None and not skips.exchange:
             # The gate's own multiplier is relative to the timestep multiplier, both 1000 in published checkpoints.
             gate, _ = self[stream.gate](_sigma(other.levels) * config.av_ca_timestep_scale_multiplier)
         return StreamContext(
             stream,
-            text,
+            own.text.at(levels.sigma if config.modulates_text else None),
             own.ropes,
             modulation,
             embedded,
