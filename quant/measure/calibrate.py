@@ -160,7 +160,8 @@ def calibrate(
         request = Request.from_options({"prompt": prompt, "seed": seed + number, "no_audio": True, **options})
         yield from pipeline.events(request, LATENTS)
     found = (yield from measure(pipeline.folder, steps)) if steps is not None else None
-    about = _about(pipeline.folder, prompts, options | {"seed": seed})
+    given = {name: value for name, value in request.recorded().items() if name in options}
+    about = _about(pipeline.folder, prompts, given | {"seed": seed})
     layers = recorder.layers()
     write_statistics(out, layers, about, found, calls.tensors() if calls is not None else None)
     yield Calibrated(str(out), len(layers), len(prompts), recorder.most, time.monotonic() - started)

@@ -25,6 +25,7 @@ from ltx2.runtime.events import Event, PhaseStarted, PromptStarted
 from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.linear import Linear, LinearLayer, Packed
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
@@ -197,7 +198,7 @@ def unpacked_layers(folder: ModelFolder) -> dict[str, Weights]:
 
 class TestCommand:
     def test_result_and_progress(self, here: Here, demo_f32: Path, tmp_path: Path, monkeypatch: Any) -> None:
-        monkeypatch.setattr(calibrating, "_until_decoding", no_generation)
+        monkeypatch.setattr(Pipeline, "events", no_generation)
         (tmp_path / "prompts.txt").write_text("one\n\n  two  \n")
         out, args = tmp_path / "s.safetensors", ("--prompts", tmp_path / "prompts.txt", *SIZE, "--seed", "5")
         done = here("calibrate", demo_f32, "-o", out, *args)
@@ -219,7 +220,7 @@ class TestCommand:
         assert not out.exists()
 
 
-def no_generation(events: Iterator[Event]) -> Iterator[Event]:
+def no_generation(_: Pipeline, request: Request, until: str) -> Iterator[Event]:
     yield PhaseStarted("stage1")
 
 
