@@ -275,7 +275,7 @@ def test_contradicting_text_projections(cases: dict[str, Case], key: str) -> Non
         TransformerConfig.from_dict(config | {key: not config[key]})
 
 
-class TestKeptText:
+class TestTextThatIsKept:
     def text_keys(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """The text's layers that make keys, as they are called from now on."""
         called: list[str] = []
