@@ -12,7 +12,7 @@ from ltx2.convert.output.files import stream_order
 from ltx2.convert.output.pieces import Parts, Rows, in_order, rows_of
 from ltx2.convert.plan.entries import Layer, Move, Plan, decoded, kept_layers, packed_key
 from ltx2.convert.plan.make import Options, make_plan
-from ltx2.convert.sources.checkpoint import VARIANTS, Source
+from ltx2.convert.sources.source import VARIANTS, Source
 from ltx2.convert.tensors.steps import Cast
 from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.events import BytesDone, Event

@@ -9,21 +9,15 @@ from typing import Any
 
 from ltx2.convert.names import rules
 from ltx2.convert.names.release import releases
+from ltx2.convert.plan.check import check_tokenizer
 from ltx2.convert.plan.entries import SCALE_PARTS, packed_key
-from ltx2.convert.plan.make import Options, make_plan
-from ltx2.convert.sources.checkpoint import (
-    VARIANTS,
-    Source,
-    check_source,
-    gemma_source,
-    is_gemma_folder,
-    recognise_file,
-    special_storage,
-    variant_in_name,
-)
+from ltx2.convert.plan.make import Options, make_plan, packed_by_mlx
+from ltx2.convert.sources.checkpoint import check_source, recognise, special_storage
+from ltx2.convert.sources.foreign import foreign_kind, our_kind
+from ltx2.convert.sources.source import VARIANTS, Source, read_json, variant_in_name
 from ltx2.convert.tensors.scales import CodedTensors, dropped_beside_codes, find_codes
 from ltx2.convert.tensors.steps import Spec
-from ltx2.runtime.errors import CheckpointError, Ltx2Error, UnsupportedError
+from ltx2.runtime.errors import Ltx2Error, UnsupportedError
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.model.forms import Quantization
@@ -70,16 +64,25 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     if (path / MANIFEST).is_file():
         return _model(ModelFolder.open(path))
-    if is_gemma_folder(path):
-        return _source(gemma_source(path))
-    if not path.is_dir():
-        return _source(recognise_file(path))
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{path} holds nothing to inspect", "it has no safetensors files", "name a file or a model folder"
-        )
-    return {"kind": "folder", "path": str(path), "files": [_source(recognise_file(file)) for file in files]}
+    if path.is_dir():
+        sources = recognise(path)
+        if len(sources) > 1 or sources[0].path != path:
+            return {"kind": "folder", "path": str(path), "files": [_source(source) for source in sources]}
+        return _source(sources[0])
+    kind, facts = _result(path)
+    if not kind:
+        (source,) = recognise(path)
+        kind = "" if source.kind else (our_kind(source.files[0]) or ("",))[0]
+        facts = {"tensors": {name: list(tensor.shape) for name, tensor in source.files[0].tensors.items()}}
+    return {"kind": kind, "path": str(path), "bytes": path.stat().st_size} | facts if kind else _source(source)
+
+
+def _result(path: Path) -> tuple[str, dict[str, Any]]:
+    """A clip or its sidecar, which are no tensor files; "" for all others."""
+    foreign = (foreign_kind(path) or ("",))[0]
+    if foreign == "is a JSON file" and "request" in (data := read_json(path)):
+        return "sidecar", {"request": data["request"]}
+    return "clip" if foreign == "is a video" else "", {}
 
 
 def _source(source: Source) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def _refusal(source: Source) -> str | None:
     """Why converting this source would be refused."""
     try:
         check_source(source)
-        make_plan([source], Options(VARIANTS[0]))
+        check_tokenizer(make_plan([source], Options(VARIANTS[0])))
     except Ltx2Error as error:
         return f"{error.what}: {error.why}"
     return None
@@ -132,7 +135,7 @@ def _generates(release: str | None, variant: str | None) -> bool:
 def _components(source: Source) -> dict[str, Summary]:
     """Scales and what else is stored beside codes are no parameters, nor is a tokenizer."""
     try:
-        coded = find_codes(source.files)
+        coded = find_codes(source.files, packed_by_mlx(source))
     except Ltx2Error:  # said as the reason for not converting
         coded = CodedTensors()
     summaries: dict[str, Summary] = {}
@@ -189,5 +192,5 @@ def _stored(files: Iterable[TensorFile], quantization: Quantization) -> Summary:
         if packed and part == "weight":
             summary.add(tensor, prod(tensor.shape) * 32 // quantization.of(layer).bits)
         else:
-            summary.add(tensor, 0 if packed and part in (*SCALE_PARTS, "biases") else prod(tensor.shape))
+            summary.add(tensor, 0 if packed and part in SCALE_PARTS else prod(tensor.shape))
     return summary

@@ -11,9 +11,11 @@ from typing import Any
 
 from ltx2.convert.compare import Repack, compare_values
 from ltx2.convert.plan.check import network_differences
-from ltx2.convert.sources.checkpoint import open_sources, read_json
+from ltx2.convert.sources.checkpoint import open_sources
+from ltx2.convert.sources.source import read_json
 from ltx2.runtime.errors import Ltx2Error, VerificationError
 from ltx2.runtime.events import BytesDone, Event
+from ltx2.runtime.files.paths import visible
 from ltx2.runtime.files.ranges import digesting
 from ltx2.runtime.model.layout import INDEX, MANIFEST, ModelFolder, is_lora
 from ltx2.runtime.model.lorafile import misfits
@@ -83,7 +85,7 @@ def _file_differences(model: ModelFolder) -> Generator[Event, None, list[str]]:
             elif (yield from _hash(path, done, total)) != file.sha256:
                 differences.append(f"{name} has another SHA-256 than {MANIFEST} says")
             done += file.size
-        strangers = {path.name for path in (model.path / component).glob("*.safetensors")}
+        strangers = {path.name for path in visible(model.path / component, "*.safetensors")}
         strangers -= {file.name for file in record.files}
         differences += [f"{component}/{name} is not listed in {MANIFEST}" for name in sorted(strangers)]
     return differences

@@ -17,9 +17,8 @@ from ltx2.convert.output.hashing import SourceHashes
 from ltx2.convert.output.journal import JOURNAL, Partial, is_empty_folder, open_partial
 from ltx2.convert.output.pieces import PIECE_BYTES
 from ltx2.convert.output.stream import missing_bytes, stream
-from ltx2.convert.plan.check import check_plan, incomplete_parts
+from ltx2.convert.plan.check import check_plan, check_tokenizer, incomplete_parts
 from ltx2.convert.plan.entries import Plan, plan_json
-from ltx2.convert.sources.checkpoint import TOKENIZER
 from ltx2.runtime.errors import CheckpointError, DoesNotFitError, InputError, ModelFolderError, NumericsError
 from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.files.atomic import PARTIAL, UNLOCKED, beside, write_file
@@ -51,6 +50,8 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
     options = options or WriteOptions()
     _check_options(plan, out, options)
     check_plan(plan)
+    if any(isinstance(source, TensorFile) for source in plan.sources):  # what was converted before stays as it is
+        check_tokenizer(plan)
     yield from _warnings(plan)
     files = [f for c in plan.components.values() for f in component_files(plan, c, int(options.shard_gb * 10**9))]
     if out.exists() and (yield from _already_there(plan, files, out, options)):
@@ -83,9 +84,6 @@ def _warnings(plan: Plan) -> Iterator[Event]:
     """What is not wrong, and will be missed later."""
     text_encoder = plan.components.get("text_encoder")
     if text_encoder is not None:
-        beside = {path.name for path in text_encoder.companions} | {a.name for a in plan.assets("text_encoder")}
-        if TOKENIZER not in beside:
-            yield Warned(f"the text encoder comes without {TOKENIZER}: generate will read no prompts with it")
         transformer = plan.components.get("transformer")
         if transformer is not None and (warning := check_gemma(transformer.config, text_encoder.config)):
             yield Warned(warning)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ltx2.convert.output.pieces import values_of
 from ltx2.convert.plan.entries import Move, Plan, packed_key, packed_layers, parameters
-from ltx2.convert.tensors.codes import Keep
+from ltx2.convert.tensors.keep import Keep
 from ltx2.quant.choose.fitted import Fit
 from ltx2.quant.codes.gptq import output_loss, stored_values
 from ltx2.quant.codes.pack import Loss, Packed, unpack

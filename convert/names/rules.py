@@ -7,11 +7,13 @@ gives the reason."""
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
-from ltx2.runtime.model.names import folder_name, published_name, read_lora_name
+from ltx2.runtime.model.names import folder_name, modules, published_name, read_lora_name
 
 UNUSED_STATISTIC = "a statistic no network uses"
 VISION = "vision and audio towers and their projectors are not part of the text encoder"
+TIED = "the embedding's weights again, which the text encoder ends without"
 CONSTANT = "a constant buffer, computed where it is used"
 UNUSED_MARK = "a mark of keyframes that Lightricks' decoder does not use"
 UNUSED_CONSTANT = "a constant buffer that no network uses"
@@ -27,6 +29,7 @@ class Rule:
     keep: str = ""
     dropped: str = ""
     asset: bool = False
+    exact: bool = False  # the whole name is `prefix`
 
 
 @dataclass(frozen=True)
@@ -48,33 +51,41 @@ class Axes:
     axes: tuple[int, ...]
 
 
-_STATISTICS = "per_channel_statistics."
+_STATISTICS, _PROJECTION = "per_channel_statistics.", "text_embedding_projection."
+_CONNECTORS = ("video_embeddings_connector.", "audio_embeddings_connector.")
 _UNUSED_STATISTICS = tuple(
-    Rule(f"{vae}{_STATISTICS}{name}", dropped=UNUSED_STATISTIC)
+    Rule(f"{vae}{_STATISTICS}{name}", dropped=UNUSED_STATISTIC, exact=True)
     for vae in ("vae.", "")
     for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
 )
 _VAE_PARTS = ("encoder.", "decoder.", _STATISTICS)  # in a file of its own
+# What stands at the top of a transformer that is published without its prefix.
+_ROOTS = sorted(
+    {f"{module.published.split('.')[0]}." for module in modules() if module.component == "transformer"}
+    | {"scale_shift_table", "audio_scale_shift_table", "keyframes_abs_pos_embedding"}
+)
 CHECKPOINT = (
-    Rule("model.diffusion_model.video_embeddings_connector.", "connectors", "video_embeddings_connector."),
-    Rule("model.diffusion_model.audio_embeddings_connector.", "connectors", "audio_embeddings_connector."),
+    *(Rule(f"model.diffusion_model.{name}", "connectors", name) for name in _CONNECTORS),
     Rule("model.diffusion_model.", "transformer"),
-    Rule("text_embedding_projection.", "connectors", "text_embedding_projection."),
+    Rule(f"{_PROJECTION}weight", "connectors", f"{_PROJECTION}aggregate_embed.weight", exact=True),
+    Rule(_PROJECTION, "connectors", _PROJECTION),
     *_UNUSED_STATISTICS,
     Rule("vae.", "video_vae"),
     Rule("audio_vae.", "audio_vae"),
-    Rule("vocoder.mel_stft.stft_fn.inverse_basis", dropped=UNUSED_CONSTANT),  # only spectra are taken
+    Rule("vocoder.mel_stft.stft_fn.inverse_basis", dropped=UNUSED_CONSTANT, exact=True),  # only spectra are taken
     Rule("vocoder.", "vocoder"),
     Rule("duration_head.", "duration_head"),
     *(Rule(part, "video_vae", part) for part in _VAE_PARTS),
+    *(Rule(part, "connectors", part) for part in _CONNECTORS),
+    *(Rule(part, "transformer", part, exact=not part.endswith(".")) for part in _ROOTS),
 )
 DIFFUSION_VAE = (
     *_UNUSED_STATISTICS,
-    *(Rule(f"{vae}decoder.type_emb", dropped=UNUSED_MARK) for vae in ("vae.", "")),
+    *(Rule(f"{vae}decoder.type_emb", dropped=UNUSED_MARK, exact=True) for vae in ("vae.", "")),
     Rule("vae.", "diffusion_vae"),
     *(Rule(part, "diffusion_vae", part) for part in _VAE_PARTS),
 )
-UPSCALER = Rule("upsampler.blur_down.kernel", dropped=CONSTANT)
+UPSCALER = Rule("upsampler.blur_down.kernel", dropped=CONSTANT, exact=True)
 _VISION = (
     "vision_tower.", "vision_model.", "vision_embedder.", "multi_modal_projector.", "embed_vision.", "embed_audio.",
     "audio_tower.", "audio_model.", "audio_projector.",
@@ -84,11 +95,21 @@ _ASSETS = (
     "tokenizer_config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
     "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-# Gemma as published, as newer transformers write it, and the language model alone.
+# A language model and the files of its tokenizer: as published, as newer transformers write it, and alone.
 GEMMA = (
+    Rule("tokenizer_json", "text_encoder", "tokenizer.json", asset=True),
+    Rule("spiece_model", "text_encoder", "tokenizer.model", asset=True),
+    *(Rule(f"hf_asset__{name}", "text_encoder", name, asset=True) for name in _ASSETS),
+    *(Rule(f"{model}lm_head.weight", dropped=TIED, exact=True) for model in ("", "language_model.", "model.")),
     *_NO_TEXT,
-    *(Rule(prefix, "text_encoder", "model.") for prefix in ("language_model.model.", "model.language_model.")),
-)
+    *(
+        Rule(prefix, "text_encoder", f"model.{part}")
+        for prefix, part in (
+            ("language_model.model.", ""), ("model.language_model.", ""), ("language_model.", ""), ("model.", ""),
+            ("embed_tokens.", "embed_tokens."), ("layers.", "layers."), ("norm.", "norm."),
+        )
+    ),
+)  # fmt: skip
 # The kinds of source that convert/checkpoint.py tells apart -> their rules, first match wins.
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "checkpoint": CHECKPOINT,
@@ -96,14 +117,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "spatial_upscaler": (UPSCALER, Rule("", "spatial_upscaler")),
     "temporal_upscaler": (Rule("", "temporal_upscaler"),),
     "gemma": GEMMA,
-    # A language model in one file with its projections and its tokenizer.
-    "text_encoder": (
-        Rule("tokenizer_json", "text_encoder", "tokenizer.json", asset=True),
-        *(Rule(f"hf_asset__{name}", "text_encoder", name, asset=True) for name in _ASSETS),
-        Rule("text_embedding_projection.", "connectors", "text_embedding_projection."),
-        *GEMMA,
-        Rule("model.", "text_encoder", "model."),
-    ),
+    # A language model in one file with its projections.
+    "text_encoder": (Rule(_PROJECTION, "connectors", _PROJECTION), *GEMMA),
     "lora": (),  # their names are read by the table of names alone
 }
 
@@ -135,21 +150,28 @@ def target(kind: str, name: str) -> Target | None:
     if kind == "lora":
         found = read_lora_name(name)
         return Target(found.kind.component, f"{found.path}.{found.part}") if found else None
-    for rule in RULES[kind]:
-        exact = rule.asset or (rule.dropped and not rule.prefix.endswith("."))
-        if name == rule.prefix if exact else name.startswith(rule.prefix) and name != rule.prefix:
-            if rule.dropped:
-                return Target("", "", rule.dropped)
-            if rule.asset:
-                return Target(rule.component, rule.keep, asset=True)
-            return Target(rule.component, folder_name(rule.component, rule.keep + name.removeprefix(rule.prefix)))
-    return None
+    exact, prefixes = _rules(kind)
+    rule = exact.get(name) or next((rule for rule in prefixes if name.startswith(rule.prefix)), None)
+    if rule is None or not (rule.exact or rule.asset or len(name) > len(rule.prefix)):
+        return None
+    if rule.dropped:
+        return Target("", "", rule.dropped)
+    if rule.asset:
+        return Target(rule.component, rule.keep, asset=True)
+    return Target(rule.component, folder_name(rule.component, rule.keep + name[len(rule.prefix) :]))
+
+
+@cache
+def _rules(kind: str) -> tuple[Mapping[str, Rule], tuple[Rule, ...]]:
+    """The rules for whole names, and those for prefixes in order."""
+    whole = {rule.prefix: rule for rule in reversed(RULES[kind]) if rule.exact or rule.asset}
+    return whole, tuple(rule for rule in RULES[kind] if rule.prefix not in whole)
 
 
 def published(component: str, key: str) -> str:
     """A tensor's name in a checkpoint as published, from that in a model folder: what `target` read forwards."""
     name = published_name(component, key)
-    rule = next(rule for rule in CHECKPOINT if rule.component == component and name.startswith(rule.keep))
+    rule = next(r for r in CHECKPOINT if r.component == component and not r.exact and name.startswith(r.keep))
     return rule.prefix + name.removeprefix(rule.keep)
 
 

@@ -166,6 +166,7 @@ def component_files(plan: Plan, component: ComponentPlan, shard_bytes: int) -> l
         config |= {"quantization": component.quantization, "quantization_config": component.quantization}
     files: list[PlannedFile] = [TextFile(component.name, CONFIG, _json(config))]
     files += [_companion(component.name, path) for path in sorted(component.companions)]
+    files += [TextFile(component.name, name, content) for name, content in component.made.items()]
     files += [_asset_file(asset) for asset in plan.assets(component.name)]
     moves = stream_order(plan.moves(component.name))
     shards = list(_shards(moves, shard_bytes))

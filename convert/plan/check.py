@@ -8,6 +8,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ltx2.convert.plan.entries import Plan, parameters
+from ltx2.convert.sources.textencoder import TOKENIZER
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.model.layout import is_lora
 from ltx2.runtime.model.lorafile import misfits
@@ -44,6 +45,20 @@ def network_differences(
     if _missing_parts(class_name, config, stored):
         return {}
     return shape_differences(parameter_shapes(build()), stored)
+
+
+def check_tokenizer(plan: Plan) -> None:
+    """Raises CheckpointError for a text encoder without a tokenizer: it would read no prompts."""
+    encoder = plan.components.get("text_encoder")
+    if encoder is None:
+        return
+    names = {*(path.name for path in encoder.companions), *encoder.made, *(a.name for a in plan.assets("text_encoder"))}
+    if TOKENIZER not in names:
+        raise CheckpointError(
+            "the text encoder comes without a tokenizer",
+            f"{TOKENIZER} is neither in its file nor beside it, nor in another source",
+            "add a folder that holds it: hf download google/gemma-3-12b-it --include 'token*' --local-dir tokenizer",
+        )
 
 
 def incomplete_parts(plan: Plan) -> Iterator[str]:

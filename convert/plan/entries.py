@@ -11,12 +11,12 @@ from math import prod
 from typing import Any
 
 from ltx2.convert.sources.components import ComponentPlan
-from ltx2.convert.tensors.codes import Dequantize, Keep
+from ltx2.convert.tensors.keep import Dequantize, Keep
 from ltx2.convert.tensors.steps import Packing, Spec, Step
 from ltx2.runtime.files.tensors import FileRecord, TensorFile, TensorInfo
 from ltx2.runtime.model.forms import Form
 
-SCALE_PARTS = ("scales", "weight_scale")  # last name parts of what is stored beside a weight kept as codes
+SCALE_PARTS = ("scales", "biases", "weight_scale")  # last name parts of what is stored beside a weight kept as codes
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from ltx2.convert.plan.entries import Move, Plan, packed_key
 from ltx2.convert.sources.components import ComponentPlan
-from ltx2.convert.tensors.codes import BlockScales, Codes, Fp8, Keep, Nvfp4, Scale
+from ltx2.convert.tensors.codes import BlockScales, Codes, Fp8, Nvfp4, Scale
+from ltx2.convert.tensors.keep import Keep
 from ltx2.runtime.files.tensors import TensorFile
 from ltx2.runtime.model.config import STORAGE_KEYS
 from ltx2.runtime.model.forms import Quantization
@@ -19,7 +20,7 @@ def folder_plan(folder: ModelFolder) -> Plan:
         extra = [folder.path / name / f.name for f in record.files if _is_companion(f.name)]
         config = {k: v for k, v in folder.config(name).items() if k not in STORAGE_KEYS}
         packed = (record.quantization, record.statistics, record.method, record.fused)
-        components[name] = ComponentPlan(name, record.cls, config, tuple(extra), *packed)
+        components[name] = ComponentPlan(name, record.cls, config, tuple(extra), {}, *packed)
         entries += _moves(name, folder.tensor_files(name), Quantization.from_config(record.quantization))
     manifest = folder.manifest
     return Plan(tuple(entries), components, manifest.release, manifest.variant, manifest.sources)
@@ -38,11 +39,11 @@ def _codes(name: str, where: Mapping[str, TensorFile], quantization: Quantizatio
     if not name.endswith(".weight") or scale not in where:
         return None
     file, factor = where[name], Scale(where[scale], where[scale].tensors[scale])
-    if quantization.of(name.removesuffix(".weight")).mode == Fp8.form.mode:
+    if quantization.of(name.removesuffix(".weight")).mode == "mxfp8":
         return Fp8(file, file.tensors[name], factor)
     tensor = where[blocks].tensors[blocks]
     rows, columns = tensor.shape
-    return Nvfp4(file, file.tensors[name], factor, BlockScales(where[blocks], tensor, (rows, columns)))
+    return Nvfp4(file, file.tensors[name], factor, BlockScales(where[blocks], tensor, (rows, columns), tiled=False))
 
 
 def _is_companion(name: str) -> bool:

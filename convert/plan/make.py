@@ -7,14 +7,17 @@ from pathlib import Path
 
 from ltx2.convert.names import rules
 from ltx2.convert.plan.entries import Asset, Drop, Entry, Merge, Move, Plan, packed_key, quantization_config
-from ltx2.convert.sources.checkpoint import VARIANTS, Source, variant_in_name
 from ltx2.convert.sources.components import ComponentPlan, component_plan
+from ltx2.convert.sources.source import VARIANTS, Source, variant_in_name
+from ltx2.convert.sources.textencoder import SENTENCEPIECE, TOKENIZER
 from ltx2.convert.sources.together import common_release
-from ltx2.convert.tensors.codes import Codes, Dequantize, Keep, KeepBlockScales, Nvfp4
+from ltx2.convert.tensors.codes import Affine, Codes
+from ltx2.convert.tensors.keep import Dequantize, Keep, KeepBlockScales
 from ltx2.convert.tensors.scales import dropped_beside_codes, find_codes
 from ltx2.convert.tensors.steps import Cast, Reshape, Spec, Step, Transpose
 from ltx2.runtime.errors import CheckpointError, InputError
 from ltx2.runtime.files.tensors import FLOATS, TensorFile, TensorInfo
+from ltx2.runtime.model.forms import Quantization
 from ltx2.runtime.model.layout import COMPONENTS, LORAS, is_lora
 from ltx2.runtime.model.lorafile import alphas
 from ltx2.runtime.model.origin import check_gemma
@@ -49,7 +52,7 @@ def make_plan(sources: Sequence[Source], options: Options | None = None) -> Plan
     _check_selection(options, owners)
     components = {
         name: replace(
-            component_plan(name, list(dict.fromkeys(owners[name].values()))),
+            component_plan(name, list(dict.fromkeys(owners[name].values())), sources),
             quantization=quantization_config(e for e in entries if isinstance(e, Move) and e.component == name),
         )
         for name in sorted(owners)
@@ -68,8 +71,19 @@ def _check_gemma(components: Mapping[str, ComponentPlan], owners: Owners) -> Non
         check_gemma(components[pair[0]].config, components[pair[1]].config, (first, second))
 
 
+def packed_by_mlx(source: Source) -> Quantization:
+    """How MLX has packed a text encoder's layers, where it has. Raises CheckpointError for what it cannot have said."""
+    try:
+        return Quantization.from_config(source.config.get("quantization"))
+    except (ValueError, TypeError, AttributeError) as error:
+        what = f"the quantization in {source.path}'s configuration cannot be read"
+        raise CheckpointError(what, str(error), "download it again") from error
+
+
 def _entries(source: Source, options: Options) -> Iterator[Entry]:
-    coded, unknown = find_codes(source.files), []
+    coded, unknown = find_codes(source.files, packed_by_mlx(source)), []
+    beside = {path.name for path in source.companions}
+    beside |= {SENTENCEPIECE} if TOKENIZER in beside else set()
     for file in source.files:
         strengths = alphas(file) if source.kind == "lora" else {}
         for name, tensor in file.tensors.items():
@@ -82,6 +96,8 @@ def _entries(source: Source, options: Options) -> Iterator[Entry]:
                 unknown.append(name)
             elif target.dropped:
                 yield Drop(file, tensor, target.dropped)
+            elif target.asset and target.key in beside:
+                yield Drop(file, tensor, "a tokenizer stands beside the weights")
             elif target.asset:
                 yield Asset(file, tensor, target.component, target.key)
             elif name in strengths:
@@ -113,7 +129,8 @@ def _coded_move(source: Source, codes: Codes, target: rules.Target, options: Opt
     """Linear layers stay codes unless the user wants a float type; what MLX cannot multiply as codes becomes BF16."""
     component, key = _place(source, target)
     shape = codes.shape(Spec(codes.tensor.shape, codes.tensor.dtype))
-    if options.dtype is None and rules.is_linear(component, key, shape) and shape[1] % codes.form.group_size == 0:
+    multiplied = rules.is_linear(component, key, shape) or isinstance(codes, Affine)  # MLX packs embeddings, too
+    if options.dtype is None and multiplied and shape[1] % codes.form.group_size == 0:
         return Move(codes.file, codes.tensor, component, key, packing=Keep(codes))
     steps = (Dequantize(codes, options.dtype or "bf16"), *_turned(component, key, shape))
     return Move(codes.file, codes.tensor, component, key, steps)
@@ -125,8 +142,8 @@ def _scale_entry(weight: Move, file: TensorFile, tensor: TensorInfo, part: str) 
         return Merge(file, tensor, weight)
     codes = weight.packing.codes
     steps: list[Step] = []
-    if part == "scales" and isinstance(codes, Nvfp4):
-        steps.append(KeepBlockScales(codes.blocks))
+    if part == "scales" and codes.blocks is not None:
+        steps.append(KeepBlockScales(codes.blocks, codes.kind))
     elif codes.scale is not None and codes.scale.shape != tensor.shape:
         steps.append(Reshape(codes.scale.shape))
     if part == "weight_scale" and tensor.dtype != "F32":

@@ -3,12 +3,14 @@ configuration."""
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ltx2.convert.sources.checkpoint import Source
 from ltx2.convert.sources.gemma import text_config
+from ltx2.convert.sources.sentencepiece import tokenizer_files
+from ltx2.convert.sources.source import Source
+from ltx2.convert.sources.textencoder import SENTENCEPIECE, TOKENIZER
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.jsonfile import parse_json
 from ltx2.runtime.files.tensors import FileRecord
@@ -35,27 +37,29 @@ TRANSFORMER_KEYS: Mapping[str, tuple[str, ...]] = {
     "duration_head": ("cross_attention_dim", "audio_cross_attention_dim"),
 }
 TRAINED_WITH = "gemma_source_checkpoint"  # in a transformer's metadata
-TEXT_PROJECTION = re.compile(r"text_embedding_projection\.(?:\w+_)?aggregate_embed\.weight")
+TEXT_PROJECTION = re.compile(r"text_embedding_projection\.(?:(?:\w+_)?aggregate_embed\.)?weight")
 
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """One component to write: folder name, network class, config.json, files copied beside the weights, how layers are
-    quantized, with which statistics and, if not by a search, by which method; the LoRAs fused into it."""
+    """One component to write: folder name, network class, config.json, files copied or made beside the weights, how
+    layers are quantized, with which statistics and, if not by a search, by which method; the LoRAs fused into it."""
 
     name: str
     cls: str
     config: Mapping[str, Any]
     companions: tuple[Path, ...] = ()
+    made: Mapping[str, bytes] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
     statistics: FileRecord | None = None
     method: str | None = None
     fused: tuple[Fused, ...] = ()
 
 
-def component_plan(name: str, sources: Sequence[Source]) -> ComponentPlan:
-    """How `sources` fill the component together. Raises CheckpointError when they lack the configuration."""
-    plan = _plan(name, sources)
+def component_plan(name: str, sources: Sequence[Source], others: Sequence[Source] = ()) -> ComponentPlan:
+    """How `sources` fill the component together; its configuration may stand in `others`. Raises CheckpointError when
+    all lack it."""
+    plan = _plan(name, sources, others)
     return replace(plan, config=dict(plan.config) | _origin(name, sources))
 
 
@@ -74,17 +78,17 @@ def _origin(name: str, sources: Sequence[Source]) -> dict[str, str]:
     return found
 
 
-def _plan(name: str, sources: Sequence[Source]) -> ComponentPlan:
+def _plan(name: str, sources: Sequence[Source], others: Sequence[Source]) -> ComponentPlan:
     source = sources[0]
     if source.kind == "lora":
         return ComponentPlan(name, "LoRA", lora_config(source.files[0]))
     if name == "text_encoder":
         config = text_config(source.config)
-        return ComponentPlan(name, str(config["architectures"][0]), config, source.companions)
+        return ComponentPlan(name, str(config["architectures"][0]), config, source.companions, _tokenizer(source))
     if source.kind.endswith("upscaler"):
         return ComponentPlan(name, str(source.config.get("_class_name", "LatentUpsampler")), dict(source.config))
     key, cls = SECTIONS[name]
-    section = _section(key, name, sources)
+    section = _section(key, name, sources, others)
     if name == "connectors":
         return ComponentPlan(name, cls, _connectors_config(section, sources))
     deciding, other = CLASS_KEYS.get(name, ("", ""))
@@ -95,9 +99,22 @@ def _plan(name: str, sources: Sequence[Source]) -> ComponentPlan:
     return ComponentPlan(name, cls, beside | dict(section))
 
 
-def _section(key: str, component: str, sources: Sequence[Source]) -> Mapping[str, Any]:
+def _tokenizer(source: Source) -> dict[str, bytes]:
+    """The tokenizer's files, where there is only a SentencePiece model: beside the weights, or in the file."""
+    names = {path.name for path in source.companions} | {name for file in source.files for name in file.tensors}
+    if {TOKENIZER, "tokenizer_json"} & names:
+        return {}
+    for path in source.companions:
+        if path.name == SENTENCEPIECE:
+            return tokenizer_files(path.read_bytes(), path.name)
+    models = (file.array("spiece_model").tobytes() for file in source.files if "spiece_model" in file.tensors)
+    return next((tokenizer_files(model, f"the spiece_model of {source.path.name}") for model in models), {})
+
+
+def _section(key: str, component: str, sources: Sequence[Source], others: Sequence[Source]) -> Mapping[str, Any]:
     """The section of the first source that has it; a text projection alone needs none."""
-    found = next((section for s in sources if isinstance(section := s.config.get(key), Mapping)), None)
+    having = (section for s in (*sources, *others) if isinstance(section := s.config.get(key), Mapping))
+    found = next(having, None)
     if found is not None:
         return found
     if component == "connectors" and all(source.kind == "text_encoder" for source in sources):

@@ -13,10 +13,11 @@ from ltx2.convert.names.release import releases, titles
 from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.files.tensors import TensorInfo
 
-EMBEDDING = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?embed_tokens\.weight")
-LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.q_proj\.weight")
-GEMMA_4_LAYER = re.compile(r"(?:.*\.)?layers\.\d+\.layer_scalar")
+_MODEL = r"(?:model\.)?(?:language_model\.)?(?:model\.)?"
+EMBEDDING = re.compile(rf"{_MODEL}embed_tokens\.weight")
+LAYER = re.compile(rf"{_MODEL}layers\.(\d+)\.(.+)")
 T5_LAYER = re.compile(r"encoder\.block\.\d+\.layer\..+")
+Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,8 @@ class TextModel:
 
     def fits(self, kind: str | None, width: int | None, layers: int | None) -> bool:
         """Whether a model with these facts (None: unknown) is this one; a kind is needed where there is no size."""
-        if kind is None:
-            return self.width is not None and (width, layers) == (self.width, self.layers)
-        return kind in self.types and (self.width is None or (width, layers) == (self.width, self.layers))
+        sized = self.width is not None and (width, layers) == (self.width, self.layers)
+        return sized if kind is None else kind in self.types and (self.width is None or sized)
 
 
 @cache
@@ -44,30 +44,55 @@ def text_models() -> tuple[TextModel, ...]:
     return tuple(TextModel(**row | {"types": tuple(row["types"])}) for row in rows)
 
 
-def check_text_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises UnsupportedError when a transformers folder with this config.json is no text encoder of any release."""
-    kind = config.get("model_type")
-    language = config.get("text_config") or config  # of a model that sees, its language model
-    if not isinstance(kind, str) or not isinstance(language, Mapping):
-        raise _refused(f"{folder} holds a model that its config.json does not name")
-    width, layers = (language.get(key) for key in ("hidden_size", "num_hidden_layers"))
-    model = next((m for m in text_models() if m.fits(kind, width, layers)), None)
-    if model is None or not model.usable:
-        raise _refused(f"{folder} holds {model.title if model else f'a {kind} model'}")
-
-
-def check_text_model(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raises UnsupportedError when a file holds a language model alone, without configuration and tokenizer."""
+def check_text_model(path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+    """Raises UnsupportedError when this is no text encoder of any release: by its config.json, if it has one, else by
+    its tensors."""
     if any(map(T5_LAYER.fullmatch, tensors)):
         raise _refused(f"{path.name} holds T5")
-    embedding = next((tensor for name, tensor in tensors.items() if EMBEDDING.fullmatch(name) and tensor.shape), None)
-    if embedding is None:
-        return
-    kind = "gemma4" if any(map(GEMMA_4_LAYER.fullmatch, tensors)) else None
-    layers = len({match[1] for name in tensors if (match := LAYER.fullmatch(name))})
-    model = next((m for m in text_models() if m.fits(kind, embedding.shape[-1], layers)), None)
-    title = model.title if model else f"a language model of {layers} layers"
-    raise _refused(f"{path.name} holds {title}, without its configuration and tokenizer")
+    kind, language = config.get("model_type"), config.get("text_config") or config  # of a model that sees
+    if isinstance(kind, str) and isinstance(language, Mapping):
+        width, layers = (language.get(key) for key in ("hidden_size", "num_hidden_layers"))
+    else:
+        kind, sizes = text_kind(tensors), shape_config(tensors)
+        width, layers = (sizes.get(key) for key in ("hidden_size", "num_hidden_layers"))
+    model = next((m for m in text_models() if m.fits(kind, width, layers)), None)
+    if model is None or not model.usable:
+        named = f"a {kind} model" if kind else f"a language model of {layers} layers"
+        raise _refused(f"{path} holds {model.title if model else named}")
+
+
+def text_kind(tensors: Tensors) -> str | None:
+    """A Gemma's `model_type`, told from the parts of its layers; None for other models."""
+    parts = {match[2] for name in tensors if (match := LAYER.fullmatch(name))}
+    if "layer_scalar" in parts:
+        return "gemma4"
+    normed = {"pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"} <= parts
+    return ("gemma3" if "self_attn.q_norm.weight" in parts else "gemma2") if normed else None
+
+
+def shape_config(tensors: Tensors) -> dict[str, int]:
+    """What a language model's shapes say of its configuration, as a config.json says it."""
+    first: dict[str, tuple[int, ...]] = {}
+    layers = 0
+    for name, tensor in tensors.items():
+        if EMBEDDING.fullmatch(name) and len(tensor.shape) == 2:
+            first["embed"] = tensor.shape
+        elif match := LAYER.fullmatch(name):
+            layers = max(layers, int(match[1]) + 1)
+            first.setdefault(match[2], tensor.shape)
+    rows = {part.split(".")[-2]: shape[0] for part, shape in first.items() if part.endswith(".weight") and shape}
+    if "embed" not in first or not rows.keys() >= {"q_proj", "k_proj", "gate_proj"}:
+        return {"num_hidden_layers": layers}
+    found = {
+        "vocab_size": first["embed"][0],
+        "hidden_size": rows.get("input_layernorm", first["embed"][1]),
+        "num_hidden_layers": layers,
+        "intermediate_size": rows["gate_proj"],
+    }
+    if head := rows.get("q_norm"):
+        heads = {"num_attention_heads": rows["q_proj"] // head, "num_key_value_heads": rows["k_proj"] // head}
+        found |= {"head_dim": head, "query_pre_attn_scalar": head} | heads
+    return found
 
 
 def _refused(what: str) -> UnsupportedError:

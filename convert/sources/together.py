@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ltx2.convert.names.release import releases, titles
-from ltx2.convert.sources.checkpoint import Source
+from ltx2.convert.sources.source import Source
 from ltx2.runtime.errors import CheckpointError
 
 

@@ -1,18 +1,20 @@
-"""Weights published as codes with scales, FP8 (E4M3) and NVFP4: decoded, or kept as they are in MLX's layout.
+"""Weights published as codes with scales, FP8 (E4M3), MXFP8, NVFP4 and MLX's own: decoded, or kept as they are in MLX's
+layout.
 
 A weight's value is float32(code) * scale; NVFP4's is (float32(code) * block scale) * tensor scale, in this order: the
-first product is exact, the second rounds. Decoding takes one lookup for every two codes, in a table of what becomes of
-each pair, rounding included. Codes that this tool has stored before (U32) are read as well."""
+first product is exact, the second rounds; that of MLX's affine codes is float32(code) * scale + bias. Decoding takes
+one lookup for every two codes, in a table of what becomes of each pair, rounding included. Codes that this tool has
+stored before (U32) are read as well."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import numpy as np
 
-from ltx2.convert.tensors.steps import Packing, Spec, Step, from_float32
+from ltx2.convert.tensors.steps import Spec, from_float32
 from ltx2.runtime.errors import CheckpointError, NumericsError
 from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, Array, TensorFile, TensorInfo, to_float32
 from ltx2.runtime.model.forms import Form
@@ -59,31 +61,37 @@ class Scale:
 
 @dataclass(frozen=True)
 class BlockScales:
-    """NVFP4's scales of 16 values each, E4M3 codes of `shape` (rows, columns): in tiles as published, or row by row
-    (U8) as MLX reads them and this tool has stored them."""
+    """Scales of 16 values each (NVFP4: E4M3 codes) or 32 (MXFP8: E8M0, `exponents`), of `shape` (rows, columns): in
+    tiles as NVIDIA's libraries store them, or row by row as MLX reads them."""
 
     file: TensorFile
     tensor: TensorInfo
     shape: tuple[int, int]
+    tiled: bool = True
+    exponents: bool = False
 
     def rows(self, start: int, stop: int) -> Array:
         """Some rows, in order."""
         stored = self.file.array(self.tensor.name)
-        if self.tensor.dtype == "U8":
-            return stored[start:stop]
+        if not self.tiled:
+            return self.checked(stored[start:stop])
         first = start - start % TILE_ROWS
         return self.checked(untiled(stored[first : stop + -stop % TILE_ROWS])[start - first : stop - first])
 
+    def whole(self, stored: Array) -> Array:
+        """All rows, of the tensor as it is stored. Raises CheckpointError when one is NaN."""
+        return self.checked(untiled(stored) if self.tiled else stored)
+
     def checked(self, scales: Array) -> Array:
-        """Untiled rows without what fills the last tiles. Raises CheckpointError when one is NaN."""
+        """Rows in order without what fills the last tiles. Raises CheckpointError when one is NaN."""
         scales = np.ascontiguousarray(scales[: self.shape[0], : self.shape[1]])
-        if _holds_nan(scales):
+        if (scales == 255).any() if self.exponents else _holds_nan(scales):
             raise _not_a_number(self.file, self.tensor, "block scales that are")
         return scales
 
 
 def untiled(scales: Array) -> Array:
-    """Whole tiles of NVFP4 block scales, as they follow each other in a file, row by row.
+    """Whole tiles of block scales, as they follow each other in a file, row by row.
 
     Tiles of 128 x 4 follow each other along the columns. In each, row 32 * a + b and column c is its value number
     (4 * b + a) * 4 + c.
@@ -106,7 +114,18 @@ class Codes(ABC):
     scale: Scale | None
 
     kind: ClassVar[str]
-    form: ClassVar[Form]
+    multiplied: ClassVar[bool] = True  # MLX multiplies a layer's output by `scale`; one that is missing is stored as 1
+    dtype: ClassVar[str] = "BF16"  # the float type that the layer computes in
+
+    @property
+    @abstractmethod
+    def form(self) -> Form:
+        """How MLX is to read the codes."""
+
+    @property
+    def blocks(self) -> BlockScales | None:
+        """The scales of groups of values, where they are not stored as MLX reads them."""
+        return None
 
     def shape(self, spec: Spec) -> tuple[int, ...]:
         """The shape of the values that codes of this spec stand for."""
@@ -141,17 +160,18 @@ class Codes(ABC):
         """Published rows as MLX reads them, in uint32. Raises CheckpointError for codes that are NaN."""
 
     @staticmethod
-    @abstractmethod
     def _table(factor: float, dtype: str, stored: bool) -> Array | None:
-        """What becomes of pairs of codes, each pair one unsigned integer; None when some do not fit `dtype`."""
+        """What becomes of pairs of codes, each pair one unsigned integer; None when some do not fit `dtype`, or where
+        values are always computed."""
+        return None
 
-    @abstractmethod
     def _looked_up(self, codes: Array, table: Array, start: int) -> Array:
         """The table's entries for the codes, in order."""
+        raise NotImplementedError
 
     @abstractmethod
     def _unscaled(self, codes: Array, stored: bool, start: int) -> Array:
-        """The values before they are multiplied by the scale, float32: what the tables are a short way from."""
+        """The values before they are multiplied by the scale, float32; tables cache exactly their products."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +179,10 @@ class Fp8(Codes):
     """One code per byte, E4M3."""
 
     kind = "fp8"
-    form = Form(8, 32, "mxfp8")
+
+    @property
+    def form(self) -> Form:
+        return Form(8, 32, "mxfp8")
 
     def words(self, rows: Array) -> Array:
         return self._checked(np.ascontiguousarray(rows)).view(np.uint32)
@@ -185,14 +208,77 @@ class Fp8(Codes):
 
 
 @dataclass(frozen=True)
+class Mxfp8(Fp8):
+    """One code per byte, E4M3; every 32 values of a row share a scale, a power of two."""
+
+    exponents: BlockScales
+
+    kind = "mxfp8"
+    multiplied = False
+
+    @property
+    def blocks(self) -> BlockScales:
+        return self.exponents
+
+    @staticmethod
+    def _table(factor: float, dtype: str, stored: bool) -> Array | None:
+        return None
+
+    def _unscaled(self, codes: Array, stored: bool, start: int) -> Array:
+        powers = np.ldexp(np.float32(1), self.blocks.rows(start, start + len(codes)).astype(np.int32) - 127)
+        values = E4M3[self._checked(codes)].reshape(*powers.shape, self.form.group_size) * powers[..., None]
+        return values.reshape(codes.shape)
+
+
+@dataclass(frozen=True)
+class Affine(Codes):
+    """MLX's codes of a few bits, in words, with a scale and a bias for every group of a row's values."""
+
+    packed: Form
+    scales: tuple[TensorFile, TensorInfo]
+    biases: tuple[TensorFile, TensorInfo]
+
+    kind = "affine"
+    multiplied = False
+
+    @property
+    def form(self) -> Form:
+        return self.packed
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.scales[1].dtype
+
+    def words(self, rows: Array) -> Array:
+        return rows
+
+    def _unscaled(self, codes: Array, stored: bool, start: int) -> Array:
+        bits = np.unpackbits(codes.reshape(len(codes), -1), axis=1, bitorder="little").reshape(-1, self.form.bits)
+        values = (bits @ (1 << np.arange(self.form.bits))).astype(np.float32)
+        scales, biases = (
+            to_float32(file.rows(tensor.name, start, start + len(codes)), tensor.dtype)
+            for file, tensor in (self.scales, self.biases)
+        )
+        values = values.reshape(*scales.shape, self.form.group_size) * scales[..., None] + biases[..., None]
+        return values.reshape(len(codes), -1)
+
+
+@dataclass(frozen=True)
 class Nvfp4(Codes):
     """Two codes (E2M1) per byte, the first of them in the high bits as published, in the low bits as MLX reads them.
     Every 16 values of a row share a block scale."""
 
-    blocks: BlockScales
+    tiles: BlockScales
 
     kind = "nvfp4"
-    form = Form(4, 16, "nvfp4")
+
+    @property
+    def form(self) -> Form:
+        return Form(4, 16, "nvfp4")
+
+    @property
+    def blocks(self) -> BlockScales:
+        return self.tiles
 
     def words(self, rows: Array) -> Array:
         codes = np.ascontiguousarray(rows).reshape(-1)
@@ -218,76 +304,6 @@ class Nvfp4(Codes):
         blocks = E4M3[self.blocks.rows(start, start + len(codes))]
         values = E2M1[nibbles].reshape(*blocks.shape, self.form.group_size) * blocks[..., None]
         return values.reshape(len(codes), -1)
-
-
-@dataclass(frozen=True)
-class Dequantize(Step):
-    """Decode, and round once where `dtype` is not f32; the plan names the two separately."""
-
-    codes: Codes
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.codes.kind}_dequantize"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (str(self),) if self.dtype == "f32" else (str(self), f"cast({self.dtype})")
-
-    def spec(self, spec: Spec) -> Spec:
-        return Spec(self.codes.shape(spec), FLOATS[self.dtype])
-
-    def rows(self, rows: Array, spec: Spec, start: int) -> Array:
-        return self.codes.decoded(rows, spec, start, self.dtype)
-
-
-@dataclass(frozen=True)
-class Keep(Packing):
-    """The very codes, as MLX reads them. The scale is a tensor of its own; one that is missing is stored as 1."""
-
-    codes: Codes
-
-    def __str__(self) -> str:
-        return f"{self.codes.kind}_keep"
-
-    @property
-    def form(self) -> Form:
-        return self.codes.form
-
-    def values(self, spec: Spec) -> Spec:
-        return Spec(self.codes.shape(spec), "BF16")
-
-    def constants(self) -> Mapping[str, Array]:
-        return {"weight_scale": np.ones((), np.float32)} if self.codes.scale is None else {}
-
-    def specs(self, spec: Spec) -> Mapping[str, Spec]:
-        width = self.codes.shape(spec)[-1] * self.form.bits // 32
-        scales = {part: Spec(value.shape, "F32") for part, value in self.constants().items()}
-        return {"weight": Spec((*spec.shape[:-1], width), "U32"), **scales}
-
-    def rows(self, rows: Array, spec: Spec, start: int) -> Mapping[str, Array]:
-        self.codes.factors(0, 1)  # is stored as it is, so this is where it is checked
-        return {"weight": rows if spec.dtype == "U32" else self.codes.words(rows)}
-
-
-@dataclass(frozen=True)
-class KeepBlockScales(Step):
-    """NVFP4's block scales row by row, as MLX reads them."""
-
-    blocks: BlockScales
-
-    def __str__(self) -> str:
-        return f"{Nvfp4.kind}_keep"
-
-    @property
-    def whole(self) -> bool:
-        return True
-
-    def spec(self, spec: Spec) -> Spec:
-        return Spec(self.blocks.shape, "U8")
-
-    def rows(self, rows: Array, spec: Spec, start: int) -> Array:
-        return self.blocks.checked(untiled(rows))
 
 
 @lru_cache(maxsize=8)  # of the tensors being worked on; one may take several calls

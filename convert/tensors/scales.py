@@ -1,7 +1,10 @@
 """Which of a source's tensors are codes, and which scale them: told from dtypes, shapes and the last part of names.
 
     FP8    X.weight F8_E4M3 (out, in)      X.weight_scale or X.scale_weight: one value, or one per row
+    MXFP8  X.weight F8_E4M3 (out, in)      X.weight_scale U8 or F8_E8M0 (out, in / 32), exponents; in tiles where
+                                           ComfyUI's mark X.comfy_quant stands beside them
     NVFP4  X.weight U8 (out, in / 2)       X.weight_scale F8_E4M3 in tiles, X.weight_scale_2: one value
+    MLX    X.weight U32 (out, words)       X.scales, X.biases: floats (out, groups)
 
 Where a source has no scale at all, every scale is 1."""
 
@@ -9,18 +12,21 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ltx2.convert.tensors.codes import BlockScales, Codes, Fp8, Nvfp4, Scale, tiled_shape
-from ltx2.runtime.errors import CheckpointError, UnsupportedError
+from ltx2.convert.tensors.codes import Affine, BlockScales, Codes, Fp8, Mxfp8, Nvfp4, Scale, tiled_shape
+from ltx2.runtime.errors import CheckpointError, ModelFolderError, UnsupportedError
 from ltx2.runtime.files.tensors import FLOATS, TensorFile, TensorInfo
+from ltx2.runtime.model.forms import AFFINE, Quantization
 
 WEIGHT = ".weight"
-SCALE, SCALE_2 = ".weight_scale", ".weight_scale_2"
+SCALE, SCALE_2, MARK = ".weight_scale", ".weight_scale_2", ".comfy_quant"
 SPELLINGS = (SCALE, ".scale_weight")
+EXPONENTS = ("U8", "F8_E8M0")
 BESIDE_CODES = (
     (re.compile(r"(.+\.)?(input_scale|scale_input)"), "an activation scale: activations are not quantized"),
     (re.compile(r"(.+\.)?(comfy_quant|scaled_fp8)"), "opaque metadata: the tensors themselves say how they are stored"),
 )
 AS_PUBLISHED = "use the checkpoint as published"
+NVFP4_GROUP = 16
 Stored = tuple[TensorFile, TensorInfo]
 
 
@@ -38,8 +44,8 @@ def dropped_beside_codes(name: str) -> str:
     return next((reason for pattern, reason in BESIDE_CODES if pattern.fullmatch(name)), "")
 
 
-def find_codes(files: Iterable[TensorFile]) -> CodedTensors:
-    """Find a source's codes and scales.
+def find_codes(files: Iterable[TensorFile], quantization: Quantization | None = None) -> CodedTensors:
+    """Find a source's codes and scales. `quantization` says how MLX packed layers, where it did.
 
     Raises CheckpointError that names a tensor whose scale is missing, misshapen or double, and a scale of nothing;
     UnsupportedError for other codes.
@@ -57,12 +63,22 @@ def find_codes(files: Iterable[TensorFile]) -> CodedTensors:
             codes[name] = _nvfp4(name, tensors)
             layer = name.removesuffix(WEIGHT)
             scales |= {layer + SCALE: (name, "scales"), layer + SCALE_2: (name, "weight_scale")}
+        elif tensor.dtype == "U32" and name.endswith(WEIGHT):
+            codes[name] = _affine(name, tensors, quantization or Quantization())
+            scales |= {packed_part(name, part): (name, part) for part in ("scales", "biases")}
         elif tensor.dtype == "F8_E4M3" and not _is_block_scale(name, tensors):
             codes[name] = _fp8(name, tensors, scaled)
-            if (scale := codes[name].scale) is not None:
+            if codes[name].blocks is not None:
+                scales[name.removesuffix(WEIGHT) + SCALE] = (name, "scales")
+            elif (scale := codes[name].scale) is not None:
                 scales[scale.tensor.name] = (name, "weight_scale")
     _check_use(tensors, scales)
     return CodedTensors(codes, scales)
+
+
+def packed_part(name: str, part: str) -> str:
+    """`a.weight` -> `a.scales`"""
+    return f"{name.removesuffix(WEIGHT)}.{part}"
 
 
 def _is_block_scale(name: str, tensors: Mapping[str, Stored]) -> bool:
@@ -82,11 +98,44 @@ def _fp8(name: str, tensors: Mapping[str, Stored], scaled: bool) -> Fp8:
             "others in the same source have one, and without its own this one's values are unknown",
             AS_PUBLISHED,
         )
+    if found and tensors[found[0]][1].dtype in EXPONENTS:
+        return _mxfp8(name, tensors)
     scale = Scale(*tensors[found[0]]) if found else None
     if scale is not None:
         rows = tensor.shape[:1]
         _check_scale(scale.tensor, ((), (1,), (1, 1), rows, (*rows, 1)), name)
     return Fp8(file, tensor, scale)
+
+
+def _mxfp8(name: str, tensors: Mapping[str, Stored]) -> Mxfp8:
+    (file, tensor), (scale_file, scale) = tensors[name], tensors[name.removesuffix(WEIGHT) + SCALE]
+    if len(tensor.shape) != 2 or tensor.shape[1] % 32:
+        raise _misfit(tensor, "MXFP8 codes are rows of 32 values that share a scale")
+    shape = (tensor.shape[0], tensor.shape[1] // 32)
+    tiled = name.removesuffix(WEIGHT) + MARK in tensors
+    wanted = tiled_shape(shape) if tiled else shape
+    if scale.shape != wanted:
+        how = "in tiles of 128 x 4" if tiled else "or in tiles, with ComfyUI's mark beside them"
+        raise _misfit(scale, f"the exponents of {name} should be {list(wanted)}, {how}")
+    return Mxfp8(file, tensor, None, BlockScales(scale_file, scale, shape, tiled, exponents=True))
+
+
+def _affine(name: str, tensors: Mapping[str, Stored], quantization: Quantization) -> Affine:
+    file, tensor = tensors[name]
+    scales, biases = (tensors.get(packed_part(name, part)) for part in ("scales", "biases"))
+    if scales is None or biases is None or len(tensor.shape) != 2:
+        raise _other_codes(name, "words without scales and biases")
+    try:
+        form = quantization.of(name.removesuffix(WEIGHT))
+    except ModelFolderError as error:
+        raise CheckpointError(f"{name} is packed by MLX", error.why, "add the config.json it came with") from error
+    wanted = (tensor.shape[0], tensor.shape[1] * 32 // form.bits // form.group_size)
+    if form.mode != AFFINE or form.rotation:
+        raise _other_codes(name, f"MLX's {form.mode} codes")
+    if not scales[1].shape == biases[1].shape == wanted or scales[1].dtype not in FLOATS.values():
+        why = f"of {form.bits} bits in groups of {form.group_size}, its scales and biases should be {list(wanted)}"
+        raise _misfit(tensor, why)
+    return Affine(file, tensor, None, form, scales, biases)
 
 
 def _nvfp4(name: str, tensors: Mapping[str, Stored]) -> Nvfp4:
@@ -95,10 +144,10 @@ def _nvfp4(name: str, tensors: Mapping[str, Stored]) -> Nvfp4:
     missing = [layer + part for part in (SCALE, SCALE_2) if layer + part not in tensors]
     if missing:
         raise _other_codes(name, f"bytes that are no NVFP4 codes, for there is no {missing[0]},")
-    if len(tensor.shape) != 2 or tensor.shape[1] * 2 % Nvfp4.form.group_size:
+    if len(tensor.shape) != 2 or tensor.shape[1] * 2 % NVFP4_GROUP:
         raise _misfit(tensor, "NVFP4 codes are rows of 16 values, two in a byte")
     (block_file, blocks), scale = tensors[layer + SCALE], Scale(*tensors[layer + SCALE_2])
-    shape = (tensor.shape[0], tensor.shape[1] * 2 // Nvfp4.form.group_size)
+    shape = (tensor.shape[0], tensor.shape[1] * 2 // NVFP4_GROUP)
     if blocks.dtype != "F8_E4M3" or blocks.shape != tiled_shape(shape):
         wanted = f"F8_E4M3 {list(tiled_shape(shape))}, tiles of 128 x 4 for the {shape[0]} rows of {name}"
         raise _misfit(blocks, f"the block scales should be {wanted}")
@@ -128,6 +177,6 @@ def _misfit(tensor: TensorInfo, why: str) -> CheckpointError:
 def _other_codes(name: str, what: str) -> UnsupportedError:
     return UnsupportedError(
         f"{name} holds {what} and cannot be read",
-        "the FP8 codes that ltx2 knows are E4M3, its 4-bit codes NVFP4",
+        "the codes that ltx2 knows are FP8 (E4M3), MXFP8, NVFP4 and MLX's affine ones",
         "use the bf16, FP8 or NVFP4 file of the same model",
     )

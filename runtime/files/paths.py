@@ -96,6 +96,12 @@ def _mode(path: Path) -> int:
         raise FileNotFoundError(errno.ENOENT, str(error), str(path)) from error
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """The paths in a folder that match, in order, without those that macOS hides beside them (`._name`) on file systems
+    that have no place for its attributes."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def is_base_name(name: object) -> bool:
     """Whether `name` can only be a file directly inside the folder it is joined to."""
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):

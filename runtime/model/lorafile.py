@@ -26,15 +26,16 @@ from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, TensorFile, TensorI
 from ltx2.runtime.model.names import ALPHA, BIAS_DELTA, DELTA, DOWN, UP, Module, read_lora_name
 
 # Found in no other file's names.
-ADAPTER_NAMES = r"\.lora_|^lora_unet_|\.(?:dora_scale|hada_\w+|lokr_\w+|oft_\w+|diff|diff_b)$"
+ADAPTER_NAMES = r"\.lora_|^lora_unet_|^lycoris_|\.(?:dora_scale|hada_\w+|lokr_\w+|oft_\w+|magnitude|diff|diff_b)$"
 LISTED = 3  # names in an error
 # Adapters that are no plain LoRA: a pattern in some tensor's name, what it is, and why it is refused.
 REFUSED = (
-    (r"\.dora_scale$|\.lora_magnitude_vector", "DoRA", "it rescales every row of the merged weights"),
+    (r"\.dora_scale$|\.lora_magnitude_vector|\.magnitude$", "DoRA", "it rescales every row of the merged weights"),
     (r"\.hada_", "LoHa", "its deltas are elementwise products of factors"),
     (r"\.lokr_", "LoKr", "its deltas are Kronecker products of factors"),
     (r"\.lora_mid\b", "LoCon", "its factors are convolution kernels"),
-    (r"\.oft_(blocks|diag)", "OFT", "it rotates weights instead of adding to them"),
+    (r"\.oft_", "OFT", "it rotates weights instead of adding to them"),
+    (r"\b(self_attn|mlp)[._]\w+_proj\.lora_|^lora_te\d?_", "LoRA for a language model", "it changes the text encoder"),
     (r"\.lora_B(\.\w+)?\.bias$", "LoRA with trained biases", "beside the factors it adds biases of its own"),
 )
 PEFT_METADATA = "lora_adapter_metadata"  # what diffusers writes

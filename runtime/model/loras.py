@@ -14,6 +14,7 @@ import numpy as np
 
 from ltx2.runtime.errors import CheckpointError, InputError
 from ltx2.runtime.files.jsonfile import read_object
+from ltx2.runtime.files.paths import visible
 from ltx2.runtime.files.tensors import Array, TensorFile, TensorInfo, open_tensorfile, to_float32
 from ltx2.runtime.model.layout import CONFIG, LORAS, TRANSFORMER, ModelFolder, is_lora
 from ltx2.runtime.model.lorafile import Shapes, checked_layers, lora_config, misfits
@@ -93,7 +94,7 @@ class Lora:
     def open(cls, path: Path) -> "Lora":
         """Raises CheckpointError for what is no LoRA or not whole, UnsupportedError for adapters of other kinds."""
         converted = path.is_dir()
-        files = [open_tensorfile(file) for file in (sorted(path.glob("*.safetensors")) if converted else [path])]
+        files = [open_tensorfile(file) for file in (visible(path, "*.safetensors") if converted else [path])]
         where = {name: file for file in files for name in file.tensors}
         tensors = {name: file.tensors[name] for name, file in where.items()}
         whole = TensorFile(path, {}, tensors) if converted else files[0]

@@ -15,7 +15,7 @@ BLOCK = "{bid}"
 _NUMBER = re.compile(r"(?<=blocks[._])(?:0|[1-9]\d{0,2})(?=[._])")
 # Stripped from the front of a LoRA's names as often as one fits: trainers nest them.
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "connectors.")
-FLAT_PREFIX = "lora_unet_"  # kohya: what follows has `_` for `.`
+FLAT_PREFIX = "lora_unet_"  # kohya, musubi-tuner: what follows has `_` for `.`
 # What a LoRA's tensor is; the down factor is (rank, in), the up factor (out, rank).
 DOWN, UP, ALPHA, DELTA, BIAS_DELTA = "lora_A.weight", "lora_B.weight", "alpha", "diff", "diff_b"
 _FACTORS = {"A": DOWN, "down": DOWN, "B": UP, "up": UP}
@@ -121,18 +121,29 @@ def _filled(template: str, words: list[str]) -> str:
     return re.sub(r"\{(?!bid)\w+\}", lambda _: next(rest), template)
 
 
+Way = Mapping[str, Mapping[str, str]]  # component -> path -> path
+
+
 @cache
-def _ways() -> tuple[Mapping[tuple[str, str], str], Mapping[tuple[str, str], str]]:
-    """(component, path) -> path, from published to ours and back."""
-    rows = modules()
-    return {(m.component, m.published): m.folder for m in rows}, {(m.component, m.folder): m.published for m in rows}
+def _ways() -> tuple[Way, Way]:
+    """From published to ours, and back."""
+    there: dict[str, dict[str, str]] = {}
+    back: dict[str, dict[str, str]] = {}
+    for module in modules():
+        there.setdefault(module.component, {})[module.published] = module.folder
+        back.setdefault(module.component, {})[module.folder] = module.published
+    return there, back
 
 
 @cache
 def _spellings() -> tuple[Mapping[str, Module], Mapping[str, Module]]:
-    """A LoRA's module by its path, and by its path as kohya writes it."""
+    """A LoRA's module by its path, and by its path as kohya and musubi-tuner write it."""
     dotted = {path: m for m in modules() if m.lora for path in (m.folder, m.diffusers, m.published)}
-    return dotted, {path.replace(".", "_"): module for path, module in dotted.items()}
+    flat = {path.replace(".", "_"): module for path, module in dotted.items()}
+    # musubi-tuner's wrapper calls the transformer `model` and the picture's connector `embeddings_connector`.
+    flat |= {f"model_{path}": module for path, module in flat.items() if module.component == "transformer"}
+    flat |= {path.removeprefix("video_"): m for path, m in flat.items() if path.startswith("video_embeddings_")}
+    return dotted, flat
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -141,11 +152,13 @@ def _split(path: str) -> tuple[str, str]:
     return (_NUMBER.sub(BLOCK, path, count=1), number.group()) if number else (path, "")
 
 
-def _renamed(table: Mapping[tuple[str, str], str], component: str, name: str) -> str:
+def _renamed(way: Way, component: str, name: str) -> str:
     """A tensor's name, or its module's, by the table; itself where it has no row."""
+    if (table := way.get(component)) is None:
+        return name
     template, number = _split(name)
     module, _, part = template.rpartition(".")
-    if path := table.get((component, template)):
+    if path := table.get(template):
         return path.replace(BLOCK, number)
-    path = table.get((component, module))
+    path = table.get(module)
     return f"{path.replace(BLOCK, number)}.{part}" if path else name

@@ -87,7 +87,7 @@ def test_quantizing_keeps_the_parameters(demo_model: Path, tmp_path: Path) -> No
 
 
 def test_nothing_to_inspect(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nothing to inspect"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         inspect(tmp_path)
     with pytest.raises(CheckpointError, match="cannot read"):
         inspect(tmp_path / "missing")

@@ -105,6 +105,13 @@ def kohya(module: str, what: str) -> str:
     return f"lora_unet_{module.replace('.', '_')}.{suffix}"
 
 
+def musubi(module: str) -> str:
+    """Its wrapper calls the transformer `model`, and the connectors by names of its own."""
+    if "_embeddings_connector." in module:
+        return module.removeprefix("video_")
+    return module if is_text(module) else f"model.{module}"
+
+
 def diffusers(module: str, what: str) -> str:
     path, connector = module, is_text(module) or "_embeddings_connector." in module
     for theirs, ours in DIFFUSERS.items():
@@ -121,6 +128,7 @@ SPELLINGS: dict[str, Naming] = {
     "transformer": lambda m, w: f"transformer.{m}.{w}.weight",
     "kohya": kohya,
     "diffusers": diffusers,
+    "musubi": lambda m, w: kohya(musubi(m), w),
     "kohya of diffusers": lambda m, w: kohya(diffusers(m, w).partition(".")[2].removesuffix(f".{w}.weight"), w),
 }
 
@@ -405,12 +413,19 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("what", "kind"),
         [("dora_scale", "DoRA"), ("lora_magnitude_vector.default.weight", "DoRA"), ("hada_w1_a", "LoHa"),
-         ("lokr_w1", "LoKr"), ("lora_mid.weight", "LoCon"), ("oft_blocks", "OFT"), ("lora_B.bias", "biases")],
+         ("lokr_w1", "LoKr"), ("lora_mid.weight", "LoCon"), ("oft_blocks", "OFT"), ("magnitude", "DoRA"),
+         ("lora_B.bias", "biases")],
     )  # fmt: skip
     def test_other_adapters(self, what: str, kind: str, tmp_path: Path) -> None:
         other = {f"diffusion_model.{BLOCK}.attn1.to_q.{what}": np.ones((4, 4), np.float32)}
         self.refused(tmp_path, small() | other, kind, UnsupportedError)
         self.refused(tmp_path, other, kind, UnsupportedError)
+
+    @pytest.mark.parametrize("prefix", ["base_model.model.model.", "lora_te_model_", "text_encoder.model."])
+    def test_of_a_text_encoder(self, prefix: str, tmp_path: Path) -> None:
+        layer = "layers.0.self_attn.q_proj" if "te_" not in prefix else "layers_0_self_attn_q_proj"
+        factors = {f"{prefix}{layer}.lora_{x}.weight": np.ones((4, 4), np.float32) for x in ("down", "up")}
+        self.refused(tmp_path, factors, "LoRA for a language model: it changes the text encoder", UnsupportedError)
 
     def test_convolution_factors(self, tmp_path: Path) -> None:
         tensors = {name: value[:, :, None, None] for name, value in small(kohya).items()}

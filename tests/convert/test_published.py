@@ -16,7 +16,8 @@ from ltx2.convert.names import rules
 from ltx2.convert.plan.check import check_plan, incomplete_parts
 from ltx2.convert.plan.entries import Asset, Drop, Merge, Move, Plan
 from ltx2.convert.plan.make import Options, make_plan
-from ltx2.convert.sources.checkpoint import open_sources, special_storage, variant_in_name
+from ltx2.convert.sources.checkpoint import open_sources, special_storage
+from ltx2.convert.sources.source import variant_in_name
 from ltx2.convert.tensors.scales import dropped_beside_codes
 from ltx2.runtime.errors import CheckpointError, ConfigError, MismatchError, UnsupportedError
 from tests.support import published

@@ -19,7 +19,7 @@ Tensors = dict[str, tuple[str, Array]]  # name -> safetensors dtype, values or c
 Encode = Callable[[str, Array], Tensors]  # name of a weight, its values -> its tensors
 PREFIX = "model.diffusion_model.transformer_blocks."
 LAST = 5  # block of the demo model
-SIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1}
+SIZES = {"F32": 4, "U32": 4, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U8": 1, "I8": 1}
 
 
 def e4m3_value(code: int) -> float:
