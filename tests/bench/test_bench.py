@@ -21,7 +21,7 @@ from ltx2.bench.speed.table import markdown, tables_in
 from ltx2.bench.speed.trace import MemoryTrace
 from ltx2.runtime.errors import DoesNotFitError, InputError
 from ltx2.runtime.events import Event, Noted, PhaseDone, Warned
-from ltx2.runtime.generate.options import COSTS
+from ltx2.runtime.generate.options import COSTS, ROWS
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.machine.process import disk_bytes_read, memory_now, process_peak_memory
 from ltx2.runtime.model.layout import ModelFolder
@@ -144,9 +144,8 @@ class TestRuns:
         events, receipt = parts
         case = receipt["cases"][1]
         done = {event.name: event for event in events if isinstance(event, PhaseDone)}
-        assert case["options"] == dict.fromkeys(COSTS) | dict(SMALL) | {
-            "fps": 24.0, "no_audio": False, "no_upscale": False, "low_memory": False, "matmul": "auto",
-        }  # fmt: skip
+        defaults = {name: ROWS[name].default for name in COSTS}
+        assert case["options"] == defaults | dict(SMALL) | {"fps": 24.0, "pipeline": "distilled"}
         (ceiling,) = receipt["ceilings"]
         assert ceiling["dtype"] == "float32" and case["model"]["dtypes"]["transformer"] == "F32"
         for phase in case["phases"]:
