@@ -27,7 +27,7 @@ from ltx2.quant.measure import calibrate
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event
 from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
-from ltx2.runtime.generate import phases
+from ltx2.runtime.generate.phases import sample
 from ltx2.runtime.memory import streaming
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_weights
@@ -195,7 +195,7 @@ class TestComparison:
             transformers.append(transformer.config)
             return streaming.streamed(folder, transformer, range(6) if len(transformers) == 2 else blocks)
 
-        monkeypatch.setattr(phases, "streamed", streamed)
+        monkeypatch.setattr(sample, "streamed", streamed)
         networks: list[weakref.ref[nn.Module]] = []
 
         def loaded(network: nn.Module, _dtype: Any) -> None:

@@ -19,7 +19,7 @@ from ltx2.bench.speed.run import run_bench
 from ltx2.bench.speed.suite import Schedule, load_suite
 from ltx2.convert.tensors.steps import Spec
 from ltx2.quant.apply import Settings, quantize_plan
-from ltx2.runtime.errors import InputError, UnsupportedError
+from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Warned
 from ltx2.runtime.memory.streaming import streamed
 from ltx2.runtime.model.forms import Form, Quantization
@@ -63,8 +63,6 @@ def test_tensors_are_those_of_a_conversion(converted: Any, settings: Settings | 
 @pytest.mark.parametrize(
     ("name", "error", "said"),
     [
-        ("ltx-2-19b-dev", UnsupportedError, "guidance"),
-        ("ltx-2.3-distilled", UnsupportedError, "cannot generate"),
         ("ltx-2-19b-distilled-fp8", InputError, "name the 16-bit model"),
         ("ltx-2-spatial-upscaler-x2-1.0", InputError, "is no model"),
         ("ltx-2-19b-destilled", InputError, "did you mean ltx-2-19b-distilled or"),

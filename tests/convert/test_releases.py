@@ -1,4 +1,4 @@
-"""Releases that are converted and cannot be generated with yet: tiny files of theirs, from end to end."""
+"""Files of later releases, tiny, from end to end."""
 
 import json
 from pathlib import Path
@@ -108,33 +108,44 @@ def test_the_configuration_decides_the_structure() -> None:
 
 
 class TestGenerate:
-    SAID = r"cannot generate with LTX-2\.5: it converts and verifies its files, and generates with LTX-2\.0 only"
+    """With a folder that a newer ltx2 made."""
 
-    def test_says_so_at_once(self, model_25: Path) -> None:
+    SAID = r"cannot generate with LTX-9\.9: it converts and verifies its files, and generates with LTX-2\.0 and .* only"
+
+    @pytest.fixture
+    def newer(self, model_25: Path, tmp_path: Path) -> Path:
+        manifest = json.loads((model_25 / "ltx2.json").read_text())
+        (tmp_path / "ltx2.json").write_text(json.dumps(manifest | {"release": "9.9"}))
+        for component in manifest["components"]:
+            (tmp_path / component).symlink_to(model_25 / component)
+        return tmp_path
+
+    def test_says_so_at_once(self, newer: Path) -> None:
         with pytest.raises(UnsupportedError, match=self.SAID) as error:
-            ltx2.load(model_25)
+            ltx2.load(newer)
         assert error.value.exit_code == 1 and "newer ltx2" in error.value.fix
+        assert inspect(newer)["generate"] is False
 
-    def test_command(self, model_25: Path, here: Any, tmp_path: Path) -> None:
-        done = here("generate", "a kite", "-m", model_25, "-o", tmp_path / "clip.mp4", "--json")
+    def test_command(self, newer: Path, here: Any) -> None:
+        done = here("generate", "a kite", "-m", newer, "-o", newer / "clip.mp4", "--json")
         assert done.code == 1 and json.loads(done.out)["error"]["kind"] == "unsupported"
-        assert not list(tmp_path.glob("clip*"))
+        assert not list(newer.glob("clip*"))
 
 
 class TestInspect:
     def test_model(self, model_25: Path, demo_model: Path) -> None:
-        assert (inspect(model_25)["release"], inspect(model_25)["generate"]) == ("2.5", False)
+        assert (inspect(model_25)["release"], inspect(model_25)["generate"]) == ("2.5", True)
         assert inspect(demo_model)["generate"] is True
 
     @pytest.mark.parametrize(
         ("name", "expected"),
         [
             ("ltx-2-19b-fp8", ("checkpoint", "2.0", "dev", "FP8 (E4M3)", True, True)),
-            ("ltx-2.3-22b", ("checkpoint", "2.3", "dev", None, True, False)),
-            ("ltx-2.5-22b-transformer-nvfp4", ("checkpoint", "2.5", "distilled", "NVFP4", True, False)),
+            ("ltx-2.3-22b", ("checkpoint", "2.3", "dev", None, True, True)),
+            ("ltx-2.5-22b-transformer-nvfp4", ("checkpoint", "2.5", "distilled", "NVFP4", True, True)),
             ("ltx-2.5-22b-transformer-int8", ("checkpoint", "2.5", "dev", "int8", False, False)),
             ("ltx-2.5-latent-temporal-upscaler-x2-bf16-1.0", ("temporal_upscaler", None, None, None, True, False)),
-            ("gemma4-12b-with-proj-ltx-2.5-bf16", ("text_encoder", "2.5", None, None, True, False)),
+            ("gemma4-12b-with-proj-ltx-2.5-bf16", ("text_encoder", "2.5", None, None, True, True)),
         ],
     )
     def test_published(self, name: str, expected: tuple[object, ...], tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ class TestFailed:
             raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity (0000000e).")
 
         with monkeypatch.context() as patch:
-            patch.setattr("ltx2.runtime.generate.phases.decode_frames", ended)
+            patch.setattr("ltx2.runtime.generate.phases.decode.decode_frames", ended)
             failed = here(*arguments, "--json")
         error = failed.json["error"]
         assert failed.code == 1 and error["kind"] == "device" and "this continues: ltx2 generate" in error["fix"]

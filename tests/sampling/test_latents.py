@@ -123,7 +123,7 @@ class TestSteps:
 class TestNoise:
     def noises(self, model: Path, **options: Any) -> list[Any]:
         """Of both stages."""
-        size = {"prompt": "x", "width": 128, "height": 64, "frames": 9}
+        size = {"prompt": "x", "width": 128, "height": 64, "frames": 9, "seed": 0}
         job = Job(ModelFolder.open(model), Request.from_options(size | options))
         noise = job.noise()
         drawn = {name: noise(name, shape) for name, shape in job.draws().items()}
