@@ -72,6 +72,7 @@ MAX_PARAMETERS = 6
 
 RELEASE_NAME = re.compile(r"ltx[-_ ]?v?2[-_.]?\d|(?<!\w)(?:release|version|ltx-?) v?2\.\d", re.IGNORECASE)
 RELEASE_NUMBER = re.compile(r"v?2\.[0-9]")
+CLOCK = re.compile(r"(?:^|\.)(?:perf_counter|monotonic|process_time|thread_time|time\.time|timeit)(?:_ns)?$")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|opt/venv|tmp/w|root)\b")
 
 Node = TypeVar("Node", bound=ast.AST)
@@ -247,6 +248,21 @@ def references_through_parity(source: Source) -> Violations:
                 yield call.lineno, "importorskip: use tests.support.parity.require"
 
 
+def no_test_looks_at_a_clock(source: Source) -> Violations:
+    """On a busy machine everything takes longer. Wait with tests.support.waiting, count calls, or give the code a clock
+    that the test sets; speed is what tests/bench_hot.py is for."""
+    if source.part != "tests" or source.path in ("tests/bench_hot.py", "tests/test_architecture.py"):
+        return
+    for call in source.of_type(ast.Call):
+        if CLOCK.search(ast.unparse(call.func)):
+            yield call.lineno, "looks at a clock"
+        if any(word.arg == "timeout" for word in call.keywords):
+            yield call.lineno, "waits for a limited time"
+    for line, text in source.texts():  # programs that run in processes of their own
+        if re.search(CLOCK.pattern.replace("$", r"\("), text):
+            yield line, "looks at a clock"
+
+
 RULES: list[Rule] = [
     import_directions,
     library_users,
@@ -259,6 +275,7 @@ RULES: list[Rule] = [
     documented,
     no_path_of_one_machine,
     references_through_parity,
+    no_test_looks_at_a_clock,
 ]
 
 
@@ -320,6 +337,10 @@ BAD: list[tuple[Rule, str, str]] = [
     (no_path_of_one_machine, "tests/test_a.py", "# see /" + "opt/venv/bin"),
     (no_path_of_one_machine, "tests/test_a.py", "x = '/" + "work/shared/demo'"),
     (references_through_parity, "tests/test_a.py", "torch = pytest.importorskip('torch')"),
+    (no_test_looks_at_a_clock, "tests/test_a.py", "import time\nassert time.perf_counter() - started < 5"),
+    (no_test_looks_at_a_clock, "tests/test_a.py", "from time import monotonic\ndeadline = monotonic() + 5"),
+    (no_test_looks_at_a_clock, "tests/test_a.py", "CODE = 'import time; print(time.process_time())'"),
+    (no_test_looks_at_a_clock, "tests/support/a.py", "thread.join(timeout=5)"),
 ]
 
 GOOD: list[tuple[Rule, str, str]] = [
@@ -351,6 +372,8 @@ GOOD: list[tuple[Rule, str, str]] = [
     (sizes, "ltx2/cli.py", "@cli.command()\n@click.option('-a')\ndef f(a, b, c, d, e, f, g): ..."),
     (no_path_of_one_machine, "tests/test_a.py", "x = 'frame/work/root', './work'"),
     (references_through_parity, "tests/test_a.py", "torch = require('torch')"),
+    (no_test_looks_at_a_clock, "tests/test_a.py", "time.sleep(0.01)\nset(time, 'monotonic', clock)\nthread.join()"),
+    (no_test_looks_at_a_clock, "runtime/memory/streaming.py", "asked = time.perf_counter()"),
 ]
 
 

@@ -145,7 +145,7 @@ def _refusal(plan: MemoryPlan) -> DoesNotFitError:
     if worst.least_weights > plan.limit:
         component = "transformer" if worst.name.startswith("stage") else worst.name
         why = f"{worst.least_weights / GB:.1f} GB of its weights must be there at once, and {has}"
-        return DoesNotFitError(f"the {component} does not fit in memory", why, job.folder.how_to_shrink())
+        return DoesNotFitError(f"`{component}` does not fit in memory", why, job.folder.how_to_shrink())
     what = f"{sizes.frames} frames of {sizes.width}x{sizes.height} do not fit in memory"
     why = f"{worst.name} takes {worst.least / GB:.1f} GB, {worst.least_weights / GB:.1f} GB of it weights, and {has}"
     found = [] if job.request.latents else list(_smaller(plan))

@@ -43,9 +43,9 @@ class Activations:
     def full(self) -> int:
         return self.needed + self.queued
 
-    def beside(self, more: int) -> "Activations":
-        """With so many bytes more there at once."""
-        return replace(self, needed=self.needed + more)
+    def beside(self, more: int, queued: int = 0) -> "Activations":
+        """With so many bytes more there at once, and more queued."""
+        return replace(self, needed=self.needed + more, queued=self.queued + queued)
 
 
 def text_encoder(config: GemmaConfig, layer: int, embedding: int, tokens: int, itemsize: int) -> Activations:

@@ -55,11 +55,12 @@ def decode_diffusion(config: DiffusionVAEConfig, latents: Size, tiling: Tiling |
     return 2 * FLOAT32 * BLOCK**3 * scores // config.decoder.head_dim
 
 
-def decode_audio(config: AudioVAEConfig, audio_frames: int) -> int:
-    """The convolutions of the finest level, which are computed together."""
+def decode_audio(config: AudioVAEConfig, audio_frames: int) -> tuple[int, int]:
+    """A convolution of the finest level; the others of that level, which are queued beside it."""
     pixel = audio_frames * config.temporal_scale * config.mel_bins * FLOAT32
     coarser, width = config.widths[min(1, len(config.widths) - 1)], config.widths[0]
-    return pixel * TAPS_2D * (coarser + (2 * config.num_res_blocks + 1) * width)
+    largest = max(coarser, width)
+    return pixel * TAPS_2D * largest, pixel * TAPS_2D * (coarser + (2 * config.num_res_blocks + 1) * width - largest)
 
 
 def encode_audio(config: AudioVAEConfig, unit: int) -> int:

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from ltx2.runtime.generate.request import Request
 from ltx2.runtime.machine.process import disk_bytes_read, memory_now, process_peak_memory
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support.command import SIZE, Here
+from tests.support.waiting import until
 
 Receipt = dict[str, Any]
 SMALL = (("width", 64), ("height", 64), ("frames", 1))
@@ -352,12 +352,12 @@ class TestTrace:
     def test_samples_are_bounded_and_keep_the_most(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(trace, "INTERVAL_SECONDS", 0.0005)
         monkeypatch.setattr(trace, "MOST_SAMPLES", 8)
-        held = chain([0] * 10, [5000], repeat(0))
-        monkeypatch.setattr(mx, "get_active_memory", lambda: next(held))
+        samples = iter([*[0] * 10, 5000, *[0] * 40])
+        monkeypatch.setattr(mx, "get_active_memory", lambda: next(samples, 0))
         with MemoryTrace() as taken:
             taken.begin("stage1")
             ballast = b"x" * (50 << 20)
-            time.sleep(0.1)
+            until(lambda: samples.__length_hint__() == 0)
             assert taken.end() > len(ballast)
         data = taken.to_dict()
         assert 4 <= len(data["seconds"]) < 8 and data["seconds"] == sorted(data["seconds"])

@@ -1,7 +1,6 @@
 """Planning from headers: the published files completely and exactly, the plan as the contract writes it."""
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,11 +110,6 @@ class TestPublishedFiles:
         assert (plan.release, plan.variant) == ("2.0", "dev")
         distilled = files[published.MONOLITH].with_name("ltx-2-19b-distilled.safetensors")
         assert plan_of(distilled).variant == "distilled"
-
-    def test_planning_is_quick(self, files: dict[str, Path], figure: Callable[..., None]) -> None:
-        started = time.perf_counter()
-        check_plan(plan_of(*files.values()))
-        figure("plan of all published files, checked against the networks, s", time.perf_counter() - started, limit=20)
 
     def test_shards_hold_whole_blocks(self, plan: Plan) -> None:
         made = component_files(plan, plan.components["transformer"], 5 * 10**9)

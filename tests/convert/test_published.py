@@ -1,7 +1,6 @@
 """Every published file, from its header: recognised, planned completely, of the predicted size, or refused by name."""
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -224,15 +223,6 @@ def test_rotated_int8_is_refused(name: str, tmp_path: Path) -> None:
     for path in published.write_published(tmp_path, name):
         with pytest.raises(UnsupportedError, match=rf"{path.name} holds int8 weights: .*rotated.*use the bf16 file"):
             open_sources([path])
-
-
-def test_planning_is_quick(file: Look, figure: Callable[..., None]) -> None:
-    for name in CONVERTED:
-        file(name)
-    started = time.process_time()  # of one core: the machine may be busy
-    for name in CONVERTED:
-        check_plan(make_plan(open_sources([file(name)]), Options("dev")))
-    figure(f"plans of {len(CONVERTED)} published files, checked, core s", time.process_time() - started, limit=12)
 
 
 class TestKeys:

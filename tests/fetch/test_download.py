@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,6 +32,7 @@ from tests.support import published
 from tests.support.command import SCRIPT, Done, Here
 from tests.support.hub import Hub, running
 from tests.support.official import GEMMA, MONOLITH, UPSCALER
+from tests.support.waiting import until
 
 MODEL, UPSCALE = "ltx-2-19b-distilled.safetensors", "ltx-2-spatial-upscaler-x2-1.0.safetensors"
 TEXT = "gemma-3-12b-it"
@@ -290,14 +290,11 @@ class TestCuts:
         with subprocess.Popen(
             command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=listen
         ) as process:
-            deadline = time.monotonic() + 30
             part = weights / "ltx-2" / f"{MODEL}.partial"
-            while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
-                time.sleep(0.02)
+            until(lambda: part.exists() and part.stat().st_size > 0)
             process.send_signal(sign)
-            time.sleep(0.1)
+            out, err = process.communicate()
             hub.stall.set()
-            out, err = process.communicate(timeout=30)
         hub.stall = None
         assert "Traceback" not in err, err
         if sign == signal.SIGINT:

@@ -14,6 +14,7 @@ from ltx2.runtime.files.tensors import FileRecord, open_tensorfile
 from ltx2.runtime.memory import blocks as blockfile
 from ltx2.runtime.memory.blocks import Block, open_blocks
 from ltx2.runtime.model.layout import ComponentRecord, Manifest, ModelFolder
+from tests.support.memory import settled
 
 RNG = np.random.default_rng(0)
 # Sizes that leave others at odd places, nothing at all, and one value.
@@ -112,8 +113,7 @@ def test_buffers_are_filled_whatever_a_read_returns(folder: ModelFolder, monkeyp
 
 def test_memory_is_the_blocks(folder: ModelFolder) -> None:
     block = opened(folder)
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = settled()
     memory = block.read()
     views = block.views(memory)
     mx.eval([value for _, value in views])

@@ -7,16 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import ltx2
 from ltx2.render import memory_table
@@ -25,51 +26,51 @@ from ltx2.runtime.events import PhaseDone, StepDone, Warned
 from ltx2.runtime.generate.clip import Generated
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.memory import streaming
-from ltx2.runtime.memory.blocks import Block
-from ltx2.runtime.memory.streaming import IN_MEMORY, BlockStream, choose_streamed, held_bytes, streamed
+from ltx2.runtime.memory.streaming import IN_MEMORY, choose_streamed, held_bytes, streamed
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, read_weights
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.latents import Grid
 from ltx2.runtime.streams import Streams
 from tests.support import encoded
-from tests.support.command import Here
-from tests.support.official import MONOLITH
+from tests.support.command import SIZE, Here
+from tests.support.memory import settled
+from tests.support.official import GEMMA, MONOLITH
 from tests.support.sampling import sampled
+from tests.support.sparse_model import write_sparse_model
+from tests.support.waiting import until
 
 BLOCKS = 6  # of the demo model
 EVERY = tuple(range(BLOCKS))
 PROMPT = "a red square"
 STEPS = 8
 SIGMAS = (1.0, 0.6, 0.2)
-# A generation whose blocks are all read in every step, ended in the middle of one.
+TIGHT = {"memory_limit": 0.0145}  # what the demo model's video decoder takes, and not all of its transformer
+# A generation that is killed in the middle of its fifth step, while blocks are read.
 KILLED = """
-import json, os, sys
-from ltx2.runtime.memory import plan as estimate
+import json, os, signal, sys
+import mlx.core as mx
+from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.memory.streaming import BlockStream
-from ltx2.runtime.streams import Streams
 
-estimate.choose_streamed = lambda sizes, room: tuple(range(len(sizes)))
-passed, queued = [], BlockStream.queued
+mx.set_default_device(mx.cpu)  # as the test that compares
 
-def watched(self, index, results):
-    passed.append(index)
-    if passed.count({block}) == {step}:
-        os.kill(os.getpid(), {signal})
-    queued(self, index, results)
+def observe(component, network):
+    calls = []
 
-BlockStream.queued = watched
-Pipeline(sys.argv[1]).generate(checkpoint_every=3, **json.loads(sys.argv[2]))
+    def seen(path, layer, x):
+        calls.append(path)
+        if calls.count("transformer_blocks.3.attn1.to_q") == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if component == "transformer":
+        watch(network, seen)
+
+Pipeline(sys.argv[1], observe).generate(checkpoint_every=3, **json.loads(sys.argv[2]))
 """
 Pictures = list[np.ndarray]
-
-
-@pytest.fixture
-def everything_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever fits: the demo model is smaller than what an encoder of its clips takes."""
-    monkeypatch.setattr("ltx2.runtime.memory.plan.choose_streamed", lambda sizes, room: tuple(range(len(sizes))))
 
 
 class Run(NamedTuple):
@@ -105,7 +106,7 @@ def steps(network: Transformer, keep: bool = False) -> Pictures:
 
 def size(module: nn.Module) -> int:
     """Bytes of its weights."""
-    return sum(value.nbytes for _, value in streaming._parameters(module))
+    return sum(value.nbytes for _, value in tree_flatten(module.parameters()))
 
 
 def same(first: Pictures, second: Pictures) -> bool:
@@ -130,10 +131,10 @@ class TestChoice:
         assert choose_streamed([1] * 48, 48) == () == choose_streamed([], 0)
         assert len(choose_streamed([1] * 48, 47)) == 1 + IN_MEMORY, "two of those read are in memory"
 
-    @pytest.mark.parametrize("count", [3, 10, 24, 47])
-    def test_at_even_distances(self, count: int) -> None:
-        chosen = choose_streamed([1] * 48, 48 - count + IN_MEMORY)
-        assert len(chosen) == count
+    @pytest.mark.parametrize("several", [3, 10, 24, 47])
+    def test_at_even_distances(self, several: int) -> None:
+        chosen = choose_streamed([1] * 48, 48 - several + IN_MEMORY)
+        assert len(chosen) == several
         gaps = {after - before for before, after in zip(chosen, [*chosen[1:], chosen[0] + 48], strict=True)}
         assert max(gaps) - min(gaps) <= 1
 
@@ -185,12 +186,10 @@ class TestSameBits:
 
     def test_of_a_generation(self, demo_f32: Path, whole: Run) -> None:
         """The plan decides which."""
-        options = whole.options | {"memory_limit": 0.0145}
-        plan = Pipeline(demo_f32).plan(**options)
+        plan = Pipeline(demo_f32).plan(**whole.options, **TIGHT)
         assert plan.fits and 0 < len(plan.phase("stage1").streamed) < BLOCKS
-        assert whole.same(Pipeline(demo_f32).generate(**options).latents)
+        assert whole.same(Pipeline(demo_f32).generate(**whole.options, **TIGHT).latents)
 
-    @pytest.mark.usefixtures("everything_streams")
     def test_of_a_generation_that_is_watched(self, demo_f32: Path, whole: Run) -> None:
         seen: dict[str, int] = {}
 
@@ -198,7 +197,7 @@ class TestSameBits:
             if component == "transformer":
                 watch(network, lambda path, layer, x: seen.update({path: seen.get(path, 0) + 1}))
 
-        assert whole.same(Pipeline(demo_f32, observe).generate(**whole.options).latents)
+        assert whole.same(Pipeline(demo_f32, observe).generate(**whole.options, **TIGHT).latents)
         assert {path.split(".")[1] for path in seen if path.startswith("transformer_blocks.")} == set("012345")
         assert set(seen.values()) == {1, STEPS}, "the text's projections once, all others in every step"
 
@@ -215,18 +214,17 @@ def converted(form: str, demo_f32: Path, tmp_path: Path) -> Path:
 
 
 def left(network: Transformer, after: int) -> None:
-    """A pass that ends with an error before a block."""
-    supply = network.supply
-    assert supply is not None
-    ready = supply.ready
+    """A pass that ends with an error in a block."""
 
-    def fails(index: int) -> None:
-        1 / (index - after)
-        ready(index)
+    def fails(path: str, layer: LinearLayer, x: mx.array) -> None:
+        if path.startswith(f"transformer_blocks.{after}."):
+            raise ZeroDivisionError
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supply, "ready", fails)
+    watch(network, fails)
+    try:
         steps(network)
+    finally:
+        watch(network, lambda path, layer, x: None)
 
 
 class TestMemory:
@@ -237,9 +235,7 @@ class TestMemory:
         peaks = []
         for blocks in ((), EVERY):
             network = transformer(demo_f32)
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            before = mx.get_active_memory()
+            before = settled()
             with streamed(ModelFolder.open(demo_f32), network, blocks):
                 steps(network)
             peaks.append(mx.get_peak_memory() - before)
@@ -247,25 +243,24 @@ class TestMemory:
         assert peaks[0] - peaks[1] > (BLOCKS - IN_MEMORY - 0.5) * block
 
     def test_a_block_is_read_while_others_compute(self, demo_f32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """When a block is asked for, its reading began before the last one was used."""
-        order: list[str] = []
-        read, queued = BlockStream._read, BlockStream.queued
+        """The first block waits until reading of the second one has begun, which it would do for ever if that began
+        when the second one is asked for; likewise the third waits for the fifth."""
+        read, begun = mx.load, list[object]()
 
-        def reading(self: BlockStream, index: int) -> None:
-            order.append(f"read {index}")
-            read(self, index)
+        def reading(*args: Any, **kwargs: Any) -> Any:
+            begun.append(args)
+            return read(*args, **kwargs)
 
-        def computing(self: BlockStream, index: int, results: Any) -> None:
-            queued(self, index, results)
-            order.append(f"queued {index}")
+        def waits(path: str, layer: LinearLayer, x: mx.array) -> None:
+            wanted = {"transformer_blocks.0.attn1.to_q": 1, "transformer_blocks.2.attn1.to_q": 2}.get(path, 0)
+            until(lambda: len(begun) >= wanted)
 
-        monkeypatch.setattr(BlockStream, "_read", reading)
-        monkeypatch.setattr(BlockStream, "queued", computing)
         network = transformer(demo_f32)
+        monkeypatch.setattr(mx, "load", reading)
+        watch(network, waits)
         with streamed(ModelFolder.open(demo_f32), network, (1, 4)):
             steps(network)
-        assert order.index("read 1") < order.index("queued 0")
-        assert order.index("read 4") < order.index("queued 2") < order.index("queued 3")
+        assert len(begun) >= 2 * (len(SIGMAS) - 1)
 
 
 class TestEnds:
@@ -274,23 +269,21 @@ class TestEnds:
         """A copy to spoil."""
         return Path(shutil.copytree(demo_f32, tmp_path / "model"))
 
-    @pytest.mark.usefixtures("everything_streams")
-    def test_a_file_that_becomes_shorter(self, model: Path, whole: Run, tmp_path: Path) -> None:
-        """Is an expected failure; what was computed is kept, and the reading thread waits for work."""
+    def test_a_file_that_becomes_shorter(self, model: Path, demo_f32: Path, whole: Run, tmp_path: Path) -> None:
+        """Is an expected failure; what was computed is kept, and another run can read."""
         (weights,) = ModelFolder.open(model).weight_files("transformer")
         state = tmp_path / "state.safetensors"
         with pytest.raises(CheckpointError, match="became shorter"):
-            for event in Pipeline(model).stream(state=state, checkpoint_every=1, **whole.options):
+            for event in Pipeline(model).stream(state=state, checkpoint_every=1, **whole.options, **TIGHT):
                 if isinstance(event, StepDone) and (event.phase, event.step) == ("stage1", 2):
                     os.truncate(weights, weights.stat().st_size // 2)
-        assert state.exists()
-        assert streaming._reader().submit(int).result(timeout=5) == 0
+        *_, last = Pipeline(demo_f32).stream(state=state, resume=True, **whole.options, **TIGHT)
+        assert isinstance(last, Generated) and whole.same(last.clip.latents)
 
-    @pytest.mark.usefixtures("everything_streams")
     def test_a_file_that_is_removed(self, model: Path, whole: Run) -> None:
         """It is open: the stage ends with what was in it."""
         (weights,) = ModelFolder.open(model).weight_files("transformer")
-        for event in Pipeline(model).stream(**whole.options):
+        for event in Pipeline(model).stream(**whole.options, **TIGHT):
             if isinstance(event, StepDone) and event.phase == "stage1":
                 weights.unlink(missing_ok=True)
         assert isinstance(event, Generated) and whole.same(event.clip.latents)
@@ -298,15 +291,16 @@ class TestEnds:
     def test_an_interrupt(self, demo_f32: Path) -> None:
         """Nothing is left of the blocks, and nothing reads on."""
         network = transformer(demo_f32)
-        before = mx.get_active_memory()
+        before = settled()
         with pytest.raises(KeyboardInterrupt), streamed(ModelFolder.open(demo_f32), network, EVERY) as stream:
             assert stream is not None
             stream.ready(0)
             raise KeyboardInterrupt
-        assert stream is not None and network.supply is None and stream._reading is None
-        streaming._reader().submit(int).result(timeout=5)
+        assert network.supply is None
         rest = size(network) - sum(map(size, network.transformer_blocks))
         assert mx.get_active_memory() - before <= rest + (1 << 16)
+        with streamed(ModelFolder.open(demo_f32), network, EVERY):
+            assert len(steps(network)) == 2 * (len(SIGMAS) - 1)
 
     def test_what_is_no_fault_of_the_file(self, demo_f32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Memory that runs out, say, is not said to be one."""
@@ -322,8 +316,8 @@ class TestEnds:
     def test_a_kill_leaves_a_state(self, demo_f32: Path, whole: Run, tmp_path: Path) -> None:
         """A real one, between reading and computing; the rest runs from memory, to the same bits."""
         state = str(tmp_path / "state.safetensors")
-        killed = KILLED.format(signal=int(signal.SIGKILL), block=3, step=5)
-        command = [sys.executable, "-c", killed, str(demo_f32), json.dumps(whole.options | {"state": state})]
+        options = whole.options | TIGHT | {"state": state}
+        command = [sys.executable, "-c", KILLED, str(demo_f32), json.dumps(options)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL and not done.stderr, done.stderr
         *events, last = Pipeline(demo_f32).stream(state=state, resume=True, **whole.options)
@@ -333,30 +327,26 @@ class TestEnds:
 
 
 class TestSaid:
-    @pytest.mark.usefixtures("everything_streams")
-    def test_before_it_starts(self, generate: Here) -> None:
-        done = generate(PROMPT, "--dry-run")
+    def test_before_it_starts(self, here: Here, tmp_path: Path) -> None:
+        """A model of the published size."""
+        model = write_sparse_model(tmp_path / "model", GEMMA, 4)
+        args = ["generate", PROMPT, "-m", model, "-o", tmp_path / "clip.mp4", *SIZE, "--memory-limit", "8", "--dry-run"]
+        done = here(*args)
         assert done.code == 0 and "warning: the transformer is not kept in memory as a whole" in done.err
-        plan = generate(PROMPT, "--dry-run", "--json").json["plan"]
+        plan = here(*args, "--json").json["plan"]
         for phase in plan["phases"]:
-            assert phase["streamed"] == (list(EVERY) if phase["name"].startswith("stage") else [])
-            assert (phase["read"] > 0) == bool(phase["streamed"])
+            assert bool(phase["streamed"]) == phase["name"].startswith("stage") == (phase["read"] > 0)
 
     def test_in_the_table(self, demo_f32: Path, whole: Run) -> None:
-        plan = Pipeline(demo_f32).plan(memory_limit=0.0145, **whole.options)
+        plan = Pipeline(demo_f32).plan(**whole.options, **TIGHT)
         _, columns, rows = memory_table(plan)
         assert columns[-1] == "read per step"
         blocks = len(plan.phase("stage1").streamed)
-        assert {row[0]: row[-1] for row in rows} == {"stage1": f"0.01, {blocks} blocks", "video_vae": "", "limit": ""}
+        assert {row[0]: row[-1] for row in rows} == {"stage1": f"0.01, {blocks} blocks", "video_vae": ""}
 
-    @pytest.mark.usefixtures("everything_streams")
     def test_when_the_disk_was_too_slow(self, demo_f32: Path, whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        read = Block.read
-
-        def reading(self: Block) -> mx.array:
-            time.sleep(0.01)
-            return read(self)
-
-        monkeypatch.setattr(Block, "read", reading)
-        said = [e.message for e in Pipeline(demo_f32).stream(**whole.options) if isinstance(e, Warned)]
+        """By a clock on which a second passes whenever somebody looks: half of the looks are before and after waiting
+        for a block."""
+        monkeypatch.setattr(streaming, "time", SimpleNamespace(perf_counter=count().__next__))
+        said = [e.message for e in Pipeline(demo_f32).stream(**whole.options, **TIGHT) if isinstance(e, Warned)]
         assert any(re.match("stage1 has waited .* for blocks to be read", message) for message in said)

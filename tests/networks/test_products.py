@@ -1,6 +1,7 @@
 """The ways to multiply with packed weights give the same product, and the choice among them is measured and kept."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_times_are_those_of_every_product(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(products, "SIDE", 256)
     times = products._times(Form(4, 64), mx.float32, 1)
     assert times.keys() == PRODUCTS.keys()
-    assert all(0 < seconds < 60 for seconds in times.values())
+    assert all(math.isfinite(seconds) for seconds in times.values()), "all were measured"
 
 
 def test_the_wanted_product_is_used_by_every_layer() -> None:

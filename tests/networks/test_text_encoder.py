@@ -21,6 +21,7 @@ from ltx2.runtime.networks.text.gemma import TextEncoder, attention_masks
 from ltx2.runtime.networks.text.tokenizer import Tokenizer
 from tests.support import published
 from tests.support.golden import golden
+from tests.support.memory import peak_of
 from tests.support.official import Official, random_values
 from tests.support.parity import relative_l2, require
 
@@ -193,14 +194,11 @@ def test_released_run_holds_one_layer_at_a_time(tmp_path: Path) -> None:
     total = sum(value.nbytes for value in weights_of(encoder).values())
     mx.save_safetensors(str(tmp_path / "w.safetensors"), weights_of(encoder))
     peaks = {}
-    for name, release in {"kept": False, "released": True}.items():
+    for release in (False, True):
         encoder.load_weights(str(tmp_path / "w.safetensors"))
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        run(encoder, *left_padded(4, 4, 96), release=release)
-        peaks[name] = mx.get_peak_memory() - before
-    assert peaks["kept"] > 0.9 * total
-    assert peaks["released"] < 0.3 * total
+        peaks[release] = peak_of(lambda release=release: run(encoder, *left_padded(4, 4, 96), release=release))
+    assert peaks[False] > 0.9 * total
+    assert peaks[True] < 0.3 * total
 
 
 def test_quantized_embedding_and_layers(encoder: TextEncoder, figure: Figure) -> None:

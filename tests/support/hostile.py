@@ -14,7 +14,7 @@ from ltx2.runtime.files.jsonfile import MAX_BYTES
 from ltx2.runtime.files.tensors import HEADER_BYTES
 from tests.support.command import Done, Here
 
-HANGS = 20  # seconds after which a command in this process is stopped
+HANGS = 600  # seconds after which a command in this process is stopped: it would run for ever
 Mutation = Callable[[dict[str, Any]], None]
 
 ESCAPES = "\x1b[2J\x07\r\n\u202e\u2028\x00\x7f"  # what a terminal would obey

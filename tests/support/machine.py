@@ -1,0 +1,18 @@
+"""Another machine than this one, as far as plans ask: MLX computes where it did."""
+
+import mlx.core as mx
+import pytest
+
+GB = 10**9
+
+
+def memory_of(patch: pytest.MonkeyPatch, size: float) -> None:
+    """The machine has so many GB for MLX."""
+    facts = {"device_name": "a machine", "max_recommended_working_set_size": round(size * GB)}
+    patch.setattr(mx, "device_info", lambda *_: facts)
+
+
+def gpu_of(patch: pytest.MonkeyPatch, size: float) -> None:
+    """The machine has a GPU of so many GB."""
+    memory_of(patch, size)
+    patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
