@@ -19,6 +19,13 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.media.video import AudioTrack, ffmpeg_program
 
 Array = np.ndarray[Any, np.dtype[Any]]
+# What is read: no playlists and other lists of files, which could name any file of this computer.
+FORMATS = (
+    "mov,matroska,avi,flv,asf,ogg,mpeg,mpegts,mpegvideo,m4v,h264,hevc,vvc,ivf,obu,av1,mxf,nut,dv,rm,wtv,mjpeg,"
+    "yuv4mpegpipe,gif,apng,webp_anim,jpegxl_anim,wav,w64,aiff,au,caf,mp3,flac,aac,ac3,eac3,dts,amr,ape,wv,tta,tak,"
+    "image2,bmp_pipe,dds_pipe,dpx_pipe,exr_pipe,gif_pipe,hdr_pipe,j2k_pipe,jpeg_pipe,jpegxl_pipe,pam_pipe,pcx_pipe,"
+    "pgm_pipe,png_pipe,ppm_pipe,psd_pipe,qoi_pipe,sgi_pipe,tiff_pipe,webp_pipe"
+)
 GROUP = 8  # frames that are handed on at a time
 MOST_PIXELS = 100_000_000  # of one frame: a small file can say that it holds a huge picture
 OTHER = "name a picture, clip or sound that plays elsewhere"
@@ -28,12 +35,14 @@ FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 @dataclass(frozen=True)
 class Facts:
     """What a media file says of itself. `width` and `height` are 0 without a picture, `fps` 0 where it is not known;
-    `rate` is that of its sound, 0 without one."""
+    `rate` and `channels` (1 or 2; more become 2) are its
+    sound's, 0 without one."""
 
     width: int = 0
     height: int = 0
     fps: float = 0.0
     rate: int = 0
+    channels: int = 0
 
 
 def media_facts(path: Path) -> Facts:
@@ -51,10 +60,11 @@ def media_facts(path: Path) -> Facts:
     if not size and not rate:
         raise InputError(f"cannot read {path}", _reason(said), OTHER)
     width, height = (int(n) for n in size.groups()) if size else (0, 0)
+    channels = 0 if not rate else 1 if ", mono" in audio else 2
     if width * height > MOST_PIXELS:
         why = f"it says that it is {width}x{height}, more than {MOST_PIXELS // 10**6} million pixels"
         raise InputError(f"{path} is too large", why, "make it smaller first")
-    return Facts(width, height, _number(fps[1]) if fps else 0.0, int(rate[1]) if rate else 0)
+    return Facts(width, height, _number(fps[1]) if fps else 0.0, int(rate[1]) if rate else 0, channels)
 
 
 def read_picture(path: Path) -> Array:
@@ -86,11 +96,11 @@ def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> 
     cut = ["-ss", f"{start:.6f}"] if start else []
     length = [] if seconds is None else ["-t", f"{seconds + 1:.6f}"]
     command = [ffmpeg_program(), "-hide_banner", "-nostdin", "-loglevel", "error", *cut, *_input(path), *length]
-    command += ["-vn", "-map", "0:a:0", "-ac", "2", "-f", "f32le", "-c:a", "pcm_f32le", "pipe:1"]
+    command += ["-vn", "-map", "0:a:0", "-ac", str(facts.channels), "-f", "f32le", "-c:a", "pcm_f32le", "pipe:1"]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise InputError(f"cannot read {path}", _reason(done.stderr.decode(errors="replace")), OTHER)
-    samples = np.frombuffer(done.stdout, "<f4").reshape(-1, 2).T
+    samples = np.frombuffer(done.stdout, "<f4").reshape(-1, facts.channels).T
     if seconds is not None:
         samples = samples[:, : round(seconds * facts.rate)]
     return AudioTrack(np.ascontiguousarray(samples), facts.rate)
@@ -104,8 +114,9 @@ def compressed(picture: Array, crf: int) -> Array:
         return picture
     size, raw = f"{width}x{height}", ["-f", "rawvideo", "-pix_fmt", "rgb24"]
     program = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", "-sws_flags", "bilinear"]
-    encode = [*program, *raw, "-video_size", size, "-i", "pipe:0", "-sws_flags", "bilinear", "-c:v", "libx264"]
-    encode += ["-preset", "veryfast", "-crf", str(crf), "-pix_fmt", "yuv420p"]
+    # One frame per second: the rate decides how x264 shares out bits.
+    encode = [*program, *raw, "-framerate", "1", "-video_size", size, "-i", "pipe:0", "-sws_flags", "bilinear"]
+    encode += ["-c:v", "libx264", "-preset", "veryfast", "-crf", str(crf), "-pix_fmt", "yuv420p"]
     encode += ["-x264-params", "sliced-threads=1:threads=2", "-f", "h264", "pipe:1"]
     decode = [*program, "-f", "h264", "-i", "pipe:0", "-sws_flags", "bilinear", *raw, "pipe:1"]
     stream = _piped(encode, picture[:height, :width].tobytes())
@@ -139,7 +150,8 @@ def _resized(values: Array, axis: int, size: int, start: int, count: int) -> Arr
 
 
 def _input(path: Path) -> list[str]:
-    return ["-protocol_whitelist", "file,pipe", "-i", f"file:{path.absolute()}"]
+    limits = ["-format_whitelist", FORMATS, "-protocol_whitelist", "file,pipe", "-max_pixels", str(MOST_PIXELS)]
+    return [*limits, "-i", f"file:{path.absolute()}"]
 
 
 def _check_file(path: Path) -> None:
