@@ -43,6 +43,7 @@ from ltx2.runtime.sampling.conditioning import (
 )  # fmt: skip
 from ltx2.runtime.sampling.conditioning import Reference as Reference_
 from ltx2.runtime.sampling.latents import Scales, Sizes
+from ltx2.runtime.streams import Streams
 
 Pixels = np.ndarray[Any, np.dtype[np.float32]]
 RATE = 24.0  # of latents that do not say theirs
@@ -110,6 +111,10 @@ class Given(ABC):
     def in_stage(self, number: int) -> bool:
         """Whether stage `number` has it."""
         return True
+
+    def latents(self, place: Place) -> Streams[mx.array] | None:
+        """What is latents already and needs no encoding."""
+        return None
 
     def video(self, vae: VideoAutoencoder, place: Place) -> mx.array | None:
         """What is encoded of it for a stage's picture, normalised latents."""
@@ -179,6 +184,9 @@ class GivenClip(Given):
     clip: Clip
     streams: tuple[str, ...] = ("video", "audio")
     before: int = 0  # frames that are made before the clip's
+
+    def latents(self, place: Place) -> Streams[mx.array] | None:
+        return Streams(self.video(None, place), self.audio(None, place)) if self.clip.latents else None
 
     @property
     def encodes_video(self) -> bool:  # type: ignore[override]
@@ -255,6 +263,8 @@ def gather(at: Setting) -> tuple[Given, ...]:
     request, frames, crf = at.request, at.sizes.frames, at.request.image_crf or 0
     pictures = [(p, p.frame > 0) for p in request.image] + [(p, True) for p in request.keyframe]
     for picture, _ in pictures:
+        if not media_facts(Path(picture.path)).width:
+            raise InputError(f"{picture.path} has no picture", "it holds sound alone", "name a picture")
         if picture.frame >= frames:
             what = f"frame {picture.frame} of {picture.path} is outside the clip"
             raise InputError(what, f"its frames are 0 to {frames - 1}", f"use {frames - 1} for the last")

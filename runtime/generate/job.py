@@ -229,7 +229,9 @@ class Job:
         states = self._own_states(number, start)
         for index, given in enumerate(self.given):
             if given.in_stage(number):
-                latents = Streams(*((encoded or {}).get(f"{index}.{number}.{name}") for name in ("video", "audio")))
+                latents = given.latents(self.place(number)) if encoded is not None else None
+                if latents is None:
+                    latents = Streams(*((encoded or {}).get(f"{index}.{number}.{name}") for name in ("video", "audio")))
                 states = given.conditioning.apply(states, self.place(number), latents)
         return states
 
