@@ -19,7 +19,7 @@ from ltx2.runtime.networks.video_vae.config import Size, Tower, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig, Stage
 from ltx2.runtime.networks.video_vae.frames import FRAMES_PER_GROUP
 from ltx2.runtime.networks.video_vae.layers import LARGE
-from ltx2.runtime.networks.video_vae.tiles import Interval, Tiles, Tiling
+from ltx2.runtime.networks.video_vae.tiles import Intervals, Tiles, Tiling
 from ltx2.runtime.sampling.latents import Grid
 
 MB = 10**6
@@ -121,7 +121,7 @@ def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bo
     space = config.spatial_scale
     _, height, width = tiles.latents
     pixels = height * width * space * space * 3
-    longest = max(stop - max(0, start - 1) for start, stop in tiles.times)  # all but the first start one early
+    longest = max(stop - max(0, start - 1) for start, stop, _ in _ends(tiles.times))  # all but the first start early
     frames = (longest - 1) * config.temporal_scale + 1
     waiting = 0
     if tiles.tiling is not None and longest < tiles.latents[0]:
@@ -148,10 +148,9 @@ def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bo
     return Activations(waiting + latents + needed, full - needed + ahead * largest, largest)
 
 
-def _ends(tiles: list[Interval]) -> list[tuple[int, int, int]]:
+def _ends(tiles: Intervals) -> list[tuple[int, int, int]]:
     """Of the first tile and the last two, which no other outweighs: start, stop, and the stop of the one before."""
-    last = len(tiles) - 1
-    return [(*tiles[i], tiles[i - 1][1] if i else 0) for i in sorted({0, max(0, last - 1), last})]
+    return [(*tiles[i], tiles[i - 1][1] if i else 0) for i in tiles.ends]
 
 
 def encode_video(config: VideoVAEConfig, clip: Size, tiling: Tiling, itemsize: int, unfold: bool) -> Activations:
@@ -195,7 +194,7 @@ def tiled_stages(config: DiffusionVAEConfig, latents: Size, tiling: Tiling | Non
     *early, outer, inner = config.stages(latents)
     tiles = Tiles(config.cells(latents), tiling, config.cell)
     axes = (tiles.times, tiles.rows, tiles.columns)
-    t, h, w = (max(stop - start for start, stop in axis) for axis in axes)
+    t, h, w = (max(stop - start for start, stop, _ in _ends(axis)) for axis in axes)
     (time, tall, wide), _ = config.decoder.upsamples[-1]
     part = outer._replace(size=(t + outer.size[0] - tiles.latents[0], h, w))
     return [*early, part, inner._replace(size=(t * time, h * tall, w * wide))]

@@ -352,12 +352,12 @@ class TestTrace:
     def test_samples_are_bounded_and_keep_the_most(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(trace, "INTERVAL_SECONDS", 0.0005)
         monkeypatch.setattr(trace, "MOST_SAMPLES", 8)
-        samples = iter([*[0] * 10, 5000, *[0] * 40])
-        monkeypatch.setattr(mx, "get_active_memory", lambda: next(samples, 0))
+        samples = [*[0] * 10, 5000, *[0] * 40]
+        monkeypatch.setattr(mx, "get_active_memory", lambda: samples.pop(0) if samples else 0)
         with MemoryTrace() as taken:
             taken.begin("stage1")
             ballast = b"x" * (50 << 20)
-            until(lambda: samples.__length_hint__() == 0)
+            until(lambda: not samples)
             assert taken.end() > len(ballast)
         data = taken.to_dict()
         assert 4 <= len(data["seconds"]) < 8 and data["seconds"] == sorted(data["seconds"])

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from itertools import combinations, count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,7 +47,8 @@ EVERY = tuple(range(BLOCKS))
 PROMPT = "a red square"
 STEPS = 8
 SIGMAS = (1.0, 0.6, 0.2)
-TIGHT = {"memory_limit": 0.0145}  # what the demo model's video decoder takes, and not all of its transformer
+# What the demo model's video decoder takes, and not all of its transformer.
+TIGHT: dict[str, Any] = {"memory_limit": 0.0145}
 # A generation that is killed in the middle of its fifth step, while blocks are read.
 KILLED = """
 import json, os, signal, sys
@@ -107,7 +108,7 @@ def steps(network: Transformer, keep: bool = False) -> Pictures:
 
 def size(module: nn.Module) -> int:
     """Bytes of its weights."""
-    return sum(value.nbytes for _, value in tree_flatten(module.parameters()))
+    return sum(value.nbytes for _, value in cast(list[tuple[str, mx.array]], tree_flatten(module.parameters())))
 
 
 def same(first: Pictures, second: Pictures) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -196,7 +197,7 @@ def test_released_run_holds_one_layer_at_a_time(tmp_path: Path) -> None:
     peaks = {}
     for release in (False, True):
         encoder.load_weights(str(tmp_path / "w.safetensors"))
-        peaks[release] = peak_of(lambda release=release: run(encoder, *left_padded(4, 4, 96), release=release))
+        peaks[release] = peak_of(partial(run, encoder, *left_padded(4, 4, 96), release=release))
     assert peaks[False] > 0.9 * total
     assert peaks[True] < 0.3 * total
 

@@ -3,6 +3,7 @@
 import json
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ltx2.runtime.networks.video_vae import layers
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
 from ltx2.runtime.networks.video_vae.frames import FRAMES_PER_GROUP, VideoDecoder, decode_frames, decode_tiles
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder, build
-from ltx2.runtime.networks.video_vae.tiles import Tiling, intervals, temporal_spans, tilings
+from ltx2.runtime.networks.video_vae.tiles import Intervals, Tiling, temporal_spans, tilings
 from tests.support.golden import golden, golden_25
 from tests.support.memory import peak_of
 from tests.support.official import Official
@@ -295,7 +296,7 @@ def test_groups_are_small() -> None:
 @pytest.mark.parametrize(("size", "overlap"), [(10, 3), (24, 2), (3, 2), (5, 0)])
 def test_intervals_cover(size: int, overlap: int) -> None:
     for length in range(1, 60):
-        spans = intervals(length, size, overlap)
+        spans = Intervals(length, size, overlap)
         assert spans[0][0] == 0 and spans[-1][1] == length
         assert all(before[1] - after[0] == overlap for before, after in pairwise(spans))
         assert all(0 < stop - start <= size for start, stop in spans)
@@ -303,7 +304,7 @@ def test_intervals_cover(size: int, overlap: int) -> None:
 
 
 def test_temporal_tile_starts_one_latent_early_with_weight_zero() -> None:
-    first, second, third = temporal_spans(intervals(length=20, size=10, overlap=3), scale=8)
+    first, second, third = temporal_spans(Intervals(length=20, size=10, overlap=3), scale=8)
     assert (first.source, second.source, third.source) == (slice(0, 10), slice(6, 17), slice(13, 20))
     assert (second.target.start, second.target.stop) == (48, 129)
     assert second.weights[0] == 0
@@ -362,7 +363,7 @@ def test_memory_does_not_grow_with_the_clips_length(trained: VideoAutoencoder) -
     for frames in (11, 21):
         latents = mx.array(noise(1, 32, frames, 2, 2))
         mx.eval(latents)
-        peaks.append(peak_of(lambda latents=latents: deque(decode_frames(trained, latents, tiles), maxlen=0)))
+        peaks.append(peak_of(partial(deque, decode_frames(trained, latents, tiles), 0)))
     assert peaks[1] < 1.1 * peaks[0]
 
 

@@ -1,7 +1,7 @@
 """The video autoencoder with a diffusion decoder. The last two stages, which take most memory, run over the whole clip
 or over tiles of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -97,7 +97,8 @@ class DiffusionAutoencoder(VideoCoder):
         """No tile may be smaller than the windows in it."""
         least = self.config.smallest_tile
         for axis, intervals in enumerate((tiles.times, tiles.rows, tiles.columns)):
-            if min(stop - start for start, stop in intervals) < min(least[axis], tiles.latents[axis]):
+            smallest = min(stop - start for start, stop in (intervals[i] for i in intervals.ends))
+            if smallest < min(least[axis], tiles.latents[axis]):
                 cell = self.config.cell
                 raise InputError(
                     f"{tiles.tiling} cannot be used",
@@ -117,7 +118,7 @@ def _cut(volume: Volume, frames: slice, rows: slice, columns: slice) -> Volume:
     return found
 
 
-def _causal_spans(tiles: list[Interval], scale: int) -> list[Span]:
+def _causal_spans(tiles: Sequence[Interval], scale: int) -> list[Span]:
     """Tiles over time of cells of `scale` frames, the first of which stands for one frame."""
     spans, early = spatial_spans(tiles, scale), scale - 1
     first = replace(spans[0], target=slice(0, spans[0].target.stop - early), weights=spans[0].weights[early:])

@@ -13,7 +13,7 @@ from ltx2.runtime.layers.statistics import LatentStatistics
 from ltx2.runtime.machine.bounded import evaluate
 from ltx2.runtime.networks.video_vae.config import Tower
 from ltx2.runtime.networks.video_vae.encoder import Encoder
-from ltx2.runtime.networks.video_vae.tiles import Tiling, Weights, intervals, spatial_spans
+from ltx2.runtime.networks.video_vae.tiles import Intervals, Tiling, Weights, spatial_spans
 
 # Lightricks' tiles for encoding, then smaller ones, each takes less memory than the last. Neighbours share at least 64
 # pixels and 16 frames.
@@ -100,7 +100,7 @@ class VideoCoder(nn.Module):
         height, width = groups[0].shape[3:]
         self._check(height, width)
         rows, columns = (
-            spatial_spans(intervals(length // scale, side // scale, tiling.overlap // scale), 1)
+            spatial_spans(Intervals(length // scale, side // scale, tiling.overlap // scale), 1)
             for length, side in ((height, tiling.height), (width, tiling.width))
         )
         total: mx.array | None = None

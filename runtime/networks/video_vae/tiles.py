@@ -2,9 +2,10 @@
 one at every pixel. Along time, every tile after the first starts one latent early: a tile's first latent yields a
 single frame, which gets weight 0."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 
@@ -84,11 +85,32 @@ def _tiling(vae: Scaled, tile: Tile, latents: Size) -> Tiling | None:
     return Tiling(tile_height, tile_width, tile.overlap, tile.frames, tile.frame_overlap)
 
 
-def intervals(length: int, size: int, overlap: int) -> list[Interval]:
-    """Cover `length` with intervals of `size` whose neighbours share `overlap`; the last one may be shorter."""
-    step = size - overlap
-    count = max(1, -(-(length - overlap) // step))
-    return [(i * step, min(i * step + size, length)) for i in range(count)]
+@dataclass(frozen=True)
+class Intervals(Sequence[Interval]):
+    """Cover `length` with intervals of `size` whose neighbours share `overlap`; the last one may be shorter. Computed
+    when asked for: a request that is refused for its size may have billions of them."""
+
+    length: int
+    size: int
+    overlap: int
+
+    def __len__(self) -> int:
+        return max(1, -(-(self.length - self.overlap) // (self.size - self.overlap)))
+
+    @overload
+    def __getitem__(self, index: int) -> Interval: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Interval]: ...
+    def __getitem__(self, index: int | slice) -> Interval | Sequence[Interval]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        start = range(len(self))[index] * (self.size - self.overlap)
+        return start, min(start + self.size, self.length)
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """Indices of the first one and the last two: none is longer or shorter than all of these."""
+        return sorted({0, max(0, len(self) - 2), len(self) - 1})
 
 
 @dataclass(frozen=True)
@@ -121,28 +143,28 @@ class Tiles:
             )
 
     @cached_property
-    def times(self) -> list[Interval]:
+    def times(self) -> Intervals:
         if self.tiling is None:
-            return [(0, self.latents[0])]
+            return Intervals(self.latents[0], self.latents[0], 0)
         size, overlap = self.tiling.frames, self.tiling.frame_overlap
-        return intervals(self.latents[0], size // self.vae.temporal_scale, overlap // self.vae.temporal_scale)
+        return Intervals(self.latents[0], size // self.vae.temporal_scale, overlap // self.vae.temporal_scale)
 
     @cached_property
-    def rows(self) -> list[Interval]:
+    def rows(self) -> Intervals:
         return self._sides(self.latents[1], self.tiling.height if self.tiling else None)
 
     @cached_property
-    def columns(self) -> list[Interval]:
+    def columns(self) -> Intervals:
         return self._sides(self.latents[2], self.tiling.width if self.tiling else None)
 
-    def _sides(self, length: int, side: int | None) -> list[Interval]:
+    def _sides(self, length: int, side: int | None) -> Intervals:
         if side is None or self.tiling is None:
-            return [(0, length)]
+            return Intervals(length, length, 0)
         space = self.vae.spatial_scale
-        return intervals(length, side // space, self.tiling.overlap // space)
+        return Intervals(length, side // space, self.tiling.overlap // space)
 
 
-def spatial_spans(tiles: list[Interval], scale: int) -> list[Span]:
+def spatial_spans(tiles: Sequence[Interval], scale: int) -> list[Span]:
     """Tiles over an axis, `scale` positions made per latent."""
     spans = []
     for i, (start, stop) in enumerate(tiles):
@@ -162,7 +184,7 @@ def _ramp(length: int) -> Weights:
     return np.arange(1, length + 1, dtype=np.float32) / np.float32(length + 1)
 
 
-def temporal_spans(tiles: list[Interval], scale: int) -> list[Span]:
+def temporal_spans(tiles: Sequence[Interval], scale: int) -> list[Span]:
     """Tiles over time: latents [a, b) cover frames [a * scale, (b - 1) * scale + 1)."""
     spans = []
     for i, (start, stop) in enumerate(tiles):
