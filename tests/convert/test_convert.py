@@ -22,7 +22,7 @@ from ltx2.convert.plan.folder import folder_plan
 from ltx2.convert.plan.make import make_plan
 from ltx2.convert.tensors.steps import Cast, Spec, Transpose
 from ltx2.convert.write import WriteOptions, write_plan
-from ltx2.runtime.errors import InputError, ModelFolderError, NumericsError
+from ltx2.runtime.errors import CheckpointError, InputError, ModelFolderError, NumericsError
 from ltx2.runtime.events import BytesDone, Warned, Written
 from ltx2.runtime.files.tensors import Array, bf16_to_f32, f32_to_bf16, open_tensorfile
 from ltx2.runtime.model.layout import ModelFolder
@@ -239,8 +239,8 @@ class TestFolder:
     def test_a_missing_tokenizer_is_said_to_be_missing(self, tmp_path: Path) -> None:
         for name in ("config.json", "model.safetensors"):
             shutil.copy(GEMMA / name, tmp_path)
-        warned = [e.message for e in write_plan(plan_of(tmp_path), tmp_path / "out") if isinstance(e, Warned)]
-        assert len(warned) == 1 and "without tokenizer.json" in warned[0]
+        with pytest.raises(CheckpointError, match="comes without a tokenizer"):
+            list(write_plan(plan_of(tmp_path), tmp_path / "out"))
         assert not any(isinstance(event, Warned) for event in write_plan(plan_of(GEMMA), tmp_path / "whole"))
 
     def test_copying_a_model_folder(self, demo_model: Path, tmp_path: Path) -> None:
