@@ -279,6 +279,7 @@ def text_encoder(folder: Path) -> Path:
     tensors: published.Tensors = {f"language_model.{name}": ("BF16", shape) for name, shape in shapes.items()}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(GEMMA / "tokenizer.json", folder)
     published.write_sparse(folder / "model.safetensors", tensors, {})
     return folder
 

@@ -74,7 +74,7 @@ def source(demo_25: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 def test_first_and_last_picture(source: Source, figure: Callable[..., None]) -> None:
-    images = [source.pictures[0], (source.pictures[24], 24)]
+    images: list[Any] = [source.pictures[0], (source.pictures[24], 24)]
     clip = source.pipe.generate(PROMPT, image=images, image_crf=0, seed=9, **SIZE)
     assert shows(clip) == WANTED
     assert psnr(clip.frames[0], source.clip.frames[0]) > 27 and psnr(clip.frames[24], source.clip.frames[24]) > 21
@@ -197,6 +197,7 @@ class TestStates:
         edges = np.maximum(np.array([0, 1, 9]) * 4 / 24 - 3 / 24, 0)
         np.testing.assert_allclose(state.positions[0, more], np.repeat((edges[:-1] + edges[1:]) / 2, 2), rtol=1e-6)
         np.testing.assert_allclose(state.positions[2, more], [32, 96] * 2)
+        assert state.attention is not None
         seen = np.exp(np.array(state.attention[0, 0], np.float64))
         assert (seen[own, more] == seen[more, own].T).all() and np.allclose(seen[own, more], 0.5)
         assert np.allclose(seen[more, more], 1) and not seen[image, more].any() and np.allclose(seen[own, image], 1)

@@ -506,6 +506,7 @@ def test_memory_does_not_depend_on_the_size(tmp_path: Path, figure: Figure) -> N
     tensors: published.Tensors = {f"language_model.{name}": ("BF16", shape) for name, shape in shapes.items()}
     (tmp_path / "gemma").mkdir()
     (tmp_path / "gemma" / "config.json").write_text(json.dumps(config))
+    shutil.copy(GEMMA / "tokenizer.json", tmp_path / "gemma")
     source = published.write_sparse(tmp_path / "gemma" / "model.safetensors", tensors, {})
     out = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "gemma"), str(tmp_path / "out")],
