@@ -28,8 +28,11 @@ class ReferenceAudioVAE:
             latent_channels=network["z_channels"],
         )
         state = {k: torch.tensor(v) for k, v in tensors.items() if not k.startswith("per_channel_statistics.")}
-        statistics = {name: value for name, value in module.state_dict().items() if name.startswith("latents_")}
-        module.load_state_dict(state | statistics, strict=True)  # statistics are applied here, whatever their size
+        # Statistics are applied here, whatever their size; a pipeline around the module reads them from its buffers.
+        module.latents_mean, module.latents_std = torch.tensor(self.mean), torch.tensor(self.std)
+        module.load_state_dict(
+            state | {"latents_mean": module.latents_mean, "latents_std": module.latents_std}, strict=True
+        )
         self.module = module
 
     @torch.no_grad()
