@@ -87,6 +87,8 @@ class Denoise(Phase):
             denoiser = Denoiser(transformer, made.contexts, states)
             tools.meter.loaded(course.steps - start.number)
             for made.step in denoise(denoiser, course, tools.noise, start):
+                for name, tokens in made.step.x.items():  # at once: nobody waits for garbage, and no state holds it
+                    check_finite(tokens, f"the {name} latents after step {made.step.number} of stage {self.number}")
                 yield tools.meter.step()
         if stream is not None and stream.share > SLOW:
             slow = f"{self.name} has waited {100 * stream.share:.0f} % of its time for blocks to be read"
