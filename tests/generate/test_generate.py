@@ -59,7 +59,7 @@ def made(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("made")
     made = Made(folder / "clip.mp4", folder / "latents", folder / "embeddings")
     args = ["generate", PROMPT, "-m", demo_f32, "-o", made.clip, "--seed", "3", "--fps", "30", *SIZE]
-    args += ["--save-latents", made.latents, "--save-embeddings", made.embeddings]
+    args += ["--no-metadata", "--save-latents", made.latents, "--save-embeddings", made.embeddings]
     assert run([str(arg) for arg in args]) == 0
     return made
 
@@ -120,7 +120,8 @@ class TestRepeating:
 
     def test_seeds(self, generate: Here, made: Made, tmp_path: Path) -> None:
         for seed in ("3", "4"):
-            generate("--embeddings", made.embeddings, "--fps", "30", "--seed", seed, "--save-latents", tmp_path / seed)
+            place = ("--save-latents", tmp_path / seed)
+            generate("--embeddings", made.embeddings, "--fps", "30", "--seed", seed, *place, to=f"{seed}.mp4")
         assert same(made.latents, tmp_path / "3") and not same(made.latents, tmp_path / "4")
 
 
@@ -158,7 +159,7 @@ class TestSidecar:
 
 class TestLatents:
     def test_are_decoded_to_the_same_clip(self, generate: Here, made: Made, tmp_path: Path) -> None:
-        assert generate("--latents", made.latents, "--fps", "30", size=[]).code == 0
+        assert generate("--latents", made.latents, "--fps", "30", "--no-metadata", size=[]).code == 0
         assert phases(tmp_path / "clip.json") == ["audio_vae", "vocoder", "video_vae"]
         assert (tmp_path / "clip.mp4").read_bytes() == made.clip.read_bytes()
         request = json.loads((tmp_path / "clip.json").read_text())["request"]
@@ -169,7 +170,7 @@ class TestLatents:
         decoders = ["video_vae", "audio_vae", "vocoder"]
         model = ltx2.convert([MONOLITH], tmp_path / "decoders", only=decoders, dtype="f32")
         args = ["generate", "-m", model, "--latents", made.latents, "--fps", "30", "-o", tmp_path / "2.mp4"]
-        assert here(*args).code == 0
+        assert here(*args, "--no-metadata").code == 0
         assert (tmp_path / "2.mp4").read_bytes() == made.clip.read_bytes()
 
     def test_are_the_ones_the_sampler_ended_with(self, demo_f32: Path, made: Made, tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ class TestMemory:
             save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "latents")
             tracemalloc.start()
             options: dict[str, Any] = {"no_audio": True, "low_memory": True, "output": tmp_path / "clip.mp4"}
-            *_, last = ltx2.load(demo_f32).stream(latents=tmp_path / "latents", **options)
+            *_, last = ltx2.load(demo_f32).stream(latents=tmp_path / "latents", force=True, **options)
             _, most = tracemalloc.get_traced_memory()
             tracemalloc.stop()
             assert isinstance(last, Saved)
@@ -271,7 +272,7 @@ class TestNoise:
         def latents(name: str, seed: int, changes: dict[str, Any]) -> Path:
             save_noise(tmp_path / "noise", changes)
             args = ["--noise", tmp_path / "noise", "--seed", str(seed), "--save-latents", tmp_path / name]
-            assert generate("--embeddings", made.embeddings, "--no-audio", *args).code == 0
+            assert generate("--embeddings", made.embeddings, "--no-audio", "--force", *args).code == 0
             return tmp_path / name
 
         first = latents("first", 1, {})
