@@ -1,4 +1,4 @@
-"""The README's table of speed, from receipts: `python -m ltx2.bench.speed.table RECEIPT.json ...` prints it.
+"""The table of speed in docs/performance.md; `python -m ltx2.bench.speed.table RECEIPT.json ...` prints it.
 
 A row is a phase, a column a case: of denoising one step, of the other phases what they compute, without loading; and
 the most memory that MLX held. A test holds what a text has of it between two marks (`MARKS`) to its receipts."""

@@ -1,1 +1,1 @@
-"""The command line, Python, the README."""
+"""The command line, Python, the documents."""

@@ -1,4 +1,4 @@
-"""README.md, held to the code: its commands, names, tables and links are checked, so that it cannot drift."""
+"""README.md and docs/, held to the code: commands, names, tables and links are checked, so that they cannot drift."""
 
 import ast
 import inspect
@@ -28,17 +28,23 @@ from tests.support import published
 from tests.support.official import plan_of
 
 ROOT = Path(__file__).parent.parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+ALL = "\n".join(TEXTS.values())
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
-PROSE = BLOCK.sub("", README)
-INLINE = re.findall(r"`([^`\n]+)`", PROSE)
+INLINE = re.findall(r"`([^`\n]+)`", BLOCK.sub("", ALL))
 # Options of other programs.
 FOREIGN = {"--force-reinstall", "--no-deps"}
 GIB, GB = 2**30, 10**9
 
 
 def blocks(language: str) -> list[str]:
-    return [text for kind, text in BLOCK.findall(README) if kind == language]
+    return [text for kind, text in BLOCK.findall(ALL) if kind == language]
+
+
+def flowing(page: str) -> str:
+    """A page's text without line breaks."""
+    return " ".join(TEXTS[page].split())
 
 
 def shell_lines() -> list[str]:
@@ -47,9 +53,10 @@ def shell_lines() -> list[str]:
     return [line.partition(" #")[0].strip() for line in text.splitlines() if line.strip()]
 
 
-def table(heading: str) -> list[list[str]]:
+def table(page: str, heading: str) -> list[list[str]]:
     """Rows of the first table under a heading, without its first two lines."""
-    lines = README[README.index(f"\n{heading}\n") :].splitlines()
+    text = "\n" + TEXTS[page]
+    lines = text[text.index(f"\n{heading}\n") :].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|---"))
     rows = []
     for line in lines[start + 1 :]:
@@ -80,11 +87,11 @@ class TestCommands:
         assert {arg for arg in args if arg.startswith("-")} <= known
 
     def test_table_lists_all(self) -> None:
-        assert [row[0].strip("`").split()[1] for row in table("### Commands")] == list(cli.commands)
+        assert [row[0].strip("`").split()[1] for row in table("README", "## Commands")] == list(cli.commands)
 
     def test_every_option_exists(self) -> None:
         known = {option for command in cli.commands.values() for option in options(command)} | {"--help"} | FOREIGN
-        mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+        mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ALL))
         assert mentioned and mentioned <= known
 
     def test_make_targets(self) -> None:
@@ -102,7 +109,7 @@ class TestCommands:
 
     def test_names_to_download(self) -> None:
         """With their sizes and places."""
-        for names, _, size, place in table("## From Hugging Face to MLX"):
+        for names, _, size, place in table("files", "# Files: from Hugging Face to a model folder"):
             chosen = [name.strip("` ") for name in names.split(",")]
             assert size == ", ".join(f"{catalogue().size(name) / GB:.1f}" for name in chosen) + " GB"
             if place:
@@ -110,11 +117,11 @@ class TestCommands:
                 assert place == f"`weights/{found.folder}`"
 
     def test_demo_prompt(self) -> None:
-        assert f'"{PROMPT}"' in README.replace("\n", " ")
+        assert f'"{PROMPT}"' in flowing("README")
 
 
 class TestPython:
-    (CODE,) = blocks("python")
+    CODE = "\n".join(blocks("python"))
 
     def calls(self) -> Iterator[tuple[str, set[str]]]:
         """Called attributes with their keyword arguments."""
@@ -138,13 +145,19 @@ class TestPython:
 
 
 class TestNames:
-    def test_links(self) -> None:
-        headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ ([\w ]+)$", PROSE, re.MULTILINE)}
-        targets = re.findall(r"\]\(([^)]+)\)", README)
-        local = [t for t in targets if not t.startswith("https://")]
-        assert len(local) >= 3
-        for target in local:
-            assert target[1:] in headings if target.startswith("#") else (ROOT / target).exists(), target
+    @pytest.mark.parametrize("page", PAGES)
+    def test_links(self, page: str) -> None:
+        prose = BLOCK.sub("", TEXTS[page])
+        headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ ([\w ]+)$", prose, re.MULTILINE)}
+        for target in re.findall(r"\]\(([^)]+)\)", prose):
+            if target.startswith("#"):
+                assert target[1:] in headings, target
+            elif not target.startswith("https://"):
+                assert (PAGES[page].parent / target).exists(), target
+
+    def test_every_page_is_named(self) -> None:
+        linked = set(re.findall(r"\]\(docs/([\w-]+)\.md\)", TEXTS["README"]))
+        assert linked == PAGES.keys() - {"README"}
 
     def test_paths_in_the_text(self) -> None:
         """Names with a slash that start at the top of the repository."""
@@ -167,19 +180,19 @@ class TestNames:
         assert named == {"ltx2", "bench", "quant", "convert", "runtime"}
 
     def test_components(self) -> None:
-        (sentence,) = re.findall(r"^Components: (.*?)\.\n", README, re.MULTILINE | re.DOTALL)
+        (sentence,) = re.findall(r"^Components: (.*?)\.\n", TEXTS["architecture"], re.MULTILINE | re.DOTALL)
         assert re.findall(r"`(\w+)`", sentence) == list(COMPONENTS)
 
     def test_stages(self) -> None:
         stages = pipeline_row("distilled").stages
         first, second = (len(stage.schedule.fixed) - 1 for stage in stages)
-        assert f"stage 1: transformer, {first} steps at half size" in README and stages[0].downscale == 2
-        assert f"stage 2: transformer, {second} steps" in README and stages[1].downscale == 1
+        assert f"stage 1: transformer, {first} steps at half size" in TEXTS["architecture"] and stages[0].downscale == 2
+        assert f"stage 2: transformer, {second} steps" in TEXTS["architecture"] and stages[1].downscale == 1
 
 
 def receipt() -> dict[str, Any]:
-    """The receipt that the README's table of speed is made from."""
-    path = re.search(r"bench table: (\S+)", README)
+    """The receipt that the table of speed is made from."""
+    path = re.search(r"bench table: (\S+)", TEXTS["performance"])
     assert path is not None
     return read_receipt(ROOT / path[1])
 
@@ -198,11 +211,12 @@ class TestSizes:
         sizes = {entry.file.path: entry.file.size for entry in plan.entries}
         gemma = sum(size for path, size in sizes.items() if path.parent.name == "gemma")
         model, upscaler = sorted((size for path, size in sizes.items() if path.parent.name != "gemma"), reverse=True)
-        said = re.search(r"([\d.]+) GB for the model, ([\d.]+) GB for the upscaler, ([\d.]+) GB for the text", README)
+        sizes_said = r"([\d.]+) GB for the model, ([\d.]+) GB for the upscaler, ([\d.]+) GB for the text"
+        said = re.search(sizes_said, flowing("README"))
         assert said is not None and said.groups() == tuple(f"{size / GB:.1f}" for size in (model, upscaler, gemma))
 
     def test_table(self, plan: Plan) -> None:
-        rows = table("### Which size?")
+        rows = table("README", "## Will my Mac run it?")
         assert len(rows) == 6
         for how, *cells in rows:
             sizes = self.sizes(plan, how)
@@ -221,7 +235,7 @@ class TestSizes:
     def fits(transformer: int, memory: int) -> bool:
         """As the text under the table calculates it."""
         for rule in ("the transformer and 1.4 GB", "two thirds of the memory, or three quarters from 48 GB on"):
-            assert rule in README.replace("\n", " ")
+            assert rule in flowing("README")
         share = 3 / 4 if memory >= 48 else 2 / 3
         return transformer + 1.4 * GB <= share * memory * GIB
 
@@ -232,34 +246,34 @@ class TestSizes:
 
 
 class TestMeasured:
-    @pytest.mark.parametrize("path", ["README.md", "docs/performance.md"])
-    def test_generated_tables(self, path: str) -> None:
+    @pytest.mark.parametrize("page", PAGES)
+    def test_generated_tables(self, page: str) -> None:
         """Those between marks are what `python -m ltx2.bench.speed.table` prints."""
-        found = list(tables_in((ROOT / path).read_text(encoding="utf-8")))
-        assert found or path != "README.md"
+        found = list(tables_in(TEXTS[page]))
+        assert found or page != "performance"
         for receipts, shown in found:
             assert shown == markdown([read_receipt(ROOT / receipt) for receipt in receipts]), receipts
 
     def test_what_was_measured(self) -> None:
         data = receipt()
-        text = " ".join(README[README.index("\n## Measured") :].split())
+        text = flowing("performance")
         assert data["machine"]["device"] in text and f"mlx {data['machine']['mlx']}" in text
         options = data["cases"][0]["options"]
         assert f"{options['frames']} frames of {options['width']}x{options['height']} at {options['fps']:g} fps" in text
         assert f"medians of {data['repeat']} clips" in text
 
     def test_what_quantizing_costs(self) -> None:
-        """The table under Quantization is the demo model's receipt."""
+        """The table of docs/quantization.md is the demo model's receipt."""
         (path,) = (ROOT / "bench" / "results").glob("quality-demo-*.json")
         data = json.loads(path.read_text())
         models = {model["name"]: model for model in data["models"]}
         endings = ("-stock", "", "-stats", "-gptq", "-gptq-hadamard")
-        rows = table("### Quantization")
+        rows = table("quantization", "# Quantization")
         assert [row[0] for row in rows] == ["`q8`", "`q6`", "`q4`", "`q3`"]
         for name, bits, *cells in rows:
             assert bits == f"{packed_bits(models[name.strip('`')]):.2f}"
             for ending, cell in zip(endings, cells, strict=True):
                 model = models.get(name.strip("`") + ending)
                 assert cell == (f"{100 * model['velocity']['video']:.2f} %" if model else ""), (name, ending)
-        text = " ".join(README.split())
+        text = flowing("quantization")
         assert f"{data['compared']} prompts, medians" in text and f"of {data['prompts']} prompts" in text
