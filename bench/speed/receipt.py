@@ -9,13 +9,13 @@ from typing import Any
 
 from ltx2.bench.random.model import RandomFolder
 from ltx2.bench.speed.ceilings import Ceilings
-from ltx2.bench.speed.flops import PhaseWork, count
 from ltx2.bench.speed.host import host_facts, mlx_environment
 from ltx2.bench.speed.stats import Timing
 from ltx2.bench.speed.suite import Schedule
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options import COSTS
+from ltx2.runtime.generate.phases.flops import PhaseWork, count
 from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.machine.bounded import ceiling as eval_ceiling
 from ltx2.runtime.memory.meter import SAMPLED

@@ -11,19 +11,20 @@ import mlx.nn as nn
 import pytest
 
 from ltx2.bench.random.model import random_folder
-from ltx2.bench.speed.flops import (
+from ltx2.bench.speed.run import PROMPT
+from ltx2.runtime.events import PhaseStarted
+from ltx2.runtime.generate.phases.flops import (
     connect,
     count,
     decode_diffusion,
     denoise_step,
     encode_audio,
     encode_text,
+    encode_video,
     linear,
     predict_length,
     vocode,
 )
-from ltx2.bench.speed.run import PROMPT
-from ltx2.runtime.events import PhaseStarted
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.audio import bandwidth
@@ -35,6 +36,7 @@ from ltx2.runtime.networks.text.duration_head import DurationHead
 from ltx2.runtime.networks.text.gemma import TextEncoder
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.diffusion import build as build_diffusion
+from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from tests.networks.test_diffusion_decoder import SHORT
 from tests.networks.test_vocoder import EXTENDED
 
@@ -145,6 +147,13 @@ def test_encoding_sound_as_executed(model: Path, monkeypatch: pytest.MonkeyPatch
     work = encode_audio(network.config, 16000)
     assert meter.flops[""] == work.flops
     assert meter.values[""] == pytest.approx(work.values, rel=0.1)  # beside the borders
+
+
+def test_encoding_pictures_as_executed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, network = Meter(), load_network(ModelFolder.open(model), "video_vae", VideoAutoencoder)
+    meter.install(monkeypatch)
+    mx.eval(network.encode(mx.zeros((1, 3, 9, 64, 64))))
+    assert meter.flops[""] == encode_video(network.config, (9, 64, 64)).flops
 
 
 def test_values_moved(measured: Meter, demo_f32: Path) -> None:

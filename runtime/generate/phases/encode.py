@@ -35,7 +35,7 @@ class EncodeVideo(Phase):
         vae = tools.load("video_vae", VideoAutoencoder)
         read_weights(vae.encoder)
         tools.meter.loaded()
-        for index, number, given in _places(self.job):
+        for index, number, given in places(self.job):
             if given.encodes_video:
                 latents = given.video(vae, self.job.place(number))
                 assert latents is not None, "as it says"
@@ -59,7 +59,7 @@ class EncodeSound(Phase):
         vae = tools.load("audio_vae", AudioAutoencoder)
         read_weights(vae.encoder)
         tools.meter.loaded()
-        for index, number, given in _places(self.job):
+        for index, number, given in places(self.job):
             if given.encodes_audio:
                 latents = given.audio(vae, self.job.place(number))
                 assert latents is not None, "as it says"
@@ -68,7 +68,7 @@ class EncodeSound(Phase):
                 yield tools.meter.step()
 
 
-def _places(job: Job) -> Iterator[tuple[int, int, Given]]:
+def places(job: Job) -> Iterator[tuple[int, int, Given]]:
     """Number of a given thing, stage, and the thing."""
     for index, given in enumerate(job.given):
         for number in job.numbers:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from ltx2.runtime.generate.given import GivenPicture
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.base import Phase
-from ltx2.runtime.generate.phases.decode import DecodeSound, DecodeVideo, Vocode
+from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, Vocode
+from ltx2.runtime.generate.phases.encode import EncodeSound, EncodeVideo, places
 from ltx2.runtime.generate.phases.order import phases
 from ltx2.runtime.generate.phases.sample import Denoise, Interpolate, Upscale
 from ltx2.runtime.generate.phases.text import Connect, EncodeText
@@ -76,6 +78,22 @@ def _connect(phase: Phase, headers: Headers) -> PhaseWork:
     return _moving(work, headers.itemsize("connectors"), headers.weights("connectors"))
 
 
+def _encode_video(phase: Phase, headers: Headers) -> PhaseWork:
+    """A clip or reference counts at its stage's size."""
+    job, scale, work = phase.job, phase.job.scales.spatial, Work()
+    for _, number, given in places(job):
+        if given.encodes_video:
+            grid, frames = job.stage_grid(number), 1 if isinstance(given, GivenPicture) else job.sizes.frames
+            work += encode_video(job.video_config, (frames, scale * grid.height, scale * grid.width))
+    return _moving(work, headers.itemsize("video_vae"), headers.weights("video_vae", "encoder."))
+
+
+def _encode_sound(phase: Phase, headers: Headers) -> PhaseWork:
+    config, sizes = phase.job.audio_config, phase.job.sizes
+    work = encode_audio(config, round(sizes.frames / sizes.fps * config.sampling_rate))
+    return _moving(work, FLOAT32, headers.weights("audio_vae", "encoder."))
+
+
 def _upscale(phase: Phase, headers: Headers) -> PhaseWork:
     assert isinstance(phase, Upscale), "as COUNTS says"
     config = UpsamplerConfig.from_dict(headers.config(phase.upscaler))
@@ -116,12 +134,15 @@ def _decode_video(phase: Phase, headers: Headers) -> PhaseWork:
 COUNTS: Mapping[type[Phase], Callable[[Phase, Headers], PhaseWork]] = {
     EncodeText: _encode_text,
     Connect: _connect,
+    EncodeVideo: _encode_video,
+    EncodeSound: _encode_sound,
     Upscale: _upscale,
     Denoise: _denoise,
     Interpolate: _interpolate,
     DecodeSound: _decode_sound,
     Vocode: _vocode,
     DecodeVideo: _decode_video,
+    CopyVideo: lambda *_: PhaseWork(0, 0),
 }
 
 
@@ -246,6 +267,13 @@ def upscale(config: UpsamplerConfig, grid: Grid) -> Work:
 def decode_video(config: VideoVAEConfig, latents: Size) -> Work:
     """`latents`: frames, height, width."""
     layers = config.decoder.convolutions(latents)
+    return sum((convolution(prod(c.size), 27, c.inputs, c.outputs) * c.times for c in layers), Work())
+
+
+def encode_video(config: VideoVAEConfig, clip: Size) -> Work:
+    """`clip`: frames, height, width in pixels."""
+    (frames, height, width), patch = clip, config.patch_size
+    layers = config.encoder.convolutions((frames, height // patch, width // patch))
     return sum((convolution(prod(c.size), 27, c.inputs, c.outputs) * c.times for c in layers), Work())
 
 
