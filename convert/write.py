@@ -19,6 +19,8 @@ from ltx2.convert.output.pieces import PIECE_BYTES
 from ltx2.convert.output.stream import missing_bytes, stream
 from ltx2.convert.plan.check import check_plan, check_tokenizer, incomplete_parts
 from ltx2.convert.plan.entries import Plan, plan_json
+from ltx2.convert.sources.ggufmodel import loss
+from ltx2.convert.tensors.gguf import GgufFile
 from ltx2.runtime.errors import CheckpointError, DoesNotFitError, InputError, ModelFolderError, NumericsError
 from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.files.atomic import PARTIAL, UNLOCKED, beside, write_file
@@ -87,6 +89,9 @@ def _warnings(plan: Plan) -> Iterator[Event]:
         transformer = plan.components.get("transformer")
         if transformer is not None and (warning := check_gemma(transformer.config, text_encoder.config)):
             yield Warned(warning)
+    for source in plan.sources:
+        if isinstance(source, GgufFile) and (lost := loss(source)):
+            yield Warned(lost)
     for part in incomplete_parts(plan):
         yield Warned(f"{part} is missing: it comes in another file of the release, which is not among the sources")
 

@@ -49,6 +49,7 @@ MAY_ALSO_IMPORT = {
 USERS = {
     "click": {"ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "ltx2/commands"},
     "rich": {"ltx2/render.py"},
+    "gguf": {"convert/tensors/gguf.py"},
     "huggingface_hub": {"convert/fetch/hub.py"},
     "imageio_ffmpeg": {"runtime/media"},
     "matplotlib": {"bench/plots/plot.py"},

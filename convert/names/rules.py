@@ -52,6 +52,7 @@ class Axes:
 
 
 _STATISTICS, _PROJECTION = "per_channel_statistics.", "text_embedding_projection."
+_TRANSFORMER = "model.diffusion_model."
 _CONNECTORS = ("video_embeddings_connector.", "audio_embeddings_connector.")
 _UNUSED_STATISTICS = tuple(
     Rule(f"{vae}{_STATISTICS}{name}", dropped=UNUSED_STATISTIC, exact=True)
@@ -65,8 +66,8 @@ _ROOTS = sorted(
     | {"scale_shift_table", "audio_scale_shift_table", "keyframes_abs_pos_embedding"}
 )
 CHECKPOINT = (
-    *(Rule(f"model.diffusion_model.{name}", "connectors", name) for name in _CONNECTORS),
-    Rule("model.diffusion_model.", "transformer"),
+    *(Rule(f"{_TRANSFORMER}{name}", "connectors", name) for name in _CONNECTORS),
+    Rule(_TRANSFORMER, "transformer"),
     Rule(f"{_PROJECTION}weight", "connectors", f"{_PROJECTION}aggregate_embed.weight", exact=True),
     Rule(_PROJECTION, "connectors", _PROJECTION),
     *_UNUSED_STATISTICS,
@@ -173,6 +174,13 @@ def published(component: str, key: str) -> str:
     name = published_name(component, key)
     rule = next(r for r in CHECKPOINT if r.component == component and not r.exact and name.startswith(r.keep))
     return rule.prefix + name.removeprefix(rule.keep)
+
+
+def prefixed(name: str) -> str:
+    """A tensor of a transformer's file, with the prefix that names have in a checkpoint as published; others as they
+    are."""
+    bare = any(name == part if not part.endswith(".") else name.startswith(part) for part in (*_CONNECTORS, *_ROOTS))
+    return f"{_TRANSFORMER}{name}" if bare else name
 
 
 def axes(component: str, key: str, rank: int) -> tuple[int, ...] | None:

@@ -80,7 +80,7 @@ class Rows(Piece):
         Raises NumericsError, which names the tensor, and what packing raises.
         """
         move, shape = self.move, self.move.tensor.shape
-        rows = raw.view(move.file.numpy_dtype(move.tensor.name)).reshape((self.count, *shape[1:]) if shape else ())
+        rows = move.file.typed(move.tensor.name, raw, (self.count, *shape[1:]) if shape else ())
         values = np.asarray(self._transformed(rows), order="C")
         if move.packing is not None and move.packing.main_thread:
             return partial(self._parts, values)

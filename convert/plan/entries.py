@@ -160,7 +160,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:
-    head = {"source": str(entry.file.path), "name": entry.tensor.name}
+    head = {"source": str(entry.file.path), "name": entry.file.own_name(entry.tensor.name)}
     if isinstance(entry, Drop):
         return head | {"dropped": entry.reason}
     return head | {"shape": list(entry.tensor.shape), "dtype": entry.tensor.dtype} | _target_json(entry)

@@ -7,6 +7,7 @@ from math import isfinite
 from pathlib import Path
 
 from ltx2.convert.plan.entries import Entry, Move, Plan, decoded, kept_layers, parameters
+from ltx2.convert.tensors.keep import Dequantize
 from ltx2.convert.tensors.steps import Cast, Spec, Step, from_float32
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import FLOATS, Array, TensorFile, to_float32
@@ -81,6 +82,11 @@ def _fused(entry: Entry, changes: Mapping[str, list[tuple[float, Change]]], dtyp
     found = [(s, c) for s, c in changes.get(entry.layer, ()) if part in c.parameters()]
     if not found:
         return entry
-    stored = SPELLINGS.get(entry.tensor.dtype, "bf16")
-    steps = [step for step in entry.steps if not isinstance(step, Cast)]
+    casts = [step.dtype for step in entry.steps if isinstance(step, Cast)]
+    stored = casts[-1] if casts else SPELLINGS.get(entry.tensor.dtype, "bf16")
+    steps = [
+        replace(step, dtype="f32") if isinstance(step, Dequantize) else step
+        for step in entry.steps
+        if not isinstance(step, Cast)
+    ]
     return replace(entry, steps=(*steps, Fuse(tuple(found), part == "bias", dtype or stored)))

@@ -12,6 +12,7 @@ from ltx2.convert.sources.source import VARIANTS, Source, variant_in_name
 from ltx2.convert.sources.textencoder import SENTENCEPIECE, TOKENIZER
 from ltx2.convert.sources.together import common_release
 from ltx2.convert.tensors.codes import Affine, Codes
+from ltx2.convert.tensors.gguf import GgufFile
 from ltx2.convert.tensors.keep import Dequantize, Keep, KeepBlockScales
 from ltx2.convert.tensors.scales import dropped_beside_codes, find_codes
 from ltx2.convert.tensors.steps import Cast, Reshape, Spec, Step, Transpose
@@ -118,10 +119,11 @@ def _entries(source: Source, options: Options) -> Iterator[Entry]:
 
 def _move(source: Source, file: TensorFile, tensor: TensorInfo, target: rules.Target, options: Options) -> Move:
     component, key = _place(source, target)
-    steps = _turned(component, key, tensor.shape)
+    steps = [*_restored(file, tensor.name), *_turned(component, key, tensor.shape)]
     stays = tensor.dtype == "F32" and rules.FLOAT32_TABLES.fullmatch(key)
-    if options.dtype and not stays and FLOATS[options.dtype] != tensor.dtype:
-        steps.append(Cast(options.dtype))
+    dtype = options.dtype or ("bf16" if isinstance(file, GgufFile) else None)  # its F32 biases were published in BF16
+    if dtype and not stays and FLOATS[dtype] != tensor.dtype:
+        steps.append(Cast(dtype))
     return Move(file, tensor, component, key, tuple(steps))
 
 
@@ -130,10 +132,22 @@ def _coded_move(source: Source, codes: Codes, target: rules.Target, options: Opt
     component, key = _place(source, target)
     shape = codes.shape(Spec(codes.tensor.shape, codes.tensor.dtype))
     multiplied = rules.is_linear(component, key, shape) or isinstance(codes, Affine)  # MLX packs embeddings, too
-    if options.dtype is None and multiplied and shape[1] % codes.form.group_size == 0:
+    if options.dtype is None and codes.keepable and multiplied and shape[1] % codes.form.group_size == 0:
         return Move(codes.file, codes.tensor, component, key, packing=Keep(codes))
-    steps = (Dequantize(codes, options.dtype or "bf16"), *_turned(component, key, shape))
+    steps = (*_decoded(codes, key, options), *_turned(component, key, shape))
     return Move(codes.file, codes.tensor, component, key, steps)
+
+
+def _decoded(codes: Codes, key: str, options: Options) -> list[Step]:
+    """Decoding, with one rounding after all that follows from the file's format."""
+    dtype = "f32" if rules.FLOAT32_TABLES.fullmatch(key) else options.dtype or "bf16"
+    if restored := _restored(codes.file, codes.tensor.name):
+        return [Dequantize(codes, "f32"), *restored, *([] if dtype == "f32" else [Cast(dtype)])]
+    return [Dequantize(codes, dtype)]
+
+
+def _restored(file: TensorFile, name: str) -> list[Step]:
+    return file.steps(name) if isinstance(file, GgufFile) else []
 
 
 def _scale_entry(weight: Move, file: TensorFile, tensor: TensorInfo, part: str) -> Move | Merge:

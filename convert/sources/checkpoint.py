@@ -3,15 +3,19 @@ of its files."""
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ltx2.convert.names.release import recognise_releases
+from ltx2.convert.names.rules import prefixed
 from ltx2.convert.sources.foreign import check_is_ours, check_is_tensorfile
+from ltx2.convert.sources.ggufmodel import read_gguf
 from ltx2.convert.sources.lora import check_lora, recognise_lora
 from ltx2.convert.sources.source import AGAIN, GEMMA, Source, read_json
 from ltx2.convert.sources.textencoder import holds_text_files, text_encoder
 from ltx2.convert.sources.textmodels import check_text_model
+from ltx2.convert.tensors.gguf import GgufFile, is_gguf
 from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError
 from ltx2.runtime.files.jsonfile import parse_object
 from ltx2.runtime.files.paths import visible
@@ -90,12 +94,15 @@ def recognise(path: Path, beside: Iterable[Path] = ()) -> list[Source]:
     """
     if path.is_dir() and not _weights(path):
         _check_folder(path)
-        raise CheckpointError(f"{path} holds no checkpoint", "it has no safetensors files", "name a file or its folder")
+        why = "it has no .safetensors or .gguf files"
+        raise CheckpointError(f"{path} holds no checkpoint", why, "name a file or its folder")
     files = [_open(file) for file in (_weights(path) if path.is_dir() else [path])]
     kinds = {file.path: _kind(file, _config(file)) for file in files}
     language = [file for file in files if kinds[file.path] == GEMMA]
-    found = [text_encoder(path, language, beside)] if language else []
-    return found + [_recognised(file, kinds[file.path]) for file in files if kinds[file.path] != GEMMA]
+    shards = [file for file in language if not isinstance(file, GgufFile)]  # a GGUF is a whole model
+    found = [text_encoder(path, shards, beside)] if shards else []
+    found += [text_encoder(file.path, [file], beside) for file in language if file not in shards]
+    return found + [_recognised(file, kinds[file.path]) for file in files if file not in language]
 
 
 def check_source(source: Source) -> None:
@@ -107,6 +114,8 @@ def check_source(source: Source) -> None:
 
 def special_storage(file: TensorFile) -> str | None:
     """The name of a file's quantized or otherwise special storage; None for plain bf16, f16 and f32."""
+    if isinstance(file, GgufFile):
+        return f"GGUF ({', '.join(file.block_types)})" if file.block_types else None
     dtypes, names = {t.dtype for t in file.tensors.values()}, "\n".join(file.tensors)
     for name, dtype, pattern in STORAGES:
         if dtype in dtypes or (pattern and re.search(pattern, names, re.MULTILINE)):
@@ -115,7 +124,7 @@ def special_storage(file: TensorFile) -> str | None:
 
 
 def _weights(folder: Path) -> list[Path]:
-    return visible(folder, "*.safetensors")
+    return sorted([*visible(folder, "*.safetensors"), *visible(folder, "*.gguf")])
 
 
 def _check_folder(path: Path) -> None:
@@ -136,6 +145,8 @@ def _check_folder(path: Path) -> None:
 
 
 def _open(path: Path) -> TensorFile:
+    if is_gguf(path):
+        return read_gguf(path)
     check_is_tensorfile(path)
     return open_tensorfile(path)
 
@@ -161,12 +172,18 @@ def _kind(file: TensorFile, config: Mapping[str, Any]) -> str:
 
 def _recognised(file: TensorFile, kind: str) -> Source:
     config = _config(file)
-    found = recognise_lora(file, config) if kind == "lora" else recognise_releases(file, config)
+    if kind == "lora":
+        found = recognise_lora(file, config)
+    else:
+        published = {prefixed(name): tensor for name, tensor in file.tensors.items()}
+        found = recognise_releases(replace(file, tensors=published), config)
     return Source(file.path, kind, (file,), config, found)
 
 
 def _check_storage(file: TensorFile, kind: str) -> None:
     """Refuse by name weights in a form that cannot be kept and not be unpacked without loss."""
+    if isinstance(file, GgufFile):
+        return  # what cannot be decoded was refused when it was opened
     name = special_storage(file)
     if name is not None and name not in CONVERTED_STORAGES and (kind, name) != (GEMMA, "MLX-quantized"):
         refusal = REFUSED_STORAGES.get(name, REFUSED_STORAGES[""])

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.convert.sources.gemma import text_config
+from ltx2.convert.sources.ggufmodel import header_tokenizer
 from ltx2.convert.sources.sentencepiece import tokenizer_files
 from ltx2.convert.sources.source import Source
 from ltx2.convert.sources.textencoder import SENTENCEPIECE, TOKENIZER
+from ltx2.convert.tensors.gguf import GgufFile
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.jsonfile import parse_json
 from ltx2.runtime.files.tensors import FileRecord
@@ -107,6 +109,9 @@ def _tokenizer(source: Source) -> dict[str, bytes]:
     for path in source.companions:
         if path.name == SENTENCEPIECE:
             return tokenizer_files(path.read_bytes(), path.name)
+    headers = (header_tokenizer(file) for file in source.files if isinstance(file, GgufFile))
+    if made := next(filter(None, headers), None):
+        return made
     models = (file.array("spiece_model").tobytes() for file in source.files if "spiece_model" in file.tensors)
     return next((tokenizer_files(model, f"the spiece_model of {source.path.name}") for model in models), {})
 

@@ -23,8 +23,6 @@ FOREIGN: tuple[tuple[bytes, str, str, str, type[Ltx2Error]], ...] = (
     (rb"(?i)(access to \w+ .+ is restricted|entry not found|repository not found|invalid (username|user token)"
      rb"|unauthorized|forbidden|\{\"error\")", "is an error message, not the file",
      "the site refused the download, and its answer was saved under the file's name", LOGIN, CheckpointError),
-    (rb"GGUF", "is a GGUF file", "its weights are quantized in blocks that MLX does not compute with", SAFETENSORS,
-     UnsupportedError),
     (rb"PK\x03\x04|\x80[\x02-\x05]", "is a PyTorch file (.bin, .pt, .ckpt)",
      "it holds Python objects, and reading it would run code from it", SAFETENSORS, UnsupportedError),
     (rb"....ftyp", "is a video", "clips hold no weights", WEIGHTS, CheckpointError),

@@ -28,6 +28,11 @@ def tokenizer_files(model: bytes, name: str) -> dict[str, bytes]:
     except (ValueError, IndexError, TypeError, struct.error) as error:
         fix = "add a folder with tokenizer.json and tokenizer_config.json, as google/gemma-3-12b-it has them"
         raise CheckpointError(f"{name} is no tokenizer", str(error), fix) from error
+    return tokenizer_of(pieces, tokens)
+
+
+def tokenizer_of(pieces: list["Piece"], tokens: dict[str, str]) -> dict[str, bytes]:
+    """The same two files, of pieces in the order of their ids, and the special tokens by name (unk, bos, eos, pad)."""
     config = {f"{name}_token": token for name, token in tokens.items()} | {"add_bos_token": True}
     data = (_tokenizer(pieces, tokens), config)
     return {

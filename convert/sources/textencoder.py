@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.convert.names.release import recognise_releases
+from ltx2.convert.sources.ggufmodel import header_config
 from ltx2.convert.sources.source import AGAIN, GEMMA, Source, read_json
 from ltx2.convert.sources.textmodels import check_text_model, shape_config, text_kind
+from ltx2.convert.tensors.gguf import GgufFile
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.paths import check_regular, is_base_name
 from ltx2.runtime.files.tensors import TensorFile
@@ -38,7 +40,8 @@ def text_encoder(path: Path, files: Sequence[TensorFile], beside: Iterable[Path]
     tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
     check_text_model(path, config, tensors)
     if not config:
-        config = {"model_type": f"{text_kind(tensors)}_text", **shape_config(tensors)}
+        stated = header_config(files[0]) if isinstance(files[0], GgufFile) else {}
+        config = {"model_type": f"{text_kind(tensors)}_text", **shape_config(tensors), **stated}
     return Source(path, GEMMA, tuple(files), config, recognise_releases(files[0], config), companions)
 
 

@@ -114,6 +114,7 @@ class Codes(ABC):
     scale: Scale | None
 
     kind: ClassVar[str]
+    keepable: ClassVar[bool] = True  # MLX can multiply such codes
     multiplied: ClassVar[bool] = True  # MLX multiplies a layer's output by `scale`; one that is missing is stored as 1
     dtype: ClassVar[str] = "BF16"  # the float type that the layer computes in
 

@@ -5,6 +5,7 @@
                                            ComfyUI's mark X.comfy_quant stands beside them
     NVFP4  X.weight U8 (out, in / 2)       X.weight_scale F8_E4M3 in tiles, X.weight_scale_2: one value
     MLX    X.weight U32 (out, words)       X.scales, X.biases: floats (out, groups)
+    GGUF   any name, a type of blocks      in the blocks
 
 Where a source has no scale at all, every scale is 1."""
 
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ltx2.convert.tensors.codes import Affine, BlockScales, Codes, Fp8, Mxfp8, Nvfp4, Scale, tiled_shape
+from ltx2.convert.tensors.gguf import Blocks, GgufFile
 from ltx2.runtime.errors import CheckpointError, ModelFolderError, UnsupportedError
 from ltx2.runtime.files.tensors import FLOATS, TensorFile, TensorInfo
 from ltx2.runtime.model.forms import AFFINE, Quantization
@@ -54,12 +56,15 @@ def find_codes(files: Iterable[TensorFile], quantization: Quantization | None = 
     scaled = any(name.endswith((*SPELLINGS, SCALE_2, "scaled_fp8")) for name in tensors)
     codes: dict[str, Codes] = {}
     scales: dict[str, tuple[str, str]] = {}
-    for name, (_, tensor) in tensors.items():
+    for name, (file, tensor) in tensors.items():
         if dropped_beside_codes(name):
             continue
         if tensor.dtype == "F8_E5M2":
             raise _other_codes(name, "FP8 codes of the kind E5M2")
-        if tensor.dtype == "U8" and name.endswith(WEIGHT):
+        if isinstance(file, GgufFile):
+            if tensor.dtype in file.block_types:
+                codes[name] = Blocks(file, tensor, None)
+        elif tensor.dtype == "U8" and name.endswith(WEIGHT):
             codes[name] = _nvfp4(name, tensors)
             layer = name.removesuffix(WEIGHT)
             scales |= {layer + SCALE: (name, "scales"), layer + SCALE_2: (name, "weight_scale")}

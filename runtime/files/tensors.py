@@ -89,10 +89,18 @@ class TensorFile:
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """Some rows (of axis 0) in memory of their own. Raises what `array` and reading raise."""
-        info, dtype = self.tensors[name], self.numpy_dtype(name)
+        info = self.tensors[name]
         row = info.nbytes // max(1, info.shape[0])
         raw = self.reader.read(info.start + start * row, info.start + stop * row)
-        return raw.view(dtype).reshape(stop - start, *info.shape[1:])
+        return self.typed(name, raw, (stop - start, *info.shape[1:]))
+
+    def typed(self, name: str, raw: Array, shape: tuple[int, ...]) -> Array:
+        """Bytes of a tensor, or of some of its rows, as values of this shape. Raises as `numpy_dtype`."""
+        return raw.view(self.numpy_dtype(name)).reshape(shape)
+
+    def own_name(self, name: str) -> str:
+        """A tensor's name as the file spells it."""
+        return name
 
     def numpy_dtype(self, name: str) -> np.dtype[Any]:
         """How a tensor's values travel. Raises UnsupportedError for a dtype that no published file uses."""

@@ -280,7 +280,6 @@ class TestForeignFiles:
             (b"Access to model google/gemma-3-12b-it is restricted. You must", CheckpointError,
              "an error message, not the file.*hf auth login"),
             (b'{"error":"Repository not found"}', CheckpointError, "an error message"),
-            (b"GGUF\x03\0\0\0" + bytes(32), UnsupportedError, "a GGUF file.*use the .safetensors file"),
             (b"PK\x03\x04" + bytes(40), UnsupportedError, "a PyTorch file.*would run code"),
             (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", UnsupportedError, "a PyTorch file"),
             (b"", CheckpointError, "holds no data: it is empty"),

@@ -221,6 +221,7 @@ class TestSplitFiles:
             encoded.write(tmp_path / "connectors.safetensors", side, {}),
         ]
         out = ltx2.convert(sources, tmp_path / "out")
+        assert ModelFolder.open(out).manifest.release == ModelFolder.open(usual).manifest.release
         for component in ("transformer", "connectors"):
             for name in ("config.json", "model.safetensors"):
                 path = Path(component) / name
