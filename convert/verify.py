@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ltx2.convert.card import card_state
 from ltx2.convert.compare import Repack, compare_values
 from ltx2.convert.plan.check import network_differences
 from ltx2.convert.sources.checkpoint import open_sources
@@ -27,13 +28,14 @@ LISTED = 20  # differences named in the error
 @dataclass(frozen=True)
 class Verified(Event):
     """Last event of a verification, what was found right: components, files and their bytes, tensors, and how many of
-    those equal the sources."""
+    those equal the sources. `card`: README.md is "as written", "edited", or there is "none"; all three are right."""
 
     components: tuple[str, ...]
     files: int
     bytes: int
     tensors: int
     compared: int
+    card: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         """The command's JSON result."""
@@ -57,8 +59,8 @@ def verify(folder: Path, sources: Sequence[Path] = (), repack: Repack | None = N
     if differences:
         raise _failed(folder, differences)
     files = [file for record in model.manifest.components.values() for file in record.files]
-    tensors = sum(map(len, shapes.values()))
-    yield Verified(tuple(sorted(shapes)), len(files), sum(file.size for file in files), tensors, compared)
+    counts = (len(files), sum(file.size for file in files), sum(map(len, shapes.values())), compared)
+    yield Verified(tuple(sorted(shapes)), *counts, card_state(model))
 
 
 def _failed(folder: Path, differences: list[str]) -> VerificationError:

@@ -8,10 +8,11 @@ import json
 import shutil
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ltx2 import __version__
+from ltx2.convert.card import write_card
 from ltx2.convert.output.files import PlannedFile, TextFile, component_files, main_dtype
 from ltx2.convert.output.hashing import SourceHashes
 from ltx2.convert.output.journal import JOURNAL, Partial, is_empty_folder, open_partial
@@ -23,11 +24,11 @@ from ltx2.convert.sources.ggufmodel import loss
 from ltx2.convert.tensors.gguf import GgufFile
 from ltx2.runtime.errors import CheckpointError, DoesNotFitError, InputError, ModelFolderError, NumericsError
 from ltx2.runtime.events import Event, Warned, Written
-from ltx2.runtime.files.atomic import PARTIAL, UNLOCKED, beside, write_file
+from ltx2.runtime.files.atomic import PARTIAL, UNLOCKED, beside
 from ltx2.runtime.files.paths import check_folder, check_room, write_failure
 from ltx2.runtime.files.ranges import changed
 from ltx2.runtime.files.tensors import FileRecord, TensorFile
-from ltx2.runtime.model.layout import MANIFEST, ComponentRecord, Manifest, ModelFolder
+from ltx2.runtime.model.layout import CARD, MANIFEST, ComponentRecord, Manifest, ModelFolder
 from ltx2.runtime.model.origin import check_gemma
 
 SHARD_GB = 5.0
@@ -146,7 +147,7 @@ def _difference(plan: Plan, files: list[PlannedFile], folder: ModelFolder) -> Ge
 
 def _manifest_difference(plan: Plan, files: list[PlannedFile], have: Manifest) -> Generator[Event, None, str]:
     records = {f"{name}/{f.name}": f for name, record in have.components.items() for f in record.files}
-    if _manifest(plan, files, records, have.sources) != have:
+    if _manifest(plan, files, records, have.sources) != replace(have, card=None):
         return "it was made with other options or another version of ltx2"
     if [(s.name, s.size) for s in _named(plan)] != [(s.name, s.size) for s in have.sources]:
         return "it was made from other sources"
@@ -161,14 +162,14 @@ def _named(plan: Plan) -> list[FileRecord]:
 
 
 def _fill(plan: Plan, files: list[PlannedFile], partial: Partial) -> Iterator[Event]:
-    """Write what is missing, the manifest last. Raises CheckpointError for a source that has changed meanwhile."""
+    """Write what is missing, card and manifest last. Raises CheckpointError for a source that has changed meanwhile."""
     before = _states(plan)
     sources = yield from stream(plan, files, partial)
     for path, state in _states(plan).items():
         if state != before[path]:
             raise changed(path, "another program wrote to it")
-    manifest = _manifest(plan, files, partial.files, sources).to_json().encode()
-    write_file(partial.path / MANIFEST, [manifest])
+    (partial.path / CARD).unlink(missing_ok=True)  # a killed run may have left it
+    write_card(ModelFolder(partial.path, _manifest(plan, files, partial.files, sources)))
 
 
 def _manifest(

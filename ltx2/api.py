@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ltx2
-from ltx2.convert.fetch.catalogue import catalogue
+from ltx2.convert.delete import delete_sources as removal
 from ltx2.convert.plan.entries import Plan
 from ltx2.convert.plan.fuse import fuse as fused
 from ltx2.convert.plan.make import Options, make_plan
@@ -16,7 +16,7 @@ from ltx2.quant.apply import Settings, write_quantized
 from ltx2.quant.apply import quantize as quantize_folder
 from ltx2.quant.codes.methods import SEARCH
 from ltx2.quant.report import Quantized, Report
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, UsageError
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.values import Lora
@@ -34,13 +34,16 @@ def load(model: StrPath) -> Pipeline:
 
 
 def download(names: str | Iterable[str], *, to: StrPath = "weights") -> list[Path]:
-    """Fetch published files or bundles by name (`ltx2 download --list`) into a folder, whatever is missing of them;
-    returns what `convert` takes: files, and the folder of a text encoder that has several."""
+    """Fetch published files or bundles by name (`ltx2 download --list`), or model folders by OWNER/NAME, into a folder,
+    whatever is missing of them; returns what `convert` or `load` takes: files, and folders of several."""
     from ltx2.convert.fetch.download import download as fetch  # loads an HTTP library
+    from ltx2.convert.fetch.repository import check_whole, choose
+    from ltx2.runtime.events import Downloaded
 
-    chosen = catalogue().choose([names] if isinstance(names, str) else names)
-    for _ in fetch(chosen, Path(to)):
-        pass
+    chosen = choose([names] if isinstance(names, str) else list(names))
+    for event in fetch(chosen, Path(to)):
+        if isinstance(event, Downloaded):
+            check_whole(chosen, Path(to), event)
     return [published.source(Path(to)) for published in chosen]
 
 
@@ -86,18 +89,26 @@ def convert(
     stats: StrPath | None = None,
     method: str | None = None,
     shard_size: float = SHARD_GB,
+    delete_sources: bool = False,
     force: bool = False,
 ) -> Path:
     """Convert published checkpoints into a model folder; returns its path. With `bits`, `mode`, `recipe` or `fit` the
     folder is quantized, with the bytes of converting and quantizing in turn. LoRAs to `fuse`, paths or tuples of a path
-    and a strength, are added to the transformer's weights before anything else."""
-    plan = plan_conversion(sources, variant=variant, dtype=dtype, only=only, fuse=fuse)
+    and a strength, are added to the transformer's weights before anything else. `delete_sources` removes the sources
+    once the folder is whole and verified."""
+    if delete_sources and only:
+        why = "what --only leaves out would be lost"
+        raise UsageError("delete_sources and only do not go together", why, "leave out one of them")
+    given = [Path(path) for path in ([sources] if isinstance(sources, str | PathLike) else sources)]
+    plan = plan_conversion(given, variant=variant, dtype=dtype, only=only, fuse=fuse)
     chosen = Settings(bits, group_size, recipe, (), mode or AFFINE, _path(stats), fit, method or SEARCH)
     settings = None if all(value is None for value in (bits, mode, recipe, fit)) else chosen
     if settings is None and chosen != Settings():
         why = "group_size, stats and method have no effect without bits, recipe or fit"
         raise InputError("nothing is quantized", why, "give bits=4")
     for _ in conversion(plan, Path(out), settings, WriteOptions(shard_size, force)):
+        pass
+    for _ in removal(plan, given, Path(out)) if delete_sources else ():
         pass
     return Path(out)
 

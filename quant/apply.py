@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from ltx2.convert.card import write_card
 from ltx2.convert.plan.entries import Layer, Move, Plan, decoded, kept_layers, packed_layers
 from ltx2.convert.plan.folder import folder_plan
 from ltx2.convert.write import WriteOptions, write_plan
@@ -140,7 +141,9 @@ def write_quantized(
         yield Warned(f"{len(unfit)} layers are not quantized, {width}; the first is {unfit[0]}")
     for event in write_plan(quantized, out, options):
         if isinstance(event, Written):
-            report = yield from make_report(quantized, ModelFolder.open(out), unfit)
+            folder = ModelFolder.open(out)
+            report = yield from make_report(quantized, folder, unfit)
+            write_card(folder, report.quality())
             yield Quantized(replace(report, fit=fit))
         yield event
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ltx2.convert.card import Quality
 from ltx2.convert.output.pieces import values_of
 from ltx2.convert.plan.entries import Move, Plan, packed_key, packed_layers, parameters
 from ltx2.convert.tensors.keep import Keep
@@ -80,6 +81,14 @@ class Report:
         """The whole model folder."""
         return sum(self.totals.values(), Total(0, 0, 0))
 
+    def quality(self) -> dict[str, Quality]:
+        """What the model card says of every component whose layers were quantized."""
+        found: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            if layer.method is not None:  # else it stays as it was published
+                found.setdefault(layer.component, []).append(layer)
+        return {name: _quality(layers, self.totals[name].bits_per_weight) for name, layers in found.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """As `ltx2 quantize --report` writes it."""
         totals = {**self.totals, "all": self.total}
@@ -90,6 +99,11 @@ class Report:
             "totals": {n: asdict(t) | {"bits_per_weight": t.bits_per_weight} for n, t in totals.items()},
             "fit": self.fit.to_dict() if self.fit else None,
         }
+
+
+def _quality(layers: list[LayerReport], bits: float) -> Quality:
+    errors = sorted(layer.relative_error for layer in layers)
+    return Quality(bits, len(errors), errors[len(errors) // 2], errors[-1], layers[0].error_of)
 
 
 @dataclass(frozen=True)

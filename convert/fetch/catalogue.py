@@ -28,8 +28,8 @@ class HubFile:
 class Published:
     """One thing to download and convert by its name: a file, or a folder of files that belong together.
 
-    `folder` is its place below the weights folder, `licence` the page where terms are read and accepted, `bits` what
-    most of its weights take.
+    `folder` is its place below the weights folder, `licence` the page where terms are read and accepted, `terms` their
+    name, `bits` what most of its weights take.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Published:
     folder: str
     purpose: str
     licence: str
+    terms: str
     gated: bool
     files: tuple[HubFile, ...]
     bits: int = 16
@@ -154,7 +155,7 @@ def catalogue() -> Catalogue:
 def _published(release: str, data: Mapping[str, Any]) -> Iterable[Published]:
     """The things of one repository. Where it has a `name`, it is one thing with all its files."""
     common = (data["repository"], data["folder"])
-    access = (data["licence"], data["gated"])
+    access = (data["licence"], data["terms"], data["gated"])
     if "name" in data:
         files = tuple(_file(path, facts) for path, facts in data["files"].items())
         yield Published(data["name"], release, *common, data["for"], *access, files, is_folder=True)

@@ -41,6 +41,10 @@ class UnreachableError(DownloadError):
     """The hub cannot be reached at all."""
 
 
+class MissingError(DownloadError):
+    """The hub has no such file, or no such repository."""
+
+
 def ask(published: Published, file: HubFile, target: Path) -> Wanted:
     """Size and hash of the newest version of a file; its content is then read from that very version."""
     with _explained(published, file.path):
@@ -111,7 +115,7 @@ def _refusal(published: Published, path: str, status: int) -> DownloadError:
         return DownloadError(f"the hub refuses access to {repository}", why, f"{login}; its page: {page}")
     if status == 404:
         why = f"the repository {repository} has no such file, or no longer"
-        return DownloadError(f"{path} is not on the hub", why, f"look at {page}/tree/main, or update ltx2")
+        return MissingError(f"{path} is not on the hub", why, f"look at {page}/tree/main, or update ltx2")
     return DownloadError(
         f"the hub does not give {path}", f"it answers with status {status}", "try again later: what is here is kept"
     )

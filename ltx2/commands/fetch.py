@@ -1,16 +1,18 @@
 """Getting published files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ltx2.commands.shared import PATH, follow_model
+from ltx2.commands.shared import PATH, follow_deletion, follow_model
 from ltx2.console import Dependent, Output, common
 
 if TYPE_CHECKING:
+    from ltx2.convert.fetch.catalogue import Published
+    from ltx2.convert.fetch.download import Options
     from ltx2.quant.apply import Settings
     from ltx2.runtime.events import Event
 
@@ -25,6 +27,7 @@ with_convert = partial(click.option, cls=Dependent, needs=("converted",))
 @click.option("--convert", "converted", is_flag=True, help="Then convert the bundle to a model folder.")
 @with_convert("--bits", type=int, help="With --convert: quantize on the way, to 2, 3, 4, 5, 6 or 8 bits.")
 @with_convert("--recipe", metavar="NAME|FILE", help="With --convert: quantize by this recipe, see quantize.")
+@with_convert("--delete-sources", is_flag=True, help="With --convert: then remove what was fetched.")
 @with_convert("-m", "--model", type=PATH, help="With --convert: the folder; default: by name.")
 @common
 def download(
@@ -32,13 +35,14 @@ def download(
 ) -> None:
     """Fetch published files from the Hugging Face Hub.
 
-    NAME is a file or a bundle of all that one model needs, such as ltx-2-distilled. Files that are there already are
+    NAME is a file or a bundle of all that one model needs, such as ltx-2-distilled; OWNER/NAME is a model folder that
+    somebody has published. Files that are there already are
     not fetched again; run the same command again to continue after an interruption. Gated files need a login:
     `hf auth login`.
     """
     from ltx2.convert.fetch.catalogue import catalogue
     from ltx2.convert.fetch.download import Options
-    from ltx2.convert.fetch.download import download as fetch
+    from ltx2.convert.fetch.repository import choose
 
     known = catalogue()
     if listed:
@@ -50,15 +54,37 @@ def download(
         raise click.UsageError(f"Name a file or a bundle: {', '.join(known.bundles)}. --list shows all.")
     if converted and (len(names) != 1 or names[0] not in known.bundles):
         raise click.UsageError("--convert takes one bundle, which has all that a model needs.")
-    chosen, settings = known.choose(names), _settings(options["bits"], options["recipe"])
+    chosen, settings = choose(names), _settings(options["bits"], options["recipe"])
     bits = settings.form.bits if settings else None
     model = (options["model"] or weights / _name(names[0], options["bits"], options["recipe"])) if converted else None
-    fetched, text = _follow_download(output, fetch(chosen, weights, Options(model, bits, dry_run)))
+    if model is not None and options["delete_sources"] and _is_done(model, [p.source(weights) for p in chosen]):
+        output.result({"model": str(model), "reused": True}, f"{model} is already there, and its sources are removed")
+        return
+    fetched, text = _follow_download(output, _checked(chosen, weights, Options(model, bits, dry_run)))
     if model is not None and not dry_run:
+        from ltx2.api import conversion, plan_conversion
+        from ltx2.convert.write import WriteOptions
+
         sources, variant = [p.source(weights) for p in chosen], known.bundles[names[0]].variant
-        fetched["converted"], model_text = _convert_to(output, model, settings, sources, variant)
+        plan = plan_conversion(sources, variant=variant)
+        fetched["converted"], model_text = follow_model(output, conversion(plan, model, settings, WriteOptions()))
+        if options["delete_sources"]:
+            deleted, said = follow_deletion(output, plan, sources, model)
+            fetched, model_text = fetched | deleted, f"{model_text}\n{said}"
         text += f"\n{model_text}"
     output.result(fetched, text)
+
+
+def _checked(chosen: "Sequence[Published]", weights: Path, options: "Options") -> "Iterator[Event]":
+    """The events of a download; model folders are compared with their ltx2.json before the last one."""
+    from ltx2.convert.fetch.download import download as fetch
+    from ltx2.convert.fetch.repository import check_whole
+    from ltx2.runtime.events import Downloaded
+
+    for event in fetch(chosen, weights, options):
+        if isinstance(event, Downloaded):
+            check_whole(chosen, weights, event)
+        yield event
 
 
 def _settings(bits: int | None, recipe: str | None) -> "Settings | None":
@@ -77,15 +103,11 @@ def _name(bundle: str, bits: int | None, recipe: str | None) -> str:
     return "-".join([bundle, *([Path(recipe).stem] if recipe else []), *([f"q{bits}"] if bits else [])])
 
 
-def _convert_to(
-    output: Output, model: Path, settings: "Settings | None", sources: list[Path], variant: str
-) -> tuple[dict[str, Any], str]:
-    """Go on from a download."""
-    from ltx2.api import conversion, plan_conversion
-    from ltx2.convert.write import WriteOptions
+def _is_done(model: Path, sources: "Iterable[Path]") -> bool:
+    """Whether an earlier run has finished the model and removed what it was made of."""
+    from ltx2.runtime.model.layout import MANIFEST
 
-    plan = plan_conversion(sources, variant=variant)
-    return follow_model(output, conversion(plan, model, settings, WriteOptions()))
+    return (model / MANIFEST).is_file() and not all(source.exists() for source in sources)
 
 
 def _follow_download(output: Output, events: "Iterable[Event]") -> tuple[dict[str, Any], str]:

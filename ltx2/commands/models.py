@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ltx2.commands.shared import PATH, follow_fit, follow_model, generate_options
+from ltx2.commands.shared import PATH, follow_deletion, follow_fit, follow_model, generate_options
 from ltx2.console import Dependent, Output, common
 from ltx2.quant.codes.methods import METHODS, SEARCH
 from ltx2.runtime.errors import Ltx2Error
@@ -31,6 +31,13 @@ when_packing = partial(click.option, cls=Dependent, needs=PACKS)
 @when_packing("--stats", type=PATH, metavar="FILE", help="What calibrate wrote, when quantizing: for better codes.")
 @when_packing("--method", type=click.Choice(METHODS), help="How codes are chosen, when quantizing; see quantize.")
 @click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
+@click.option(
+    "--delete-sources",
+    is_flag=True,
+    help="Remove the sources once the model folder is whole and verified.",
+    cls=Dependent,
+    unless=("only",),
+)
 @click.option("--dry-run", is_flag=True, help="Read headers (--fit: some weights); --json prints the plan.")
 @click.option("--force", is_flag=True, help="Replace a different model folder.")
 @common
@@ -41,13 +48,14 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     again to continue after an interruption.
     """
     from ltx2.api import conversion, plan_conversion
+    from ltx2.convert.delete import removable
     from ltx2.convert.plan.check import check_plan
     from ltx2.convert.plan.entries import plan_json
     from ltx2.convert.write import WriteOptions
     from ltx2.quant.apply import Settings, quantize_plan
     from ltx2.render import plan_summary
 
-    written = WriteOptions(options.pop("shard_size"), options.pop("force"))
+    written, deletes = WriteOptions(options.pop("shard_size"), options.pop("force")), options.pop("delete_sources")
     packing = {name: options.pop(name) for name in (*PACKS, "group_size", "stats", "method")}
     packed = any(packing[name] is not None for name in PACKS)
     usual = {"mode": packing["mode"] or AFFINE, "method": packing["method"] or SEARCH}
@@ -61,10 +69,19 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
                 click.echo(f"warning: convert would refuse this plan: {error.what}: {error.why}", err=True)
         fit = follow_fit(output, plan, settings) if settings and settings.fit else None
         plan = quantize_plan(plan, settings, fit) if settings else plan
-        fitted = {"fit": fit.to_dict()} if fit else {}
-        output.result(plan_json(plan) | fitted, "\n".join([plan_summary(plan), *(fit.reasons() if fit else [])]))
+        lines, more = [plan_summary(plan), *(fit.reasons() if fit else [])], {"fit": fit.to_dict()} if fit else {}
+        if deletes:
+            files = removable(plan, sources)
+            freed = sum(path.stat().st_size for path in files)
+            more["deletes"] = {"files": list(map(str, files)), "bytes": freed}
+            lines.append(f"then {len(files)} files of the sources are removed, which frees {freed / 1e9:.2f} GB")
+        output.result(plan_json(plan) | more, "\n".join(lines))
         return
-    output.result(*follow_model(output, conversion(plan, target, settings, written)))
+    made, text = follow_model(output, conversion(plan, target, settings, written))
+    if deletes:
+        deleted, said = follow_deletion(output, plan, sources, target)
+        made, text = made | deleted, f"{text}\n{said}"
+    output.result(made, text)
 
 
 @click.command()

@@ -88,6 +88,16 @@ def follow_model(output: Output, events: "Iterable[Event]", report: Path | None 
     return data | ({"report": quantized} if quantized else {}), text
 
 
+def follow_deletion(output: Output, plan: "Plan", given: "Iterable[Path]", model: Path) -> tuple[dict[str, Any], str]:
+    """Verify a finished model folder and remove its sources; what was freed, as data and for people."""
+    from ltx2.convert.delete import SourcesDeleted, delete_sources
+
+    done = output.follow(delete_sources(plan, given, model))
+    assert isinstance(done, SourcesDeleted), "a deletion ends with what it removed"
+    deleted = {"deleted": {"files": list(done.files), "bytes": done.bytes}}
+    return deleted, f"{len(done.files)} files of the sources removed, {done.bytes / 1e9:.2f} GB freed"
+
+
 def follow_fit(output: Output, plan: "Plan", settings: "Settings") -> "Fit":
     """Choose bits for --fit."""
     from ltx2.quant.apply import fitted

@@ -1,5 +1,6 @@
 """The model folder (ltx2.json and one folder per component), read and written without MLX.
 
+MODEL/README.md                     model card, for people and the Hugging Face Hub
 MODEL/ltx2.json                     release, variant, per component class/files/dtype/quantization, sources
 MODEL/<component>/config.json       that network's configuration
 MODEL/<component>/model*.safetensors, with an index where there are several"""
@@ -18,6 +19,7 @@ from ltx2.runtime.files.tensors import FileRecord, TensorFile, open_tensorfile
 from ltx2.runtime.model.forms import Quantization
 
 MANIFEST = "ltx2.json"
+CARD = "README.md"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 FORMAT_METADATA = {"format": "mlx"}
@@ -71,13 +73,14 @@ class ComponentRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """ltx2.json."""
+    """ltx2.json. `card` is README.md as it was written; people may edit it."""
 
     release: str | None
     variant: str | None
     tool_version: str
     components: Mapping[str, ComponentRecord]
     sources: tuple[FileRecord, ...] = field(default=())
+    card: FileRecord | None = None
 
     def to_json(self) -> str:
         """Deterministic text: same content, same bytes."""
@@ -89,6 +92,7 @@ class Manifest:
             "components": components,
             "sources": [asdict(f) for f in self.sources],
         }
+        data |= {"card": asdict(self.card)} if self.card else {}
         return json.dumps(data, indent=2) + "\n"
 
     @classmethod
@@ -98,10 +102,13 @@ class Manifest:
             data = parse_object(text)
             components = {name: _component(name, c) for name, c in data["components"].items()}
             sources = tuple(file_record(file) for file in data["sources"])
+            card = file_record(data["card"]) if "card" in data else None
+            if card and card.name != CARD:
+                raise ValueError(f"its card is {card.name!r}")
             release, variant, version = (data[key] for key in ("release", "variant", "tool_version"))
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"it is not written as ltx2 writes it ({error!r})") from error
-        return cls(_text(release, None), _text(variant, None), _text(version), components, sources)
+        return cls(_text(release, None), _text(variant, None), _text(version), components, sources, card)
 
 
 def file_record(data: Mapping[str, Any]) -> FileRecord:

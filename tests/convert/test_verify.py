@@ -36,7 +36,8 @@ class TestFolder:
         report = verified(demo_model)
         manifest = ModelFolder.open(demo_model).manifest
         files = [f for record in manifest.components.values() for f in record.files]
-        assert report == Verified(tuple(sorted(manifest.components)), len(files), sum(f.size for f in files), 1029, 0)
+        counts = (len(files), sum(f.size for f in files), 1029, 0)
+        assert report == Verified(tuple(sorted(manifest.components)), *counts, "as written")
         assert report.to_dict()["verified"] is True
 
     def test_progress(self, demo_model: Path) -> None:
