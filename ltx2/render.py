@@ -213,11 +213,11 @@ def memory_table(plan: "MemoryPlan") -> tuple[str, list[str], list[list[str]]]:
     sizes, tiling = plan.job.sizes, plan.tiling
     tiles = f"video decoded in tiles of {tiling.width}x{tiling.height}, {tiling.frames} frames" if tiling else ""
     title = f"{sizes.frames} frames of {sizes.width}x{sizes.height}; {tiles or 'video decoded in one piece'}"
-    columns = ["GB", "weights", "activations", "clip", "total", "cache"]
+    columns = ["GB", "weights", "activations", "clip", "kept", "total", "cache"]
     streams = any(phase.streamed for phase in plan.phases)
     rows = []
     for phase in plan.phases:
-        numbers = [phase.weights, phase.activations, phase.clip, phase.total, phase.cache]
+        numbers = [phase.weights, phase.activations, phase.clip, phase.kept, phase.total, phase.cache]
         slowed = " (slowed)" if phase.held_back else ""
         rows.append([phase.name + slowed, *(f"{number / 1e9:.2f}" for number in numbers)])
         if streams:

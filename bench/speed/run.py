@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ltx2.bench.random.model import RandomFolder
 from ltx2.bench.speed.ceilings import Ceilings, measure_ceilings
@@ -29,7 +28,6 @@ from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import CONTEXTS, LATENTS, Job
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.request import Request
-from ltx2.runtime.layers.linear import Packed
 from ltx2.runtime.machine.process import disk_bytes_read
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.sampling.guidance import TEXT
@@ -113,14 +111,13 @@ class _Subject:
     def __init__(self, case: Case, file: Path) -> None:
         """Reads headers. `file`: for what a part of a generation starts from."""
         self._case = case
-        self._pipeline = Pipeline(case.model, self._observe)
+        self._pipeline = Pipeline(case.model)
         whole = self._pipeline.plan(PROMPT, **dict(case.task.options)).job
         self._request = Request.from_options(_start(whole, case.task, file))
         self._until = {"text": CONTEXTS, "denoise": LATENTS}.get(case.task.part)
         self.plan = self._pipeline.planned(self._request, self._until)
         self._runs: list[list[PhaseRun]] = []
         self._trace: dict[str, Any] = {}
-        self._products: dict[str, dict[int, str]] = {}
 
     @property
     def name(self) -> str:
@@ -164,14 +161,9 @@ class _Subject:
 
     def result(self, ceilings: Ceilings) -> CaseRuns:
         """What the receipt is made from."""
-        part = self._case.task.part
-        return CaseRuns(self.name, part, self.plan, ceilings, self._runs, self._trace, self._products)
-
-    def _observe(self, component: str, network: nn.Module) -> None:
-        """How each form of packed weights is multiplied."""
-        for module in network.modules():
-            if isinstance(module, Packed):
-                self._products[str(module.form)] = dict(module.choice.by_rows)
+        part, products = self._case.task.part, self._pipeline.products
+        by_rows = {form: dict(choice.by_rows) for form, choice in products.items()}
+        return CaseRuns(self.name, part, self.plan, ceilings, self._runs, self._trace, by_rows)
 
 
 def _start(job: Job, task: Task, file: Path) -> dict[str, Any]:

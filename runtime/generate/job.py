@@ -1,6 +1,7 @@
 """A request meets a model folder: pipeline, configurations and sizes, and everything that can be known to be wrong
 before the work starts."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -210,7 +211,7 @@ class Job:
         strengths = tuple(0.0 if row.lora is None else given[row.lora] for row in self.stages)
         return LoraUse(find_lora(lora.path if lora is not None else str(own), self.folder), strengths)
 
-    @property
+    @cached_property
     def frozen(self) -> Streams[bool]:
         """The streams that are kept whole."""
         return self.states(1, Streams()).map(lambda state: state.frozen)
@@ -220,6 +221,27 @@ class Job:
         course, frozen = self.course(number), self.frozen
         counts = (len(passes(course.guidance, frozen, step)) for step in range(course.steps))
         return course.sampler.predictions * sum(counts)
+
+    def kept_texts(self, number: int) -> tuple[str, ...]:
+        """The contexts whose keys and values serve several calls in stage `number`: those of all steps or, where the
+        noise level modulates the text, those that several calls of a step see."""
+        if not self.stages[number - 1].guided:
+            return () if self.transformer_config.modulates_text else (TEXT,)
+        calls = passes(self._guidance(), self.frozen).values()
+        seen = [name for call in calls for name in set(call.contexts.values())]
+        least = 2 if self.transformer_config.modulates_text else 1
+        return tuple(name for name in dict.fromkeys(seen) if seen.count(name) >= least)
+
+    def repeated_texts(self, number: int) -> int:
+        """How often the calls of stage `number` attend to keys and values of a text that an earlier call has made."""
+        course, counts = self.course(number), Counter[str]()
+        for step in range(course.steps):
+            calls = passes(course.guidance, self.frozen, step).values()
+            seen = Counter(name for call in calls for name in set(call.contexts.values()))
+            counts += seen - Counter(list(seen)) if self.transformer_config.modulates_text else seen
+        once = 0 if self.transformer_config.modulates_text else 1
+        kept = self.kept_texts(number)
+        return sum(course.sampler.predictions * counts[name] - once for name in kept)
 
     def states(
         self, number: int, start: Streams[mx.array], encoded: Mapping[str, mx.array] | None = None

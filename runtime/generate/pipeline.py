@@ -5,7 +5,7 @@ uses it and frees it. Whoever consumes the events decides what to show."""
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
@@ -50,12 +50,14 @@ class Pipeline:
     """A model folder, ready to generate. Headers are read here; weights are read phase by phase.
 
     `observe` is called with every phase's component and network, before the network is used: to watch its layers.
+    Whoever observes sees a new network in every phase, and every call of it: nothing is kept from one to the next.
     Raises ModelFolderError for another folder, UnsupportedError for a release that is only converted so far.
     """
 
     def __init__(self, model: str | Path | ModelFolder, observe: Observe | None = None) -> None:
         self.folder = model if isinstance(model, ModelFolder) else ModelFolder.open(Path(model))
         self.observe = observe
+        self.products: Mapping[str, Choice] = {}  # how each form of packed weights is multiplied in the latest run
         load_preset(self.folder.manifest.release)
 
     @takes(Request)
@@ -84,7 +86,9 @@ class Pipeline:
         """As `stream`. With `until` "contexts" or "latents" the last event is Sampled, and nothing is decoded."""
         if request.resume and request.state is not None and request.seed is None:  # the seed was drawn
             request = replace(request, seed=started_seed(Path(request.state)))
-        return Run(Job(self.folder, request, until), self.observe).events()
+        run = Run(Job(self.folder, request, until), self.observe)
+        self.products = run.products
+        return run.events()
 
     @takes(Request)
     def plan(self, request: Request) -> MemoryPlan:
@@ -188,6 +192,8 @@ class Run:
     def _measured(self, phase: Phase) -> Iterator[Event]:
         """One phase. Its network is a local of `run`, so it is free when that returns."""
         self.meter, self.plan = Meter(phase.name), self.memory.phase(phase.name)
+        if self.observe is not None:
+            self.plan = replace(self.plan, text=0)
         yield PhaseStarted(phase.name)
         with self.plan.applied(), explained(phase.name):
             for event in phase.run(self, self.made):
@@ -218,11 +224,11 @@ class Run:
         if component == TRANSFORMER and isinstance(self._transformer, expected):
             return self._transformer
         network = load_network(self.job.folder, component, expected)
-        self.products |= choose_products(network, self.request.matmul)
+        self.products.update(choose_products(network, self.request.matmul))
         if self.observe is not None:
             self.observe(component, network)
         elif component == TRANSFORMER and self.plan.name in self.memory.keeps_transformer:
-            self._transformer = network  # whoever observes gets a new one in every stage
+            self._transformer = network
         return network
 
     def _generated(self, phase: Phase | None) -> Iterator[Event]:

@@ -102,6 +102,12 @@ def denoise_step(
     return Activations(needed, full - needed, max(4 * unit, unpacked))
 
 
+def text_keys(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int) -> int:
+    """Bytes of the keys and values of one text in all blocks."""
+    widths = config.audio_dim + (config.video_dim if grid.tokens else 0)
+    return 2 * config.num_layers * text_tokens * widths * itemsize
+
+
 def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
     """`grid` is of the latents that come in. Per value of the larger latents: the residual stream and what two
     normalised convolutions keep. Where they are enlarged and reduced again: a picture at its largest, shuffled."""

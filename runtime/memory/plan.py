@@ -23,13 +23,15 @@ COMMAND_BUFFER = 100 * 10**6
 @dataclass(frozen=True)
 class Need:
     """What one phase takes: bytes of weights, of what it computes with, and of the clip's finished frames. `blocks`:
-    bytes of those parts of the weights that can be read from disk in every step instead of being kept."""
+    bytes of those parts of the weights that can be read from disk in every step instead of being kept. `text`: bytes of
+    the text's keys and values, which are kept over the steps where there is room."""
 
     name: str
     weights: int
     activations: Activations
     clip: int = 0
     blocks: tuple[int, ...] = ()
+    text: int = 0
 
     @property
     def least_weights(self) -> int:
@@ -47,16 +49,19 @@ class Need:
         """At full speed if the limit allows it, with as many blocks in memory as it allows; else with as much queued.
 
         Blocks make way first: reading them costs no time as long as the disk is faster than the device, and waiting
-        for the device at every operation takes about twice the time.
+        for the device at every operation takes about twice the time. The text's keys and values are kept last: they
+        save less.
         """
         kept = self.weights - sum(self.blocks)
         streamed = choose_streamed(self.blocks, limit - self.clip - kept - self.activations.full)
         weights, read = self.held(streamed), sum(self.blocks[i] for i in streamed)
         room = limit - self.clip - weights
+        text = self.text if not streamed and self.activations.full + self.text <= room else 0
+        room -= text
         used = max(self.activations.needed, min(self.activations.full, room))
         held_back = self.activations.largest + COMMAND_BUFFER if used < self.activations.full else 0
         cache = 0 if held_back else max(0, min(reusable, room - used))
-        return PhasePlan(self.name, weights, used, self.clip, cache, held_back, streamed, read)
+        return PhasePlan(self.name, weights, used, self.clip, cache, held_back, streamed, read, text=text)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class PhasePlan:
     """One phase within a limit. `cache` bounds freed memory that is kept for reuse, and makes way when it is needed.
     `held_back` is not 0 where the limit leaves less than full speed takes: MLX is told to wait so many bytes early.
     The blocks in `streamed` are not kept: `read` bytes are read from disk in every step. `beside` are bytes of the
-    transformer that stays loaded for a later stage."""
+    transformer that stays loaded for a later stage, `text` those of the text's keys and values that are kept."""
 
     name: str
     weights: int
@@ -75,16 +80,22 @@ class PhasePlan:
     streamed: tuple[int, ...] = ()
     read: int = 0
     beside: int = 0
+    text: int = 0
+
+    @property
+    def kept(self) -> int:
+        """Bytes beside what the phase's work takes: they save time later."""
+        return self.beside + self.text
 
     @property
     def total(self) -> int:
         """Without the cache."""
-        return self.weights + self.activations + self.clip + self.beside
+        return self.weights + self.activations + self.clip + self.kept
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """MLX keeps to the plan."""
-        memory = self.weights + self.activations + self.cache + self.beside - self.held_back
+        memory = self.weights + self.activations + self.cache + self.kept - self.held_back
         with limited(memory, self.activations + self.cache):
             yield
 

@@ -97,7 +97,7 @@ class TestPlan:
     def test_total_is_what_phases_take(self, model: Callable[[int], Pipeline]) -> None:
         plan = model(4).plan(PROMPT)
         for phase in plan.phases:
-            assert phase.total == phase.weights + phase.activations + phase.clip + phase.beside
+            assert phase.total == phase.weights + phase.activations + phase.clip + phase.kept
         assert plan.peak == max(phase.total for phase in plan.phases)
         clip = 121 * 512 * 768 * 3
         assert [p.clip for p in plan.phases] == [0] * 7 + [clip]
@@ -326,6 +326,6 @@ class TestMeasured:
         for phase, need in zip(done, plan.needs, strict=True):
             measured = phase.mlx_peak_bytes - before
             used = need.activations.needed if waits else need.activations.full
-            above = need.weights + used + plan.phase(phase.name).beside - measured
+            above = need.weights + used + plan.phase(phase.name).kept - measured
             most = 0.25 * measured if waits else math.inf
             assert -0.05 * measured - SLACK <= above <= most + SLACK, (phase.name, measured, above)

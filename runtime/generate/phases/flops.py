@@ -4,6 +4,7 @@ stored once per evaluation, and what goes in and out of each of them. Elementwis
 
 What a tiling of the video decoder computes twice is no work of the clip either, so that tiles cost efficiency."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -35,6 +36,7 @@ from ltx2.runtime.sampling.latents import Grid
 
 FLOAT32 = 4
 EMBEDDING = "model.embed_tokens."  # of which only the prompt's rows are read
+TEXT_KEYS = re.compile(r"attn2\.to_[kv]\.")  # layers of the transformer that see the text alone
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,13 @@ def _interpolate(phase: Phase, headers: Headers) -> PhaseWork:
 def _denoise(phase: Phase, headers: Headers) -> PhaseWork:
     assert isinstance(phase, Denoise), "as COUNTS says"
     job, config = phase.job, TransformerConfig.from_dict(headers.config(TRANSFORMER))
-    step, calls = denoise_step(config, job.stage_grid(phase.number), job.preset.text_tokens), job.calls(phase.number)
-    work = step * calls + project_text(config, job.preset.text_tokens)
-    return _moving(work, headers.itemsize(TRANSFORMER), calls * headers.weights(TRANSFORMER))
+    grid, text, calls = job.stage_grid(phase.number), job.preset.text_tokens, job.calls(phase.number)
+    work = denoise_step(config, grid, text) * calls + project_text(config, text)
+    repeated, moved = job.repeated_texts(phase.number), calls * headers.weights(TRANSFORMER)
+    if repeated:
+        work += text_keys(config, grid, text) * -repeated
+        moved -= repeated * sum(t.nbytes for name, t in headers.tensors(TRANSFORMER).items() if TEXT_KEYS.search(name))
+    return _moving(work, headers.itemsize(TRANSFORMER), moved)
 
 
 def _decode_sound(phase: Phase, headers: Headers) -> PhaseWork:
@@ -189,6 +195,12 @@ def denoise_step(config: TransformerConfig, grid: Grid, text: int) -> Work:
     rows += [2] if config.cross_attention_adaln and config.use_prompt_adaln_single else []
     noise_levels = (_modulation(width, count) for width in (video, audio) for count in rows)
     return block * config.num_layers + sum(noise_levels, ends)
+
+
+def text_keys(config: TransformerConfig, grid: Grid, text: int) -> Work:
+    """Keys and values of the text in all blocks: a part of `denoise_step`, and done once for texts that are kept."""
+    widths = (config.video_dim, config.audio_dim) if grid.tokens else (config.audio_dim,)
+    return sum((linear(text, width, width) * 2 for width in widths), Work()) * config.num_layers
 
 
 def project_text(config: TransformerConfig, text: int) -> Work:

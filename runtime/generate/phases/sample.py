@@ -74,7 +74,8 @@ class Denoise(Phase):
         used = network.denoise_step(config, grid, text, width, unpacked=width * headers.unpacked(TRANSFORMER))
         used = used.beside(on_cpu(cpu.denoise_step(config, grid, text, width)))
         weights = headers.weights(TRANSFORMER) + self.job.loras.nbytes(self.number, width)
-        return Need(self.name, weights, used, blocks=headers.blocks)
+        keys = len(self.job.kept_texts(self.number)) * network.text_keys(config, grid, text, width)
+        return Need(self.name, weights, used, blocks=headers.blocks, text=keys)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         course = self.job.course(self.number)
@@ -84,7 +85,8 @@ class Denoise(Phase):
         if self.job.loras.uses:
             attach(transformer, self.job.loras.at(self.number))
         with streamed(self.job.folder, transformer, tools.plan.streamed) as stream:
-            denoiser = Denoiser(transformer, made.contexts, states)
+            kept = self.job.kept_texts(self.number) if tools.plan.text else ()
+            denoiser = Denoiser(transformer, made.contexts, states, kept)
             tools.meter.loaded(course.steps - start.number)
             for made.step in denoise(denoiser, course, tools.noise, start):
                 for name, tokens in made.step.x.items():  # at once: nobody waits for garbage, and no state holds it
