@@ -1,7 +1,6 @@
 """A request meets a model folder: pipeline, configurations and sizes, and everything that can be known to be wrong
 before the work starts."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.errors import InputError
@@ -222,27 +222,6 @@ class Job:
         counts = (len(passes(course.guidance, frozen, step)) for step in range(course.steps))
         return course.sampler.predictions * sum(counts)
 
-    def kept_texts(self, number: int) -> tuple[str, ...]:
-        """The contexts whose keys and values serve several calls in stage `number`: those of all steps or, where the
-        noise level modulates the text, those that several calls of a step see."""
-        if not self.stages[number - 1].guided:
-            return () if self.transformer_config.modulates_text else (TEXT,)
-        calls = passes(self._guidance(), self.frozen).values()
-        seen = [name for call in calls for name in set(call.contexts.values())]
-        least = 2 if self.transformer_config.modulates_text else 1
-        return tuple(name for name in dict.fromkeys(seen) if seen.count(name) >= least)
-
-    def repeated_texts(self, number: int) -> int:
-        """How often the calls of stage `number` attend to keys and values of a text that an earlier call has made."""
-        course, counts = self.course(number), Counter[str]()
-        for step in range(course.steps):
-            calls = passes(course.guidance, self.frozen, step).values()
-            seen = Counter(name for call in calls for name in set(call.contexts.values()))
-            counts += seen - Counter(list(seen)) if self.transformer_config.modulates_text else seen
-        once = 0 if self.transformer_config.modulates_text else 1
-        kept = self.kept_texts(number)
-        return sum(course.sampler.predictions * counts[name] - once for name in kept)
-
     def states(
         self, number: int, start: Streams[mx.array], encoded: Mapping[str, mx.array] | None = None
     ) -> Streams[StreamState]:
@@ -340,11 +319,13 @@ class Job:
             "tokens": {name: {s.name: s.tokens for s in found} for name, found in self.segments(number).items()},
         }
 
-    def check(self, components: list[str]) -> None:
-        """The components are whole, files to read fit. Reads headers, and small files."""
+    def check(self, components: list[str]) -> dict[str, nn.Module]:
+        """The components are whole, files to read fit. Reads headers, and small files. Returns the components'
+        networks, uninitialised."""
         self.given  # noqa: B018 (opened with its LoRAs, and checked to fit)
         if self.request.audio is not None:
             self.track()
+        built: dict[str, nn.Module] = {}
         for component in components:
             if component.endswith("upscaler") and not self.folder.has(component):
                 raise InputError(
@@ -352,7 +333,7 @@ class Job:
                     "the second stage needs it",
                     "convert again with the spatial upscaler file among the sources, or use --no-upscale",
                 )
-            check_network(self.folder, component)
+            built[component] = check_network(self.folder, component)
         if "text_encoder" in components:
             check_text_encoder(self.folder)
         request = self.request
@@ -360,6 +341,7 @@ class Job:
             self.noise()
         if request.latents is None and request.embeddings is not None:
             self.read_contexts(request.embeddings)
+        return built
 
 
 def _source(request: Request) -> str | None:

@@ -111,7 +111,7 @@ class Run:
     def __init__(self, job: Job, observe: Observe | None = None) -> None:
         self.job, self.request, self.observe = job, job.request, observe
         self.phases = phases(job)
-        job.check(used := components(self.phases))
+        self._built = job.check(used := components(self.phases))  # until they are loaded
         self.memory = plan_memory(job)
         self.memory.check()
         check_places(job)
@@ -223,7 +223,7 @@ class Run:
         """A phase's network, after the observer has seen it."""
         if component == TRANSFORMER and isinstance(self._transformer, expected):
             return self._transformer
-        network = load_network(self.job.folder, component, expected)
+        network = load_network(self.job.folder, component, expected, self._built.pop(component, None))
         self.products.update(choose_products(network, self.request.matmul))
         if self.observe is not None:
             self.observe(component, network)

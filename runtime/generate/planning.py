@@ -13,6 +13,8 @@ from ltx2.runtime.generate.phases.order import phases
 from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.memory.meter import reusable_memory
 from ltx2.runtime.memory.plan import Headers, Need, PhasePlan
+from ltx2.runtime.model.layout import TRANSFORMER
+from ltx2.runtime.networks.video_vae.config import MAX_ELEMENTS
 from ltx2.runtime.networks.video_vae.tiles import Tiling, tilings
 from ltx2.runtime.sampling.latents import Sizes
 
@@ -108,18 +110,30 @@ class Needs:
         self.headers = Headers(job.folder, job.request.matmul != PACKED)
 
     def choose(self, sizes: Sizes, limit: int) -> tuple[Tiling | None, tuple[Need, ...]]:
-        """With the first tiling of the video decoder that stays below the limit, else the one that takes least."""
+        """The video decoder in one piece where that takes no more than the transformer's weights do, and the limit
+        allows it at full speed: a quarter faster, without seams. Else with the first tiling that stays below the limit,
+        else the one that takes least."""
         *_, last = self.phases
         if not isinstance(last, DecodeVideo):
             return None, self._of(sizes, None)
         grid, found = self.job.grid(sizes=self.job.output(sizes)), []
-        for tiling in tilings(self.job.video_config, (grid.frames, grid.height, grid.width)):
+        latents, config = (grid.frames, grid.height, grid.width), self.job.video_config
+        if config.decoder.largest_array(latents) <= MAX_ELEMENTS:
+            *_, whole = needs = self._of(sizes, None)
+            if whole.weights + whole.activations.full + whole.clip <= min(limit, self._usual):
+                return None, needs
+        for tiling in tilings(config, latents):
             needs = self._of(sizes, tiling)
             if _least(needs) <= limit:
                 return tiling, needs
             found.append((needs[-1].least, tiling, needs))
         _, tiling, needs = min(found, key=lambda choice: choice[0])
         return tiling, needs
+
+    @cached_property
+    def _usual(self) -> int:
+        """What making the latents takes anyway: the transformer's bytes, if there is one."""
+        return self.headers.weights(TRANSFORMER) if self.job.folder.has(TRANSFORMER) else 0
 
     def _of(self, sizes: Sizes, tiling: Tiling | None) -> tuple[Need, ...]:
         return tuple(phase.need(self.headers, sizes, tiling) for phase in self.phases)

@@ -23,6 +23,8 @@ def quantize_like(network: nn.Module, quantization: Quantization, stored: Mappin
     Raises ConfigError for a rotation that does not divide a layer's inputs, ModelFolderError for a layer whose form
     `quantization` does not say.
     """
+    if not any(name.endswith((".scales", ".weight_scale")) for name in stored):
+        return
     shared: dict[tuple[int, int], mx.array] = {}  # scales of 1: one array for all layers of a shape
 
     def packed(path: str, module: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ SECONDS = 0.5  # of one operation, at the speed of a matrix product
 SLOWER = 4  # than a matrix product: what convolutions and attention are taken to be at most
 SMALL = 2.0**40  # floating-point operations that the slowest GPU does in that time: an M1's, with 2.3 TFLOP/s
 SIDE = 2048  # of the matrices that are multiplied to find out
+AHEAD = 1 << 28  # bytes of an evaluation's results: larger ones are always waited for, which costs next to nothing
 
 
 class Meter:
@@ -36,8 +37,8 @@ class Meter:
         self._queued = False
 
     def evaluate(self, *arrays: mx.array) -> None:
-        """Evaluate and wait; inside `running_ahead`, wait for earlier ones only."""
-        if self._behind and not self.waits:
+        """Evaluate and wait; inside `running_ahead`, wait for earlier ones only unless the arrays are large."""
+        if self._behind and not self.waits and sum(array.nbytes for array in arrays) <= AHEAD:
             self.queue(*arrays)
             self._under_way.append(arrays)
             if len(self._under_way) > self._behind:
@@ -45,6 +46,7 @@ class Meter:
             return
         started = time.perf_counter()
         mx.eval(*arrays)
+        self._under_way.clear()  # the device works in order: earlier ones are done
         if not self._queued:  # else it has waited for earlier ones too
             self.longest = max(self.longest or 0.0, time.perf_counter() - started)
         self._queued = False
@@ -60,7 +62,7 @@ class Meter:
     @contextmanager
     def running_ahead(self, evaluations: int) -> Iterator[None]:
         """So many evaluations may be under way while the host prepares the next one, at the price of the memory that
-        their results take; 0: none. At the end of the block all are done."""
+        their results take, none of which is larger than `AHEAD`; 0: none. At the end of the block all are done."""
         before, self._behind = self._behind, evaluations
         try:
             yield

@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import wave
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,6 +33,7 @@ COLOUR = (
 
 
 VIDEO_CODEC, AUDIO_CODEC = "libx264", "aac"
+WAITING = 24  # pictures that ffmpeg may be behind
 REINSTALL = "pip install --force-reinstall imageio-ffmpeg, or name another program in IMAGEIO_FFMPEG_EXE"
 
 
@@ -68,10 +71,10 @@ def check_target(path: Path, suffix: str = ".mp4") -> None:
 
 
 def encoding_memory(width: int, height: int) -> int:
-    """Bytes that ffmpeg takes while it encodes, for any number of frames: it looks ahead, further with more threads.
-    Measured at 768x512 and 1920x1088 with 1, 3 and 18 of them."""
+    """Bytes that ffmpeg takes while it encodes, for any number of frames: it looks ahead, further with more threads;
+    and those of the pictures that wait for it. Measured at 768x512 and 1920x1088 with 1, 3 and 18 threads."""
     threads = min(3 * (os.cpu_count() or 1) // 2, height // 32)  # as libx264 chooses
-    return 40_000_000 + width * height * (250 + 15 * threads)
+    return 40_000_000 + width * height * (250 + 15 * threads + 3 * WAITING)
 
 
 @contextmanager
@@ -117,7 +120,8 @@ def video_writer(
 
 
 class VideoWriter:
-    """A file that is being written (see `video_writer`). ffmpeg starts with the first picture, which says the size."""
+    """A file that is being written (see `video_writer`). ffmpeg starts with the first picture, which says the size; a
+    thread hands pictures over, so that the next ones are made meanwhile."""
 
     def __init__(self, path: Path, options: list[str], log: IO[bytes], beside: tuple[IO[bytes], ...]) -> None:
         self._path = path
@@ -126,23 +130,24 @@ class VideoWriter:
         self._beside = beside  # files that ffmpeg reads too
         self._shape: tuple[int, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
+        self._thread = ThreadPoolExecutor(1, "ltx2-frames")
+        self._waiting: deque[Future[None]] = deque()
 
     def write(self, frames: Array) -> None:
-        """Add a picture, uint8 (H, W, 3), height and width even, or a group of them, (F, H, W, 3)."""
+        """Add a picture, uint8 (H, W, 3), height and width even, or a group of them, (F, H, W, 3), which stay as they
+        are from now on. Waits where ffmpeg is `WAITING` pictures behind."""
         for picture in frames if frames.ndim == 4 else (frames,):
             self._shape = self._shape or picture.shape
             _check_picture(picture, self._shape)
             self._process = self._process or self._start()
-            assert self._process.stdin is not None
-            try:
-                self._process.stdin.write(np.ascontiguousarray(picture).data)
-            except BrokenPipeError:
-                raise self._failure() from None
+            self._waiting.append(self._thread.submit(self._send, self._process, picture))
+            self._wait(WAITING)
 
     def finish(self) -> None:
         """No more pictures: wait for ffmpeg to write what it holds."""
         if self._process is None:
             raise InputError(f"cannot write {self._path}", "there are no frames", "generate at least one frame")
+        self._wait(0)
         assert self._process.stdin is not None
         try:
             self._process.stdin.close()
@@ -156,8 +161,22 @@ class VideoWriter:
         if self._process is not None and self._process.stdin is not None:
             self._process.kill()
             self._process.wait()
+            self._thread.shutdown(cancel_futures=True)
             with suppress(BrokenPipeError):
                 self._process.stdin.close()
+
+    def _wait(self, pictures: int) -> None:
+        """Until no more than so many are to be handed over."""
+        while len(self._waiting) > pictures:
+            try:
+                self._waiting.popleft().result()
+            except BrokenPipeError:
+                raise self._failure() from None
+
+    @staticmethod
+    def _send(process: "subprocess.Popen[bytes]", picture: Array) -> None:
+        assert process.stdin is not None
+        process.stdin.write(np.ascontiguousarray(picture).data)
 
     def _start(self) -> subprocess.Popen[bytes]:
         height, width = self._shape[:2]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from ltx2.runtime.layers.neighbourhood import BLOCK, GATHERED
+from ltx2.runtime.machine.bounded import AHEAD
 from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig
 from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
@@ -122,7 +123,7 @@ def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
 
 def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bool, ahead: int = 0) -> Activations:
     """The largest layer of a tile, beside the tiles that are added up so far and the frames that wait for more. `ahead`
-    layers more are there while the host does not wait for them.
+    small layers more are there while the host does not wait for them.
     `unfold`: convolutions without a kernel of their own copy their input 27 times."""
     space = config.spatial_scale
     _, height, width = tiles.latents
@@ -147,11 +148,13 @@ def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bo
     for tile_height, tile_width, before in pieces:
         tile = _tower(config.decoder, (longest, tile_height, tile_width), itemsize, unfold)
         adding = tile_height * tile_width * per_latent * (2 * FLOAT32 + itemsize) if several else 0
-        late = 100 * MB + 3 * tile.largest // 4 if several else 0  # of the tile before, not yet free
+        # Of the tile or layer before, not yet free.
+        late = 100 * MB + 3 * tile.largest // 4 if several else 50 * MB if tile.largest >= LARGE else 0
         needed = max(needed, before * per_latent * FLOAT32 + max(tile.needed, adding))
         full = max(full, before * per_latent * FLOAT32 + max(tile.full + late, adding))
         largest = tile.largest
-    return Activations(waiting + latents + needed, full - needed + ahead * largest, largest)
+    behind = ahead * largest if largest <= AHEAD else 0
+    return Activations(waiting + latents + needed, full - needed + behind, largest)
 
 
 def _ends(tiles: Intervals) -> list[tuple[int, int, int]]:

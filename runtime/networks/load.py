@@ -88,20 +88,22 @@ def build_component(folder: ModelFolder, component: str, stored: Shapes) -> nn.M
     return network
 
 
-def check_network(folder: ModelFolder, component: str) -> None:
-    """Raise from headers alone what `load_network` would raise for the component's files."""
+def check_network(folder: ModelFolder, component: str) -> nn.Module:
+    """The component's network, uninitialised. Raises from headers alone what `load_network` would raise."""
     stored = {name: tensor.shape for file in folder.tensor_files(component) for name, tensor in file.tensors.items()}
-    _check_fit(folder, component, build_component(folder, component, stored), stored)
+    network = build_component(folder, component, stored)
+    _check_fit(folder, component, network, stored)
+    return network
 
 
-def load_network(folder: ModelFolder, component: str, expected: type[Module]) -> Module:
-    """Load one component strictly.
+def load_network(folder: ModelFolder, component: str, expected: type[Module], built: nn.Module | None = None) -> Module:
+    """Load one component strictly, into what `check_network` has built if that is given.
 
     Raises ModelFolderError naming the first missing, extra or misshapen tensor.
     """
     weights = load_weights(folder, component)
     stored = {name: tuple(value.shape) for name, value in weights.items()}
-    network = build_component(folder, component, stored)
+    network = built if built is not None else build_component(folder, component, stored)
     if not isinstance(network, expected):
         raise ModelFolderError(
             f"{component} of {folder.path} is a {type(network).__name__}",

@@ -10,7 +10,9 @@ import pytest
 
 from ltx2.runtime.generate import pipeline
 from ltx2.runtime.generate.clip import Sampled
+from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.observe import watch
+from ltx2.runtime.generate.phases.sample import Denoise
 from ltx2.runtime.generate.pipeline import Observe, Pipeline
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.memory.activations import text_keys
@@ -33,6 +35,10 @@ def latents(model: Path, options: Mapping[str, Any], observe: Observe | None = N
     return {name: np.array(value) for name, value in last.latents.items()}
 
 
+def kept(job: Job) -> tuple[str, ...]:
+    return Denoise(job, 1).kept
+
+
 def ignore(component: str, network: Any) -> None:
     """Whoever observes sees every call: nothing is kept."""
 
@@ -45,8 +51,8 @@ def seen(model: Path, options: Mapping[str, Any], monkeypatch: pytest.MonkeyPatc
     """How often keys of the text are made in the first block, in a run that nobody observes."""
     calls: list[str] = []
 
-    def loaded(folder: Any, component: str, expected: Any) -> Any:
-        network = load_network(folder, component, expected)
+    def loaded(folder: Any, component: str, expected: Any, built: Any) -> Any:
+        network = load_network(folder, component, expected, built)
         if component == "transformer":
             watch(network, lambda path, layer, x: calls.append(path))
         return network
@@ -76,14 +82,14 @@ def test_same_bits(demo_f32: Path) -> None:
 
 def test_same_bits_where_there_are_two_texts(demo_f32: Path) -> None:
     options = GUIDED | {"stg": 0.0, "audio_stg": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
-    assert Pipeline(demo_f32).plan(PROMPT, **options).job.kept_texts(1) == (TEXT, NEGATIVE)
+    assert kept(Pipeline(demo_f32).plan(PROMPT, **options).job) == (TEXT, NEGATIVE)
     assert same(latents(demo_f32, options), latents(demo_f32, options, ignore))
 
 
 def test_same_bits_where_the_noise_level_modulates_the_text(demo_25: Path) -> None:
     """Kept over the passes of a step alone."""
     plan = Pipeline(demo_25).plan(PROMPT, **GUIDED)
-    assert plan.job.transformer_config.modulates_text and plan.job.kept_texts(1) == (TEXT,)
+    assert plan.job.transformer_config.modulates_text and kept(plan.job) == (TEXT,)
     assert same(latents(demo_25, GUIDED), latents(demo_25, GUIDED, ignore))
     assert Pipeline(demo_25).plan(PROMPT, **ONE).phase("stage1").text == 0
 
@@ -129,7 +135,7 @@ def test_given_up_before_anything_else(demo_f32: Path, monkeypatch: pytest.Monke
 def test_of_several_texts(demo_f32: Path) -> None:
     """A guided clip keeps both; a sound alone has no keys for a picture."""
     job = Pipeline(demo_f32).plan(PROMPT, **GUIDED).job
-    assert job.kept_texts(1) == (TEXT, NEGATIVE)
+    assert kept(job) == (TEXT, NEGATIVE)
     config, grid = job.transformer_config, job.stage_grid(1)
     both, sound = text_keys(config, grid, 7, 2), text_keys(config, Grid(8, 1, 0, 0, 8, 9), 7, 2)
     assert both * config.audio_dim == sound * (config.video_dim + config.audio_dim)

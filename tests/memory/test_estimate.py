@@ -156,9 +156,18 @@ class TestLimit:
 
     def test_tiles_become_smaller(self, model: Callable[[int], Pipeline]) -> None:
         size: dict[str, Any] = {"width": 1280, "height": 704}
-        free, tight = model(4).plan(PROMPT, **size), model(4).plan(PROMPT, memory_limit=3.05, **size)
+        free, tight = (model(4).plan(PROMPT, memory_limit=limit, **size) for limit in (7.0, 3.05))
         assert free.tiling is not None and tight.tiling is not None and tight.tiling.height < free.tiling.height
         assert tight.phase("video_vae").total <= 3.05 * GB < free.phase("video_vae").total
+
+    def test_one_piece_where_the_transformer_takes_as_much(self, model: Callable[[int], Pipeline]) -> None:
+        """And where kernels can index it."""
+        plan = model(4).plan(PROMPT)
+        assert plan.tiling is None and plan.phase("video_vae").total < plan.phase("stage1").weights
+        assert model(4).plan(PROMPT, memory_limit=4.0).tiling is not None
+        large: dict[str, Any] = {"width": 1280, "height": 704, "frames": 241}
+        assert model(4).plan(PROMPT, **large).tiling is not None and model(16).plan(PROMPT, **large).tiling is None
+        assert model(16).plan(PROMPT, width=1920, height=1088, frames=241).tiling is not None
 
     def test_tilings_take_less_and_less(self) -> None:
         config = video_config()

@@ -24,6 +24,7 @@ from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling
 from ltx2.runtime.sampling.latents import Sizes
 
 SILENT = 1e-4  # of full scale, -80 dB
+BEHIND = 1  # layers that a device may be behind the host: a tenth faster for little memory
 
 
 class DecodeSound(Phase):
@@ -87,7 +88,8 @@ class DecodeVideo(Phase):
         sizes = self.job.output(sizes)
         config, grid, width = self.job.video_config, self.job.grid(sizes=sizes), headers.itemsize(self.name)
         tiles = Tiles((grid.frames, grid.height, grid.width), tiling, config)
-        used = network.decode_video(config, tiles, width, uses_cpu()).beside(on_cpu(cpu.decode_video(config, width)))
+        used = network.decode_video(config, tiles, width, uses_cpu(), BEHIND)
+        used = used.beside(on_cpu(cpu.decode_video(config, width)))
         frames = sizes.frames * sizes.height * sizes.width * 3
         if self.job.request.output is not None:  # then they leave as they are decoded
             frames = encoding_memory(sizes.width, sizes.height)
@@ -99,7 +101,8 @@ class DecodeVideo(Phase):
         tools.meter.loaded()
         splice = Splice(self.job)
         assert made.latents.video is not None, "a clip without a picture has no such phase"
-        for frames in decode_frames(vae, made.latents.video, tools.tiling):
+        ahead = 0 if tools.plan.held_back else BEHIND
+        for frames in decode_frames(vae, made.latents.video, tools.tiling, ahead):
             done = tools.meter.step()
             tools.write(splice(frames))
             tools.meter.pause()
@@ -132,7 +135,7 @@ class Splice:
     def __init__(self, job: Job) -> None:
         clip, extend = job.clip, job.request.extend
         self._next, self._start = 0, 0
-        self._frames: Iterator[np.ndarray] = iter(())
+        self._frames: Iterator[np.ndarray] | None = None
         if clip is None or extend is None or clip.latents or job.request.temporal_upscale:
             return
         self._start = job.sizes.frames - clip.sizes.frames if extend.seconds < 0 else 0
@@ -140,6 +143,8 @@ class Splice:
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         """The group, with the source's frames where it has some."""
+        if self._frames is None:
+            return frames
         spliced = frames.copy()
         for index in range(len(frames)):
             if self._next >= self._start and (own := next(self._frames, None)) is not None:

@@ -113,7 +113,7 @@ def _denoise(phase: Phase, headers: Headers) -> PhaseWork:
     job, config = phase.job, TransformerConfig.from_dict(headers.config(TRANSFORMER))
     grid, text, calls = job.stage_grid(phase.number), job.preset.text_tokens, job.calls(phase.number)
     work = denoise_step(config, grid, text) * calls + project_text(config, text)
-    repeated, moved = job.repeated_texts(phase.number), calls * headers.weights(TRANSFORMER)
+    repeated, moved = phase.repeated, calls * headers.weights(TRANSFORMER)
     if repeated:
         work += text_keys(config, grid, text) * -repeated
         moved -= repeated * sum(t.nbytes for name, t in headers.tensors(TRANSFORMER).items() if TEXT_KEYS.search(name))

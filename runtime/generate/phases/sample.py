@@ -1,5 +1,6 @@
 """Noise to latents, and latents to larger ones."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from ltx2.runtime.networks.upsampler import LatentUpsampler, UpsamplerConfig
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.denoise import Denoiser, begin, check_latents, denoise
+from ltx2.runtime.sampling.guidance import passes
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.streams import Streams
 
@@ -68,13 +70,35 @@ class Denoise(Phase):
     def name(self) -> str:
         return f"stage{self.number}"
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The contexts whose keys and values serve several calls: those of all steps or, where the noise level
+        modulates the text, those that several calls of a step see."""
+        least = 2 if self.job.transformer_config.modulates_text else 1
+        return tuple(name for name, calls in self._texts().items() if calls >= least)
+
+    @property
+    def repeated(self) -> int:
+        """How often calls attend to keys and values that an earlier call has made."""
+        course, modulates = self.job.course(self.number), self.job.transformer_config.modulates_text
+        calls = [self._texts(step)[name] for name in self.kept for step in range(course.steps)]
+        made = sum(map(bool, calls)) * course.sampler.predictions if modulates else len(self.kept)
+        return course.sampler.predictions * sum(calls) - made
+
+    def _texts(self, step: int = 0) -> Counter[str]:
+        """How many calls of a step see each context."""
+        guided = self.job.stages[self.number - 1].guided
+        frozen = self.job.frozen if guided else Streams(False, False)  # shapes are not looked at for nothing
+        calls = passes(self.job.course(self.number).guidance, frozen, step).values()
+        return Counter(name for call in calls for name in set(call.contexts.values()))
+
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config, width = TransformerConfig.from_dict(headers.config(TRANSFORMER)), headers.itemsize(TRANSFORMER)
         grid, text = self.job.stage_grid(self.number, sizes), self.job.preset.text_tokens
         used = network.denoise_step(config, grid, text, width, unpacked=width * headers.unpacked(TRANSFORMER))
         used = used.beside(on_cpu(cpu.denoise_step(config, grid, text, width)))
         weights = headers.weights(TRANSFORMER) + self.job.loras.nbytes(self.number, width)
-        keys = len(self.job.kept_texts(self.number)) * network.text_keys(config, grid, text, width)
+        keys = len(self.kept) * network.text_keys(config, grid, text, width)
         return Need(self.name, weights, used, blocks=headers.blocks, text=keys)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
@@ -85,8 +109,7 @@ class Denoise(Phase):
         if self.job.loras.uses:
             attach(transformer, self.job.loras.at(self.number))
         with streamed(self.job.folder, transformer, tools.plan.streamed) as stream:
-            kept = self.job.kept_texts(self.number) if tools.plan.text else ()
-            denoiser = Denoiser(transformer, made.contexts, states, kept)
+            denoiser = Denoiser(transformer, made.contexts, states, self.kept if tools.plan.text else ())
             tools.meter.loaded(course.steps - start.number)
             for made.step in denoise(denoiser, course, tools.noise, start):
                 for name, tokens in made.step.x.items():  # at once: nobody waits for garbage, and no state holds it

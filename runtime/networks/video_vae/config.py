@@ -18,6 +18,7 @@ STRIDES: Mapping[str, Size] = {
     "compress_all": (2, 2, 2),
 }
 PADDING_MODES = ("zeros", "reflect")
+MAX_ELEMENTS = 2**31 - 1  # GPU kernels index with 32 bits: beyond it the tail of an array is garbage
 Blocks = tuple[tuple[str, Any], ...]
 Kind = TypeVar("Kind", bound=Config)
 

@@ -6,11 +6,9 @@ from typing import Any
 import mlx.core as mx
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
+from ltx2.runtime.networks.video_vae.config import MAX_ELEMENTS, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.decoder import Decoder
 from ltx2.runtime.networks.video_vae.encode import VideoCoder
-
-MAX_ELEMENTS = 2**31 - 1  # GPU kernels index with 32 bits: beyond it the tail of an array is garbage
 
 
 class VideoAutoencoder(VideoCoder):
