@@ -1,32 +1,43 @@
 """`ltx2 bench --random` without the command line's libraries: published sizes with random weights, on machines that
-have MLX, numpy and safetensors only. `python -m ltx2.bench.fullsize --bits 16 4 --out receipt.json`"""
+have MLX, numpy and safetensors only; on several together, if it is started so (bench/ranks.py).
+`python -m ltx2.bench.fullsize --bits 16 4 --out receipt.json`"""
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ltx2.bench.random.published import published
 from ltx2.bench.speed.cases import RandomWeights, bench_cases
 from ltx2.bench.speed.receipt import tables
-from ltx2.bench.speed.run import Benched, run_bench
+from ltx2.bench.speed.run import Benched, Case, run_bench
 from ltx2.bench.speed.stats import write_receipt
 from ltx2.bench.speed.suite import DEFAULT, PARTS, Suite, load_suite
 from ltx2.quant.apply import Settings
-from ltx2.runtime.errors import Ltx2Error
+from ltx2.runtime.distributed.machines import join
+from ltx2.runtime.errors import Ltx2Error, MachinesError
 from ltx2.runtime.events import Event, Noted, PhaseDone, Warned
 from ltx2.runtime.model.forms import AFFINE, MODES
 
 
-def run(weights: RandomWeights, suite: Suite, show: Callable[[Event], None]) -> dict[str, Any]:
-    """Measure, passing every event to `show`; returns the receipt."""
+def run(cases: Sequence[Case], suite: Suite, show: Callable[[Event], None]) -> dict[str, Any]:
+    """Measure, passing every event to `show`; returns the receipt, which is empty on a machine that does not lead."""
     receipt: dict[str, Any] = {}
-    for event in run_bench(bench_cases([], weights, suite), suite.schedule, suite.name):
+    machines = join(os.environ, end_at_once)
+    for event in run_bench(cases, suite.schedule, suite.name, machines=machines):
         show(event)
         if isinstance(event, Benched):
             receipt = event.receipt
     return receipt
+
+
+def end_at_once(error: MachinesError) -> NoReturn:
+    """From another thread, when this one waits for a machine that does not answer."""
+    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.flush()
+    os._exit(error.exit_code)
 
 
 def show_event(event: Event) -> None:
@@ -52,6 +63,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default=published()["name"], help="the published model")
+    parser.add_argument("--model", type=Path, help="a model folder in place of random weights")
     parser.add_argument("--bits", type=int, nargs="*", default=[], help="of the weights; 16 for none packed")
     parser.add_argument("--mode", choices=list(MODES), default=AFFINE, help="kind of codes")
     parser.add_argument("--suite", default=DEFAULT, help="a suite's name or file")
@@ -67,10 +79,12 @@ def main() -> None:
             write_receipt(args.out, event.receipt)
 
     try:
-        receipt = run(RandomWeights(args.name, tuple(args.bits), Settings(mode=args.mode)), suite, show)
+        weights = RandomWeights(args.name, tuple(args.bits), Settings(mode=args.mode))
+        cases = bench_cases([], weights, suite) if args.model is None else bench_cases([args.model], None, suite)
+        receipt = run(cases, suite, show)
     except Ltx2Error as error:
         parser.exit(error.exit_code, f"error: {error}\n")
-    for table in tables(receipt):
+    for table in tables(receipt) if receipt else ():
         show_table(*table)
 
 

@@ -6,6 +6,7 @@ why and how to fix it, and exit with their class's code."""
 import json
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ltx2.runtime.distributed.ranks import RANK
 from ltx2.runtime.errors import InputError, Ltx2Error, printable
 
 if TYPE_CHECKING:
@@ -22,12 +24,18 @@ EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 Command = Callable[..., None]
 
 
+def follower() -> str | None:
+    """The name of this machine where it is one of several and does not lead: it says nothing but its errors."""
+    rank = os.environ.get(RANK, "0")
+    return None if rank == "0" else f"{socket.gethostname()} (rank {rank})"
+
+
 class Output:
     """Where a command's results go: people on stderr, one JSON object on stdout with --json."""
 
     def __init__(self, quiet: bool, as_json: bool) -> None:
-        self.quiet = quiet
-        self.as_json = as_json
+        self.quiet = quiet or follower() is not None
+        self.as_json = as_json and follower() is None
 
     def follow(self, events: "Iterable[Event]") -> "Event":
         """Show events as they come; returns the last one."""
@@ -96,8 +104,10 @@ def run_group(group: click.Group, args: list[str]) -> int:
 
 
 def _show_error(error: dict[str, str], as_json: bool) -> None:
-    click.echo(f"error: {error['what']}\n  why: {error['why']}\n  fix: {error['fix']}", err=True)
-    if as_json:
+    name = follower()
+    where = f"{name}: " if name else ""
+    click.echo(f"{where}error: {error['what']}\n  why: {error['why']}\n  fix: {error['fix']}", err=True)
+    if as_json and not name:
         click.echo(json.dumps({"error": error}, indent=2))
 
 
@@ -138,10 +148,22 @@ def alternatives(words: Sequence[str]) -> str:
 def say_how_to_continue(error: Ltx2Error | KeyboardInterrupt, added: Mapping[str, str | None]) -> NoReturn:
     """Raise a failure that says how its work is continued: by the command that was given, with the options (and their
     values) of `added` that it lacks."""
-    args: list[str] = click.get_current_context().obj
-    words = (word for option, value in added.items() if option not in args for word in (option, value))
-    command = shlex.join(["ltx2", *args, *(word for word in words if word is not None)])
+    said = f"this continues: {continuation(click.get_current_context().obj, added)}"
     if isinstance(error, Ltx2Error):
-        error.fix = f"{error.fix}; what is done is kept, this continues: {command}"
+        error.fix = f"{error.fix}; what is done is kept, {said}"
         raise error
-    raise click.Abort(f"this continues: {command}") from error
+    raise click.Abort(said) from error
+
+
+def continuation(args: Sequence[str], added: Mapping[str, str | None]) -> str:
+    """The command of these arguments, with what it lacks of `added` options and their values."""
+    words = (word for option, value in added.items() if option not in args for word in (option, value))
+    return shlex.join(["ltx2", *args, *(word for word in words if word is not None)])
+
+
+def end_at_once(error: Ltx2Error) -> NoReturn:
+    """End the process with this failure, from any thread: another one is stuck for ever."""
+    _show_error(error.to_dict(), "--json" in sys.argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_code)

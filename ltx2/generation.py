@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.generate.job import LATENTS
@@ -25,34 +26,42 @@ class Generation:
     """One clip to be made at `target`, of the `given` options and, with a `sidecar`, of those of an earlier run.
 
     Without a target the clip gets a name of its prompt and seed in `outputs/`, or, where latents are saved, is not
-    decoded.
+    decoded. `dry`: nothing is written, as on `machines` that do not lead.
     """
 
     def __init__(
-        self, target: Path | None, model: Path | None, sidecar: Path | None, given: Mapping[str, Any], dry: bool = False
+        self,
+        target: Path | None,
+        model: Path | None,
+        sidecar: Path | None,
+        given: Mapping[str, Any],
+        dry: bool = False,
+        machines: Machines = ALONE,
     ) -> None:
+        self.machines = machines
         earlier = Sidecar.read(sidecar) if sidecar else None
         if target is not None:
             state_path(target)  # raises for what is no name
         request = self._request(target, earlier, given)
         if target is None and request.save_latents is None:
-            target = _free_name(request, dry)
+            target = _free_name(request, dry or not machines.leads)
         place = target or Path(str(request.save_latents))
         self.target, self.state, self._found = target, state_path(place), _stamp(state_path(place))
         self.request = replace(request, output=target, state=self.state)
-        self.pipeline = Pipeline(_earlier_model(earlier, sidecar) if model is None and earlier else find_model(model))
+        folder = _earlier_model(earlier, sidecar) if model is None and earlier else find_model(model)
+        self.pipeline = Pipeline(folder, machines=machines)
         self._begun = False
         self._changed = sidecar if earlier and earlier.files != self.pipeline.folder.hashes() else None
 
-    @staticmethod
-    def _request(target: Path | None, earlier: Sidecar | None, given: Mapping[str, Any]) -> Request:
+    def _request(self, target: Path | None, earlier: Sidecar | None, given: Mapping[str, Any]) -> Request:
         """With its seed, unless an earlier run's is continued."""
         state = state_path(target or Path("clip.mp4"))
         options = dict(given) | {"output": target, "state": state}
         request = Request.again(earlier.request, options) if earlier else Request.from_options(options)
         if earlier is not None:
             earlier.check_inputs(request, given)
-        if request.seed is None and request.noise is None and not (request.resume and state.exists()):
+        continued = request.resume and state.exists()
+        if request.seed is None and request.noise is None and not continued and self.machines.leads:
             request = replace(request, seed=draw_seed())
         return request
 

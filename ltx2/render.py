@@ -5,9 +5,9 @@ A file or pipe is never silent for more than five seconds: a heartbeat repeats w
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.cells import cell_len
@@ -31,9 +31,6 @@ from ltx2.runtime.events import (
     StepDone,
     Warned,
 )
-
-if TYPE_CHECKING:
-    from ltx2.runtime.generate.planning import MemoryPlan
 
 SILENCE_SECONDS = 4.0  # five are promised
 BEAT_SECONDS = 0.5
@@ -208,22 +205,24 @@ def _beside(widths: list[int], room: int) -> Iterator[list[int]]:
     yield part
 
 
-def memory_table(plan: "MemoryPlan") -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of what every phase of a generation takes."""
-    sizes, tiling = plan.job.sizes, plan.tiling
-    tiles = f"video decoded in tiles of {tiling.width}x{tiling.height}, {tiling.frames} frames" if tiling else ""
-    title = f"{sizes.frames} frames of {sizes.width}x{sizes.height}; {tiles or 'video decoded in one piece'}"
+def memory_table(plan: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows of what every phase of a generation takes, of a plan as `--json` has it."""
+    tiling, phases = plan["tiling"], plan["phases"]
+    tiles = (
+        f"video decoded in tiles of {tiling['width']}x{tiling['height']}, {tiling['frames']} frames" if tiling else ""
+    )
+    sizes = f"{plan['frames']} frames of {plan['width']}x{plan['height']}"
+    title = f"{sizes}; {tiles or 'video decoded in one piece'}\nlimit {plan['limit'] / 1e9:.2f} GB"
     columns = ["GB", "weights", "activations", "clip", "kept", "total", "cache"]
-    streams = any(phase.streamed for phase in plan.phases)
+    streams = any(phase["streamed"] for phase in phases)
     rows = []
-    for phase in plan.phases:
-        numbers = [phase.weights, phase.activations, phase.clip, phase.kept, phase.total, phase.cache]
-        slowed = " (slowed)" if phase.held_back else ""
-        rows.append([phase.name + slowed, *(f"{number / 1e9:.2f}" for number in numbers)])
+    for phase in phases:
+        slowed = " (slowed)" if phase["held_back"] else ""
+        rows.append([phase["name"] + slowed, *(f"{phase[column] / 1e9:.2f}" for column in columns[1:])])
         if streams:
-            read = f"{phase.read / 1e9:.2f}, {len(phase.streamed)} blocks" if phase.streamed else ""
+            read = f"{phase['read'] / 1e9:.2f}, {len(phase['streamed'])} blocks" if phase["streamed"] else ""
             rows[-1].append(read)
-    return f"{title}\nlimit {plan.limit / 1e9:.2f} GB", [*columns, *(["read per step"] if streams else [])], rows
+    return title, [*columns, *(["read per step"] if streams else [])], rows
 
 
 def plan_summary(plan: Plan) -> str:

@@ -99,6 +99,12 @@ class DeviceError(Ltx2Error):
     kind = "device"
 
 
+class MachinesError(Ltx2Error):
+    """Machines that do not find each other, differ, or are lost."""
+
+    kind = "machines"
+
+
 class MediaError(Ltx2Error):
     """A picture, sound or video file that could not be read or written."""
 

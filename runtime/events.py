@@ -31,7 +31,8 @@ class StepDone(Event):
 @dataclass(frozen=True)
 class PhaseDone(Event):
     """The phase's network is freed. Peaks are bytes: MLX's during this phase, the process's since it began. The longest
-    evaluation is None where no single one was waited for."""
+    evaluation is None where no single one was waited for. On several machines: bytes that this one has sent, and the
+    seconds that exchanging took, with the time that it has waited for others."""
 
     name: str
     seconds: float
@@ -40,6 +41,8 @@ class PhaseDone(Event):
     mlx_peak_bytes: int
     process_peak_bytes: int
     longest_eval_seconds: float | None = None
+    sent_bytes: int = 0
+    exchange_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def _layers(*folders: str) -> dict[str, set[str]]:
 # them from the third level on: runtime/networks/audio is runtime/networks.
 MAY_IMPORT = _layers(
     "runtime", "runtime/machine", "runtime/files", "runtime/model", "runtime/media", "runtime/layers",
-    "runtime/networks", "runtime/sampling", "runtime/memory", "runtime/generate",
+    "runtime/networks", "runtime/sampling", "runtime/distributed", "runtime/memory", "runtime/generate",
     "convert/names", "convert/tensors", "convert/sources", "convert/plan", "convert/output", "convert/fetch", "convert",
     "quant/codes", "quant/recipes", "quant/measure", "quant/plan", "quant/choose", "quant",
     "bench/random", "bench/plots", "bench/speed", "bench/quality", "bench",
@@ -58,7 +58,7 @@ USERS = {
 }
 PRINTERS = {
     "ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "bench/speed/table.py",
-    "bench/convert.py", "bench/quality/demo_quality.py", "bench/fullsize.py",  # python -m ltx2.bench.…
+    "bench/convert.py", "bench/quality/demo_quality.py", "bench/fullsize.py", "bench/ranks.py",  # python -m
 }  # fmt: skip
 WITHOUT_MLX = ("convert/names", "convert/tensors", "runtime/model", "runtime/files", "quant/recipes")
 WITHOUT_MLX_FILES = (
@@ -199,6 +199,14 @@ def no_environment_variables(source: Source) -> Violations:
     yield from ((line, f"reads {name}") for line, name in [*used, *source.imports()] if name in names)
 
 
+def one_place_exchanges(source: Source) -> Violations:
+    if source.path != "runtime/distributed/machines.py":
+        used = [(node.lineno, ast.unparse(node)) for node in source.of_type(ast.Attribute)]
+        names = [(line, name) for line, name in [*used, *source.imports()] if name.startswith("mx.distributed")]
+        imported = [(line, name) for line, name in source.imports() if "mlx.core.distributed" in name]
+        yield from ((line, f"calls {name}: use runtime/distributed/machines.py") for line, name in [*names, *imported])
+
+
 def strict_weights(source: Source) -> Violations:
     for call in source.of_type(ast.Call):
         loose = any(word.arg == "strict" and ast.unparse(word.value) == "False" for word in call.keywords)
@@ -271,6 +279,7 @@ RULES: list[Rule] = [
     releases_are_data,
     no_swallowed_exception,
     no_environment_variables,
+    one_place_exchanges,
     strict_weights,
     sizes,
     documented,
@@ -328,6 +337,8 @@ BAD: list[tuple[Rule, str, str]] = [
     (no_swallowed_exception, "ltx2/api.py", "with contextlib.suppress(Exception): x()"),
     (no_environment_variables, "runtime/networks/load.py", "import os\nx = os.environ.get('A')"),
     (no_environment_variables, "runtime/networks/load.py", "from os import getenv"),
+    (one_place_exchanges, "bench/speed/run.py", "x = mx.distributed.all_sum(y)"),
+    (one_place_exchanges, "runtime/networks/load.py", "from mlx.core.distributed import init"),
     (strict_weights, "runtime/networks/load.py", "network.load_weights(w, strict=False)"),
     (sizes, "runtime/networks/load.py", "x = 1\n" * 401),
     (sizes, "runtime/networks/load.py", "def f():\n" + "    x = 1\n" * 100),
@@ -368,6 +379,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (no_swallowed_exception, "runtime/media/video.py", "try: x()\nexcept BaseException:\n    y()\n    raise"),
     (no_swallowed_exception, "runtime/media/video.py", "with suppress(BrokenPipeError): x()"),
     (no_environment_variables, "tests/support/parity.py", "import os\nx = os.environ['CI']"),
+    (one_place_exchanges, "runtime/distributed/machines.py", "x = mx.distributed.all_gather(y)"),
     (strict_weights, "runtime/networks/load.py", "zip(a, b, strict=False)\nnetwork.load_weights(w, strict=True)"),
     (sizes, "ltx2/api.py", "def f(a, *, b, c, d, e, f, g, h): ..."),
     (sizes, "ltx2/cli.py", "@cli.command()\n@click.option('-a')\ndef f(a, b, c, d, e, f, g): ..."),

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+from ltx2.runtime.distributed.machines import BACKENDS
+from ltx2.runtime.distributed.ranks import RANK
 from ltx2.runtime.machine.facts import machine_facts
 
 MODES = {"0": "automatic", "1": "low", "2": "high"}
@@ -24,8 +26,9 @@ def host_facts() -> dict[str, Any]:
 
 
 def mlx_environment() -> dict[str, str]:
-    """The environment variables that change how MLX works."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith("MLX_")}
+    """The environment variables that change how MLX works; not which machines there are, and where."""
+    places = {RANK, "MLX_WORLD_SIZE", *BACKENDS}
+    return {n: value for n, value in sorted(os.environ.items()) if n.startswith("MLX_") and n not in places}
 
 
 def gpu_cores(registry: str) -> int | None:

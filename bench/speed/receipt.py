@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from ltx2.bench.random.model import RandomFolder
 from ltx2.bench.speed.ceilings import Ceilings
 from ltx2.bench.speed.host import host_facts, mlx_environment
+from ltx2.bench.speed.link import Link
 from ltx2.bench.speed.stats import Timing
 from ltx2.bench.speed.suite import Schedule
 from ltx2.runtime.events import PhaseDone
@@ -34,7 +35,7 @@ class PhaseRun:
 @dataclass(frozen=True)
 class CaseRuns:
     """A case and its measured runs. `trace` is the last one's memory, `products` how each form of packed weights was
-    multiplied, by rows."""
+    multiplied, by rows; `shares` of a phase's work that the busiest of several machines has."""
 
     name: str
     part: str
@@ -43,10 +44,13 @@ class CaseRuns:
     runs: Sequence[Sequence[PhaseRun]]
     trace: Mapping[str, Any]
     products: Mapping[str, Mapping[int, str]]
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
-def circumstances(schedule: Schedule, suite: str | None, ceilings: Sequence[Ceilings]) -> dict[str, Any]:
-    """What a receipt says beside its cases."""
+def circumstances(
+    schedule: Schedule, suite: str | None, ceilings: Sequence[Ceilings], link: Link | None = None
+) -> dict[str, Any]:
+    """What a receipt says beside its cases. `link`: of several machines."""
     return {
         "kind": "bench",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -55,6 +59,8 @@ def circumstances(schedule: Schedule, suite: str | None, ceilings: Sequence[Ceil
         "ceilings": [asdict(ceiling) for ceiling in ceilings],
         "eval_ceiling_seconds": eval_ceiling(),
         "suite": suite,
+        "machines": 1 if link is None else link.machines,
+        **({} if link is None else {"link": asdict(link)}),
         **asdict(schedule),
     }
 
@@ -121,7 +127,22 @@ def _phase(runs: Sequence[PhaseRun], case: CaseRuns, work: Mapping[str, PhaseWor
         "longest_eval_seconds": round(max(longest), 5) if longest else None,
         "streamed_bytes_per_step": planned.read,
         "disk_bytes_read": int(median(read)) if read else None,
+        **_exchanged(done, case.shares.get(name)),
         **_shares(work[name], median(phase.seconds - phase.load_seconds for phase in done), case.ceilings),
+    }
+
+
+def _exchanged(done: Sequence[PhaseDone], share: float | None) -> dict[str, Any]:
+    """Of a phase on several machines: bytes that the leading one has sent, and seconds of its exchanges, with its
+    waiting for others."""
+    if not any(phase.sent_bytes for phase in done):
+        return {}
+    seconds = median(phase.exchange_seconds for phase in done)
+    return {
+        "busiest_share": None if share is None else round(share, 4),
+        "sent_bytes": done[0].sent_bytes,
+        "exchange_seconds": round(seconds, 4),
+        "exchange_share": round(seconds / median(phase.seconds - phase.load_seconds for phase in done), 4),
     }
 
 

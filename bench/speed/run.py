@@ -17,13 +17,15 @@ import mlx.core as mx
 from ltx2.bench.random.model import RandomFolder
 from ltx2.bench.speed.ceilings import Ceilings, measure_ceilings
 from ltx2.bench.speed.compare import check_comparable, compare
+from ltx2.bench.speed.link import busiest, measure_link
 from ltx2.bench.speed.receipt import CaseRuns, PhaseRun, case_receipt, circumstances, identity
 from ltx2.bench.speed.suite import Schedule, Task
 from ltx2.bench.speed.trace import MemoryTrace
-from ltx2.runtime.errors import DoesNotFitError
+from ltx2.runtime.distributed.machines import ALONE, Machines
+from ltx2.runtime.errors import DoesNotFitError, Ltx2Error, MachinesError
 from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, Warned
 from ltx2.runtime.files.tensors import FLOATS, MLX_DTYPES
-from ltx2.runtime.generate.clip import Generated, Sampled
+from ltx2.runtime.generate.clip import Followed, Generated, Sampled
 from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import CONTEXTS, LATENTS, Job
 from ltx2.runtime.generate.pipeline import Pipeline
@@ -52,27 +54,34 @@ class Benched(Event):
 
 
 def run_bench(
-    cases: Sequence[Case], schedule: Schedule, suite: str | None = None, old: Mapping[str, Any] | None = None
+    cases: Sequence[Case],
+    schedule: Schedule,
+    suite: str | None = None,
+    old: Mapping[str, Any] | None = None,
+    machines: Machines = ALONE,
 ) -> Iterator[Event]:
     """The events of every run, and Benched after every measured round. `old`: a receipt to compare with. What does not
-    fit is left out with a warning.
+    fit is left out with a warning. Several `machines` run it together: the leading one measures, and the last event of
+    the others is Followed.
 
     Raises before anything is read or made DoesNotFitError where no case fits, InputError where `old` has none of them;
     and what the pipeline raises.
     """
     with TemporaryDirectory() as folder:
-        subjects = yield from _fitting(cases, Path(folder))
+        subjects = yield from _fitting(cases, Path(folder), machines)
         if old is not None:
             check_comparable(old, (subject.identity for subject in subjects))
         yield Noted("measuring what this machine reaches at best")
         dtypes = sorted({subject.dtype for subject in subjects})
         ceilings = {dtype: measure_ceilings(getattr(mx, MLX_DTYPES[dtype])) for dtype in dtypes}
-        head = circumstances(schedule, suite, list(ceilings.values()))
+        head = circumstances(schedule, suite, list(ceilings.values()), measure_link(machines))
         for number in range(schedule.warmup + schedule.repeat):
             yield from _round(subjects, schedule, number)
-            if number >= schedule.warmup:
+            if number >= schedule.warmup and machines.leads:
                 receipt = head | {"cases": [case_receipt(s.result(ceilings[s.dtype])) for s in subjects]}
                 yield Benched(receipt if old is None else receipt | {"comparison": compare(old, receipt).to_dict()})
+        if not machines.leads:
+            yield Followed()
 
 
 def _round(subjects: Sequence["_Subject"], schedule: Schedule, number: int) -> Iterator[Event]:
@@ -85,20 +94,25 @@ def _round(subjects: Sequence["_Subject"], schedule: Schedule, number: int) -> I
         yield from subject.run(counted=number >= schedule.warmup)
 
 
-def _fitting(cases: Sequence[Case], folder: Path) -> Generator[Event, None, list["_Subject"]]:
-    """The cases that fit in memory, ready to run."""
-    fitting, refused = [], []
+def _fitting(cases: Sequence[Case], folder: Path, machines: Machines) -> Generator[Event, None, list["_Subject"]]:
+    """The cases that fit in the memory of all machines, ready to run."""
+    fitting, refused = [], list[tuple[str, Ltx2Error]]()
     for number, case in enumerate(cases):
-        subject = _Subject(case, folder / f"{number}.safetensors")
+        subject = _Subject(case, folder / f"{number}.safetensors", machines)
+        unfit = None
         try:
             subject.plan.check()
-            fitting.append(subject)
         except DoesNotFitError as error:
-            refused.append((subject.name, error))
+            unfit = error
+        if all(machines.everyone(unfit is None)):
+            fitting.append(subject)
+        else:
+            elsewhere = MachinesError("it does not fit", "another machine has too little memory", "measure fewer bits")
+            refused.append((subject.name, unfit or elsewhere))
     if not fitting:
         raise refused[0][1]
-    for name, unfit in refused:
-        yield Warned(f"left out: {name}: {unfit.what} ({unfit.why})")
+    for name, refusal in refused:
+        yield Warned(f"left out: {name}: {refusal.what} ({refusal.why})")
     for subject in fitting:
         if subject.skips_reading:
             yield Warned(f"{subject.name}: what every step would read from disk is made in memory instead")
@@ -108,10 +122,10 @@ def _fitting(cases: Sequence[Case], folder: Path) -> Generator[Event, None, list
 class _Subject:
     """A case, ready to run, and what its runs have given."""
 
-    def __init__(self, case: Case, file: Path) -> None:
+    def __init__(self, case: Case, file: Path, machines: Machines) -> None:
         """Reads headers. `file`: for what a part of a generation starts from."""
-        self._case = case
-        self._pipeline = Pipeline(case.model)
+        self._case, self._machines = case, machines
+        self._pipeline = Pipeline(case.model, machines=machines)
         whole = self._pipeline.plan(PROMPT, **dict(case.task.options)).job
         self._request = Request.from_options(_start(whole, case.task, file))
         self._until = {"text": CONTEXTS, "denoise": LATENTS}.get(case.task.part)
@@ -153,7 +167,7 @@ class _Subject:
                     read = disk_bytes_read()
                 if isinstance(event, PhaseDone):
                     phases.append(PhaseRun(event, trace.end(), _since(read)))
-                if not isinstance(event, Generated | Sampled):
+                if not isinstance(event, Generated | Sampled | Followed):
                     yield event
         if counted:
             self._runs.append(phases)
@@ -163,7 +177,8 @@ class _Subject:
         """What the receipt is made from."""
         part, products = self._case.task.part, self._pipeline.products
         by_rows = {form: dict(choice.by_rows) for form, choice in products.items()}
-        return CaseRuns(self.name, part, self.plan, ceilings, self._runs, self._trace, by_rows)
+        shares = busiest(self.plan, self._machines)
+        return CaseRuns(self.name, part, self.plan, ceilings, self._runs, self._trace, by_rows, shares)
 
 
 def _start(job: Job, task: Task, file: Path) -> dict[str, Any]:

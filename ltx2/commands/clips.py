@@ -1,16 +1,17 @@
 """Making clips."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ltx2.commands.shared import PATH, generate_options
-from ltx2.console import Output, common, say_how_to_continue
+from ltx2.console import Output, common, continuation, end_at_once, say_how_to_continue
 from ltx2.runtime.errors import Ltx2Error
 
 if TYPE_CHECKING:
-    from ltx2.runtime.generate.planning import MemoryPlan
+    from ltx2.generation import Generation
 
 
 @click.command()
@@ -31,13 +32,24 @@ def generate(
     --save-latents and no -o the clip is not decoded.
     """
     from ltx2.generation import Generation
-    from ltx2.runtime.generate.clip import Saved
+    from ltx2.runtime.distributed.machines import join
+    from ltx2.runtime.generate.clip import Followed, Saved
     from ltx2.runtime.generate.sidecar import sidecar_path
 
+    args: list[str] = click.get_current_context().obj
+    started: list[Generation] = []
+
+    def late(error: Ltx2Error) -> None:
+        for generation in started:
+            if generation.left:
+                error.fix += f"; this continues: {continuation(args, generation.continuing())}"
+        end_at_once(error)
+
     given = {name: value for name, value in options.items() if value is not None}
-    generation = Generation(target, model, sidecar, given, dry_run)
+    generation = Generation(target, model, sidecar, given, dry_run, join(os.environ, late))
+    started.append(generation)
     if dry_run:
-        _show_plan(output, generation.plan())
+        _show_plans(output, generation)
         return
     try:
         done = output.follow(generation.events())
@@ -45,6 +57,8 @@ def generate(
         if generation.left or isinstance(error, KeyboardInterrupt):
             say_how_to_continue(error, generation.continuing())
         raise
+    if isinstance(done, Followed):
+        return
     if not isinstance(done, Saved):
         latents = str(generation.request.save_latents)
         output.result({"latents": latents, "seed": generation.request.seed}, latents)
@@ -55,17 +69,27 @@ def generate(
     output.result(data, f"{done.path}  ({', '.join(said)}, {done.record['seconds']:.1f} s)")
 
 
-def _show_plan(output: Output, plan: "MemoryPlan") -> None:
-    """The memory plan, also when it does not fit; then that is the command's failure."""
+def _show_plans(output: Output, generation: "Generation") -> None:
+    """The memory plan of every machine, also when it does not fit; then that is the command's failure."""
     from ltx2.render import memory_table, print_table
+    from ltx2.runtime.generate.phases.together import splits
 
-    if not output.quiet and not output.as_json:
-        print_table(*memory_table(plan))
-    if not output.quiet:
-        for message in plan.warnings():
-            click.echo(f"warning: {message}", err=True)
+    plan, machines = generation.plan(), generation.machines
+    plans = machines.everyone([plan.to_dict(), list(plan.warnings())])
+    for name, (data, warnings) in zip(machines.names, plans, strict=True):
+        if not output.quiet and not output.as_json:
+            title, columns, rows = memory_table(data)
+            print_table(f"{name}: {title}" if machines.several else title, columns, rows)
+        if not output.quiet:
+            for message in warnings:
+                click.echo(f"warning: {message}", err=True)
     plan.check()
-    output.result({"plan": plan.to_dict()}, f"fits: {plan.peak / 1e9:.1f} GB of {plan.limit / 1e9:.1f} GB")
+    several = {
+        "machines": [{"name": n} | data for n, (data, _) in zip(machines.names, plans, strict=True)],
+        "splits": splits(plan.job, machines, plan.tiling),
+    }
+    text = f"fits: {plan.peak / 1e9:.1f} GB of {plan.limit / 1e9:.1f} GB"
+    output.result({"plan": plan.to_dict()} | (several if machines.several else {}), text)
 
 
 @click.command()

@@ -1,5 +1,6 @@
 """Measuring."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ltx2.commands.shared import PATH, generate_options
-from ltx2.console import Dependent, Output, common
+from ltx2.console import Dependent, Output, common, end_at_once
 from ltx2.runtime.generate.options import COSTS
 from ltx2.runtime.model.forms import MODES
 
@@ -29,7 +30,9 @@ with_quality = partial(click.option, cls=Dependent, needs=("compared",))
 @with_random("--mode", type=click.Choice(list(MODES)), help="Kind of codes of --random's weights.")
 @with_random("--group-size", type=int, help="Of --random's weights, as for quantize.")
 @with_random("--recipe", metavar="NAME|FILE", help="Of --random's weights, as for quantize.")
-@when_timing("--suite", metavar="NAME|FILE", help="Cases: quick (default), full, parts, sizes, bits, or your file.")
+@when_timing(
+    "--suite", metavar="NAME|FILE", help="Cases: quick (default), full, parts, sizes, bits, machines, or a file."
+)
 @when_timing("--part", type=click.Choice(["clip", "text", "denoise", "decode"]), help="Only this of every case.")
 @generate_options(*COSTS)
 @when_timing("--repeat", type=int, help="Measured runs of every case; default: the suite's.")
@@ -110,7 +113,9 @@ def _time(
     from ltx2.bench.speed.stats import write_receipt
     from ltx2.bench.speed.suite import DEFAULT, load_suite
     from ltx2.render import print_table
+    from ltx2.runtime.distributed.machines import join
 
+    machines = join(os.environ, end_at_once)
     old = read_receipt(options.pop("compare")) if "compare" in options else None
     random = _random(options)
     schedule = {name: options.pop(name, None) for name in ("repeat", "warmup", "cooldown")}
@@ -118,12 +123,14 @@ def _time(
     out, plot = files
 
     def events() -> "Iterator[Event]":
-        for event in run_bench(bench_cases(models, random, suite), suite.schedule, suite.name, old):
+        for event in run_bench(bench_cases(models, random, suite), suite.schedule, suite.name, old, machines):
             if isinstance(event, Benched) and out is not None:
                 write_receipt(out, event.receipt)  # after every round: what is interrupted leaves what it measured
             yield event
 
     done = output.follow(events())
+    if not machines.leads:
+        return
     assert isinstance(done, Benched), "a benchmark ends with its receipt"
     if plot is not None:
         plot_receipt(plot, done.receipt)

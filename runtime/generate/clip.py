@@ -103,6 +103,11 @@ class Saved(Event):
     record: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Followed(Event):
+    """Last event of a generation on a machine that does not lead it: its share is done, and the clip is elsewhere."""
+
+
 class FrameBuffer:
     """All frames of a clip, filled group by group: collecting the groups would need their memory twice."""
 

@@ -1,7 +1,7 @@
 """The tensor files users exchange with other engines: noise, latents, embeddings. All float32 safetensors, channels
 first, batch 1."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -74,9 +74,11 @@ def write_latents(path: str | Path, latents: Streams[mx.array], fps: float) -> N
     write_tensors(path, dict(latents.items()), {"fps": f"{fps:g}"})
 
 
-def read_embeddings(path: str | Path, widths: Streams[int]) -> dict[str, Streams[mx.array]]:
-    """The connectors' outputs by the name of their prompt, (1, tokens, width) each."""
-    tensors = read_tensors(path, tuple(_name(TEXT, stream) for stream, _ in widths.items()))
+def read_embeddings(
+    path: str | Path, widths: Streams[int], prompts: Sequence[str] = (TEXT,)
+) -> dict[str, Streams[mx.array]]:
+    """The connectors' outputs by the name of their prompt, (1, tokens, width) each, of these prompts."""
+    tensors = read_tensors(path, tuple(_name(prompt, stream) for prompt in prompts for stream, _ in widths.items()))
     for name, value in tensors.items():
         width = widths.get(name.split("_")[-2])
         if value.ndim != 3 or value.shape[0] != 1 or value.shape[2] != width:

@@ -288,7 +288,7 @@ class Job:
 
     def read_contexts(self, path: str) -> dict[str, Streams[mx.array]]:
         """The prompts' contexts out of a file."""
-        return read_embeddings(path, self.transformer_config.context_dims)
+        return read_embeddings(path, self.transformer_config.context_dims, (TEXT, *self.negatives))
 
     def track(self) -> AudioTrack:
         """The given sound. Raises InputError for one that cannot be used."""

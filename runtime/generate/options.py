@@ -179,6 +179,11 @@ class Options:
         default="auto",
         costs=True,
     )
+    split: Choice[str | None] = Choice(
+        "How several machines share a stage; default: by guidance where each has a pass, else by sequence.",
+        choices=("guidance", "sequence", "none"),
+        costs=True,
+    )
     checkpoint_every: Whole = Whole(
         "Keep the state after every N-th denoise step; 0: only after the last one.",
         default=1,

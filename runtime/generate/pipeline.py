@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 
 import mlx.nn as nn
 
+from ltx2.runtime.distributed.machines import ALONE, Machines
+from ltx2.runtime.distributed.split import NONE
 from ltx2.runtime.errors import InputError, Ltx2Error
 from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, StepDone, Warned
 from ltx2.runtime.files.atomic import UNLOCKED, claimed
-from ltx2.runtime.generate.clip import Clip, FrameBuffer, Generated, Sampled, Saved
+from ltx2.runtime.generate.clip import Clip, Followed, FrameBuffer, Generated, Sampled, Saved
 from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import CONTEXTS, Job
 from ltx2.runtime.generate.phases.base import Made, Phase
@@ -25,10 +27,11 @@ from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVi
 from ltx2.runtime.generate.phases.order import components, phases
 from ltx2.runtime.generate.phases.sample import Denoise
 from ltx2.runtime.generate.phases.text import Connect
+from ltx2.runtime.generate.phases.together import begin_shared, check_same, finish, follow, keep_waiting, splits
 from ltx2.runtime.generate.places import check_places
 from ltx2.runtime.generate.planning import MemoryPlan, plan_memory
 from ltx2.runtime.generate.preset import load_preset
-from ltx2.runtime.generate.request import Request, takes
+from ltx2.runtime.generate.request import Request, draw_seed, takes
 from ltx2.runtime.generate.resume import Owner, State, StateFile, started_seed
 from ltx2.runtime.generate.sidecar import make_record, make_settings, sidecar_path, write_sidecar
 from ltx2.runtime.layers.matmul import Choice
@@ -51,10 +54,14 @@ class Pipeline:
 
     `observe` is called with every phase's component and network, before the network is used: to watch its layers.
     Whoever observes sees a new network in every phase, and every call of it: nothing is kept from one to the next.
-    Raises ModelFolderError for another folder, UnsupportedError for a release that is only converted so far.
+    With several `machines` all of them make the same calls. Raises ModelFolderError for another folder,
+    UnsupportedError for a release that is only converted so far.
     """
 
-    def __init__(self, model: str | Path | ModelFolder, observe: Observe | None = None) -> None:
+    def __init__(
+        self, model: str | Path | ModelFolder, observe: Observe | None = None, machines: Machines = ALONE
+    ) -> None:
+        self.machines = machines
         self.folder = model if isinstance(model, ModelFolder) else ModelFolder.open(Path(model))
         self.observe = observe
         self.products: Mapping[str, Choice] = {}  # how each form of packed weights is multiplied in the latest run
@@ -83,12 +90,20 @@ class Pipeline:
         return self.events(request)
 
     def events(self, request: Request, until: str | None = None) -> Generator[Event, None, None]:
-        """As `stream`. With `until` "contexts" or "latents" the last event is Sampled, and nothing is decoded."""
+        """As `stream`. With `until` "contexts" or "latents" the last event is Sampled, and nothing is decoded. On
+        machines that do not lead the only one is Followed."""
         if request.resume and request.state is not None and request.seed is None:  # the seed was drawn
             request = replace(request, seed=started_seed(Path(request.state)))
-        run = Run(Job(self.folder, request, until), self.observe)
+        run = Run(Job(self.folder, self._seeded(request), until), self.observe, self.machines)
         self.products = run.products
         return run.events()
+
+    def _seeded(self, request: Request) -> Request:
+        """With the same seed on all machines."""
+        if not self.machines.several or request.noise is not None:
+            return request
+        leading, *_ = self.machines.everyone(draw_seed() if request.seed is None else request.seed)
+        return replace(request, seed=leading) if request.seed is None else request
 
     @takes(Request)
     def plan(self, request: Request) -> MemoryPlan:
@@ -98,38 +113,46 @@ class Pipeline:
 
     def planned(self, request: Request, until: str | None = None) -> MemoryPlan:
         """As `plan`, of what `events` would do."""
-        job = Job(self.folder, request, until)
+        job = Job(self.folder, self._seeded(request), until)
         job.check(components(phases(job)))
-        check_places(job)
-        return plan_memory(job)
+        if self.machines.leads:
+            check_places(job)
+        return plan_memory(job, self.machines)
 
 
 class Run:
     """One generation: the checked job, how its memory is used, and what its phases took. What its phases use of it is
     `phases.Tools`."""
 
-    def __init__(self, job: Job, observe: Observe | None = None) -> None:
-        self.job, self.request, self.observe = job, job.request, observe
+    def __init__(self, job: Job, observe: Observe | None = None, machines: Machines = ALONE) -> None:
+        self.job, self.request, self.observe, self.machines = job, job.request, observe, machines
         self.phases = phases(job)
         self._built = job.check(used := components(self.phases))  # until they are loaded
-        self.memory = plan_memory(job)
+        self.memory = plan_memory(job, machines)
         self.memory.check()
-        check_places(job)
+        if machines.leads:
+            check_places(job)
         self.tiling = self.memory.tiling
+        self.splits, self.split = splits(job, machines, self.tiling), NONE
         self.done: list[PhaseDone] = []
         self.products: dict[str, Choice] = {}
         self.seconds = 0.0  # of an earlier run that this one continues
         self.made = Made()
         self._transformer: nn.Module | None = None  # that of the last stage, where the plan keeps it for the next one
         self.state: StateFile | None = None
-        if job.request.state is not None and job.request.latents is None:
+        if job.request.state is not None and job.request.latents is None and machines.leads:
             self.state = StateFile(Path(job.request.state), Owner.of(job, used))
+        if machines.several:
+            check_same(machines, job, used, self.tiling)
         self.earlier = self.state.read() if self.state is not None and job.request.resume else None
         self.noise = job.noise() if job.stages else Seeded(0)
 
     def events(self) -> Generator[Event, None, None]:
         """All phases, then the event that says what was made."""
         self._started = time.perf_counter()
+        if not self.machines.leads:
+            yield from self._follow()
+            return
         with ExitStack() as held:  # the clip's name, from the start
             output, self._claim = self.request.output, None
             if output is not None:
@@ -139,6 +162,14 @@ class Run:
             yield Noted(self._about())
             yield from self._warnings()
             yield from self._all()
+
+    def _follow(self) -> Iterator[Event]:
+        """What a machine does that does not lead: its share of shared phases."""
+        self.write = lambda _: None
+        while (following := follow(self.machines)) is not None:
+            name, self.made = following
+            yield from self._measured(next(phase for phase in self.phases if phase.name == name))
+        yield Followed()
 
     def _about(self) -> str:
         """What will be made, and how."""
@@ -154,6 +185,7 @@ class Run:
         decoding = self.phases[len(sampling) :]
         if not decoding:
             self._finished()
+            self._release()
             yield Sampled(self.made.contexts, self.made.latents)
             return
         *sound, video = decoding if not self.request.no_video else (*decoding, None)
@@ -194,16 +226,24 @@ class Run:
         self.meter, self.plan = Meter(phase.name), self.memory.phase(phase.name)
         if self.observe is not None:
             self.plan = replace(self.plan, text=0)
+        self.split = self.splits[phase.name]
+        alone = self.split == NONE
+        if self.machines.several and self.machines.leads and not alone:
+            begin_shared(self.machines, phase, self.made)
+        sent, waited = self.machines.sent_bytes, self.machines.seconds
         yield PhaseStarted(phase.name)
         with self.plan.applied(), explained(phase.name):
             for event in phase.run(self, self.made):
                 if isinstance(event, StepDone) and isinstance(phase, Denoise) and self._due(phase):
                     yield from self._keep(phase.name)
                     self.meter.pause()
+                if self.machines.several and alone:
+                    keep_waiting(self.machines)
                 yield event
         if phase.name not in self.memory.keeps_transformer:
             self._transformer = None
-        self.done.append(self.meter.finish())
+        sent, waited = self.machines.sent_bytes - sent, self.machines.seconds - waited
+        self.done.append(replace(self.meter.finish(), sent_bytes=sent, exchange_seconds=waited))
         yield self.done[-1]
 
     def _due(self, phase: Denoise) -> bool:
@@ -242,6 +282,7 @@ class Run:
         samples, rate = (None, 0) if track is None else (track.samples, track.sample_rate)
         latents = as_numpy(self.made.latents)
         pictures = None if frames is None else frames.frames
+        self._release()
         yield Generated(Clip(pictures, samples, rate, sizes.fps, latents, self._record(), state))
 
     def _saved(self, phase: Phase | None, path: Path) -> Iterator[Event]:
@@ -264,7 +305,13 @@ class Run:
         record = self._record()
         yield from _beside(sidecar_path(path), partial(write_sidecar, record=record))
         self._finished()
+        self._release()
         yield Saved(path, record)
+
+    def _release(self) -> None:
+        """The other machines have nothing left to do."""
+        if self.machines.several:
+            finish(self.machines)
 
     def _finished(self) -> None:
         """There is nothing left to continue."""
@@ -278,6 +325,8 @@ class Run:
     def _record(self) -> dict[str, Any]:
         record = make_record(self._settings, self.done, self._seconds())
         record["memory_plan"] = self.memory.to_dict()
+        if self.machines.several:
+            record["machines"] = {"count": self.machines.size, "splits": self.splits}
         record["products"] = {form: dict(choice.by_rows) for form, choice in self.products.items()}
         return record
 
@@ -288,6 +337,11 @@ class Run:
         messages = [*self.request.without_effect(), *self.job.warnings(), *self.memory.warnings()]
         for message in messages:
             yield Warned(message)
+        if self.machines.several:
+            shared = ", ".join(f"{name} by {how}" for name, how in self.splits.items() if how != NONE) or "nothing"
+            yield Noted(f"{self.machines.size} machines share {shared}")
+        elif self.request.split is not None:
+            yield Warned("--split has no effect on one machine: see docs/several-machines.md")
         for name, count, others in self.job.loras.facts():
             beside = f"; {others} layers of other networks stay as they are" if others else ""
             yield Noted(f"{name} changes {count} layers of the transformer{beside}")

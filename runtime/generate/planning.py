@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.decode import DecodeVideo
@@ -104,8 +105,9 @@ def _least(needs: Iterable[Need]) -> int:
 class Needs:
     """What a job's phases take, for any sizes and limit."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, machines: Machines = ALONE) -> None:
         self.job = job
+        self.machines = machines
         self.phases = phases(job)
         self.headers = Headers(job.folder, job.request.matmul != PACKED)
 
@@ -136,16 +138,24 @@ class Needs:
         return self.headers.weights(TRANSFORMER) if self.job.folder.has(TRANSFORMER) else 0
 
     def _of(self, sizes: Sizes, tiling: Tiling | None) -> tuple[Need, ...]:
-        return tuple(phase.need(self.headers, sizes, tiling) for phase in self.phases)
+        needs = [phase.need(self.headers, sizes, tiling) for phase in self.phases]
+        if self.machines.several and tiling is not None and isinstance(self.phases[-1], DecodeVideo):
+            # Decoded tiles of all machines are there together, and this one's beside them.
+            values = 3 * tiling.frames * min(tiling.height, sizes.height) * min(tiling.width, sizes.width)
+            tiles = (self.machines.size + 1) * values * self.headers.itemsize(self.phases[-1].name)
+            needs[-1] = replace(needs[-1], clip=needs[-1].clip + tiles)
+        return tuple(needs)
 
 
-def plan_memory(job: Job) -> MemoryPlan:
+def plan_memory(job: Job, machines: Machines = ALONE) -> MemoryPlan:
     """The plan of a checked job on this machine. Its tiles are the first that stay below the limit, from Lightricks'
-    choice down; with `low_memory` below what is taken in any case."""
-    given, needs = job.request.memory_limit, Needs(job)
+    choice down; with `low_memory` below what is taken in any case. Of several machines the smallest decides tiles: all
+    decode the same ones."""
+    given, needs = job.request.memory_limit, Needs(job, machines)
     limit = available_memory() if given is None else int(given * GB)
     low = job.request.low_memory
-    tiling, found = needs.choose(job.sizes, _least(needs.choose(job.sizes, 0)[1]) if low else limit)
+    most = _least(needs.choose(job.sizes, 0)[1]) if low else limit
+    tiling, found = needs.choose(job.sizes, min(machines.everyone(most)))
     return MemoryPlan(job, found, limit, tiling)
 
 

@@ -63,8 +63,8 @@ class Request(Options):
 
     def identity(self) -> dict[str, Any]:
         """What decides the latents: files count by their content, what they replace is None."""
-        values = {n: None if n in self.replaced else getattr(self, n) for n, row in ROWS.items() if row.decides}
-        return {name: ROWS[name].identity(value) for name, value in values.items()}
+        rows = {name: row for name, row in ROWS.items() if row.decides}
+        return {n: None if n in self.replaced else row.identity(getattr(self, n)) for n, row in rows.items()}
 
     def without_effect(self) -> Iterator[str]:
         """Warnings about options that others leave nothing to do."""

@@ -85,7 +85,8 @@ class Owner:
     def of(cls, job: Job, components: Sequence[str]) -> "Owner":
         """`components`: those of the model folder that the run uses."""
         hashes = job.folder.hashes()
-        return cls(job.request.identity(), {name: hashes[name] for name in sorted(components)})
+        options = json.loads(json.dumps(job.request.identity()))  # as they are read again: tuples are lists
+        return cls(options, {name: hashes[name] for name in sorted(components)})
 
     def check(self, given: "Owner", path: Path) -> None:
         """Raises InputError, naming the first difference, when `given` is not what made the state at `path`."""

@@ -69,6 +69,7 @@ def write_sidecar(path: Path, record: Mapping[str, Any]) -> None:
 
 def _phase(phase: PhaseDone) -> dict[str, Any]:
     longest = phase.longest_eval_seconds
+    exchanged = {"sent_bytes": phase.sent_bytes, "exchange_seconds": round(phase.exchange_seconds, 4)}
     return {
         "name": phase.name,
         "seconds": round(phase.seconds, 3),
@@ -77,6 +78,7 @@ def _phase(phase: PhaseDone) -> dict[str, Any]:
         "longest_eval_seconds": None if longest is None else round(longest, 4),
         "mlx_peak_bytes": phase.mlx_peak_bytes,
         "process_peak_bytes": phase.process_peak_bytes,
+        **(exchanged if phase.sent_bytes else {}),
     }
 
 

@@ -1,6 +1,7 @@
 """Multi-head attention with RMS-normalised queries and keys, and the feed-forward network: the two halves of every
 transformer and connector block."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -21,7 +22,10 @@ class Keys(NamedTuple):
 class Attention(nn.Module):
     """Self- or cross-attention of inner width `heads * head_dim`; queries and keys are normalised over the whole
     inner width before they are rotated. `gated`: every head's result is scaled by 2 * sigmoid of a number that the
-    query's token gives."""
+    query's token gives. `gathered`, if there is one, makes the keys and values of all tokens of those of this machine's
+    (runtime/distributed/sequence.py)."""
+
+    gathered: Callable[[Keys], Keys] | None = None
 
     def __init__(
         self, query_dim: int, context_dim: int, heads: int, head_dim: int, eps: float, *, gated: bool = False
@@ -56,7 +60,8 @@ class Attention(nn.Module):
         q = self._heads(self.q_norm(self.to_q(x)), rope)
         if context is None:
             context, context_rope = x, rope
-        k, v = context if isinstance(context, Keys) else self.keys_of(context, context_rope)
+        found = context if isinstance(context, Keys) else self.keys_of(context, context_rope)
+        k, v = found if self.gathered is None else self.gathered(found)
 
         def attend(part: slice) -> mx.array:
             rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]

@@ -59,7 +59,7 @@ class TestSuites:
         assert suite.name == name and suite.schedule.warmup and suite.schedule.repeat > 1
 
     def test_names(self) -> None:
-        assert {"quick", "full", "parts", "sizes", "bits"} == set(suite_names())
+        assert {"quick", "full", "parts", "sizes", "bits", "machines"} == set(suite_names())
         assert {task.part for name in suite_names() for task in load_suite(name).tasks} == set(PARTS)
 
     @pytest.mark.parametrize(

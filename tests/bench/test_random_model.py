@@ -152,7 +152,7 @@ class TestRuns:
     def test_measured(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Values are finite, or the pipeline would refuse them."""
         suite = load_suite("quick").changed("decode", SMALL, {"repeat": 1, "warmup": 0})
-        receipt = fullsize.run(RandomWeights(NAME, (4,)), suite, fullsize.show_event)
+        receipt = fullsize.run(bench_cases([], RandomWeights(NAME, (4,)), suite), suite, fullsize.show_event)
         (case,) = receipt["cases"]
         assert case["model"]["weights"] == "random" and case["model"]["layers"]["video_vae"] == {}
         assert any(form.startswith("affine-4") for form in case["model"]["layers"]["transformer"])

@@ -34,7 +34,19 @@ ALL = "\n".join(TEXTS.values())
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 INLINE = re.findall(r"`([^`\n]+)`", BLOCK.sub("", ALL))
 # Options of other programs.
-FOREIGN = {"--force-reinstall", "--no-deps"}
+FOREIGN = {
+    *("--force-reinstall", "--no-deps"),
+    *("--hosts", "--over", "--backend", "--auto-setup", "--hostfile"),  # mlx.launch
+    *(
+        "--sshloginfile",
+        "--workdir",
+        "--joblog",
+        "--resume-failed",
+        "--retries",
+        "--return",
+        "--cleanup",
+    ),  # parallel
+}
 GIB, GB = 2**30, 10**9
 
 

@@ -56,9 +56,7 @@ def test_nothing_outside_what_was_given(tmp_path: Path) -> None:
     assert not list((tmp_path / "text_encoder").glob("*.safetensors"))
 
 
-def test_not_before_the_folder_is_right(
-    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_not_before_the_folder_is_right(sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that cannot be verified, and a source that is another one by then."""
 
     def damaging(folder: Path) -> object:

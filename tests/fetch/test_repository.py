@@ -44,9 +44,7 @@ class TestDownload:
         ltx2.download(NAME, to=tmp_path / "weights")
         assert not [a for a in published.asked[asked:] if a.method == "GET" and a.name != "ltx2.json"]
 
-    def test_on_the_command_line(
-        self, published: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_on_the_command_line(self, published: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["download", NAME, "-o", str(tmp_path / "w"), "--json"]) == 0
         said = json.loads(capsys.readouterr().out)
         assert {Path(file["path"]).name for file in said["files"]} >= {"ltx2.json", "README.md", "model.safetensors"}

@@ -341,7 +341,7 @@ class TestSaid:
 
     def test_in_the_table(self, demo_f32: Path, whole: Run) -> None:
         plan = Pipeline(demo_f32).plan(**whole.options, **TIGHT)
-        _, columns, rows = memory_table(plan)
+        _, columns, rows = memory_table(plan.to_dict())
         assert columns[-1] == "read per step"
         blocks = len(plan.phase("stage1").streamed)
         assert {row[0]: row[-1] for row in rows} == {"stage1": f"0.01, {blocks} blocks", "video_vae": ""}

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ltx2.runtime.distributed.machines import Machines
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.media.video import AudioTrack
@@ -40,9 +41,11 @@ class Made:
 
 
 class Tools(Protocol):
-    """What a run gives its phases: a stopwatch, the phase's share of the memory plan, networks, noise, and where frames
-    (F, H, W, 3) uint8 go."""
+    """What a run gives its phases: the machines and how they share the phase, a stopwatch, the phase's part of the
+    memory plan, networks, noise, and where frames (F, H, W, 3) uint8 go."""
 
+    machines: Machines
+    split: str
     meter: Meter
     plan: PhasePlan
     tiling: Tiling | None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ltx2.runtime.distributed.split import spread
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.base import Made, Phase, Tools
@@ -101,8 +102,8 @@ class DecodeVideo(Phase):
         tools.meter.loaded()
         splice = Splice(self.job)
         assert made.latents.video is not None, "a clip without a picture has no such phase"
-        ahead = 0 if tools.plan.held_back else BEHIND
-        for frames in decode_frames(vae, made.latents.video, tools.tiling, ahead):
+        ahead, tiles = 0 if tools.plan.held_back else BEHIND, spread(tools.machines, tools.split)
+        for frames in decode_frames(vae, made.latents.video, tools.tiling, ahead, tiles):
             done = tools.meter.step()
             tools.write(splice(frames))
             tools.meter.pause()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ltx2.runtime.distributed.split import shared_denoiser
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.generate.phases.base import Made, Phase, Tools
 from ltx2.runtime.layers.checks import check_finite
@@ -21,7 +22,7 @@ from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler, UpsamplerConfig
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
-from ltx2.runtime.sampling.denoise import Denoiser, begin, check_latents, denoise
+from ltx2.runtime.sampling.denoise import begin, check_latents, denoise
 from ltx2.runtime.sampling.guidance import passes
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.streams import Streams
@@ -108,8 +109,11 @@ class Denoise(Phase):
         transformer = tools.load(TRANSFORMER, Transformer)
         if self.job.loras.uses:
             attach(transformer, self.job.loras.at(self.number))
-        with streamed(self.job.folder, transformer, tools.plan.streamed) as stream:
-            denoiser = Denoiser(transformer, made.contexts, states, self.kept if tools.plan.text else ())
+        given = transformer, made.contexts, states, self.kept if tools.plan.text else ()
+        with (
+            streamed(self.job.folder, transformer, tools.plan.streamed) as stream,
+            shared_denoiser(tools.machines, tools.split, *given) as denoiser,
+        ):
             tools.meter.loaded(course.steps - start.number)
             for made.step in denoise(denoiser, course, tools.noise, start):
                 for name, tokens in made.step.x.items():  # at once: nobody waits for garbage, and no state holds it

@@ -1,6 +1,6 @@
 """Decoding a clip in tiles, streamed over time, so that memory stays bounded for any length."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -14,6 +14,8 @@ from ltx2.runtime.networks.video_vae.tiles import Scaled, Span, Tiles, Tiling, W
 FRAMES_PER_GROUP = 8  # bounds the float32 frames that are handed out at a time
 Pictures = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 Decode = Callable[[slice, slice, slice], mx.array]  # what a tile reads over time, rows, columns -> (F, H, W, 3)
+Place = tuple[Span, Span, Span]  # of a tile: over time, rows, columns
+Spread = Callable[[Sequence[Place], Decode], Iterator[mx.array]]  # how tiles are decoded, in this order
 
 
 class Frames(Protocol):
@@ -28,29 +30,38 @@ class VideoDecoder(Scaled, Protocol):
     def decode(self, latents: mx.array) -> mx.array: ...
 
 
+def one_by_one(places: Sequence[Place], decode: Decode) -> Iterator[mx.array]:
+    """The tiles at these places."""
+    return (decode(*(span.source for span in place)) for place in places)
+
+
 def decode_frames(
-    vae: VideoDecoder, latents: mx.array, tiling: Tiling | None = None, ahead: int = 0
+    vae: VideoDecoder, latents: mx.array, tiling: Tiling | None = None, ahead: int = 0, spread: Spread = one_by_one
 ) -> Iterator[Pictures]:
     """Decode normalised latents (1, C, f, h, w) to groups of frames (n, H, W, 3), uint8, in order.
 
     Without `tiling` the clip is decoded in one piece. `ahead`: layers that the device may be behind the host, faster at
-    the price of their memory; the frames are the same. Raises InputError for tiles that do not fit the latents' scale
-    or are too large to decode, NumericsError for frames that are not finite.
+    the price of their memory; the frames are the same. `spread` decodes the tiles. Raises InputError for tiles that do
+    not fit the latents' scale or are too large to decode, NumericsError for frames that are not finite.
     """
-    return map(to_levels, decode_tiles(vae, latents, tiling, ahead))
+    return map(to_levels, decode_tiles(vae, latents, tiling, ahead, spread))
 
 
-def decode_tiles(vae: VideoDecoder, latents: mx.array, tiling: Tiling | None, ahead: int = 0) -> Iterator[mx.array]:
+def decode_tiles(
+    vae: VideoDecoder, latents: mx.array, tiling: Tiling | None, ahead: int = 0, spread: Spread = one_by_one
+) -> Iterator[mx.array]:
     """As `decode_frames`, but float32 in [-1, 1], not clamped and not evaluated."""
     frames, height, width = latents.shape[2:]
     tiles = Tiles((frames, height, width), tiling, vae)
+    times = temporal_spans(tiles.times, vae.temporal_scale)
     rows, columns = (spatial_spans(side, vae.spatial_scale) for side in (tiles.rows, tiles.columns))
 
     def decode(time: slice, row: slice, column: slice) -> mx.array:
         with running_ahead(ahead):
             return vae.decode(latents[:, :, time, row, column])
 
-    return blended(temporal_spans(tiles.times, vae.temporal_scale), rows, columns, decode)
+    decoded = spread([(time, row, column) for time in times for row in rows for column in columns], decode)
+    return blended(times, rows, columns, lambda *_: next(decoded))
 
 
 def to_levels(frames: mx.array) -> Pictures:

@@ -1,0 +1,63 @@
+"""Several machines in a receipt: what their link reaches, and which part of a phase's work the busiest of them has."""
+
+import time
+from dataclasses import dataclass, replace
+from statistics import median
+
+import mlx.core as mx
+
+from ltx2.runtime.distributed.machines import Machines
+from ltx2.runtime.distributed.split import GUIDANCE, SEQUENCE, TILES
+from ltx2.runtime.generate.phases.flops import denoise_step
+from ltx2.runtime.generate.phases.together import splits, tile_count
+from ltx2.runtime.generate.planning import MemoryPlan
+from ltx2.runtime.sampling.guidance import passes
+
+SMALL, LARGE = 256, 64 << 20  # bytes of an exchange: one that only takes its latency, one that the link decides
+CALLS = 5
+
+
+@dataclass(frozen=True)
+class Link:
+    """Of one exchange, all machines with all: seconds where there is hardly anything to send, and bytes per second that
+    a machine sends where there is much."""
+
+    machines: int
+    latency_seconds: float
+    bytes_per_second: float
+
+
+def measure_link(machines: Machines) -> Link | None:
+    """None where there is one machine. Takes about a second over 10 Gbit/s."""
+    if not machines.several:
+        return None
+    return Link(machines.size, _seconds(machines, SMALL), LARGE * (machines.size - 1) / _seconds(machines, LARGE))
+
+
+def _seconds(machines: Machines, size: int) -> float:
+    x, times = mx.zeros((size,), mx.uint8), []
+    machines.stack(x)  # all have begun
+    for _ in range(CALLS):
+        began = time.perf_counter()
+        machines.stack(x)
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def busiest(plan: MemoryPlan, machines: Machines) -> dict[str, float]:
+    """Of every shared phase, by its name, the share of its operations that the busiest machine computes. Where
+    tokens are shared, every machine computes the sound, and the keys and values of the text."""
+    job, size, found = plan.job, machines.size, dict[str, float]()
+    for phase, split in splits(job, machines, plan.tiling).items():
+        if split == GUIDANCE:
+            count = len(passes(job.course(int(phase.removeprefix("stage"))).guidance, job.frozen))
+            found[phase] = -(-count // size) / count
+        if split == SEQUENCE:
+            grid, text = job.stage_grid(int(phase.removeprefix("stage"))), job.preset.text_tokens
+            whole = denoise_step(job.transformer_config, grid, text).flops
+            everywhere = denoise_step(job.transformer_config, replace(grid, frames=0), text).flops
+            found[phase] = (everywhere + (whole - everywhere) / size) / whole
+        if split == TILES:
+            count = tile_count(job, plan.tiling)
+            found[phase] = -(-count // size) / count
+    return found

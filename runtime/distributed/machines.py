@@ -1,0 +1,165 @@
+"""The machines that make one clip together, and the only place that calls `mx.distributed`.
+
+Every machine runs the same command; the first one (rank 0) leads: it reads the prompt and writes the files. Arrays are
+exchanged by all_gather alone, which every backend of MLX has. What is sent is computed before, and what comes is waited
+for, so that no command on a GPU waits for a network: macOS would end it.
+
+Links are neither encrypted nor authenticated."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from threading import Timer
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ltx2.runtime.distributed.ranks import RANK, share_of
+from ltx2.runtime.errors import MachinesError, UnsupportedError
+from ltx2.runtime.machine.bounded import evaluate
+
+BACKENDS = {"MLX_HOSTFILE": "ring", "MLX_IBV_DEVICES": "jaccl", "NCCL_HOST_IP": "nccl"}
+LEAST = (0, 32, 4)  # of MLX: earlier ones wait for ever for a machine that is lost
+# The longest wait for an exchange: seconds, and so many times the longest that one, or the work between two, has taken.
+PATIENCE, TIMES = 600.0, 10.0
+AGAIN = "start the same command again with --resume, on these machines or on others: what is done is kept"
+Late = Callable[[MachinesError], None]
+
+
+class Machines:
+    """This machine among `size`, of number `rank`. `names` are for people, by rank. Of all exchanges so far:
+    `sent_bytes` by this machine, and the `seconds` they took, with the time that it has waited for others."""
+
+    def __init__(self, group: Any = None, late: Late | None = None) -> None:
+        """`group` is MLX's; None: this machine alone, which exchanges nothing. `late` ends the process: another thread
+        calls it when an exchange takes too long, since nothing else can leave one."""
+        self._group, self._late = group, late or (lambda _: None)
+        self.rank: int = 0 if group is None else group.rank()
+        self.size: int = 1 if group is None else group.size()
+        self.sent_bytes, self.seconds = 0, 0.0
+        self._longest, self._left = 0.0, time.perf_counter()
+        self.names = [f"{name} (rank {rank})" for rank, name in enumerate(self.everyone(socket.gethostname()))]
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        return self.size > 1
+
+    def stack(self, x: mx.array) -> mx.array:
+        """Every machine's x, (size, *x.shape); all are of one shape and dtype."""
+        if self._group is None:
+            return x[None]
+        own = mx.contiguous(x)[None]
+        evaluate(own)
+        mx.eval(own)  # waits, also where evaluations may run ahead
+        began = time.perf_counter()
+        limit = self._limit(began - self._left)
+        why = f"an exchange has taken {limit:.0f} s: it sleeps, or the network is cut"
+        with _ending(limit, self._late, MachinesError("a machine does not answer", why, AGAIN)), _lost():
+            found = mx.distributed.all_gather(own, group=self._group)
+            mx.eval(found)
+        self._left = time.perf_counter()
+        self.seconds += self._left - began
+        self.sent_bytes += (self.size - 1) * x.nbytes
+        self._longest = max(self._longest, self._left - began)
+        return found
+
+    def joined(self, x: mx.array, axis: int, total: int) -> mx.array:
+        """The whole of which every machine has its share along an axis; `total` is its length."""
+        if self._group is None:
+            return x
+        shares = [share_of(total, rank, self.size) for rank in range(self.size)]
+        lengths = [share.stop - share.start for share in shares]
+        missing = max(lengths) - x.shape[axis]
+        if missing:
+            x = mx.pad(x, [(0, missing if number == axis else 0) for number in range(x.ndim)])
+        before = (slice(None),) * axis
+        parts = zip(self.stack(x), lengths, strict=True)
+        return mx.concatenate([part[(*before, slice(length))] for part, length in parts], axis)
+
+    def share(self, total: int) -> slice:
+        """This machine's part of so many things."""
+        return share_of(total, self.rank, self.size)
+
+    def everyone(self, value: Any) -> list[Any]:
+        """What each machine says, by rank: values that JSON knows."""
+        if self._group is None:
+            return [value]
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        lengths = [int(length) for length in np.array(self.stack(mx.array(len(text))))]
+        padded = np.pad(text, (0, max(lengths) - len(text)))
+        rows = np.array(self.stack(mx.array(padded)))
+        return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+    def told(
+        self, message: Mapping[str, Any] | None = None, tensors: Mapping[str, mx.array] | None = None
+    ) -> tuple[dict[str, Any], dict[str, mx.array]]:
+        """What the leading machine tells the others, and these it, at the same place of the program."""
+        found = tensors or {}
+        forms = {name: (value.shape, str(value.dtype).rpartition(".")[2]) for name, value in found.items()}
+        first = self.everyone([message, forms])[0]
+        return first[0], {
+            name: self.stack(found[name] if self.leads else mx.zeros(shape, getattr(mx, dtype)))[0]
+            for name, (shape, dtype) in first[1].items()
+        }
+
+    def _limit(self, worked: float) -> float:
+        """Seconds after which an exchange is given up, where the last one was `worked` seconds ago."""
+        self._longest = max(self._longest, worked)
+        return PATIENCE + TIMES * self._longest
+
+
+ALONE = Machines()
+
+
+def join(environment: Mapping[str, str], late: Late) -> Machines:
+    """The machines that this process is one of, as its environment says; this one alone where it says nothing.
+
+    `late`: see `Machines`. Raises MachinesError where they do not find each other, UnsupportedError for an MLX that is
+    too old for it.
+    """
+    if RANK not in environment:
+        return ALONE
+    version = metadata.version("mlx")
+    if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < LEAST:
+        needed = ".".join(map(str, LEAST))
+        why = f"this is MLX {version}, which can wait for a lost machine without end"
+        raise UnsupportedError("several machines cannot be used", why, f"install MLX {needed} or later on all of them")
+    backend = next((name for variable, name in BACKENDS.items() if variable in environment), "any")
+    fix = "check the hostfile, that all machines are on and in one network, and that each starts this command"
+    missing = MachinesError("the machines do not find each other", f"after {PATIENCE:.0f} s one is missing", fix)
+    try:
+        with _ending(PATIENCE, late, missing):
+            group = mx.distributed.init(strict=True, backend=backend)
+    except (RuntimeError, ValueError) as error:
+        raise MachinesError(missing.what, str(error), fix) from error
+    return Machines(group, late)
+
+
+@contextmanager
+def _ending(seconds: float, late: Late, error: MachinesError) -> Iterator[None]:
+    """What is inside ends in time, or the process does."""
+    timer = Timer(seconds, late, [error])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    """What MLX raises where a machine is lost becomes a MachinesError."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = f"{error}: it has ended, and says itself why if it could"
+        raise MachinesError("another machine is lost", why, AGAIN) from error

@@ -1,0 +1,139 @@
+"""`ltx2 generate` on two machines: the same clip as on one, refusals before any work, and runs in which a machine is
+lost."""
+
+import json
+import shlex
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ltx2.cli import run
+from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.transformer.config import TransformerConfig
+from tests.support.command import Here
+from tests.support.ranks import commands, ended, said
+
+SIZE = ["--width", "64", "--height", "64", "--frames", "9", "--seed", "3", "--no-metadata"]
+GUIDED = ["--pipeline", "one-stage", "--steps", "2"]
+CASE = {"part": "denoise", "pipeline": "one-stage", "steps": 1, "width": 64, "height": 64, "frames": 9}
+SUITE = {"warmup": 0, "repeat": 1, "cases": [CASE]}
+STATE = "clip.unfinished.safetensors"
+# Rank 1 sends itself a signal in its second step of stage 1.
+SIGNALLED = """
+from ltx2.runtime.distributed import machines
+from ltx2.runtime.events import StepDone
+from ltx2.runtime.generate.pipeline import Run
+machines.PATIENCE, machines.TIMES, events = 2.0, 0.0, Run.events
+
+def watched(self):
+    for event in events(self):
+        if isinstance(event, StepDone) and event.step == 1 and rank == "1":
+            os.kill(os.getpid(), {number})
+        yield event
+
+Run.events = watched
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What a run begins with: short texts that are there already."""
+    widths = TransformerConfig.from_dict(ModelFolder.open(demo_f32).config("transformer")).context_dims
+    draw = np.random.default_rng(0)
+    contexts = {
+        f"{prompt}{name}_context": draw.normal(size=(1, 8, width)).astype(np.float32)
+        for prompt in ("", "negative_")
+        for name, width in widths.items()
+    }
+    path = tmp_path_factory.mktemp("several") / "embeddings"
+    save_file(contexts, path)
+    return ["generate", "-m", str(demo_f32), "--embeddings", str(path), *SIZE]
+
+
+@pytest.fixture(scope="module")
+def alone(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a guided clip of one machine, and its latents."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert run([*arguments, *GUIDED, "-q", "-o", f"{folder}/clip.mp4", "--save-latents", f"{folder}/latents"]) == 0
+    return folder
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = load_file(a), load_file(b)
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_two_machines(alone: Path, arguments: list[str], tmp_path: Path) -> None:
+    """One start of two processes for all that ends well or is refused."""
+    lines = [
+        [*arguments, "--cfg", "2{rank}", *GUIDED, "--json", "-o", f"{tmp_path}/never.mp4"],
+        [*arguments, "--dry-run", "--json", "--split", "sequence"],
+        [*arguments, *GUIDED, "--json", "-o", f"{tmp_path}/clip.mp4", "--save-latents", f"{tmp_path}/latents"],
+        ["bench", arguments[2], "--suite", f"{tmp_path}/suite.json", "--json", "--out", f"{tmp_path}/bench.json"],
+    ]
+    (tmp_path / "suite.json").write_text(json.dumps(SUITE))
+    for process in commands(2, tmp_path / "said", lines):
+        assert ended(process).code == 0
+    results = [[said(tmp_path / "said", number, rank) for rank in range(2)] for number in range(len(lines))]
+
+    refused = results[0]
+    assert [done.code for done in refused] == [1, 1] and not (tmp_path / "never.mp4").exists()
+    error = refused[0].json["error"]
+    assert error["kind"] == "machines" and "(rank 1)" in error["what"] and "request" in error["why"]
+    assert "(rank 1): error: " in refused[1].err and refused[1].out == ""
+
+    planned = results[1]
+    assert [done.code for done in planned] == [0, 0] and planned[1].out == planned[1].err == ""
+    plan = planned[0].json
+    assert ["rank 0" in plan["machines"][0]["name"], "rank 1" in plan["machines"][1]["name"]] == [True, True]
+    assert plan["splits"]["stage1"] == "sequence" and all(machine["phases"] for machine in plan["machines"])
+
+    made = results[2]
+    assert [done.code for done in made] == [0, 0] and made[1].out == made[1].err == ""
+    assert (tmp_path / "clip.mp4").read_bytes() == (alone / "clip.mp4").read_bytes()
+    assert same(tmp_path / "latents", alone / "latents") and not (tmp_path / STATE).exists()
+    record = json.loads((tmp_path / "clip.json").read_text())
+    assert record["machines"] == {"count": 2, "splits": {**record["machines"]["splits"], "stage1": "guidance"}}
+    (stage,) = (phase for phase in record["phases"] if phase["name"] == "stage1")
+    assert stage["sent_bytes"] > 0 and stage["exchange_seconds"] > 0
+
+    measured = results[3]
+    assert [done.code for done in measured] == [0, 0] and measured[1].out == measured[1].err == ""
+    receipt = measured[0].json
+    assert receipt["machines"] == receipt["link"]["machines"] == 2 and receipt["link"]["bytes_per_second"] > 0
+    (case,) = receipt["cases"]
+    (stage,) = case["phases"]
+    assert stage["busiest_share"] == 0.5 and 0 < stage["exchange_share"] < 1
+    # Two passes, float32: 8 tokens of the picture and 9 of the sound, 32 channels each.
+    assert stage["sent_bytes"] == 2 * 4 * (8 + 9) * 32
+    assert json.loads((tmp_path / "bench.json").read_text()) == receipt
+
+
+def test_a_machine_that_is_killed(alone: Path, arguments: list[str], tmp_path: Path, here: Here) -> None:
+    """The others end at once, and one machine alone goes on with the same bits."""
+    line = [*arguments, *GUIDED, "-o", f"{tmp_path}/clip.mp4", "--save-latents", f"{tmp_path}/latents"]
+    first, second = commands(2, tmp_path / "said", [line], SIGNALLED.format(number=int(signal.SIGKILL)))
+    assert ended(second).code == -signal.SIGKILL and ended(first).code == 0
+    done = said(tmp_path / "said", 0, 0)
+    done.failed(1, "another machine is lost", "--resume")
+    command = shlex.split(done.err.split("this continues: ")[1])
+    assert (tmp_path / STATE).exists() and not (tmp_path / "clip.mp4").exists()
+    assert here(*command[1:]).code == 0
+    assert same(tmp_path / "latents", alone / "latents")
+    assert (tmp_path / "clip.mp4").read_bytes() == (alone / "clip.mp4").read_bytes()
+
+
+def test_a_machine_that_sleeps(arguments: list[str], tmp_path: Path) -> None:
+    """The others wait for a while, then end and say how to go on."""
+    line = [*arguments, *GUIDED, "-o", f"{tmp_path}/clip.mp4"]
+    first, second = commands(2, tmp_path / "said", [line], SIGNALLED.format(number=int(signal.SIGSTOP)))
+    assert ended(first).code == 1
+    second.kill()
+    ended(second)
+    done = said(tmp_path / "said", 0, 0)
+    for text in ("a machine does not answer", "an exchange has taken", "--resume", "this continues: ltx2 generate"):
+        assert text in done.err
+    assert (tmp_path / STATE).exists()
