@@ -2,6 +2,9 @@
 
 pipe = ltx2.load("weights/ltx-2-distilled-q4")
 pipe.generate("a red kite over dunes").save("kite.mp4")
+
+Functions are the commands, arguments their options. Expected failures are Ltx2Error: what, why, fix. What takes long
+tells its progress by the dataclasses in ltx2.events.
 """
 
 from importlib import import_module
@@ -16,20 +19,38 @@ if TYPE_CHECKING:
     from ltx2.api import load as load
     from ltx2.api import quantize as quantize
     from ltx2.api import verify as verify
+    from ltx2.runtime.errors import CheckpointError as CheckpointError
+    from ltx2.runtime.errors import ConfigError as ConfigError
+    from ltx2.runtime.errors import DeviceError as DeviceError
+    from ltx2.runtime.errors import DoesNotFitError as DoesNotFitError
+    from ltx2.runtime.errors import DownloadError as DownloadError
     from ltx2.runtime.errors import InputError as InputError
     from ltx2.runtime.errors import Ltx2Error as Ltx2Error
+    from ltx2.runtime.errors import MediaError as MediaError
+    from ltx2.runtime.errors import MismatchError as MismatchError
+    from ltx2.runtime.errors import ModelFolderError as ModelFolderError
+    from ltx2.runtime.errors import NumericsError as NumericsError
+    from ltx2.runtime.errors import UnsupportedError as UnsupportedError
     from ltx2.runtime.errors import UsageError as UsageError
+    from ltx2.runtime.errors import VerificationError as VerificationError
     from ltx2.runtime.generate.clip import Clip as Clip
+    from ltx2.runtime.generate.pipeline import Pipeline as Pipeline
 
 __version__ = "0.1.0"
 
-# Name -> module that has it. Imported on first use, so that `import ltx2` and `ltx2 --help` stay instant.
-_LAZY = {
-    "calibrate": "ltx2.api", "convert": "ltx2.api", "download": "ltx2.api", "load": "ltx2.api", "quantize": "ltx2.api",
-    "inspect": "ltx2.api", "verify": "ltx2.api",
-    "Ltx2Error": "ltx2.runtime.errors", "InputError": "ltx2.runtime.errors", "UsageError": "ltx2.runtime.errors",
-    "Clip": "ltx2.runtime.generate.clip",
+# Module -> public names that it has. Imported on first use, so that `import ltx2` and `ltx2 --help` stay instant.
+_PUBLIC = {
+    "ltx2.api": ("load", "download", "convert", "calibrate", "quantize", "verify", "inspect"),
+    "ltx2.runtime.generate.pipeline": ("Pipeline",),
+    "ltx2.runtime.generate.clip": ("Clip",),
+    "ltx2.runtime.errors": (
+        "Ltx2Error", "CheckpointError", "ConfigError", "DeviceError", "DoesNotFitError", "DownloadError", "InputError",
+        "MediaError", "MismatchError", "ModelFolderError", "NumericsError", "UnsupportedError", "UsageError",
+        "VerificationError",
+    ),
 }  # fmt: skip
+_LAZY = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = ["__version__", "events", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
@@ -42,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, "events"})
+    return sorted({*globals(), *__all__})

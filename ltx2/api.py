@@ -1,6 +1,8 @@
-"""The Python interface: every function is a command, its arguments the command's options."""
+"""The Python interface: every function is a command, its arguments the command's options. What takes long calls
+`progress` with typed events (ltx2.events)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from ltx2.runtime.model.loras import LoraUse
 
 StrPath = str | PathLike[str]
 Sources = StrPath | Iterable[StrPath]
+Watch = Callable[[Event], object]
 FuseLora = StrPath | tuple[StrPath, float]
 
 
@@ -33,7 +36,7 @@ def load(model: StrPath) -> Pipeline:
     return Pipeline(Path(model))
 
 
-def download(names: str | Iterable[str], *, to: StrPath = "weights") -> list[Path]:
+def download(names: str | Iterable[str], *, to: StrPath = "weights", progress: Watch | None = None) -> list[Path]:
     """Fetch published files or bundles by name (`ltx2 download --list`), or model folders by OWNER/NAME, into a folder,
     whatever is missing of them; returns what `convert` or `load` takes: files, and folders of several."""
     from ltx2.convert.fetch.download import download as fetch  # loads an HTTP library
@@ -41,7 +44,7 @@ def download(names: str | Iterable[str], *, to: StrPath = "weights") -> list[Pat
     from ltx2.runtime.events import Downloaded
 
     chosen = choose([names] if isinstance(names, str) else list(names))
-    for event in fetch(chosen, Path(to)):
+    for event in _watched(fetch(chosen, Path(to)), progress):
         if isinstance(event, Downloaded):
             check_whole(chosen, Path(to), event)
     return [published.source(Path(to)) for published in chosen]
@@ -91,6 +94,7 @@ def convert(
     shard_size: float = SHARD_GB,
     delete_sources: bool = False,
     force: bool = False,
+    progress: Watch | None = None,
 ) -> Path:
     """Convert published checkpoints into a model folder; returns its path. With `bits`, `mode`, `recipe` or `fit` the
     folder is quantized, with the bytes of converting and quantizing in turn. LoRAs to `fuse`, paths or tuples of a path
@@ -106,9 +110,8 @@ def convert(
     if settings is None and chosen != Settings():
         why = "group_size, stats and method have no effect without bits, recipe or fit"
         raise InputError("nothing is quantized", why, "give bits=4")
-    for _ in conversion(plan, Path(out), settings, WriteOptions(shard_size, force)):
-        pass
-    for _ in removal(plan, given, Path(out)) if delete_sources else ():
+    events = conversion(plan, Path(out), settings, WriteOptions(shard_size, force))
+    for _ in _watched(chain(events, removal(plan, given, Path(out)) if delete_sources else ()), progress):
         pass
     return Path(out)
 
@@ -125,6 +128,7 @@ def calibrate(
     prompts: str | Iterable[str] = (),
     gptq: bool = False,
     sensitivity: bool = False,
+    progress: Watch | None = None,
     **options: Any,
 ) -> Path:
     """Measure what a model's layers are given, for `quantize` and `convert`; returns the file. Generates the prompts
@@ -133,7 +137,7 @@ def calibrate(
     from ltx2.quant.measure.calibrate import calibrate as calibrate_folder
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    for _ in calibrate_folder(Path(model), Path(out), texts, options, gptq, sensitivity):
+    for _ in _watched(calibrate_folder(Path(model), Path(out), texts, options, gptq, sensitivity), progress):
         pass
     return Path(out)
 
@@ -152,6 +156,7 @@ def quantize(
     only: Sequence[str] = (),
     shard_size: float = SHARD_GB,
     force: bool = False,
+    progress: Watch | None = None,
 ) -> Report:
     """Write a smaller copy of a model folder; returns what became of every layer. `bits` are by default the recipe's,
     or 4 or what the mode has; the recipe is by default the preset for them (`q4`). `fit` chooses bits in place of
@@ -159,10 +164,12 @@ def quantize(
     "gptq-hadamard" need."""
     settings = Settings(bits, group_size, recipe, tuple(only), mode, _path(stats), fit, method)
     events = quantize_folder(Path(model), Path(out), settings, WriteOptions(shard_size, force))
-    return next(event.report for event in list(events) if isinstance(event, Quantized))
+    return next(event.report for event in list(_watched(events, progress)) if isinstance(event, Quantized))
 
 
-def verify(model: StrPath, *, sources: Sources = (), stats: StrPath | None = None) -> dict[str, Any]:
+def verify(
+    model: StrPath, *, sources: Sources = (), stats: StrPath | None = None, progress: Watch | None = None
+) -> dict[str, Any]:
     """Check every file, hash, tensor and shape of a model folder, and with the `sources` it was converted from every
     value; returns what was found right. Raises VerificationError that lists the differences."""
     from functools import partial
@@ -175,7 +182,7 @@ def verify(model: StrPath, *, sources: Sources = (), stats: StrPath | None = Non
     paths = [sources] if isinstance(sources, str | PathLike) else sources
     statistics = None if stats is None else Statistics.open(Path(stats))
     events = check_folder(Path(model), [Path(path) for path in paths], partial(repack, statistics=statistics))
-    return next(event.to_dict() for event in events if isinstance(event, Verified))
+    return next(event.to_dict() for event in _watched(events, progress) if isinstance(event, Verified))
 
 
 def inspect(path: StrPath) -> dict[str, Any]:
@@ -183,6 +190,13 @@ def inspect(path: StrPath) -> dict[str, Any]:
     from ltx2.convert.inspect import inspect as describe
 
     return describe(Path(path))
+
+
+def _watched(events: Iterable[Event], progress: Watch | None) -> Iterator[Event]:
+    for event in events:
+        if progress is not None:
+            progress(event)
+        yield event
 
 
 def _path(path: StrPath | None) -> Path | None:

@@ -4,7 +4,6 @@ import sys
 
 import click
 
-from ltx2 import __version__
 from ltx2.commands import clips, fetch, measure, models
 from ltx2.console import InOrder, run_group
 
@@ -19,8 +18,16 @@ def run(args: list[str]) -> int:
     return run_group(cli, args)
 
 
+def _version(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        from ltx2.runtime.version import tool_version
+
+        click.echo(f"ltx2, version {tool_version()}")
+        context.exit()
+
+
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="ltx2")
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version.")
 def cli() -> None:
     """LTX-2 video with sound on Apple Silicon: convert, quantize, generate and benchmark with MLX."""
 

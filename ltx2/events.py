@@ -1,8 +1,28 @@
-"""The events of a run, as `pipe.stream` yields them: frozen dataclasses."""
+"""The events of everything that takes long, as `pipe.stream` yields them and `progress=` is called with them: frozen
+dataclasses. The last one says what was made."""
 
-from ltx2.runtime.events import BytesDone, Event, Noted, PhaseDone, PhaseStarted, StepDone, Warned
+from ltx2.convert.delete import SourcesDeleted
+from ltx2.convert.verify import Verified
+from ltx2.quant.measure.calibrate import Calibrated
+from ltx2.quant.report import Quantized
+from ltx2.runtime.events import (
+    BytesDone,
+    Downloaded,
+    DownloadPlanned,
+    Event,
+    Noted,
+    PhaseDone,
+    PhaseStarted,
+    PromptStarted,
+    Section,
+    StepDone,
+    Warned,
+    Written,
+)
 from ltx2.runtime.generate.clip import Generated, Saved
 
 __all__ = [
-    "BytesDone", "Event", "Generated", "Noted", "PhaseDone", "PhaseStarted", "Saved", "StepDone", "Warned",
+    "BytesDone", "Calibrated", "DownloadPlanned", "Downloaded", "Event", "Generated", "Noted", "PhaseDone",
+    "PhaseStarted", "PromptStarted", "Quantized", "Saved", "Section", "SourcesDeleted", "StepDone", "Verified",
+    "Warned", "Written",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,8 @@ from ltx2.runtime.media.video import AudioTrack, video_writer, write_wav
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.streams import Streams
 
+NOTEBOOK_BYTES = 16 << 20
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Clip:
@@ -24,7 +27,7 @@ class Clip:
     normalised, float32; record: what its sidecar holds; state: the file its run could be continued from, which goes
     when it is saved.
 
-    In a notebook it plays.
+    In a notebook it plays. Two clips are equal if they are the same object.
     """
 
     frames: Any  # np.ndarray or None: who asks for a picture need not ask whether it is there
@@ -68,10 +71,12 @@ class Clip:
             writer.write(self.frames)
 
     def _repr_html_(self) -> str:
-        """How a notebook shows it."""
+        """How a notebook shows it: as a player, up to NOTEBOOK_BYTES, which become a part of the notebook."""
         with TemporaryDirectory() as folder:
             video = Path(folder) / "clip.mp4"
             self._write(video)
+            if video.stat().st_size > NOTEBOOK_BYTES:
+                return f"<code>{escape(repr(self))}</code>: too large to play here; save it"
             data = base64.b64encode(video.read_bytes()).decode()
         if self.frames is None:
             return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'

@@ -4,7 +4,7 @@ import hashlib
 import operator
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, astuple, dataclass, field
 from functools import cache
 from math import inf, isfinite
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, SupportsFloat, SupportsIndex, TypeVar, cast
 
 from ltx2.runtime.errors import InputError
+from ltx2.runtime.events import Event
 from ltx2.runtime.generate.values import Auto, Form, path_of
 
 StrPath = str | os.PathLike[str]
@@ -170,6 +171,19 @@ class Flag(Option[bool | None, bool]):
         if value not in (True, False):
             raise TypeError
         return bool(value)
+
+
+class Watcher(Option[Callable[[Event], object] | None, Callable[[Event], object] | None]):
+    """What is called with every event of a run."""
+
+    kind = "a function of an event"
+    type = Callable[[Event], object]
+
+    def read(self, value: Any) -> Callable[[Event], object]:
+        if not callable(value):
+            raise TypeError
+        watch: Callable[[Event], object] = value
+        return watch
 
 
 @dataclass(eq=False)

@@ -8,7 +8,20 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from ltx2.runtime.errors import UsageError
-from ltx2.runtime.generate.kinds import Choice, File, Flag, Length, Number, Numbers, One, Option, Several, Text, Whole
+from ltx2.runtime.generate.kinds import (
+    Choice,
+    File,
+    Flag,
+    Length,
+    Number,
+    Numbers,
+    One,
+    Option,
+    Several,
+    Text,
+    Watcher,
+    Whole,
+)  # fmt: skip
 from ltx2.runtime.generate.values import Extension, KeyPicture, Lora, Picture, Reference, Sound, Span
 
 SIZE = ("width", "height", "frames")
@@ -204,6 +217,7 @@ class Options:
     no_metadata: Flag = Flag("Write no settings into the mp4 file.")
     output: File = File("The mp4 file that frames go to as they are decoded.", recorded=False, command=False)
     state: File = File("The file that a run is continued from.", recorded=False, command=False)
+    progress: Watcher = Watcher("Called with every event of the run.", recorded=False, command=False)
 
 
 TABLE: Mapping[str, Option[Any, Any]] = {n: row for n, row in vars(Options).items() if isinstance(row, Option)}

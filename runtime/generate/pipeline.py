@@ -6,7 +6,7 @@ uses it and frees it. Whoever consumes the events decides what to show."""
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -96,7 +96,8 @@ class Pipeline:
             request = replace(request, seed=started_seed(Path(request.state)))
         run = Run(Job(self.folder, self._seeded(request), until), self.observe, self.machines)
         self.products = run.products
-        return run.events()
+        events = run.events()
+        return events if request.progress is None else _watched(events, request.progress)
 
     def _seeded(self, request: Request) -> Request:
         """With the same seed on all machines."""
@@ -118,6 +119,13 @@ class Pipeline:
         if self.machines.leads:
             check_places(job)
         return plan_memory(job, self.machines)
+
+
+def _watched(events: Generator[Event, None, None], watch: Callable[[Event], object]) -> Generator[Event, None, None]:
+    with closing(events):
+        for event in events:
+            watch(event)
+            yield event
 
 
 class Run:

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ltx2 import __version__
+from ltx2.runtime.version import tool_version
 
 
 def device_memory() -> int:
@@ -59,5 +59,5 @@ def machine_facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
         "python": platform.python_version(),
         "mlx": metadata.version("mlx"),
-        "ltx2": __version__,
+        "ltx2": tool_version(),
     }

@@ -1,10 +1,12 @@
 """The Python interface: the commands as functions, their options as arguments."""
 
+import dataclasses
 import inspect
 import json
+import pydoc
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from ltx2.runtime.model.layout import ModelFolder
 from tests.support.official import GEMMA, MONOLITH, UPSCALER
 
 PROMPT = "a red square"
+# Steps on the way to something, kinds of a kind, and what the demo ends with.
+INNER = {"Sampled", "Fitted", "UnreachableError", "MissingError", "Demonstrated"}
 SIZE: dict[str, Any] = {"width": 128, "height": 64, "frames": 9, "seed": 10}
 
 
@@ -71,9 +75,39 @@ def options(command: str) -> set[str]:
     return {p.name for p in cli.commands[command].params if p.name is not None} - only_there
 
 
+    def test_everything_public_is_exported(self) -> None:
+        """Every error, and every event that a run may yield."""
+        for found, module in ((ltx2.Ltx2Error, ltx2), (Event, ltx2.events)):
+            for kind in every_subclass(found):
+                own = kind.__module__.startswith("ltx2.") and not kind.__module__.startswith("ltx2.bench")
+                assert not own or hasattr(module, kind.__name__) or kind.__name__ in INNER, kind
+
+    def test_help_shows_the_interface(self) -> None:
+        text = pydoc.render_doc(ltx2, renderer=pydoc.plaintext)
+        for said in ("load(model", "convert(sources", "delete_sources", "class Pipeline", "negative_prompt: str | None",
+                     "class Clip", "class MismatchError", "verify(model", "inspect(path"):  # fmt: skip
+            assert said in text, said
+
+    def test_type_checkers_know_the_arguments(self, demo_f32: Path) -> None:
+        """mypy reads this file, and reports an ignored error that is none."""
+        pipe = ltx2.load(demo_f32)
+        with pytest.raises(InputError):
+            pipe.generate(PROMPT, widht=64)  # type: ignore[call-arg]
+        with pytest.raises(InputError):
+            pipe.generate(PROMPT, width="wide")  # type: ignore[arg-type]
+        with pytest.raises(InputError):
+            pipe.generate(PROMPT, progress="no function")  # type: ignore[arg-type]
+
+
+def every_subclass(kind: type) -> Iterator[type]:
+    for sub in kind.__subclasses__():
+        yield sub
+        yield from every_subclass(sub)
+
+
 class TestSameAsTheCommandLine:
     def test_generate(self) -> None:
-        only_in_python = {"output", "state"}  # the command always has a target; its state lies beside that
+        only_in_python = {"output", "state", "progress"}  # the command has a target, its state beside it, and a screen
         assert options("generate") == ROWS.keys() - only_in_python
 
     @pytest.mark.parametrize("name", ["convert", "quantize"])
@@ -183,6 +217,29 @@ class TestGenerate:
 @pytest.fixture(scope="module")
 def events(demo_f32: Path) -> list[Event]:
     return list(ltx2.load(demo_f32).stream(PROMPT, **SIZE))
+
+
+class TestProgress:
+    def test_generate(self, demo_f32: Path) -> None:
+        seen: list[Event] = []
+        clip = ltx2.load(demo_f32).generate(PROMPT, no_upscale=True, progress=seen.append, **SIZE)
+        assert any(isinstance(event, StepDone) for event in seen)
+        assert isinstance(seen[-1], Generated) and seen[-1].clip is clip
+
+    def test_other_functions(self, tmp_path: Path) -> None:
+        seen: list[Event] = []
+        model = ltx2.convert(UPSCALER, tmp_path / "model", progress=seen.append)
+        assert isinstance(seen[-1], ltx2.events.Written)
+        ltx2.verify(model, progress=seen.append)
+        assert isinstance(seen[-1], ltx2.events.Verified)
+
+
+class TestNotebook:
+    def test_it_plays(self, clip: ltx2.Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert clip._repr_html_().startswith("<video controls")
+        assert len(repr(clip)) < 120 and clip != dataclasses.replace(clip)
+        monkeypatch.setattr("ltx2.runtime.generate.clip.NOTEBOOK_BYTES", 100)
+        assert "too large to play here" in clip._repr_html_() and len(clip._repr_html_()) < 300
 
 
 class TestStream:
