@@ -89,7 +89,7 @@ class MemoryPlan:
         """For `--json`; memory in bytes."""
         return {
             **asdict(self.job.sizes),
-            "phases": [asdict(phase) | {"total": phase.total} for phase in self.phases],
+            "phases": [asdict(phase) | {"kept": phase.kept, "total": phase.total} for phase in self.phases],
             "peak": self.peak,
             "limit": self.limit,
             "tiling": asdict(self.tiling) if self.tiling else None,
