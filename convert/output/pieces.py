@@ -120,7 +120,8 @@ def rows_of(move: Move) -> Iterator[Rows]:
     specs, constant = move.stored(), move.packing.constants() if move.packing else {}
     constants = sum(specs[packed_key(move.key, part)].nbytes for part in constant)
     stored = sum(spec.nbytes for spec in specs.values()) - constants
-    step = count if whole else max(1, PIECE_BYTES * count // max(1, stored, tensor.nbytes))
+    size = PIECE_BYTES if move.packing is None else max(PIECE_BYTES, move.packing.piece_bytes)
+    step = count if whole else max(1, size * count // max(1, stored, tensor.nbytes))
     for row in range(0, count, max(1, step)):
         rows = min(step, count - row)
         start, end = (tensor.start + tensor.nbytes * n // count for n in (row, row + rows))

@@ -117,6 +117,11 @@ class Packing(ABC):
         return False
 
     @property
+    def piece_bytes(self) -> int:
+        """Bytes that `rows` should be given at once, where that is more than usual."""
+        return 0
+
+    @property
     @abstractmethod
     def form(self) -> Form:
         """How MLX is to read the layer."""

@@ -14,7 +14,7 @@ from ltx2.runtime.model.forms import Form
 # on bench/layers.py with 1 to 6 tokens for each column; twice or half as much changes the error by some percent.
 PROMPTS, TOKENS = 4.0, 2.0
 LEAST = 1e-3  # of the diagonal's mean, added to the diagonal: some inputs never vary
-LEAF = 256  # columns of a triangular matrix that are inverted at once
+LEAF = 256  # columns that are factored and inverted at once
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def make_feedback(given: Correlations, form: Form, biased: bool, on: Arithmetic)
         correlations, damped = (rotated(rotated(values, size).T, size) for values in (correlations, damped))
         mean = rotated(mean, size)
     order = rounding_order(np.diagonal(correlations), form.group_size)
-    upper = inverse_factor(damped[np.ix_(order, order)])
+    damped = damped[np.ix_(order, order)]  # a wide layer's matrices are 1 GB each: no more of them than there must be
+    upper = inverse_factor(damped)
+    del damped
     counts = 1 / np.square(np.diagonal(upper))
     upper, counts, correlations = (on.array(values) for values in (upper, counts, correlations))
     return Feedback(on, order, upper, counts, correlations, mean if biased else None)
@@ -83,11 +85,31 @@ def make_feedback(given: Correlations, form: Form, biased: bool, on: Arithmetic)
 
 def inverse_factor(matrix: Array) -> Array:
     """The upper triangular U with U^T U = matrix^-1. Raises ValueError where there is none."""
-    try:  # a lower L with L L^T = matrix, from last to first, is an upper R with R R^T = matrix, and U = R^-1
-        lower = np.linalg.cholesky(matrix[::-1, ::-1])
+    # A lower L with L L^T = matrix, from last to first, is an upper R with R R^T = matrix, and U = R^-1.
+    inverse = np.ascontiguousarray(matrix[::-1, ::-1])
+    try:
+        _invert_factor(inverse)
     except np.linalg.LinAlgError as error:
         raise ValueError(f"what was measured of its inputs is impossible: {error}") from error
-    return np.ascontiguousarray(inverted(lower)[::-1, ::-1])
+    return np.ascontiguousarray(inverse[::-1, ::-1])
+
+
+def _invert_factor(matrix: Array) -> None:
+    """Put L^-1 in the place of a matrix L L^T, by halves: nearly all of it is products of matrices, which are several
+    times faster than what LAPACK does to factor a matrix. Raises LinAlgError where there is no L."""
+    size = len(matrix)
+    if size <= LEAF:
+        matrix[:] = np.tril(np.linalg.inv(np.linalg.cholesky(matrix)))
+        return
+    half = size // 2
+    first, corner, last = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    _invert_factor(first)
+    below = corner @ first.T  # of L
+    last -= below @ below.T
+    _invert_factor(last)
+    np.matmul(last, below @ first, out=corner)
+    np.negative(corner, out=corner)
+    matrix[:half, half:] = 0
 
 
 def rounding_order(variances: Array, group_size: int) -> Array:
@@ -96,15 +118,3 @@ def rounding_order(variances: Array, group_size: int) -> Array:
     within = np.argsort(-groups, axis=1, kind="stable")
     first = np.argsort(-groups.max(axis=1), kind="stable")
     return (first[:, None] * group_size + within[first]).reshape(-1)
-
-
-def inverted(lower: Array) -> Array:
-    """The inverse of a lower triangular matrix: of its halves, and what joins them."""
-    size = len(lower)
-    if size <= LEAF:
-        return np.tril(np.linalg.inv(lower))
-    half = size // 2
-    inverse = np.zeros_like(lower)
-    inverse[:half, :half], inverse[half:, half:] = inverted(lower[:half, :half]), inverted(lower[half:, half:])
-    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
-    return inverse

@@ -15,6 +15,7 @@ from ltx2.quant.codes.gptq import pack_in_turn
 from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.codes.methods import GPTQ, SEARCH
 from ltx2.quant.codes.minifloat import output_multiplier
+from ltx2.quant.codes.on_gpu import is_gpu
 from ltx2.quant.codes.pack import Loss, pack
 from ltx2.quant.measure.replay import Replay
 from ltx2.quant.measure.statistics import Statistics
@@ -24,6 +25,9 @@ from ltx2.runtime.model.forms import Form
 
 MULTIPLIER = "weight_scale"  # the last name part of an output multiplier
 BIAS = "bias"  # of a layer's own bias, which is not one of a group's
+# Bytes: GPTQ goes through a layer's columns one by one, and a GPU, which waits for launches there, takes all of their
+# rows in nearly the time of some. A CPU's caches hold some.
+WHOLE = 1 << 30
 SHORT = 12  # digits of a hash that tell files apart
 
 
@@ -138,6 +142,10 @@ class Quantize(Packing):
     @property
     def main_thread(self) -> bool:
         return True  # functions that MLX compiled in another thread abort the process when it ends
+
+    @property
+    def piece_bytes(self) -> int:
+        return WHOLE if self.method == GPTQ and is_gpu() else 0
 
     def absorbed(self) -> Mapping[str, Spec]:
         return {BIAS: self.known.bias.spec} if self.known and self.known.bias else {}

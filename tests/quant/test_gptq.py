@@ -15,6 +15,8 @@ import pytest
 
 import ltx2
 from ltx2.bench.layers import Layer, layer
+from ltx2.convert.output import pieces
+from ltx2.convert.output.pieces import rows_of
 from ltx2.convert.plan.folder import folder_plan
 from ltx2.quant.apply import Settings, quantize
 from ltx2.quant.codes.correlations import Correlations, Feedback, inverse_factor, make_feedback, rotated, rounding_order
@@ -26,7 +28,9 @@ from ltx2.quant.codes.pack import pack, unpack
 from ltx2.quant.measure.recording import given
 from ltx2.quant.measure.replay import Replay
 from ltx2.quant.measure.statistics import Statistics
+from ltx2.quant.plan import step
 from ltx2.quant.plan.replan import repack
+from ltx2.quant.plan.step import Known, quantized
 from ltx2.quant.report import Report
 from ltx2.runtime.errors import ConfigError, InputError
 from ltx2.runtime.files.tensors import bf16_to_f32, f32_to_bf16
@@ -139,7 +143,7 @@ class TestCodes:
 
 
 class TestFactor:
-    @pytest.mark.parametrize("size", [64, 600])
+    @pytest.mark.parametrize("size", [64, 257, 600])
     def test_is_of_the_inverse(self, size: int) -> None:
         x = np.random.default_rng(0).standard_normal((4 * size, size)).astype(np.float32)
         matrix = x.T @ x / len(x)
@@ -216,6 +220,18 @@ def q4(denoiser: Path, stats: Path, recipe: Path, tmp_path_factory: pytest.TempP
 
 def new_replay(model: Path, stats: Path) -> Replay:
     return Replay(folder_plan(ModelFolder.open(model)), Statistics.open(stats).calls)
+
+
+def test_a_gpu_takes_whole_tensors(denoiser: Path, stats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, layer = folder_plan(ModelFolder.open(denoiser)), TO_Q.format(0)
+    move = next(move for move in plan.moves("transformer") if move.key == f"{layer}.weight")
+    known = Known(Statistics.open(stats), "transformer", layer, None, new_replay(denoiser, stats))
+    packed = quantized(move, Q4, known)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", move.spec.nbytes // 4)
+    assert [piece.count for piece in rows_of(packed)] == [32] * 4, "a CPU takes some rows"
+    monkeypatch.setattr(step, "is_gpu", lambda: True)
+    assert [piece.count for piece in rows_of(packed)] == [128]
+    assert len(list(rows_of(quantized(move, Q4)))) == 4, "other methods need no more at once"
 
 
 class TestReplay:
