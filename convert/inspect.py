@@ -9,7 +9,7 @@ from typing import Any
 
 from ltx2.convert.names import rules
 from ltx2.convert.names.release import releases
-from ltx2.convert.plan.check import check_tokenizer
+from ltx2.convert.plan.check import check_projection, check_tokenizer
 from ltx2.convert.plan.entries import SCALE_PARTS, packed_key
 from ltx2.convert.plan.make import Options, make_plan, packed_by_mlx
 from ltx2.convert.sources.checkpoint import check_source, recognise, special_storage
@@ -111,7 +111,9 @@ def _refusal(source: Source) -> str | None:
     """Why converting this source would be refused."""
     try:
         check_source(source)
-        check_tokenizer(make_plan([source], Options(VARIANTS[0])))
+        plan = make_plan([source], Options(VARIANTS[0]))
+        check_tokenizer(plan)
+        check_projection(plan)
     except Ltx2Error as error:
         return f"{error.what}: {error.why}"
     return None

@@ -24,6 +24,7 @@ def check_plan(plan: Plan) -> None:
     connectors read; ConfigError or UnsupportedError when the configuration is not one this version computes.
     """
     planned = {name: planned_shapes(plan, name) for name in plan.components}
+    check_projection(plan)
     _check_text_width(plan, planned)
     for name, component in plan.components.items():
         _check_files(plan, name)
@@ -58,6 +59,19 @@ def check_tokenizer(plan: Plan) -> None:
             "the text encoder comes without a tokenizer",
             f"{TOKENIZER} is neither in its file nor beside it, nor in another source",
             "add a folder that holds it: hf download google/gemma-3-12b-it --include 'token*' --local-dir tokenizer",
+        )
+
+
+def check_projection(plan: Plan) -> None:
+    """Raises CheckpointError for connectors of one projection that come without it: its width is not known."""
+    connectors = plan.components.get("connectors")
+    if connectors is None or connectors.config.get("caption_proj_before_connector", len(connectors.config) == 1):
+        return
+    if "text_projection_in_features" not in connectors.config:
+        raise CheckpointError(
+            "the text projection is missing",
+            "the embeddings connectors are there, and text_embedding_projection, which goes before them, is not",
+            "add the file that holds it, such as ComfyUI's file of connectors, or the checkpoint as published",
         )
 
 

@@ -23,6 +23,7 @@ from ltx2.runtime.model.layout import COMPONENTS, LORAS, is_lora
 from ltx2.runtime.model.lorafile import alphas
 from ltx2.runtime.model.origin import check_gemma
 
+DOUBLE = "another source has it unquantized"
 Owners = dict[str, dict[str, Source]]  # component -> its tensors and files -> the source of each
 
 
@@ -46,8 +47,8 @@ def make_plan(sources: Sequence[Source], options: Options | None = None) -> Plan
     entries: list[Entry] = []
     owners: Owners = {}
     release = common_release(sources)
-    for source in sources:
-        found = [_selected(entry, options) for entry in _entries(source, options)]
+    for source, found in _without_doubles([(source, list(_entries(source, options))) for source in sources]):
+        found = [_selected(entry, options) for entry in found]
         _claim(owners, found, source)
         entries += found
     _check_selection(options, owners)
@@ -62,6 +63,15 @@ def make_plan(sources: Sequence[Source], options: Options | None = None) -> Plan
     used = {id(e.file): e.file for e in entries if not isinstance(e, Drop)}
     files = tuple(sorted(used.values(), key=lambda f: (f.path.name, f.size)))
     return Plan(tuple(entries), components, release, _variant(owners, options), files)
+
+
+def _without_doubles(planned: list[tuple[Source, list[Entry]]]) -> Iterator[tuple[Source, list[Entry]]]:
+    """A GGUF of a transformer often holds the connectors too, and people add the file that holds them unquantized."""
+    connectors = [e for _, found in planned for e in found if isinstance(e, Move) and e.component == "connectors"]
+    exact = {entry.key for entry in connectors if not isinstance(entry.file, GgufFile)}
+    doubles = {id(entry) for entry in connectors if isinstance(entry.file, GgufFile) and entry.key in exact}
+    for source, found in planned:
+        yield source, [Drop(e.file, e.tensor, DOUBLE) if id(e) in doubles else e for e in found]
 
 
 def _check_gemma(components: Mapping[str, ComponentPlan], owners: Owners) -> None:

@@ -90,8 +90,8 @@ def _merges(pieces: list[Piece], vocab: dict[str, int]) -> list[list[str]]:
     found: list[tuple[float, int, int]] = []
     for text, score, kind in pieces:
         if kind in (NORMAL, USER_DEFINED):
-            parts = ((vocab.get(text[:i], -1), vocab.get(text[i:], -1)) for i in range(1, len(text)))
-            found += [(-score, left, right) for left, right in sorted(parts) if left >= 0 and right >= 0]
+            cuts = [i for i in range(1, len(text)) if text[:i] in vocab and text[i:] in vocab]
+            found += [(-score, left, right) for left, right in sorted((vocab[text[:i]], vocab[text[i:]]) for i in cuts)]
     found.sort(key=lambda merge: merge[0])  # stable: equal scores stay in the model's order
     return [[pieces[left][0], pieces[right][0]] for _, left, right in found]
 

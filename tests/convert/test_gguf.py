@@ -13,6 +13,7 @@ import pytest
 
 import ltx2
 from ltx2.convert.inspect import inspect
+from ltx2.convert.plan.check import check_plan
 from ltx2.convert.plan.entries import plan_json
 from ltx2.convert.sources.ggufmodel import NAMES
 from ltx2.convert.tensors.gguf import decoder
@@ -145,7 +146,7 @@ class TestTransformer:
 
     def test_inspect(self, tmp_path: Path) -> None:
         found = inspect(transformer_file(tmp_path / "ltx-2-dev-Q8_0.gguf", Q8))
-        assert (found["storage"], found["convert"], found["variant"]) == ("GGUF (Q8_0)", True, "dev")
+        assert (found["storage"], found["variant"]) == ("GGUF (Q8_0)", "dev")
         published = inspect(MONOLITH)["components"]["transformer"]
         assert found["components"]["transformer"]["parameters"] == published["parameters"]
         assert found["release"] == inspect(MONOLITH)["release"]
@@ -155,6 +156,19 @@ class TestTransformer:
         source = transformer_file(tmp_path / "ltx-2-distilled.gguf", config="")
         with pytest.raises(CheckpointError, match="no configuration for its transformer"):
             ltx2.convert(source, tmp_path / "out", only=("transformer",))
+
+    def test_connectors_twice(self, tmp_path: Path) -> None:
+        """In the GGUF too, and unquantized in a file of their own: that one is taken."""
+        source = transformer_file(tmp_path / "ltx-2-distilled.gguf", Q8)
+        side = {n: v for n, v in encoded.file_tensors(MONOLITH).items() if "_connector." in n or "projection." in n}
+        side = {n: v for n, v in side.items() if "caption_projection" not in n}
+        plan = plan_of(source, encoded.write(tmp_path / "connectors.safetensors", side, {}))
+        assert {move.file.path.suffix for move in plan.moves("connectors")} == {".safetensors"}
+        assert {move.file.path.suffix for move in plan.moves("transformer")} == {".gguf"}
+        check_plan(plan)
+        with pytest.raises(CheckpointError, match=r"the text projection is missing.*file of connectors"):
+            check_plan(plan_of(source))
+        assert ltx2.inspect(source)["convert"] is False
 
     def test_a_dimension_that_the_format_drops(self, tmp_path: Path) -> None:
         path = FOLDER_25 / "ltx-2.5-demo-distilled-transformer-bf16.safetensors"

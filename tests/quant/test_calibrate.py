@@ -233,6 +233,8 @@ def test_prompts_are_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="cannot read the prompts"):
         read_prompts(tmp_path / "p")
+    (tmp_path / "p").write_bytes(b"\xef\xbb\xbfa red square\r\na blue star\r\n")  # as editors on Windows write it
+    assert read_prompts(tmp_path / "p") == ("a red square", "a blue star")
 
 
 class TestFile:
