@@ -5,8 +5,9 @@ from the same plan."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from math import prod
 from typing import Any
 
@@ -105,7 +106,15 @@ class Plan:
 
     def moves(self, component: str) -> list[Move]:
         """The component's tensors, in the sources' order."""
-        return [e for e in self.entries if isinstance(e, Move) and e.component == component]
+        return list(self._moves.get(component, ()))
+
+    @cached_property
+    def _moves(self) -> Mapping[str, Sequence[Move]]:
+        found: dict[str, list[Move]] = {}
+        for entry in self.entries:
+            if isinstance(entry, Move):
+                found.setdefault(entry.component, []).append(entry)
+        return found
 
     def assets(self, component: str) -> list[Asset]:
         """The files among the sources' tensors that go into the component's folder."""
@@ -117,6 +126,7 @@ def packed_key(key: str, part: str) -> str:
     return f"{key.rpartition('.')[0]}.{part}"
 
 
+@cache
 def natural_order(key: str) -> tuple[str | int, ...]:
     """Sort key that orders numbers by value."""
     parts = re.split(r"(\d{1,18})", key)  # every second one is a number

@@ -1,15 +1,21 @@
-"""A model folder as a plan: the same tensors where they are; what quantizing starts from."""
+"""A model folder as a plan: the same tensors where they are; what quantizing starts from. And a plan as the model folder
+that it would make: headers and configurations without files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from ltx2.convert.plan.entries import Move, Plan, packed_key
+import numpy as np
+
+from ltx2.convert.plan.entries import Asset, Move, Plan, packed_key
 from ltx2.convert.sources.components import ComponentPlan
 from ltx2.convert.tensors.codes import BlockScales, Codes, Fp8, Nvfp4, Scale
 from ltx2.convert.tensors.keep import Keep
-from ltx2.runtime.files.tensors import TensorFile
+from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.model.config import STORAGE_KEYS
 from ltx2.runtime.model.forms import Quantization
-from ltx2.runtime.model.layout import CONFIG, INDEX, ModelFolder
+from ltx2.runtime.model.layout import CONFIG, INDEX, ComponentRecord, Manifest, ModelFolder
 
 
 def folder_plan(folder: ModelFolder) -> Plan:
@@ -48,3 +54,61 @@ def _codes(name: str, where: Mapping[str, TensorFile], quantization: Quantizatio
 
 def _is_companion(name: str) -> bool:
     return name not in (CONFIG, INDEX) and not name.endswith(".safetensors")
+
+
+@dataclass(frozen=True)
+class DescribedFolder(ModelFolder):
+    """A model folder that exists in memory only. `configs` and `files` (headers alone) are by component, `beside` are
+    bytes of files that are no tensors; a prompt has `prompt_tokens` tokens, whatever it says, for there is no
+    tokenizer."""
+
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: Mapping[str, TensorFile] = field(default_factory=dict)
+    beside: int = 0
+    prompt_tokens: int = 100
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors and of what is beside them."""
+        return self.beside + sum(file.size for file in self.files.values())
+
+    def joined(self, other: "DescribedFolder") -> "DescribedFolder":
+        """With the components of another one, in place of those of the same name."""
+        components = {**self.manifest.components, **other.manifest.components}
+        return replace(
+            self,
+            manifest=replace(self.manifest, components=components),
+            configs={**self.configs, **other.configs},
+            files={**self.files, **other.files},
+        )
+
+    def config(self, component: str) -> dict[str, Any]:
+        quantization = self.record(component).quantization
+        return dict(self.configs[component]) | ({"quantization": dict(quantization)} if quantization else {})
+
+    def tensor_files(self, component: str) -> list[TensorFile]:
+        return [self.files[component]]
+
+    def tokens(self, length: int) -> tuple[Any, Any, int] | None:
+        count = min(length, self.prompt_tokens)
+        ids, mask = np.zeros((1, length), np.int32), np.zeros((1, length), np.int32)
+        ids[0, length - count :], mask[0, length - count :] = np.arange(count), 1
+        return ids, mask, 0
+
+
+def described_folder(plan: Plan, path: Path) -> DescribedFolder:
+    """The folder that writing a plan to `path` would make, without its files' hashes."""
+    records = {name: ComponentRecord(c.cls, (), "BF16", c.quantization) for name, c in plan.components.items()}
+    configs = {name: component.config for name, component in plan.components.items()}
+    files = {name: _described(path / name, plan.moves(name)) for name in records}
+    beside = sum(entry.tensor.nbytes for entry in plan.entries if isinstance(entry, Asset))
+    return DescribedFolder(path, Manifest(plan.release, plan.variant, "", records), configs, files, beside)
+
+
+def _described(path: Path, moves: Iterable[Move]) -> TensorFile:
+    tensors, end = {}, 0
+    for move in moves:
+        for name, spec in move.stored().items():
+            start, end = end, end + spec.nbytes
+            tensors[name] = TensorInfo(name, spec.dtype, spec.shape, start, end)
+    return TensorFile(path, {}, tensors, end)

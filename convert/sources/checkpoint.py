@@ -105,6 +105,11 @@ def recognise(path: Path, beside: Iterable[Path] = ()) -> list[Source]:
     return found + [_recognised(file, kinds[file.path]) for file in files if file not in language]
 
 
+def described_source(file: TensorFile) -> Source:
+    """The source that a file of this header is; the file itself is not read."""
+    return _recognised(file, _kind(file, _config(file)))
+
+
 def check_source(source: Source) -> None:
     """Raises CheckpointError, InputError or UnsupportedError for a recognised source that cannot be converted."""
     for file in source.files:

@@ -58,11 +58,15 @@ def mac_budget(plan: Plan, memory_gb: int) -> Budget:
             why = "the memory that a clip takes follows from its configuration"
             raise InputError(f"--fit needs the model's {name}", why, "fit a whole model, or choose --bits")
     data = _macs()
-    share = max((row for row in data["shares"] if row["from"] <= memory_gb), key=lambda row: int(row["from"]))
     sizes = Sizes(**data["clip"])
     clip = f"{sizes.frames} frames of {sizes.width}x{sizes.height}"
-    gpu = int(share["share"] * memory_gb * GIB)
-    return Budget(memory_gb, clip, gpu, _activations(plan, sizes), int(data["free_bytes"]))
+    return Budget(memory_gb, clip, gpu_bytes(memory_gb), _activations(plan, sizes), int(data["free_bytes"]))
+
+
+def gpu_bytes(memory_gb: float) -> int:
+    """What the GPU of a Mac of so many GB gets."""
+    rows = [row for row in _macs()["shares"] if row["from"] <= memory_gb]
+    return int(max(rows, key=lambda row: int(row["from"]))["share"] * memory_gb * GIB)
 
 
 @cache

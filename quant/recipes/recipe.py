@@ -8,6 +8,7 @@ and its bits unless it has its own."""
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Rule:
 
     def covers(self, layer: str, counts: Mapping[str, int]) -> bool:
         """Whether the rule names this layer; `counts` holds the number of blocks under each path."""
-        return bool(re.fullmatch(self.layers, layer)) and (not (self.first or self.last) or self._at_end(layer, counts))
+        return _matches(self.layers, layer) and (not (self.first or self.last) or self._at_end(layer, counts))
 
     def allows(self, layer: str, error: Error) -> bool:
         """Whether the layer bears so few bits."""
@@ -61,6 +62,12 @@ class Rule:
             return False
         path, index = block
         return index < ceil(self.first * counts[path]) or index >= counts[path] - ceil(self.last * counts[path])
+
+
+@cache
+def _matches(pattern: str, layer: str) -> bool:
+    """Of every layer and rule, asked for by every recipe that extends another."""
+    return re.fullmatch(pattern, layer) is not None
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,11 @@ class Recipe:
 
     def bits(self, component: str, layers: Sequence[str], chosen: int, error: Error = unknown) -> dict[str, int]:
         """Bits of every layer of the component that is quantized; `layers` are the paths of all its layers."""
+        if error is unknown:
+            return dict(_known_bits(self, component, tuple(layers), chosen))
+        return self._bits(component, layers, chosen, error)
+
+    def _bits(self, component: str, layers: Sequence[str], chosen: int, error: Error) -> dict[str, int]:
         counts = block_counts(layers)
 
         def naming(rules: Iterable[Rule], layer: str) -> list[Rule]:
@@ -96,6 +108,12 @@ class Recipe:
             at_most=other.at_most + self.at_most,
             own_bits=self.own_bits or other.own_bits,
         )
+
+
+@cache
+def _known_bits(recipe: Recipe, component: str, layers: tuple[str, ...], chosen: int) -> dict[str, int]:
+    """Where no error is known; the same is asked more than once when a plan is made."""
+    return recipe._bits(component, layers, chosen, unknown)  # noqa: SLF001
 
 
 def recipe_names() -> list[str]:
@@ -173,6 +191,7 @@ def _checked_bits(bits: object) -> int:
     return bits
 
 
+@cache
 def block_of(layer: str) -> tuple[str, int] | None:
     """`transformer_blocks.7.attn1.to_q` -> (`transformer_blocks`, 7)"""
     match = re.match(r"(.*?)\.(\d{1,9})\.", layer)

@@ -117,15 +117,15 @@ class Needs:
         else the one that takes least."""
         *_, last = self.phases
         if not isinstance(last, DecodeVideo):
-            return None, self._of(sizes, None)
+            return None, self.of(sizes, None)
         grid, found = self.job.grid(sizes=self.job.output(sizes)), []
         latents, config = (grid.frames, grid.height, grid.width), self.job.video_config
         if config.decoder.largest_array(latents) <= MAX_ELEMENTS:
-            *_, whole = needs = self._of(sizes, None)
-            if whole.weights + whole.activations.full + whole.clip <= min(limit, self._usual):
+            *_, whole = needs = self.of(sizes, None)
+            if whole.weights + whole.activations.full + whole.clip <= min(limit, self.usual):
                 return None, needs
         for tiling in tilings(config, latents):
-            needs = self._of(sizes, tiling)
+            needs = self.of(sizes, tiling)
             if _least(needs) <= limit:
                 return tiling, needs
             found.append((needs[-1].least, tiling, needs))
@@ -133,11 +133,12 @@ class Needs:
         return tiling, needs
 
     @cached_property
-    def _usual(self) -> int:
+    def usual(self) -> int:
         """What making the latents takes anyway: the transformer's bytes, if there is one."""
         return self.headers.weights(TRANSFORMER) if self.job.folder.has(TRANSFORMER) else 0
 
-    def _of(self, sizes: Sizes, tiling: Tiling | None) -> tuple[Need, ...]:
+    def of(self, sizes: Sizes, tiling: Tiling | None) -> tuple[Need, ...]:
+        """What every phase takes, with the video decoded in these tiles."""
         needs = [phase.need(self.headers, sizes, tiling) for phase in self.phases]
         if self.machines.several and tiling is not None and isinstance(self.phases[-1], DecodeVideo):
             # Decoded tiles of all machines are there together, and this one's beside them.
@@ -147,11 +148,11 @@ class Needs:
         return tuple(needs)
 
 
-def plan_memory(job: Job, machines: Machines = ALONE) -> MemoryPlan:
-    """The plan of a checked job on this machine. Its tiles are the first that stay below the limit, from Lightricks'
+def plan_memory(job: Job, machines: Machines = ALONE, needs: Needs | None = None) -> MemoryPlan:
+    """The plan of a checked job on this machine, from what it `needs`. Its tiles are the first that stay below the limit, from Lightricks'
     choice down; with `low_memory` below what is taken in any case. Of several machines the smallest decides tiles: all
     decode the same ones."""
-    given, needs = job.request.memory_limit, Needs(job, machines)
+    given, needs = job.request.memory_limit, needs or Needs(job, machines)
     limit = available_memory() if given is None else int(given * GB)
     low = job.request.low_memory
     most = _least(needs.choose(job.sizes, 0)[1]) if low else limit

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -164,9 +165,22 @@ class Headers:
         return tuple(sizes[index] for index in sorted(sizes))
 
 
+_GPU = ContextVar("_GPU", default=False)  # plans are made for a machine with one
+
+
+@contextmanager
+def on_another_mac() -> Iterator[None]:
+    """Plans are those of a Mac with a GPU, whatever this machine is."""
+    before = _GPU.set(True)
+    try:
+        yield
+    finally:
+        _GPU.reset(before)
+
+
 def uses_cpu() -> bool:
-    """Whether MLX computes on the CPU here."""
-    return bool(mx.default_device() == mx.Device(mx.cpu))
+    """Whether MLX computes on the CPU, on the machine that is planned for."""
+    return not _GPU.get() and bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def on_cpu(size: int) -> int:

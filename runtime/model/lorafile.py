@@ -234,8 +234,11 @@ def _scale(file: TensorFile, parts: Parts, alpha: float | None, settings: Settin
 def _alphas(file: TensorFile, layers: Layers) -> dict[str, float]:
     """The value of every module's alpha. Single values all over a file are sought and read: behind each one that is
     mapped, the system would read ahead."""
+    found = {module: layer.parts[ALPHA] for module, layer in layers.items() if ALPHA in layer.parts}
+    if not found:
+        return {}
     with open_regular(file.path) as data:
-        return {m: _alpha(file, layer.parts[ALPHA], data) for m, layer in layers.items() if ALPHA in layer.parts}
+        return {module: _alpha(file, tensor, data) for module, tensor in found.items()}
 
 
 def _alpha(file: TensorFile, tensor: TensorInfo, data: BinaryIO) -> float:

@@ -17,7 +17,7 @@ from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.paths import visible
 from ltx2.runtime.files.tensors import Array, TensorFile, TensorInfo, open_tensorfile, to_float32
 from ltx2.runtime.model.layout import CONFIG, LORAS, TRANSFORMER, ModelFolder, is_lora
-from ltx2.runtime.model.lorafile import Shapes, checked_layers, lora_config, misfits
+from ltx2.runtime.model.lorafile import Layers, Shapes, checked_layers, lora_config, misfits
 from ltx2.runtime.model.names import ALPHA, BIAS_DELTA, DELTA, DOWN, UP
 
 OTHER = "use a LoRA made for the model's release"
@@ -93,18 +93,21 @@ class Lora:
     @classmethod
     def open(cls, path: Path) -> "Lora":
         """Raises CheckpointError for what is no LoRA or not whole, UnsupportedError for adapters of other kinds."""
-        converted = path.is_dir()
-        files = [open_tensorfile(file) for file in (visible(path, "*.safetensors") if converted else [path])]
+        if path.is_dir():
+            files = [open_tensorfile(file) for file in visible(path, "*.safetensors")]
+            return cls.of_folder(path, files)
+        file = open_tensorfile(path)
+        layers, config = checked_layers(file), lora_config(file)
+        where = {name: file for name in file.tensors}
+        return cls(path, _changes(layers, where, config), config, file.metadata.get("model_version", ""))
+
+    @classmethod
+    def of_folder(cls, path: Path, files: Sequence[TensorFile], config: Mapping[str, Any] | None = None) -> "Lora":
+        """A converted one, of its files and its configuration (None: as config.json says)."""
         where = {name: file for file in files for name in file.tensors}
-        tensors = {name: file.tensors[name] for name, file in where.items()}
-        whole = TensorFile(path, {}, tensors) if converted else files[0]
-        layers = checked_layers(whole)
-        config = _folder_config(path, len(layers)) if converted else lora_config(whole)
-        changes = {}
-        for layer in layers.values():
-            parts = {part: (where[t.name], t) for part, t in layer.parts.items() if part != ALPHA}
-            changes[layer.path] = Change(parts, config.get("scales", {}).get(layer.path, config["scale"]))
-        return cls(path, changes, config, whole.metadata.get("model_version", ""))
+        layers = checked_layers(TensorFile(path, {}, {name: file.tensors[name] for name, file in where.items()}))
+        known = _folder_config(path, len(layers)) if config is None else config
+        return cls(path, _changes(layers, where, known), known)
 
     def applied(self) -> dict[str, Change]:
         """What is applied to a transformer, by path."""
@@ -137,6 +140,14 @@ class Lora:
         if whole:
             why = f"it changes {len(whole)} weights or biases by more than factors; the first is {whole[0]}"
             raise InputError(f"{name} cannot act beside the weights", why, "fuse it: ltx2 convert --fuse LORA")
+
+
+def _changes(layers: Layers, where: Mapping[str, TensorFile], config: Mapping[str, Any]) -> dict[str, Change]:
+    changes = {}
+    for layer in layers.values():
+        parts = {part: (where[t.name], t) for part, t in layer.parts.items() if part != ALPHA}
+        changes[layer.path] = Change(parts, config.get("scales", {}).get(layer.path, config["scale"]))
+    return changes
 
 
 def _folder_config(path: Path, layers: int) -> dict[str, Any]:

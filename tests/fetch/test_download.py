@@ -110,7 +110,7 @@ class TestCatalogue:
             assert bundle.variant in bundle.name and bundle.variant in members[0].name
 
     def test_every_published_file_is_listed_with_its_size(self) -> None:
-        """As the headers in tests/headers know it."""
+        """As the headers of published files know it."""
         sizes = {Path(f.path).name: f for p in self.known.published.values() for f in p.files if not p.is_folder}
         checked = 0
         for header in published.HEADERS.glob("ltx-*.json"):

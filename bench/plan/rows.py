@@ -1,0 +1,191 @@
+"""Whether models run on a machine, as they are and in every preset, and what that takes: rows for people and programs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ltx2.bench.plan.models import PROMPT, Planned, PlannedBundle, PlannedFolder
+from ltx2.convert.fetch.catalogue import catalogue
+from ltx2.quant.apply import Settings
+from ltx2.quant.choose.budget import MOST_GB, gpu_bytes
+from ltx2.quant.recipes.recipe import BITS
+from ltx2.runtime.errors import InputError, UnsupportedError, UsageError
+from ltx2.runtime.files.paths import free_bytes
+from ltx2.runtime.generate.preset import DISTILLED, load_preset
+from ltx2.runtime.generate.request import Request
+from ltx2.runtime.machine.facts import available_memory, total_memory
+from ltx2.runtime.memory.plan import on_another_mac
+from ltx2.runtime.model.layout import MANIFEST, ModelFolder
+
+RESIDENT, STREAMED, NOT = "resident", "streamed", "does not run"
+AS_IS = 16  # bits of weights that are not quantized
+PRESETS = ("q8", "q6", "q4", "q4-small", "q3")  # from the best to the smallest
+ENOUGH = PRESETS[:4]  # what is better read from disk in every step than replaced by less
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model in one preset. `read`: bytes in every step of the hungriest stage; `peak`: of memory, and the least where
+    it does not run; `size`: of the model folder; the others are bytes on disk while fetching, while converting, and
+    after, without the files that it was made from. `command` makes the folder."""
+
+    preset: str
+    runs: str
+    read: int
+    peak: int
+    size: int
+    downloading: int
+    converting: int
+    after: int
+    command: str
+    recommended: bool = False
+
+
+@dataclass(frozen=True)
+class ModelRows:
+    """All rows of a model."""
+
+    name: str
+    purpose: str
+    release: str | None
+    variant: str | None
+    bits: int
+    rows: tuple[Row, ...]
+
+    @property
+    def best(self) -> Row | None:
+        """The row to take: the most bits that stay in memory; else the least to read, of what has enough bits."""
+        able = [row for row in self.rows if row.runs != NOT]
+        enough = [row for row in able if row.preset not in PRESETS or row.preset in ENOUGH]
+        resident = [row for row in enough if row.runs == RESIDENT]
+        if resident:
+            return resident[0]
+        return min(enough or able, key=lambda row: row.read, default=None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked, and all rows. `memory_gb` is of the Mac that was named, None for this computer; `limit`: bytes
+    that a generation may take there; `free`: of this disk."""
+
+    memory_gb: float | None
+    limit: int
+    free: int
+    clip: Mapping[str, Any]
+    models: tuple[ModelRows, ...]
+
+    @property
+    def recommended(self) -> tuple[ModelRows, Row] | None:
+        """The model and its row: resident before streamed, distilled before dev, the newest release."""
+        found = [(model, row) for model in self.models for row in model.rows if row.recommended]
+        return found[0] if found else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`; sizes in bytes."""
+        best = self.recommended
+        return asdict(self) | {"recommended": {"name": best[0].name, **asdict(best[1])} if best else None}
+
+
+def plan_models(
+    names: Sequence[str] = (), memory: float | None = None, bits: int | None = None, sizes: Mapping[str, Any] | None = None
+) -> Plan:
+    """Plan bundles by name and model folders by path; all bundles without names. `memory`: GB of another Mac; `bits`:
+    only these (16: as it is); `sizes`: width, height and frames of the clip.
+
+    Raises InputError for an unknown name, a Mac that does not exist, or sizes that are not valid; UsageError for bits
+    that are not.
+    """
+    if bits not in (None, AS_IS, *BITS):
+        raise UsageError(f"--bits {bits} is not possible", "weights have 2 to 8 bits, or 16", "use --bits 4")
+    if memory is not None and not 0 < memory <= MOST_GB:
+        raise InputError(f"--memory {memory:g} is not possible", "it is a Mac's memory in GB", "use --memory 24")
+    limit = available_memory() if memory is None else gpu_bytes(memory)
+    presets = _presets(bits)
+    if memory is None:
+        models = [_rows(model, presets, limit, sizes or {}) for model in _models(names)]
+    else:
+        with on_another_mac():
+            models = [_rows(model, presets, limit, sizes or {}) for model in _models(names)]
+    marked = _marked(models)
+    clip = dict(load_preset(models[0].release).defaults) | dict(sizes or {})
+    shown = {name: clip[name] for name in ("width", "height", "frames", "fps")}
+    return Plan(memory, limit, free_bytes(Path()), shown, marked)
+
+
+def _models(names: Sequence[str]) -> Iterator[Planned]:
+    known = catalogue()
+    for name in names or known.bundles:
+        if name in known.bundles:
+            yield PlannedBundle(known.bundles[name])
+        elif (Path(name) / MANIFEST).exists():
+            yield PlannedFolder(ModelFolder.open(Path(name)))
+        else:
+            yield PlannedBundle(_bundle_of(name))
+
+
+def _bundle_of(name: str) -> Any:
+    """The bundle that has a published file as its model. Raises InputError for another name."""
+    known = catalogue()
+    (chosen, *_) = known.choose([name])
+    for bundle in known.bundles.values():
+        if bundle.names[0] == chosen.name:
+            return bundle
+    why = f"it is a part of one, for: {chosen.purpose}"
+    raise InputError(f"{name} is no model", why, f"name one of {', '.join(known.bundles)}, or a model folder")
+
+
+def _presets(bits: int | None) -> dict[str, Settings | None]:
+    if bits is not None:
+        return {"": None} if bits == AS_IS else {f"q{bits}": Settings(bits=bits)}
+    return {"": None} | {name: Settings(recipe=name) for name in PRESETS}
+
+
+def _rows(
+    model: Planned, presets: Mapping[str, Settings | None], limit: int, sizes: Mapping[str, Any]
+) -> ModelRows:
+    """Presets that do not fit the model are left out."""
+    defaults = {"frames": load_preset(model.release).defaults["frames"]}
+    options = {"prompt": PROMPT, "output": "clip.mp4", "memory_limit": limit / GB}
+    request = Request.from_options(defaults | dict(sizes) | options)
+    rows = []
+    for name, settings in presets.items():
+        try:
+            rows.append(_row(model, name or f"{model.bits} bit", settings, request))
+        except (InputError, UnsupportedError):
+            if settings is None or len(presets) == 1:
+                raise
+    return ModelRows(model.name, model.purpose, model.release, model.variant, model.bits, tuple(rows))
+
+
+def _row(model: Planned, preset: str, settings: Settings | None, request: Request) -> Row:
+    plan, size = model.memory(settings, request), model.size(settings)
+    read = max((phase.read for phase in plan.phases), default=0)
+    runs = NOT if not plan.fits else STREAMED if read else RESIDENT
+    source = model.source if settings is not None else 0
+    made = model.download + size + source
+    return Row(preset, runs, read, plan.peak, size, model.download, made, size, _command(model, settings, preset))
+
+
+def _command(model: Planned, settings: Settings | None, preset: str) -> str:
+    """What makes the folder, empty where it is there."""
+    how = "" if settings is None else f" --recipe {preset}" if settings.recipe else f" --bits {settings.bits}"
+    if model.download:
+        return f"ltx2 download {model.name} --convert{how}"
+    return f"ltx2 quantize {model.name} -o {model.name}-{preset}{how}" if settings is not None else ""
+
+
+def _marked(models: Sequence[ModelRows]) -> tuple[ModelRows, ...]:
+    """With the recommended row marked."""
+    able = [model for model in models if model.best is not None]
+    if not able:
+        return tuple(models)
+
+    def rank(model: ModelRows) -> tuple[bool, bool, bool, str]:
+        resident = model.best is not None and model.best.runs == RESIDENT
+        return resident, model.variant == DISTILLED, model.bits == AS_IS, model.release or ""
+
+    chosen = max(able, key=rank)
+    rows = tuple(replace(row, recommended=row is chosen.best) for row in chosen.rows)
+    return tuple(replace(model, rows=rows) if model is chosen else model for model in models)

@@ -1,0 +1,41 @@
+"""A bundle before it is downloaded: its sources, as the headers that come with ltx2 describe them."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+from ltx2.convert.fetch.catalogue import Bundle, Published, catalogue
+from ltx2.convert.names.header import HEADERS, NONE, described_file, header_of
+from ltx2.convert.names.release import recognise_releases
+from ltx2.convert.sources.checkpoint import described_source
+from ltx2.convert.sources.source import GEMMA, Source, read_json
+
+
+def bundle_sources(bundle: Bundle, skip: range = NONE) -> tuple[Source, ...]:
+    """What `convert` would be given, without the transformer blocks whose number is in `skip`. Bundles with the same
+    headers share sources, but for LoRAs, which are called as they are published.
+
+    Raises InputError for a bundle with a file whose header is not at hand.
+    """
+    return tuple(_source(published, skip) for published in catalogue().choose([bundle.name]))
+
+
+def _source(published: Published, skip: range) -> Source:
+    names = [PurePosixPath(file.path).name for file in published.files]
+    headers = tuple(header_of(name) for name in names if name.endswith(".safetensors"))
+    if published.is_folder:
+        return _folder_source(published.name, headers)
+    source = _file_source(headers[0], skip)
+    return replace(source, path=Path(published.name)) if source.kind == "lora" else source
+
+
+@cache
+def _file_source(header: str, skip: range) -> Source:
+    return described_source(described_file(header, skip))
+
+
+@cache
+def _folder_source(name: str, headers: tuple[str, ...]) -> Source:
+    """A text encoder's folder."""
+    files, config = tuple(map(described_file, headers)), read_json(HEADERS / f"{name}-config.json")
+    return Source(Path(name), GEMMA, files, config, recognise_releases(files[0], config))

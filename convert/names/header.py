@@ -1,0 +1,141 @@
+"""The headers of published files (headers/*.json): what a file holds, without its data, so that plans can be made before
+anything is downloaded.
+
+A header file maps published file names to their sizes (null: unknown) and says how many bytes of data they hold.
+Tensors are [dtype, *shape] by name; `{0-47}` and `{to_k,to_q}` in a name stand for each of these. `like` takes the
+tensors of other header files over, with a prefix, and the first one's metadata; `without` leaves some of these out, and
+`quantized` stores some of their layers in another format. `<N characters>` in the metadata stands for N characters."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.files.tensors import TensorFile, TensorInfo, tensor_bytes
+
+HEADERS = Path(__file__).parent / "headers"
+BRACES = re.compile(r"\{([^{}]*)\}")
+BLOCK = re.compile(r"(?:^|\.)transformer_blocks\.(\d+)\.")
+NONE = range(0)
+COMFY_QUANT = 72  # bytes of JSON
+# Line ends and quotes in the licence text, by its length: escaped in JSON, so they count twice in the file's size.
+ESCAPED = {21426: 420, 21427: 420, 34561: 622, 34562: 623}
+Spec = tuple[str, tuple[int, ...]]
+Tensors = dict[str, Spec]
+
+
+def expand(pattern: str, skip: range = NONE) -> Iterator[str]:
+    """All names that a pattern stands for: `{a,b}` is each of its parts, `{0-3}` each of these numbers. Transformer
+    blocks whose number is in `skip` are left out."""
+    match = BRACES.search(pattern)
+    if match is None:
+        if not (skip and (block := BLOCK.search(pattern)) and int(block[1]) in skip):
+            yield pattern
+        return
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    for part in match[1].split(","):
+        numbers = re.fullmatch(r"(\d+)-(\d+)", part)
+        values = range(int(numbers[1]), int(numbers[2]) + 1) if numbers else (part,)
+        for value in values:
+            if not (numbers and value in skip and before.endswith("transformer_blocks.")):
+                yield from expand(f"{before}{value}{after}", skip)
+
+
+def read_header(name: str, skip: range = NONE) -> tuple[dict[str, int | None], dict[str, str], Tensors]:
+    """Published file names with their sizes, metadata and tensors of one header file, without the transformer blocks
+    whose number is in `skip`."""
+    return header_data(name)["files"], _metadata(name), dict(_tensors(name, skip))
+
+
+def header_of(file: str) -> str:
+    """The header file of a published one. Raises InputError where there is none."""
+    if file not in _names():
+        raise InputError(f"{file} is not known before it is downloaded", "its header is not at hand", "download it")
+    return _names()[file]
+
+
+def described_file(header: str, skip: range = NONE) -> TensorFile:
+    """A published file as far as its header says."""
+    _, metadata, tensors = read_header(header, skip)
+    infos, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + tensor_bytes(dtype, shape)
+        infos[name] = TensorInfo(name, dtype, shape, start, end)
+    return TensorFile(Path(f"{header}.safetensors"), metadata, infos)
+
+
+@cache
+def _names() -> Mapping[str, str]:
+    """The header file of each published one."""
+    return {file: path.stem for path in HEADERS.glob("*.json") for file in header_data(path.stem).get("files", ())}
+
+
+@cache
+def header_data(name: str) -> dict[str, Any]:
+    """A header file as it is written."""
+    data: dict[str, Any] = json.loads((HEADERS / f"{name}.json").read_text())
+    return data
+
+
+def _metadata(name: str) -> dict[str, str]:
+    data = header_data(name)
+    own = {key: _text(key, value) for key, value in data.get("metadata", {}).items()}
+    metadata = own or _metadata(next(iter(data["like"])))
+    quantized = data.get("quantized", {})
+    if quantized.get("format") in ("float8_e4m3fn", "nvfp4"):
+        layers = sorted(chain(*map(expand, quantized["layers"])))
+        record = {"format_version": "1.0", "layers": {layer: {"format": quantized["format"]} for layer in layers}}
+        metadata |= {"_quantization_metadata": json.dumps(record)}
+    return metadata
+
+
+@cache
+def _tensors(name: str, skip: range) -> Tensors:
+    data = header_data(name)
+    tensors: Tensors = {}
+
+    def names(patterns: Iterator[str]) -> Iterator[str]:
+        return (found for pattern in patterns for found in expand(pattern, skip))
+
+    for other, prefix in data.get("like", {}).items():
+        tensors |= {prefix + key: spec for key, spec in _tensors(other, skip).items()}
+    for key in names(iter(data.get("without", ()))):
+        del tensors[key]
+    for pattern, (dtype, *shape) in data.get("tensors", {}).items():
+        tensors |= dict.fromkeys(expand(pattern, skip), (dtype, tuple(shape)))
+    for layer in names(iter(data.get("quantized", {}).get("layers", ()))):
+        tensors |= quantized_layer(layer, data["quantized"]["format"], tensors[f"{layer}.weight"][1])
+    return tensors
+
+
+def quantized_layer(layer: str, kind: str, shape: tuple[int, ...]) -> Tensors:
+    """The tensors of a linear layer of this shape as the quantized files store it."""
+    rows, columns = shape
+    scalar: Spec = ("F32", ())
+    specs: dict[str, Tensors] = {
+        "float8_e4m3fn": {"weight": ("F8_E4M3", shape), "weight_scale": scalar, "input_scale": scalar},
+        "nvfp4": {
+            "weight": ("U8", (rows, columns // 2)), "weight_scale": ("F8_E4M3", (rows, columns // 16)),
+            "weight_scale_2": scalar, "input_scale": scalar,
+        },
+        "int8": {
+            "weight": ("I8", shape), "weight_scale": ("F32", (rows, 1)), "comfy_quant": ("U8", (COMFY_QUANT,)),
+        },
+    }  # fmt: skip
+    return {f"{layer}.{part}": spec for part, spec in specs[kind].items()}
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        return json.dumps(value, separators=(",", ":") if key == "gemma_config" else None)
+    match = re.fullmatch(r"<(\d+) characters>", value)
+    if match is None:
+        return value
+    length = int(match[1])
+    escaped = ESCAPED.get(length, 0)
+    return "\n" * escaped + "x" * (length - escaped)
