@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ltx2 import events as events
+    from ltx2.api import bench as bench  # as convert
     from ltx2.api import calibrate as calibrate
     from ltx2.api import convert as convert  # the function; the sub-package is what `from ltx2.convert import` reaches
     from ltx2.api import download as download
     from ltx2.api import inspect as inspect
     from ltx2.api import load as load
+    from ltx2.api import plan as plan
     from ltx2.api import quantize as quantize
     from ltx2.api import verify as verify
     from ltx2.runtime.errors import CheckpointError as CheckpointError
@@ -40,7 +42,7 @@ __version__ = "0.1.0"
 
 # Module -> public names that it has. Imported on first use, so that `import ltx2` and `ltx2 --help` stay instant.
 _PUBLIC = {
-    "ltx2.api": ("load", "download", "convert", "calibrate", "quantize", "verify", "inspect"),
+    "ltx2.api": ("load", "download", "convert", "calibrate", "quantize", "plan", "bench", "verify", "inspect"),
     "ltx2.runtime.generate.pipeline": ("Pipeline",),
     "ltx2.runtime.generate.clip": ("Clip",),
     "ltx2.runtime.errors": (

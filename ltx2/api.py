@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ltx2
+import ltx2.bench
 from ltx2.convert.delete import delete_sources as removal
 from ltx2.convert.plan.entries import Plan
 from ltx2.convert.plan.fuse import fuse as fused
@@ -167,6 +168,64 @@ def quantize(
     return next(event.report for event in list(_watched(events, progress)) if isinstance(event, Quantized))
 
 
+def plan(
+    *names: str,
+    memory: float | None = None,
+    bits: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    frames: int | None = None,
+) -> dict[str, Any]:
+    """Whether bundles (`ltx2 download --list`) and model folders run on this Mac, or on one of `memory` GB, as they are
+    and in every preset: what `ltx2 plan --json` prints, sizes in bytes. Needs no network; without names all bundles."""
+    from ltx2.bench.plan.rows import plan_models
+
+    sizes = {"width": width, "height": height, "frames": frames}
+    return plan_models(names, memory, bits, {name: n for name, n in sizes.items() if n is not None}).to_dict()
+
+
+def bench(
+    models: Sources = (),
+    *,
+    random: str | None = None,
+    bits: Sequence[int] = (),
+    mode: str | None = None,
+    group_size: int | None = None,
+    recipe: str | None = None,
+    suite: str = "quick",
+    part: str | None = None,
+    repeat: int | None = None,
+    warmup: int | None = None,
+    cooldown: float | None = None,
+    compare: StrPath | None = None,
+    progress: Watch | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure time and memory of model folders, phase by phase, in turns; returns the receipt, as `ltx2 bench --json`
+    prints it. `random`: a published model with random weights, of `bits`, `mode`, `group_size` and `recipe`; `compare`:
+    an earlier receipt; `options` are those of `generate`."""
+    from ltx2.bench.speed.cases import RandomWeights, bench_cases
+    from ltx2.bench.speed.compare import read_receipt
+    from ltx2.bench.speed.run import Benched, run_bench
+    from ltx2.bench.speed.suite import load_suite
+
+    settings = {
+        name: value for name, value in (("mode", mode), ("group_size", group_size), ("recipe", recipe)) if value
+    }
+    if random is None and (bits or settings):
+        raise UsageError("nothing is random", "bits, mode, group_size and recipe are of random weights", "give random")
+    paths = [Path(path) for path in ([models] if isinstance(models, str | PathLike) else models)]
+    if random is None and not paths:
+        raise UsageError("nothing is measured", "there is no model", "name a model folder, or give random")
+    weights = None if random is None else RandomWeights(random, tuple(bits), Settings(**settings))
+    schedule = {"repeat": repeat, "warmup": warmup, "cooldown": cooldown}
+    chosen = load_suite(suite).changed(part, options, schedule)
+    old = None if compare is None else read_receipt(Path(compare))
+    events = run_bench(bench_cases(paths, weights, chosen), chosen.schedule, chosen.name, old)
+    *_, receipt = (event.receipt for event in _watched(events, progress) if isinstance(event, Benched))
+    return receipt
+
+
 def verify(
     model: StrPath, *, sources: Sources = (), stats: StrPath | None = None, progress: Watch | None = None
 ) -> dict[str, Any]:
@@ -203,5 +262,5 @@ def _path(path: StrPath | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-# Importing a sub-package has bound its name; the public one is the function's. `from ltx2.convert import …` works on.
-vars(ltx2)["convert"] = convert
+# Importing the packages has bound their names; the public ones are the functions'. `from ltx2.convert import …` works on.
+vars(ltx2).update(bench=bench, convert=convert)

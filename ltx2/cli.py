@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from ltx2.commands import clips, fetch, measure, models
+from ltx2.commands import clips, fetch, machine, measure, models
 from ltx2.console import InOrder, run_group
 
 
@@ -37,6 +37,7 @@ for command in (
     models.convert,
     models.calibrate,
     models.quantize,
+    machine.plan,
     clips.generate,
     measure.bench,
     models.inspect,

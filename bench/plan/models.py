@@ -63,7 +63,12 @@ class PlannedBundle(Planned):
     """A bundle that need not be here."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.name, self.purpose, self.release, self.variant = bundle.name, bundle.purpose, bundle.release, bundle.variant
+        self.name, self.purpose, self.release, self.variant = (
+            bundle.name,
+            bundle.purpose,
+            bundle.release,
+            bundle.variant,
+        )
         sources = bundle_sources(bundle, LEFT_OUT)
         self._networks = tuple(source for source in sources if source.kind != "lora")
         self._loras = tuple(source for source in sources if source.kind == "lora")

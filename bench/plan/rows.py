@@ -14,7 +14,7 @@ from ltx2.runtime.errors import InputError, UnsupportedError, UsageError
 from ltx2.runtime.files.paths import free_bytes
 from ltx2.runtime.generate.preset import DISTILLED, load_preset
 from ltx2.runtime.generate.request import Request
-from ltx2.runtime.machine.facts import available_memory, total_memory
+from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.memory.plan import on_another_mac
 from ltx2.runtime.model.layout import MANIFEST, ModelFolder
 
@@ -89,7 +89,10 @@ class Plan:
 
 
 def plan_models(
-    names: Sequence[str] = (), memory: float | None = None, bits: int | None = None, sizes: Mapping[str, Any] | None = None
+    names: Sequence[str] = (),
+    memory: float | None = None,
+    bits: int | None = None,
+    sizes: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Plan bundles by name and model folders by path; all bundles without names. `memory`: GB of another Mac; `bits`:
     only these (16: as it is); `sizes`: width, height and frames of the clip.
@@ -142,9 +145,7 @@ def _presets(bits: int | None) -> dict[str, Settings | None]:
     return {"": None} | {name: Settings(recipe=name) for name in PRESETS}
 
 
-def _rows(
-    model: Planned, presets: Mapping[str, Settings | None], limit: int, sizes: Mapping[str, Any]
-) -> ModelRows:
+def _rows(model: Planned, presets: Mapping[str, Settings | None], limit: int, sizes: Mapping[str, Any]) -> ModelRows:
     """Presets that do not fit the model are left out."""
     defaults = {"frames": load_preset(model.release).defaults["frames"]}
     options = {"prompt": PROMPT, "output": "clip.mp4", "memory_limit": limit / GB}

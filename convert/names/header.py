@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import chain
-from math import prod
 from pathlib import Path
 from typing import Any
 

@@ -113,7 +113,7 @@ class Recipe:
 @cache
 def _known_bits(recipe: Recipe, component: str, layers: tuple[str, ...], chosen: int) -> dict[str, int]:
     """Where no error is known; the same is asked more than once when a plan is made."""
-    return recipe._bits(component, layers, chosen, unknown)  # noqa: SLF001
+    return recipe._bits(component, layers, chosen, unknown)
 
 
 def recipe_names() -> list[str]:

@@ -98,7 +98,7 @@ class Lora:
             return cls.of_folder(path, files)
         file = open_tensorfile(path)
         layers, config = checked_layers(file), lora_config(file)
-        where = {name: file for name in file.tensors}
+        where = dict.fromkeys(file.tensors, file)
         return cls(path, _changes(layers, where, config), config, file.metadata.get("model_version", ""))
 
     @classmethod

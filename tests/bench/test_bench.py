@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from ltx2.bench.speed import cases as speed_cases
 from ltx2.bench.speed import ceilings, host, trace
 from ltx2.bench.speed.cases import RandomWeights, bench_cases
 from ltx2.bench.speed.compare import compare, read_receipt, table
@@ -369,7 +370,7 @@ class TestTrace:
 def test_widths_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's bits, else the suite's, else none packed."""
     asked: list[Any] = []
-    monkeypatch.setattr("ltx2.bench.speed.cases.random_folder", lambda name, settings: asked.append(settings))
+    monkeypatch.setattr(speed_cases, "random_folder", lambda name, settings: asked.append(settings))
     for bits, usual in (((), ()), ((), (16, 4)), ((8,), (16, 4))):
         list(RandomWeights("any", bits).folders(usual))
     assert [settings and settings.bits for settings in asked] == [None, None, 4, 8]

@@ -46,6 +46,13 @@ class TestNames:
         assert ltx2.verify(demo_f32)["verified"] is True
         assert "transformer" in ltx2.inspect(demo_f32)["components"]
 
+    def test_bench(self, demo_f32: Path) -> None:
+        receipt = ltx2.bench(demo_f32, part="text", repeat=1, warmup=0, **{n: SIZE[n] for n in ("width", "frames")})
+        assert [case["name"].split(",")[0] for case in receipt["cases"]] == [demo_f32.name]
+        for wrong in ({}, {"models": demo_f32, "bits": [4]}):
+            with pytest.raises(ltx2.UsageError):
+                ltx2.bench(**wrong)
+
     def test_others_are_not(self) -> None:
         with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
             _ = ltx2.nonsense
@@ -57,6 +64,7 @@ class TestNames:
             "import ltx2; ltx2.load; import ltx2.convert.plan.entries; assert callable(ltx2.convert)",
             "import ltx2.api, ltx2; from ltx2.convert.plan import entries; assert callable(ltx2.convert)",
             "from ltx2 import convert; assert callable(convert); from ltx2.convert import plan",
+            "import ltx2; assert callable(ltx2.bench); import ltx2.bench.speed.run; assert callable(ltx2.bench)",
             "from ltx2 import load, quantize, Clip; import ltx2.quant, ltx2.bench, ltx2.runtime",
         ],
     )
@@ -110,7 +118,7 @@ class TestSameAsTheCommandLine:
         only_in_python = {"output", "state", "progress"}  # the command has a target, its state beside it, and a screen
         assert options("generate") == ROWS.keys() - only_in_python
 
-    @pytest.mark.parametrize("name", ["convert", "quantize"])
+    @pytest.mark.parametrize("name", ["convert", "quantize", "plan"])
     def test_functions(self, name: str) -> None:
         function: Callable[..., Any] = getattr(api, name)
         assert options(name) <= set(inspect.signature(function).parameters)
@@ -128,6 +136,8 @@ class TestSameAsTheCommandLine:
         own = {"models", "part", "suite", "repeat", "warmup", "cooldown", "compare", "out", "plot", "verbose"}
         own |= {"random", "bits", "mode", "group_size", "recipe"} | {"compared", "reference", "prompts"}
         assert options("bench") - own <= options("generate") and set(COSTS) <= options("bench")
+        only_there = {"out", "plot", "verbose", "compared", "reference", "prompts"}
+        assert own - only_there <= set(inspect.signature(api.bench).parameters)
 
 
 class TestConvert:

@@ -1,5 +1,5 @@
-"""Sparse files of full size without data, with the published files' headers, so that the code under test reads them as it
-would read the published ones."""
+"""Sparse files of full size without data, with the published files' headers: the code under test reads them as it would
+read the published ones."""
 
 import json
 import re

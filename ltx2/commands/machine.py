@@ -1,0 +1,31 @@
+"""What this Mac, or another one, can do."""
+
+import click
+
+from ltx2.commands.shared import generate_options
+from ltx2.console import Output, common
+
+SIZES = ("width", "height", "frames")
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--memory", type=float, metavar="GB", help="Plan for a Mac of so much memory; default: this computer.")
+@click.option("--bits", type=int, help="Only so many bits (16: as it is); default: as it is, and all presets.")
+@generate_options(*SIZES)
+@common
+def plan(output: Output, names: tuple[str, ...], memory: float | None, bits: int | None, **sizes: int | None) -> None:
+    """Say what will run here, before any download.
+
+    NAME is a bundle, as `ltx2 download --list` shows them, or a model folder; default: all bundles. For each one and
+    every preset: whether it stays in memory or is read from disk in every step, the peak, and the disk that it takes.
+    No network is needed.
+    """
+    from ltx2.bench.plan.rows import plan_models
+    from ltx2.render import plan_advice, plan_tables, print_table
+
+    made = plan_models(names, memory, bits, {name: value for name, value in sizes.items() if value is not None})
+    if not output.quiet and not output.as_json:
+        for table in plan_tables(made, overview=not names):
+            print_table(*table)
+    output.result(made.to_dict(), plan_advice(made))
