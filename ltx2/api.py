@@ -262,5 +262,5 @@ def _path(path: StrPath | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-# Importing the packages has bound their names; the public ones are the functions'. `from ltx2.convert import …` works on.
+# Importing packages has bound their names; the public ones are the functions'. `from ltx2.convert import …` works on.
 vars(ltx2).update(bench=bench, convert=convert)

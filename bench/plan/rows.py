@@ -1,4 +1,4 @@
-"""Whether models run on a machine, as they are and in every preset, and what that takes: rows for people and programs."""
+"""Whether models run on a machine, as they are and in every preset, and what that takes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

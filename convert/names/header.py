@@ -1,5 +1,5 @@
-"""The headers of published files (headers/*.json): what a file holds, without its data, so that plans can be made before
-anything is downloaded.
+"""The headers of published files (headers/*.json): what a file holds, without its data. With them
+plans are made before anything is downloaded.
 
 A header file maps published file names to their sizes (null: unknown) and says how many bytes of data they hold.
 Tensors are [dtype, *shape] by name; `{0-47}` and `{to_k,to_q}` in a name stand for each of these. `like` takes the

@@ -1,4 +1,4 @@
-"""A model folder as a plan: the same tensors where they are; what quantizing starts from. And a plan as the model folder
+"""A model folder as a plan: the same tensors where they are; what quantizing starts from. And a plan as the folder
 that it would make: headers and configurations without files."""
 
 from collections.abc import Iterable, Iterator, Mapping
