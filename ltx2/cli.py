@@ -39,6 +39,7 @@ for command in (
     models.quantize,
     machine.plan,
     clips.generate,
+    machine.doctor,
     measure.bench,
     models.inspect,
     models.verify,

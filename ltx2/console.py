@@ -55,6 +55,13 @@ class Output:
         elif text and not self.quiet:
             click.echo("\n".join(map(printable, text.split("\n"))))
 
+    def failed(self, error: Ltx2Error, data: dict[str, Any]) -> NoReturn:
+        """The command has failed, and found out something all the same: `data` goes beside the error."""
+        _show_error(error.to_dict(), as_json=False)
+        if self.as_json:
+            click.echo(json.dumps(data | {"error": error.to_dict()}, indent=2))
+        raise click.exceptions.Exit(error.exit_code)
+
 
 def common(command: Command) -> Command:
     """Add -q/--quiet and --json; the command gets an `Output` as its first argument."""
@@ -72,12 +79,11 @@ def run_group(group: click.Group, args: list[str]) -> int:
     """Run a command line and return its exit code."""
     as_json = "--json" in args
     try:
-        group.main(args, prog_name="ltx2", standalone_mode=False, obj=args)
+        code = group.main(args, prog_name="ltx2", standalone_mode=False, obj=args)
+        return code if isinstance(code, int) else 0  # an Exit that click has caught
     except Ltx2Error as error:
         _show_error(error.to_dict(), as_json)
         return error.exit_code
-    except click.exceptions.Exit as exit_:
-        return exit_.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return EXIT_USAGE
@@ -100,7 +106,6 @@ def run_group(group: click.Group, args: list[str]) -> int:
         what, why = f"cannot use {error.filename}", error.strerror or str(error)
         _show_error(InputError(what, why, "check the path and its permissions").to_dict(), as_json)
         return InputError.exit_code
-    return 0
 
 
 def _show_error(error: dict[str, str], as_json: bool) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
@@ -33,8 +33,10 @@ from ltx2.runtime.events import (
 )
 
 if TYPE_CHECKING:
+    from ltx2.bench.doctor.kernels import Checked
     from ltx2.bench.plan.rows import Plan as MachinePlan
     from ltx2.bench.plan.rows import Row as PlanRow
+    from ltx2.doctor import Diagnosed
 
 SILENCE_SECONDS = 4.0  # five are promised
 BEAT_SECONDS = 0.5
@@ -261,7 +263,7 @@ def _overview(plan: "MachinePlan", head: str) -> tuple[str, list[str], list[list
         first, *others = model.rows
         cells = {row.preset: _runs(row, "{}") for row in others}
         rows.append([marked + model.name, _runs(first, "{}"), *(cells.get(preset, "") for preset in presets)])
-    return title, ["", "as it is", *presets], rows
+    return title, ["bundle", "as it is", *presets], rows
 
 
 def _runs(row: "PlanRow", read: str) -> str:
@@ -282,6 +284,32 @@ def plan_advice(plan: "MachinePlan") -> str:
     free = f"; free here: {plan.free / 1e9:.1f} GB" if plan.memory_gb is None else ""
     lines = [f"* recommended: {model.name}, {row.preset}", *([f"{disk}{free}"] if row.downloading else [])]
     return "\n".join([*lines, *([row.command] if row.command else [])])
+
+
+def doctor_tables(found: "Diagnosed") -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """What this computer is, and the worst figure of every group of kernels: the relative error, and what it may be."""
+    yield "this computer", ["fact", "value"], [[name, text] for name, text in found.told().items()]
+    groups: dict[str, list[Checked]] = {}
+    for check in found.kernels:
+        groups.setdefault(check.group, []).append(check)
+    rows = []
+    for name, checks in groups.items():
+        wrong = [check for check in checks if not check.right]
+        shown = wrong or [max(checks, key=lambda check: check.error or 0.0)]
+        for check in shown:
+            which = f"{name}: {check.name}" if wrong else name
+            rows.append([which, str(len(checks)), check.dtype, _error(check), f"{check.limit:g}", _verdict(check)])
+    yield "kernels, against float32 on the CPU", ["kernel", "cases", "type", "error", "limit", "is"], rows
+    latents = [[check.name, _error(check), f"{check.limit:g}", _verdict(check)] for check in found.latents]
+    yield "the embedded model, against its golden latents", ["latents", "error", "limit", "is"], latents
+
+
+def _error(check: "Checked") -> str:
+    return "failed" if check.error is None else f"{check.error:.1e}"
+
+
+def _verdict(check: "Checked") -> str:
+    return "right" if check.right else "WRONG"
 
 
 def plan_summary(plan: Plan) -> str:

@@ -84,7 +84,7 @@ class PlannedBundle(Planned):
 
     def memory(self, settings: Settings | None, request: Request) -> MemoryPlan:
         fewer, more = (self._job(settings, request, least) for least in (True, False))
-        return plan_memory(fewer, _BundleNeeds(fewer, more))
+        return plan_memory(fewer, needs=_BundleNeeds(fewer, more))
 
     def _job(self, settings: Settings | None, request: Request, fewer: bool) -> Job:
         loras = {lora_name(source.path): _opened_lora(source, fewer) for source in self._loras}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url
+from huggingface_hub import constants, get_hf_file_metadata, get_session, get_token, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -43,6 +43,11 @@ class UnreachableError(DownloadError):
 
 class MissingError(DownloadError):
     """The hub has no such file, or no such repository."""
+
+
+def has_token() -> bool:
+    """Whether a login is stored here; whether it is valid the hub would know."""
+    return get_token() is not None
 
 
 def ask(published: Published, file: HubFile, target: Path) -> Wanted:

@@ -29,3 +29,24 @@ def plan(output: Output, names: tuple[str, ...], memory: float | None, bits: int
         for table in plan_tables(made, overview=not names):
             print_table(*table)
     output.result(made.to_dict(), plan_advice(made))
+
+
+@click.command()
+@common
+def doctor(output: Output) -> None:
+    """Say what this computer is, and whether it computes right.
+
+    Every kernel that generating uses is compared with float32 on the CPU, then the embedded model with its golden
+    latents. Takes under a minute.
+    """
+    from ltx2.doctor import Diagnosed, diagnose
+    from ltx2.render import doctor_tables, print_table
+
+    done = output.follow(diagnose())
+    assert isinstance(done, Diagnosed), "a diagnosis ends with its result"
+    if not output.quiet and not output.as_json:
+        for table in doctor_tables(done):
+            print_table(*table)
+    if (error := done.error) is not None:
+        output.failed(error, done.to_dict())
+    output.result(done.to_dict(), f"all {len(done.kernels)} kernels and the embedded model are right")

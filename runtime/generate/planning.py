@@ -149,9 +149,9 @@ class Needs:
 
 
 def plan_memory(job: Job, machines: Machines = ALONE, needs: Needs | None = None) -> MemoryPlan:
-    """The plan of a checked job on this machine, from what it `needs`. Its tiles are the first that stay below the limit, from Lightricks'
-    choice down; with `low_memory` below what is taken in any case. Of several machines the smallest decides tiles: all
-    decode the same ones."""
+    """The plan of a checked job on this machine, from what it `needs`. Its tiles are the first that stay below the
+    limit, from Lightricks' choice down; with `low_memory` below what is taken in any case. Of several machines the
+    smallest decides tiles: all decode the same ones."""
     given, needs = job.request.memory_limit, needs or Needs(job, machines)
     limit = available_memory() if given is None else int(given * GB)
     low = job.request.low_memory

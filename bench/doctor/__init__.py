@@ -1,0 +1,1 @@
+"""Whether every kernel that the runtime uses computes right on this machine."""

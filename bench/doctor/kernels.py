@@ -1,0 +1,66 @@
+"""Kernels on this machine's device against float32 on the CPU: a figure and a verdict each."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ltx2.bench.doctor.checks import Check, checks
+from ltx2.bench.doctor.reference import Array
+from ltx2.runtime.memory.plan import uses_cpu
+
+# Largest relative error. A 16-bit float rounds by up to 0.4 %; GPUs may multiply float32 with 10 bits of mantissa.
+LIMITS = {mx.bfloat16: 2e-2, mx.float32: 5e-3}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A kernel's relative L2 error (None: it failed, as `said`), and the largest that is right."""
+
+    group: str
+    name: str
+    dtype: str
+    error: float | None
+    limit: float
+    said: str = ""
+
+    @property
+    def right(self) -> bool:
+        return self.error is not None and self.error <= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self) | {"right": self.right}
+
+
+def check_kernels() -> Iterator[Checked]:
+    """Every kernel, in the float type that it is used in: 16 bits on a GPU. A CPU computes those slowly and coarsely,
+    and is not used so."""
+    for check in checks():
+        dtype = mx.float32 if check.wide or uses_cpu() else mx.bfloat16
+        yield _checked(check, dtype)
+        mx.clear_cache()
+
+
+def _checked(check: Check, dtype: mx.Dtype) -> Checked:
+    inputs, name = check.inputs(), str(dtype).rpartition(".")[2]
+    try:
+        made = check.compute({key: _array(value, dtype) for key, value in inputs.items() if key != "values"})
+        found = np.array(made.astype(mx.float32))
+    except RuntimeError as error:  # of a kernel that cannot be compiled, or that the system has ended
+        return Checked(check.group, check.name, name, None, LIMITS[dtype], str(error).splitlines()[0])
+    return Checked(check.group, check.name, name, relative(found, check.expected(inputs)), LIMITS[dtype])
+
+
+def _array(value: Array, dtype: mx.Dtype) -> mx.array:
+    made = mx.array(value)
+    return made.astype(dtype) if made.dtype == mx.float32 else made
+
+
+def relative(found: Array, expected: Array) -> float | None:
+    """Relative L2 distance; None for values that are not finite, or another shape."""
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return None
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
