@@ -159,6 +159,10 @@ class _BundleNeeds(Needs):
         super().__init__(job)
         self._more = Needs(more)
 
+    @cached_property
+    def usual(self) -> int:
+        return _grown(self.headers.weights(TRANSFORMER), self._more.headers.weights(TRANSFORMER))
+
     def of(self, sizes: Sizes, tiling: Tiling | None) -> tuple[Need, ...]:
         return tuple(
             _with_all(one, self._more.phases[index].need(self._more.headers, sizes, tiling)) if one.blocks else one
