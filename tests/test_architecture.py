@@ -32,7 +32,7 @@ MAY_IMPORT = _layers(
     "runtime/networks", "runtime/sampling", "runtime/distributed", "runtime/memory", "runtime/generate",
     "convert/names", "convert/tensors", "convert/sources", "convert/plan", "convert/output", "convert/fetch", "convert",
     "quant/codes", "quant/recipes", "quant/measure", "quant/plan", "quant/choose", "quant",
-    "bench/random", "bench/plan", "bench/plots", "bench/speed", "bench/quality", "bench",
+    "bench/random", "bench/plan", "bench/doctor", "bench/plots", "bench/speed", "bench/quality", "bench",
     "ltx2/demo", "ltx2", "ltx2/commands",
 ) | {
     "runtime/files": {"runtime"},
