@@ -4,6 +4,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,10 @@ import ltx2.api  # ltx2.convert is the function, whichever sub-package a test im
 from tests.support.command import SEED, SIZE, Done, Here
 from tests.support.hostile import HANGS
 from tests.support.official import DEMO, DEMO_25, MONOLITH, Official, Split, random_23, random_25, random_official
+from tests.support.parity import require
+
+if TYPE_CHECKING:
+    from tests.support.reference_chain import ReferenceChain
 
 FIGURE = "figure"  # key of the measured figures among a test's properties, which reach us from every worker process
 
@@ -53,6 +58,23 @@ def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "f32"
     ltx2.convert(DEMO, out, variant="distilled", dtype="f32")
     return out
+
+
+@pytest.fixture(scope="session")
+def demo_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in float32, as a dev model."""
+    out = tmp_path_factory.mktemp("demo") / "dev"
+    ltx2.convert(DEMO, out, variant="dev", dtype="f32")
+    return out
+
+
+@pytest.fixture(scope="session")
+def chain(official: Official) -> "ReferenceChain":
+    """All of the official networks in diffusers' pipelines."""
+    require("torch"), require("diffusers"), require("transformers")
+    from tests.support.reference_chain import ReferenceChain
+
+    return ReferenceChain(official)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from ltx2.bench.speed.ceilings import Ceilings
 from ltx2.bench.speed.host import host_facts, mlx_environment
 from ltx2.bench.speed.link import Link
 from ltx2.bench.speed.stats import Timing
-from ltx2.bench.speed.suite import Schedule
+from ltx2.bench.speed.suite import Schedule, Task
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options import COSTS
@@ -38,7 +38,7 @@ class CaseRuns:
     multiplied, by rows; `shares` of a phase's work that the busiest of several machines has."""
 
     name: str
-    part: str
+    task: Task
     plan: MemoryPlan
     ceilings: Ceilings
     runs: Sequence[Sequence[PhaseRun]]
@@ -65,10 +65,11 @@ def circumstances(
     }
 
 
-def identity(part: str, job: Job) -> dict[str, Any]:
+def identity(task: Task, job: Job) -> dict[str, Any]:
     """What decides how long a case takes, but for the machine and the program."""
     request = job.request.recorded()
-    return {"part": part, "options": {name: request[name] for name in COSTS}, "model": _model(job.folder)}
+    options = {name: request[name] for name in COSTS} | ({"lora_rank": task.lora_rank} if task.lora_rank else {})
+    return {"part": task.part, "options": options, "model": _model(job.folder)}
 
 
 def case_receipt(case: CaseRuns) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def case_receipt(case: CaseRuns) -> dict[str, Any]:
     totals = [sum(phase.done.seconds for phase in run) for run in case.runs]
     return {
         "name": case.name,
-        **identity(case.part, job),
+        **identity(case.task, job),
         "products": case.products,
         "total_seconds": Timing.of(totals).to_dict(),
         "phases": [_phase(list(runs), case, work) for runs in zip(*case.runs, strict=True)],

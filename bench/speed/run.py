@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ltx2.bench.random.lora import random_lora
 from ltx2.bench.random.model import RandomFolder
 from ltx2.bench.speed.ceilings import Ceilings, measure_ceilings
 from ltx2.bench.speed.compare import check_comparable, compare
@@ -29,6 +30,7 @@ from ltx2.runtime.generate.clip import Followed, Generated, Sampled
 from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import CONTEXTS, LATENTS, Job
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.preset import ONE_STAGE
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.machine.process import disk_bytes_read
 from ltx2.runtime.model.layout import ModelFolder
@@ -126,8 +128,13 @@ class _Subject:
         """Reads headers. `file`: for what a part of a generation starts from."""
         self._case, self._machines = case, machines
         self._pipeline = Pipeline(case.model, machines=machines)
-        whole = self._pipeline.plan(PROMPT, **dict(case.task.options)).job
-        self._request = Request.from_options(_start(whole, case.task, file))
+        options = dict(case.task.options)
+        if rank := case.task.lora_rank:
+            option = "lora" if options.get("pipeline", ONE_STAGE) == ONE_STAGE else "distilled_lora"
+            lora = (str(random_lora(case.model, rank, file.parent)), 1.0, 1.0)  # in every stage
+            options[option] = [lora] if option == "lora" else lora
+        whole = self._pipeline.plan(PROMPT, **options).job
+        self._request = Request.from_options(_start(whole, case.task.part, options, file))
         self._until = {"text": CONTEXTS, "denoise": LATENTS}.get(case.task.part)
         self.plan = self._pipeline.planned(self._request, self._until)
         self._runs: list[list[PhaseRun]] = []
@@ -137,13 +144,16 @@ class _Subject:
     def name(self) -> str:
         """For people: model, part and sizes."""
         sizes, task = self.plan.job.sizes, self._case.task
-        what = ", ".join([task.part, *(name.replace("_", " ") for name, value in task.options if value is True)])
+        pipeline = [value for name, value in task.options if name == "pipeline"]
+        named = [name.replace("_", " ") for name, value in task.options if value is True]
+        lora = [f"LoRA of rank {task.lora_rank}"] if task.lora_rank else []
+        what = ", ".join([task.part, *pipeline, *named, *lora])
         return f"{self._case.model.path.name}, {what}: {sizes.frames} frames of {sizes.width}x{sizes.height}"
 
     @property
     def identity(self) -> dict[str, Any]:
         """As a receipt has it."""
-        return identity(self._case.task.part, self.plan.job)
+        return identity(self._case.task, self.plan.job)
 
     @property
     def dtype(self) -> str:
@@ -175,22 +185,21 @@ class _Subject:
 
     def result(self, ceilings: Ceilings) -> CaseRuns:
         """What the receipt is made from."""
-        part, products = self._case.task.part, self._pipeline.products
+        task, products = self._case.task, self._pipeline.products
         by_rows = {form: dict(choice.by_rows) for form, choice in products.items()}
         shares = busiest(self.plan, self._machines)
-        return CaseRuns(self.name, part, self.plan, ceilings, self._runs, self._trace, by_rows, shares)
+        return CaseRuns(self.name, task, self.plan, ceilings, self._runs, self._trace, by_rows, shares)
 
 
-def _start(job: Job, task: Task, file: Path) -> dict[str, Any]:
+def _start(job: Job, part: str, options: dict[str, Any], file: Path) -> dict[str, Any]:
     """The options of a generation that begins with this part: from values in `file` that are random, since times do not
     depend on them."""
-    options = dict(task.options)
-    if task.part == "denoise":
+    if part == "denoise":
         widths = job.transformer_config.context_dims
         contexts = widths.map(lambda width: _normal((1, job.preset.text_tokens, width)))
         write_embeddings(str(file), dict.fromkeys((TEXT, *job.negatives), contexts))
         return options | {"embeddings": str(file)}
-    if task.part == "decode":
+    if part == "decode":
         write_latents(str(file), job.grid().segments.map(lambda segment: _normal(segment.shape)), job.sizes.fps)
         return {name: value for name, value in options.items() if name != "no_upscale"} | {"latents": str(file)}
     return options | {"prompt": PROMPT}

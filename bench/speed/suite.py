@@ -42,10 +42,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Task:
-    """One case: a part of a generation with these options."""
+    """One case: a part of a generation with these options, and a LoRA of random values on all layers, of this rank."""
 
     part: str = "clip"
     options: tuple[tuple[str, Any], ...] = ()
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ class Suite:
     def changed(self, part: str | None, options: Mapping[str, Any], schedule: Mapping[str, Any]) -> "Suite":
         """With a user's choice in place of its own; None is none. Cases that became the same are one."""
         given = {name: value for name, value in options.items() if value is not None}
-        tasks = [Task(part or task.part, tuple((dict(task.options) | given).items())) for task in self.tasks]
+        tasks = [
+            replace(task, part=part or task.part, options=tuple((dict(task.options) | given).items()))
+            for task in self.tasks
+        ]
         wanted = {name: value for name, value in schedule.items() if value is not None}
         return replace(self, tasks=tuple(dict.fromkeys(tasks)), schedule=replace(self.schedule, **wanted))
 
@@ -96,9 +100,9 @@ def _read(name: str, data: dict[str, Any]) -> Suite:
 
 
 def _task(case: dict[str, Any]) -> Task:
-    part = case.pop("part", "clip")
+    part, rank = case.pop("part", "clip"), int(case.pop("lora_rank", 0))
     if part not in PARTS:
         raise ValueError(f"there is no part {part!r}, only {', '.join(PARTS)}")
     if unknown := case.keys() - set(COSTS):
-        raise ValueError(f"a case has no option {min(unknown)!r}, only {', '.join(COSTS)}")
-    return Task(part, tuple(case.items()))
+        raise ValueError(f"a case has no option {min(unknown)!r}, only lora_rank, {', '.join(COSTS)}")
+    return Task(part, tuple(case.items()), rank)

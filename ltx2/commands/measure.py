@@ -31,7 +31,9 @@ with_quality = partial(click.option, cls=Dependent, needs=("compared",))
 @with_random("--group-size", type=int, help="Of --random's weights, as for quantize.")
 @with_random("--recipe", metavar="NAME|FILE", help="Of --random's weights, as for quantize.")
 @when_timing(
-    "--suite", metavar="NAME|FILE", help="Cases: quick (default), full, parts, sizes, bits, machines, or a file."
+    "--suite",
+    metavar="NAME|FILE",
+    help="Cases: quick (default), full, parts, sizes, bits, guided, machines, or a file.",
 )
 @when_timing("--part", type=click.Choice(["clip", "text", "denoise", "decode"]), help="Only this of every case.")
 @generate_options(*COSTS)

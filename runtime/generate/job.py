@@ -90,7 +90,7 @@ class Job:
         defaults |= {"pipeline": self.row.name, "image_crf": self.preset.image_crf}
         if self.row.guided:
             layers = self.transformer_config.num_layers
-            blocks = [min(block, layers - 1) for block in self.preset.guided["stg_blocks"]]
+            blocks = tuple(min(block, layers - 1) for block in self.preset.guided["stg_blocks"])
             defaults |= {**self.preset.guided, "stg_blocks": blocks, "negative_prompt": negative_prompt()}
             defaults |= {"skip_steps": 0, "audio_skip_steps": 0, **self.row.options}
             if missing := [block for block in request.stg_blocks or () if block >= layers]:

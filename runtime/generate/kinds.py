@@ -214,6 +214,11 @@ class Numbers(Option[str | SupportsIndex | Iterable[SupportsIndex] | None, tuple
             return tuple(map(int, value.split(",")))
         return tuple(map(operator.index, value if isinstance(value, Iterable) else [value]))
 
+    def identity(self, value: tuple[int, ...] | None) -> Any:
+        return None if value is None else list(value)
+
+    record = identity
+
 
 @dataclass(eq=False)
 class Length(Option[SupportsIndex | str | Auto | None, int | Auto | None]):

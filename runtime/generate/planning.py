@@ -4,6 +4,7 @@ decoder stays below a limit; and, where nothing does, the nearest settings that 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
@@ -48,12 +49,18 @@ class MemoryPlan:
         """The phases after which the transformer stays loaded, for the stages to come: where that takes no more memory
         than is taken anyway."""
         stages = [index for index, need in enumerate(self.needs) if need.blocks]
-        if len(stages) < 2 or any(planned[index].streamed for index in stages):
+        if len(stages) < 2 or any(planned[index].streamed for index in stages) or not self._same_weights:
             return range(0)
         kept, peak = range(stages[0], stages[-1]), max(phase.total for phase in planned)
         between = (planned[index].total for index in kept if index not in stages)
         fits = all(total + planned[stages[0]].weights <= min(peak, self.limit) for total in between)
         return kept if fits else range(0)
+
+    @property
+    def _same_weights(self) -> bool:
+        """Whether no stage needs weights that an earlier one has added LoRAs to."""
+        strengths = [self.job.loras.strengths(number) for number in self.job.numbers]
+        return all(not before or before == after for before, after in pairwise(strengths))
 
     @cached_property
     def keeps_transformer(self) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """The linear layers of all networks, plain and packed: what they multiply with is theirs, what is done around them is
-not. A hook sees every call, and low-rank factors (a LoRA's) add to the output; neither is a parameter of the network.
+not. A hook sees every call, and low-rank factors (a LoRA's) act beside the weight; neither is a parameter of the
+network.
 
 `Packed` holds its weight in any form that MLX multiplies (runtime/model/forms.py). Beside MLX's own names (`weight`,
 `scales`, `biases`, `bias`) it may have a `weight_scale`, one value or one per row, that its product is multiplied by:
@@ -7,40 +8,39 @@ so weights published as FP8 or NVFP4 run as the very codes they were published i
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ltx2.runtime.layers.matmul import Choice, Codes
+from ltx2.runtime.layers.matmul import Choice, Codes, Factors, added, summed_linear
 from ltx2.runtime.layers.rotation import rotated
 from ltx2.runtime.model.forms import Form
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What is added to a layer's weight, as a product: up (outputs, rank) @ down (rank, inputs)."""
-
-    down: mx.array
-    up: mx.array
 
 
 class LinearLayer(nn.Module):
     """A linear layer: x (..., inputs) -> (..., outputs), in x's dtype.
 
     `around`, if there is one, is called in its place, with the layer and x; it gets the layer's output by `multiply`.
-    `factors` add up @ (down @ x) to it."""
+    `factors`, if there are some, act beside its weight."""
 
     around: "Callable[[LinearLayer, mx.array], mx.array] | None" = None
-    factors: Factors | None = None
+
+    @property
+    def factors(self) -> Factors | None:
+        """What acts beside the weight."""
+        return cast(Factors | None, self.get("_factors"))
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.multiply(x) if self.around is None else self.around(self, x)
 
-    def multiply(self, x: mx.array) -> mx.array:
-        """x (..., inputs) -> (..., outputs), whatever is `around`."""
-        y = self.product(x)
-        return y if self.factors is None else _added(y, x, self.factors.down, self.factors.up)
+    def take(self, down: mx.array, up: mx.array) -> None:
+        """Let up (outputs, rank) @ down (rank, inputs), both float32, act beside the weight."""
+        self._factors = Factors(down.astype(self.dtype), up.astype(self.dtype))
+
+    def release(self) -> None:
+        """Nothing acts beside the weight any more."""
+        self.pop("_factors", None)
 
     @property
     @abstractmethod
@@ -48,8 +48,8 @@ class LinearLayer(nn.Module):
         """The float type of its parameters."""
 
     @abstractmethod
-    def product(self, x: mx.array) -> mx.array:
-        """x (..., inputs) with the layer's own weight and bias: (..., outputs)"""
+    def multiply(self, x: mx.array) -> mx.array:
+        """x (..., inputs) with the layer's weight, factors and bias: (..., outputs); whatever is `around`."""
 
 
 class Linear(LinearLayer, nn.Linear):
@@ -59,8 +59,18 @@ class Linear(LinearLayer, nn.Linear):
     def dtype(self) -> mx.Dtype:
         return self.weight.dtype
 
-    def product(self, x: mx.array) -> mx.array:
-        return nn.Linear.__call__(self, x)
+    def multiply(self, x: mx.array) -> mx.array:
+        if self.factors is None:
+            return nn.Linear.__call__(self, x)
+        return summed_linear(x, self.weight, self.get("bias"), self.factors)
+
+    def settle(self) -> None:
+        """Add the factors to the weight for good: the same bits as beside it, and no more work in any call."""
+        if self.factors is not None:
+            mx.eval(self.weight)  # reading is no part of what the device is given
+            self.weight = added(self.weight, self.factors)
+            mx.eval(self.weight)
+            self.release()
 
 
 class Packed(LinearLayer):
@@ -85,7 +95,17 @@ class Packed(LinearLayer):
         floats = (self.get("bias"), self.scales if self.form.biased else None)
         return next((array.dtype for array in floats if array is not None), mx.bfloat16)
 
-    def product(self, x: mx.array) -> mx.array:
+    def take(self, down: mx.array, up: mx.array) -> None:
+        """The factors of the codes, which inputs are rotated for and whose product is scaled."""
+        if self.form.rotation:
+            down = rotated(down, self.form.rotation)
+        dtype = self.dtype
+        if "weight_scale" in self:
+            up = up / self.weight_scale.astype(mx.float32).reshape(-1, 1)
+            dtype = mx.float32 if dtype == mx.float16 else dtype  # as their products
+        self._factors = Factors(down.astype(dtype), up.astype(dtype))
+
+    def multiply(self, x: mx.array) -> mx.array:
         bias = self.get("bias")
         if self.form.rotation:
             x = rotated(x, self.form.rotation)
@@ -99,13 +119,7 @@ class Packed(LinearLayer):
     def _codes_product(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         scales = self.scales if self._shared_scales is None else self._shared_scales
         codes = Codes(self.weight, scales, self.get("biases"), self.form, plain=self._shared_scales is not None)
-        return self.choice.product(x.size // x.shape[-1])(x, codes, bias)
-
-
-@mx.compile
-def _added(y: mx.array, x: mx.array, down: mx.array, up: mx.array) -> mx.array:
-    """y (..., outputs) + (x (..., inputs) @ down^T) @ up^T"""
-    return mx.addmm(y, x @ down.T, up.T)
+        return self.choice.product(x.size // x.shape[-1])(x, codes, bias, self.factors)
 
 
 @mx.compile

@@ -6,12 +6,12 @@ either way. So it is measured, once per machine and form of weights, and kept in
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -26,6 +26,13 @@ REPETITIONS = 5
 FILE = Path(".cache") / "ltx2" / "products.json"  # under the user's home
 
 
+class Factors(NamedTuple):
+    """What is added to a weight, as a product: up (outputs, rank) @ down (rank, inputs)."""
+
+    down: mx.array
+    up: mx.array
+
+
 class Codes(NamedTuple):
     """A packed weight (outputs, inputs): MLX's codes, scales and biases. `plain`: all scales are 1."""
 
@@ -36,11 +43,18 @@ class Codes(NamedTuple):
     plain: bool = False
 
 
-Product = Callable[[mx.array, Codes, mx.array | None], mx.array]
+class Product(Protocol):
+    """x (..., inputs) @ (W + factors)^T + bias"""
+
+    __name__: str
+
+    def __call__(
+        self, x: mx.array, codes: Codes, bias: mx.array | None = None, factors: Factors | None = None
+    ) -> mx.array: ...
 
 
-def packed(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
-    """x (..., inputs) @ W^T + bias by MLX's kernel for packed weights."""
+def packed(x: mx.array, codes: Codes, bias: mx.array | None = None, factors: Factors | None = None) -> mx.array:
+    """x (..., inputs) @ (W + factors)^T + bias by MLX's kernel for packed weights."""
     weight, scales, biases, form, _ = codes
     product = mx.quantized_matmul(
         x,
@@ -52,25 +66,33 @@ def packed(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
         bits=form.bits,
         mode=form.mode,
     )
-    return product if bias is None else product + bias
+    product = product if bias is None else product + bias
+    return product if factors is None else _beside(product, x, factors)
 
 
-def dequantized(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
-    """x (..., inputs) @ W^T + bias, with W unpacked by MLX's kernel to x's dtype."""
+def dequantized(x: mx.array, codes: Codes, bias: mx.array | None = None, factors: Factors | None = None) -> mx.array:
+    """x (..., inputs) @ (W + factors)^T + bias, with W unpacked by MLX's kernel to x's dtype."""
     weight, scales, biases, form, _ = codes
     parts = (weight, scales) if biases is None else (weight, scales, biases)
-    return _dequantized_linear(x, parts, () if bias is None else (bias,), form.group_size, form.bits, form.mode)
+    return _dequantized_linear(x, parts, bias, factors, (form.group_size, form.bits, form.mode))
 
 
-def widened(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array:
-    """x (..., inputs) @ W^T + bias, with W unpacked by one fused elementwise kernel, where the form allows it."""
+def widened(x: mx.array, codes: Codes, bias: mx.array | None = None, factors: Factors | None = None) -> mx.array:
+    """x (..., inputs) @ (W + factors)^T + bias, with W unpacked by one fused elementwise kernel, where the form allows
+    it."""
     weight, scales, biases, form, plain = codes
-    biased = () if bias is None else (bias,)
     if plain and form.bits == 8:
-        return _fp8_linear(x, weight, *biased)
+        return _fp8_linear(x, weight, bias, factors)
     if biases is None or form.bits not in (4, 8):
-        return dequantized(x, codes, bias)
-    return (_nibble_linear if form.bits == 4 else _byte_linear)(x, weight, scales, biases, *biased)
+        return dequantized(x, codes, bias, factors)
+    return (_nibble_linear if form.bits == 4 else _byte_linear)(x, weight, scales, biases, bias, factors)
+
+
+def sums(rows: int, outputs: int, inputs: int) -> bool:
+    """Whether adding factors to a weight of this shape first, (W + up @ down) x, takes fewer operations than W x +
+    up @ (down x) with so many rows of x. The first takes outputs * inputs per unit of rank, the second rows * (outputs
+    + inputs)."""
+    return outputs * inputs < rows * (outputs + inputs)
 
 
 # Whole layers are compiled: called 1300 times a step, each operation from Python would cost more than it takes.
@@ -78,29 +100,47 @@ def widened(x: mx.array, codes: Codes, bias: mx.array | None = None) -> mx.array
 
 @mx.compile
 def _dequantized_linear(
-    x: mx.array, parts: tuple[mx.array, ...], bias: tuple[mx.array, ...], group_size: int, bits: int, mode: str
+    x: mx.array,
+    parts: tuple[mx.array, ...],
+    bias: mx.array | None,
+    factors: Factors | None,
+    form: tuple[int, int, str],
 ) -> mx.array:
-    weight, scales, *biases = parts
+    (weight, scales, *biases), (group_size, bits, mode) = parts, form
     first = biases[0] if biases else None
     values = mx.dequantize(weight, scales, first, group_size=group_size, bits=bits, mode=mode, dtype=x.dtype)
-    return _linear(x, values, *bias)
+    return _linear(x, values, bias, factors)
 
 
 @mx.compile
-def _fp8_linear(x: mx.array, codes: mx.array, *bias: mx.array) -> mx.array:
-    return _linear(x, mx.from_fp8(codes.view(mx.uint8), dtype=x.dtype), *bias)
+def _fp8_linear(x: mx.array, codes: mx.array, bias: mx.array | None, factors: Factors | None) -> mx.array:
+    return _linear(x, mx.from_fp8(codes.view(mx.uint8), dtype=x.dtype), bias, factors)
 
 
 @mx.compile
-def _byte_linear(x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, *bias: mx.array) -> mx.array:
+def _byte_linear(
+    x: mx.array,
+    codes: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bias: mx.array | None,
+    factors: Factors | None,
+) -> mx.array:
     values = codes.view(mx.uint8).reshape(*scales.shape, -1)
-    return _linear(x, _unpacked(values, scales[..., None], biases[..., None], x.dtype), *bias)
+    return _linear(x, _unpacked(values, scales[..., None], biases[..., None], x.dtype), bias, factors)
 
 
 @mx.compile
-def _nibble_linear(x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, *bias: mx.array) -> mx.array:
+def _nibble_linear(
+    x: mx.array,
+    codes: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bias: mx.array | None,
+    factors: Factors | None,
+) -> mx.array:
     words = codes.reshape(*scales.shape, -1, 1) >> mx.arange(0, 32, 4, dtype=mx.uint32)
-    return _linear(x, _unpacked(words & 15, scales[..., None, None], biases[..., None, None], x.dtype), *bias)
+    return _linear(x, _unpacked(words & 15, scales[..., None, None], biases[..., None, None], x.dtype), bias, factors)
 
 
 def _unpacked(codes: mx.array, scales: mx.array, biases: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -109,8 +149,28 @@ def _unpacked(codes: mx.array, scales: mx.array, biases: mx.array, dtype: mx.Dty
     return values.astype(dtype).reshape(codes.shape[0], -1)
 
 
-def _linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+def _linear(x: mx.array, weight: mx.array, bias: mx.array | None, factors: Factors | None) -> mx.array:
+    if factors is not None and sums(x.size // x.shape[-1], *weight.shape):
+        weight, factors = added(weight, factors), None
+    y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    return y if factors is None else mx.addmm(y, x @ factors.down.T, factors.up.T)
+
+
+def added(weight: mx.array, factors: Factors) -> mx.array:
+    """weight (outputs, inputs) + up @ down, in the weight's dtype."""
+    return mx.addmm(weight, factors.up, factors.down).astype(weight.dtype)
+
+
+@mx.compile
+def summed_linear(x: mx.array, weight: mx.array, bias: mx.array | None, factors: Factors) -> mx.array:
+    """x (..., inputs) @ (weight + factors)^T + bias, with the very sum that `added` gives."""
+    return _linear(x, added(weight, factors), bias, None)
+
+
+@mx.compile
+def _beside(y: mx.array, x: mx.array, factors: Factors) -> mx.array:
+    """y (..., outputs) + (x (..., inputs) @ down^T) @ up^T"""
+    return mx.addmm(y, x @ factors.down.T, factors.up.T)
 
 
 PRODUCTS: Mapping[str, Product] = {"packed": packed, "dequantized": dequantized, "widened": widened}
@@ -159,7 +219,7 @@ def _times(form: Form, dtype: mx.Dtype, rows: int) -> dict[str, float]:
     for _ in range(1 + REPETITIONS):  # the first compiles
         for name, product in PRODUCTS.items():
             start = time.perf_counter()
-            mx.eval(product(x, codes, None))
+            mx.eval(product(x, codes))
             times[name] = min(times[name], time.perf_counter() - start)
     return times
 

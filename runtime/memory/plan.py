@@ -19,13 +19,15 @@ from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 
 # MLX looks at its limit after it has queued an operation: it passes it by one array and what a command buffer holds.
 COMMAND_BUFFER = 100 * 10**6
+CODES = "U32"  # the dtype of packed weights
 
 
 @dataclass(frozen=True)
 class Need:
     """What one phase takes: bytes of weights, of what it computes with, and of the clip's finished frames. `blocks`:
     bytes of those parts of the weights that can be read from disk in every step instead of being kept. `text`: bytes of
-    the text's keys and values, which are kept over the steps where there is room."""
+    the text's keys and values, which are kept over the steps where there is room. `factors`: of what LoRAs add to plain
+    weights; they stand beside those that are read, and are added to those that are kept."""
 
     name: str
     weights: int
@@ -33,6 +35,7 @@ class Need:
     clip: int = 0
     blocks: tuple[int, ...] = ()
     text: int = 0
+    factors: int = 0
 
     @property
     def least_weights(self) -> int:
@@ -44,7 +47,8 @@ class Need:
 
     def held(self, streamed: Collection[int]) -> int:
         """Bytes of weights in memory when these blocks are read in every step."""
-        return self.weights - sum(self.blocks) + held_bytes(self.blocks, streamed)
+        kept = self.weights - sum(self.blocks) + held_bytes(self.blocks, streamed)
+        return kept + self.factors if streamed else kept
 
     def within(self, limit: int, reusable: int) -> "PhasePlan":
         """At full speed if the limit allows it, with as many blocks in memory as it allows; else with as much queued.
@@ -53,8 +57,10 @@ class Need:
         for the device at every operation takes about twice the time. The text's keys and values are kept last: they
         save less.
         """
-        kept = self.weights - sum(self.blocks)
-        streamed = choose_streamed(self.blocks, limit - self.clip - kept - self.activations.full)
+        room = limit - self.clip - (self.weights - sum(self.blocks)) - self.activations.full
+        streamed = choose_streamed(self.blocks, room)
+        if streamed and self.factors:
+            streamed = choose_streamed(self.blocks, room - self.factors)
         weights, read = self.held(streamed), sum(self.blocks[i] for i in streamed)
         room = limit - self.clip - weights
         text = self.text if not streamed and self.activations.full + self.text <= room else 0
@@ -141,7 +147,7 @@ class Headers:
         quantization = self.folder.quantization(component)
         counts = [0]
         for name, tensor in self.tensors(component).items():
-            if tensor.dtype == "U32":
+            if tensor.dtype == CODES:
                 bits = quantization.of(name.removesuffix(".weight")).bits
                 counts.append(prod(tensor.shape) * 32 // bits)
         return max(count for count in counts if count <= UNPACKABLE)

@@ -188,10 +188,22 @@ class LoraSet:
                     found.setdefault(path, []).append((strength, change))
         return found
 
-    def nbytes(self, stage: int, itemsize: int) -> int:
-        """Of the factors in memory in a stage, in a float type of so many bytes."""
-        changes = [change for layer in self.at(stage).values() for _, change in layer]
-        return itemsize * sum(prod(change.shape(part)) for change in changes for part in (DOWN, UP))
+    def strengths(self, stage: int) -> frozenset[tuple[Path, float]]:
+        """Which LoRAs act in a stage, counted from 1, and how strongly."""
+        return frozenset((use.path, use.strength(stage)) for use, _ in self.uses if use.strength(stage))
+
+    def sizes(self, stage: int) -> dict[str, int]:
+        """Values of the factors of every layer that a stage, counted from 1, changes."""
+
+        def size(change: Change) -> int:
+            return prod(change.shape(DOWN)) + prod(change.shape(UP))
+
+        return {path: sum(size(change) for _, change in layer) for path, layer in self.at(stage).items()}
+
+    def largest(self, stage: int) -> int:
+        """Values of the largest weight that a stage changes."""
+        changes = (change for layer in self.at(stage).values() for _, change in layer)
+        return max((change.shape(UP)[0] * change.shape(DOWN)[1] for change in changes), default=0)
 
     @property
     def reference_factors(self) -> tuple[int, int]:

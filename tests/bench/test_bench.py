@@ -60,7 +60,7 @@ class TestSuites:
         assert suite.name == name and suite.schedule.warmup and suite.schedule.repeat > 1
 
     def test_names(self) -> None:
-        assert {"quick", "full", "parts", "sizes", "bits", "machines"} == set(suite_names())
+        assert {"quick", "full", "parts", "sizes", "bits", "machines", "guided"} == set(suite_names())
         assert {task.part for name in suite_names() for task in load_suite(name).tasks} == set(PARTS)
 
     @pytest.mark.parametrize(
@@ -163,6 +163,15 @@ class TestRuns:
             title, columns, rows = tables(receipt, verbose)[1]
             assert "denoise: 1 frames of 64x64" in title and [row[0] for row in rows] == [*STEPS, "total"]
             assert {len(row) for row in rows} == {len(columns)} and ("eval" in title) == verbose
+
+    def test_a_lora_on_all_layers(self, demo_dev: Path) -> None:
+        """In both stages of a guided pipeline, from embeddings that have the negative contexts too."""
+        task = Task("denoise", (*SMALL, ("steps", 1), ("pipeline", "hq")), lora_rank=4)
+        events, receipt = ran(run_bench([Case(ModelFolder.open(demo_dev), task)], Schedule(1, 0)))
+        (case,) = receipt["cases"]
+        assert "denoise, hq, LoRA of rank 4" in case["name"] and case["options"]["lora_rank"] == 4
+        assert [phase["name"] for phase in case["phases"]] == STEPS
+        assert any(isinstance(event, Noted) and "changes 194 layers" in event.message for event in events)
 
     def test_what_does_not_fit_is_left_out(self, demo_f32: Path) -> None:
         model = ModelFolder.open(demo_f32)

@@ -82,7 +82,6 @@ def options(command: str) -> set[str]:
     only_there = {"quiet", "as_json", "dry_run", "report", "sidecar", "target", "model", "sources"}
     return {p.name for p in cli.commands[command].params if p.name is not None} - only_there
 
-
     def test_everything_public_is_exported(self) -> None:
         """Every error, and every event that a run may yield."""
         for found, module in ((ltx2.Ltx2Error, ltx2), (Event, ltx2.events)):

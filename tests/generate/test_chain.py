@@ -12,11 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import ltx2
-from tests.support.official import Official
 from tests.support.parity import relative_l2, require
 
 if TYPE_CHECKING:
-    from tests.support.reference_chain import Clip, Size
+    from tests.support.reference_chain import Clip, ReferenceChain, Size
 
 Figure = Callable[..., None]
 PROMPT = "a yellow triangle moves up on a black background with a high tone"
@@ -32,10 +31,8 @@ def size() -> "Size":
 
 
 @pytest.fixture(scope="module")
-def theirs(official: Official, size: "Size") -> "Clip":
-    from tests.support.reference_chain import ReferenceChain
-
-    return ReferenceChain(official).generate(PROMPT, size, seed=3)
+def theirs(chain: "ReferenceChain", size: "Size") -> "Clip":
+    return chain.generate(PROMPT, size, seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,11 @@ import ltx2
 from ltx2.cli import run
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import open_tensorfile
+from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.load import build_component, parameter_shapes
 from ltx2.runtime.networks.video_vae.frames import decode_frames
 from tests.support.command import SEED, SIZE, Here
+from tests.support.loras import random_factors, write_lora
 from tests.support.programs import ffmpeg_that
 
 PROMPT = "a red square"
@@ -150,6 +153,43 @@ class TestKilled:
         ended = here(*arguments)
         assert ended.code == 0 and f"warning: {STATE} is of a run that was cut off: --resume" in ended.err
         assert not (tmp_path / STATE).exists()
+
+
+# Guided runs, and the phase and step that they are killed at.
+GUIDED = {
+    "between guided steps": (
+        ["--pipeline", "one-stage", "--steps", "4", "--skip-steps", "1", "--audio-skip-steps", "2"],
+        ("stage1", 3),
+    ),
+    "hq, in its second stage": (["--pipeline", "hq", "--steps", "2", "--distilled-lora", "LORA:0.5,1"], ("stage2", 2)),
+}
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_guided_run_goes_on_with_the_same_bits(here: Here, demo_dev: Path, tmp_path: Path, name: str) -> None:
+    """The state has the contexts of both prompts, and the x0 that unguided steps keep."""
+    (options, (phase, step)), lora, texts = GUIDED[name], tmp_path / "lora.safetensors", tmp_path / "texts"
+    shapes = parameter_shapes(build_component(ModelFolder.open(demo_dev), "transformer", {}))
+    write_lora(lora, random_factors({n.removesuffix(".weight"): s for n, s in shapes.items() if ".attn2.to_q.w" in n}))
+    draw = np.random.default_rng(1).standard_normal
+    names = [f"{kind}{stream}_context" for kind in ("", "negative_") for stream in ("video", "audio")]
+    save_file({name: draw((1, 16, 64)).astype(np.float32) for name in names}, texts)
+    args = ["generate", "-m", demo_dev, "--embeddings", texts, *SIZE, *SEED, "--no-metadata", "--no-audio"]
+    args += [option.replace("LORA", str(lora)) for option in options]
+
+    def files(run: str) -> list[str]:
+        folder = tmp_path / run
+        folder.mkdir(exist_ok=True)
+        return [str(arg) for arg in [*args, "-o", folder / "clip.mp4", "--save-latents", folder / "latents"]]
+
+    assert here(*files("whole")).code == 0
+    command = [sys.executable, "-c", STOPPED, "9", phase, str(step), *files("killed")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    record = json.loads(open_tensorfile(tmp_path / "killed" / STATE).metadata["run"])
+    assert (record["phase"], record["step"]) == (phase, step)
+    ended = here(*files("killed"), "--resume")
+    assert ended.code == 0 and "to continue" not in ended.err, ended
+    assert same(tmp_path / "killed" / "latents", tmp_path / "whole" / "latents")
 
 
 class TestInterrupted:

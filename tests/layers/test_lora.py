@@ -1,18 +1,20 @@
 """LoRA factors beside weights: the same as a weight that they are added to, whatever form that is stored in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+import ltx2
 from ltx2.runtime.layers.linear import Linear, LinearLayer, Packed
 from ltx2.runtime.layers.lora import attach, detach
-from ltx2.runtime.layers.matmul import PRODUCTS
+from ltx2.runtime.layers.matmul import PRODUCTS, sums
 from ltx2.runtime.layers.packed import choose_products
 from ltx2.runtime.layers.rotation import rotated
-from ltx2.runtime.memory.streaming import streamed
+from ltx2.runtime.memory.streaming import block_of, streamed
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.model.loras import Lora, LoraSet, LoraUse
@@ -26,6 +28,7 @@ from tests.support.parity import relative_l2
 
 Figure = Callable[..., None]
 OUTPUTS, INPUTS, STRENGTH = 96, 128, 0.7
+FEW, MANY = 10, 80  # tokens: it takes fewer operations to add to the product, and to add to the weight
 PATH = "transformer_blocks.0.attn1.to_q"
 FORMS = [
     Form(8, 64), Form(4, 64), Form(3, 32), Form(2, 32), Form(4, 32, rotation=64), Form(4, 32, "mxfp4"),
@@ -57,15 +60,25 @@ def changed(layer: LinearLayer, weight: np.ndarray, path: Path, limit: float) ->
     layer.bias = mx.random.normal((OUTPUTS,), key=mx.random.key(3))
     factors = random_factors({PATH: (OUTPUTS, INPUTS)})
     changes = LoraSet(((LoraUse(path, (STRENGTH,)), Lora.open(write_lora(path, factors))),)).at(1)
-    x = mx.random.normal((2, 5, INPUTS), key=mx.random.key(4))
-    before, bias = np.array(layer(x)), np.array(layer.bias)
-    assert attach(layer, changes, PATH) == 1
     down, up = factors[PATH]
-    expected = np.array(x) @ (weight + STRENGTH * up @ down).T + bias
-    own = relative_l2(before, np.array(x) @ weight.T + bias)
-    assert relative_l2(np.array(layer(x)), expected) < max(limit, 2 * own)
-    detach(layer)
-    np.testing.assert_array_equal(np.array(layer(x)), before)
+    for rows in (FEW, MANY):
+        x = mx.random.normal((2, rows // 2, INPUTS), key=mx.random.key(4))
+        before, bias = np.array(layer(x)), np.array(layer.bias)
+        assert attach(layer, changes, PATH) == 1
+        expected = np.array(x) @ (weight + STRENGTH * up @ down).T + bias
+        own = relative_l2(before, np.array(x) @ weight.T + bias)
+        assert relative_l2(np.array(layer(x)), expected) < max(limit, 2 * own)
+        detach(layer)
+        np.testing.assert_array_equal(np.array(layer(x)), before)
+
+
+def test_the_fewest_operations() -> None:
+    """Counted per unit of rank, at the smallest number of tokens where adding to the weight is less work."""
+    assert [sums(rows, OUTPUTS, INPUTS) for rows in (FEW, MANY)] == [False, True]
+    for shape in ((4096, 4096), (16384, 4096), (2048, 4096)):
+        least = next(rows for rows in range(1, 5000) if sums(rows, *shape))
+        beside, first = least * sum(shape), shape[0] * shape[1]
+        assert first < beside <= first + sum(shape)
 
 
 def test_beside_a_plain_weight(tmp_path: Path) -> None:
@@ -116,7 +129,7 @@ def test_several_on_one_layer_add_up(tmp_path: Path) -> None:
         deltas = [f[PATH][1] @ f[PATH][0] for f in (one, other)]
         weight = np.array(layer.weight) + strengths[0] / 2 * deltas[0] + strengths[1] * deltas[1]
         assert relative_l2(np.array(layer(x)), np.array(x) @ weight.T + np.array(layer.bias)) < 1e-5
-        assert loras.nbytes(stage, 4) == 4 * 7 * (OUTPUTS + INPUTS)
+        assert loras.sizes(stage) == {PATH: 7 * (OUTPUTS + INPUTS)} and loras.largest(stage) == OUTPUTS * INPUTS
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +152,11 @@ def velocities(network: Transformer) -> np.ndarray:
         mx.random.normal((1, 4, config.audio.in_channels), key=mx.random.key(2)),
     )
     found = network(inputs(network, tokens, Streams(text, text), positions, 0.7))
-    return np.concatenate([np.array(values).reshape(-1) for values in found.values()])
+    return np.concatenate([np.array(values.astype(mx.float32)).reshape(-1) for values in found.values()])
+
+
+def _kept(streamed: Sequence[int], path: str) -> bool:
+    return block_of(path) not in streamed
 
 
 class TestTransformer:
@@ -164,23 +181,32 @@ class TestTransformer:
         assert relative_l2(ours, plain) > 0.1
         error = relative_l2(ours, velocities(fused))
         figure("velocity with a LoRA beside the weights, rel L2 vs fused", error, limit=1e-5)
+        attach(network, found.at(1), settles=lambda path: True)
+        np.testing.assert_array_equal(velocities(network), ours, "added to the weights for good")
 
     def test_without_strength_nothing_changes(self, demo_f32: Path, lora: tuple[Path, Factors]) -> None:
         network = self.load(demo_f32)
         before, parameters = velocities(network), parameter_shapes(network)
         loras = self.changes(lora[0], network, 0.0)
-        assert attach(network, loras.at(1)) == 0 == loras.nbytes(1, 4)
+        assert attach(network, loras.at(1)) == 0 and not loras.sizes(1)
         np.testing.assert_array_equal(velocities(network), before)
         attach(network, self.changes(lora[0], network).at(1))
         assert parameter_shapes(network) == parameters, "factors are no parameters"
         detach(network)
         np.testing.assert_array_equal(velocities(network), before)
 
-    def test_streamed_blocks(self, demo_f32: Path, lora: tuple[Path, Factors]) -> None:
-        """The same bits as of blocks that stay in memory."""
-        network = self.load(demo_f32)
-        attach(network, self.changes(lora[0], network).at(1))
+    @pytest.mark.parametrize("bits", [16, 8])
+    def test_streamed_blocks(self, demo_model: Path, lora: tuple[Path, Factors], bits: int, tmp_path: Path) -> None:
+        """The same bits as of blocks that stay in memory, in 16 bits too, and packed."""
+        folder = demo_model
+        if bits < 16:
+            ltx2.quantize(demo_model, folder := tmp_path / "packed", bits=bits, only=["transformer"])
+        loras = self.changes(lora[0], self.load(demo_model))
+        network = self.load(folder)
+        attach(network, loras.at(1), settles=lambda path: True)
         expected = velocities(network)
         for blocks in ((0, 3), range(6)):
-            with streamed(ModelFolder.open(demo_f32), network, tuple(blocks)):
+            network = self.load(folder)
+            attach(network, loras.at(1), settles=partial(_kept, tuple(blocks)))
+            with streamed(ModelFolder.open(folder), network, tuple(blocks)):
                 np.testing.assert_array_equal(velocities(network), expected)

@@ -60,8 +60,7 @@ def test_what_it_adds(source: str, wanted: Shapes, request: pytest.FixtureReques
         np.testing.assert_allclose(change.rows(1, 5), 2 * up[1:5] @ down, rtol=1e-5, atol=1e-6)
     ((_, ours, others),) = loras.facts()
     assert (ours, others) == (2, 1), "layers of the transformer, and those that are not applied"
-    sizes = [3 * sum(wanted[f"{path}.weight"]) for path in (Q, OUT)]
-    assert loras.nbytes(1, 2) == 2 * sum(sizes)
+    assert loras.sizes(1) == {path: 3 * sum(wanted[f"{path}.weight"]) for path in (Q, OUT)}
 
 
 def test_kohya_and_diffusers_spell_the_same(published: Path, wanted: Shapes, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ltx2.runtime.sampling.samplers import SAMPLERS, Tools
 from ltx2.runtime.sampling.schedule import Schedule, shifted
 from ltx2.runtime.sampling.state import StreamState
 from ltx2.runtime.streams import Streams
+from tests.support.res2s import res_2s
 
 Array = np.ndarray[Any, Any]
 SIGMAS = (1.0, 0.9, 0.6, 0.25, 0.0)
@@ -86,36 +87,12 @@ def ancestral(given: StreamState, x: Array) -> Array:
     raise AssertionError
 
 
-def sde(y: Array, anchor: Array, sigma: float, level: float, noise: Array) -> Array:
-    up = min(0.5 * level, 0.9999 * level)
-    rest = np.sqrt(level**2 - up**2)
-    alpha = (1 - level) + rest
-    epsilon = (anchor - y) / (sigma - level)
-    return alpha * ((anchor - sigma * epsilon) + rest / alpha * epsilon) + up * noise
-
-
-def res_2s(given: StreamState, x: Array) -> Array:
-    pin = pins(given)
-    sigmas = (*SIGMAS[:-1], 0.0011)
-    for number, (sigma, following) in enumerate(pairwise(sigmas)):
-        anchor, h = x, np.log(sigma / following)
-        phi1, phi2 = (lambda z: (np.exp(z) - 1) / z), (lambda z: (np.exp(z) - 1 - z) / z**2)
-        a21, b2 = 0.5 * phi1(-h / 2), 2 * phi2(-h)
-        b1, middle = phi1(-h) - b2, np.sqrt(sigma * following)
-        d1 = pin(guess(x, sigma))
-        between = anchor + h * a21 * (d1 - anchor)
-        between = pin(sde(between, anchor, sigma, middle, draws("substep", number)))
-        if h < 0.5 and sigma > 0.03:
-            for _ in range(100):
-                anchor = between - h * a21 * (d1 - anchor)
-        d2 = pin(guess(between, middle))
-        x = anchor + h * (b1 * (d1 - anchor) + b2 * (d2 - anchor))
-        x = pin(sde(x, anchor, sigma, following, draws("step", number)))
-    return pin(guess(x, 0.0011))
+def second_order(given: StreamState, x: Array) -> Array:
+    return res_2s(x, SIGMAS[:-1], guess, draws, pins(given))
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("name", "reference"), [("euler", euler), ("ancestral", ancestral), ("res_2s", res_2s)])
+@pytest.mark.parametrize(("name", "reference"), [("euler", euler), ("ancestral", ancestral), ("res_2s", second_order)])
 def test_formula(name: str, reference: Callable[[StreamState, Array], Array], masked: bool) -> None:
     given = state(np.array([0.0] * 6 + [0.3] * 2 + [1.0] * 4) if masked else None)
     start = pins(given)(np.random.default_rng(8).normal(size=(1, SEGMENT.tokens, 4)))

@@ -1,6 +1,7 @@
-"""The two-stage distilled generation as diffusers does it: its own pipelines, over networks with given weights."""
+"""Generations as diffusers does them: its own pipelines, over networks with given weights."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -70,6 +71,15 @@ class ReferenceChain:
         self.upscaling = cast(Any, LTX2LatentUpsamplePipeline)(vae=self.vae, latent_upsampler=upsampler)
         for pipeline in (self.pipeline, self.upscaling):
             pipeline.set_progress_bar_config(disable=True)
+        self._encode, self._encoded = self.pipeline.encode_prompt, dict[str, Any]()
+        self.pipeline.encode_prompt = self._encode_once
+
+    def _encode_once(self, prompt: Any = None, negative_prompt: Any = None, **options: Any) -> Any:
+        """What the text encoder makes of prompts, once for all runs."""
+        key = repr((prompt, negative_prompt, options.get("do_classifier_free_guidance")))
+        if key not in self._encoded:
+            self._encoded[key] = self._encode(prompt, negative_prompt, **options)
+        return self._encoded[key]
 
     @torch.no_grad()
     def generate(self, prompt: str, size: Size, seed: int) -> Clip:
@@ -90,8 +100,32 @@ class ReferenceChain:
             self.vocoder(self.audio_vae.decode(audio).sample)[0].numpy(),
         )
 
+    @torch.no_grad()
+    def guided(
+        self, prompt: str, size: Size, sigmas: Sequence[float], options: Mapping[str, Any], seed: int
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Noise and normalised latents of one guided stage; `options` are the pipeline's own."""
+        video, audio = self._stage(prompt, size, sigmas, torch.Generator().manual_seed(seed), **options)
+        return self._noise(seed, (video, audio)), self._normalised(video, audio)
+
+    @torch.no_grad()
+    def refined(
+        self, prompt: str, size: Size, sigmas: Sequence[float], options: Mapping[str, Any], seed: int, changed: Any
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Of two-stage: a guided stage of half size, then stage 2 with the transformer `changed`. The sound is stage
+        1's."""
+        small = Size(size.width // 2, size.height // 2, size.frames, size.fps)
+        first = self._stage(prompt, small, sigmas, torch.Generator().manual_seed(seed), **options)
+        upscaled = self.upscaling(latents=first[0], output_type="latent", return_dict=False)[0]
+        generator, levels = torch.Generator().manual_seed(seed + 1), STAGE_2_DISTILLED_SIGMA_VALUES
+        start = {"latents": upscaled, "audio_latents": first[1], "noise_scale": levels[0]}
+        usual, self.pipeline.transformer = self.pipeline.transformer, changed
+        second = self._stage(prompt, size, levels, generator, **start)
+        self.pipeline.transformer = usual
+        return self._noise(seed, first, second), self._normalised(second[0], first[1])
+
     def _stage(
-        self, prompt: str, size: Size, sigmas: list[float], generator: torch.Generator, **start: Any
+        self, prompt: str, size: Size, sigmas: Sequence[float], generator: torch.Generator, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Video and audio latents without normalisation."""
         return cast(
@@ -103,12 +137,11 @@ class ReferenceChain:
                 num_frames=size.frames,
                 frame_rate=size.fps,
                 num_inference_steps=len(sigmas),
-                sigmas=sigmas,
+                sigmas=list(sigmas),
                 generator=generator,
                 output_type="latent",
                 return_dict=False,
-                **NO_GUIDANCE,
-                **start,
+                **(NO_GUIDANCE | options),
             ),
         )
 

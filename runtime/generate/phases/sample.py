@@ -13,8 +13,8 @@ from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.layers.lora import attach
 from ltx2.runtime.memory import activations as network
 from ltx2.runtime.memory import cpu
-from ltx2.runtime.memory.plan import Headers, Need, on_cpu
-from ltx2.runtime.memory.streaming import streamed
+from ltx2.runtime.memory.plan import CODES, Headers, Need, on_cpu
+from ltx2.runtime.memory.streaming import block_of, streamed
 from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.load import read_weights
 from ltx2.runtime.networks.transformer.config import TransformerConfig
@@ -96,22 +96,28 @@ class Denoise(Phase):
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config, width = TransformerConfig.from_dict(headers.config(TRANSFORMER)), headers.itemsize(TRANSFORMER)
         grid, text = self.job.stage_grid(self.number, sizes), self.job.preset.text_tokens
-        used = network.denoise_step(config, grid, text, width, unpacked=width * headers.unpacked(TRANSFORMER))
+        loras, tensors = self.job.loras, headers.tensors(TRANSFORMER)
+        unpacked = width * (headers.unpacked(TRANSFORMER) + loras.largest(self.number))
+        used = network.denoise_step(config, grid, text, width, unpacked=unpacked)
         used = used.beside(on_cpu(cpu.denoise_step(config, grid, text, width)))
-        weights = headers.weights(TRANSFORMER) + self.job.loras.nbytes(self.number, width)
+        factors = {path: width * size for path, size in loras.sizes(self.number).items()}
+        beside = sum(size for path, size in factors.items() if tensors[f"{path}.weight"].dtype == CODES)
+        weights, plain = headers.weights(TRANSFORMER) + beside, sum(factors.values()) - beside
         keys = len(self.kept) * network.text_keys(config, grid, text, width)
-        return Need(self.name, weights, used, blocks=headers.blocks, text=keys)
+        return Need(self.name, weights, used, blocks=headers.blocks, text=keys, factors=plain)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         course = self.job.course(self.number)
         states = self.job.states(self.number, made.latents, made.encoded)
         start = made.step or begin(course, states, tools.noise)
         transformer = tools.load(TRANSFORMER, Transformer)
-        if self.job.loras.uses:
-            attach(transformer, self.job.loras.at(self.number))
+        read = tools.plan.streamed
+        if transformer.loras != (loras := self.job.loras.strengths(self.number)):
+            attach(transformer, self.job.loras.at(self.number), settles=lambda path: block_of(path) not in read)
+            transformer.loras = loras
         given = transformer, made.contexts, states, self.kept if tools.plan.text else ()
         with (
-            streamed(self.job.folder, transformer, tools.plan.streamed) as stream,
+            streamed(self.job.folder, transformer, read) as stream,
             shared_denoiser(tools.machines, tools.split, *given) as denoiser,
         ):
             tools.meter.loaded(course.steps - start.number)

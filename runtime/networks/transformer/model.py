@@ -4,6 +4,7 @@ Notable: two streams of different width joined by cross-attention in every block
 the blocks through small projections; positions are seconds and pixels, not indices."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -68,6 +69,7 @@ class Transformer(nn.Module):
             self.keyframes_abs_pos_embedding = mx.zeros((1, config.video_dim))
         self.transformer_blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
         self.supply: Supply | None = None
+        self.loras: frozenset[tuple[Path, float]] = frozenset()  # that act on its layers, with their strengths
 
     @property
     def dtype(self) -> mx.Dtype:
