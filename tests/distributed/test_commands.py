@@ -17,21 +17,24 @@ from tests.support.command import Here
 from tests.support.ranks import commands, ended, said
 
 SIZE = ["--width", "64", "--height", "64", "--frames", "9", "--seed", "3", "--no-metadata"]
+LARGE = ["--width", "512", "--height", "512", "--frames", "97"]
 GUIDED = ["--pipeline", "one-stage", "--steps", "2"]
 CASE = {"part": "denoise", "pipeline": "one-stage", "steps": 1, "width": 64, "height": 64, "frames": 9}
 SUITE = {"warmup": 0, "repeat": 1, "cases": [CASE]}
 STATE = "clip.unfinished.safetensors"
-# Rank 1 sends itself a signal in its second step of stage 1.
+# Rank 1 sends itself a signal after the first step of stage 1. From then on rank 0 waits for a second, no longer.
 SIGNALLED = """
 from ltx2.runtime.distributed import machines
 from ltx2.runtime.events import StepDone
 from ltx2.runtime.generate.pipeline import Run
-machines.PATIENCE, machines.TIMES, events = 2.0, 0.0, Run.events
+events = Run.events
 
 def watched(self):
     for event in events(self):
-        if isinstance(event, StepDone) and event.step == 1 and rank == "1":
-            os.kill(os.getpid(), {number})
+        if isinstance(event, StepDone) and event.step == 1:
+            machines.PATIENCE, machines.TIMES = 1.0, 0.0
+            if rank == "1":
+                os.kill(os.getpid(), {number})
         yield event
 
 Run.events = watched
@@ -71,6 +74,7 @@ def test_two_machines(alone: Path, arguments: list[str], tmp_path: Path) -> None
     lines = [
         [*arguments, "--cfg", "2{rank}", *GUIDED, "--json", "-o", f"{tmp_path}/never.mp4"],
         [*arguments, "--dry-run", "--json", "--split", "sequence"],
+        [*arguments, *LARGE, "--dry-run", "-q", "--memory-limit", "1e-{rank}"],  # 1 GB, 0.1 GB
         [*arguments, *GUIDED, "--json", "-o", f"{tmp_path}/clip.mp4", "--save-latents", f"{tmp_path}/latents"],
         ["bench", arguments[2], "--suite", f"{tmp_path}/suite.json", "--json", "--out", f"{tmp_path}/bench.json"],
     ]
@@ -91,7 +95,11 @@ def test_two_machines(alone: Path, arguments: list[str], tmp_path: Path) -> None
     assert ["rank 0" in plan["machines"][0]["name"], "rank 1" in plan["machines"][1]["name"]] == [True, True]
     assert plan["splits"]["stage1"] == "sequence" and all(machine["phases"] for machine in plan["machines"])
 
-    made = results[2]
+    unfit = results[2]
+    unfit[0].failed(3, "it does not fit on", "(rank 1)")
+    assert unfit[1].code == 3 and "(rank 1): error: 97 frames of 512x512 do not fit" in unfit[1].err
+
+    made = results[3]
     assert [done.code for done in made] == [0, 0] and made[1].out == made[1].err == ""
     assert (tmp_path / "clip.mp4").read_bytes() == (alone / "clip.mp4").read_bytes()
     assert same(tmp_path / "latents", alone / "latents") and not (tmp_path / STATE).exists()
@@ -100,7 +108,7 @@ def test_two_machines(alone: Path, arguments: list[str], tmp_path: Path) -> None
     (stage,) = (phase for phase in record["phases"] if phase["name"] == "stage1")
     assert stage["sent_bytes"] > 0 and stage["exchange_seconds"] > 0
 
-    measured = results[3]
+    measured = results[4]
     assert [done.code for done in measured] == [0, 0] and measured[1].out == measured[1].err == ""
     receipt = measured[0].json
     assert receipt["machines"] == receipt["link"]["machines"] == 2 and receipt["link"]["bytes_per_second"] > 0
