@@ -134,7 +134,7 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
 @click.option("--prompts", type=PATH, metavar="FILE", help="One prompt per line; default: 16 that come with ltx2.")
 @click.option("--sensitivity", is_flag=True, help="Also measure which layers matter most, for quantize --fit.")
 @click.option("--gptq", is_flag=True, help="Also keep some denoise steps for quantize --method gptq: 20 MB a prompt.")
-@generate_options("width", "height", "frames", "fps", "no_upscale", "memory_limit", "low_memory")
+@generate_options("pipeline", "steps", "width", "height", "frames", "fps", "no_upscale", "memory_limit", "low_memory")
 @click.option("--seed", type=int, help="Of the first prompt; the others count on from it.")
 @common
 def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, gptq: bool, **options: Any) -> None:

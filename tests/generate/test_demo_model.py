@@ -107,19 +107,24 @@ BATCH = 6  # prompts a test makes clips of; several tests keep all cores busy
 LEAST = 5
 
 
-def check_followed(model: Path, batch: int, name: str, note: Note) -> None:
+def check_followed(model: Path, batch: int, name: str, note: Note, **options: Any) -> None:
     """Clips of one batch of prompts show all five attributes; one of them may not."""
-    pipeline, misses = Pipeline(model), []
     prompts = list(enumerate(random_prompts(24)))[batch * BATCH : (batch + 1) * BATCH]
+    assert count_followed(model, prompts, name, note, **options) >= LEAST
+
+
+def count_followed(model: Path, prompts: list[tuple[int, Any]], name: str, note: Note, **options: Any) -> int:
+    """Of prompts with their seeds, how many the clips show."""
+    pipeline, misses = Pipeline(model), []
     for seed, prompt in prompts:
-        clip = pipeline.generate(prompt.text, seed=seed, **SIZE)
+        clip = pipeline.generate(prompt.text, seed=seed, **SIZE, **options)
         seen = classify(clip.frames, clip.audio, clip.sample_rate)
         wrong = {name: seen[name] for name, value in prompt.want.items() if seen[name] != value}
         if wrong:
             misses.append(f"{prompt.text}: {wrong}")
     right = len(prompts) - len(misses)
     note(f"demo prompts followed, {name}: {right} of {len(prompts)} {misses}")
-    assert right >= LEAST, misses
+    return right
 
 
 @pytest.mark.parametrize("batch", range(4))
@@ -132,3 +137,23 @@ def test_prompts_are_followed_when_quantized(
     demo_quantized: dict[int, Path], bits: int, batch: int, note: Note
 ) -> None:
     check_followed(demo_quantized[bits], batch, f"{bits} bits", note)
+
+
+# Guided by the text alone, as the demo model was trained.
+AS_DEV: dict[str, Any] = {
+    "pipeline": "one-stage", "cfg": 3, "stg": 0, "modality_scale": 1, "audio_cfg": 3, "audio_stg": 0,
+    "audio_modality_scale": 1,
+}  # fmt: skip
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("batch", range(4))
+def test_24_prompts_are_followed_when_guided(demo_dev: Path, batch: int, note: Note) -> None:
+    """In 30 steps; as often as without guidance."""
+    check_followed(demo_dev, batch, "guided, 30 steps", note, steps=30, **AS_DEV)
+
+
+def test_prompts_are_followed_when_guided(demo_dev: Path, note: Note) -> None:
+    """Three of them, in few steps."""
+    prompts = list(enumerate(random_prompts(24)))[:3]
+    assert count_followed(demo_dev, prompts, "guided, 8 steps", note, steps=8, **AS_DEV) == 3
