@@ -22,7 +22,7 @@ from ltx2.runtime.model.forms import Form
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-HEADER_BYTES = 64 << 20  # the longest that is read; that of Gemma 3 with its tokenizer has 12 MB
+HEADER_BYTES = 64 << 20  # the longest that is read; the tokenizer of Gemma 3 takes about 6 MB of it
 DIMENSIONS = 8
 NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9  # the other types of values
