@@ -33,6 +33,7 @@ from ltx2.bench.speed.run import Benched
 from ltx2.convert.inspect import inspect
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Section
+from ltx2.runtime.generate.choices import with_fixed_length
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options import COSTS
 from ltx2.runtime.generate.phases.order import components, phases
@@ -91,8 +92,8 @@ def run_quality(
     compared are weights, not kernels. Raises InputError for folders that are not of one architecture, and what a
     generation raises.
     """
-    case = Case({"seed": 0, "matmul": "dequantized", **options}, dtype)
     folders = ModelFolder.open(model), ModelFolder.open(reference)
+    case = Case({"seed": 0, "matmul": "dequantized", **with_fixed_length(folders[1], options)}, dtype)
     check_comparable(*folders, case)
     measured, strips = Quality(), []
     for number, prompt in enumerate(prompts):

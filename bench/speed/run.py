@@ -7,7 +7,7 @@ does something else for a while) falls on all cases alike."""
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +26,7 @@ from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.errors import DoesNotFitError, Ltx2Error, MachinesError
 from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, Warned
 from ltx2.runtime.files.tensors import FLOATS, MLX_DTYPES
+from ltx2.runtime.generate.choices import with_fixed_length
 from ltx2.runtime.generate.clip import Followed, Generated, Sampled
 from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import CONTEXTS, LATENTS, Job
@@ -128,7 +129,7 @@ class _Subject:
         """Reads headers. `file`: for what a part of a generation starts from."""
         self._case, self._machines = case, machines
         self._pipeline = Pipeline(case.model, machines=machines)
-        options = dict(case.task.options)
+        options = with_fixed_length(case.model, dict(case.task.options))
         if rank := case.task.lora_rank:
             option = "lora" if options.get("pipeline", ONE_STAGE) == ONE_STAGE else "distilled_lora"
             lora = (str(random_lora(case.model, rank, file.parent)), 1.0, 1.0)  # in every stage
@@ -158,7 +159,7 @@ class _Subject:
     @property
     def dtype(self) -> str:
         """What the networks compute in, as the folder spells it."""
-        dtype = self._case.model.record("video_vae").dtype
+        dtype = self._case.model.record(self.plan.job.coder).dtype
         return dtype if dtype in FLOATS.values() else "BF16"
 
     @property

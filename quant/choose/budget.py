@@ -16,13 +16,13 @@ from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.tensors import FLOATS
 from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.memory.activations import denoise_step
-from ltx2.runtime.model.layout import TRANSFORMER
+from ltx2.runtime.model.layout import DIFFUSION_VAE, TRANSFORMER, VIDEO_VAE
 from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
-from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
+from ltx2.runtime.networks.video_vae.encode import VIDEO_VAES
 from ltx2.runtime.sampling.latents import Grid, Scales, Sizes
 
-NEEDED = (TRANSFORMER, "video_vae", "audio_vae")  # their configurations say what a clip takes
+NEEDED = (TRANSFORMER, VIDEO_VAE, "audio_vae")  # their configurations say what a clip takes
 GIB = 1 << 30
 MOST_GB = 4096
 
@@ -54,7 +54,7 @@ def mac_budget(plan: Plan, memory_gb: int) -> Budget:
     if not 0 < memory_gb <= MOST_GB:
         raise InputError(f"--fit {memory_gb} is not possible", "it is a Mac's memory in GB", "use --fit 24")
     for name in NEEDED:
-        if name not in plan.components:
+        if name not in plan.components and not (name == VIDEO_VAE and DIFFUSION_VAE in plan.components):
             why = "the memory that a clip takes follows from its configuration"
             raise InputError(f"--fit needs the model's {name}", why, "fit a whole model, or choose --bits")
     data = _macs()
@@ -88,7 +88,8 @@ def _activations(plan: Plan, sizes: Sizes) -> int:
 
 
 def _grid(plan: Plan, sizes: Sizes) -> Grid:
-    video = VideoVAEConfig.from_dict(plan.components["video_vae"].config)
+    coder = VIDEO_VAE if VIDEO_VAE in plan.components else DIFFUSION_VAE
+    video = VIDEO_VAES[coder].from_dict(plan.components[coder].config)
     audio = AudioVAEConfig.from_dict(plan.components["audio_vae"].config)
     scales = Scales(video.spatial_scale, video.temporal_scale, audio.hop_seconds, audio.temporal_scale)
     return sizes.grid(1, scales, video.latent_channels, audio.latent_channels)

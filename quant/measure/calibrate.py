@@ -25,6 +25,7 @@ from ltx2.runtime.events import Event, PromptStarted
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.paths import check_output, open_regular
 from ltx2.runtime.files.tensors import Array
+from ltx2.runtime.generate.choices import with_fixed_length
 from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
@@ -157,7 +158,8 @@ def calibrate(
         yield PromptStarted(number + 1, len(prompts), prompt)
         for keeper in recorder.keepers:
             keeper.next_prompt()
-        request = Request.from_options({"prompt": prompt, "seed": seed + number, "no_audio": True, **options})
+        usual = {"prompt": prompt, "seed": seed + number, "no_audio": True}
+        request = Request.from_options(usual | with_fixed_length(pipeline.folder, options))
         yield from pipeline.events(request, LATENTS)
     found = (yield from measure(pipeline.folder, steps)) if steps is not None else None
     given = {name: value for name, value in request.recorded().items() if name in options}

@@ -9,12 +9,13 @@ import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.paths import check_output
-from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
+from ltx2.runtime.files.tensors import TensorFile, open_tensorfile, write_tensorfile
 from ltx2.runtime.sampling.guidance import NEGATIVE, TEXT
 from ltx2.runtime.sampling.latents import AUDIO_FREQUENCIES
 from ltx2.runtime.streams import Streams
 
 MOST_BYTES = 10**9  # of one tensor; a minute of 4K has 0.75 GB of latents
+MOST_NOISE = 10**12  # its shape is compared first; a canvas for pixels is larger than latents
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
@@ -24,12 +25,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, mx.array], metadata: M
     write_tensorfile(Path(path), values, metadata or {})
 
 
-def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array]:
-    """The named float32 tensors. Raises InputError when one is missing, of another dtype, or not finite."""
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"cannot read {file}", "there is no such file", "check the path")
-    tensors = open_tensorfile(file)
+def _opened(path: str | Path) -> TensorFile:
+    if not Path(path).is_file():
+        raise InputError(f"cannot read {path}", "there is no such file", "check the path")
+    return open_tensorfile(Path(path))
+
+
+def read_tensors(path: str | Path, names: tuple[str, ...], most: int = MOST_BYTES) -> dict[str, mx.array]:
+    """The named float32 tensors. Raises InputError when one is missing, of another dtype, larger than `most` bytes, or
+    not finite."""
+    file, tensors = Path(path), _opened(path)
     result = {}
     for name in names:
         if name not in tensors.tensors:
@@ -38,8 +43,8 @@ def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array
         if tensors.tensors[name].dtype != "F32":
             why = f"it is {tensors.tensors[name].dtype}"
             raise InputError(f"{name} in {file.name} is not float32", why, "save the tensors as float32")
-        if (size := tensors.tensors[name].nbytes) > MOST_BYTES:
-            why = f"it has {size / 1e9:.3g} GB, and no clip needs more than {MOST_BYTES / 1e9:g}"
+        if (size := tensors.tensors[name].nbytes) > most:
+            why = f"it has {size / 1e9:.3g} GB, and no clip needs more than {most / 1e9:g}"
             raise InputError(f"{name} in {file.name} is too large", why, "use a file of the right kind")
         values = np.array(tensors.array(name))
         if not np.isfinite(values).all():
@@ -49,23 +54,32 @@ def read_tensors(path: str | Path, names: tuple[str, ...]) -> dict[str, mx.array
     return result
 
 
-def read_noise(path: str | Path, draws: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
-    """All tensors that a run draws, by name and shape. Raises InputError when one is missing, unknown or misshapen."""
-    tensors = read_tensors(path, tuple(draws))
-    if unknown := sorted(open_tensorfile(Path(path)).tensors.keys() - draws.keys()):
-        why = f"this run draws {', '.join(draws)}"
-        raise InputError(f"{Path(path).name} holds {unknown[0]}, which this run does not draw", why, "leave it out")
+def check_noise(path: str | Path, draws: Mapping[str, tuple[int, ...]]) -> None:
+    """A noise file has all tensors that a run draws, by name and shape. Raises InputError when one is missing, unknown
+    or misshapen, or has other faults that `read_tensors` finds."""
+    file = _opened(path)
+    if unknown := sorted(file.tensors.keys() - draws.keys()):
+        why = f"this run draws {', '.join(draws) or 'no noise'}"
+        raise InputError(f"{file.path.name} holds {unknown[0]}, which this run does not draw", why, "leave it out")
     for name, shape in draws.items():
-        _check_shape(path, name, tensors[name], shape)
-    return tensors
+        if name in file.tensors:
+            _check_shape(path, name, file.tensors[name].shape, shape)
+        read_noise(path, name)
+
+
+def read_noise(path: str | Path, name: str) -> mx.array:
+    """One draw of a noise file, with all its rows."""
+    return read_tensors(path, (name,), MOST_NOISE)[name]
 
 
 def read_latents(path: str | Path, channels: int, audio_channels: int) -> Streams[mx.array]:
     """`video` (1, channels, F, H, W) and `audio` (1, audio_channels, T, 16)."""
     tensors = read_tensors(path, ("video", "audio"))
     video, audio = tensors["video"], tensors["audio"]
-    _check_shape(path, "video", video, (1, channels, *video.shape[2:5]) if video.ndim == 5 else (1, channels, 1, 1, 1))
-    _check_shape(path, "audio", audio, (1, audio_channels, audio.shape[2] if audio.ndim == 4 else 1, AUDIO_FREQUENCIES))
+    sizes = video.shape[2:] if video.ndim == 5 else (1, 1, 1)
+    _check_shape(path, "video", video.shape, (1, channels, *sizes))
+    count = audio.shape[2] if audio.ndim == 4 else 1
+    _check_shape(path, "audio", audio.shape, (1, audio_channels, count, AUDIO_FREQUENCIES))
     return Streams(video, audio)
 
 
@@ -107,10 +121,10 @@ def _name(prompt: str, stream: str) -> str:
     return f"{stream}_context" if prompt == TEXT else f"{prompt}_{stream}_context"
 
 
-def _check_shape(path: str | Path, name: str, value: mx.array, shape: tuple[int, ...]) -> None:
-    if tuple(value.shape) != shape:
+def _check_shape(path: str | Path, name: str, has: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if has != shape:
         raise InputError(
             f"{name} in {Path(path).name} has the wrong shape",
-            f"it is {list(value.shape)}, this model and size need {list(shape)}",
+            f"it is {list(has)}, this model and size need {list(shape)}",
             "use a file made for the same model, size, frame count and frame rate",
         )

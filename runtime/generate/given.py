@@ -28,7 +28,7 @@ from ltx2.runtime.media.source import (
 )  # fmt: skip
 from ltx2.runtime.media.video import AudioTrack
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
-from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
+from ltx2.runtime.networks.video_vae.encode import VideoCoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.conditioning import (
     REFERENCE,
@@ -77,7 +77,7 @@ class Clip:
             raise InputError(f"{path} has no picture", "it holds sound alone", "name a clip")
         return cls(path, Sizes(facts.width, facts.height, count_frames(path), facts.fps), False, facts.rate > 0)
 
-    def video(self, vae: VideoAutoencoder | None) -> mx.array:
+    def video(self, vae: VideoCoder | None) -> mx.array:
         """Normalised latents (1, C, F, H, W) of all frames; latents need no network."""
         if self.latents:
             return read_tensors(self.path, ("video",))["video"]
@@ -116,7 +116,7 @@ class Given(ABC):
         """What is latents already and needs no encoding."""
         return None
 
-    def video(self, vae: VideoAutoencoder, place: Place) -> mx.array | None:
+    def video(self, vae: VideoCoder, place: Place) -> mx.array | None:
         """What is encoded of it for a stage's picture, normalised latents."""
         return None
 
@@ -138,7 +138,7 @@ class GivenPicture(Given):
     crf: int
     encodes_video = True
 
-    def video(self, vae: VideoAutoencoder, place: Place) -> mx.array:
+    def video(self, vae: VideoCoder, place: Place) -> mx.array:
         scale = place.scales.spatial
         pixels = covering(
             compressed(read_picture(self.path), self.crf), place.grid.height * scale, place.grid.width * scale
@@ -160,7 +160,7 @@ class GivenReference(Given):
     def in_stage(self, number: int) -> bool:
         return number == 1
 
-    def video(self, vae: VideoAutoencoder, place: Place) -> mx.array:
+    def video(self, vae: VideoCoder, place: Place) -> mx.array:
         def wanted() -> Iterator[Pixels]:
             at = 0
             for group in read_frames(self.path):
@@ -196,7 +196,7 @@ class GivenClip(Given):
     def encodes_audio(self) -> bool:  # type: ignore[override]
         return "audio" in self.streams and self.clip.sound and not self.clip.latents
 
-    def video(self, vae: VideoAutoencoder | None, place: Place) -> mx.array | None:
+    def video(self, vae: VideoCoder | None, place: Place) -> mx.array | None:
         if "video" not in self.streams:
             return None
         latents, wanted = self.clip.video(vae), place.grid.frames
@@ -241,7 +241,7 @@ def encode_sound(vae: AudioAutoencoder, track: AudioTrack, frames: int) -> mx.ar
     return vae.encode(mx.array(samples)[None], frames)
 
 
-def encode_clip(vae: VideoAutoencoder, groups: Iterator[Pixels]) -> mx.array:
+def encode_clip(vae: VideoCoder, groups: Iterator[Pixels]) -> mx.array:
     """Normalised latents (1, C, f, h, w) of frames (n, H, W, 3) that come in groups."""
     return vae.encode_video((mx.array(group).transpose(3, 0, 1, 2)[None] for group in groups), ENCODING)
 

@@ -3,7 +3,7 @@ before the work starts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,29 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.exchange import read_embeddings, read_latents, read_noise
+from ltx2.runtime.generate.choices import asked_length, chosen_pipeline, extended, source_clip, stages_of
+from ltx2.runtime.generate.exchange import check_noise, read_embeddings, read_latents, read_noise
 from ltx2.runtime.generate.given import Clip, Given, Setting, gather, sound_track
 from ltx2.runtime.generate.kinds import digest, portable
 from ltx2.runtime.generate.preset import (
     DISTILLED,
-    HQ,
-    ONE_STAGE,
-    TWO_STAGE,
-    StageRow,
     load_preset,
     negative_prompt,
     pipeline_row,
 )  # fmt: skip
 from ltx2.runtime.generate.request import Request
-from ltx2.runtime.generate.values import Lora
+from ltx2.runtime.generate.values import Auto, Lora
 from ltx2.runtime.media.video import AudioTrack
-from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
+from ltx2.runtime.model.layout import DIFFUSION_VAE, TRANSFORMER, VIDEO_VAE, ModelFolder
 from ltx2.runtime.model.loras import LoraSet, LoraUse, find_lora
 from ltx2.runtime.model.origin import check_text_encoder
 from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.load import build_network, check_network, encode_prompt, parameter_shapes
+from ltx2.runtime.networks.text.duration_head import Duration, duration
 from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.config import TransformerConfig
-from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
+from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig
+from ltx2.runtime.networks.video_vae.encode import VIDEO_VAES
 from ltx2.runtime.sampling.conditioning import Place
 from ltx2.runtime.sampling.denoise import Course
 from ltx2.runtime.sampling.guidance import NEGATIVE, NEUTRAL, TEXT, Guidance, passes
@@ -45,26 +44,32 @@ from ltx2.runtime.sampling.samplers import SAMPLERS
 from ltx2.runtime.sampling.state import StreamState, begin_states
 from ltx2.runtime.streams import Streams
 
-LATENTS, CONTEXTS = "latents", "contexts"  # what a run may end with, in place of a clip
+LATENTS, CONTEXTS, LENGTH = "latents", "contexts", "length"  # what a run may end with, in place of a clip
+CANVAS = "decoder.video"  # the noise that the diffusion decoder starts from
 
 
 class Job:
     """One generation, complete: the request with its defaults, the model's folder, the pipeline's stages and geometry.
-    `until` LATENTS or CONTEXTS ends it before the clip is decoded or sampled.
+    `until` LATENTS, CONTEXTS or LENGTH ends it before the clip is decoded or sampled. Where the duration head chooses
+    the clip's `length`, that is what it has chosen; before, the clip is the shortest possible.
 
     Raises InputError, UnsupportedError, ConfigError or ModelFolderError for what does not go together; `check` looks
     at files and tensors too.
     """
 
-    def __init__(self, folder: ModelFolder, request: Request, until: str | None = None) -> None:
+    def __init__(
+        self, folder: ModelFolder, request: Request, until: str | None = None, length: Duration | None = None
+    ) -> None:
         self.folder = folder
         self.until = until
+        self.asked = request
         self.clip: Clip | None = None  # the source, where a clip is given
         self.preset = load_preset(folder.manifest.release)
-        self.row = None if request.latents is not None else pipeline_row(_chosen(folder, request))
+        self.row = None if request.latents is not None else pipeline_row(chosen_pipeline(folder, request))
         first = self.preset.distilled_sampler if self.row is not None and self.row.name == DISTILLED else "euler"
-        self.stages = _stages(self.row.stages if self.row else (), request, first)
-        self.video_config = VideoVAEConfig.from_dict(folder.config("video_vae"))
+        self.stages = stages_of(self.row.stages if self.row else (), request, first)
+        self.coder = next((name for name in VIDEO_VAES if folder.has(name)), VIDEO_VAE)  # encodes, has the statistics
+        self.video_config = VIDEO_VAES[self.coder].from_dict(folder.config(self.coder))
         self.audio_config = AudioVAEConfig.from_dict(folder.config("audio_vae"))
         self.scales = Scales(
             self.video_config.spatial_scale,
@@ -74,17 +79,30 @@ class Job:
         )
         if request.latents is not None:
             request = request.for_latents(_present(self.read_latents(request.latents).video).shape, self.scales)
-        if (source := _source(request)) is not None:
+        if (source := source_clip(request)) is not None:
             self.clip = Clip.open(Path(source), self.scales, request.fps)
-            request = replace(request, **asdict(_extended(self.clip.sizes, request, self.scales)))
+            request = replace(request, **asdict(extended(self.clip.sizes, request, self.scales)))
+        self.auto = asked_length(folder, request) if until != CONTEXTS else None
+        self.length = length if self.auto is not None else None
+        if self.auto is not None:
+            request = replace(request, frames=(length or self.predicted(self.auto.least)).frames)
         self.request = request.with_defaults(self._defaults(request))
         self.sizes = self.request.sizes
         multiple = max((stage.downscale for stage in self.stages), default=1)
         self.sizes.check(self.scales, multiple, self.video_config.smallest_side)
 
+    def identity(self) -> dict[str, Any]:
+        """The options that decide the latents: a length that was predicted follows from the others."""
+        return self.request.identity() | ({} if self.auto is None else {"frames": str(self.auto)})
+
+    def predicted(self, seconds: float) -> Duration:
+        """The clip's length where the duration head answers so many seconds."""
+        auto, fps = self.auto or Auto(), self.asked.fps or self.preset.defaults["fps"]
+        return duration(seconds, fps, auto.least, auto.most, self.scales.temporal)
+
     def _defaults(self, request: Request) -> dict[str, Any]:
         """Options that have values where the request gives none."""
-        defaults = dict(self.preset.defaults)
+        defaults = {**self.preset.defaults} | {"vae": "conv" if self.coder == VIDEO_VAE else "diffusion"}
         if self.row is None:
             return defaults
         defaults |= {"pipeline": self.row.name, "image_crf": self.preset.image_crf}
@@ -257,12 +275,23 @@ class Job:
         found: dict[str, tuple[int, ...]] = {}
         for number in self.numbers:
             found |= self.course(number).draws(self.segments(number))
+        if self.decoder == DIFFUSION_VAE:
+            config = DiffusionVAEConfig.from_dict(self.folder.config(DIFFUSION_VAE))
+            found[CANVAS] = config.canvas(self.grid(sizes=self.output()).size)
         return found
+
+    @property
+    def decoder(self) -> str | None:
+        """The component that makes frames of latents; None where none are made."""
+        copied = self.request.video is not None and self.clip is not None and not self.clip.latents
+        if self.until is not None or self.request.no_video or copied:
+            return None
+        return DIFFUSION_VAE if self.request.vae == "diffusion" else VIDEO_VAE
 
     def noise(self) -> Noise:
         """The request's file, or its seed."""
         if self.request.noise is not None:
-            return Injected(read_noise(self.request.noise, self.draws()))
+            return Injected(partial(read_noise, self.request.noise))
         return Seeded(self.request.seed or 0)
 
     @property
@@ -303,7 +332,8 @@ class Job:
         ]
         sound = None if self.row is None else f"stage {self.sound_stage}"
         sound = "given" if self.request.audio is not None else sound
-        return {"stages": [self._stage_record(n) for n in self.numbers], "sound": sound, "inputs": inputs}
+        length = {} if self.length is None else {"duration": asdict(self.length)}
+        return {"stages": [self._stage_record(n) for n in self.numbers], "sound": sound, "inputs": inputs} | length
 
     def _stage_record(self, number: int) -> dict[str, Any]:
         course, grid, row = self.course(number), self.stage_grid(number), self.stages[number - 1]
@@ -333,62 +363,23 @@ class Job:
                     "the second stage needs it",
                     "convert again with the spatial upscaler file among the sources, or use --no-upscale",
                 )
+            if component in VIDEO_VAES and not self.folder.has(component):
+                raise InputError(
+                    f"{self.folder.path} has no {component}",
+                    f"--vae {self.request.vae} decodes with it",
+                    "convert again with that VAE's file among the sources, or leave out --vae",
+                )
             built[component] = check_network(self.folder, component)
         if "text_encoder" in components:
             check_text_encoder(self.folder)
         request = self.request
-        if request.latents is None and request.noise is not None:
-            self.noise()
+        if request.noise is not None:
+            check_noise(request.noise, self.draws())
         if request.latents is None and request.embeddings is not None:
             self.read_contexts(request.embeddings)
         return built
 
 
-def _source(request: Request) -> str | None:
-    """The clip that decides the sizes."""
-    spans = (request.retake, request.extend)
-    return request.video or next((form.path for form in spans if form is not None), None)
-
-
-def _extended(sizes: Sizes, request: Request, scales: Scales) -> Sizes:
-    """The source's sizes, with the whole latent frames that are made beside it."""
-    if request.extend is None:
-        return sizes
-    more = max(1, round(abs(request.extend.seconds) * sizes.fps / scales.temporal)) * scales.temporal
-    return replace(sizes, frames=sizes.frames + more)
-
-
 def _present(value: mx.array | None) -> mx.array:
     assert value is not None, "a latents file has a picture"
     return value
-
-
-def _chosen(folder: ModelFolder, request: Request) -> str:
-    """The pipeline that is asked for, else what the model calls for. Raises InputError where it cannot run."""
-    distilled, name = folder.manifest.variant == DISTILLED, request.pipeline
-    lora = request.distilled_lora is not None or folder.distilled_lora is not None
-    single = request.no_upscale or _source(request) is not None or request.no_video
-    if name is None:
-        dev = TWO_STAGE if lora and folder.has("spatial_upscaler") and not single else ONE_STAGE
-        return DISTILLED if distilled else dev
-    if distilled and name == HQ:
-        why = "its sampler takes steps that a distilled model was not made for"
-        raise InputError(f"{folder.path} cannot run the hq pipeline", why, "use a dev model, or leave out --pipeline")
-    if not distilled and name != ONE_STAGE and not lora:
-        raise InputError(
-            f"the {name} pipeline needs a distilled LoRA",
-            f"{folder.path} is a dev model, and has none in its loras folder",
-            "give --distilled-lora FILE, convert again with it among the sources, or use --pipeline one-stage",
-        )
-    return name
-
-
-def _stages(rows: tuple[StageRow, ...], request: Request, first: str) -> tuple[StageRow, ...]:
-    """The pipeline's stages as the request wants them; `first` is the sampler of stage 1 where the pipeline names
-    none."""
-    if not rows:
-        return ()
-    if _source(request) is not None or request.no_video:
-        return (replace(rows[0], downscale=1),)
-    start = replace(rows[0], sampler=rows[0].sampler or ("euler" if request.reference else first))
-    return (replace(start, downscale=1),) if request.no_upscale else (start, *rows[1:])

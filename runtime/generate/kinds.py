@@ -224,17 +224,13 @@ class Numbers(Option[str | SupportsIndex | Iterable[SupportsIndex] | None, tuple
 class Length(Option[SupportsIndex | str | Auto | None, int | Auto | None]):
     """A number of frames, or how long a prediction of it may be."""
 
-    predicted: bool = False  # prediction works
+    kind = "a whole number, auto or auto:MIN-MAX"
     type = int | str
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return "a whole number, auto or auto:MIN-MAX" if self.predicted else "a whole number"
 
     def read(self, value: Any) -> int | Auto:
         if isinstance(value, str) and not value.removeprefix("-").isdecimal():
             value = Auto.read(value)
-        if isinstance(value, Auto) and self.predicted:
+        if isinstance(value, Auto):
             return value
         if isinstance(value, bool):
             raise TypeError

@@ -32,7 +32,7 @@ SHOWN = ("image", "keyframe", "keyframe_slots", "reference")
 CONDITIONINGS = (*SHOWN, "image_crf", "reference_attention", "audio", "video", "retake", "keep", "extend")
 # What leads to latents, and says nothing about a part of the clip.
 SAMPLING = (
-    "prompt", "embeddings", "save_embeddings", "noise", "pipeline", "no_upscale", "steps", "negative_prompt", "lora",
+    "prompt", "embeddings", "save_embeddings", "pipeline", "no_upscale", "steps", "negative_prompt", "lora",
     "distilled_lora", "checkpoint_every", "resume",
 )  # fmt: skip
 
@@ -57,7 +57,12 @@ class Options:
     )
     width: Whole = Whole("Pixels; a multiple of 64 (32 with --no-upscale).", decides=True, costs=True)
     height: Whole = Whole("Pixels; a multiple of 64 (32 with --no-upscale).", decides=True, costs=True)
-    frames: Length = Length("Length of the clip: 8k+1 frames, such as 121.", metavar="N", decides=True, costs=True)
+    frames: Length = Length(
+        "Length of the clip: 8k+1 frames, such as 121; or auto: chosen from the prompt, between so many seconds.",
+        metavar="N|auto[:MIN-MAX]",
+        decides=True,
+        costs=True,
+    )
     fps: Number = Number("Frames per second.", decides=True, costs=True)
     seed: Whole = Whole(
         "Same seed, same clip.",
@@ -71,12 +76,10 @@ class Options:
     no_video: Flag = Flag("Make the sound alone, as a .wav file.", decides=True, costs=True)
     no_upscale: Flag = Flag("One stage at full size, without the upscaler.", decides=True, costs=True)
     temporal_upscale: Flag = Flag("Twice the frame rate, by the temporal upscaler.", decides=True, costs=True)
-    vae: Choice[str] = Choice(
-        "Video decoder, where the model folder has both.",
+    vae: Choice[str | None] = Choice(
+        "Video decoder, where the model folder has both; default: conv.",
         choices=("conv", "diffusion"),
-        default="conv",
         costs=True,
-        exposed=False,
     )
 
     steps: Whole = Whole("Denoise steps of stage 1.", decides=True, costs=True, least=1, example="30")
@@ -175,7 +178,7 @@ class Options:
     latents: File = File(
         "Decode these latents only.",
         replaces=SAMPLING,
-        sets=SIZE,
+        sets=(*SIZE, "noise"),  # an earlier run's noise is not what its decoder alone draws
     )
     memory_limit: Number = Number(
         "Stay below; default: what the GPU can use.",

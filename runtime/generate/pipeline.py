@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,19 +21,28 @@ from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, StepDone,
 from ltx2.runtime.files.atomic import UNLOCKED, claimed
 from ltx2.runtime.generate.clip import Clip, Followed, FrameBuffer, Generated, Sampled, Saved
 from ltx2.runtime.generate.exchange import write_embeddings, write_latents
-from ltx2.runtime.generate.job import CONTEXTS, Job
+from ltx2.runtime.generate.job import LATENTS, LENGTH, Job
 from ltx2.runtime.generate.phases.base import Made, Phase
 from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, Vocode
 from ltx2.runtime.generate.phases.order import components, phases
 from ltx2.runtime.generate.phases.sample import Denoise
 from ltx2.runtime.generate.phases.text import Connect
-from ltx2.runtime.generate.phases.together import begin_shared, check_same, finish, follow, keep_waiting, splits
+from ltx2.runtime.generate.phases.together import (
+    begin_shared,
+    check_same,
+    finish,
+    follow,
+    keep_waiting,
+    splits,
+    tell_seconds,
+)  # fmt: skip
 from ltx2.runtime.generate.places import check_places
 from ltx2.runtime.generate.planning import MemoryPlan, plan_memory
 from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.generate.request import Request, draw_seed, takes
-from ltx2.runtime.generate.resume import Owner, State, StateFile, started_seed
+from ltx2.runtime.generate.resume import Owner, Started, State, StateFile
 from ltx2.runtime.generate.sidecar import make_record, make_settings, sidecar_path, write_sidecar
+from ltx2.runtime.generate.values import Auto
 from ltx2.runtime.layers.matmul import Choice
 from ltx2.runtime.layers.packed import choose_products
 from ltx2.runtime.machine.facts import available_memory
@@ -42,8 +51,8 @@ from ltx2.runtime.memory.meter import Phase as Meter
 from ltx2.runtime.memory.meter import explained
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 from ltx2.runtime.networks.load import load_network
+from ltx2.runtime.networks.text.duration_head import Duration
 from ltx2.runtime.sampling.latents import as_numpy
-from ltx2.runtime.sampling.noise import Seeded
 
 Network = TypeVar("Network", bound=nn.Module)
 Observe = Callable[[str, nn.Module], None]
@@ -92,9 +101,13 @@ class Pipeline:
     def events(self, request: Request, until: str | None = None) -> Generator[Event, None, None]:
         """As `stream`. With `until` "contexts" or "latents" the last event is Sampled, and nothing is decoded. On
         machines that do not lead the only one is Followed."""
-        if request.resume and request.state is not None and request.seed is None:  # the seed was drawn
-            request = replace(request, seed=started_seed(Path(request.state)))
-        run = Run(Job(self.folder, self._seeded(request), until), self.observe, self.machines)
+        length = None
+        if request.resume and request.state is not None:  # what an earlier run has drawn and predicted
+            started = Started.read(Path(request.state))
+            request = request if request.seed is not None else replace(request, seed=started.seed)
+            leading, *_ = self.machines.everyone(None if started.length is None else asdict(started.length))
+            length = None if leading is None else Duration(**leading)
+        run = Run(Job(self.folder, self._seeded(request), until, length), self.observe, self.machines)
         self.products = run.products
         events = run.events()
         return events if request.progress is None else _watched(events, request.progress)
@@ -112,9 +125,31 @@ class Pipeline:
         what does not fit: `MemoryPlan.check` does."""
         return self.planned(request)
 
+    def duration(
+        self,
+        prompt: str | None = None,
+        *,
+        fps: float | None = None,
+        embeddings: str | Path | None = None,
+        min_seconds: float = 1,
+        max_seconds: float = 20,
+    ) -> Duration:
+        """How long the clip of a prompt, or of saved embeddings, should be: the seconds that the duration head answers,
+        and the frames that `generate` would make of them between these bounds. Raises InputError for a model without
+        such a network, and as `stream`."""
+        asked = {"prompt": prompt, "fps": fps, "embeddings": embeddings, "frames": Auto(min_seconds, max_seconds)}
+        run = Run(Job(self.folder, Request.from_options(asked), LENGTH), self.observe)
+        for _ in run.events():
+            pass
+        assert run.job.length is not None, "predicted in the last phase"
+        return run.job.length
+
     def planned(self, request: Request, until: str | None = None) -> MemoryPlan:
         """As `plan`, of what `events` would do."""
-        job = Job(self.folder, self._seeded(request), until)
+        request = self._seeded(request)
+        job = Job(self.folder, request, until)
+        if job.auto is not None:  # whatever will be predicted
+            job = Job(self.folder, request, until, job.predicted(job.auto.most))
         job.check(components(phases(job)))
         if self.machines.leads:
             check_places(job)
@@ -133,27 +168,31 @@ class Run:
     `phases.Tools`."""
 
     def __init__(self, job: Job, observe: Observe | None = None, machines: Machines = ALONE) -> None:
-        self.job, self.request, self.observe, self.machines = job, job.request, observe, machines
-        self.phases = phases(job)
-        self._built = job.check(used := components(self.phases))  # until they are loaded
-        self.memory = plan_memory(job, machines)
-        self.memory.check()
-        if machines.leads:
-            check_places(job)
-        self.tiling = self.memory.tiling
-        self.splits, self.split = splits(job, machines, self.tiling), NONE
+        self.observe, self.machines = observe, machines
         self.done: list[PhaseDone] = []
         self.products: dict[str, Choice] = {}
         self.seconds = 0.0  # of an earlier run that this one continues
         self.made = Made()
         self._transformer: nn.Module | None = None  # that of the last stage, where the plan keeps it for the next one
-        self.state: StateFile | None = None
-        if job.request.state is not None and job.request.latents is None and machines.leads:
-            self.state = StateFile(Path(job.request.state), Owner.of(job, used))
-        if machines.several:
-            check_same(machines, job, used, self.tiling)
+        self._take(job)
         self.earlier = self.state.read() if self.state is not None and job.request.resume else None
-        self.noise = job.noise() if job.stages else Seeded(0)
+
+    def _take(self, job: Job) -> None:
+        """What is made. Raises what is known to be wrong."""
+        self.job, self.request = job, job.request
+        self.phases = phases(job)
+        self._built = job.check(used := components(self.phases))  # until they are loaded
+        self.memory = plan_memory(job, self.machines)
+        self.memory.check()
+        if self.machines.leads:
+            check_places(job)
+        self.tiling, self.noise = self.memory.tiling, job.noise()
+        self.splits, self.split = splits(job, self.machines, self.tiling), NONE
+        self.state: StateFile | None = None
+        if job.request.state is not None and job.request.latents is None and self.machines.leads:
+            self.state = StateFile(Path(job.request.state), Owner.of(job, used), job.length)
+        if self.machines.several:
+            check_same(self.machines, job, used, self.tiling)
 
     def events(self) -> Generator[Event, None, None]:
         """All phases, then the event that says what was made."""
@@ -176,6 +215,9 @@ class Run:
         self.write = lambda _: None
         while (following := follow(self.machines)) is not None:
             name, self.made = following
+            if self._waits and self.made.seconds is not None:
+                yield from self._settle(self.made.seconds)
+                continue
             yield from self._measured(next(phase for phase in self.phases if phase.name == name))
         yield Followed()
 
@@ -183,12 +225,28 @@ class Run:
         """What will be made, and how."""
         sizes, row, seed = self.job.sizes, self.job.row, self.request.seed
         how = "decoding" if row is None else f"{row.name} pipeline"
-        noise = "" if row is None or seed is None else f", seed {seed}"
-        return f"{how}: {sizes.frames} frames of {sizes.width}x{sizes.height} at {sizes.fps:g} fps{noise}"
+        noise = f", seed {seed}" if seed is not None and self.job.draws() else ""
+        frames = "frames by the duration head, each" if self._waits else f"{sizes.frames} frames"
+        return f"{how}: {frames} of {sizes.width}x{sizes.height} at {sizes.fps:g} fps{noise}"
+
+    @property
+    def _waits(self) -> bool:
+        """For the clip's length to be predicted."""
+        return self.job.auto is not None and self.job.length is None
+
+    def _settle(self, seconds: float) -> Iterator[Event]:
+        """The clip is made as long as its prompt needs."""
+        job = self.job
+        if self.machines.several and self.machines.leads:
+            tell_seconds(self.machines, seconds)
+        length = job.predicted(seconds)
+        self._take(Job(job.folder, replace(job.asked, seed=job.request.seed), job.until, length))
+        yield Noted(f"the duration head gives the clip {seconds:.2f} s: {length.frames} frames")
+        yield from map(Warned, self.memory.warnings())
 
     def _all(self) -> Iterator[Event]:
         decodes = DecodeSound | Vocode | DecodeVideo | CopyVideo
-        sampling = [phase for phase in self.phases if not isinstance(phase, decodes)]
+        sampling = [phase.name for phase in self.phases if not isinstance(phase, decodes)]
         yield from self._sampled(sampling)
         decoding = self.phases[len(sampling) :]
         if not decoding:
@@ -207,9 +265,9 @@ class Run:
         else:
             yield from self._saved(video, Path(self.request.output))
 
-    def _sampled(self, sampling: Sequence[Phase]) -> Iterator[Event]:
+    def _sampled(self, names: Sequence[str]) -> Iterator[Event]:
         """The phases up to the latents, or those that an earlier run has left of them."""
-        request, names = self.request, [phase.name for phase in sampling]
+        request = self.request
         if request.latents is not None:
             self.made.latents = self.job.read_latents(request.latents)
         elif request.embeddings is not None:
@@ -218,14 +276,17 @@ class Run:
         if earlier is not None:
             self.made, self.done, self.seconds = earlier.made, list(earlier.done), earlier.seconds
             left = len(names) if earlier.phase is None else names.index(earlier.phase)
-        for number, phase in enumerate(sampling[left:], start=left + 1):
+        for number in range(left, len(names)):
+            phase = self.phases[number]
             yield from self._measured(phase)
-            following = names[number] if number < len(names) else None
+            if self._waits and self.made.seconds is not None:
+                yield from self._settle(self.made.seconds)
+            following = names[number + 1] if number + 1 < len(names) else None
             if isinstance(phase, Connect) and request.save_embeddings:
                 yield from _beside(request.save_embeddings, partial(write_embeddings, contexts=self.made.contexts))
             if following is None or (request.checkpoint_every and self.made.latents.video is not None):
                 yield from self._keep(following)
-        if request.save_latents and self.job.until != CONTEXTS:
+        if request.save_latents and self.job.until in (None, LATENTS):
             write = partial(write_latents, latents=self.made.latents, fps=self.job.output().fps)
             yield from _beside(request.save_latents, write)
 
@@ -342,7 +403,8 @@ class Run:
         return self.seconds + time.perf_counter() - self._started
 
     def _warnings(self) -> Iterator[Event]:
-        messages = [*self.request.without_effect(), *self.job.warnings(), *self.memory.warnings()]
+        messages = [*self.request.without_effect(), *self.job.warnings()]
+        messages += [] if self._waits else self.memory.warnings()
         for message in messages:
             yield Warned(message)
         if self.machines.several:

@@ -16,8 +16,7 @@ from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.memory.meter import reusable_memory
 from ltx2.runtime.memory.plan import Headers, Need, PhasePlan
 from ltx2.runtime.model.layout import TRANSFORMER
-from ltx2.runtime.networks.video_vae.config import MAX_ELEMENTS
-from ltx2.runtime.networks.video_vae.tiles import Tiling, tilings
+from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import Sizes
 
 GB = 10**9
@@ -125,13 +124,12 @@ class Needs:
         *_, last = self.phases
         if not isinstance(last, DecodeVideo):
             return None, self.of(sizes, None)
-        grid, found = self.job.grid(sizes=self.job.output(sizes)), []
-        latents, config = (grid.frames, grid.height, grid.width), self.job.video_config
-        if config.decoder.largest_array(latents) <= MAX_ELEMENTS:
+        latents, found = self.job.grid(sizes=self.job.output(sizes)).size, []
+        if last.in_one_piece(latents):
             *_, whole = needs = self.of(sizes, None)
             if whole.weights + whole.activations.full + whole.clip <= min(limit, self.usual):
                 return None, needs
-        for tiling in tilings(config, latents):
+        for tiling in last.tilings(latents):
             needs = self.of(sizes, tiling)
             if _least(needs) <= limit:
                 return tiling, needs

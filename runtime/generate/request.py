@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.options import ROWS, Options, check_usage, repeated
+from ltx2.runtime.generate.options import ROWS, SIZE, Options, check_usage, repeated
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
 DRAWN = 1 << 32  # seeds that are drawn are below
@@ -82,7 +82,7 @@ class Request(Options):
             height=height * scales.spatial,
             frames=(frames - 1) * scales.temporal + 1,
         )
-        for name in ROWS["latents"].sets:
+        for name in SIZE:
             asked, value = getattr(self, name), getattr(made, name)
             if asked not in (None, value):
                 what = f"{name} {asked} does not fit the latents"

@@ -19,6 +19,7 @@ from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.kinds import File
 from ltx2.runtime.generate.options import ROWS
 from ltx2.runtime.generate.phases.base import Made
+from ltx2.runtime.networks.text.duration_head import Duration
 from ltx2.runtime.sampling.denoise import Step
 from ltx2.runtime.streams import Streams
 
@@ -85,7 +86,7 @@ class Owner:
     def of(cls, job: Job, components: Sequence[str]) -> "Owner":
         """`components`: those of the model folder that the run uses."""
         hashes = job.folder.hashes()
-        options = json.loads(json.dumps(job.request.identity()))  # as they are read again: tuples are lists
+        options = json.loads(json.dumps(job.identity()))  # as they are read again: tuples are lists
         return cls(options, {name: hashes[name] for name in sorted(components)})
 
     def check(self, given: "Owner", path: Path) -> None:
@@ -108,21 +109,31 @@ def _shown(name: str, value: Any) -> str:
     return f"{name.replace('_', ' ')} {value!r}" if value is not None else f"no {name.replace('_', ' ')}"
 
 
-def started_seed(path: Path) -> int | None:
-    """The seed of the run whose state is at `path`; None where there is none."""
-    try:
-        seed = json.loads(open_tensorfile(path).metadata[RECORD])["options"]["seed"]
-    except (OSError, Ltx2Error, ValueError, LookupError, TypeError):
-        return None  # reading it says what is wrong
-    return seed if isinstance(seed, int) else None
+@dataclass(frozen=True)
+class Started:
+    """What a run whose state there is has drawn and predicted: its seed, and the clip's length."""
+
+    seed: int | None = None
+    length: Duration | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "Started":
+        """Empty where there is no such state; reading that says what is wrong."""
+        try:
+            record = json.loads(open_tensorfile(path).metadata[RECORD])
+            seed, length = record["options"]["seed"], record["length"]
+            return cls(None if seed is None else int(seed), None if length is None else Duration(**length))
+        except (OSError, Ltx2Error, ValueError, LookupError, TypeError):
+            return cls()
 
 
 class StateFile:
-    """The one state of a run: every write replaces the last."""
+    """The one state of a run: every write replaces the last. `length` is the clip's where it was predicted."""
 
-    def __init__(self, path: Path, owner: Owner) -> None:
+    def __init__(self, path: Path, owner: Owner, length: Duration | None = None) -> None:
         self.path = path
         self.owner = owner
+        self.length = length
 
     def write(self, state: State) -> None:
         """The file appears whole or not at all, and is on the disk when this returns."""
@@ -130,6 +141,7 @@ class StateFile:
         record = {
             "options": self.owner.options,
             "model": self.owner.model,
+            "length": None if self.length is None else asdict(self.length),
             "phase": state.phase,
             "step": 0 if step is None else step.number,
             "phases": [asdict(phase) for phase in state.done],

@@ -20,7 +20,7 @@ from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.media.video import read_comment
 from ltx2.runtime.model.layout import ModelFolder
 
-SETTINGS = ("ltx2", "request", "model", "stages", "sound", "inputs")
+SETTINGS = ("ltx2", "request", "model", "stages", "sound", "inputs", "duration")
 
 
 def sidecar_path(video: Path) -> Path:
@@ -48,7 +48,7 @@ def make_settings(folder: ModelFolder, request: Request) -> dict[str, Any]:
 
 def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a record was made with."""
-    return {name: record[name] for name in SETTINGS}
+    return {name: record[name] for name in SETTINGS if name in record}
 
 
 def make_record(settings: Mapping[str, Any], phases: Sequence[PhaseDone], seconds: float) -> dict[str, Any]:

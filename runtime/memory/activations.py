@@ -18,6 +18,7 @@ from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import Size, Tower, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig, Stage
+from ltx2.runtime.networks.video_vae.encode import VideoConfig
 from ltx2.runtime.networks.video_vae.frames import FRAMES_PER_GROUP
 from ltx2.runtime.networks.video_vae.layers import LARGE
 from ltx2.runtime.networks.video_vae.tiles import Intervals, Tiles, Tiling
@@ -162,7 +163,7 @@ def _ends(tiles: Intervals) -> list[tuple[int, int, int]]:
     return [(*tiles[i], tiles[i - 1][1] if i else 0) for i in tiles.ends]
 
 
-def encode_video(config: VideoVAEConfig, clip: Size, tiling: Tiling, itemsize: int, unfold: bool) -> Activations:
+def encode_video(config: VideoConfig, clip: Size, tiling: Tiling, itemsize: int, unfold: bool) -> Activations:
     """`clip`: frames, height and width in pixels. The frames that a tile over time needs and those that say whether
     another follows, and the largest layer of a tile beside its own pixels, cut out and rearranged."""
     early = config.temporal_scale  # frames of the latent that later tiles start with
@@ -172,7 +173,7 @@ def encode_video(config: VideoVAEConfig, clip: Size, tiling: Tiling, itemsize: i
     frames, height, width = map(min, clip, tile)
     pixels = 2 * frames * height * width * 3 * itemsize
     patch = config.patch_size
-    return _tower(config.encoder, (frames, height // patch, width // patch), itemsize, unfold).beside(buffer + pixels)
+    return _tower(config.tower, (frames, height // patch, width // patch), itemsize, unfold).beside(buffer + pixels)
 
 
 def decode_diffusion(

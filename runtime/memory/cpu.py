@@ -13,6 +13,7 @@ from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import Size, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig
+from ltx2.runtime.networks.video_vae.encode import VideoConfig
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import Grid
 
@@ -43,9 +44,9 @@ def decode_video(config: VideoVAEConfig, itemsize: int) -> int:
     return _widened(TAPS_3D * config.decoder.width**2, itemsize)
 
 
-def encode_video(config: VideoVAEConfig, itemsize: int) -> int:
+def encode_video(config: VideoConfig, itemsize: int) -> int:
     """As `decode_video`."""
-    return _widened(TAPS_3D * max(stage.outputs for stage in config.encoder.stages) ** 2, itemsize)
+    return _widened(TAPS_3D * max(stage.outputs for stage in config.tower.stages) ** 2, itemsize)
 
 
 def decode_diffusion(config: DiffusionVAEConfig, latents: Size, tiling: Tiling | None, itemsize: int) -> int:

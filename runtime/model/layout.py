@@ -28,6 +28,8 @@ COMPONENTS = (
     "spatial_upscaler", "temporal_upscaler", "duration_head",
 )  # fmt: skip
 TRANSFORMER = "transformer"
+VIDEO_VAE, DIFFUSION_VAE = "video_vae", "diffusion_vae"
+DURATION_HEAD = "duration_head"
 LORAS = "loras"  # the folder of components that change others: loras/<name>
 LORA_FOLDER = re.compile(rf"{LORAS}/[a-z0-9_][a-z0-9._-]{{0,254}}")
 

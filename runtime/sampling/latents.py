@@ -81,6 +81,11 @@ class Grid:
         return (1, self.audio_channels, self.audio_frames, AUDIO_FREQUENCIES)
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the video's latents."""
+        return self.frames, self.height, self.width
+
+    @property
     def tokens(self) -> int:
         """Of the video."""
         return self.frames * self.height * self.width

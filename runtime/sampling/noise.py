@@ -2,7 +2,7 @@
 one's size or on what else is drawn, and a state file needs to hold none of them."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -37,14 +37,14 @@ class Seeded:
 
 
 class Injected:
-    """Noise out of a file's tensors."""
+    """Given noise: `read` has a draw by its name, with all its rows. It is read when it is used, and not kept."""
 
-    def __init__(self, tensors: Mapping[str, mx.array]) -> None:
-        self.tensors = tensors
+    def __init__(self, read: Callable[[str], mx.array]) -> None:
+        self.read = read
 
     def __call__(self, name: str, shape: tuple[int, ...], row: int | None = None) -> mx.array:
         """As `Noise` says; shapes were checked when the file was read."""
-        value = self.tensors[name]
+        value = self.read(name)
         return (value if row is None else value[row : row + 1]).reshape(shape)
 
 

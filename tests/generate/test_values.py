@@ -142,14 +142,10 @@ class TestKinds:
             Numbers("").checked(value)
 
     def test_length(self) -> None:
-        row = Length("", predicted=True)
+        row = Length("")
         assert [row.checked(value) for value in (9, "9", "auto", Auto(2, 3))] == [9, 9, Auto(), Auto(2, 3)]
         with pytest.raises(InputError, match="auto:MIN-MAX"):
             row.checked("long")
-
-    def test_a_prediction_that_does_not_work_yet_is_none(self) -> None:
-        with pytest.raises(InputError, match="must be a whole number"):
-            Length("").checked("auto")
 
     @pytest.mark.parametrize("value", ["a.png@8", Picture("a.png", 8), Path("a.png@8")])
     def test_one_of_several(self, value: Any) -> None:

@@ -454,5 +454,5 @@ def test_config_that_would_compute_something_else_is_refused(change: dict[str, A
 )
 def test_padding_modes(keys: dict[str, str], encoder: str, decoder: str) -> None:
     config = VideoVAEConfig.from_dict({k: v for k, v in NEWER.items() if k != "spatial_padding_mode"} | keys)
-    assert (config.encoder.reflect, config.decoder.reflect) == (encoder == "reflect", decoder == "reflect")
+    assert (config.tower.reflect, config.decoder.reflect) == (encoder == "reflect", decoder == "reflect")
     assert (config.spatial_scale, config.temporal_scale) == (32, 8)

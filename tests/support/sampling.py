@@ -35,7 +35,7 @@ def sampled(
     """Latents after each step from `noise` (and `start`), shaped as the grid says, at 24 frames per second.
     `keep`: with the text's keys and values kept over the steps."""
     states, course = begin_states(grid, 24.0, SCALES, start), Course(1, tuple(sigmas), SAMPLERS["euler"], PLAIN)
-    drawn = Injected({f"stage1.{name}": value for name, value in noise.items()})
+    drawn = Injected({f"stage1.{name}": value for name, value in noise.items()}.__getitem__)
     denoiser = Denoiser(transformer, texts(contexts), states, (TEXT,) if keep else ())
     for step in denoise(denoiser, course, drawn, begin(course, states, drawn)):
         yield states.zip(step.x).map(lambda pair: pair[0].latents(pair[1]))

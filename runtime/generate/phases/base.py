@@ -32,6 +32,7 @@ class Made:
 
     hidden: Sequence[mx.array] = ()
     contexts: Mapping[str, Streams[mx.array]] = field(default_factory=dict)
+    seconds: float | None = None  # that the duration head gives the clip
     latents: Streams[mx.array] = field(default_factory=Streams)
     sound: mx.array | None = None
     encoded: dict[str, mx.array] = field(default_factory=dict)  # "number of the given thing.stage.stream"

@@ -1,12 +1,14 @@
 """Latents to sound and frames."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
+import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.distributed.split import spread
 from ltx2.runtime.events import Event, Warned
-from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.job import CANVAS, Job
 from ltx2.runtime.generate.phases.base import Made, Phase, Tools
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.media.source import read_frames
@@ -15,13 +17,17 @@ from ltx2.runtime.memory import activations as network
 from ltx2.runtime.memory import cpu
 from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.plan import Headers, Need, on_cpu, uses_cpu
+from ltx2.runtime.model.layout import DIFFUSION_VAE, VIDEO_VAE
 from ltx2.runtime.networks.audio.bandwidth import vocoder_config
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.audio.vocoder import Vocoder
 from ltx2.runtime.networks.load import read_weights
-from ltx2.runtime.networks.video_vae.frames import decode_frames
+from ltx2.runtime.networks.video_vae.config import MAX_ELEMENTS, Size, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.diffusion import DiffusionAutoencoder
+from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig, diffusion_tilings
+from ltx2.runtime.networks.video_vae.frames import Pictures, decode_frames
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
-from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling
+from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling, tilings
 from ltx2.runtime.sampling.latents import Sizes
 
 SILENT = 1e-4  # of full scale, -80 dB
@@ -82,32 +88,86 @@ class Vocode(Phase):
 class DecodeVideo(Phase):
     """Video latents to frames, group by group."""
 
-    name = "video_vae"
-    components = ("video_vae",)
+    name = VIDEO_VAE
+    components = (VIDEO_VAE,)
+    spreads = True  # its tiles over several machines
+
+    def tilings(self, latents: Size) -> list[Tiling | None]:
+        """Ways to decode so many latents (frames, height, width), each takes less memory than the last."""
+        return tilings(self._config, latents)
+
+    def in_one_piece(self, latents: Size) -> bool:
+        """Whether the GPU can decode so many latents at once; a quarter faster, and without seams."""
+        return self._config.decoder.largest_array(latents) <= MAX_ELEMENTS
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         sizes = self.job.output(sizes)
-        config, grid, width = self.job.video_config, self.job.grid(sizes=sizes), headers.itemsize(self.name)
-        tiles = Tiles((grid.frames, grid.height, grid.width), tiling, config)
-        used = network.decode_video(config, tiles, width, uses_cpu(), BEHIND)
-        used = used.beside(on_cpu(cpu.decode_video(config, width)))
-        frames = sizes.frames * sizes.height * sizes.width * 3
-        if self.job.request.output is not None:  # then they leave as they are decoded
-            frames = encoding_memory(sizes.width, sizes.height)
-        return Need(self.name, headers.weights(self.name, "decoder."), used, frames)
+        latents = self.job.grid(sizes=sizes).size
+        used = self._activations(latents, tiling, headers.itemsize(self.name))
+        return Need(self.name, headers.weights(self.name, "decoder."), used, frames_memory(self.job, sizes))
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        vae = tools.load(self.name, VideoAutoencoder)
-        read_weights(vae.decoder)
-        tools.meter.loaded()
-        splice = Splice(self.job)
         assert made.latents.video is not None, "a clip without a picture has no such phase"
-        ahead, tiles = 0 if tools.plan.held_back else BEHIND, spread(tools.machines, tools.split)
-        for frames in decode_frames(vae, made.latents.video, tools.tiling, ahead, tiles):
+        splice = Splice(self.job)
+        for frames in self._frames(tools, made.latents.video):
             done = tools.meter.step()
             tools.write(splice(frames))
             tools.meter.pause()
             yield done
+
+    @cached_property
+    def _config(self) -> VideoVAEConfig:
+        return VideoVAEConfig.from_dict(self.job.folder.config(self.name))
+
+    def _activations(self, latents: Size, tiling: Tiling | None, width: int) -> Activations:
+        used = network.decode_video(self._config, Tiles(latents, tiling, self._config), width, uses_cpu(), BEHIND)
+        return used.beside(on_cpu(cpu.decode_video(self._config, width)))
+
+    def _frames(self, tools: Tools, latents: mx.array) -> Iterator[Pictures]:
+        """Latents (1, C, F, H, W) to groups of frames."""
+        vae = tools.load(self.name, VideoAutoencoder)
+        read_weights(vae.decoder)
+        tools.meter.loaded()
+        ahead, tiles = 0 if tools.plan.held_back else BEHIND, spread(tools.machines, tools.split)
+        yield from decode_frames(vae, latents, tools.tiling, ahead, tiles)
+
+
+class DiffuseVideo(DecodeVideo):
+    """The same by the diffusion decoder, from noise beside the latents."""
+
+    name = DIFFUSION_VAE
+    components = (DIFFUSION_VAE,)
+    spreads = False
+
+    def tilings(self, latents: Size) -> list[Tiling | None]:
+        return diffusion_tilings(self._config, latents)
+
+    def in_one_piece(self, latents: Size) -> bool:
+        return False  # the first of its tilings is
+
+    @cached_property
+    def _config(self) -> DiffusionVAEConfig:  # type: ignore[override]
+        return DiffusionVAEConfig.from_dict(self.job.folder.config(self.name))
+
+    def _activations(self, latents: Size, tiling: Tiling | None, width: int) -> Activations:
+        steps = self._config.decoder.default_num_inference_steps
+        used = network.decode_diffusion(self._config, latents, tiling, width, steps)
+        return used.beside(on_cpu(cpu.decode_diffusion(self._config, latents, tiling, width)))
+
+    def _frames(self, tools: Tools, latents: mx.array) -> Iterator[Pictures]:
+        vae = tools.load(self.name, DiffusionAutoencoder)
+        read_weights(vae.decoder)
+        tools.meter.loaded()
+        _, _, frames, height, width = latents.shape
+        noise = tools.noise(CANVAS, self._config.canvas((frames, height, width)))
+        yield from vae.decode_frames(latents, noise, tools.tiling)
+
+
+def frames_memory(job: Job, sizes: Sizes) -> int:
+    """Bytes of the clip's frames: all of them, or those on their way into the file."""
+    if job.request.output is None:
+        return sizes.frames * sizes.height * sizes.width * 3
+    return encoding_memory(sizes.width, sizes.height)
 
 
 class CopyVideo(Phase):
@@ -117,10 +177,7 @@ class CopyVideo(Phase):
     components = ()
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
-        frames = sizes.frames * sizes.height * sizes.width * 3
-        if self.job.request.output is not None:
-            frames = encoding_memory(sizes.width, sizes.height)
-        return Need(self.name, 0, Activations(0, 0, 0), frames)
+        return Need(self.name, 0, Activations(0, 0, 0), frames_memory(self.job, sizes))
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         tools.meter.loaded()

@@ -12,7 +12,7 @@ from ltx2.runtime.memory import cpu
 from ltx2.runtime.memory.plan import Headers, Need, on_cpu, uses_cpu
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.load import read_weights
-from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
+from ltx2.runtime.networks.video_vae.encode import VideoCoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import Sizes
 
@@ -21,18 +21,21 @@ class EncodeVideo(Phase):
     """Given pictures and clips to latents, at the size of every stage that has them."""
 
     name = "encode_video"
-    components = ("video_vae",)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return (self.job.coder,)
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
-        config, itemsize = self.job.video_config, headers.itemsize("video_vae")
+        config, itemsize = self.job.video_config, headers.itemsize(self.job.coder)
         clips = any(isinstance(given, GivenClip | GivenReference) for given in self.job.given)
         clip = (sizes.frames if clips else 1, sizes.height, sizes.width)
         used = network.encode_video(config, clip, ENCODING, itemsize, uses_cpu())
         used = used.beside(on_cpu(cpu.encode_video(config, itemsize)))
-        return Need(self.name, headers.weights("video_vae", "encoder."), used)
+        return Need(self.name, headers.weights(self.job.coder, "encoder."), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        vae = tools.load("video_vae", VideoAutoencoder)
+        vae = tools.load(self.job.coder, VideoCoder)
         read_weights(vae.encoder)
         tools.meter.loaded()
         for index, number, given in places(self.job):

@@ -12,11 +12,11 @@ from math import prod
 from ltx2.runtime.generate.given import GivenPicture
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.base import Phase
-from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, Vocode
+from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, DiffuseVideo, Vocode
 from ltx2.runtime.generate.phases.encode import EncodeSound, EncodeVideo, places
 from ltx2.runtime.generate.phases.order import phases
 from ltx2.runtime.generate.phases.sample import Denoise, Interpolate, Upscale
-from ltx2.runtime.generate.phases.text import Connect, EncodeText
+from ltx2.runtime.generate.phases.text import Connect, EncodeText, PredictLength
 from ltx2.runtime.memory.plan import Headers
 from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig, vocoder_config
@@ -32,6 +32,7 @@ from ltx2.runtime.networks.video_vae.config import Size, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig
 from ltx2.runtime.networks.video_vae.diffusion_config import Stage as NeighbourhoodStage
 from ltx2.runtime.networks.video_vae.diffusion_decoder import ROWS, TIMESTEP_WIDTH
+from ltx2.runtime.networks.video_vae.encode import VideoConfig
 from ltx2.runtime.sampling.latents import Grid
 
 FLOAT32 = 4
@@ -87,13 +88,18 @@ def _encode_video(phase: Phase, headers: Headers) -> PhaseWork:
         if given.encodes_video:
             grid, frames = job.stage_grid(number), 1 if isinstance(given, GivenPicture) else job.sizes.frames
             work += encode_video(job.video_config, (frames, scale * grid.height, scale * grid.width))
-    return _moving(work, headers.itemsize("video_vae"), headers.weights("video_vae", "encoder."))
+    return _moving(work, headers.itemsize(job.coder), headers.weights(job.coder, "encoder."))
 
 
 def _encode_sound(phase: Phase, headers: Headers) -> PhaseWork:
     config, sizes = phase.job.audio_config, phase.job.sizes
     work = encode_audio(config, round(sizes.frames / sizes.fps * config.sampling_rate))
     return _moving(work, FLOAT32, headers.weights("audio_vae", "encoder."))
+
+
+def _predict_length(phase: Phase, headers: Headers) -> PhaseWork:
+    work = predict_length(DurationHeadConfig.from_dict(headers.config(phase.name)), phase.job.preset.text_tokens)
+    return _moving(work, FLOAT32, headers.weights(phase.name))
 
 
 def _upscale(phase: Phase, headers: Headers) -> PhaseWork:
@@ -132,9 +138,16 @@ def _vocode(phase: Phase, headers: Headers) -> PhaseWork:
 
 
 def _decode_video(phase: Phase, headers: Headers) -> PhaseWork:
-    grid = phase.job.grid(sizes=phase.job.output())
-    work = decode_video(phase.job.video_config, (grid.frames, grid.height, grid.width))
-    return _moving(work, headers.itemsize("video_vae"), headers.weights("video_vae", "decoder."))
+    config = VideoVAEConfig.from_dict(headers.config(phase.name))
+    work = decode_video(config, phase.job.grid(sizes=phase.job.output()).size)
+    return _moving(work, headers.itemsize(phase.name), headers.weights(phase.name, "decoder."))
+
+
+def _diffuse_video(phase: Phase, headers: Headers) -> PhaseWork:
+    config = DiffusionVAEConfig.from_dict(headers.config(phase.name))
+    steps = config.decoder.default_num_inference_steps
+    work = decode_diffusion(config, phase.job.grid(sizes=phase.job.output()).size, steps)
+    return _moving(work, headers.itemsize(phase.name), headers.weights(phase.name, "decoder."))
 
 
 COUNTS: Mapping[type[Phase], Callable[[Phase, Headers], PhaseWork]] = {
@@ -142,6 +155,7 @@ COUNTS: Mapping[type[Phase], Callable[[Phase, Headers], PhaseWork]] = {
     Connect: _connect,
     EncodeVideo: _encode_video,
     EncodeSound: _encode_sound,
+    PredictLength: _predict_length,
     Upscale: _upscale,
     Denoise: _denoise,
     Interpolate: _interpolate,
@@ -149,6 +163,7 @@ COUNTS: Mapping[type[Phase], Callable[[Phase, Headers], PhaseWork]] = {
     Vocode: _vocode,
     DecodeVideo: _decode_video,
     CopyVideo: lambda *_: PhaseWork(0, 0),
+    DiffuseVideo: _diffuse_video,
 }
 
 
@@ -282,10 +297,10 @@ def decode_video(config: VideoVAEConfig, latents: Size) -> Work:
     return sum((convolution(prod(c.size), 27, c.inputs, c.outputs) * c.times for c in layers), Work())
 
 
-def encode_video(config: VideoVAEConfig, clip: Size) -> Work:
+def encode_video(config: VideoConfig, clip: Size) -> Work:
     """`clip`: frames, height, width in pixels."""
     (frames, height, width), patch = clip, config.patch_size
-    layers = config.encoder.convolutions((frames, height // patch, width // patch))
+    layers = config.tower.convolutions((frames, height // patch, width // patch))
     return sum((convolution(prod(c.size), 27, c.inputs, c.outputs) * c.times for c in layers), Work())
 
 

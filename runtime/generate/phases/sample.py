@@ -20,7 +20,7 @@ from ltx2.runtime.networks.load import read_weights
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler, UpsamplerConfig
-from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
+from ltx2.runtime.networks.video_vae.encode import VideoCoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.denoise import begin, check_latents, denoise
 from ltx2.runtime.sampling.guidance import passes
@@ -46,7 +46,7 @@ class Upscale(Phase):
 
     @property
     def components(self) -> tuple[str, ...]:
-        return (self.upscaler, "video_vae")
+        return (self.upscaler, self.job.coder)
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config = UpsamplerConfig.from_dict(headers.config(self.upscaler))
@@ -56,7 +56,7 @@ class Upscale(Phase):
         return Need(self.name, headers.weights(self.upscaler), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        made.latents = _upscaled(tools, self.upscaler, made.latents)
+        made.latents = _upscaled(tools, self.upscaler, self.job.coder, made.latents)
         yield tools.meter.step()
 
 
@@ -142,7 +142,10 @@ class Interpolate(Phase):
     """Twice the frame rate, on the final latents without the VAE's normalisation: F latent frames become 2F - 1."""
 
     name = "temporal_upscaler"
-    components = ("temporal_upscaler", "video_vae")
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return (self.name, self.job.coder)
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config, itemsize = UpsamplerConfig.from_dict(headers.config(self.name)), headers.itemsize(self.name)
@@ -151,13 +154,13 @@ class Interpolate(Phase):
         return Need(self.name, headers.weights(self.name), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        made.latents = _upscaled(tools, self.name, made.latents)
+        made.latents = _upscaled(tools, self.name, self.job.coder, made.latents)
         yield tools.meter.step()
 
 
-def _upscaled(tools: Tools, component: str, latents: Streams[mx.array]) -> Streams[mx.array]:
+def _upscaled(tools: Tools, component: str, coder: str, latents: Streams[mx.array]) -> Streams[mx.array]:
     """The picture's latents (1, C, F, H, W) through an upscaler; the sound passes."""
-    statistics = tools.load("video_vae", VideoAutoencoder).per_channel_statistics
+    statistics = tools.load(coder, VideoCoder).per_channel_statistics
     upscaler = tools.load(component, LatentUpsampler)
     read_weights(upscaler)
     tools.meter.loaded()

@@ -12,11 +12,14 @@ from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.memory import activations as network
 from ltx2.runtime.memory import cpu
 from ltx2.runtime.memory.plan import Headers, Need, on_cpu
+from ltx2.runtime.model.layout import DURATION_HEAD
 from ltx2.runtime.networks.load import read_weights
 from ltx2.runtime.networks.text.config import ConnectorsConfig, gemma_config
 from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
+from ltx2.runtime.networks.text.duration_head import DurationHead, DurationHeadConfig
 from ltx2.runtime.networks.text.gemma import TextEncoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
+from ltx2.runtime.sampling.guidance import TEXT
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.streams import Streams
 
@@ -74,6 +77,24 @@ class Connect(Phase):
         made.contexts = {
             name: Streams(*(context[row : row + 1] for context in both.values())) for row, name in enumerate(names)
         }
+        yield tools.meter.step()
+
+
+class PredictLength(Phase):
+    """The prompt's contexts to the seconds that its clip takes."""
+
+    name = DURATION_HEAD
+    components = (DURATION_HEAD,)
+
+    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
+        config = DurationHeadConfig.from_dict(headers.config(self.name))
+        return Need(self.name, headers.weights(self.name), network.predict_length(config, self.job.preset.text_tokens))
+
+    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
+        head = tools.load(self.name, DurationHead)
+        read_weights(head)
+        tools.meter.loaded()
+        made.seconds = head.seconds(made.contexts[TEXT])
         yield tools.meter.step()
 
 

@@ -42,7 +42,7 @@ def splits(job: Job, machines: Machines, tiling: Tiling | None) -> dict[str, str
             tokens = 0 if job.request.no_video else job.stage_grid(phase.number).tokens
             calls = len(passes(job.course(phase.number).guidance, job.frozen))
             found[phase.name] = of_stage(size, calls, tokens, wanted)
-        if isinstance(phase, DecodeVideo):
+        if isinstance(phase, DecodeVideo) and phase.spreads:
             found[phase.name] = of_tiles(size, tile_count(job, tiling), wanted)
     return found
 
@@ -84,6 +84,11 @@ def begin_shared(machines: Machines, phase: Phase, made: Made) -> None:
     machines.told({"phase": phase.name, "step": step}, State(name, made).tensors())
 
 
+def tell_seconds(machines: Machines, seconds: float) -> None:
+    """What the duration head gives the clip on the leading machine decides for all."""
+    machines.told({"phase": None, "seconds": seconds})
+
+
 def keep_waiting(machines: Machines) -> None:
     """The leading machine, which works alone, is still there."""
     machines.told({"phase": None})
@@ -95,11 +100,14 @@ def finish(machines: Machines) -> None:
 
 
 def follow(machines: Machines) -> tuple[str, Made] | None:
-    """The next phase that this machine has a share of, and what it needs; None when the run is over."""
+    """The next phase that this machine has a share of, and what it needs; none but the clip's `seconds` where these
+    become known; None when the run is over."""
     while True:
         message, tensors = machines.told()
         if message["phase"] is not None:
             record = {"phase": message["phase"], "step": message["step"], "phases": [], "seconds": 0.0}
             return message["phase"], State.from_tensors(record, tensors).made
+        if "seconds" in message:
+            return "", Made(seconds=message["seconds"])
         if message.get("done"):
             return None

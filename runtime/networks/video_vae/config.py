@@ -150,16 +150,17 @@ class VideoVAEConfig(Config):
                 "the key is true or missing, which means the same; this version implements false only",
                 SUPPORTED_ONLY,
             )
-        if self.encoder.scale != self.decoder.scale:
+        if self.tower.scale != self.decoder.scale:
             raise ConfigError(
                 "VideoVAEConfig: encoder_blocks and decoder_blocks disagree",
-                f"the encoder divides (frames, height, width) by {self.encoder.scale}, "
+                f"the encoder divides (frames, height, width) by {self.tower.scale}, "
                 f"the decoder multiplies by {self.decoder.scale}",
                 AS_PUBLISHED,
             )
 
     @cached_property
-    def encoder(self) -> Tower:
+    def tower(self) -> Tower:
+        """The encoder's convolutions."""
         padding = self.spatial_padding_mode or self.encoder_spatial_padding_mode
         return encoder_tower(
             self.encoder_blocks, self.encoder_base_channels, self.latent_channels, self.patch_size, padding
@@ -183,7 +184,7 @@ class VideoVAEConfig(Config):
     @property
     def spatial_scale(self) -> int:
         """Pixels per latent along height and width."""
-        return self.patch_size * self.encoder.scale[1]
+        return self.patch_size * self.tower.scale[1]
 
     @property
     def smallest_side(self) -> int:
@@ -193,7 +194,7 @@ class VideoVAEConfig(Config):
     @property
     def temporal_scale(self) -> int:
         """Frames per latent; the first latent stands for one frame."""
-        return self.encoder.scale[0]
+        return self.tower.scale[0]
 
 
 def encoder_tower(blocks: Blocks, width: int, latent_channels: int, patch_size: int, padding: str) -> Tower:

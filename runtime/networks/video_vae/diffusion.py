@@ -20,7 +20,7 @@ class DiffusionAutoencoder(VideoCoder):
     """Encoder, diffusion decoder and latent statistics."""
 
     def __init__(self, config: DiffusionVAEConfig) -> None:
-        super().__init__(config.tower, config.encoder.patch_size)
+        super().__init__(config.tower, config.patch_size)
         self.config = config
         self.decoder = DiffusionDecoder(config)
 

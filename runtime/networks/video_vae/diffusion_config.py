@@ -122,6 +122,20 @@ class DiffusionVAEConfig(Config):
         return encoder_tower(e.blocks, e.base_channels, e.out_channels, e.patch_size, padding)
 
     @property
+    def patch_size(self) -> int:
+        """Pixels along both sides that the encoder begins with as one."""
+        return self.encoder.patch_size
+
+    @property
+    def latent_channels(self) -> int:
+        return self.encoder.out_channels
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels of the shortest side that can be decoded: smaller clips are extended."""
+        return self.spatial_scale
+
+    @property
     def _scale(self) -> Size:
         time, height, width = (
             prod(axis) for axis in zip(*(stride for stride, _ in self.decoder.upsamples), strict=True)

@@ -1,7 +1,7 @@
 """From pixels to latents: the half that all video VAEs share. Images and short clips are encoded in one piece, clips of
 any length in tiles, from frames that come in groups, so that memory stays bounded."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -11,7 +11,9 @@ import numpy as np
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.layers.statistics import LatentStatistics
 from ltx2.runtime.machine.bounded import evaluate
-from ltx2.runtime.networks.video_vae.config import Tower
+from ltx2.runtime.model.layout import DIFFUSION_VAE, VIDEO_VAE
+from ltx2.runtime.networks.video_vae.config import Tower, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig
 from ltx2.runtime.networks.video_vae.encoder import Encoder
 from ltx2.runtime.networks.video_vae.tiles import Intervals, Tiling, Weights, spatial_spans
 
@@ -24,6 +26,13 @@ ENCODE_TILINGS = (
     Tiling(384, 384, 64, 48, 16),
     Tiling(256, 256, 64, 40, 16),
 )
+
+VideoConfig = VideoVAEConfig | DiffusionVAEConfig
+# By component. Of a model that has both, the first encodes, and its statistics are used.
+VIDEO_VAES: Mapping[str, type[VideoVAEConfig] | type[DiffusionVAEConfig]] = {
+    VIDEO_VAE: VideoVAEConfig,
+    DIFFUSION_VAE: DiffusionVAEConfig,
+}
 
 
 @dataclass(frozen=True)

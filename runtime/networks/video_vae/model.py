@@ -15,7 +15,7 @@ class VideoAutoencoder(VideoCoder):
     """Encoder, convolutional decoder and latent statistics."""
 
     def __init__(self, config: VideoVAEConfig) -> None:
-        super().__init__(config.encoder, config.patch_size)
+        super().__init__(config.tower, config.patch_size)
         self.config = config
         self.decoder = Decoder(config.decoder, config.patch_size)
 

@@ -1,0 +1,79 @@
+"""What a request leaves open, and the model folder decides: the pipeline, its stages, and the clip's length."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.generate.preset import DISTILLED, HQ, ONE_STAGE, TWO_STAGE, StageRow, load_preset
+from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.values import Auto
+from ltx2.runtime.model.layout import DURATION_HEAD, ModelFolder
+from ltx2.runtime.sampling.latents import Scales, Sizes
+
+# Options that say how long the clip is.
+LENGTHS = ("video", "retake", "extend", "latents", "noise")
+
+
+def asked_length(folder: ModelFolder, request: Request) -> Auto | None:
+    """The seconds between which the duration head chooses, where it does: as asked, or where a model has one and
+    nothing says how long the clip is. Raises InputError where it is asked and missing."""
+    if isinstance(request.frames, Auto):
+        if folder.has(DURATION_HEAD):
+            return request.frames
+        why = f"{folder.path} has no duration_head, which chooses it"
+        raise InputError(
+            f"the length {request.frames} cannot be chosen", why, "give --frames N, or use an LTX model that has one"
+        )
+    fixed = request.frames is not None or any(getattr(request, name) is not None for name in LENGTHS)
+    return None if fixed or not folder.has(DURATION_HEAD) else Auto()
+
+
+def with_fixed_length(folder: ModelFolder, options: Mapping[str, Any]) -> dict[str, Any]:
+    """With the release's usual frames where options say none: what is compared does not follow a prediction."""
+    return {"frames": load_preset(folder.manifest.release).defaults["frames"]} | dict(options)
+
+
+def source_clip(request: Request) -> str | None:
+    """The clip that decides the sizes."""
+    spans = (request.retake, request.extend)
+    return request.video or next((form.path for form in spans if form is not None), None)
+
+
+def extended(sizes: Sizes, request: Request, scales: Scales) -> Sizes:
+    """The source's sizes, with the whole latent frames that are made beside it."""
+    if request.extend is None:
+        return sizes
+    more = max(1, round(abs(request.extend.seconds) * sizes.fps / scales.temporal)) * scales.temporal
+    return replace(sizes, frames=sizes.frames + more)
+
+
+def chosen_pipeline(folder: ModelFolder, request: Request) -> str:
+    """The pipeline that is asked for, else what the model calls for. Raises InputError where it cannot run."""
+    distilled, name = folder.manifest.variant == DISTILLED, request.pipeline
+    lora = request.distilled_lora is not None or folder.distilled_lora is not None
+    single = request.no_upscale or source_clip(request) is not None or request.no_video
+    if name is None:
+        dev = TWO_STAGE if lora and folder.has("spatial_upscaler") and not single else ONE_STAGE
+        return DISTILLED if distilled else dev
+    if distilled and name == HQ:
+        why = "its sampler takes steps that a distilled model was not made for"
+        raise InputError(f"{folder.path} cannot run the hq pipeline", why, "use a dev model, or leave out --pipeline")
+    if not distilled and name != ONE_STAGE and not lora:
+        raise InputError(
+            f"the {name} pipeline needs a distilled LoRA",
+            f"{folder.path} is a dev model, and has none in its loras folder",
+            "give --distilled-lora FILE, convert again with it among the sources, or use --pipeline one-stage",
+        )
+    return name
+
+
+def stages_of(rows: tuple[StageRow, ...], request: Request, first: str) -> tuple[StageRow, ...]:
+    """The pipeline's stages as the request wants them; `first` is the sampler of stage 1 where the pipeline names
+    none."""
+    if not rows:
+        return ()
+    if source_clip(request) is not None or request.no_video:
+        return (replace(rows[0], downscale=1),)
+    start = replace(rows[0], sampler=rows[0].sampler or ("euler" if request.reference else first))
+    return (replace(start, downscale=1),) if request.no_upscale else (start, *rows[1:])
