@@ -1,7 +1,7 @@
 """What a published file, a folder of them, or a model folder contains. Reads headers only."""
 
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -21,11 +21,11 @@ from ltx2.runtime.errors import Ltx2Error, UnsupportedError
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.model.forms import Quantization
-from ltx2.runtime.model.layout import MANIFEST, ModelFolder
+from ltx2.runtime.model.layout import DIFFUSION_VAE, MANIFEST, VIDEO_VAE, ModelFolder
 from ltx2.runtime.model.lorafile import alphas
 
 OTHER, DROPPED = "other", "dropped"
-UNUSED = ("diffusion_vae", "temporal_upscaler", "duration_head")  # components that generate does not use yet, as LoRAs
+NEEDED = ("transformer", "connectors", "text_encoder", "audio_vae", "vocoder")  # beside a video VAE
 
 
 @dataclass
@@ -59,8 +59,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
     A source has `releases` (those it may belong to) and `release` (where it is one), `variant` (as far as its name says
     it), `storage`, `components`, `metadata`; a model folder has its manifest's facts. Both say whether this version
-    can `convert` and `generate`, and a source that cannot be converted says the `reason`. Raises CheckpointError for
-    what is neither.
+    can `convert` and `generate`; a source that cannot be converted says the `reason`, a model folder what is `missing`
+    for a clip from a prompt. Raises CheckpointError for what is neither.
     """
     if (path / MANIFEST).is_file():
         return _model(ModelFolder.open(path))
@@ -100,7 +100,7 @@ def _source(source: Source) -> dict[str, Any]:
         "storage": ", ".join(sorted(storage)) or None,
         "convert": reason is None,
         "reason": reason,
-        "generate": reason is None and _is_used(source, components, variant),
+        "generate": reason is None and any(_generates(r.name) for r in source.releases or releases()),
         "bytes": sum(file.size for file in source.files),
         "components": {name: components[name].to_dict() for name in sorted(components)},
         "metadata": sorted({key for file in source.files for key in file.metadata}),
@@ -119,14 +119,7 @@ def _refusal(source: Source) -> str | None:
     return None
 
 
-def _is_used(source: Source, components: Container[str], variant: str | None) -> bool:
-    """Whether generating with some release uses what this source holds."""
-    if source.kind == "lora" or any(name in components for name in UNUSED):
-        return False
-    return any(_generates(release.name, variant) for release in source.releases or releases())
-
-
-def _generates(release: str | None, variant: str | None) -> bool:
+def _generates(release: str | None) -> bool:
     try:
         load_preset(release)
     except UnsupportedError:
@@ -165,6 +158,8 @@ def _place(kind: str, name: str) -> tuple[str, bool]:
 
 def _model(folder: ModelFolder) -> dict[str, Any]:
     manifest = folder.manifest
+    missing = [name for name in NEEDED if not folder.has(name)]
+    missing += [] if any(map(folder.has, (VIDEO_VAE, DIFFUSION_VAE))) else [VIDEO_VAE]
     components = {}
     for name, record in sorted(manifest.components.items()):
         summary = _stored(folder.tensor_files(name), Quantization.from_config(record.quantization))
@@ -175,7 +170,8 @@ def _model(folder: ModelFolder) -> dict[str, Any]:
         "path": str(folder.path),
         "release": manifest.release,
         "variant": manifest.variant,
-        "generate": _generates(manifest.release, manifest.variant),
+        "generate": not missing and _generates(manifest.release),
+        "missing": missing,
         "tool_version": manifest.tool_version,
         "bytes": sum(file.size for record in manifest.components.values() for file in record.files),
         "components": components,

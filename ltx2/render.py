@@ -374,6 +374,8 @@ def described(found: dict[str, Any]) -> Iterator[str]:
     yield printable(f"{found['path']}: {', '.join([found['kind'], *known])}")
     if found.get("reason"):
         yield printable(f"  cannot be converted: {found['reason']}")
+    elif found.get("missing"):
+        yield f"  parts of a model: generating from a prompt also needs {', '.join(found['missing'])}"
     elif "generate" in found:
         yield f"  this version {'generates with it' if found['generate'] else 'cannot generate with it yet'}"
     for name, part in found.get("components", {}).items():

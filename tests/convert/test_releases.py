@@ -19,6 +19,7 @@ from ltx2.runtime.events import Warned
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support import published
+from tests.support.command import Here
 from tests.support.folders import accept, rewrite, verified
 from tests.support.official import DEMO_25, LORA_25, Official, Split, plan_of
 from tests.support.parity import relative_l2, require
@@ -144,7 +145,10 @@ class TestInspect:
             ("ltx-2.3-22b", ("checkpoint", "2.3", "dev", None, True, True)),
             ("ltx-2.5-22b-transformer-nvfp4", ("checkpoint", "2.5", "distilled", "NVFP4", True, True)),
             ("ltx-2.5-22b-transformer-int8", ("checkpoint", "2.5", "dev", "int8", False, False)),
-            ("ltx-2.5-latent-temporal-upscaler-x2-bf16-1.0", ("temporal_upscaler", None, None, None, True, False)),
+            ("ltx-2.5-latent-temporal-upscaler-x2-bf16-1.0", ("temporal_upscaler", None, None, None, True, True)),
+            ("ltx-2.5-video-vae-bf16", ("diffusion_vae", "2.5", None, None, True, True)),
+            ("ltx-2.5-duration-head-bf16", ("checkpoint", "2.5", None, None, True, True)),
+            (published.LORA, ("lora", "2.0", None, None, True, True)),
             ("gemma4-12b-with-proj-ltx-2.5-bf16", ("text_encoder", "2.5", None, None, True, True)),
         ],
     )
@@ -153,10 +157,12 @@ class TestInspect:
         assert tuple(found[k] for k in ("kind", "release", "variant", "storage", "convert", "generate")) == expected
         assert ("rotated" in found["reason"]) if not found["convert"] else found["reason"] is None
 
-    @pytest.mark.parametrize("name", [published.TEMPORAL, published.LORA])
-    def test_what_is_not_used_yet(self, name: str, tmp_path: Path) -> None:
-        found = inspect(published.write_published(tmp_path, name)[0])
-        assert (found["release"], found["convert"], found["generate"]) == ("2.0", True, False)
+    def test_parts_of_a_model(self, small_model: Path, here: Here) -> None:
+        """Which no clip can be made with alone."""
+        found = inspect(small_model)
+        assert found["generate"] is False
+        assert found["missing"] == ["transformer", "text_encoder", "audio_vae", "video_vae"]
+        assert "also needs transformer, text_encoder, audio_vae, video_vae" in here("inspect", small_model).out
 
     def test_distilled_generates(self, tmp_path: Path) -> None:
         _, distilled = published.write_published(tmp_path, published.MONOLITH)

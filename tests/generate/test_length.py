@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import ltx2
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Noted, StepDone
-from ltx2.runtime.generate.choices import with_fixed_length
+from ltx2.runtime.generate.choices import asked_length, with_fixed_length
 from ltx2.runtime.generate.clip import Generated
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.sidecar import sidecar_path
 from ltx2.runtime.generate.values import Auto
 from ltx2.runtime.model.layout import ModelFolder
@@ -73,9 +75,6 @@ def test_the_plan_is_the_longest_clips(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("fixing", [{"frames": 9}, {"noise": "n"}, {"latents": "l"}, {"video": "v"}])
 def test_options_that_say_how_long_a_clip_is(pipe: Pipeline, fixing: dict[str, Any]) -> None:
-    from ltx2.runtime.generate.choices import asked_length
-    from ltx2.runtime.generate.request import Request
-
     assert asked_length(pipe.folder, Request.from_options({"prompt": "x", **fixing})) is None
     assert asked_length(pipe.folder, Request.from_options({"prompt": "x"})) == Auto()
 
@@ -100,17 +99,15 @@ def test_a_run_that_was_cut_off(here: Here, demo_25: Path, embeddings: Path, tmp
     for event in ltx2.load(demo_25).stream(embeddings=embeddings, state=state, output=tmp_path / "clip.mp4", **SMALL):
         if isinstance(event, StepDone) and event.phase == "stage1" and event.step == 3:
             break
-    again = {"embeddings": embeddings, "state": state, "resume": True}
-    for other in ({"frames": 25}, {"frames": "auto:1-2"}):
+    again: dict[str, Any] = {"embeddings": embeddings, "state": state, "resume": True}
+    for other in (25, "auto:1-2"):
         with pytest.raises(InputError, match="started with frames 'auto:1-20'"):
-            list(ltx2.load(demo_25).stream(**again, **other, **SMALL))
+            list(ltx2.load(demo_25).stream(**again, frames=other, **SMALL))
     latents = tmp_path / "latents.safetensors"
     size = ["--width", "32", "--height", "32", "--no-upscale", "--no-audio"]
     command = ["generate", "-m", demo_25, "-o", tmp_path / "clip.mp4", "--embeddings", embeddings, *size, "--resume"]
     done = here(*command, "--save-latents", latents)
     assert done.code == 0 and "duration_head" not in done.err, done.err
-    from safetensors.numpy import load_file
-
     assert np.array_equal(load_file(latents)["video"], whole.latents["video"])
     record = json.loads(sidecar_path(tmp_path / "clip.mp4").read_text())
     assert record["duration"] == whole.record["duration"] and record["request"]["frames"] == 25
