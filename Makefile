@@ -20,7 +20,7 @@ WITH_OPENBLAS = $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1)
 PYTEST = $(WITH_OPENBLAS) $(VENV)/bin/python -m pytest
 
 .NOTPARALLEL:
-.PHONY: help demo test check bench bench-model bench-convert bench-quality test-fullsize test-fuzz clean
+.PHONY: help demo test check bench bench-model bench-convert bench-quality test-fullsize test-fuzz test-prompts clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,9 @@ test-fullsize: $(VENV)/.test ## full-size checks with random weights; needs a GP
 
 test-fuzz: $(VENV)/.test ## hostile files, for some twenty minutes; other ones each time
 	$(PYTEST) -m fuzz $(PYTEST_ARGS)
+
+test-prompts: $(VENV)/.test ## 64 prompts through the 2.5 demo model at 32, 8 and 4 bits; half an hour
+	$(PYTEST) -m prompts $(PYTEST_ARGS)
 
 clean: ## remove .venv, caches, builds and demo/ (never weights/)
 	rm -rf $(VENV) build dist ltx2.egg-info demo .benchmarks .pytest_cache .mypy_cache .ruff_cache

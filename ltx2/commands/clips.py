@@ -98,8 +98,9 @@ def _show_plans(output: Output, generation: "Generation") -> None:
 
 @click.command()
 @click.argument("folder", metavar="[DIR]", default="ltx2-demo", type=PATH)
+@click.option("--release", metavar="NAME", help="Of the tiny model: 2.0 (default); from a clone also 2.5.")
 @common
-def demo(output: Output, folder: Path) -> None:
+def demo(output: Output, folder: Path, release: str | None) -> None:
     """Run the whole chain on an embedded tiny model.
 
     It draws coloured shapes that move, with tones. Converted, quantized to 8 and 4 bits, used and measured in DIR
@@ -111,7 +112,7 @@ def demo(output: Output, folder: Path) -> None:
     from ltx2.demo import Demonstrated, run_demo
     from ltx2.render import print_table
 
-    done = output.follow(run_demo(folder))
+    done = output.follow(run_demo(folder, release))
     assert isinstance(done, Demonstrated), "a demo ends with its summary"
     if not output.quiet and not output.as_json:
         for table in tables(done.receipt):

@@ -1,5 +1,7 @@
-"""The whole chain on the embedded tiny model: convert, quantize, generate, bench. No network, no downloads."""
+"""The whole chain on an embedded tiny model (demos.json): convert, quantize, generate, bench. No network, no
+downloads."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,8 @@ from ltx2.runtime.events import Event, Section
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.model.layout import ModelFolder
 
-SOURCES = Path(__file__).parent / "model"
+FOLDER = Path(__file__).parent
+DEMOS: dict[str, dict[str, str]] = json.loads((FOLDER / "demos.json").read_text())  # by release
 PROMPT = "a yellow star moves right on a black background with a high tone"
 SIZE: dict[str, Any] = {"width": 192, "height": 128, "frames": 25, "seed": 7}  # what the model was trained for
 BITS = (8, 4)
@@ -36,17 +39,31 @@ class Demonstrated(Event):
     receipt: dict[str, Any]
 
 
-def run_demo(folder: Path) -> Iterator[Event]:
+def demo_sources(release: str | None = None) -> list[Path]:
+    """The files of a release's tiny model; of the first one without a name. Raises InputError where there is none."""
+    name = next(iter(DEMOS)) if release is None else release
+    if name not in DEMOS:
+        what = f"there is no demo of release {name}"
+        raise InputError(what, f"there are those of {' and '.join(DEMOS)}", f"use --release {next(iter(DEMOS))}")
+    folder = FOLDER / DEMOS[name]["folder"]
+    if not folder.is_dir():
+        fix = "run it from a clone, or leave out --release"
+        raise InputError(f"the demo of release {name} is not here", DEMOS[name].get("where", "it is missing"), fix)
+    return sorted(path for path in folder.iterdir() if path.suffix == ".safetensors" or path.is_dir())
+
+
+def run_demo(folder: Path, release: str | None = None) -> Iterator[Event]:
     """Run the chain in `folder` (made if needed); models that are there already are not written again.
 
-    Raises InputError when the folder cannot be made.
+    Raises InputError when the folder cannot be made, or there is no demo of the release.
     """
+    sources = demo_sources(release)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}", str(error), "name another one") from error
     models = {"full": folder / "model", **{f"q{bits}": folder / f"model-q{bits}" for bits in BITS}}
-    yield from _convert(models["full"])
+    yield from _convert(sources, models["full"])
     reports: dict[str, Any] = {}
     for bits in BITS:
         name = f"q{bits}"
@@ -71,8 +88,7 @@ def run_demo(folder: Path) -> Iterator[Event]:
     yield Demonstrated(PROMPT, _texts(models), _texts(clips), reports, receipt)
 
 
-def _convert(model: Path) -> Iterator[Event]:
-    sources = sorted(path for path in SOURCES.iterdir() if path.suffix == ".safetensors" or path.is_dir())
+def _convert(sources: list[Path], model: Path) -> Iterator[Event]:
     # MLX computes 16-bit floats slowly and coarsely on a CPU.
     dtype = "f32" if mx.default_device() == mx.Device(mx.cpu) else None
     cast = f" --dtype {dtype}" if dtype else ""

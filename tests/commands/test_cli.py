@@ -15,8 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from ltx2 import __version__
 from ltx2.cli import cli
+from ltx2.demo import run_demo
+from ltx2.runtime.events import Section
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.media.video import read_video
+from ltx2.runtime.model.layout import ModelFolder
 from tests.support import published
 from tests.support.command import SCRIPT, SIZE, Done, Here, script
 from tests.support.machine import memory_of
@@ -334,3 +337,14 @@ class TestOutput:
             assert (tmp_path / path).exists()
         frames, fps = read_video(tmp_path / done.json["clips"]["full"])
         assert frames.shape == (25, 128, 192, 3) and fps == 24
+
+    def test_demo_of_a_newer_release(self, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Up to its converted model; which is there in a clone only."""
+        for event in run_demo(tmp_path, "2.5"):
+            if isinstance(event, Section) and event.title.startswith("quantize"):
+                break
+        folder = ModelFolder.open(tmp_path / "model")
+        assert folder.manifest.release == "2.5" and folder.has("duration_head")
+        here("demo", tmp_path, "--release", "9.9").failed(1, "there is no demo of release 9.9", "--release 2.0")
+        monkeypatch.setattr("ltx2.demo.FOLDER", tmp_path)
+        here("demo", tmp_path, "--release", "2.5").failed(1, "2.5 is not here", "a clone of the repository")
