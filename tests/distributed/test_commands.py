@@ -26,7 +26,7 @@ STATE = "clip.unfinished.safetensors"
 SIGNALLED = """
 from ltx2.runtime.distributed import machines
 from ltx2.runtime.events import StepDone
-from ltx2.runtime.generate.pipeline import Run
+from ltx2.runtime.generate.run import Run
 events = Run.events
 
 def watched(self):

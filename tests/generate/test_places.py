@@ -95,7 +95,7 @@ class TestRoom:
             raise OSError(28, "No space left on device")
 
         for writer in ("write_latents", "write_sidecar"):
-            monkeypatch.setattr(f"ltx2.runtime.generate.pipeline.{writer}", full)
+            monkeypatch.setattr(f"ltx2.runtime.generate.run.{writer}", full)
         monkeypatch.setattr("ltx2.runtime.generate.resume.write_tensors", full)
         done = generate(PROMPT, "--save-latents", tmp_path / "latents")
         assert done.code == 0 and names(tmp_path) == ["clip.mp4"]

@@ -32,7 +32,7 @@ STOPPED = """
 import os, sys
 from ltx2.cli import run
 from ltx2.runtime.events import PhaseStarted, StepDone
-from ltx2.runtime.generate.pipeline import Run
+from ltx2.runtime.generate.run import Run
 
 number, phase, step, *args = sys.argv[1:]
 events = Run.events

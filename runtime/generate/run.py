@@ -1,0 +1,326 @@
+"""One run of a generation: phase by phase, as a stream of events.
+
+Text encoder, connectors, transformer, upscaler and decoders are never in memory together: each phase loads its network,
+uses it and frees it. Whoever consumes the events decides what to show."""
+
+import json
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.nn as nn
+
+from ltx2.runtime.distributed.machines import ALONE, Machines
+from ltx2.runtime.distributed.split import NONE
+from ltx2.runtime.errors import Ltx2Error
+from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, StepDone, Warned
+from ltx2.runtime.files.atomic import UNLOCKED, claimed
+from ltx2.runtime.generate.clip import Clip, Followed, FrameBuffer, Generated, Sampled, Saved
+from ltx2.runtime.generate.exchange import write_embeddings, write_latents
+from ltx2.runtime.generate.job import LATENTS, Job
+from ltx2.runtime.generate.phases.base import Made, Phase
+from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, Vocode
+from ltx2.runtime.generate.phases.order import components, phases
+from ltx2.runtime.generate.phases.sample import Denoise
+from ltx2.runtime.generate.phases.text import Connect
+from ltx2.runtime.generate.phases.together import (
+    begin_shared,
+    check_same,
+    finish,
+    follow,
+    keep_waiting,
+    splits,
+    tell_seconds,
+)  # fmt: skip
+from ltx2.runtime.generate.places import check_places
+from ltx2.runtime.generate.planning import plan_memory
+from ltx2.runtime.generate.resume import Owner, State, StateFile
+from ltx2.runtime.generate.sidecar import make_record, make_settings, sidecar_path, write_sidecar
+from ltx2.runtime.layers.matmul import Choice
+from ltx2.runtime.layers.packed import choose_products
+from ltx2.runtime.machine.facts import available_memory
+from ltx2.runtime.media.video import video_writer, write_wav
+from ltx2.runtime.memory.meter import Phase as Meter
+from ltx2.runtime.memory.meter import explained
+from ltx2.runtime.model.layout import TRANSFORMER
+from ltx2.runtime.networks.load import load_network
+from ltx2.runtime.sampling.latents import as_numpy
+
+Network = TypeVar("Network", bound=nn.Module)
+Observe = Callable[[str, nn.Module], None]
+
+
+class Run:
+    """One generation: the checked job, how its memory is used, and what its phases took. What its phases use of it is
+    `phases.Tools`."""
+
+    def __init__(self, job: Job, observe: Observe | None = None, machines: Machines = ALONE) -> None:
+        self.observe, self.machines = observe, machines
+        self.done: list[PhaseDone] = []
+        self.products: dict[str, Choice] = {}
+        self.seconds = 0.0  # of an earlier run that this one continues
+        self.made = Made()
+        self._transformer: nn.Module | None = None  # that of the last stage, where the plan keeps it for the next one
+        self._take(job)
+        self.earlier = self.state.read() if self.state is not None and job.request.resume else None
+
+    def _take(self, job: Job) -> None:
+        """What is made. Raises what is known to be wrong."""
+        self.job, self.request = job, job.request
+        self.phases = phases(job)
+        self._built = job.check(used := components(self.phases))  # until they are loaded
+        self.memory = plan_memory(job, self.machines)
+        self.memory.check()
+        if self.machines.leads:
+            check_places(job)
+        self.tiling, self.noise = self.memory.tiling, job.noise()
+        self.splits, self.split = splits(job, self.machines, self.tiling), NONE
+        self.state: StateFile | None = None
+        if job.request.state is not None and job.request.latents is None and self.machines.leads:
+            self.state = StateFile(Path(job.request.state), Owner.of(job, used), job.length)
+        if self.machines.several:
+            check_same(self.machines, job, used, self.tiling)
+
+    def events(self) -> Generator[Event, None, None]:
+        """All phases, then the event that says what was made."""
+        self._started = time.perf_counter()
+        if not self.machines.leads:
+            yield from self._follow()
+            return
+        with ExitStack() as held:  # the clip's name, from the start
+            output, self._claim = self.request.output, None
+            if output is not None:
+                self._claim = held.enter_context(claimed(Path(output).absolute()))
+                if not self._claim.locked:
+                    yield Warned(UNLOCKED.format(Path(output).absolute().parent))
+            yield Noted(self._about())
+            yield from self._warnings()
+            yield from self._all()
+
+    def _follow(self) -> Iterator[Event]:
+        """What a machine does that does not lead: its share of shared phases."""
+        self.write = lambda _: None
+        while (following := follow(self.machines)) is not None:
+            name, self.made = following
+            if self._waits and self.made.seconds is not None:
+                yield from self._settle(self.made.seconds)
+                continue
+            yield from self._measured(next(phase for phase in self.phases if phase.name == name))
+        yield Followed()
+
+    def _about(self) -> str:
+        """What will be made, and how."""
+        sizes, row, seed = self.job.sizes, self.job.row, self.request.seed
+        how = "decoding" if row is None else f"{row.name} pipeline"
+        noise = f", seed {seed}" if seed is not None and self.job.draws() else ""
+        frames = "frames by the duration head, each" if self._waits else f"{sizes.frames} frames"
+        return f"{how}: {frames} of {sizes.width}x{sizes.height} at {sizes.fps:g} fps{noise}"
+
+    @property
+    def _waits(self) -> bool:
+        """For the clip's length to be predicted."""
+        return self.job.auto is not None and self.job.length is None
+
+    def _settle(self, seconds: float) -> Iterator[Event]:
+        """The clip is made as long as its prompt needs."""
+        job = self.job
+        if self.machines.several and self.machines.leads:
+            tell_seconds(self.machines, seconds)
+        length = job.predicted(seconds)
+        self._take(Job(job.folder, replace(job.asked, seed=job.request.seed), job.until, length))
+        yield Noted(f"the duration head gives the clip {seconds:.2f} s: {length.frames} frames")
+        yield from map(Warned, self.memory.warnings())
+
+    def _all(self) -> Iterator[Event]:
+        decodes = DecodeSound | Vocode | DecodeVideo | CopyVideo
+        sampling = [phase.name for phase in self.phases if not isinstance(phase, decodes)]
+        yield from self._sampled(sampling)
+        decoding = self.phases[len(sampling) :]
+        if not decoding:
+            self._finished()
+            self._release()
+            yield Sampled(self.made.contexts, self.made.latents)
+            return
+        *sound, video = decoding if not self.request.no_video else (*decoding, None)
+        for phase in sound:
+            if phase is not None:
+                yield from self._measured(phase)
+        if self.request.audio is not None:
+            self.made.track = self.job.track()
+        if self.request.output is None:
+            yield from self._generated(video)
+        else:
+            yield from self._saved(video, Path(self.request.output))
+
+    def _sampled(self, names: Sequence[str]) -> Iterator[Event]:
+        """The phases up to the latents, or those that an earlier run has left of them."""
+        request = self.request
+        if request.latents is not None:
+            self.made.latents = self.job.read_latents(request.latents)
+        elif request.embeddings is not None:
+            self.made.contexts = self.job.read_contexts(request.embeddings)
+        left, earlier = 0, self.earlier
+        if earlier is not None:
+            self.made, self.done, self.seconds = earlier.made, list(earlier.done), earlier.seconds
+            left = len(names) if earlier.phase is None else names.index(earlier.phase)
+        for number in range(left, len(names)):
+            phase = self.phases[number]
+            yield from self._measured(phase)
+            if self._waits and self.made.seconds is not None:
+                yield from self._settle(self.made.seconds)
+            following = names[number + 1] if number + 1 < len(names) else None
+            if isinstance(phase, Connect) and request.save_embeddings:
+                yield from _beside(request.save_embeddings, partial(write_embeddings, contexts=self.made.contexts))
+            if following is None or (request.checkpoint_every and self.made.latents.video is not None):
+                yield from self._keep(following)
+        if request.save_latents and self.job.until in (None, LATENTS):
+            write = partial(write_latents, latents=self.made.latents, fps=self.job.output().fps)
+            yield from _beside(request.save_latents, write)
+
+    def _measured(self, phase: Phase) -> Iterator[Event]:
+        """One phase. Its network is a local of `run`, so it is free when that returns."""
+        self.meter, self.plan = Meter(phase.name), self.memory.phase(phase.name)
+        if self.observe is not None:
+            self.plan = replace(self.plan, text=0)
+        self.split = self.splits[phase.name]
+        alone = self.split == NONE
+        if self.machines.several and self.machines.leads and not alone:
+            begin_shared(self.machines, phase, self.made)
+        sent, waited = self.machines.sent_bytes, self.machines.seconds
+        yield PhaseStarted(phase.name)
+        with self.plan.applied(), explained(phase.name):
+            for event in phase.run(self, self.made):
+                if isinstance(event, StepDone) and isinstance(phase, Denoise) and self._due(phase):
+                    yield from self._keep(phase.name)
+                    self.meter.pause()
+                if self.machines.several and alone:
+                    keep_waiting(self.machines)
+                yield event
+        if phase.name not in self.memory.keeps_transformer:
+            self._transformer = None
+        sent, waited = self.machines.sent_bytes - sent, self.machines.seconds - waited
+        self.done.append(replace(self.meter.finish(), sent_bytes=sent, exchange_seconds=waited))
+        yield self.done[-1]
+
+    def _due(self, phase: Denoise) -> bool:
+        """Whether the state is kept after the running stage's latest step: every N steps, counted over all stages. A
+        stage's last step has a state of its own."""
+        every, step = self.request.checkpoint_every, self.made.step
+        if not every or step is None or step.number == self.job.course(phase.number).steps:
+            return False
+        return (sum(self.job.course(n).steps for n in range(1, phase.number)) + step.number) % every == 0
+
+    def _keep(self, phase: str | None) -> Iterator[Event]:
+        if (file := self.state) is not None:
+            state = State(phase, self.made, self.done, self._seconds())
+            yield from _beside(file.path, lambda _: file.write(state))
+
+    def load(self, component: str, expected: type[Network]) -> Network:
+        """A phase's network, after the observer has seen it."""
+        if component == TRANSFORMER and isinstance(self._transformer, expected):
+            return self._transformer
+        network = load_network(self.job.folder, component, expected, self._built.pop(component, None))
+        self.products.update(choose_products(network, self.request.matmul))
+        if self.observe is not None:
+            self.observe(component, network)
+        elif component == TRANSFORMER and self.plan.name in self.memory.keeps_transformer:
+            self._transformer = network
+        return network
+
+    def _generated(self, phase: Phase | None) -> Iterator[Event]:
+        """The clip in memory."""
+        sizes = self.job.output()
+        frames = None if phase is None else FrameBuffer(sizes)
+        if frames is not None and phase is not None:
+            self.write = frames.write
+            yield from self._measured(phase)
+        track, state = self.made.track, self.state.path if self.state is not None else None
+        samples, rate = (None, 0) if track is None else (track.samples, track.sample_rate)
+        latents = as_numpy(self.made.latents)
+        pictures = None if frames is None else frames.frames
+        self._release()
+        yield Generated(Clip(pictures, samples, rate, sizes.fps, latents, self._record(), state))
+
+    def _saved(self, phase: Phase | None, path: Path) -> Iterator[Event]:
+        """The clip in its file; frames are there as they are decoded, so that no more than a tile's are in memory."""
+        if phase is None:
+            assert self.made.track is not None, "a sound is made"
+            write_wav(path, self.made.track)
+            yield from self._concluded(path)
+            return
+        comment = "" if self.request.no_metadata else json.dumps(self._settings)
+        fps, track, claim = self.job.output().fps, self.made.track, self._claim
+        with video_writer(path, fps=fps, audio=track, comment=comment, claim=claim) as writer:
+            self.write = writer.write
+            yield from self._measured(phase)
+            yield PhaseStarted("mp4")
+        yield from self._concluded(path)
+
+    def _concluded(self, path: Path) -> Iterator[Event]:
+        """The clip is there: its record beside it."""
+        record = self._record()
+        yield from _beside(sidecar_path(path), partial(write_sidecar, record=record))
+        self._finished()
+        self._release()
+        yield Saved(path, record)
+
+    def _release(self) -> None:
+        """The other machines have nothing left to do."""
+        if self.machines.several:
+            finish(self.machines)
+
+    def _finished(self) -> None:
+        """There is nothing left to continue."""
+        if self.state is not None:
+            self.state.path.unlink(missing_ok=True)
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return make_settings(self.job.folder, self.request) | self.job.record()
+
+    def _record(self) -> dict[str, Any]:
+        record = make_record(self._settings, self.done, self._seconds())
+        record["memory_plan"] = self.memory.to_dict()
+        if self.machines.several:
+            record["machines"] = {"count": self.machines.size, "splits": self.splits}
+        record["products"] = {form: dict(choice.by_rows) for form, choice in self.products.items()}
+        return record
+
+    def _seconds(self) -> float:
+        return self.seconds + time.perf_counter() - self._started
+
+    def _warnings(self) -> Iterator[Event]:
+        messages = [*self.request.without_effect(), *self.job.warnings()]
+        messages += [] if self._waits else self.memory.warnings()
+        for message in messages:
+            yield Warned(message)
+        if self.machines.several:
+            shared = ", ".join(f"{name} by {how}" for name, how in self.splits.items() if how != NONE) or "nothing"
+            yield Noted(f"{self.machines.size} machines share {shared}")
+        elif self.request.split is not None:
+            yield Warned("--split has no effect on one machine: see docs/several-machines.md")
+        for name, count, others in self.job.loras.facts():
+            beside = f"; {others} layers of other networks stay as they are" if others else ""
+            yield Noted(f"{name} changes {count} layers of the transformer{beside}")
+        if self.request.memory_limit is not None and self.memory.limit > (has := available_memory()):
+            yield Warned(f"--memory-limit {self.request.memory_limit:g} is more than the {has / 1e9:.1f} GB there are")
+        if self.state is None:
+            return
+        there = self.state.path.exists()
+        if self.request.resume and not there:
+            yield Warned(f"there is no {self.state.path.name} to continue: this run starts from the beginning")
+        elif there and not self.request.resume:
+            yield Warned(f"{self.state.path.name} is of a run that was cut off: --resume would continue it")
+
+
+def _beside(path: str | Path, write: Callable[[Any], object]) -> Iterator[Event]:
+    """Write a file that the clip does not need: what prevents it is a warning."""
+    try:
+        write(path)
+    except (Ltx2Error, OSError) as error:
+        why = error.why if isinstance(error, Ltx2Error) else error.strerror or str(error)
+        yield Warned(f"{path} was not written: {why}")
