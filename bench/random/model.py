@@ -20,12 +20,12 @@ from ltx2.convert.fetch.catalogue import Bundle, catalogue
 from ltx2.convert.plan.folder import folder_plan
 from ltx2.convert.tensors.steps import Spec
 from ltx2.quant.apply import Settings, quantize_plan
-from ltx2.runtime.errors import InputError, UnsupportedError
+from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.generate.preset import load_preset
 from ltx2.runtime.memory.blocks import Names, Weights
 from ltx2.runtime.model.forms import AFFINE
-from ltx2.runtime.model.layout import ComponentRecord, Manifest, ModelFolder
+from ltx2.runtime.model.layout import TRANSFORMER, ComponentRecord, Manifest, ModelFolder
 from ltx2.runtime.networks.load import build_network, parameter_shapes
 
 Tensors = Mapping[str, Spec]
@@ -59,7 +59,7 @@ class RandomFolder(ModelFolder):
 
     def tokens(self, length: int) -> tuple[np.ndarray, np.ndarray, int]:
         """As many as a usual prompt has, whatever the prompt: there is no tokenizer."""
-        count = min(length, published()["prompt_tokens"])
+        count = min(length, published(self.manifest.release)["prompt_tokens"])
         ids, mask = np.zeros((1, length), np.int32), np.zeros((1, length), np.int32)
         ids[0, length - count :], mask[0, length - count :] = np.arange(count), 1
         return ids, mask, 0
@@ -97,12 +97,9 @@ def random_folder(name: str, settings: Settings | None = None) -> RandomFolder:
     """
     bundle = _bundle(name)
     load_preset(bundle.release)
-    data = published()
-    if data["release"] != bundle.release:
-        raise UnsupportedError(f"the networks of {name} are not known", "no data say their sizes", "download it")
-    path = Path(name)
+    data, path = published(bundle.release), Path(name)
     configs = {component: config for component, (_, config) in data["networks"].items()}
-    tensors = {component: dict(_plain(*network)) for component, network in data["networks"].items()}
+    tensors = {component: dict(_plain(component, *network)) for component, network in data["networks"].items()}
     records = {component: ComponentRecord(cls, (), "BF16") for component, (cls, _) in data["networks"].items()}
     manifest = Manifest(bundle.release, bundle.variant, "random", records)
     folder = RandomFolder(path, manifest, configs, tensors)
@@ -124,10 +121,10 @@ def _bundle(name: str) -> Bundle:
     raise InputError(f"{name} is no model", why, "name a bundle or checkpoint that `ltx2 download --list` shows")
 
 
-def _plain(class_name: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Spec]]:
-    """A network's tensors as a conversion of 16-bit files stores them."""
+def _plain(component: str, class_name: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Spec]]:
+    """A network's tensors as a conversion of 16-bit files stores them: the transformer's tables are wider."""
     for name, shape in parameter_shapes(build_network(class_name, config)).items():
-        yield name, Spec(shape, "F32" if "scale_shift_table" in name else "BF16")
+        yield name, Spec(shape, "F32" if component == TRANSFORMER and "scale_shift_table" in name else "BF16")
 
 
 def _quantized(folder: RandomFolder, settings: Settings) -> RandomFolder:

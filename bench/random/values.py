@@ -40,7 +40,7 @@ class RandomValues:
             return _scale(part, spec, self._quantization.of(layer))
         dtype = getattr(mx, MLX_DTYPES[spec.dtype])
         if len(spec.shape) == 1:
-            return mx.full(spec.shape, 1.0 if "norm" in name or part == "std" else 0.0, dtype)
+            return mx.full(spec.shape, 1.0 if "norm" in name or part in ("std", "layer_scalar") else 0.0, dtype)
         deviation = prod(spec.shape[1:]) ** -0.5
         return _repeated(self._normal, spec, lambda values: (values * deviation).astype(dtype))
 

@@ -21,6 +21,7 @@ from ltx2.convert.tensors.steps import Spec
 from ltx2.quant.apply import Settings, quantize_plan
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Warned
+from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.memory.streaming import streamed
 from ltx2.runtime.model.forms import Form, Quantization
 from ltx2.runtime.model.layout import ModelFolder
@@ -59,6 +60,31 @@ def test_tensors_are_those_of_a_conversion(converted: Any, settings: Settings | 
         assert made.record(component).quantization == plan.components[component].quantization
         assert made.record(component).cls == plan.components[component].cls
     assert set(made.tensors) == set(plan.components)
+
+
+NEWER = {
+    "ltx-2.3-distilled": ("ltx-2.3-22b", "ltx-2.3-spatial-upscaler-x2"),
+    "ltx-2.5-dev": (
+        "ltx-2.5-22b-transformer-bf16", "gemma4-12b-with-proj-ltx-2.5-bf16", "ltx-2.5-video-vae-conv-bf16",
+        "ltx-2.5-video-vae-bf16", "ltx-2.5-audio-vae-bf16", "ltx-2.5-latent-spatial-upscaler-x2-bf16-1.0",
+        "ltx-2.5-duration-head-bf16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_releases(name: str, tmp_path: Path) -> None:
+    """All networks that a bundle's conversion has, and a plan of memory for a clip by either video decoder."""
+    files = [published.write_published(tmp_path, header)[0] for header in NEWER[name]]
+    gemma = [] if "2.5" in name else [published.write_gemma(tmp_path / "gemma")]
+    plan, made = plan_of(*files, *gemma, variant="dev"), random_folder(name)
+    assert set(made.tensors) == set(plan.components)
+    for component, tensors in stored(made).items():
+        moves = plan.moves(component)
+        assert tensors == {key: spec for move in moves for key, spec in move.stored().items()}, component
+    for vae in ("conv", "diffusion") if made.has("diffusion_vae") else ("conv",):
+        planned = Pipeline(made).plan("x", vae=vae, frames=121, pipeline="one-stage", memory_limit=1000)
+        assert 40e9 < planned.peak < 80e9 and planned.fits
 
 
 @pytest.mark.parametrize(
@@ -133,7 +159,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, demo_f32: Path) -> None:
     demo = ModelFolder.open(demo_f32)
     networks = {name: [record.cls, demo.config(name)] for name, record in demo.manifest.components.items()}
     data = {"release": "2.0", "networks": networks, "prompt_tokens": 7}
-    monkeypatch.setattr(random_model, "published", lambda: data)
+    monkeypatch.setattr(random_model, "published", lambda _: data)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -174,6 +200,18 @@ class TestRuns:
         suite = load_suite("quick").changed("denoise", SMALL | {"low_memory": True}, {})
         first = next(iter(run_bench(bench_cases([], RandomWeights(NAME), suite), Schedule(1, 0))))
         assert isinstance(first, Warned) and "made in memory instead" in first.message
+
+
+def test_a_newer_release_runs(demo_25: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite values all through, and no length that follows from random weights."""
+    demo = ModelFolder.open(demo_25)
+    networks = {name: [record.cls, demo.config(name)] for name, record in demo.manifest.components.items()}
+    data = {"release": "2.5", "networks": networks, "prompt_tokens": 7}
+    monkeypatch.setattr(random_model, "published", lambda _: data)
+    suite = load_suite("quick").changed("clip", SMALL, {"repeat": 1, "warmup": 0})
+    receipt = fullsize.run(RandomWeights("ltx-2.5-distilled"), suite, fullsize.show_event)
+    names = [phase["name"] for phase in receipt["cases"][0]["phases"]]
+    assert "text_encoder" in names and "vocoder" in names and "duration_head" not in names
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(here: Here) -> None:
