@@ -25,15 +25,14 @@ def reference(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("rate", "target"), [(48000, 16000), (44100, 16000), (24000, 16000), (8000, 16000), (22050, 16000), (16001, 16000)]
+    ("rate", "target"), [(48000, 16000), (44100, 16000), (24000, 16000), (8000, 16000), (22050, 16000), (1001, 1000)]
 )
 @pytest.mark.parametrize("length", [1, 7, 3001])
 def test_resampling_is_the_published_filter(rate: int, target: int, length: int) -> None:
     samples = np.random.default_rng(length).standard_normal((2, length)).astype(np.float32)
     made = resample(samples, rate, target)
     assert made.dtype == np.float32 and made.shape == (2, ceil(length * target / rate))
-    if (rate, length) != (16001, 3001):  # its bank is too large
-        assert relative_l2(made, reference(samples, rate, target)) < 1e-6
+    assert relative_l2(made, reference(samples, rate, target)) < 1e-6
 
 
 def test_many_samples_are_made_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
