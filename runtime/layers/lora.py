@@ -33,9 +33,9 @@ def attach(
 
     def values(change: Change, part: str) -> mx.array:
         file, tensor = change.parts[part]
-        if file.path not in files:
+        if tensor.name not in files.get(file.path, {}):
             files[file.path] = cast(dict[str, mx.array], mx.load(str(file.path)))
-        return files[file.path][tensor.name]
+        return files[file.path].pop(tensor.name)  # what is read and used is held no longer
 
     count = 0
     for path, layer in network.named_modules():

@@ -72,13 +72,11 @@ def changed(layer: LinearLayer, weight: np.ndarray, path: Path, limit: float) ->
         np.testing.assert_array_equal(np.array(layer(x)), before)
 
 
-def test_the_fewest_operations() -> None:
-    """Counted per unit of rank, at the smallest number of tokens where adding to the weight is less work."""
+def test_the_faster_of_two_ways() -> None:
+    """A picture's tokens have factors added to the weight first, a sound's few have them beside it."""
     assert [sums(rows, OUTPUTS, INPUTS) for rows in (FEW, MANY)] == [False, True]
-    for shape in ((4096, 4096), (16384, 4096), (2048, 4096)):
-        least = next(rows for rows in range(1, 5000) if sums(rows, *shape))
-        beside, first = least * sum(shape), shape[0] * shape[1]
-        assert first < beside <= first + sum(shape)
+    for shape in ((4096, 4096), (16384, 4096)):
+        assert [sums(rows, *shape) for rows in (126, 1536, 6144)] == [False, True, True]
 
 
 def test_beside_a_plain_weight(tmp_path: Path) -> None:
