@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from shutil import get_terminal_size
+from textwrap import wrap
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -335,23 +337,41 @@ def download_lines(plan: DownloadPlanned) -> Iterator[str]:
 
 def catalogue_lines(known: Catalogue) -> Iterator[str]:
     """All names that `download` takes, with sizes; `~` marks those not known to the byte."""
-    width = max(len(_short_name(name)) for name in known.published)
-    yield f"{'bundle':{width}s}      size  release  gated  what it is"
-    for bundle in known.bundles.values():
-        yield _catalogue_line(known, bundle, width) + ("" if bundle.generates else " (convert only so far)")
-    yield f"\n{'file':{width}s}"
-    for published in known.published.values():
-        yield _catalogue_line(known, published, width)
+    entries = [*known.bundles.values(), *known.published.values()]
+    width = max(len(_short_name(entry.name)) for entry in entries)
+    facts = [_catalogue_facts(known, entry) for entry in entries]
+    heads = {0: "bundle", len(known.bundles): "file"}
+    beside = width + 1 + max(map(len, facts)) <= _room()
+    for index, entry in enumerate(entries):
+        if index in heads:
+            head = f"{heads[index]:{width}s}      size  release  gated  what it is" if beside else heads[index]
+            yield f"\n{head}" if index else head
+        yield from _beside_or_below(f"{_short_name(entry.name):{width}s} ", facts[index], beside)
     pages = dict.fromkeys(published.licence for published in known.published.values() if published.gated)
     yield "\ngated: accept the licence on its page and log in with `hf auth login`"
     yield from (f"  {page}" for page in pages)
 
 
-def _catalogue_line(known: Catalogue, entry: Bundle | Published, width: int) -> str:
+def _catalogue_facts(known: Catalogue, entry: Bundle | Published) -> str:
     exact = all(published.exact for published in known.choose([entry.name]))
     size = ("" if exact else "~") + _amount(known.size(entry.name))
     gated = "yes" if known.gated(entry.name) else "no"
-    return f"{_short_name(entry.name):{width}s} {size:>9s}  {entry.release:7s}  {gated:5s}  {entry.purpose}"
+    able = "" if not isinstance(entry, Bundle) or entry.generates else " (convert only so far)"
+    return f"{size:>9s}  {entry.release:7s}  {gated:5s}  {entry.purpose}{able}"
+
+
+def _beside_or_below(name: str, facts: str, beside: bool) -> Iterator[str]:
+    """On one line; or the facts below the name, broken between words alone."""
+    if beside:
+        yield name + facts
+        return
+    yield name.rstrip()
+    yield from wrap(facts.strip(), _room(), initial_indent="    ", subsequent_indent="    ", break_long_words=False)
+
+
+def _room() -> int:
+    """Columns of standard output. Lines of a file or pipe are not broken: programs read them too."""
+    return get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def _short_name(name: str) -> str:
@@ -378,10 +398,13 @@ def described(found: dict[str, Any]) -> Iterator[str]:
         yield f"  parts of a model: generating from a prompt also needs {', '.join(found['missing'])}"
     elif "generate" in found:
         yield f"  this version {'generates with it' if found['generate'] else 'cannot generate with it yet'}"
+    facts = {}
     for name, part in found.get("components", {}).items():
         dtypes = " ".join(f"{dtype}:{count}" for dtype, count in part["dtypes"].items())
         size = f"{_short(part['parameters'])} parameters {_short(part['bytes'])}B"
-        yield f"  {name:18s} {part['tensors']:5d} tensors {size}  {dtypes}"
+        facts[name] = f"{part['tensors']:5d} tensors {size}  {dtypes}"
+    for name, text in facts.items():
+        yield from _beside_or_below(f"  {name:18s} ", text, 21 + max(map(len, facts.values())) <= _room())
     for file in found.get("files", []):
         yield from described(file)
 

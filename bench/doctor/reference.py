@@ -50,10 +50,11 @@ def convolution(given: Mapping[str, Array], padding: int, dilation: int = 1, gro
     taps = weight.shape[1:-1]
     x = np.pad(x, [(0, 0), *[(padding, padding)] * len(taps), (0, 0)])
     sides = [side - (n - 1) * dilation for side, n in zip(x.shape[1:-1], taps, strict=True)]
+    by_tap = np.moveaxis(weight, 0, -2)  # (taps..., outputs, inputs / groups)
     out: Any = np.float32(0)
     for tap in product(*map(range, taps)):
         cut = x[(slice(None), *(slice(t * dilation, t * dilation + side) for t, side in zip(tap, sides, strict=True)))]
-        part = weight[(slice(None), *tap)]
+        part = by_tap[tap]
         out = out + (cut * part[:, 0] if groups > 1 else cut @ part.T)
     return np.asarray(out)
 

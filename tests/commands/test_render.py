@@ -11,8 +11,11 @@ import pytest
 from rich.console import Console
 
 from ltx2 import render
+from ltx2.convert.fetch.catalogue import catalogue
 from ltx2.render import Progress, print_table
 from ltx2.runtime.events import BytesDone, PhaseDone, PhaseStarted, Section, StepDone, Warned
+from tests.support.command import Here
+from tests.support.official import MONOLITH
 from tests.support.waiting import until
 
 MB = 10**6
@@ -224,3 +227,15 @@ class TestTable:
         assert "12.3 %" in shown and "affine 4, 64" in shown and "…" not in shown
         folded = "".join(line[1:].split("   ")[0].strip() for line in shown.splitlines()[3:])
         assert name in folded
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_lists_fit_the_terminal(here: Here, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Facts that do not fit beside a name stand below it; no number is broken."""
+    monkeypatch.setattr(render, "_room", lambda: width)
+    listed, inspected = here("download", "--list").out, here("inspect", MONOLITH).out
+    bodies = listed.split("\ngated: ")[0].splitlines() + inspected.splitlines()[2:]
+    assert all(len(line) <= width for line in bodies)
+    for bundle in catalogue().bundles.values():
+        assert f"{catalogue().size(bundle.name) / 1e9:.1f} GB" in listed
+    assert re.search(r"\btransformer\s+\d+ tensors\s+[\d.]+ [MG] parameters\s+[\d.]+ [MG]B", inspected)
