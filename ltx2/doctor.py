@@ -78,6 +78,32 @@ class Diagnosed(Event):
         }
 
 
+def doctor_tables(found: Diagnosed) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """What this computer is, and the worst figure of every group of kernels: the relative error, and what it may be."""
+    yield "this computer", ["fact", "value"], [[name, text] for name, text in found.told().items()]
+    groups: dict[str, list[Checked]] = {}
+    for check in found.kernels:
+        groups.setdefault(check.group, []).append(check)
+    rows = []
+    for name, checks in groups.items():
+        wrong = [check for check in checks if not check.right]
+        shown = wrong or [max(checks, key=lambda check: check.error or 0.0)]
+        for check in shown:
+            which = f"{name}: {check.name}" if wrong else name
+            rows.append([which, str(len(checks)), check.dtype, _error(check), f"{check.limit:g}", _verdict(check)])
+    yield "kernels, against float32 on the CPU", ["kernel", "cases", "type", "error", "limit", "is"], rows
+    latents = [[check.name, _error(check), f"{check.limit:g}", _verdict(check)] for check in found.latents]
+    yield "the embedded model, against its golden latents", ["latents", "error", "limit", "is"], latents
+
+
+def _error(check: Checked) -> str:
+    return "failed" if check.error is None else f"{check.error:.1e}"
+
+
+def _verdict(check: Checked) -> str:
+    return "right" if check.right else "WRONG"
+
+
 def diagnose() -> Iterator[Event]:
     """Find out; the last event is Diagnosed."""
     kernels = []

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from shutil import get_terminal_size
 from textwrap import wrap
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.cells import cell_len
@@ -33,12 +33,6 @@ from ltx2.runtime.events import (
     StepDone,
     Warned,
 )
-
-if TYPE_CHECKING:
-    from ltx2.bench.doctor.kernels import Checked
-    from ltx2.bench.plan.rows import Plan as MachinePlan
-    from ltx2.bench.plan.rows import Row as PlanRow
-    from ltx2.doctor import Diagnosed
 
 SILENCE_SECONDS = 4.0  # five are promised
 BEAT_SECONDS = 0.5
@@ -231,87 +225,6 @@ def memory_table(plan: Mapping[str, Any]) -> tuple[str, list[str], list[list[str
             read = f"{phase['read'] / 1e9:.2f}, {len(phase['streamed'])} blocks" if phase["streamed"] else ""
             rows[-1].append(read)
     return title, [*columns, *(["read per step"] if streams else [])], rows
-
-
-def plan_tables(plan: "MachinePlan", overview: bool) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Whether models run: an overview of all, then every number of those that were asked for, or of the recommended
-    one. `*` marks the recommended row."""
-    clip = plan.clip
-    about = f"a clip of {clip['frames']} frames of {clip['width']}x{clip['height']}"
-    whose = "this computer" if plan.memory_gb is None else f"a Mac of {plan.memory_gb:g} GB"
-    head = f"{whose}: {plan.limit / 1e9:.1f} GB for {about}"
-    shown = plan.models
-    if overview:
-        yield _overview(plan, head)
-        shown, head = tuple(model for model in plan.models if any(row.recommended for row in model.rows)), ""
-    for model in shown:
-        fetched = f"; to download: {model.rows[0].downloading / 1e9:.1f} GB" if model.rows[0].downloading else ""
-        title = f"{model.name}{': ' if model.purpose else ''}{model.purpose}{fetched}"
-        columns = ["GB", "runs", "peak", "size", "disk at most"]
-        rows = [
-            [f"{'* ' if row.recommended else '  '}{row.preset}", _runs(row, "reads {} a step"), *_sizes(row)]
-            for row in model.rows
-        ]
-        yield f"{head}\n{title}" if head else title, columns, rows
-        head = ""
-
-
-def _overview(plan: "MachinePlan", head: str) -> tuple[str, list[str], list[list[str]]]:
-    presets = dict.fromkeys(row.preset for model in plan.models for row in model.rows[1:])
-    title = f"{head}\nyes: stays in memory; a number: GB that every step reads from disk; no: does not run"
-    rows = []
-    for model in plan.models:
-        marked = "* " if any(row.recommended for row in model.rows) else "  "
-        first, *others = model.rows
-        cells = {row.preset: _runs(row, "{}") for row in others}
-        rows.append([marked + model.name, _runs(first, "{}"), *(cells.get(preset, "") for preset in presets)])
-    return title, ["bundle", "as it is", *presets], rows
-
-
-def _runs(row: "PlanRow", read: str) -> str:
-    return {"resident": "yes", "streamed": read.format(f"{row.read / 1e9:.1f}")}.get(row.runs, "no")
-
-
-def _sizes(row: "PlanRow") -> list[str]:
-    return [f"{size / 1e9:.1f}" for size in (row.peak, row.size, max(row.downloading, row.converting, row.after))]
-
-
-def plan_advice(plan: "MachinePlan") -> str:
-    """What to do."""
-    best = plan.recommended
-    if best is None:
-        return "nothing of this runs there: try a smaller --width, --height or --frames"
-    model, row = best
-    disk = f"disk: {row.converting / 1e9:.1f} GB while converting, {row.after / 1e9:.1f} GB after with --delete-sources"
-    free = f"; free here: {plan.free / 1e9:.1f} GB" if plan.memory_gb is None else ""
-    lines = [f"* recommended: {model.name}, {row.preset}", *([f"{disk}{free}"] if row.downloading else [])]
-    return "\n".join([*lines, *([row.command] if row.command else [])])
-
-
-def doctor_tables(found: "Diagnosed") -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """What this computer is, and the worst figure of every group of kernels: the relative error, and what it may be."""
-    yield "this computer", ["fact", "value"], [[name, text] for name, text in found.told().items()]
-    groups: dict[str, list[Checked]] = {}
-    for check in found.kernels:
-        groups.setdefault(check.group, []).append(check)
-    rows = []
-    for name, checks in groups.items():
-        wrong = [check for check in checks if not check.right]
-        shown = wrong or [max(checks, key=lambda check: check.error or 0.0)]
-        for check in shown:
-            which = f"{name}: {check.name}" if wrong else name
-            rows.append([which, str(len(checks)), check.dtype, _error(check), f"{check.limit:g}", _verdict(check)])
-    yield "kernels, against float32 on the CPU", ["kernel", "cases", "type", "error", "limit", "is"], rows
-    latents = [[check.name, _error(check), f"{check.limit:g}", _verdict(check)] for check in found.latents]
-    yield "the embedded model, against its golden latents", ["latents", "error", "limit", "is"], latents
-
-
-def _error(check: "Checked") -> str:
-    return "failed" if check.error is None else f"{check.error:.1e}"
-
-
-def _verdict(check: "Checked") -> str:
-    return "right" if check.right else "WRONG"
 
 
 def plan_summary(plan: Plan) -> str:

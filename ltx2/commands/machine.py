@@ -22,13 +22,14 @@ def plan(output: Output, names: tuple[str, ...], memory: float | None, bits: int
     No network is needed.
     """
     from ltx2.bench.plan.rows import plan_models
-    from ltx2.render import plan_advice, plan_tables, print_table
+    from ltx2.bench.plan.table import advice, tables
+    from ltx2.render import print_table
 
     made = plan_models(names, memory, bits, {name: value for name, value in sizes.items() if value is not None})
     if not output.quiet and not output.as_json:
-        for table in plan_tables(made, overview=not names):
+        for table in tables(made, overview=not names):
             print_table(*table)
-    output.result(made.to_dict(), plan_advice(made))
+    output.result(made.to_dict(), advice(made))
 
 
 @click.command()
@@ -39,8 +40,8 @@ def doctor(output: Output) -> None:
     Every kernel that generating uses is compared with float32 on the CPU, then the embedded model with its golden
     latents. Takes under a minute.
     """
-    from ltx2.doctor import Diagnosed, diagnose
-    from ltx2.render import doctor_tables, print_table
+    from ltx2.doctor import Diagnosed, diagnose, doctor_tables
+    from ltx2.render import print_table
 
     done = output.follow(diagnose())
     assert isinstance(done, Diagnosed), "a diagnosis ends with its result"

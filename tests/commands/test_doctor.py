@@ -123,7 +123,7 @@ class TestCommand:
         assert isinstance(found, ltx2.doctor.Diagnosed)
         for width in (60, 80, 100):
             monkeypatch.setattr(render, "FILE_WIDTH", width)
-            for table in render.doctor_tables(found):
+            for table in ltx2.doctor.doctor_tables(found):
                 render.print_table(*table)
             shown = capsys.readouterr().err.splitlines()
             assert all(len(line.rstrip()) <= width for line in shown)
