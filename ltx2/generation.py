@@ -100,11 +100,11 @@ def _free_name(request: Request, dry: bool) -> Path:
     """A name that no clip has, made of the prompt and the seed. Its folder is made, unless nothing is to be written."""
     text = request.prompt or Path(str(request.latents or request.embeddings or "clip")).stem
     words = "-".join(re.findall(r"\w+", text.lower()))[:NAME_LENGTH].strip("-") or "clip"
-    stem = words if request.seed is None else f"{words}-{request.seed}"
+    stem, suffix = words if request.seed is None else f"{words}-{request.seed}", ".wav" if request.no_video else ".mp4"
     if dry:
-        return Path(f"{stem}.mp4")
+        return Path(f"{stem}{suffix}")
     OUTPUTS.mkdir(exist_ok=True)
-    names = (OUTPUTS / f"{stem}{end}.mp4" for end in ("", *(f"-{number}" for number in range(2, 10**6))))
+    names = (OUTPUTS / f"{stem}{end}{suffix}" for end in ("", *(f"-{number}" for number in range(2, 10**6))))
     return next(path for path in names if not path.exists())
 
 

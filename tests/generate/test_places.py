@@ -40,6 +40,9 @@ class TestNames:
             assert set(clip.parent.iterdir()) == {clip, sidecar_path(clip)}
             assert len(os.fsencode(state_path(clip).name)) <= 255
 
+    def test_a_sound_alone_is_a_wav_file_unasked(self, here: Here, demo_f32: Path) -> None:
+        assert here("generate", PROMPT, "-m", demo_f32, "--no-video", "--dry-run").code == 0
+
     @pytest.mark.parametrize("target", [".", "..", "/"])
     def test_a_folder(self, here: Here, demo_f32: Path, target: str) -> None:
         here("generate", PROMPT, "-m", demo_f32, "-o", target).failed(1, f"cannot write {target}", "it is a folder")
