@@ -20,6 +20,13 @@ from ltx2.runtime.errors import InputError, Ltx2Error, printable
 if TYPE_CHECKING:
     from ltx2.runtime.events import Event
 
+# Options of other tools that make clips, and ours.
+OURS = {
+    "--guidance": "--cfg", "--guidance-scale": "--cfg", "--cfg-scale": "--cfg", "--video-cfg-guidance-scale": "--cfg",
+    "--audio-cfg-guidance-scale": "--audio-cfg", "--stg-scale": "--stg", "--num-frames": "--frames",
+    "--num-inference-steps": "--steps", "--frame-rate": "--fps", "--output-path": "--output",
+    "--model-path": "--model", "--checkpoint-path": "--model", "--prompt-file": "--prompts", "--images": "--image",
+}  # fmt: skip
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 Command = Callable[..., None]
 
@@ -89,8 +96,7 @@ def run_group(group: click.Group, args: list[str]) -> int:
         return EXIT_USAGE
     except click.ClickException as error:
         usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else "ltx2 --help"
-        fix = f"see {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else usage
-        _show_error({"kind": "usage", "what": error.format_message(), "why": usage, "fix": fix}, as_json)
+        _show_error({"kind": "usage", "what": error.format_message(), "why": usage, "fix": _usage_fix(error)}, as_json)
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort) as error:
         fix = str(error) or "run the same command again"
@@ -106,6 +112,19 @@ def run_group(group: click.Group, args: list[str]) -> int:
         what, why = f"cannot use {error.filename}", error.strerror or str(error)
         _show_error(InputError(what, why, "check the path and its permissions").to_dict(), as_json)
         return InputError.exit_code
+
+
+def _usage_fix(error: click.ClickException) -> str:
+    if not isinstance(error, click.UsageError) or error.ctx is None:
+        return "ltx2 --help"
+    see, flags = f"see {error.ctx.command_path} --help", {flag for p in error.ctx.command.params for flag in p.opts}
+    if isinstance(error, click.NoSuchOption) and (ours := OURS.get(error.option_name, "")) in flags:
+        return f"here it is {ours}; {see}"
+    if isinstance(error, click.NoSuchOption) and error.option_name in ("--quantize", "--quantization"):
+        return f"a model folder is quantized once: ltx2 quantize MODEL -o MODEL2 --bits 4; {see}"
+    if "unexpected extra argument" in error.format_message() and "prompt" in error.ctx.params:
+        return f'put the prompt in quotes: ltx2 {error.ctx.command.name} "a red kite over dunes"; {see}'
+    return see
 
 
 def _show_error(error: dict[str, str], as_json: bool) -> None:

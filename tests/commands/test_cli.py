@@ -92,6 +92,21 @@ USAGE = {
 }
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["generate", "x", "--guidance", "3"], "here it is --cfg;"),
+        (["generate", "x", "--guidance-scale", "3"], "here it is --cfg;"),
+        (["generate", "x", "--num-frames", "25"], "here it is --frames;"),
+        (["generate", "x", "--quantize", "4"], "ltx2 quantize MODEL -o MODEL2 --bits 4;"),
+        (["generate", "a", "red", "kite"], 'put the prompt in quotes: ltx2 generate "a red kite over dunes";'),
+        (["verify", "x", "--guidance", "3"], "fix: see ltx2 verify --help"),
+    ],
+)
+def test_the_words_of_other_tools_lead_to_ours(here: Here, args: list[str], said: str) -> None:
+    here(*args).failed(2, said)
+
+
 @pytest.mark.parametrize("name", USAGE)
 def test_wrong_usage(here: Here, name: str) -> None:
     args, said = USAGE[name]
