@@ -209,15 +209,13 @@ def bench(
     from ltx2.bench.speed.run import Benched, run_bench
     from ltx2.bench.speed.suite import load_suite
 
-    settings = {
-        name: value for name, value in (("mode", mode), ("group_size", group_size), ("recipe", recipe)) if value
-    }
-    if random is None and (bits or settings):
+    settings = Settings(group_size=group_size, recipe=recipe, mode=mode or AFFINE)
+    if random is None and (bits or settings != Settings()):
         raise UsageError("nothing is random", "bits, mode, group_size and recipe are of random weights", "give random")
     paths = [Path(path) for path in ([models] if isinstance(models, str | PathLike) else models)]
     if random is None and not paths:
         raise UsageError("nothing is measured", "there is no model", "name a model folder, or give random")
-    weights = None if random is None else RandomWeights(random, tuple(bits), Settings(**settings))
+    weights = None if random is None else RandomWeights(random, tuple(bits), settings)
     schedule = {"repeat": repeat, "warmup": warmup, "cooldown": cooldown}
     chosen = load_suite(suite).changed(part, options, schedule)
     old = None if compare is None else read_receipt(Path(compare))

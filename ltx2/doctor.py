@@ -14,7 +14,7 @@ from ltx2.api import plan_conversion
 from ltx2.bench.doctor.kernels import Checked, check_kernels, relative
 from ltx2.convert.fetch.hub import has_token
 from ltx2.convert.write import write_plan
-from ltx2.demo import SIZE, SOURCES
+from ltx2.demo import SIZE, demo_sources
 from ltx2.runtime.errors import Ltx2Error, MediaError, VerificationError
 from ltx2.runtime.events import Event, Noted
 from ltx2.runtime.files.paths import free_bytes
@@ -26,7 +26,7 @@ from ltx2.runtime.generate.request import Request
 from ltx2.runtime.machine.facts import available_memory, machine_facts
 from ltx2.runtime.media.video import ffmpeg_program
 
-GOLDEN = SOURCES.with_name("golden")  # what Lightricks' own modules made of this noise
+GOLDEN = Path(__file__).parent / "demo" / "golden"  # what Lightricks' own modules made of this noise
 LIMIT = 2e-2  # of latents: eleven steps add up what one product rounds
 GB = 10**9
 
@@ -146,8 +146,7 @@ def _golden_latents() -> Iterator[Checked]:
     golden = open_tensorfile(GOLDEN / "latents.safetensors")
     with TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        sources = sorted(path for path in SOURCES.iterdir() if path.suffix == ".safetensors" or path.is_dir())
-        for _ in write_plan(plan_conversion(sources, variant="distilled", dtype="f32"), model):
+        for _ in write_plan(plan_conversion(demo_sources(), variant="distilled", dtype="f32"), model):
             pass
         options = {name: size for name, size in SIZE.items() if name != "seed"}
         options |= {"prompt": golden.metadata["prompt"], "noise": str(GOLDEN / "noise.safetensors")}

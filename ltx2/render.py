@@ -250,7 +250,7 @@ def download_lines(plan: DownloadPlanned) -> Iterator[str]:
 
 def catalogue_lines(known: Catalogue) -> Iterator[str]:
     """All names that `download` takes, with sizes; `~` marks those not known to the byte."""
-    entries = [*known.bundles.values(), *known.published.values()]
+    entries: list[Bundle | Published] = [*known.bundles.values(), *known.published.values()]
     width = max(len(_short_name(entry.name)) for entry in entries)
     facts = [_catalogue_facts(known, entry) for entry in entries]
     heads = {0: "bundle", len(known.bundles): "file"}
@@ -311,13 +311,13 @@ def described(found: dict[str, Any]) -> Iterator[str]:
         yield f"  parts of a model: generating from a prompt also needs {', '.join(found['missing'])}"
     elif "generate" in found:
         yield f"  this version {'generates with it' if found['generate'] else 'cannot generate with it yet'}"
-    facts = {}
+    sizes: dict[str, str] = {}
     for name, part in found.get("components", {}).items():
         dtypes = " ".join(f"{dtype}:{count}" for dtype, count in part["dtypes"].items())
         size = f"{_short(part['parameters'])} parameters {_short(part['bytes'])}B"
-        facts[name] = f"{part['tensors']:5d} tensors {size}  {dtypes}"
-    for name, text in facts.items():
-        yield from _beside_or_below(f"  {name:18s} ", text, 21 + max(map(len, facts.values())) <= _room())
+        sizes[name] = f"{part['tensors']:5d} tensors {size}  {dtypes}"
+    for name, text in sizes.items():
+        yield from _beside_or_below(f"  {name:18s} ", text, 21 + max(map(len, sizes.values())) <= _room())
     for file in found.get("files", []):
         yield from described(file)
 

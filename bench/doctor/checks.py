@@ -143,7 +143,7 @@ def _attention() -> Iterator[Check]:
         ("with an added mask, 64 wide", (4096, 96, 64, "added")),
         ("of a language model, 256 wide", (512, 512, 256, "seen")),
     ):
-        yield Check(group, name, partial(inputs, *sizes), attend, reference.attention)  # type: ignore[arg-type]
+        yield Check(group, name, partial(inputs, *sizes), attend, reference.attention)
     size, kernel = (6, 9, 9), (3, 5, 5)
 
     def clip() -> Inputs:
