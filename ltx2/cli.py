@@ -39,6 +39,7 @@ for command in (
     models.quantize,
     machine.plan,
     clips.generate,
+    clips.upscale,
     machine.doctor,
     measure.bench,
     models.inspect,

@@ -13,6 +13,7 @@ from ltx2.runtime.events import (
     Noted,
     PhaseDone,
     PhaseStarted,
+    Previewed,
     PromptStarted,
     Section,
     StepDone,
@@ -23,6 +24,6 @@ from ltx2.runtime.generate.clip import Generated, Saved
 
 __all__ = [
     "BytesDone", "Calibrated", "DownloadPlanned", "Downloaded", "Event", "Generated", "Noted", "PhaseDone",
-    "PhaseStarted", "PromptStarted", "Quantized", "Saved", "Section", "SourcesDeleted", "StepDone", "Verified",
-    "Warned", "Written",
+    "PhaseStarted", "Previewed", "PromptStarted", "Quantized", "Saved", "Section", "SourcesDeleted", "StepDone",
+    "Verified", "Warned", "Written",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """Typed progress events. Generating, converting and quantizing are generators of these; whoever drives them
 decides what to show."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,17 @@ class StepDone(Event):
     steps: int
     seconds: float
     active_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Previewed(Event):
+    """What the clip will show, as far as this denoise step of the phase says: a small `picture` (H, W, 3) uint8 of its
+    middle, in a file at `path`."""
+
+    phase: str
+    step: int
+    path: str
+    picture: Any = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)

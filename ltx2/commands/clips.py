@@ -1,6 +1,7 @@
 """Making clips."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from ltx2.runtime.errors import DoesNotFitError, Ltx2Error
 
 if TYPE_CHECKING:
     from ltx2.generation import Generation
+
+LATENTS = ".safetensors"
 
 
 @click.command()
@@ -33,8 +36,6 @@ def generate(
     """
     from ltx2.generation import Generation
     from ltx2.runtime.distributed.machines import join
-    from ltx2.runtime.generate.clip import Followed, Saved
-    from ltx2.runtime.generate.sidecar import sidecar_path
 
     args: list[str] = click.get_current_context().obj
     started: list[Generation] = []
@@ -45,9 +46,45 @@ def generate(
                 error.fix += f"; this continues: {continuation(args, generation.continuing())}"
         end_at_once(error)
 
-    given = {name: value for name, value in options.items() if value is not None}
-    generation = Generation(target, model, sidecar, given, dry_run, join(os.environ, late))
+    generation = Generation(target, model, sidecar, _given(options), dry_run, join(os.environ, late))
     started.append(generation)
+    _make(output, generation, dry_run)
+
+
+@click.command()
+@click.argument("source", metavar="INPUT", type=PATH)
+@click.option("-m", "--model", type=PATH, help="Model folder, or its name in weights/. [default: the only one there]")
+@click.option("-o", "--output", "target", type=PATH, required=True, help="Clip (.mp4), or latents (.safetensors).")
+@click.option("--spatial/--temporal", "spatial", default=True, help="Twice the size, or the frame rate. [spatial]")
+@click.option("--prompt", metavar="TEXT", help="What the clip shows: refine it, as generate's stage 2 does.")
+@generate_options("seed", "distilled_lora", "memory_limit", "low_memory", "resume", "preview", "force")
+@click.option("--dry-run", is_flag=True, help="Show each phase's memory from headers, and whether it fits; do nothing.")
+@common
+def upscale(
+    output: Output, source: Path, target: Path, model: Path | None, spatial: bool, dry_run: bool, **options: Any
+) -> None:
+    """Enlarge a clip, or the latents of one (.safetensors): twice the size, or twice the frame rate.
+
+    A clip keeps its sound. Latents become latents, and their sound is copied bit for bit.
+    """
+    from ltx2.generation import Generation
+
+    given = _given(options) | {"upscale": source, "temporal_upscale": not spatial}
+    clip: Path | None = target
+    if source.suffix == LATENTS:
+        given, clip = given | {"save_latents": target}, None
+    _make(output, Generation(clip, model, None, given, dry_run), dry_run)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _make(output: Output, generation: "Generation", dry_run: bool) -> None:
+    """Make a clip or latents, or show the plan of it."""
+    from ltx2.runtime.generate.clip import Followed, Saved
+    from ltx2.runtime.generate.sidecar import sidecar_path
+
     if dry_run:
         _show_plans(output, generation)
         return
@@ -65,7 +102,8 @@ def generate(
         return
     data = {"clip": str(done.path), "sidecar": str(sidecar_path(done.path)), **done.record}
     request = done.record["request"]
-    said = [f"{request['frames']} frames", *([] if request["seed"] is None else [f"seed {request['seed']}"])]
+    seeded = done.record["stages"] and request["seed"] is not None
+    said = [f"{request['frames']} frames", *([f"seed {request['seed']}"] if seeded else [])]
     output.result(data, f"{done.path}  ({', '.join(said)}, {done.record['seconds']:.1f} s)")
 
 

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.preset import DISTILLED, HQ, ONE_STAGE, TWO_STAGE, StageRow, load_preset
+from ltx2.runtime.errors import InputError, UsageError
+from ltx2.runtime.generate.preset import DISTILLED, HQ, ONE_STAGE, TWO_STAGE, UPSCALE, StageRow, load_preset
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.values import Auto
 from ltx2.runtime.model.layout import DURATION_HEAD, ModelFolder
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
 # Options that say how long the clip is.
-LENGTHS = ("video", "retake", "extend", "latents", "noise")
+LENGTHS = ("video", "retake", "extend", "upscale", "latents", "noise")
 
 
 def asked_length(folder: ModelFolder, request: Request) -> Auto | None:
@@ -34,14 +34,19 @@ def with_fixed_length(folder: ModelFolder, options: Mapping[str, Any]) -> dict[s
     return {"frames": load_preset(folder.manifest.release).defaults["frames"]} | dict(options)
 
 
-def source_clip(request: Request) -> str | None:
-    """The clip that decides the sizes."""
-    spans = (request.retake, request.extend)
-    return request.video or next((form.path for form in spans if form is not None), None)
+def samples(request: Request) -> bool:
+    """Whether something is made from noise. What is enlarged is refined where there is a prompt."""
+    refined = request.prompt is not None or request.embeddings is not None
+    if refined and request.upscale is not None and request.temporal_upscale:
+        what = "a prompt and twice the frame rate do not go together"
+        raise UsageError(what, "only a clip of twice the size is refined", "leave out --prompt or --temporal")
+    return request.latents is None and (request.upscale is None or refined)
 
 
-def extended(sizes: Sizes, request: Request, scales: Scales) -> Sizes:
-    """The source's sizes, with the whole latent frames that are made beside it."""
+def grown(sizes: Sizes, request: Request, scales: Scales) -> Sizes:
+    """What is made of the source's sizes: twice the sides, or the whole latent frames that are made beside it."""
+    if request.upscale is not None and not request.temporal_upscale:
+        return replace(sizes, width=2 * sizes.width, height=2 * sizes.height)
     if request.extend is None:
         return sizes
     more = max(1, round(abs(request.extend.seconds) * sizes.fps / scales.temporal)) * scales.temporal
@@ -52,7 +57,9 @@ def chosen_pipeline(folder: ModelFolder, request: Request) -> str:
     """The pipeline that is asked for, else what the model calls for. Raises InputError where it cannot run."""
     distilled, name = folder.manifest.variant == DISTILLED, request.pipeline
     lora = request.distilled_lora is not None or folder.distilled_lora is not None
-    single = request.no_upscale or source_clip(request) is not None or request.no_video
+    single = request.no_upscale or request.source is not None or request.no_video
+    if request.upscale is not None:
+        name = UPSCALE
     if name is None:
         dev = TWO_STAGE if lora and folder.has("spatial_upscaler") and not single else ONE_STAGE
         return DISTILLED if distilled else dev
@@ -63,7 +70,8 @@ def chosen_pipeline(folder: ModelFolder, request: Request) -> str:
         raise InputError(
             f"the {name} pipeline needs a distilled LoRA",
             f"{folder.path} is a dev model, and has none in its loras folder",
-            "give --distilled-lora FILE, convert again with it among the sources, or use --pipeline one-stage",
+            "give --distilled-lora FILE, convert again with it among the sources, or use "
+            + ("no prompt" if name == UPSCALE else "--pipeline one-stage"),
         )
     return name
 
@@ -73,7 +81,7 @@ def stages_of(rows: tuple[StageRow, ...], request: Request, first: str) -> tuple
     none."""
     if not rows:
         return ()
-    if source_clip(request) is not None or request.no_video:
+    if request.source is not None or request.no_video:
         return (replace(rows[0], downscale=1),)
     start = replace(rows[0], sampler=rows[0].sampler or ("euler" if request.reference else first))
     return (replace(start, downscale=1),) if request.no_upscale else (start, *rows[1:])

@@ -72,14 +72,14 @@ def read_noise(path: str | Path, name: str) -> mx.array:
     return read_tensors(path, (name,), MOST_NOISE)[name]
 
 
-def read_latents(path: str | Path, channels: int, audio_channels: int) -> Streams[mx.array]:
-    """`video` (1, channels, F, H, W) and `audio` (1, audio_channels, T, 16)."""
-    tensors = read_tensors(path, ("video", "audio"))
-    video, audio = tensors["video"], tensors["audio"]
-    sizes = video.shape[2:] if video.ndim == 5 else (1, 1, 1)
-    _check_shape(path, "video", video.shape, (1, channels, *sizes))
-    count = audio.shape[2] if audio.ndim == 4 else 1
-    _check_shape(path, "audio", audio.shape, (1, audio_channels, count, AUDIO_FREQUENCIES))
+def read_latents(path: str | Path, channels: int, audio_channels: int | None) -> Streams[mx.array]:
+    """`video` (1, channels, F, H, W) and `audio` (1, audio_channels, T, 16); without audio_channels the video alone."""
+    tensors = read_tensors(path, ("video",) if audio_channels is None else ("video", "audio"))
+    video, audio = tensors["video"], tensors.get("audio")
+    _check_shape(path, "video", video.shape, (1, channels, *(video.shape[2:] if video.ndim == 5 else (1, 1, 1))))
+    if audio is not None:
+        shape = (1, audio_channels or 0, audio.shape[2] if audio.ndim == 4 else 1, AUDIO_FREQUENCIES)
+        _check_shape(path, "audio", audio.shape, shape)
     return Streams(video, audio)
 
 

@@ -75,7 +75,10 @@ class Clip:
         facts = media_facts(path)
         if not facts.width:
             raise InputError(f"{path} has no picture", "it holds sound alone", "name a clip")
-        return cls(path, Sizes(facts.width, facts.height, count_frames(path), facts.fps), False, facts.rate > 0)
+        sizes = Sizes(facts.width, facts.height, count_frames(path), facts.fps)
+        if facts.rate:
+            read_sound(path, 0.0, sizes.frames / max(1.0, sizes.fps))  # a damaged one is found now
+        return cls(path, sizes, False, facts.rate > 0)
 
     def video(self, vae: VideoCoder | None) -> mx.array:
         """Normalised latents (1, C, F, H, W) of all frames; latents need no network."""
@@ -263,8 +266,7 @@ def gather(at: Setting) -> tuple[Given, ...]:
     request, frames, crf = at.request, at.sizes.frames, at.request.image_crf or 0
     pictures = [(p, p.frame > 0) for p in request.image] + [(p, True) for p in request.keyframe]
     for picture, _ in pictures:
-        if not media_facts(Path(picture.path)).width:
-            raise InputError(f"{picture.path} has no picture", "it holds sound alone", "name a picture")
+        read_picture(Path(picture.path))  # a wrong or damaged one is found now
         if picture.frame >= frames:
             what = f"frame {picture.frame} of {picture.path} is outside the clip"
             raise InputError(what, f"its frames are 0 to {frames - 1}", f"use {frames - 1} for the last")
@@ -287,7 +289,10 @@ def _kept(at: Setting) -> Iterator[Given]:
         yield GivenSound(Frozen("audio"), partial(sound_track, Path(sound.path), sound.start, at.sizes, at.scales))
     if clip is None:
         return
-    if request.video is not None:
+    if request.upscale is not None:
+        if clip.sound:
+            yield GivenClip(Frozen("audio"), clip, ("audio",))
+    elif request.video is not None:
         yield GivenClip(Frozen("video"), clip, ("video",))
     elif request.retake is not None:
         span, step = request.retake, 1 / clip.sizes.fps

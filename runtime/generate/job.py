@@ -12,18 +12,20 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.choices import asked_length, chosen_pipeline, extended, source_clip, stages_of
+from ltx2.runtime.generate.choices import asked_length, chosen_pipeline, grown, samples, stages_of
 from ltx2.runtime.generate.exchange import check_noise, read_embeddings, read_latents, read_noise
 from ltx2.runtime.generate.given import Clip, Given, Setting, gather, sound_track
 from ltx2.runtime.generate.kinds import digest, portable
 from ltx2.runtime.generate.preset import (
     DISTILLED,
+    PIPELINES,
     load_preset,
     negative_prompt,
     pipeline_row,
 )  # fmt: skip
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.values import Auto, Lora
+from ltx2.runtime.media.source import read_sound
 from ltx2.runtime.media.video import AudioTrack
 from ltx2.runtime.model.layout import DIFFUSION_VAE, TRANSFORMER, VIDEO_VAE, ModelFolder
 from ltx2.runtime.model.loras import LoraSet, LoraUse, find_lora
@@ -65,7 +67,7 @@ class Job:
         self.asked = request
         self.clip: Clip | None = None  # the source, where a clip is given
         self.preset = load_preset(folder.manifest.release)
-        self.row = None if request.latents is not None else pipeline_row(chosen_pipeline(folder, request))
+        self.row = pipeline_row(chosen_pipeline(folder, request)) if samples(request) else None
         first = self.preset.distilled_sampler if self.row is not None and self.row.name == DISTILLED else "euler"
         self.stages = stages_of(self.row.stages if self.row else (), request, first)
         self.coder = next((name for name in VIDEO_VAES if folder.has(name)), VIDEO_VAE)  # encodes, has the statistics
@@ -79,9 +81,12 @@ class Job:
         )
         if request.latents is not None:
             request = request.for_latents(_present(self.read_latents(request.latents).video).shape, self.scales)
-        if (source := source_clip(request)) is not None:
-            self.clip = Clip.open(Path(source), self.scales, request.fps)
-            request = replace(request, **asdict(extended(self.clip.sizes, request, self.scales)))
+        if request.source is not None:
+            self.clip = Clip.open(Path(request.source), self.scales, request.fps)
+            self.clip.sizes.check(self.scales, 1, self.video_config.smallest_side)
+            request = replace(request, **asdict(grown(self.clip.sizes, request, self.scales)))
+            if request.upscale is not None and self.clip.latents:
+                self.until = self.until or LATENTS
         self.auto = asked_length(folder, request) if until != CONTEXTS else None
         self.length = length if self.auto is not None else None
         if self.auto is not None:
@@ -105,7 +110,9 @@ class Job:
         defaults = {**self.preset.defaults} | {"vae": "conv" if self.coder == VIDEO_VAE else "diffusion"}
         if self.row is None:
             return defaults
-        defaults |= {"pipeline": self.row.name, "image_crf": self.preset.image_crf}
+        defaults |= {"image_crf": self.preset.image_crf}
+        if self.row.name in PIPELINES:
+            defaults["pipeline"] = self.row.name
         if self.row.guided:
             layers = self.transformer_config.num_layers
             blocks = tuple(min(block, layers - 1) for block in self.preset.guided["stg_blocks"])
@@ -259,6 +266,8 @@ class Job:
         states = begin_states(grid, self.sizes.fps, self.scales, start)
         if self.request.no_video:
             return Streams(None, states.audio)
+        if self.request.upscale is not None and self.clip is not None and not self.clip.sound:
+            states = Streams(states.video)
         if states.video is None or not self.transformer_config.use_keyframes_abs_pos_embedding:
             return states
         # The first latent frame stands for one single frame.
@@ -311,18 +320,30 @@ class Job:
         """The tokens of every prompt."""
         return {name: encode_prompt(self.folder, text, self.preset.text_tokens) for name, text in self.prompts.items()}
 
-    def read_latents(self, path: str) -> Streams[mx.array]:
-        """Latents out of a file, checked against the model's channels."""
-        return read_latents(path, self.video_config.latent_channels, self.audio_config.latent_channels)
+    def read_latents(self, path: str, sound: bool = True) -> Streams[mx.array]:
+        """Latents out of a file, checked against the model's channels; `sound`: with the audio's."""
+        channels = self.audio_config.latent_channels if sound else None
+        return read_latents(path, self.video_config.latent_channels, channels)
 
     def read_contexts(self, path: str) -> dict[str, Streams[mx.array]]:
         """The prompts' contexts out of a file."""
         return read_embeddings(path, self.transformer_config.context_dims, (TEXT, *self.negatives))
 
-    def track(self) -> AudioTrack:
-        """The given sound. Raises InputError for one that cannot be used."""
-        assert self.request.audio is not None, "as asked"
-        return sound_track(Path(self.request.audio.path), self.request.audio.start, self.sizes, self.scales)
+    def track(self) -> AudioTrack | None:
+        """The given sound, as it goes into the clip. Raises InputError for one that cannot be used."""
+        if (sound := self.request.audio) is not None:
+            return sound_track(Path(sound.path), sound.start, self.sizes, self.scales)
+        clip = self.clip
+        if self.request.upscale is None or clip is None or clip.latents or not clip.sound or self.request.no_audio:
+            return None
+        return read_sound(clip.path, 0.0, clip.sizes.frames / clip.sizes.fps)
+
+    def source_latents(self) -> tuple[Streams[mx.array], mx.array | None]:
+        """What there is already of a clip that is enlarged: its picture's latents, and the sound's."""
+        if self.clip is None or not self.clip.latents:
+            return Streams(), None
+        latents = self.read_latents(str(self.clip.path), sound=self.clip.sound)
+        return Streams(latents.video), latents.audio
 
     def record(self) -> dict[str, Any]:
         """What a sidecar says of the stages, of the sound's origin, and of every file that is given."""
@@ -331,7 +352,7 @@ class Job:
             for name, path in self.request.inputs()
         ]
         sound = None if self.row is None else f"stage {self.sound_stage}"
-        sound = "given" if self.request.audio is not None else sound
+        sound = "given" if self.request.audio is not None or self.request.upscale is not None else sound
         length = {} if self.length is None else {"duration": asdict(self.length)}
         return {"stages": [self._stage_record(n) for n in self.numbers], "sound": sound, "inputs": inputs} | length
 
@@ -353,15 +374,18 @@ class Job:
         """The components are whole, files to read fit. Reads headers, and small files. Returns the components'
         networks, uninitialised."""
         self.given  # noqa: B018 (opened with its LoRAs, and checked to fit)
-        if self.request.audio is not None:
-            self.track()
+        self.track()
+        if self.clip is not None and self.clip.latents:
+            self.read_latents(str(self.clip.path), sound=self.clip.sound)
         built: dict[str, nn.Module] = {}
         for component in components:
             if component.endswith("upscaler") and not self.folder.has(component):
+                plain = "" if self.request.upscale or component != "spatial_upscaler" else ", or use --no-upscale"
+                kind = component.removesuffix("_upscaler")
                 raise InputError(
                     f"{self.folder.path} has no {component}",
-                    "the second stage needs it",
-                    "convert again with the spatial upscaler file among the sources, or use --no-upscale",
+                    "the second stage needs it" if plain else "it is what enlarges latents",
+                    f"convert again with the {kind} upscaler file among the sources{plain}",
                 )
             if component in VIDEO_VAES and not self.folder.has(component):
                 raise InputError(

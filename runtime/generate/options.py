@@ -28,12 +28,13 @@ SIZE = ("width", "height", "frames")
 PICTURE_GUIDANCE = ("cfg", "stg", "rescale", "modality_scale")
 SOUND_GUIDANCE = ("audio_cfg", "audio_stg", "audio_rescale", "audio_modality_scale")
 GUIDANCE = (*PICTURE_GUIDANCE, *SOUND_GUIDANCE, "stg_blocks", "skip_steps", "audio_skip_steps")
+LED = ("negative_prompt", "steps", *GUIDANCE)
 SHOWN = ("image", "keyframe", "keyframe_slots", "reference")
 CONDITIONINGS = (*SHOWN, "image_crf", "reference_attention", "audio", "video", "retake", "keep", "extend")
 # What leads to latents, and says nothing about a part of the clip.
 SAMPLING = (
     "prompt", "embeddings", "save_embeddings", "pipeline", "no_upscale", "steps", "negative_prompt", "lora",
-    "distilled_lora", "checkpoint_every", "resume",
+    "distilled_lora", "checkpoint_every", "resume", "preview",
 )  # fmt: skip
 
 
@@ -153,6 +154,12 @@ class Options:
         decides=True,
         sets=(*SIZE, "fps"),
     )
+    upscale: File = File(
+        "Enlarge this clip, or its latents, in place of making one; a prompt refines it.",
+        decides=True,
+        sets=(*SIZE, "fps"),
+        command=False,
+    )
     reference: Several[Reference] = Several(
         "Control or source video for an IC-LoRA; repeatable.",
         form=Reference,
@@ -214,7 +221,6 @@ class Options:
         "Write a small picture of the predicted clip there after every step.",
         metavar="DIR",
         recorded=False,
-        exposed=False,
     )
     force: Flag = Flag("Replace a clip that is already there.", recorded=False)
     no_metadata: Flag = Flag("Write no settings into the mp4 file.")
@@ -252,7 +258,7 @@ class Clash:
 
 
 CLASHES = (
-    Clash("pipeline", ("steps", "negative_prompt", *GUIDANCE), "its steps are fixed and not guided", ("distilled",)),
+    Clash("pipeline", LED, "its steps are fixed and not guided", ("distilled",)),
     Clash("pipeline", ("distilled_lora",), "its one stage is guided", ("one-stage",)),
     Clash(
         "pipeline",
@@ -286,7 +292,12 @@ CLASHES = (
         (*SHOWN, "width", "height", "no_audio", "preview", *PICTURE_GUIDANCE, "skip_steps", "audio_modality_scale"),
         "only the sound is made",
     ),
-    Clash("latents", (*CONDITIONINGS, *GUIDANCE), "the latents are there, and are only decoded"),
+    Clash(
+        "upscale",
+        (*SIZE, "fps", "pipeline", "no_upscale", "no_video", "lora", *LED, *CONDITIONINGS),
+        "the clip is given, and is only enlarged",
+    ),
+    Clash("latents", ("upscale", *CONDITIONINGS, *GUIDANCE), "the latents are there, and are only decoded"),
 )
 
 

@@ -4,12 +4,16 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event
-from ltx2.runtime.generate.clip import Clip, Generated
+from ltx2.runtime.generate.clip import Clip, Generated, Sampled
 from ltx2.runtime.generate.job import LENGTH, Job
+from ltx2.runtime.generate.kinds import StrPath
 from ltx2.runtime.generate.phases.order import components, phases
 from ltx2.runtime.generate.places import check_places
 from ltx2.runtime.generate.planning import MemoryPlan, plan_memory
@@ -21,6 +25,7 @@ from ltx2.runtime.generate.values import Auto
 from ltx2.runtime.layers.matmul import Choice
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.text.duration_head import Duration
+from ltx2.runtime.sampling.latents import as_numpy
 
 
 class Pipeline:
@@ -83,6 +88,18 @@ class Pipeline:
             return request
         leading, *_ = self.machines.everyone(draw_seed() if request.seed is None else request.seed)
         return replace(request, seed=leading) if request.seed is None else request
+
+    def upscale(
+        self, source: StrPath, *, temporal: bool = False, prompt: str | None = None, **options: Any
+    ) -> Clip | dict[str, np.ndarray]:
+        """A clip with twice the sides, refined where a prompt says what it shows, or with twice the frame rate. A
+        latents file's are returned as such: "video" (1, C, F, 2H, 2W) or (1, C, 2F - 1, H, W) float32, "audio" as it
+        is. `options` are those of `generate` that do not say what is made: seed, distilled_lora, memory_limit, ...
+        """
+        asked = {"upscale": source, "temporal_upscale": temporal, "prompt": prompt, **options}
+        *_, last = self.events(Request.from_options(asked))
+        assert isinstance(last, Generated | Sampled), "there is no output"
+        return last.clip if isinstance(last, Generated) else as_numpy(last.latents)
 
     @takes(Request)
     def plan(self, request: Request) -> MemoryPlan:

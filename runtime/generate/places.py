@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.atomic import beside
-from ltx2.runtime.files.paths import check_output, check_room
+from ltx2.runtime.files.paths import check_folder, check_output, check_room
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.sidecar import is_sidecar, sidecar_path
 from ltx2.runtime.media.video import check_target
@@ -14,6 +14,8 @@ from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 
 FLOAT = 4  # bytes
+LATENTS = ".safetensors"
+FREE = "choose another name, or replace it with --force"
 PIXEL = 0.1  # bytes of a clip's pixel, several times what is usual at DELIVERY's quality
 
 
@@ -37,15 +39,26 @@ def check_places(job: Job) -> None:
     for path in (request.save_embeddings, request.save_latents, request.state):
         if path is not None:
             check_output(path)
+    if request.preview is not None:
+        check_folder(Path(request.preview), request.preview)
+    if request.upscale is not None and request.save_latents is not None:
+        _check_latents(Path(request.save_latents), request.force)
     check_room(*_needs(job))
 
 
+def _check_latents(path: Path, force: bool) -> None:
+    """Of a command whose result they are."""
+    if path.suffix != LATENTS:
+        raise InputError(f"cannot write {path}", "latents become latents", f"use {path.with_suffix(LATENTS)}")
+    if path.exists() and not force:
+        raise InputError(f"{path} is already there", "no file is replaced unasked", FREE)
+
+
 def _check_free(clip: Path, sidecar: Path) -> None:
-    fix = "choose another name, or replace it with --force"
     if clip.exists():
-        raise InputError(f"{clip} is already there", "a clip is never replaced unasked", fix)
+        raise InputError(f"{clip} is already there", "a clip is never replaced unasked", FREE)
     if sidecar.exists() and not is_sidecar(sidecar):
-        raise InputError(f"{sidecar} is already there", f"it would become the record of {clip.name}", fix)
+        raise InputError(f"{sidecar} is already there", f"it would become the record of {clip.name}", FREE)
 
 
 def _needs(job: Job) -> Iterator[tuple[Path, int]]:

@@ -178,6 +178,8 @@ def _refusal(plan: MemoryPlan) -> DoesNotFitError:
         return DoesNotFitError(f"`{component}` does not fit in memory", why, job.folder.how_to_shrink())
     what = f"{sizes.frames} frames of {sizes.width}x{sizes.height} do not fit in memory"
     why = f"{worst.name} takes {worst.least / GB:.1f} GB, {worst.least_weights / GB:.1f} GB of it weights, and {has}"
+    if job.clip is not None:
+        return DoesNotFitError(what, why, "give a shorter or smaller clip")
     found = [] if job.request.latents else list(_smaller(plan))
     return DoesNotFitError(what, why, f"use {', or '.join(found)}" if found else job.folder.how_to_shrink())
 

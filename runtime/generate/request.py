@@ -51,6 +51,12 @@ class Request(Options):
         found = {name: file for file in self.given for name in ROWS[file].replaces}
         return {name: file for name, file in found.items() if file not in found}
 
+    @property
+    def source(self) -> str | None:
+        """The clip whose sizes the request's are, or are made of."""
+        spans = (self.retake, self.extend)
+        return self.video or self.upscale or next((form.path for form in spans if form is not None), None)
+
     def inputs(self) -> Iterator[tuple[str, str]]:
         """Option and path of every file that is read."""
         for name, row in ROWS.items():
@@ -91,7 +97,7 @@ class Request(Options):
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Request":
         """Fill what was not asked for; a seed is drawn. Raises InputError without a prompt, embeddings or latents."""
-        if self.prompt is None and self.embeddings is None and self.latents is None:
+        if all(value is None for value in (self.prompt, self.embeddings, self.latents, self.upscale)):
             why = "nothing says what the clip should show"
             raise InputError("there is no prompt", why, "give a PROMPT, --embeddings or --latents")
         usual = {"seed": draw_seed(), **defaults}

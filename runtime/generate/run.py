@@ -17,7 +17,7 @@ import mlx.nn as nn
 from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.distributed.split import NONE
 from ltx2.runtime.errors import Ltx2Error
-from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, StepDone, Warned
+from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, Previewed, StepDone, Warned
 from ltx2.runtime.files.atomic import UNLOCKED, claimed
 from ltx2.runtime.generate.clip import Clip, Followed, FrameBuffer, Generated, Sampled, Saved
 from ltx2.runtime.generate.exchange import write_embeddings, write_latents
@@ -43,12 +43,14 @@ from ltx2.runtime.generate.sidecar import make_record, make_settings, sidecar_pa
 from ltx2.runtime.layers.matmul import Choice
 from ltx2.runtime.layers.packed import choose_products
 from ltx2.runtime.machine.facts import available_memory
+from ltx2.runtime.media.picture import write_picture
 from ltx2.runtime.media.video import video_writer, write_wav
 from ltx2.runtime.memory.meter import Phase as Meter
 from ltx2.runtime.memory.meter import explained
 from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.sampling.latents import as_numpy
+from ltx2.runtime.streams import Streams
 
 Network = TypeVar("Network", bound=nn.Module)
 Observe = Callable[[str, nn.Module], None]
@@ -97,6 +99,8 @@ class Run:
                 self._claim = held.enter_context(claimed(Path(output).absolute()))
                 if not self._claim.locked:
                     yield Warned(UNLOCKED.format(Path(output).absolute().parent))
+            if self.request.preview is not None:
+                Path(self.request.preview).mkdir(parents=True, exist_ok=True)
             yield Noted(self._about())
             yield from self._warnings()
             yield from self._all()
@@ -114,8 +118,8 @@ class Run:
 
     def _about(self) -> str:
         """What will be made, and how."""
-        sizes, row, seed = self.job.sizes, self.job.row, self.request.seed
-        how = "decoding" if row is None else f"{row.name} pipeline"
+        sizes, row, seed = self.job.output(), self.job.row, self.request.seed
+        how = ("upscaling" if self.request.upscale else "decoding") if row is None else f"{row.name} pipeline"
         noise = f", seed {seed}" if seed is not None and self.job.draws() else ""
         frames = "frames by the duration head, each" if self._waits else f"{sizes.frames} frames"
         return f"{how}: {frames} of {sizes.width}x{sizes.height} at {sizes.fps:g} fps{noise}"
@@ -149,8 +153,7 @@ class Run:
         for phase in sound:
             if phase is not None:
                 yield from self._measured(phase)
-        if self.request.audio is not None:
-            self.made.track = self.job.track()
+        self.made.track = self.made.track or self.job.track()
         if self.request.output is None:
             yield from self._generated(video)
         else:
@@ -163,6 +166,8 @@ class Run:
             self.made.latents = self.job.read_latents(request.latents)
         elif request.embeddings is not None:
             self.made.contexts = self.job.read_contexts(request.embeddings)
+        if request.upscale is not None:
+            self.made.latents, self.made.sound = self.job.source_latents()
         left, earlier = 0, self.earlier
         if earlier is not None:
             self.made, self.done, self.seconds = earlier.made, list(earlier.done), earlier.seconds
@@ -173,6 +178,8 @@ class Run:
             if self._waits and self.made.seconds is not None:
                 yield from self._settle(self.made.seconds)
             following = names[number + 1] if number + 1 < len(names) else None
+            if following is None and self.made.sound is not None:
+                self.made.latents = Streams(self.made.latents.video, self.made.sound)
             if isinstance(phase, Connect) and request.save_embeddings:
                 yield from _beside(request.save_embeddings, partial(write_embeddings, contexts=self.made.contexts))
             if following is None or (request.checkpoint_every and self.made.latents.video is not None):
@@ -199,6 +206,8 @@ class Run:
                     self.meter.pause()
                 if self.machines.several and alone:
                     keep_waiting(self.machines)
+                if isinstance(event, Previewed):
+                    yield from _beside(event.path, partial(write_picture, picture=event.picture))
                 yield event
         if phase.name not in self.memory.keeps_transformer:
             self._transformer = None

@@ -17,7 +17,7 @@ from ltx2.runtime.generate.options import ROWS
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.values import path_of
 from ltx2.runtime.machine.facts import machine_facts
-from ltx2.runtime.media.video import read_comment
+from ltx2.runtime.media.source import read_comment
 from ltx2.runtime.model.layout import ModelFolder
 
 SETTINGS = ("ltx2", "request", "model", "stages", "sound", "inputs", "duration")

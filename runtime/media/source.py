@@ -5,7 +5,7 @@ option or an address. Frames and samples come through pipes, some at a time."""
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, MediaError
 from ltx2.runtime.media.video import AudioTrack, ffmpeg_program
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -26,9 +26,11 @@ FORMATS = (
     "image2,bmp_pipe,dds_pipe,dpx_pipe,exr_pipe,gif_pipe,hdr_pipe,j2k_pipe,jpeg_pipe,jpegxl_pipe,pam_pipe,pcx_pipe,"
     "pgm_pipe,png_pipe,ppm_pipe,psd_pipe,qoi_pipe,sgi_pipe,tiff_pipe,webp_pipe"
 )
-GROUP = 8  # frames that are handed on at a time
+GROUP = 8  # frames that are handed on at a time, fewer if they are large
+GROUP_BYTES = 400_000_000  # at least one frame
 MOST_PIXELS = 100_000_000  # of one frame: a small file can say that it holds a huge picture
 OTHER = "name a picture, clip or sound that plays elsewhere"
+FACTS = ("Input #", "Stream #", "Duration:", "Metadata:", "At least one output")  # no complaints
 FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 
 
@@ -72,18 +74,21 @@ def read_picture(path: Path) -> Array:
     Raises InputError."""
     if not media_facts(path).width:
         raise InputError(f"{path} has no picture", "it holds sound alone", "name a picture")
-    return next(_frames(path, ["-frames:v", "1"]))
+    # What is cut off or damaged would become grey, without a word.
+    (picture,) = _frames(path, ["-frames:v", "1"], ["-err_detect", "explode"])
+    return picture
 
 
 def read_frames(path: Path) -> Iterator[Array]:
     """A clip's frames in groups, uint8 (n, H, W, 3), each once. Raises InputError."""
     frames = _frames(path, ["-fps_mode", "passthrough"])
-    while group := list(islice(frames, GROUP)):
+    while group := list(islice(frames, 1)):
+        group += islice(frames, max(0, min(GROUP, GROUP_BYTES // group[0].nbytes) - 1))
         yield np.stack(group)
 
 
 def count_frames(path: Path) -> int:
-    """Frames of a clip, by reading it."""
+    """Frames of a clip, by reading it. Raises InputError."""
     return sum(1 for _ in _frames(path, ["-fps_mode", "passthrough"]))
 
 
@@ -104,6 +109,20 @@ def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> 
     if seconds is not None:
         samples = samples[:, : round(seconds * facts.rate)]
     return AudioTrack(np.ascontiguousarray(samples), facts.rate)
+
+
+def read_comment(path: Path) -> str:
+    """The comment inside a media file, empty if there is none. Raises MediaError when ffmpeg cannot read the file."""
+    command = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", *_input(path)]
+    done = subprocess.run(
+        [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL, check=False
+    )
+    if done.returncode:
+        why = _reason(done.stderr.decode(errors="replace"))
+        raise MediaError(f"cannot read {path}", why, "check that it is a picture or video")
+    # key=value, the value's special characters (a line's end among them) after a backslash
+    found = re.search(r"^comment=((?:\\.|[^\\\n])*)$", done.stdout.decode(), re.MULTILINE | re.DOTALL)
+    return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else ""
 
 
 def compressed(picture: Array, crf: int) -> Array:
@@ -128,14 +147,13 @@ def covering(frames: Array, height: int, width: int) -> Array:
 
     Resized bilinearly without antialiasing, corners not aligned, in float32 without rounding (MODEL.md §15.2).
     """
-    values = frames.astype(np.float32)
-    before = values.shape[-3:-1]
+    values, before = frames, frames.shape[-3:-1]
     if before != (height, width):
         scale = max(height / before[0], width / before[1])
         sizes = [int(np.ceil(side * scale)) for side in before]
         for axis, size, wanted in ((-3, sizes[0], height), (-2, sizes[1], width)):
             values = _resized(values, axis, size, (size - wanted) // 2, wanted)
-    return values / np.float32(127.5) - 1
+    return values.astype(np.float32) / np.float32(127.5) - 1
 
 
 def _resized(values: Array, axis: int, size: int, start: int, count: int) -> Array:
@@ -145,8 +163,8 @@ def _resized(values: Array, axis: int, size: int, start: int, count: int) -> Arr
     at = np.clip(at, 0, None).astype(np.float32)
     low = np.minimum(at.astype(np.int64), length - 1)
     share = (at - low).reshape((-1,) + (1,) * (-axis - 1))
-    first, second = np.take(values, low, axis), np.take(values, np.minimum(low + 1, length - 1), axis)
-    return first * (1 - share) + second * share
+    first, second = (np.take(values, np.minimum(low + more, length - 1), axis) for more in (0, 1))
+    return first.astype(np.float32) * (1 - share) + second * share
 
 
 def _input(path: Path) -> list[str]:
@@ -155,20 +173,32 @@ def _input(path: Path) -> list[str]:
 
 
 def _check_file(path: Path) -> None:
-    if not path.is_file():
+    if path.is_dir():
+        raise InputError(f"cannot read {path}", "it is a folder", "name a file in it")
+    if not path.exists():
         raise InputError(f"cannot read {path}", "there is no such file", "check the path")
+    if not path.is_file():  # reading may wait for ever
+        raise InputError(f"cannot read {path}", "it is a pipe or a device", "copy what it gives into a file")
     if path.stat().st_size == 0:
         raise InputError(f"cannot read {path}", "it is empty", OTHER)
 
 
-def _frames(path: Path, options: list[str]) -> Iterator[Array]:
-    """Frames as they are decoded; each says its own size, since a turned one has another than the file says."""
+def _frames(path: Path, options: list[str], reading: Sequence[str] = ()) -> Iterator[Array]:
+    """Frames as they are decoded, one at least, all of one size; each says it, since a turned one has another than the
+    file says. Raises InputError."""
     _check_file(path)
-    command = [ffmpeg_program(), "-hide_banner", "-nostdin", "-loglevel", "error", *_input(path), "-map", "0:v:0"]
-    command += [*options, "-sws_flags", FLAGS, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1"]
-    with _running(command, path) as pipe:
+    command = [ffmpeg_program(), "-hide_banner", "-nostdin", "-loglevel", "error", *reading, *_input(path)]
+    command += ["-map", "0:v:0", *options, "-sws_flags", FLAGS, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24"]
+    shape: tuple[int, ...] | None = None
+    with _running([*command, "pipe:1"], path) as pipe:
         while (frame := _read_ppm(pipe)) is not None:
+            shape = shape or frame.shape
+            if frame.shape != shape:
+                why = f"one frame is {shape[1]}x{shape[0]}, another {frame.shape[1]}x{frame.shape[0]}"
+                raise InputError(f"cannot use {path}", why, "make all frames one size first")
             yield frame
+    if shape is None:
+        raise InputError(f"cannot read {path}", "no frame of it can be decoded", OTHER)
 
 
 @contextmanager
@@ -211,6 +241,6 @@ def _number(text: str) -> float:
 
 
 def _reason(said: str) -> str:
-    """The last thing that ffmpeg said."""
-    lines = [line.strip() for line in said.splitlines() if line.strip() and "At least one output" not in line]
-    return lines[-1] if lines else "ffmpeg does not know what it is"
+    """The first complaint of ffmpeg: what follows comes of it."""
+    lines = (re.sub(r"^(\[[^]]*\] )+", "", line.strip()) for line in said.splitlines())
+    return next((line for line in lines if line and not line.startswith(FACTS)), "ffmpeg does not know what it is")

@@ -1,4 +1,4 @@
-"""Video files, written and read through the ffmpeg program that imageio-ffmpeg brings along.
+"""Video files, written through the ffmpeg program that imageio-ffmpeg brings along.
 
 Frames are streamed, so a clip is never held whole; a file appears under its name only when it is complete."""
 
@@ -91,7 +91,7 @@ def video_writer(
 
     It takes its name when the block ends without an exception; a file that was there is replaced then, or not at all.
     Until then it is `<name>.partial`, of the caller's `claim` or one for the block. All frames and all samples are
-    kept, whichever end first. `comment` is a text inside the file, see `read_comment`.
+    kept, whichever end first. `comment` is a text inside the file, see `source.read_comment`.
 
     Raises InputError for unusable arguments, NumericsError for sound that is not finite, MediaError when writing
     fails: when a picture is written, or at the end.
@@ -213,40 +213,6 @@ def write_video(
             writer.write(group)
 
 
-def read_video(path: Path) -> tuple[Array, float]:
-    """All frames of a video, or the one of a picture, as uint8 (F, H, W, 3), and frames per second.
-
-    Raises InputError when there is no such file, MediaError when it cannot be read.
-    """
-    import imageio_ffmpeg  # type: ignore[import-untyped]
-
-    if not path.is_file():
-        raise InputError(f"cannot read {path}", "there is no such file", "check the path")
-    try:
-        stream = imageio_ffmpeg.read_frames(path.absolute(), output_params=["-fps_mode", "passthrough"])
-        about = next(stream)
-        frames = [np.frombuffer(frame, np.uint8) for frame in stream]
-    except (OSError, RuntimeError) as error:
-        why = " | ".join(line.strip() for line in str(error).splitlines()[-2:])
-        raise MediaError(f"cannot read {path}", why, "check that it is a picture or video") from error
-    width, height = about["size"]
-    return np.stack(frames).reshape(-1, height, width, 3), about["fps"]
-
-
-def read_comment(path: Path) -> str:
-    """The comment inside a media file, empty if there is none. Raises MediaError when ffmpeg cannot read the file."""
-    command = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", "-i", str(path.absolute())]
-    done = subprocess.run(
-        [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL, check=False
-    )
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").splitlines()[-1:]
-        raise MediaError(f"cannot read {path}", " ".join(said), "check that it is a picture or video")
-    # key=value, the value's special characters (a line's end among them) after a backslash
-    found = re.search(r"^comment=((?:\\.|[^\\\n])*)$", done.stdout.decode(), re.MULTILINE | re.DOTALL)
-    return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else ""
-
-
 def _rate(fps: float) -> Fraction:
     """Whole and decimal rates exactly, and 24000/1001 from its nearest float."""
     if not 0 < fps < 1000:
@@ -307,7 +273,8 @@ def _write_wav(file: IO[bytes], audio: AudioTrack) -> None:
 
 
 def ffmpeg_program() -> str:
-    import imageio_ffmpeg  # here: what computes and writes no video works without it
+    # Here: what computes and writes no video works without it.
+    import imageio_ffmpeg  # type: ignore[import-untyped]
 
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()

@@ -45,6 +45,11 @@ class Activations:
     def full(self) -> int:
         return self.needed + self.queued
 
+    def or_then(self, other: "Activations") -> "Activations":
+        """What one and then the other takes."""
+        needed = max(self.needed, other.needed)
+        return Activations(needed, max(self.full, other.full) - needed, max(self.largest, other.largest))
+
     def beside(self, more: int, queued: int = 0) -> "Activations":
         """With so many bytes more there at once, and more queued."""
         return replace(self, needed=self.needed + more, queued=self.queued + queued)

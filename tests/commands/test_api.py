@@ -20,8 +20,8 @@ from ltx2.runtime.errors import InputError, ModelFolderError
 from ltx2.runtime.events import Event, PhaseDone, PhaseStarted, StepDone
 from ltx2.runtime.generate.clip import Generated, Saved
 from ltx2.runtime.generate.options import COSTS, ROWS
-from ltx2.runtime.media.video import read_video
 from ltx2.runtime.model.layout import ModelFolder
+from tests.support.media import read_video
 from tests.support.official import GEMMA, MONOLITH, UPSCALER
 
 PROMPT = "a red square"

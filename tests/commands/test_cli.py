@@ -18,11 +18,11 @@ from ltx2.cli import cli
 from ltx2.demo import run_demo
 from ltx2.runtime.events import Section
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.media.video import read_video
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support import published
 from tests.support.command import SCRIPT, SIZE, Done, Here, script
 from tests.support.machine import memory_of
+from tests.support.media import read_video
 from tests.support.official import DEMO, MONOLITH
 from tests.support.waiting import until
 

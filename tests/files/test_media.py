@@ -20,10 +20,10 @@ from ltx2.runtime.media.video import (
     AudioTrack,
     Encoding,
     VideoWriter,
-    read_video,
     video_writer,
     write_video,
 )
+from tests.support.media import read_video
 from tests.support.programs import ffmpeg_that
 
 RATE = 24000
@@ -336,23 +336,3 @@ def test_unusable_target(tmp_path: Path) -> None:
         write_video(tmp_path, never(), fps=24)
     with pytest.raises(InputError, match=r"use .*a\.mp4"):
         write_video(tmp_path / "a.json", never(), fps=24)  # would be overwritten by the sidecar
-
-
-def test_read_picture(tmp_path: Path) -> None:
-    write_video(tmp_path / "a.mp4", movie(1), fps=24)
-    ffmpeg("-i", tmp_path / "a.mp4", tmp_path / "a.png")
-    picture, _ = read_video(tmp_path / "a.png")
-    assert picture.shape == (1, 32, 48, 3)
-    assert np.abs(picture.astype(int) - movie(1)).max() <= 3
-
-
-def test_read_errors(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
-        read_video(tmp_path / "absent.mp4")
-    (tmp_path / "text.mp4").write_text("not a video")
-    with pytest.raises(MediaError):
-        read_video(tmp_path / "text.mp4")
-    write_video(tmp_path / "a.mp4", movie(5), fps=24, audio=AudioTrack(tone(0.2), RATE))
-    ffmpeg("-i", tmp_path / "a.mp4", "-vn", tmp_path / "sound.wav")
-    with pytest.raises(MediaError):
-        read_video(tmp_path / "sound.wav")

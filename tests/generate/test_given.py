@@ -1,6 +1,5 @@
 """Clips from pictures, sounds and clips, by the trained 2.5 demo model: what is given is there, the rest follows."""
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import ltx2
 from ltx2.bench.quality.classify import classify
 from ltx2.runtime.errors import InputError, UsageError
 from ltx2.runtime.generate.clip import Clip
-from ltx2.runtime.media.video import AudioTrack, ffmpeg_program, write_wav
+from ltx2.runtime.media.video import AudioTrack, write_wav
 from ltx2.runtime.sampling.conditioning import (
     FirstFrame,
     Frozen,
@@ -27,6 +26,7 @@ from ltx2.runtime.sampling.conditioning import (
 from ltx2.runtime.sampling.latents import Grid
 from ltx2.runtime.sampling.state import begin_states
 from ltx2.runtime.streams import Streams
+from tests.support.media import write_clip, write_frames
 from tests.support.sampling import SCALES
 
 PROMPT = "a red square moves left on a white background with a low tone"
@@ -51,21 +51,12 @@ class Source:
         self.pipe = ltx2.load(model)
         self.clip = self.pipe.generate(PROMPT, seed=5, save_latents=folder / "clip.safetensors", **SIZE)
         assert self.clip.audio is not None
+        sound = AudioTrack(self.clip.audio, self.clip.sample_rate)
         self.sound, self.latents = folder / "sound.wav", folder / "clip.safetensors"
-        write_wav(self.sound, AudioTrack(self.clip.audio, self.clip.sample_rate))
-        self.silent, self.video = folder / "silent.mkv", folder / "clip.mkv"
-        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", "192x128", "-framerate", "24", "-i", "-"]
-        ffv1 = ["-c:v", "ffv1", "-pix_fmt", "bgr0"]
-        self.run(*raw, *ffv1, str(self.silent), data=self.clip.frames.tobytes())
-        copied = ["-c:v", "copy", "-c:a", "pcm_s16le"]
-        self.run("-i", str(self.silent), "-i", str(self.sound), *copied, str(self.video))
-        self.pictures = {number: folder / f"{number}.png" for number in (0, 24)}
-        for number, path in self.pictures.items():
-            raw[5], data = "192x128", self.clip.frames[number].tobytes()
-            self.run(*raw, str(path), data=data)
-
-    def run(self, *arguments: str, data: bytes = b"") -> None:
-        subprocess.run([ffmpeg_program(), "-y", "-loglevel", "error", *arguments], input=data, check=True)
+        write_wav(self.sound, sound)
+        self.silent = write_clip(folder / "silent.mkv", self.clip.frames, 24)
+        self.video = write_clip(folder / "clip.mkv", self.clip.frames, 24, sound)
+        self.pictures = {n: write_frames(folder / f"{n}.png", self.clip.frames[n : n + 1]) for n in (0, 24)}
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.atomic import claimed
 from ltx2.runtime.generate.places import state_path
 from ltx2.runtime.generate.sidecar import Sidecar, sidecar_path
-from ltx2.runtime.media.video import read_comment, read_video
+from ltx2.runtime.media.source import read_comment
 from tests.support.command import Here
+from tests.support.media import read_video
 
 PROMPT = "a red square"
 SIZE: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "seed": 1, "no_audio": True}

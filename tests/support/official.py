@@ -16,6 +16,8 @@ from ltx2.convert.plan.entries import Plan
 from ltx2.convert.plan.make import Options, make_plan
 from ltx2.convert.sources.checkpoint import open_sources
 from ltx2.runtime.files.tensors import TensorFile, open_tensorfile, to_float32
+from ltx2.runtime.networks.load import parameter_shapes
+from ltx2.runtime.networks.upsampler import build
 
 FOLDER = Path(__file__).parent.parent.parent / "ltx2" / "demo" / "model"
 MONOLITH = FOLDER / "ltx-2-demo.safetensors"
@@ -25,6 +27,10 @@ DEMO = (MONOLITH, UPSCALER, GEMMA)
 FOLDER_25 = FOLDER.with_name("model-2.5")
 LORA_25 = FOLDER_25 / "ltx-2.5-demo-lora-green-bf16.safetensors"
 DEMO_25 = tuple(path for path in sorted(FOLDER_25.glob("*.safetensors")) if path != LORA_25)
+TEMPORAL = {
+    "_class_name": "LatentUpsampler", "in_channels": 32, "mid_channels": 32, "num_blocks_per_stage": 1, "dims": 3,
+    "spatial_upsample": False, "temporal_upsample": True,
+}  # fmt: skip
 # Constants that a file holds among its weights.
 BUFFERS = re.compile(r".*(\.filter|_basis|blur_down\.kernel)")
 
@@ -113,6 +119,17 @@ def random_values(name: str, shape: tuple[int, ...], rng: np.random.Generator, g
     if len(shape) <= 1 or "learnable_registers" in name or "embed_tokens" in name:
         return x
     return x / np.float32(np.sqrt(np.prod(shape[1:])))
+
+
+def random_temporal(path: Path, **config: Any) -> Path:
+    """A random temporal upscaler for the demo models, float32, with the keys that later releases have too."""
+    rng = np.random.default_rng(3)
+    tensors = {}
+    for name, shape in sorted(parameter_shapes(build(TEMPORAL)).items()):
+        theirs = (shape[0], shape[-1], *shape[1:-1]) if len(shape) > 1 else shape
+        tensors[name] = random_values(name, theirs, rng)
+    save_file(tensors, path, metadata={"config": json.dumps(TEMPORAL | config)})
+    return path
 
 
 def randomize(source: Path, target: Path, seed: int) -> Path:

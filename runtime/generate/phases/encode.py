@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import mlx.core as mx
+
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.given import ENCODING, Given, GivenClip, GivenReference
 from ltx2.runtime.generate.job import Job
@@ -12,9 +14,11 @@ from ltx2.runtime.memory import cpu
 from ltx2.runtime.memory.plan import Headers, Need, on_cpu, uses_cpu
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.load import read_weights
+from ltx2.runtime.networks.video_vae.config import Size
 from ltx2.runtime.networks.video_vae.encode import VideoCoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import Sizes
+from ltx2.runtime.streams import Streams
 
 
 class EncodeVideo(Phase):
@@ -28,9 +32,7 @@ class EncodeVideo(Phase):
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config, itemsize = self.job.video_config, headers.itemsize(self.job.coder)
-        clips = any(isinstance(given, GivenClip | GivenReference) for given in self.job.given)
-        clip = (sizes.frames if clips else 1, sizes.height, sizes.width)
-        used = network.encode_video(config, clip, ENCODING, itemsize, uses_cpu())
+        used = network.encode_video(config, self.clip(sizes), ENCODING, itemsize, uses_cpu())
         used = used.beside(on_cpu(cpu.encode_video(config, itemsize)))
         return Need(self.name, headers.weights(self.job.coder, "encoder."), used)
 
@@ -38,13 +40,38 @@ class EncodeVideo(Phase):
         vae = tools.load(self.job.coder, VideoCoder)
         read_weights(vae.encoder)
         tools.meter.loaded()
+        for latents in self.encoded(vae, made):
+            check_finite(latents, "the latents of a given picture")
+            yield tools.meter.step()
+
+    def clip(self, sizes: Sizes) -> Size:
+        """Frames, height and width of what is encoded, at most."""
+        clips = any(isinstance(given, GivenClip | GivenReference) for given in self.job.given)
+        return sizes.frames if clips else 1, sizes.height, sizes.width
+
+    def encoded(self, vae: VideoCoder, made: Made) -> Iterator[mx.array]:
+        """Latents, one after the other as they are made."""
         for index, number, given in places(self.job):
             if given.encodes_video:
                 latents = given.video(vae, self.job.place(number))
                 assert latents is not None, "as it says"
-                check_finite(latents, "the latents of a given picture")
                 made.encoded[f"{index}.{number}.video"] = latents
-                yield tools.meter.step()
+                yield latents
+
+
+class EncodeSource(EncodeVideo):
+    """A clip that is enlarged, to latents."""
+
+    def clip(self, sizes: Sizes) -> Size:
+        assert self.job.clip is not None, "a clip is enlarged"
+        factor = self.job.sizes.height // self.job.clip.sizes.height
+        return sizes.frames, sizes.height // factor, sizes.width // factor
+
+    def encoded(self, vae: VideoCoder, made: Made) -> Iterator[mx.array]:
+        assert self.job.clip is not None, "a clip is enlarged"
+        latents = self.job.clip.video(vae)
+        made.latents = Streams(latents)
+        yield latents
 
 
 class EncodeSound(Phase):

@@ -13,9 +13,9 @@ from ltx2.runtime.generate.given import GivenPicture
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.base import Phase
 from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, DiffuseVideo, Vocode
-from ltx2.runtime.generate.phases.encode import EncodeSound, EncodeVideo, places
+from ltx2.runtime.generate.phases.encode import EncodeSound, EncodeSource, EncodeVideo, places
 from ltx2.runtime.generate.phases.order import phases
-from ltx2.runtime.generate.phases.sample import Denoise, Interpolate, Upscale
+from ltx2.runtime.generate.phases.sample import Denoise, Upscale
 from ltx2.runtime.generate.phases.text import Connect, EncodeText, PredictLength
 from ltx2.runtime.memory.plan import Headers
 from ltx2.runtime.model.layout import TRANSFORMER
@@ -91,6 +91,12 @@ def _encode_video(phase: Phase, headers: Headers) -> PhaseWork:
     return _moving(work, headers.itemsize(job.coder), headers.weights(job.coder, "encoder."))
 
 
+def _encode_source(phase: Phase, headers: Headers) -> PhaseWork:
+    assert isinstance(phase, EncodeSource), "as COUNTS says"
+    work = encode_video(phase.job.video_config, phase.clip(phase.job.sizes))
+    return _moving(work, headers.itemsize(phase.job.coder), headers.weights(phase.job.coder, "encoder."))
+
+
 def _encode_sound(phase: Phase, headers: Headers) -> PhaseWork:
     config, sizes = phase.job.audio_config, phase.job.sizes
     work = encode_audio(config, round(sizes.frames / sizes.fps * config.sampling_rate))
@@ -105,13 +111,8 @@ def _predict_length(phase: Phase, headers: Headers) -> PhaseWork:
 def _upscale(phase: Phase, headers: Headers) -> PhaseWork:
     assert isinstance(phase, Upscale), "as COUNTS says"
     config = UpsamplerConfig.from_dict(headers.config(phase.upscaler))
-    work = upscale(config, phase.job.stage_grid(phase.number - 1))
+    work = upscale(config, phase.job.grid(phase.downscale))
     return _moving(work, headers.itemsize(phase.upscaler), headers.weights(phase.upscaler))
-
-
-def _interpolate(phase: Phase, headers: Headers) -> PhaseWork:
-    work = upscale(UpsamplerConfig.from_dict(headers.config(phase.name)), phase.job.grid())
-    return _moving(work, headers.itemsize(phase.name), headers.weights(phase.name))
 
 
 def _denoise(phase: Phase, headers: Headers) -> PhaseWork:
@@ -154,11 +155,11 @@ COUNTS: Mapping[type[Phase], Callable[[Phase, Headers], PhaseWork]] = {
     EncodeText: _encode_text,
     Connect: _connect,
     EncodeVideo: _encode_video,
+    EncodeSource: _encode_source,
     EncodeSound: _encode_sound,
     PredictLength: _predict_length,
     Upscale: _upscale,
     Denoise: _denoise,
-    Interpolate: _interpolate,
     DecodeSound: _decode_sound,
     Vocode: _vocode,
     DecodeVideo: _decode_video,

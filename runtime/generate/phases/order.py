@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from ltx2.runtime.generate.job import LATENTS, Job
 from ltx2.runtime.generate.phases.base import Phase
 from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, DiffuseVideo, Vocode
-from ltx2.runtime.generate.phases.encode import EncodeSound, EncodeVideo
-from ltx2.runtime.generate.phases.sample import Denoise, Interpolate, Upscale
+from ltx2.runtime.generate.phases.encode import EncodeSound, EncodeSource, EncodeVideo
+from ltx2.runtime.generate.phases.sample import Denoise, Upscale
 from ltx2.runtime.generate.phases.text import Connect, EncodeText, PredictLength
 from ltx2.runtime.model.layout import DIFFUSION_VAE, VIDEO_VAE
 
@@ -17,20 +17,26 @@ from ltx2.runtime.model.layout import DIFFUSION_VAE, VIDEO_VAE
 def phases(job: Job) -> list[Phase]:
     """What a job's generation consists of, in order."""
     request, found, samples = job.request, list[Phase](), job.until in (None, LATENTS)
+    enlarged = job.clip if request.upscale is not None else None
     if request.latents is None:
-        if request.embeddings is None:
+        if request.embeddings is None and job.row is not None:
             found += [EncodeText(job), Connect(job)]
         found += [PredictLength(job)] if job.auto is not None else []
         if samples:
             found += [EncodeVideo(job)] if any(given.encodes_video for given in job.given) else []
+            found += [EncodeSource(job)] if enlarged is not None and not enlarged.latents else []
             found += [EncodeSound(job)] if any(given.encodes_audio for given in job.given) else []
-        for number in job.numbers if samples else ():
-            found += [Upscale(job, number)] if job.stages[number - 1].enter and number > 1 else []
+        before = 2  # what the sides of the last latents are divided by: a clip's that is enlarged, a stage's
+        if enlarged is not None and not job.stages and not request.temporal_upscale:
+            found.append(Upscale(job, "spatial_upscaler", before))
+        for number, stage in enumerate(job.stages if samples else (), start=1):
+            found += [Upscale(job, stage.enter, before)] if stage.enter is not None else []
             found.append(Denoise(job, number))
+            before = stage.downscale
     if request.temporal_upscale and samples:
-        found.append(Interpolate(job))
+        found.append(Upscale(job, "temporal_upscaler"))
     if job.until is None:
-        found += [] if request.no_audio or request.audio is not None else [DecodeSound(job), Vocode(job)]
+        found += [] if request.no_audio or request.audio or request.upscale else [DecodeSound(job), Vocode(job)]
         if not request.no_video:
             decode: Mapping[str | None, Callable[[Job], Phase]]
             decode = {None: CopyVideo, VIDEO_VAE: DecodeVideo, DIFFUSION_VAE: DiffuseVideo}

@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-
-import mlx.core as mx
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ltx2.runtime.distributed.split import shared_denoiser
-from ltx2.runtime.events import Event, Warned
+from ltx2.runtime.events import Event, Previewed, Warned
 from ltx2.runtime.generate.phases.base import Made, Phase, Tools
+from ltx2.runtime.generate.phases.preview import Preview, preview_memory
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.layers.lora import attach
 from ltx2.runtime.memory import activations as network
@@ -32,17 +32,15 @@ SLOW = 0.1  # warn if a stage spends more than this share of its time waiting fo
 
 @dataclass(frozen=True)
 class Upscale(Phase):
-    """Twice the picture's sides before stage `number`, on latents without the VAE's normalisation; the sound passes."""
+    """Twice the picture's sides, or the frame rate, on latents without the VAE's normalisation; the sound passes. The
+    sides of the latents that come in are the job's divided by `downscale`."""
 
-    number: int
-
-    @property
-    def upscaler(self) -> str:
-        return str(self.job.stages[self.number - 1].enter)
+    upscaler: str
+    downscale: int = 1
 
     @property
     def name(self) -> str:
-        return self.upscaler if self.number == 2 else f"{self.upscaler}{self.number}"
+        return self.upscaler
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -51,12 +49,19 @@ class Upscale(Phase):
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config = UpsamplerConfig.from_dict(headers.config(self.upscaler))
         itemsize = headers.itemsize(self.upscaler)
-        used = network.upscale(config, self.job.stage_grid(self.number - 1, sizes), itemsize)
+        used = network.upscale(config, self.job.grid(self.downscale, sizes), itemsize)
         used = used.beside(on_cpu(cpu.upscale(config, used.largest, itemsize)))
         return Need(self.name, headers.weights(self.upscaler), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        made.latents = _upscaled(tools, self.upscaler, self.job.coder, made.latents)
+        statistics = tools.load(self.job.coder, VideoCoder).per_channel_statistics
+        upscaler = tools.load(self.upscaler, LatentUpsampler)
+        read_weights(upscaler)
+        tools.meter.loaded()
+        assert made.latents.video is not None, "only pictures are upscaled"
+        video = statistics.normalise(upscaler(statistics.unnormalise(made.latents.video)))
+        check_finite(video, "the upscaled latents")
+        made.latents = replace(made.latents, video=video)
         yield tools.meter.step()
 
 
@@ -65,11 +70,14 @@ class Denoise(Phase):
     """Stage `number`: noise to latents."""
 
     number: int
-    components = (TRANSFORMER,)
 
     @property
     def name(self) -> str:
         return f"stage{self.number}"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return (TRANSFORMER,) if self.job.request.preview is None else (TRANSFORMER, "video_vae")
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -103,6 +111,9 @@ class Denoise(Phase):
         factors = {path: width * size for path, size in loras.sizes(self.number).items()}
         beside = sum(size for path, size in factors.items() if tensors[f"{path}.weight"].dtype == CODES)
         weights, plain = headers.weights(TRANSFORMER) + beside, sum(factors.values()) - beside
+        if self.job.request.preview is not None:
+            weights += headers.weights("video_vae", "decoder.")
+            used = used.or_then(preview_memory(self.job.video_config, grid, headers.itemsize("video_vae")))
         keys = len(self.kept) * network.text_keys(config, grid, text, width)
         return Need(self.name, weights, used, blocks=headers.blocks, text=keys, factors=plain)
 
@@ -115,6 +126,9 @@ class Denoise(Phase):
         if transformer.loras != (loras := self.job.loras.strengths(self.number)):
             attach(transformer, self.job.loras.at(self.number), settles=lambda path: block_of(path) not in read)
             transformer.loras = loras
+        preview = None
+        if self.job.request.preview is not None and tools.machines.leads:
+            preview = Preview(tools.load("video_vae", VideoAutoencoder))
         given = transformer, made.contexts, states, self.kept if tools.plan.text else ()
         with (
             streamed(self.job.folder, transformer, read) as stream,
@@ -125,6 +139,10 @@ class Denoise(Phase):
                 for name, tokens in made.step.x.items():  # at once: nobody waits for garbage, and no state holds it
                     check_finite(tokens, f"the {name} latents after step {made.step.number} of stage {self.number}")
                 yield tools.meter.step()
+                if preview is not None:
+                    picture = preview(states.get("video").latents(made.step.x0.get("video")))
+                    yield Previewed(self.name, made.step.number, self._preview_path(made.step.number), picture)
+                    tools.meter.pause()
         if stream is not None and stream.share > SLOW:
             slow = f"{self.name} has waited {100 * stream.share:.0f} % of its time for blocks to be read"
             yield Warned(f"{slow}: fewer bits, or more memory, leave less to read")
@@ -134,37 +152,8 @@ class Denoise(Phase):
         check_latents(made.latents, f"stage {self.number}")
         if self.job.sound_stage == self.number:
             made.sound = made.latents.audio
-        if self.number == len(self.job.stages) and made.sound is not None:
-            made.latents = Streams(made.latents.video, made.sound)
 
-
-class Interpolate(Phase):
-    """Twice the frame rate, on the final latents without the VAE's normalisation: F latent frames become 2F - 1."""
-
-    name = "temporal_upscaler"
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        return (self.name, self.job.coder)
-
-    def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
-        config, itemsize = UpsamplerConfig.from_dict(headers.config(self.name)), headers.itemsize(self.name)
-        used = network.upscale(config, self.job.grid(sizes=sizes), itemsize)
-        used = used.beside(on_cpu(cpu.upscale(config, used.largest, itemsize)))
-        return Need(self.name, headers.weights(self.name), used)
-
-    def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        made.latents = _upscaled(tools, self.name, self.job.coder, made.latents)
-        yield tools.meter.step()
-
-
-def _upscaled(tools: Tools, component: str, coder: str, latents: Streams[mx.array]) -> Streams[mx.array]:
-    """The picture's latents (1, C, F, H, W) through an upscaler; the sound passes."""
-    statistics = tools.load(coder, VideoCoder).per_channel_statistics
-    upscaler = tools.load(component, LatentUpsampler)
-    read_weights(upscaler)
-    tools.meter.loaded()
-    assert latents.video is not None, "only pictures are upscaled"
-    video = statistics.normalise(upscaler(statistics.unnormalise(latents.video)))
-    check_finite(video, "the upscaled latents")
-    return Streams(video, latents.audio)
+    def _preview_path(self, step: int) -> str:
+        request = self.job.request
+        clip = "" if request.output is None else f"{Path(request.output).stem}."
+        return str(Path(str(request.preview)) / f"{clip}{self.name}.step{step:02}.png")

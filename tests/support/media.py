@@ -1,0 +1,46 @@
+"""Pictures, clips and sounds for tests to give."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ltx2.runtime.media.source import media_facts, read_frames
+from ltx2.runtime.media.video import AudioTrack, ffmpeg_program, write_wav
+
+FFV1 = ("-c:v", "ffv1", "-pix_fmt", "bgr0")  # lossless
+
+Array = np.ndarray[Any, Any]
+
+
+def ffmpeg(*arguments: str | Path, data: bytes = b"") -> None:
+    """Run it on `data` as its input."""
+    command = [ffmpeg_program(), "-y", "-loglevel", "error", *map(str, arguments)]
+    subprocess.run(command, input=data, check=True)
+
+
+def write_frames(path: Path, frames: Array, *options: str, rate: float = 12) -> Path:
+    """A clip, or a picture, of frames (F, H, W, 3) uint8."""
+    _, height, width, _ = frames.shape
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", f"{rate:g}"]
+    ffmpeg(*raw, "-i", "-", *options, path, data=frames.tobytes())
+    return path
+
+
+def write_clip(path: Path, frames: Array, rate: float, sound: AudioTrack | None = None) -> Path:
+    """A lossless clip (.mkv), with sound in 16 bits."""
+    if sound is None:
+        return write_frames(path, frames, *FFV1, rate=rate)
+    silent, wav = path.with_suffix(".silent.mkv"), path.with_suffix(".sound.wav")
+    write_frames(silent, frames, *FFV1, rate=rate)
+    write_wav(wav, sound)
+    ffmpeg("-i", silent, "-i", wav, "-c:v", "copy", "-c:a", "pcm_s16le", path)
+    for part in (silent, wav):
+        part.unlink()
+    return path
+
+
+def read_video(path: Path) -> tuple[Array, float]:
+    """All frames (F, H, W, 3) of a clip, and frames per second."""
+    return np.concatenate(list(read_frames(path))), media_facts(path).fps
