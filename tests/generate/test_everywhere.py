@@ -141,7 +141,7 @@ def test_conditioning(
 
 class TestPreviews:
     def test_the_last_shows_the_clip(self, demo_25: Path, text: str, tmp_path: Path) -> None:
-        """The picture is the frame at the end of the middle latent, as it would look by itself."""
+        """Its middle latent, decoded by itself, is what the decoder makes of it among the others, to 31 dB and more."""
         request = Request.from_options(
             {"embeddings": text, "seed": 3, "width": 128, "height": 64, "frames": 17, "preview": tmp_path / "seen"}
         )
@@ -155,8 +155,7 @@ class TestPreviews:
         np.testing.assert_array_equal(picture, shown[-1].picture)
         vae = load_network(ModelFolder.open(demo_25), "video_vae", VideoAutoencoder)
         frames = np.concatenate(list(decode_frames(vae, last.latents.video))).astype(np.float32)
-        errors = [np.square(frame - picture).mean() for frame in frames]
-        assert 4 <= int(np.argmin(errors)) <= 9 and min(errors) < 0.5 * errors[0]
+        assert np.square(frames[7:9] - picture).mean() < 50 < np.square(frames[8] - frames.mean()).mean()
 
     def test_its_memory_is_planned(self, demo_25: Path, text: str, tmp_path: Path) -> None:
         options: dict[str, Any] = {"embeddings": text, "width": 64, "height": 64, "frames": 9}
