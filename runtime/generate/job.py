@@ -80,7 +80,9 @@ class Job:
             self.audio_config.temporal_scale,
         )
         if request.latents is not None:
-            request = request.for_latents(_present(self.read_latents(request.latents).video).shape, self.scales)
+            video = self.read_latents(request.latents).video
+            assert video is not None, "a latents file has a picture"
+            request = request.for_latents(video.shape, self.scales)
         if request.source is not None:
             self.clip = Clip.open(Path(request.source), self.scales, request.fps)
             self.clip.sizes.check(self.scales, 1, self.video_config.smallest_side)
@@ -338,13 +340,6 @@ class Job:
             return None
         return read_sound(clip.path, 0.0, clip.sizes.frames / clip.sizes.fps)
 
-    def source_latents(self) -> tuple[Streams[mx.array], mx.array | None]:
-        """What there is already of a clip that is enlarged: its picture's latents, and the sound's."""
-        if self.clip is None or not self.clip.latents:
-            return Streams(), None
-        latents = self.read_latents(str(self.clip.path), sound=self.clip.sound)
-        return Streams(latents.video), latents.audio
-
     def record(self) -> dict[str, Any]:
         """What a sidecar says of the stages, of the sound's origin, and of every file that is given."""
         inputs = [
@@ -402,8 +397,3 @@ class Job:
         if request.latents is None and request.embeddings is not None:
             self.read_contexts(request.embeddings)
         return built
-
-
-def _present(value: mx.array | None) -> mx.array:
-    assert value is not None, "a latents file has a picture"
-    return value

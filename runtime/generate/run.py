@@ -166,8 +166,9 @@ class Run:
             self.made.latents = self.job.read_latents(request.latents)
         elif request.embeddings is not None:
             self.made.contexts = self.job.read_contexts(request.embeddings)
-        if request.upscale is not None:
-            self.made.latents, self.made.sound = self.job.source_latents()
+        if request.upscale is not None and (clip := self.job.clip) is not None and clip.latents:
+            given = self.job.read_latents(str(clip.path), sound=clip.sound)
+            self.made.latents, self.made.sound = Streams(given.video), given.audio
         left, earlier = 0, self.earlier
         if earlier is not None:
             self.made, self.done, self.seconds = earlier.made, list(earlier.done), earlier.seconds

@@ -21,6 +21,7 @@ from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler, UpsamplerConfig
 from ltx2.runtime.networks.video_vae.encode import VideoCoder
+from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.denoise import begin, check_latents, denoise
 from ltx2.runtime.sampling.guidance import passes
