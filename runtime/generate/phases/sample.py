@@ -20,6 +20,7 @@ from ltx2.runtime.networks.load import read_weights
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler, UpsamplerConfig
+from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
 from ltx2.runtime.networks.video_vae.encode import VideoCoder
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
@@ -114,7 +115,8 @@ class Denoise(Phase):
         weights, plain = headers.weights(TRANSFORMER) + beside, sum(factors.values()) - beside
         if self.job.request.preview is not None:
             weights += headers.weights("video_vae", "decoder.")
-            used = used.or_then(preview_memory(self.job.video_config, grid, headers.itemsize("video_vae")))
+            decoder = VideoVAEConfig.from_dict(headers.config("video_vae"))
+            used = used.or_then(preview_memory(decoder, grid, headers.itemsize("video_vae")))
         keys = len(self.kept) * network.text_keys(config, grid, text, width)
         return Need(self.name, weights, used, blocks=headers.blocks, text=keys, factors=plain)
 
