@@ -181,7 +181,7 @@ class TestNames:
 
     def test_architecture(self) -> None:
         """Every file that the tree names lies where it says, and every top folder is in it."""
-        (tree,) = (text for text in blocks("") if "pipeline.py runs them" in text)
+        (tree,) = (text for text in blocks("") if "run.py runs them" in text)
         folder, named = "", set()
         for line in tree.splitlines():
             if match := re.match(r"(\w+)/ ", line):
