@@ -49,8 +49,8 @@ class TestNames:
     def test_bench(self, demo_f32: Path) -> None:
         receipt = ltx2.bench(demo_f32, part="text", repeat=1, warmup=0, **{n: SIZE[n] for n in ("width", "frames")})
         assert [case["name"].split(",")[0] for case in receipt["cases"]] == [demo_f32.name]
-        wrong: dict[str, Any]
-        for wrong in ({}, {"models": demo_f32, "bits": [4]}):
+        cases: list[dict[str, Any]] = [{}, {"models": demo_f32, "bits": [4]}]
+        for wrong in cases:
             with pytest.raises(ltx2.UsageError):
                 ltx2.bench(**wrong)
 
