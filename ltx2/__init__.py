@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ltx2.runtime.errors import DownloadError as DownloadError
     from ltx2.runtime.errors import InputError as InputError
     from ltx2.runtime.errors import Ltx2Error as Ltx2Error
+    from ltx2.runtime.errors import MachinesError as MachinesError
     from ltx2.runtime.errors import MediaError as MediaError
     from ltx2.runtime.errors import MismatchError as MismatchError
     from ltx2.runtime.errors import ModelFolderError as ModelFolderError
@@ -47,8 +48,8 @@ _PUBLIC = {
     "ltx2.runtime.generate.clip": ("Clip",),
     "ltx2.runtime.errors": (
         "Ltx2Error", "CheckpointError", "ConfigError", "DeviceError", "DoesNotFitError", "DownloadError", "InputError",
-        "MediaError", "MismatchError", "ModelFolderError", "NumericsError", "UnsupportedError", "UsageError",
-        "VerificationError",
+        "MachinesError", "MediaError", "MismatchError", "ModelFolderError", "NumericsError", "UnsupportedError",
+        "UsageError", "VerificationError",
     ),
 }  # fmt: skip
 _LAZY = {name: module for module, names in _PUBLIC.items() for name in names}

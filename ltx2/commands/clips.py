@@ -63,9 +63,10 @@ def generate(
 def upscale(
     output: Output, source: Path, target: Path, model: Path | None, spatial: bool, dry_run: bool, **options: Any
 ) -> None:
-    """Enlarge a clip, or the latents of one (.safetensors): twice the size, or twice the frame rate.
+    """Make a clip twice as large, or twice the frame rate.
 
-    A clip keeps its sound. Latents become latents, and their sound is copied bit for bit.
+    INPUT is a clip, or the latents of one (.safetensors). A clip keeps its sound. Latents become latents, and their
+    sound is copied bit for bit.
     """
     from ltx2.generation import Generation
 

@@ -146,7 +146,7 @@ class TestRuns:
         case = receipt["cases"][1]
         done = {event.name: event for event in events if isinstance(event, PhaseDone)}
         defaults = {name: ROWS[name].default for name in COSTS}
-        assert case["options"] == defaults | dict(SMALL) | {"fps": 24.0, "pipeline": "distilled"}
+        assert case["options"] == defaults | dict(SMALL) | {"fps": 24.0, "pipeline": "distilled", "vae": "conv"}
         (ceiling,) = receipt["ceilings"]
         assert ceiling["dtype"] == "float32" and case["model"]["dtypes"]["transformer"] == "F32"
         for phase in case["phases"]:

@@ -209,7 +209,8 @@ def test_a_newer_release_runs(demo_25: Path, monkeypatch: pytest.MonkeyPatch) ->
     data = {"release": "2.5", "networks": networks, "prompt_tokens": 7}
     monkeypatch.setattr(random_model, "published", lambda _: data)
     suite = load_suite("quick").changed("clip", SMALL, {"repeat": 1, "warmup": 0})
-    receipt = fullsize.run(RandomWeights("ltx-2.5-distilled"), suite, fullsize.show_event)
+    cases = bench_cases([], RandomWeights("ltx-2.5-distilled"), suite)
+    receipt = fullsize.run(cases, suite, fullsize.show_event)
     names = [phase["name"] for phase in receipt["cases"][0]["phases"]]
     assert "text_encoder" in names and "vocoder" in names and "duration_head" not in names
 
