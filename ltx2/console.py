@@ -8,9 +8,10 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -29,6 +30,7 @@ OURS = {
 }  # fmt: skip
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 Command = Callable[..., None]
+Kind = TypeVar("Kind", bound="Event")
 
 
 def follower() -> str | None:
@@ -46,14 +48,20 @@ class Output:
 
     def follow(self, events: "Iterable[Event]") -> "Event":
         """Show events as they come; returns the last one."""
-        from ltx2.render import Progress
-
-        last = None
-        with Progress(silent=self.quiet) as progress:
-            for last in events:
-                progress.show(last)
-        assert last is not None, "a stream ends with its result"
+        (last,) = deque(self._shown(events), maxlen=1)
         return last
+
+    def follow_all(self, events: "Iterable[Event]", kind: type[Kind]) -> list[Kind]:
+        """Show events as they come; returns all of a kind."""
+        return [event for event in self._shown(events) if isinstance(event, kind)]
+
+    def _shown(self, events: "Iterable[Event]") -> "Iterator[Event]":
+        from ltx2.progress import Progress
+
+        with Progress(silent=self.quiet) as progress:
+            for event in events:
+                progress.show(event)
+                yield event
 
     def result(self, data: dict[str, Any], text: str | None = None) -> None:
         """The command's result: `data` as the JSON object, or `text` for people."""

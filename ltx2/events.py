@@ -10,20 +10,24 @@ from ltx2.runtime.events import (
     Downloaded,
     DownloadPlanned,
     Event,
+    Finishing,
+    Loaded,
     Noted,
     PhaseDone,
     PhaseStarted,
+    PlannedPhase,
     Previewed,
     PromptStarted,
     Section,
     StepDone,
     Warned,
+    WorkPlanned,
     Written,
 )
 from ltx2.runtime.generate.clip import Generated, Saved
 
 __all__ = [
-    "BytesDone", "Calibrated", "DownloadPlanned", "Downloaded", "Event", "Generated", "Noted", "PhaseDone",
-    "PhaseStarted", "Previewed", "PromptStarted", "Quantized", "Saved", "Section", "SourcesDeleted", "StepDone",
-    "Verified", "Warned", "Written",
+    "BytesDone", "Calibrated", "DownloadPlanned", "Downloaded", "Event", "Finishing", "Generated", "Loaded", "Noted",
+    "PhaseDone", "PhaseStarted", "PlannedPhase", "Previewed", "PromptStarted", "Quantized", "Saved", "Section",
+    "SourcesDeleted", "StepDone", "Verified", "Warned", "WorkPlanned", "Written",
 ]  # fmt: skip

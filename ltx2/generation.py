@@ -1,111 +1,204 @@
-"""What `generate` does around the pipeline: finds the model, names the clip, repeats an earlier run's options, and says
-which command continues a run that ended early."""
+"""What `generate` does around the pipeline: finds the model, counts and names the clips, repeats an earlier run's
+options, and says which command continues a run that ended early."""
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, UsageError
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.places import state_path
 from ltx2.runtime.generate.planning import MemoryPlan
+from ltx2.runtime.generate.prompts import OUTPUT, read_clips
 from ltx2.runtime.generate.request import Request, draw_seed
 from ltx2.runtime.generate.sidecar import Sidecar
 from ltx2.weights import find_model
 
 OUTPUTS = Path("outputs")  # clips that are given no name
 NAME_LENGTH = 40
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which clips: of a file's prompts, of each so many, or one with each of the seeds; and their name."""
+
+    target: Path | None = None
+    prompts: Path | None = None
+    count: int | None = None
+    seeds: Sequence[int] = ()
+
+    @property
+    def several(self) -> bool:
+        return self.prompts is not None or self.count is not None or len(self.seeds) > 1
+
+    def clips(self, given: Options, first: int | None) -> list[dict[str, Any]]:
+        """The options of every clip. Seeds count on from the only one that is given, else from `first`; a line of the
+        file may have its own. Raises UsageError and what `read_clips` raises."""
+        if self.count is not None and len(self.seeds) > 1:
+            raise UsageError("--count and several --seed do not go together", "both say how many", "leave out one")
+        if "latents" in given and self.several:
+            why, fix = "they have no seed or prompt any more", "leave out --count, --prompts and more than one --seed"
+            raise UsageError("--latents make one clip", why, fix)
+        if self.prompts is not None and "prompt" in given:
+            why, fix = "the file has the prompts", "leave out one of them"
+            raise UsageError("PROMPT and --prompts do not go together", why, fix)
+        lines = [{**given, **line} for line in (read_clips(self.prompts) if self.prompts is not None else [{}])]
+        if len(self.seeds) > 1:
+            return [{"seed": seed, **line} for line in lines for seed in self.seeds]
+        seed, count = (self.seeds[0] if self.seeds else first), self.count or 1
+        found = list[dict[str, Any]]()
+        for line in lines:
+            for number in range(count):
+                own = line.get("seed", None if seed is None else seed + len(found) - number)
+                found.append(line | ({} if own is None else {"seed": own + number}))
+        return found
 
 
 class Generation:
-    """One clip to be made at `target`, of the `given` options and, with a `sidecar`, of those of an earlier run.
+    """The clips that are `wanted`, of the `given` options and, with a `sidecar`, of those of an earlier run.
 
-    Without a target the clip gets a name of its prompt and seed in `outputs/`, or, where latents are saved, is not
-    decoded. `dry`: nothing is written, as on `machines` that do not lead.
+    Without a target a clip gets a name of its prompt and seed in `outputs/`, or, where latents are saved, is not
+    decoded. Of several clips the target is a folder, or a name that is numbered. `dry`: nothing is written, as on
+    `machines` that do not lead.
     """
 
     def __init__(
         self,
-        target: Path | None,
+        wanted: Wanted,
         model: Path | None,
         sidecar: Path | None,
-        given: Mapping[str, Any],
+        given: Options,
         dry: bool = False,
         machines: Machines = ALONE,
     ) -> None:
         self.machines = machines
         earlier = Sidecar.read(sidecar) if sidecar else None
-        if target is not None:
-            state_path(target)  # raises for what is no name
-        request = self._request(target, earlier, given)
-        if target is None and request.save_latents is None:
-            target = _free_name(request, dry or not machines.leads)
-        place = target or Path(str(request.save_latents))
-        self.target, self.state, self._found = target, state_path(place), _stamp(state_path(place))
-        self.request = replace(request, output=target, state=self.state)
+        self.several, target = wanted.several, wanted.target
+        requests = _requests(earlier, given, wanted, target, draws=machines.leads)
+        dry = dry or not machines.leads
+        self.requests = _named(requests, target, dry) if self.several else [_with_place(requests[0], target, dry)]
+        self._found = {path: _stamp(path) for path in self._states}
         folder = _earlier_model(earlier, sidecar) if model is None and earlier else find_model(model)
         self.pipeline = Pipeline(folder, machines=machines)
         self._begun = False
         self._changed = sidecar if earlier and earlier.files != self.pipeline.folder.hashes() else None
 
-    def _request(self, target: Path | None, earlier: Sidecar | None, given: Mapping[str, Any]) -> Request:
-        """With its seed, unless an earlier run's is continued."""
-        state = state_path(target or Path("clip.mp4"))
-        options = dict(given) | {"output": target, "state": state}
-        request = Request.again(earlier.request, options) if earlier else Request.from_options(options)
-        if earlier is not None:
-            earlier.check_inputs(request, given)
-        continued = request.resume and state.exists()
-        if request.seed is None and request.noise is None and not continued and self.machines.leads:
-            request = replace(request, seed=draw_seed())
-        return request
+    @property
+    def _states(self) -> list[Path]:
+        return [Path(str(request.state)) for request in self.requests]
 
     @property
     def until(self) -> str | None:
         """Where the run ends, if not with a clip."""
-        return None if self.target is not None else LATENTS
+        return None if self.requests[0].output is not None else LATENTS
 
     @property
     def left(self) -> bool:
         """Whether there is a state that this run has written, or was continuing."""
-        now = _stamp(self.state)
-        continuing = self._begun and self.request.resume
-        return now is not None and (now != self._found or continuing)
+        continuing = self._begun and self.requests[0].resume
+        now = {path: _stamp(path) for path in self._states}
+        return any(now[path] is not None and (now[path] != self._found[path] or continuing) for path in now)
 
     def continuing(self) -> dict[str, str | None]:
         """Options that a command needs to go on with this run: its name and seed, if they were not given."""
-        name = {} if self.target is None else {"-o": str(self.target)}
-        seed = {} if self.request.seed is None else {"--seed": str(self.request.seed)}
+        first = self.requests[0]
+        name = {} if first.output is None or self.several else {"-o": first.output}
+        seed = {} if first.seed is None else {"--seed": str(first.seed)}
         return name | seed | ({"--resume": None} if self.left else {})
 
     def plan(self) -> MemoryPlan:
         """Of memory."""
-        return self.pipeline.planned(self.request, self.until)
+        return self.pipeline.planned_all(self.requests, self.until)
 
     def events(self) -> Iterator[Event]:
         """Those of the pipeline."""
         if self._changed is not None:
             yield Warned(f"this is not the model that {self._changed} was made with, so the clip will be another one")
-        for event in self.pipeline.events(self.request, self.until):
+        for event in self.pipeline.events_all(self.requests, self.until):
             self._begun = True
             yield event
 
 
+def _requests(
+    earlier: Sidecar | None, given: Options, wanted: Wanted, target: Path | None, draws: bool
+) -> list[Request]:
+    """With their seeds, unless an earlier run's is continued, or another machine `draws` them."""
+    state = state_path(Path("clip.mp4") if target is None or wanted.several else target)  # raises for what is no name
+    clips = wanted.clips(given, earlier.request.get("seed") if earlier and wanted.several else None)
+    found = []
+    for options in clips:
+        # What needs a state or an output is checked before they are named.
+        options = {OUTPUT: target, "state": state, **options}
+        request = Request.again(earlier.request, options) if earlier else Request.from_options(options)
+        if earlier is not None:
+            earlier.check_inputs(request, given)
+        found.append(request)
+    known = not wanted.several and found[0].resume and state.exists()
+    if found[0].seed is None and not known and draws:
+        if wanted.several and found[0].resume:
+            why, fix = (
+                "it is in the clips' names, and says which are continued",
+                "use the first clip's, as it was printed",
+            )
+            raise UsageError("--resume of several clips needs --seed", why, fix)
+        seed = draw_seed()
+        found = [r if r.noise else replace(r, seed=seed + n) for n, r in enumerate(found)]
+    return found
+
+
+def _with_place(request: Request, target: Path | None, dry: bool) -> Request:
+    """The only clip, with its name and state."""
+    if target is None and request.save_latents is None:
+        target = _free_name(request, dry)
+    return replace(request, output=target, state=state_path(target or Path(str(request.save_latents))))
+
+
+def _named(requests: Sequence[Request], target: Path | None, dry: bool) -> list[Request]:
+    """Several clips, with names and states."""
+    folder = target if target is None or target.is_dir() or not target.suffix else None
+    found, taken = [], set[Path]()
+    for number, request in enumerate(requests, 1):
+        if request.output is not None and Path(request.output) != target:
+            clip = Path(request.output)  # the line's own
+        elif target is not None and folder is None:
+            clip = target.with_stem(f"{target.stem}-{number:0{len(str(len(requests)))}d}")
+        else:
+            clip = next(name for name in _names(request, folder or OUTPUTS) if name not in taken)
+        taken.add(clip)
+        found.append(replace(request, output=clip, state=state_path(clip)))
+    if not dry and (folder is not None or target is None):
+        _make_folder(folder or OUTPUTS)
+    return found
+
+
 def _free_name(request: Request, dry: bool) -> Path:
     """A name that no clip has, made of the prompt and the seed. Its folder is made, unless nothing is to be written."""
+    if dry:
+        return next(_names(request, Path()))
+    _make_folder(OUTPUTS)
+    return next(path for path in _names(request, OUTPUTS) if not path.exists())
+
+
+def _names(request: Request, folder: Path) -> Iterator[Path]:
     text = request.prompt or Path(str(request.latents or request.embeddings or "clip")).stem
     words = "-".join(re.findall(r"\w+", text.lower()))[:NAME_LENGTH].strip("-") or "clip"
     stem, suffix = words if request.seed is None else f"{words}-{request.seed}", ".wav" if request.no_video else ".mp4"
-    if dry:
-        return Path(f"{stem}{suffix}")
-    OUTPUTS.mkdir(exist_ok=True)
-    names = (OUTPUTS / f"{stem}{end}{suffix}" for end in ("", *(f"-{number}" for number in range(2, 10**6))))
-    return next(path for path in names if not path.exists())
+    yield from (folder / f"{stem}{end}{suffix}" for end in ("", *(f"-{number}" for number in range(2, 10**6))))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder {folder}", error.strerror or str(error), "choose another -o"
+        ) from error
 
 
 def _stamp(path: Path) -> int | None:

@@ -1,180 +1,25 @@
-"""What people see. Of a run: one live line on a terminal, plain lines elsewhere, all on stderr.
-
-A file or pipe is never silent for more than five seconds: a heartbeat repeats where the work stands."""
+"""Tables and lists for people, on stderr."""
 
 import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from shutil import get_terminal_size
 from textwrap import wrap
-from types import TracebackType
 from typing import Any
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from ltx2.convert.fetch.catalogue import Bundle, Catalogue, Published
 from ltx2.convert.plan.entries import Drop, Plan
 from ltx2.runtime.errors import printable
-from ltx2.runtime.events import (
-    BytesDone,
-    DownloadPlanned,
-    Event,
-    Noted,
-    PhaseDone,
-    PhaseStarted,
-    PromptStarted,
-    Section,
-    StepDone,
-    Warned,
-)
+from ltx2.runtime.events import DownloadPlanned
 
-SILENCE_SECONDS = 4.0  # five are promised
-BEAT_SECONDS = 0.5
 FILE_WIDTH = 120  # of tables, where there is no terminal that says its own
 GAP = 3  # columns of a table are so far apart
 WORDS = 40  # a column that is wider holds words, which may be broken between them
 NOTHING = "-"  # where a table has nothing to say
-
-
-class Progress:
-    """Shows events; use as a context manager."""
-
-    def __init__(self, silent: bool = False) -> None:
-        self.silent = silent
-        self.console = Console(stderr=True, highlight=False)
-        self._line = "starting"
-        self._since = time.monotonic()
-        self._printed = time.monotonic()
-        self._steps: list[float] = []
-        self._pace = Pace()
-        self._live: Live | None = None
-        self._stop = threading.Event()
-        self._heart = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> "Progress":
-        if not self.silent:
-            if self.console.is_terminal and not self.console.is_dumb_terminal:
-                live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
-                self._live = live
-                self._live.__enter__()
-            else:
-                self._heart.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        if self._heart.is_alive():
-            self._heart.join()  # it may be about to print
-        if self._live is not None:
-            self._live.__exit__(kind, error, trace)
-
-    def show(self, event: Event) -> None:
-        """Show one event."""
-        if self.silent:
-            return
-        match event:
-            case PhaseStarted(name=name):
-                self._steps = []
-                self._set(name)
-            case StepDone():
-                self._steps.append(event.seconds)
-                self._set(_step_line(event, self._steps))
-                self._plain()
-            case PhaseDone():
-                self._print(_phase_line(event))
-            case BytesDone():
-                share = 100 * event.done / max(1, event.total)
-                self._set(f"{event.file}: {share:.0f} % of {_size(event.total)}{self._pace.text(event)}")
-                self._plain()
-            case DownloadPlanned():
-                for line in download_lines(event):
-                    self._print(line)
-            case Noted(message=message):
-                self._set(message)
-                self._print(message)
-            case Warned(message=message):
-                self._print(f"warning: {message}")
-            case PromptStarted():
-                self._print(f"prompt {event.number} of {event.count}: {event.prompt}")
-            case Section(title=title, command=command):
-                self._print("", title, f"$ {command}")
-
-    def _set(self, line: str) -> None:
-        self._line = printable(line)
-        self._since = time.monotonic()
-
-    def _print(self, *lines: str) -> None:
-        self._printed = time.monotonic()
-        self.console.print("\n".join(map(printable, lines)), markup=False, soft_wrap=True)
-
-    def _plain(self) -> None:
-        """Print the line where there is no live one, once a second at most."""
-        if self._live is None and time.monotonic() - self._printed > 1:
-            self._print(self._line)
-
-    def _render(self) -> Text:
-        return Text(self._waiting() if time.monotonic() - self._since >= 1 else self._line)
-
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            if time.monotonic() - self._printed >= SILENCE_SECONDS:
-                self._print(self._waiting())
-
-    def _waiting(self) -> str:
-        """Where the work stands, and since when."""
-        return f"{self._line} ... {time.monotonic() - self._since:.0f} s"
-
-
-class Pace:
-    """How fast a stream of bytes is, and how long the rest will take."""
-
-    def __init__(self) -> None:
-        self._total = 0
-        self._first = 0
-        self._last = 0
-        self._start = 0.0
-
-    def text(self, event: BytesDone) -> str:
-        """As a line shows it; empty until two seconds' worth is known."""
-        now = time.monotonic()
-        if event.total != self._total or event.done < self._last:  # another stream begins
-            self._total, self._first, self._start = event.total, event.done, now
-        self._last = event.done
-        seconds, done = now - self._start, event.done - self._first
-        if seconds < 2 or done <= 0:
-            return ""
-        return f"  {_size(round(done / seconds))}/s  ETA {_time((event.total - event.done) * seconds / done)}"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def _step_line(event: StepDone, seconds: list[float]) -> str:
-    memory = _size(event.active_bytes)
-    if not event.steps:
-        return f"{event.phase}: {event.step}  {event.seconds:.2f} s  {memory}"
-    # The first step also compiles kernels: leave it out of the estimate as soon as another is known.
-    known = seconds[1:] or seconds
-    eta = (event.steps - event.step) * sum(known) / len(known)
-    return f"{event.phase}: step {event.step}/{event.steps}  {event.seconds:.2f} s/step  ETA {eta:.0f} s  {memory}"
-
-
-def _phase_line(event: PhaseDone) -> str:
-    steps = f"  {len(event.step_seconds)} steps" if len(event.step_seconds) > 1 else ""
-    return f"{event.name}: done in {event.seconds:.1f} s{steps}  peak {_size(event.mlx_peak_bytes)}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -1,6 +1,8 @@
 """Expected failures. Each says what went wrong, why, and how to fix it; the command line prints the three parts
 and exits with the class's code. Anything else that is raised is a bug and keeps its traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 PART_LENGTH = 4000  # characters of one part that are shown; names and values in it may come from a stranger's file
@@ -25,7 +27,10 @@ class Ltx2Error(Exception):
 
     def __init__(self, what: str, why: str, fix: str) -> None:
         self.what, self.why, self.fix = map(_shown, (what, why, fix))
-        super().__init__(f"{self.what}: {self.why} ({self.fix})")
+        super().__init__(what, why, fix)
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why} ({self.fix})"
 
     def to_dict(self) -> dict[str, str]:
         """The `error` object of `--json`."""
@@ -116,3 +121,13 @@ class DoesNotFitError(Ltx2Error):
 
     kind = "does-not-fit"
     exit_code = 3
+
+
+@contextmanager
+def of(name: str) -> Iterator[None]:
+    """An expected failure inside the block says whose it is, if it has a name."""
+    try:
+        yield
+    except Ltx2Error as error:
+        error.what = f"{name}: {error.what}" if name else error.what
+        raise

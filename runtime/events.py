@@ -11,10 +11,46 @@ class Event:
 
 
 @dataclass(frozen=True)
-class PhaseStarted(Event):
-    """One network is about to be loaded and used."""
+class PlannedPhase:
+    """One phase of a clip, by its number from 0: its name, what it does in plain words, and its share of all work."""
 
     name: str
+    title: str
+    share: float
+    clip: int = 0
+
+
+@dataclass(frozen=True)
+class WorkPlanned(Event):
+    """All that a run will do, before it begins: the phases of its clips in order, and the memory that it may take in
+    bytes."""
+
+    phases: tuple[PlannedPhase, ...]
+    limit: int
+    clips: int = 1
+
+
+@dataclass(frozen=True)
+class PhaseStarted(Event):
+    """One network is about to be loaded and used for a clip, by its number from 0."""
+
+    name: str
+    clip: int = 0
+
+
+@dataclass(frozen=True)
+class Loaded(Event):
+    """The running phase has its network: its use begins."""
+
+    phase: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Finishing(Event):
+    """What goes on after the last phase, for people."""
+
+    message: str
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ltx2.runtime.errors import DoesNotFitError, Ltx2Error
 
 if TYPE_CHECKING:
     from ltx2.generation import Generation
+    from ltx2.runtime.generate.clip import Saved
 
 LATENTS = ".safetensors"
 
@@ -21,12 +22,31 @@ LATENTS = ".safetensors"
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", type=PATH, help="Model folder, or its name in weights/. [default: the only one there]")
 @click.option("-o", "--output", "target", type=PATH, help="Clip (.mp4). [default: outputs/PROMPT-SEED.mp4]")
-@generate_options()
+@click.option(
+    "--prompts", metavar="FILE", type=PATH, help="Make many clips: a prompt a line, or JSON lines with options."
+)
+@click.option("--count", metavar="N", type=click.IntRange(1), help="So many clips of each prompt.")
+@click.option(
+    "--seed",
+    "seeds",
+    type=int,
+    multiple=True,
+    help="Same seed, same clip; repeatable. Of several clips the first one's: others count on. [default: random]",
+)
+@generate_options(without=("seed",))
 @click.option("--from", "sidecar", metavar="CLIP", type=PATH, help="Repeat the run that made this .mp4 or .json.")
 @click.option("--dry-run", is_flag=True, help="Show each phase's memory from headers, and whether it fits; do nothing.")
 @common
 def generate(
-    output: Output, target: Path | None, model: Path | None, sidecar: Path | None, dry_run: bool, **options: Any
+    output: Output,
+    target: Path | None,
+    model: Path | None,
+    sidecar: Path | None,
+    dry_run: bool,
+    prompts: Path | None,
+    count: int | None,
+    seeds: tuple[int, ...],
+    **options: Any,
 ) -> None:
     """Make a video with sound from PROMPT.
 
@@ -34,7 +54,7 @@ def generate(
     is cut off can be continued: the state is kept after every denoise step until the clip is written. With
     --save-latents and no -o the clip is not decoded.
     """
-    from ltx2.generation import Generation
+    from ltx2.generation import Generation, Wanted
     from ltx2.runtime.distributed.machines import join
 
     args: list[str] = click.get_current_context().obj
@@ -46,7 +66,8 @@ def generate(
                 error.fix += f"; this continues: {continuation(args, generation.continuing())}"
         end_at_once(error)
 
-    generation = Generation(target, model, sidecar, _given(options), dry_run, join(os.environ, late))
+    wanted = Wanted(target, prompts, count, seeds)
+    generation = Generation(wanted, model, sidecar, _given(options), dry_run, join(os.environ, late))
     started.append(generation)
     _make(output, generation, dry_run)
 
@@ -68,44 +89,54 @@ def upscale(
     INPUT is a clip, or the latents of one (.safetensors). A clip keeps its sound. Latents become latents, and their
     sound is copied bit for bit.
     """
-    from ltx2.generation import Generation
+    from ltx2.generation import Generation, Wanted
 
     given = _given(options) | {"upscale": source, "temporal_upscale": not spatial}
     clip: Path | None = target
     if source.suffix == LATENTS:
         given, clip = given | {"save_latents": target}, None
-    _make(output, Generation(clip, model, None, given, dry_run), dry_run)
+    _make(output, Generation(Wanted(clip), model, None, given, dry_run), dry_run)
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in options.items() if value not in (None, ())}
 
 
 def _make(output: Output, generation: "Generation", dry_run: bool) -> None:
     """Make a clip or latents, or show the plan of it."""
-    from ltx2.runtime.generate.clip import Followed, Saved
-    from ltx2.runtime.generate.sidecar import sidecar_path
+    from ltx2.runtime.generate.clip import Saved
 
     if dry_run:
         _show_plans(output, generation)
         return
     try:
-        done = output.follow(generation.events())
+        done = output.follow_all(generation.events(), Saved)
     except (Ltx2Error, KeyboardInterrupt) as error:
         if generation.left or isinstance(error, KeyboardInterrupt):
             say_how_to_continue(error, generation.continuing())
         raise
-    if isinstance(done, Followed):
+    if not generation.machines.leads:
         return
-    if not isinstance(done, Saved):
-        latents = str(generation.request.save_latents)
-        output.result({"latents": latents, "seed": generation.request.seed}, latents)
-        return
-    data = {"clip": str(done.path), "sidecar": str(sidecar_path(done.path)), **done.record}
-    request = done.record["request"]
-    seeded = done.record["stages"] and request["seed"] is not None
+    if not done:
+        request = generation.requests[0]
+        latents = str(request.save_latents)
+        output.result({"latents": latents, "seed": request.seed}, latents)
+    elif generation.several:
+        data, texts = zip(*map(_told, done), strict=True)
+        output.result({"clips": data}, "\n".join(texts))
+    else:
+        output.result(*_told(done[0]))
+
+
+def _told(clip: "Saved") -> tuple[dict[str, Any], str]:
+    """A clip that is made, as data and for people."""
+    from ltx2.runtime.generate.sidecar import sidecar_path
+
+    data = {"clip": str(clip.path), "sidecar": str(sidecar_path(clip.path)), **clip.record}
+    request = clip.record["request"]
+    seeded = clip.record["stages"] and request["seed"] is not None
     said = [f"{request['frames']} frames", *([f"seed {request['seed']}"] if seeded else [])]
-    output.result(data, f"{done.path}  ({', '.join(said)}, {done.record['seconds']:.1f} s)")
+    return data, f"{clip.path}  ({', '.join(said)}, {clip.record['seconds']:.1f} s)"
 
 
 def _show_plans(output: Output, generation: "Generation") -> None:

@@ -82,8 +82,8 @@ def _compare(output: Output, models: tuple[Path, ...], compared: Path, files: Fi
     from ltx2.bench.plots.quality import plot_quality
     from ltx2.bench.quality.quality import Compared, built_in_prompts, run_quality, tables
     from ltx2.bench.speed.stats import write_receipt
-    from ltx2.quant.measure.calibrate import read_prompts
     from ltx2.render import print_table
+    from ltx2.runtime.generate.prompts import read_prompts
 
     if models:
         raise click.UsageError("MODEL has no effect with --quality.")

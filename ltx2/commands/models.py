@@ -147,8 +147,9 @@ def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, g
     long as 1550 more of those steps, and the memory of a whole transformer. A smaller --width, --height and --frames
     make both cheaper.
     """
-    from ltx2.quant.measure.calibrate import Calibrated, read_prompts
+    from ltx2.quant.measure.calibrate import Calibrated
     from ltx2.quant.measure.calibrate import calibrate as calibrate_folder
+    from ltx2.runtime.generate.prompts import read_prompts
 
     sensitivity, texts = options.pop("sensitivity"), read_prompts(prompts) if prompts else ()
     given = {name: value for name, value in options.items() if value is not None}

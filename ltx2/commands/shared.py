@@ -1,7 +1,7 @@
 """What several commands have in common."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,13 @@ PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a file i
 TYPES = {Whole: int, Number: float}
 
 
-def generate_options(*names: str) -> Callable[[Command], Command]:
-    """Options of `generate` on a command, as its table has them: all that a command line takes, or those `names`. What
-    is not given is None."""
+def generate_options(*names: str, without: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """Options of `generate` on a command, as its table has them: all that a command line takes but those `without`, or
+    those `names`. What is not given is None."""
 
     def add(command: Command) -> Command:
-        for name in reversed(names or [name for name, row in ROWS.items() if row.command]):
+        every = [name for name, row in ROWS.items() if row.command and name not in without]
+        for name in reversed(names or every):
             command = _option(ROWS[name], not names)(command)
         return command
 

@@ -20,10 +20,10 @@ from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.measure.recording import CallRecorder, Stream
 from ltx2.quant.measure.sensitivity import Steps, measure
 from ltx2.quant.measure.statistics import About, Layer, identity, write_statistics
-from ltx2.runtime.errors import InputError, NumericsError
+from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.events import Event, PromptStarted
 from ltx2.runtime.files.jsonfile import read_object
-from ltx2.runtime.files.paths import check_output, open_regular
+from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.generate.choices import with_fixed_length
 from ltx2.runtime.generate.job import LATENTS
@@ -178,17 +178,3 @@ def _about(folder: ModelFolder, prompts: Sequence[str], options: Mapping[str, An
 def built_in_prompts() -> tuple[str, ...]:
     """The prompts that come with ltx2."""
     return tuple(read_object(BUILT_IN)["prompts"])
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """A file's prompts, one per line. Raises InputError when there is none."""
-    try:
-        with open_regular(path) as file:
-            lines = file.read().decode("utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        fix = "name a text file with one prompt per line"
-        raise InputError(f"cannot read the prompts {path}", str(error), fix) from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise InputError(f"{path} holds no prompt", "all of its lines are empty", "write one prompt per line")
-    return prompts

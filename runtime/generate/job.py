@@ -143,8 +143,7 @@ class Job:
         """What may not come out as expected."""
         if self.row is not None and self.row.guided and self.folder.manifest.variant == DISTILLED:
             yield f"this is a distilled model: the {self.row.name} pipeline guides it, which it was not made for"
-        reads = self.request.latents is None and self.request.embeddings is None
-        if reads and self.folder.has("text_encoder") and (message := check_text_encoder(self.folder)):
+        if self.encodes_text and self.folder.has("text_encoder") and (message := check_text_encoder(self.folder)):
             yield message
 
     @property
@@ -304,6 +303,10 @@ class Job:
         if self.request.noise is not None:
             return Injected(partial(read_noise, self.request.noise))
         return Seeded(self.request.seed or 0)
+
+    @property
+    def encodes_text(self) -> bool:
+        return self.row is not None and self.request.embeddings is None
 
     @property
     def prompts(self) -> dict[str, str]:

@@ -1,26 +1,28 @@
 """A model folder, ready to generate: a request becomes a clip."""
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, of
 from ltx2.runtime.events import Event
-from ltx2.runtime.generate.clip import Clip, Generated, Sampled
+from ltx2.runtime.generate.batch import make_all, watched
+from ltx2.runtime.generate.clip import Clip, Generated, Sampled, Saved
 from ltx2.runtime.generate.job import LENGTH, Job
 from ltx2.runtime.generate.kinds import StrPath
+from ltx2.runtime.generate.networks import Networks, Observe
 from ltx2.runtime.generate.phases.order import components, phases
-from ltx2.runtime.generate.places import check_places
-from ltx2.runtime.generate.planning import MemoryPlan, plan_memory
+from ltx2.runtime.generate.places import check_places, check_space
+from ltx2.runtime.generate.planning import MemoryPlan, plan_all
 from ltx2.runtime.generate.preset import load_preset
-from ltx2.runtime.generate.request import Request, draw_seed, takes
-from ltx2.runtime.generate.resume import Started
-from ltx2.runtime.generate.run import Observe, Run
+from ltx2.runtime.generate.request import Request, check_common, draw_seed, takes
+from ltx2.runtime.generate.resume import Started, finished
+from ltx2.runtime.generate.run import Run
 from ltx2.runtime.generate.values import Auto
 from ltx2.runtime.layers.matmul import Choice
 from ltx2.runtime.model.layout import ModelFolder
@@ -68,19 +70,42 @@ class Pipeline:
         """
         return self.events(request)
 
+    def stream_all(self, clips: Iterable[Mapping[str, Any]]) -> Generator[Event, None, None]:
+        """As `stream`, of several clips, each given by its options: phase by phase over all of them, so that every
+        network is loaded once. Each ends with its own Generated or Saved event. With `resume`, clips that are there
+        already are not made again.
+
+        Nothing is done where one of them is refused; raises as `stream`.
+        """
+        return self.events_all([Request.from_options(options) for options in clips])
+
     def events(self, request: Request, until: str | None = None) -> Generator[Event, None, None]:
         """As `stream`. With `until` "contexts" or "latents" the last event is Sampled, and nothing is decoded. On
         machines that do not lead the only one is Followed."""
-        length = None
-        if request.resume and request.state is not None:  # what an earlier run has drawn and predicted
-            started = Started.read(Path(request.state))
-            request = request if request.seed is not None else replace(request, seed=started.seed)
-            leading, *_ = self.machines.everyone(None if started.length is None else asdict(started.length))
-            length = None if leading is None else Duration(**leading)
-        run = Run(Job(self.folder, self._seeded(request), until, length), self.observe, self.machines)
-        self.products = run.products
-        events = run.events()
-        return events if request.progress is None else _watched(events, request.progress)
+        return self.events_all([request], until)
+
+    def events_all(self, requests: Sequence[Request], until: str | None = None) -> Generator[Event, None, None]:
+        """As `events`, of several clips. Raises UsageError where they do not agree on what is the run's."""
+        _, events = self._begin(requests, until)
+        watch = next((request.progress for request in requests if request.progress is not None), None)
+        return events if watch is None else watched(events, watch)
+
+    def _begin(self, requests: Sequence[Request], until: str | None) -> tuple[list[Run], Generator[Event, None, None]]:
+        """The clips that are to be made, checked and planned, and their events."""
+        jobs = self._jobs(requests, until)
+        names = {job: f"clip {number} of {len(jobs)}" for number, job in enumerate(jobs, 1) if len(jobs) > 1}
+        made = {job: record for job in names if (record := finished(job)) is not None}
+        left = [job for job in jobs if job not in made]
+        built = self._check(left)
+        plans = plan_all(left, self.machines)
+        if plans:
+            max(plans, key=lambda plan: plan.own).check()
+        self._places(left)
+        runs = [Run(plan, self.machines, jobs.index(plan.job), names.get(plan.job, "")) for plan in plans]
+        there = [Saved(Path(str(job.request.output)), record) for job, record in made.items()]
+        networks = Networks(self.folder, requests[0].matmul if requests else "auto", self.observe, built)
+        self.products = networks.products
+        return runs, make_all(runs, there, networks)
 
     def _seeded(self, request: Request) -> Request:
         """With the same seed on all machines."""
@@ -120,26 +145,59 @@ class Pipeline:
         and the frames that `generate` would make of them between these bounds. Raises InputError for a model without
         such a network, and as `stream`."""
         asked = {"prompt": prompt, "fps": fps, "embeddings": embeddings, "frames": Auto(min_seconds, max_seconds)}
-        run = Run(Job(self.folder, Request.from_options(asked), LENGTH), self.observe)
-        for _ in run.events():
+        (run,), events = self._begin([Request.from_options(asked)], LENGTH)
+        for _ in events:
             pass
         assert run.job.length is not None, "predicted in the last phase"
         return run.job.length
 
     def planned(self, request: Request, until: str | None = None) -> MemoryPlan:
         """As `plan`, of what `events` would do."""
-        request = self._seeded(request)
-        job = Job(self.folder, request, until)
-        if job.auto is not None:  # whatever will be predicted
-            job = Job(self.folder, request, until, job.predicted(job.auto.most))
-        job.check(components(phases(job)))
-        if self.machines.leads:
-            check_places(job)
-        return plan_memory(job, self.machines)
+        return self.planned_all([request], until)
 
+    def planned_all(self, requests: Sequence[Request], until: str | None = None) -> MemoryPlan:
+        """As `planned`, of what `events_all` would do, with the largest clip as its job."""
+        jobs = [self._longest(job) for job in self._jobs(requests, until)]
+        self._check(jobs)
+        self._places(jobs)
+        return max(plan_all(jobs, self.machines), key=lambda plan: plan.own)
 
-def _watched(events: Generator[Event, None, None], watch: Callable[[Event], object]) -> Generator[Event, None, None]:
-    with closing(events):
-        for event in events:
-            watch(event)
-            yield event
+    def _longest(self, job: Job) -> Job:
+        """Whatever will be predicted."""
+        if job.auto is None:
+            return job
+        return Job(self.folder, job.asked, job.until, job.predicted(job.auto.most))
+
+    def _jobs(self, requests: Sequence[Request], until: str | None) -> list[Job]:
+        check_common(requests, self.machines.several)
+        jobs = []
+        for number, request in enumerate(requests, 1):
+            length = None
+            if request.resume and request.state is not None:  # what an earlier run has drawn and predicted
+                started = Started.read(Path(request.state))
+                request = request if request.seed is not None else replace(request, seed=started.seed)
+                leading, *_ = self.machines.everyone(None if started.length is None else asdict(started.length))
+                length = None if leading is None else Duration(**leading)
+            with of(f"clip {number}" if len(requests) > 1 else ""):
+                job = Job(self.folder, self._seeded(request), until, length)
+                if job.auto is not None and len(requests) > 1:
+                    why = "its duration head would choose each clip's when the others are already planned"
+                    raise InputError("the length must be known before many clips are made", why, "give --frames N")
+            jobs.append(job)
+        return jobs
+
+    def _check(self, jobs: Sequence[Job]) -> dict[str, nn.Module]:
+        """Returns the networks, uninitialised."""
+        built = dict[str, nn.Module]()
+        for number, job in enumerate(jobs, 1):
+            with of(f"clip {number}" if len(jobs) > 1 else ""):
+                built |= job.check([name for name in components(phases(job)) if name not in built])
+        return built
+
+    def _places(self, jobs: Sequence[Job]) -> None:
+        if not self.machines.leads:
+            return
+        for number, job in enumerate(jobs, 1):
+            with of(f"clip {number}" if len(jobs) > 1 else ""):
+                check_places(job.request)
+        check_space(jobs)

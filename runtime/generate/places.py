@@ -1,19 +1,20 @@
 """Where the files of a run go: their names, and that they can be written, made sure of before the work starts."""
 
-from collections.abc import Iterator
-from math import prod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, Ltx2Error
+from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.files.atomic import beside
 from ltx2.runtime.files.paths import check_folder, check_output, check_room
 from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.planning import context_bytes, latent_bytes
+from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.sidecar import is_sidecar, sidecar_path
 from ltx2.runtime.media.video import check_target
-from ltx2.runtime.model.layout import TRANSFORMER
-from ltx2.runtime.networks.transformer.config import TransformerConfig
 
-FLOAT = 4  # bytes
 LATENTS = ".safetensors"
 FREE = "choose another name, or replace it with --force"
 PIXEL = 0.1  # bytes of a clip's pixel, several times what is usual at DELIVERY's quality
@@ -26,24 +27,33 @@ def state_path(clip: Path) -> Path:
     return beside(clip.with_suffix(""), ".unfinished.safetensors")
 
 
-def check_places(job: Job) -> None:
-    """Raises InputError for a place that cannot be written, or holds a clip and may not, and DoesNotFitError where the
-    disk has no room for all that comes."""
-    request = job.request
+def check_places(request: Request) -> None:
+    """Raises InputError for a place that cannot be written, or holds a clip and may not."""
     if request.output is not None:
         clip, sidecar = Path(request.output), sidecar_path(Path(request.output))
         check_target(clip, ".wav" if request.no_video else ".mp4")
         check_output(sidecar)
         if not request.force:
             _check_free(clip, sidecar)
-    for path in (request.save_embeddings, request.save_latents, request.state):
-        if path is not None:
-            check_output(path)
+    for path in _written(request):
+        check_output(path)
     if request.preview is not None:
         check_folder(Path(request.preview), request.preview)
     if request.upscale is not None and request.save_latents is not None:
         _check_latents(Path(request.save_latents), request.force)
-    check_room(*_needs(job))
+
+
+def _written(request: Request) -> list[str]:
+    paths = (request.output, request.save_embeddings, request.save_latents, request.state)
+    return [path for path in paths if path is not None]
+
+
+def check_space(jobs: Sequence[Job]) -> None:
+    """Raises InputError where two clips would be one file, DoesNotFitError where the disk has no room for all files."""
+    paths = Counter(Path(path).absolute() for job in jobs for path in _written(job.request))
+    if twice := [path for path, count in paths.items() if count > 1]:
+        raise InputError(f"{twice[0]} would be written more than once", "it is one file", "give each a name of its own")
+    check_room(*(need for job in jobs for need in _needs(job)))
 
 
 def _check_latents(path: Path, force: bool) -> None:
@@ -63,19 +73,21 @@ def _check_free(clip: Path, sidecar: Path) -> None:
 
 def _needs(job: Job) -> Iterator[tuple[Path, int]]:
     """Files to be written, and at most how many bytes each takes."""
-    request, sizes, grid = job.request, job.output(), job.grid()
-    latents = FLOAT * (prod(grid.video_shape) + prod(grid.audio_shape))
+    request, sizes, latents = job.request, job.output(), latent_bytes(job)
     if request.output is not None:
         yield Path(request.output), int(PIXEL * sizes.frames * sizes.height * sizes.width)
     if request.save_embeddings is not None:
-        yield Path(request.save_embeddings), _context_bytes(job)
+        yield Path(request.save_embeddings), context_bytes(job)
     if request.save_latents is not None:
         yield Path(request.save_latents), latents
     if request.state is not None and request.latents is None:
-        yield Path(request.state), 2 * (3 * latents + _context_bytes(job))  # the new one is written beside the last
+        yield Path(request.state), 2 * (3 * latents + context_bytes(job))  # the new one is written beside the last
 
 
-def _context_bytes(job: Job) -> int:
-    """Of the prompt's contexts and the negative prompt's, of both streams."""
-    config = TransformerConfig.from_dict(job.folder.config(TRANSFORMER))
-    return 2 * FLOAT * job.preset.text_tokens * (config.video.context_dim + config.audio.context_dim)
+def write_beside(path: str | Path, write: Callable[[Any], object]) -> Iterator[Event]:
+    """Write a file that the clip does not need: what prevents it is a warning."""
+    try:
+        write(path)
+    except (Ltx2Error, OSError) as error:
+        why = error.why if isinstance(error, Ltx2Error) else error.strerror or str(error)
+        yield Warned(f"{path} was not written: {why}")

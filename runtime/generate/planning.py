@@ -5,32 +5,40 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.decode import DecodeVideo
-from ltx2.runtime.generate.phases.order import phases
+from ltx2.runtime.generate.phases.order import merged, phases
+from ltx2.runtime.generate.phases.text import Connect, EncodeText, hidden_bytes, texts_of
 from ltx2.runtime.machine.facts import available_memory
+from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.meter import reusable_memory
 from ltx2.runtime.memory.plan import Headers, Need, PhasePlan
 from ltx2.runtime.model.layout import TRANSFORMER
+from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import Sizes
 
 GB = 10**9
+FLOAT = 4  # bytes
+ACTIVATIONS = ("needed", "queued", "largest")
 PACKED = "packed"  # the way to multiply that unpacks no weights
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All phases against the limit. `tiling` is the video decoder's, None for one piece."""
+    """All phases against the limit. `tiling` is the video decoder's, None for one piece. `own`: the peak of the job by
+    itself, where clips are planned together."""
 
     job: Job
     needs: tuple[Need, ...]
     limit: int
     tiling: Tiling | None
+    own: int = 0
 
     @cached_property
     def phases(self) -> tuple[PhasePlan, ...]:
@@ -163,6 +171,50 @@ def plan_memory(job: Job, machines: Machines = ALONE, needs: Needs | None = None
     most = _least(needs.choose(job.sizes, 0)[1]) if low else limit
     tiling, found = needs.choose(job.sizes, min(machines.everyone(most)))
     return MemoryPlan(job, found, limit, tiling)
+
+
+def plan_all(jobs: Sequence[Job], machines: Machines = ALONE) -> list[MemoryPlan]:
+    """The plans of jobs whose phases follow one another, clip by clip: each phase takes what it does for the largest of
+    them, beside what the other clips keep for later."""
+    plans = [plan_memory(job, machines) for job in jobs]
+    if len(jobs) < 2:
+        return plans
+    names = merged([[need.name for need in plan.needs] for plan in plans])
+    needs = tuple(_largest(name, plans, _waiting(jobs, name)) for name in names)
+    return [replace(plan, needs=needs, own=plan.peak) for plan in plans]
+
+
+def _largest(name: str, plans: Sequence[MemoryPlan], waiting: int) -> Need:
+    """What a phase takes of memory at most, of several plans."""
+    found = [need for plan in plans for need in plan.needs if need.name == name]
+    needed, queued, largest = (max(getattr(need.activations, part) for need in found) for part in ACTIVATIONS)
+    used, clip = Activations(needed, queued, largest), max(need.clip for need in found) + waiting
+    weights, text = max(need.weights for need in found), max(need.text for need in found)
+    factors = max(need.factors for need in found)
+    return Need(name, weights, used, clip, found[0].blocks, text, factors)
+
+
+def _waiting(jobs: Sequence[Job], name: str) -> int:
+    """Bytes that all clips but one keep while that one is at a phase: hidden states of prompts, equal ones once, then
+    contexts and latents."""
+    prompts = {texts_of(job): job for job in jobs if job.encodes_text}
+    if name in (EncodeText.name, Connect.name):
+        return sum(sorted(map(hidden_bytes, prompts.values()))[:-1])
+    from_files = [job for job in jobs if job.request.embeddings is not None]
+    contexts = sorted(map(context_bytes, [*prompts.values(), *from_files]))[:-1]
+    return sum(contexts) + 3 * sum(sorted(map(latent_bytes, jobs))[:-1])
+
+
+def latent_bytes(job: Job) -> int:
+    """Of the clip's latents."""
+    grid = job.grid()
+    return FLOAT * (prod(grid.video_shape) + prod(grid.audio_shape))
+
+
+def context_bytes(job: Job) -> int:
+    """Of the prompt's contexts and the negative prompt's, of both streams."""
+    config = TransformerConfig.from_dict(job.folder.config(TRANSFORMER))
+    return 2 * FLOAT * job.preset.text_tokens * (config.video.context_dim + config.audio.context_dim)
 
 
 def _refusal(plan: MemoryPlan) -> DoesNotFitError:

@@ -8,10 +8,11 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, UsageError
 from ltx2.runtime.generate.options import ROWS, SIZE, Options, check_usage, repeated
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
+COMMON = ("memory_limit", "low_memory", "matmul", "resume")
 DRAWN = 1 << 32  # seeds that are drawn are below
 P = ParamSpec("P")
 Self = TypeVar("Self")
@@ -111,6 +112,19 @@ class Request(Options):
         assert width is not None and height is not None, "a request has its defaults"
         assert isinstance(frames, int) and fps is not None, "a request has its defaults"
         return Sizes(width, height, frames, fps)
+
+
+def check_common(requests: Sequence[Request], machines: bool) -> None:
+    """Raises UsageError where clips that are made together do not agree on what is the whole run's, and for several
+    clips on several `machines`."""
+    if machines and len(requests) > 1:
+        why, fix = "the machines share one clip at a time", "make them one by one, or on one machine"
+        raise UsageError("several clips and several machines do not go together", why, fix)
+    for name in COMMON:
+        values = list({getattr(request, name): None for request in requests})
+        if len(values) > 1:
+            what = f"{ROWS[name].flag} is {values[0]} for one clip and {values[1]} for another"
+            raise UsageError(what, "it is the whole run's", "give it once, for all clips")
 
 
 def draw_seed() -> int:

@@ -13,12 +13,14 @@ import mlx.core as mx
 
 from ltx2.runtime.errors import InputError, Ltx2Error
 from ltx2.runtime.events import PhaseDone
+from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.generate.exchange import context_tensors, contexts_from, read_tensors, write_tensors
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.kinds import File
 from ltx2.runtime.generate.options import ROWS
 from ltx2.runtime.generate.phases.base import Made
+from ltx2.runtime.generate.sidecar import sidecar_path
 from ltx2.runtime.networks.text.duration_head import Duration
 from ltx2.runtime.sampling.denoise import Step
 from ltx2.runtime.streams import Streams
@@ -125,6 +127,23 @@ class Started:
             return cls(None if seed is None else int(seed), None if length is None else Duration(**length))
         except (OSError, Ltx2Error, ValueError, LookupError, TypeError):
             return cls()
+
+
+def finished(job: Job) -> Mapping[str, Any] | None:
+    """The record of the clip, where a run that is continued has made it already: there, with no state left."""
+    request = job.request
+    if not request.resume or request.output is None or request.state is None:
+        return None
+    clip, decided = Path(request.output), [name for name, row in ROWS.items() if row.decides and row.recorded]
+    if not clip.exists() or Path(request.state).exists():
+        return None
+    try:
+        record = read_object(sidecar_path(clip))
+        recorded, asked = record["request"], json.loads(json.dumps(request.recorded()))
+        same = all(recorded[name] == asked[name] for name in decided)
+        return record if same and record["model"]["files"] == job.folder.hashes() else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 class StateFile:

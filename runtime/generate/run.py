@@ -1,28 +1,27 @@
-"""One run of a generation: phase by phase, as a stream of events.
+"""One clip of a run: phase by phase, as a stream of events.
 
 Text encoder, connectors, transformer, upscaler and decoders are never in memory together: each phase loads its network,
 uses it and frees it. Whoever consumes the events decides what to show."""
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-import mlx.nn as nn
+from typing import Any
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.distributed.split import NONE
-from ltx2.runtime.errors import Ltx2Error
-from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, Previewed, StepDone, Warned
+from ltx2.runtime.events import Event, Finishing, Noted, PhaseDone, PhaseStarted, Previewed, StepDone, Warned
 from ltx2.runtime.files.atomic import UNLOCKED, claimed
+from ltx2.runtime.generate.batch import Common, planned
 from ltx2.runtime.generate.clip import Clip, Followed, FrameBuffer, Generated, Sampled, Saved
 from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import LATENTS, Job
-from ltx2.runtime.generate.phases.base import Made, Phase
+from ltx2.runtime.generate.networks import Networks
+from ltx2.runtime.generate.phases.base import Made, Phase, Prompts
 from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, Vocode
 from ltx2.runtime.generate.phases.order import components, phases
 from ltx2.runtime.generate.phases.sample import Denoise
@@ -36,60 +35,65 @@ from ltx2.runtime.generate.phases.together import (
     splits,
     tell_seconds,
 )  # fmt: skip
-from ltx2.runtime.generate.places import check_places
-from ltx2.runtime.generate.planning import plan_memory
+from ltx2.runtime.generate.places import check_places, check_space, write_beside
+from ltx2.runtime.generate.planning import MemoryPlan, plan_memory
 from ltx2.runtime.generate.resume import Owner, State, StateFile
 from ltx2.runtime.generate.sidecar import make_record, make_settings, sidecar_path, write_sidecar
-from ltx2.runtime.layers.matmul import Choice
-from ltx2.runtime.layers.packed import choose_products
 from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.media.picture import write_picture
 from ltx2.runtime.media.video import video_writer, write_wav
 from ltx2.runtime.memory.meter import Phase as Meter
 from ltx2.runtime.memory.meter import explained
-from ltx2.runtime.model.layout import TRANSFORMER
-from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.sampling.latents import as_numpy
 from ltx2.runtime.streams import Streams
 
-Network = TypeVar("Network", bound=nn.Module)
-Observe = Callable[[str, nn.Module], None]
+DECODES = DecodeSound | Vocode | DecodeVideo | CopyVideo
 
 
 class Run:
-    """One generation: the checked job, how its memory is used, and what its phases took. What its phases use of it is
-    `phases.Tools`."""
+    """One clip: the checked job, how memory is used, and what its phases took. What its phases use of it is
+    `phases.Tools`. `number` and `name` tell it from the others that are made with it."""
 
-    def __init__(self, job: Job, observe: Observe | None = None, machines: Machines = ALONE) -> None:
-        self.observe, self.machines = observe, machines
+    common: Common  # given by `batch.make_all`
+    ahead: list[Phase]  # what is still to do
+
+    def __init__(self, plan: MemoryPlan, machines: Machines = ALONE, number: int = 0, name: str = "") -> None:
+        self.machines, self.number, self.name = machines, number, name
         self.done: list[PhaseDone] = []
-        self.products: dict[str, Choice] = {}
-        self.seconds = 0.0  # of an earlier run that this one continues
+        self.seconds = 0.0  # so far, and of an earlier run that this one continues
+        self.resumed = time.perf_counter()
         self.made = Made()
-        self._transformer: nn.Module | None = None  # that of the last stage, where the plan keeps it for the next one
-        self._take(job)
-        self.earlier = self.state.read() if self.state is not None and job.request.resume else None
+        self._take(plan)
+        earlier = self.state.read() if self.state is not None and self.request.resume else None
+        if earlier is not None:
+            self.made, self.done, self.seconds = earlier.made, list(earlier.done), earlier.seconds
+            names = [phase.name for phase in self.ahead]
+            sampled = sum(not isinstance(phase, DECODES) for phase in self.ahead)
+            self.ahead = self.ahead[sampled if earlier.phase is None else names.index(earlier.phase) :]
 
-    def _take(self, job: Job) -> None:
-        """What is made. Raises what is known to be wrong."""
-        self.job, self.request = job, job.request
-        self.phases = phases(job)
-        self._built = job.check(used := components(self.phases))  # until they are loaded
-        self.memory = plan_memory(job, self.machines)
-        self.memory.check()
-        if self.machines.leads:
-            check_places(job)
-        self.tiling, self.noise = self.memory.tiling, job.noise()
+    def _take(self, plan: MemoryPlan) -> None:
+        """What is made. Raises MachinesError where other machines would make something else."""
+        self.job = job = plan.job
+        self.request, self.memory, self.tiling, self.noise = job.request, plan, plan.tiling, job.noise()
+        self.phases = self.ahead = phases(job)
         self.splits, self.split = splits(job, self.machines, self.tiling), NONE
         self.state: StateFile | None = None
+        used = components(self.phases)
         if job.request.state is not None and job.request.latents is None and self.machines.leads:
             self.state = StateFile(Path(job.request.state), Owner.of(job, used), job.length)
         if self.machines.several:
             check_same(self.machines, job, used, self.tiling)
 
+    @property
+    def networks(self) -> Networks:
+        return self.common.networks
+
+    @property
+    def prompts(self) -> Prompts:
+        return self.common.prompts
+
     def events(self) -> Generator[Event, None, None]:
         """All phases, then the event that says what was made."""
-        self._started = time.perf_counter()
         if not self.machines.leads:
             yield from self._follow()
             return
@@ -122,7 +126,8 @@ class Run:
         how = ("upscaling" if self.request.upscale else "decoding") if row is None else f"{row.name} pipeline"
         noise = f", seed {seed}" if seed is not None and self.job.draws() else ""
         frames = "frames by the duration head, each" if self._waits else f"{sizes.frames} frames"
-        return f"{how}: {frames} of {sizes.width}x{sizes.height} at {sizes.fps:g} fps{noise}"
+        name = f"{self.name}, {Path(str(self.request.output)).name}: " if self.name else ""
+        return f"{name}{how}: {frames} of {sizes.width}x{sizes.height} at {sizes.fps:g} fps{noise}"
 
     @property
     def _waits(self) -> bool:
@@ -135,15 +140,22 @@ class Run:
         if self.machines.several and self.machines.leads:
             tell_seconds(self.machines, seconds)
         length = job.predicted(seconds)
-        self._take(Job(job.folder, replace(job.asked, seed=job.request.seed), job.until, length))
+        job = Job(job.folder, replace(job.asked, seed=job.request.seed), job.until, length)
+        job.check([])  # its networks are
+        plan = plan_memory(job, self.machines)
+        plan.check()
+        if self.machines.leads:
+            check_places(job.request)
+            check_space([job])
+        self._take(plan)
+        yield planned([self], 1)
+        self.ahead = self.phases[len(self.done) :]
         yield Noted(f"the duration head gives the clip {seconds:.2f} s: {length.frames} frames")
         yield from map(Warned, self.memory.warnings())
 
     def _all(self) -> Iterator[Event]:
-        decodes = DecodeSound | Vocode | DecodeVideo | CopyVideo
-        sampling = [phase.name for phase in self.phases if not isinstance(phase, decodes)]
-        yield from self._sampled(sampling)
-        decoding = self.phases[len(sampling) :]
+        yield from self._sampled()
+        decoding = self.ahead
         if not decoding:
             self._finished()
             self._release()
@@ -159,47 +171,48 @@ class Run:
         else:
             yield from self._saved(video, Path(self.request.output))
 
-    def _sampled(self, names: Sequence[str]) -> Iterator[Event]:
+    def _sampled(self) -> Iterator[Event]:
         """The phases up to the latents, or those that an earlier run has left of them."""
         request = self.request
         if request.latents is not None:
             self.made.latents = self.job.read_latents(request.latents)
-        elif request.embeddings is not None:
+        elif request.embeddings is not None and not self.made.contexts:
             self.made.contexts = self.job.read_contexts(request.embeddings)
-        if request.upscale is not None and (clip := self.job.clip) is not None and clip.latents:
+        clip = self.job.clip if request.upscale is not None and self.made.latents.video is None else None
+        if clip is not None and clip.latents:
             given = self.job.read_latents(str(clip.path), sound=clip.sound)
             self.made.latents, self.made.sound = Streams(given.video), given.audio
-        left, earlier = 0, self.earlier
-        if earlier is not None:
-            self.made, self.done, self.seconds = earlier.made, list(earlier.done), earlier.seconds
-            left = len(names) if earlier.phase is None else names.index(earlier.phase)
-        for number in range(left, len(names)):
-            phase = self.phases[number]
+        while self.ahead and not isinstance(self.ahead[0], DECODES):
+            phase, *self.ahead = self.ahead
             yield from self._measured(phase)
             if self._waits and self.made.seconds is not None:
                 yield from self._settle(self.made.seconds)
-            following = names[number + 1] if number + 1 < len(names) else None
+            following = self.ahead[0].name if self.ahead and not isinstance(self.ahead[0], DECODES) else None
             if following is None and self.made.sound is not None:
                 self.made.latents = Streams(self.made.latents.video, self.made.sound)
             if isinstance(phase, Connect) and request.save_embeddings:
-                yield from _beside(request.save_embeddings, partial(write_embeddings, contexts=self.made.contexts))
+                yield from write_beside(request.save_embeddings, partial(write_embeddings, contexts=self.made.contexts))
             if following is None or (request.checkpoint_every and self.made.latents.video is not None):
                 yield from self._keep(following)
         if request.save_latents and self.job.until in (None, LATENTS):
             write = partial(write_latents, latents=self.made.latents, fps=self.job.output().fps)
-            yield from _beside(request.save_latents, write)
+            yield from write_beside(request.save_latents, write)
 
     def _measured(self, phase: Phase) -> Iterator[Event]:
-        """One phase. Its network is a local of `run`, so it is free when that returns."""
+        """One phase. All clips reach it before any goes on."""
+        yield PhaseStarted(phase.name, self.number)
+        yield from self._done(phase)
+
+    def _done(self, phase: Phase) -> Iterator[Event]:
+        """A phase that has started."""
         self.meter, self.plan = Meter(phase.name), self.memory.phase(phase.name)
-        if self.observe is not None:
+        if self.networks.observed:
             self.plan = replace(self.plan, text=0)
         self.split = self.splits[phase.name]
         alone = self.split == NONE
         if self.machines.several and self.machines.leads and not alone:
             begin_shared(self.machines, phase, self.made)
         sent, waited = self.machines.sent_bytes, self.machines.seconds
-        yield PhaseStarted(phase.name)
         with self.plan.applied(), explained(phase.name):
             for event in phase.run(self, self.made):
                 if isinstance(event, StepDone) and isinstance(phase, Denoise) and self._due(phase):
@@ -208,10 +221,9 @@ class Run:
                 if self.machines.several and alone:
                     keep_waiting(self.machines)
                 if isinstance(event, Previewed):
-                    yield from _beside(event.path, partial(write_picture, picture=event.picture))
+                    yield from write_beside(event.path, partial(write_picture, picture=event.picture))
                 yield event
-        if phase.name not in self.memory.keeps_transformer:
-            self._transformer = None
+        self.common.leave(phase, self.memory)
         sent, waited = self.machines.sent_bytes - sent, self.machines.seconds - waited
         self.done.append(replace(self.meter.finish(), sent_bytes=sent, exchange_seconds=waited))
         yield self.done[-1]
@@ -227,19 +239,7 @@ class Run:
     def _keep(self, phase: str | None) -> Iterator[Event]:
         if (file := self.state) is not None:
             state = State(phase, self.made, self.done, self._seconds())
-            yield from _beside(file.path, lambda _: file.write(state))
-
-    def load(self, component: str, expected: type[Network]) -> Network:
-        """A phase's network, after the observer has seen it."""
-        if component == TRANSFORMER and isinstance(self._transformer, expected):
-            return self._transformer
-        network = load_network(self.job.folder, component, expected, self._built.pop(component, None))
-        self.products.update(choose_products(network, self.request.matmul))
-        if self.observe is not None:
-            self.observe(component, network)
-        elif component == TRANSFORMER and self.plan.name in self.memory.keeps_transformer:
-            self._transformer = network
-        return network
+            yield from write_beside(file.path, lambda _: file.write(state))
 
     def _generated(self, phase: Phase | None) -> Iterator[Event]:
         """The clip in memory."""
@@ -264,16 +264,17 @@ class Run:
             return
         comment = "" if self.request.no_metadata else json.dumps(self._settings)
         fps, track, claim = self.job.output().fps, self.made.track, self._claim
+        yield PhaseStarted(phase.name, self.number)  # before its files are opened, which many clips have not at once
         with video_writer(path, fps=fps, audio=track, comment=comment, claim=claim) as writer:
             self.write = writer.write
-            yield from self._measured(phase)
-            yield PhaseStarted("mp4")
+            yield from self._done(phase)
+            yield Finishing("writing the end of the file")
         yield from self._concluded(path)
 
     def _concluded(self, path: Path) -> Iterator[Event]:
         """The clip is there: its record beside it."""
         record = self._record()
-        yield from _beside(sidecar_path(path), partial(write_sidecar, record=record))
+        yield from write_beside(sidecar_path(path), partial(write_sidecar, record=record))
         self._finished()
         self._release()
         yield Saved(path, record)
@@ -297,11 +298,11 @@ class Run:
         record["memory_plan"] = self.memory.to_dict()
         if self.machines.several:
             record["machines"] = {"count": self.machines.size, "splits": self.splits}
-        record["products"] = {form: dict(choice.by_rows) for form, choice in self.products.items()}
+        record["products"] = {form: dict(choice.by_rows) for form, choice in self.networks.products.items()}
         return record
 
     def _seconds(self) -> float:
-        return self.seconds + time.perf_counter() - self._started
+        return self.seconds + time.perf_counter() - self.resumed
 
     def _warnings(self) -> Iterator[Event]:
         messages = [*self.request.without_effect(), *self.job.warnings()]
@@ -325,12 +326,3 @@ class Run:
             yield Warned(f"there is no {self.state.path.name} to continue: this run starts from the beginning")
         elif there and not self.request.resume:
             yield Warned(f"{self.state.path.name} is of a run that was cut off: --resume would continue it")
-
-
-def _beside(path: str | Path, write: Callable[[Any], object]) -> Iterator[Event]:
-    """Write a file that the clip does not need: what prevents it is a warning."""
-    try:
-        write(path)
-    except (Ltx2Error, OSError) as error:
-        why = error.why if isinstance(error, Ltx2Error) else error.strerror or str(error)
-        yield Warned(f"{path} was not written: {why}")

@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 # macOS keeps a ledger per process: `struct rusage_info_v4` of sys/resource.h, 16 bytes of UUID, then 64-bit fields.
@@ -37,6 +39,16 @@ def disk_bytes_read() -> int | None:
     except OSError:  # not of every container
         return None
     return int(_by_name(lines)["read_bytes"])
+
+
+def allow_files(count: int) -> None:
+    """Let this process have so many files open at once, as far as the system allows; macOS begins with 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (count if hard == resource.RLIM_INFINITY else min(count, hard), hard)
+            )
 
 
 def _kilobytes(status: str, name: str) -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from ltx2.runtime.errors import DeviceError
-from ltx2.runtime.events import PhaseDone, StepDone
+from ltx2.runtime.events import Loaded, PhaseDone, StepDone
 from ltx2.runtime.machine.bounded import meter
 from ltx2.runtime.machine.facts import device_memory
 from ltx2.runtime.machine.process import process_peak_memory
@@ -68,11 +68,12 @@ class Phase:
         meter.start()
         self._start = self._mark = time.perf_counter()
 
-    def loaded(self, steps: int = 0) -> None:
+    def loaded(self, steps: int = 0) -> Loaded:
         """The network is ready; what follows is its use, in so many steps (0: not known)."""
         self._steps = steps
         self._mark = time.perf_counter()
         self._load_seconds = self._mark - self._start
+        return Loaded(self.name, self._load_seconds)
 
     def step(self) -> StepDone:
         """One unit of work is done."""

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 
 from ltx2.runtime.errors import ConfigError, ModelFolderError, UnsupportedError
 from ltx2.runtime.layers.packed import quantize_like
+from ltx2.runtime.layers.statistics import LatentStatistics
 from ltx2.runtime.model.config import AS_PUBLISHED
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.text.tokenizer import Encoded, Tokenizer
@@ -114,6 +115,14 @@ def load_network(folder: ModelFolder, component: str, expected: type[Module], bu
     network.load_weights(list(weights.items()), strict=True)
     network.eval()
     return network
+
+
+def load_statistics(folder: ModelFolder, component: str, channels: int) -> LatentStatistics:
+    """Those of the picture's latents, without the video VAE around them."""
+    weights, statistics = load_weights(folder, component), LatentStatistics(channels, 1, 1, 1)
+    own = [(name, weights[f"per_channel_statistics.{name}"]) for name in parameter_shapes(statistics)]
+    statistics.load_weights(own, strict=True)
+    return statistics
 
 
 def read_weights(network: nn.Module) -> None:

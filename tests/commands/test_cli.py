@@ -310,8 +310,11 @@ class TestOutput:
     def test_people_read_progress_on_stderr_and_the_result_on_stdout(self, generate: Here) -> None:
         done = generate(PROMPT)
         assert done.code == 0 and "clip.mp4" in done.out and "9 frames" in done.out
-        for phase in ("text_encoder", "connectors", "stage1", "spatial_upscaler", "stage2", "video_vae", "vocoder"):
-            assert f"{phase}: done in" in done.err
+        titles = ["reading the prompt", "preparing the prompt", "denoising, stage 1 of 2"]
+        titles += ["doubling the picture's size", "denoising, stage 2 of 2", "decoding the sound"]
+        titles += ["making the sound's waves", "decoding the picture"]
+        for number, title in enumerate(titles, 1):
+            assert f"[{number}/8] {title}: done in" in done.err
         assert "\x1b" not in done.err and "\r" not in done.err, "no terminal, no control characters"
 
     def test_convert_and_quantize_as_json(self, here: Here, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from ltx2.runtime.generate.clip import Sampled
 from ltx2.runtime.generate.job import LATENTS, Job
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.request import Request
-from ltx2.runtime.generate.run import Run
 from ltx2.runtime.generate.sidecar import Sidecar, make_settings
 from ltx2.runtime.media.source import read_picture
 from ltx2.runtime.media.video import AudioTrack, write_wav
@@ -135,9 +134,10 @@ def test_conditioning(
 
     with monkeypatch.context() as patch:
         patch.setattr("ltx2.runtime.memory.plan.choose_streamed", lambda blocks, _: tuple(range(len(blocks))))
-        run = Run(Job(ModelFolder.open(demo_25), asked(name, files, text, low_memory=True), LATENTS))
-        assert all(phase.streamed for phase in run.memory.phases if phase.name.startswith("stage"))
-        assert same(latents(run.events()), base)
+        low = asked(name, files, text, low_memory=True)
+        plan = Pipeline(demo_25).planned(low, LATENTS)
+        assert all(phase.streamed for phase in plan.phases if phase.name.startswith("stage"))
+        assert same(latents(Pipeline(demo_25).events(low, LATENTS)), base)
 
 
 class TestPreviews:

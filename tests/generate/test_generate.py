@@ -377,7 +377,7 @@ class TestDamage:
             file.truncate(size)
         done = here("generate", PROMPT, "-m", model, "-o", tmp_path / "clip.mp4", *SIZE)
         done.failed(1, f"{component} of {model} is damaged", "copy the file back")
-        assert "text_encoder: done" not in done.err
+        assert "reading the prompt" not in done.err
 
     def test_a_network_that_does_not_fit_is_found_before_any_work(
         self, here: Here, model: Path, tmp_path: Path
@@ -386,4 +386,4 @@ class TestDamage:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 1}))
         done = here("generate", PROMPT, "-m", model, "-o", tmp_path / "clip.mp4", *SIZE)
         done.failed(1, "tensor transformer_blocks.1.", "is not part of the network")
-        assert "text_encoder: done" not in done.err
+        assert "reading the prompt" not in done.err

@@ -11,11 +11,11 @@ import pytest
 from ltx2.runtime.generate import run
 from ltx2.runtime.generate.clip import Sampled
 from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.networks import Observe
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.phases.sample import Denoise
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.request import Request
-from ltx2.runtime.generate.run import Observe
 from ltx2.runtime.memory.activations import text_keys
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.sampling.guidance import NEGATIVE, TEXT

@@ -18,13 +18,14 @@ from ltx2 import api
 from ltx2.convert.plan.folder import folder_plan
 from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.measure import calibrate as calibrating
-from ltx2.quant.measure.calibrate import Calibrated, Recorder, built_in_prompts, calibrate, read_prompts
+from ltx2.quant.measure.calibrate import Calibrated, Recorder, built_in_prompts, calibrate
 from ltx2.quant.measure.statistics import About, Layer, Statistics, identity, write_statistics
 from ltx2.runtime.errors import CheckpointError, InputError, NumericsError
 from ltx2.runtime.events import Event, PhaseStarted, PromptStarted
 from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.prompts import read_prompts
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.linear import Linear, LinearLayer, Packed
 from ltx2.runtime.model.layout import ModelFolder

@@ -3,15 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.distributed.machines import Machines
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.networks import Networks
 from ltx2.runtime.media.video import AudioTrack
 from ltx2.runtime.memory.meter import Phase as Meter
 from ltx2.runtime.memory.plan import Headers, Need, PhasePlan
@@ -20,8 +20,6 @@ from ltx2.runtime.sampling.denoise import Step
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.sampling.noise import Noise
 from ltx2.runtime.streams import Streams
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass
@@ -41,9 +39,22 @@ class Made:
     track: AudioTrack | None = None
 
 
+Texts = tuple[tuple[str, str], ...]  # names of contexts, and the texts that they are made of
+
+
+@dataclass
+class Prompts:
+    """The prompts of the clips that are made together: those of the `jobs` that have them to encode are encoded in one
+    pass over the text encoder's layers, equal ones once."""
+
+    jobs: Sequence[Job] = ()
+    hidden: dict[Texts, Sequence[mx.array]] = field(default_factory=dict)
+    contexts: dict[Texts, Mapping[str, Streams[mx.array]]] = field(default_factory=dict)
+
+
 class Tools(Protocol):
     """What a run gives its phases: the machines and how they share the phase, a stopwatch, the phase's part of the
-    memory plan, networks, noise, and where frames (F, H, W, 3) uint8 go."""
+    memory plan, networks, the prompts, noise, and where frames (F, H, W, 3) uint8 go."""
 
     machines: Machines
     split: str
@@ -53,10 +64,13 @@ class Tools(Protocol):
     noise: Noise
 
     @property
-    def write(self) -> Callable[[np.ndarray], None]: ...
+    def networks(self) -> Networks: ...
 
-    def load(self, component: str, expected: type[Network]) -> Network:
-        """A network that was checked to be there."""
+    @property
+    def prompts(self) -> Prompts: ...
+
+    @property
+    def write(self) -> Callable[[np.ndarray], None]: ...
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,11 @@ class Phase(ABC):
     @abstractmethod
     def name(self) -> str:
         """Unique among the phases of a run."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What it does, in plain words."""
 
     @property
     @abstractmethod

@@ -1,6 +1,6 @@
 """Latents to sound and frames."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import mlx.core as mx
@@ -39,6 +39,7 @@ class DecodeSound(Phase):
     hand."""
 
     name = "audio_vae"
+    title = "decoding the sound"
     components = ("audio_vae",)
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
@@ -48,9 +49,9 @@ class DecodeSound(Phase):
         return Need(self.name, headers.weights(self.name, "decoder."), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        vae = tools.load(self.name, AudioAutoencoder)
+        vae = tools.networks.load(self.name, AudioAutoencoder)
         read_weights(vae.decoder)
-        tools.meter.loaded()
+        yield tools.meter.loaded()
         assert made.latents.audio is not None, "a clip without sound has no such phase"
         made.mel = vae.decode(made.latents.audio)
         check_finite(made.mel, "the decoded spectrograms")
@@ -61,6 +62,7 @@ class Vocode(Phase):
     """Spectrograms to samples."""
 
     name = "vocoder"
+    title = "making the sound's waves"
     components = ("vocoder",)
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
@@ -71,9 +73,9 @@ class Vocode(Phase):
         return Need(self.name, headers.weights(self.name), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        vocoder = tools.load(self.name, Vocoder)
+        vocoder = tools.networks.load(self.name, Vocoder)
         read_weights(vocoder)
-        tools.meter.loaded()
+        yield tools.meter.loaded()
         assert made.mel is not None, "spectrograms are decoded before"
         waveform = vocoder(made.mel)
         made.mel = None
@@ -89,6 +91,7 @@ class DecodeVideo(Phase):
     """Video latents to frames, group by group."""
 
     name = VIDEO_VAE
+    title = "decoding the picture"
     components = (VIDEO_VAE,)
     spreads = True  # its tiles over several machines
 
@@ -108,8 +111,9 @@ class DecodeVideo(Phase):
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         assert made.latents.video is not None, "a clip without a picture has no such phase"
-        splice = Splice(self.job)
-        for frames in self._frames(tools, made.latents.video):
+        splice, frames_of = Splice(self.job), self._loaded(tools)
+        yield tools.meter.loaded()
+        for frames in frames_of(made.latents.video):
             done = tools.meter.step()
             tools.write(splice(frames))
             tools.meter.pause()
@@ -123,13 +127,12 @@ class DecodeVideo(Phase):
         used = network.decode_video(self._config, Tiles(latents, tiling, self._config), width, uses_cpu(), BEHIND)
         return used.beside(on_cpu(cpu.decode_video(self._config, width)))
 
-    def _frames(self, tools: Tools, latents: mx.array) -> Iterator[Pictures]:
-        """Latents (1, C, F, H, W) to groups of frames."""
-        vae = tools.load(self.name, VideoAutoencoder)
+    def _loaded(self, tools: Tools) -> Callable[[mx.array], Iterator[Pictures]]:
+        """What makes groups of frames of latents (1, C, F, H, W)."""
+        vae = tools.networks.load(self.name, VideoAutoencoder)
         read_weights(vae.decoder)
-        tools.meter.loaded()
         ahead, tiles = 0 if tools.plan.held_back else BEHIND, spread(tools.machines, tools.split)
-        yield from decode_frames(vae, latents, tools.tiling, ahead, tiles)
+        return lambda latents: decode_frames(vae, latents, tools.tiling, ahead, tiles)
 
 
 class DiffuseVideo(DecodeVideo):
@@ -154,13 +157,16 @@ class DiffuseVideo(DecodeVideo):
         used = network.decode_diffusion(self._config, latents, tiling, width, steps)
         return used.beside(on_cpu(cpu.decode_diffusion(self._config, latents, tiling, width)))
 
-    def _frames(self, tools: Tools, latents: mx.array) -> Iterator[Pictures]:
-        vae = tools.load(self.name, DiffusionAutoencoder)
+    def _loaded(self, tools: Tools) -> Callable[[mx.array], Iterator[Pictures]]:
+        vae = tools.networks.load(self.name, DiffusionAutoencoder)
         read_weights(vae.decoder)
-        tools.meter.loaded()
-        _, _, frames, height, width = latents.shape
-        noise = tools.noise(CANVAS, self._config.canvas((frames, height, width)))
-        yield from vae.decode_frames(latents, noise, tools.tiling)
+
+        def decoded(latents: mx.array) -> Iterator[Pictures]:
+            _, _, frames, height, width = latents.shape
+            noise = tools.noise(CANVAS, self._config.canvas((frames, height, width)))
+            return vae.decode_frames(latents, noise, tools.tiling)
+
+        return decoded
 
 
 def frames_memory(job: Job, sizes: Sizes) -> int:
@@ -174,13 +180,14 @@ class CopyVideo(Phase):
     """A given picture goes into the clip as it is."""
 
     name = "copy_video"
+    title = "copying the picture"
     components = ()
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         return Need(self.name, 0, Activations(0, 0, 0), frames_memory(self.job, sizes))
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        tools.meter.loaded()
+        yield tools.meter.loaded()
         assert self.job.clip is not None, "a picture is given"
         for frames in read_frames(self.job.clip.path):
             tools.write(frames)

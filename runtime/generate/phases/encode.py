@@ -25,6 +25,7 @@ class EncodeVideo(Phase):
     """Given pictures and clips to latents, at the size of every stage that has them."""
 
     name = "encode_video"
+    title = "encoding what is given of the picture"
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -37,9 +38,9 @@ class EncodeVideo(Phase):
         return Need(self.name, headers.weights(self.job.coder, "encoder."), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        vae = tools.load(self.job.coder, VideoCoder)
+        vae = tools.networks.load(self.job.coder, VideoCoder)
         read_weights(vae.encoder)
-        tools.meter.loaded()
+        yield tools.meter.loaded()
         for latents in self.encoded(vae, made):
             check_finite(latents, "the latents of a given picture")
             yield tools.meter.step()
@@ -62,6 +63,8 @@ class EncodeVideo(Phase):
 class EncodeSource(EncodeVideo):
     """A clip that is enlarged, to latents."""
 
+    title = "encoding the clip"
+
     def clip(self, sizes: Sizes) -> Size:
         assert self.job.clip is not None, "a clip is enlarged"
         factor = self.job.sizes.height // self.job.clip.sizes.height
@@ -78,6 +81,7 @@ class EncodeSound(Phase):
     """Given sounds to latents."""
 
     name = "encode_audio"
+    title = "encoding what is given of the sound"
     components = ("audio_vae",)
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
@@ -86,9 +90,9 @@ class EncodeSound(Phase):
         return Need(self.name, headers.weights(self.components[0], "encoder."), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        vae = tools.load("audio_vae", AudioAutoencoder)
+        vae = tools.networks.load("audio_vae", AudioAutoencoder)
         read_weights(vae.encoder)
-        tools.meter.loaded()
+        yield tools.meter.loaded()
         for index, number, given in places(self.job):
             if given.encodes_audio:
                 latents = given.audio(vae, self.job.place(number))

@@ -1,7 +1,8 @@
 """The phases of a generation, in order: the one list that says what follows what. What runs, what the memory plan adds
 up, which components are needed, what a benchmark names and counts, and where a resumed run goes on is read off it.
 
-Each phase loads its network, uses it and frees it, so that networks are never in memory together."""
+Each phase loads its network, uses it and frees it, so that networks are never in memory together. Clips that are made
+together go through a phase one after the other before any is in the next: they share its network."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,7 +20,7 @@ def phases(job: Job) -> list[Phase]:
     request, found, samples = job.request, list[Phase](), job.until in (None, LATENTS)
     enlarged = job.clip if request.upscale is not None else None
     if request.latents is None:
-        if request.embeddings is None and job.row is not None:
+        if job.encodes_text:
             found += [EncodeText(job), Connect(job)]
         found += [PredictLength(job)] if job.auto is not None else []
         if samples:
@@ -42,6 +43,16 @@ def phases(job: Job) -> list[Phase]:
             decode = {None: CopyVideo, VIDEO_VAE: DecodeVideo, DIFFUSION_VAE: DiffuseVideo}
             found.append(decode[job.decoder](job))
     return found
+
+
+def merged(orders: Sequence[Sequence[str]]) -> list[str]:
+    """Names of the phases of several clips, each once, in an order that is every clip's own."""
+    left, names = [list(order) for order in orders], list[str]()
+    while left := [order for order in left if order]:
+        name = next(o[0] for o in left if not any(o[0] in other[1:] for other in left))
+        names.append(name)
+        left = [order[1:] if order[0] == name else order for order in left]
+    return names
 
 
 def components(steps: Sequence[Phase]) -> list[str]:

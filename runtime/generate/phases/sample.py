@@ -16,12 +16,11 @@ from ltx2.runtime.memory import cpu
 from ltx2.runtime.memory.plan import CODES, Headers, Need, on_cpu
 from ltx2.runtime.memory.streaming import block_of, streamed
 from ltx2.runtime.model.layout import TRANSFORMER
-from ltx2.runtime.networks.load import read_weights
+from ltx2.runtime.networks.load import load_statistics, read_weights
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler, UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
-from ltx2.runtime.networks.video_vae.encode import VideoCoder
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.denoise import begin, check_latents, denoise
@@ -45,6 +44,10 @@ class Upscale(Phase):
         return self.upscaler
 
     @property
+    def title(self) -> str:
+        return "doubling the frame rate" if self.upscaler == "temporal_upscaler" else "doubling the picture's size"
+
+    @property
     def components(self) -> tuple[str, ...]:
         return (self.upscaler, self.job.coder)
 
@@ -56,10 +59,10 @@ class Upscale(Phase):
         return Need(self.name, headers.weights(self.upscaler), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        statistics = tools.load(self.job.coder, VideoCoder).per_channel_statistics
-        upscaler = tools.load(self.upscaler, LatentUpsampler)
+        statistics = load_statistics(self.job.folder, self.job.coder, self.job.video_config.latent_channels)
+        upscaler = tools.networks.load(self.upscaler, LatentUpsampler)
         read_weights(upscaler)
-        tools.meter.loaded()
+        yield tools.meter.loaded()
         assert made.latents.video is not None, "only pictures are upscaled"
         video = statistics.normalise(upscaler(statistics.unnormalise(made.latents.video)))
         check_finite(video, "the upscaled latents")
@@ -76,6 +79,11 @@ class Denoise(Phase):
     @property
     def name(self) -> str:
         return f"stage{self.number}"
+
+    @property
+    def title(self) -> str:
+        stages = len(self.job.stages)
+        return "denoising" if stages == 1 else f"denoising, stage {self.number} of {stages}"
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -124,20 +132,23 @@ class Denoise(Phase):
         course = self.job.course(self.number)
         states = self.job.states(self.number, made.latents, made.encoded)
         start = made.step or begin(course, states, tools.noise)
-        transformer = tools.load(TRANSFORMER, Transformer)
-        read = tools.plan.streamed
-        if transformer.loras != (loras := self.job.loras.strengths(self.number)):
+        transformer = tools.networks.load(TRANSFORMER, Transformer)
+        read, loras = tools.plan.streamed, self.job.loras.strengths(self.number)
+        if transformer.loras and transformer.loras != loras:  # those of another clip may be in its weights for good
+            tools.networks.keep(())
+            transformer = tools.networks.load(TRANSFORMER, Transformer)
+        if transformer.loras != loras:
             attach(transformer, self.job.loras.at(self.number), settles=lambda path: block_of(path) not in read)
             transformer.loras = loras
         preview = None
         if self.job.request.preview is not None and tools.machines.leads:
-            preview = Preview(tools.load("video_vae", VideoAutoencoder))
+            preview = Preview(tools.networks.load("video_vae", VideoAutoencoder))
         given = transformer, made.contexts, states, self.kept if tools.plan.text else ()
         with (
             streamed(self.job.folder, transformer, read) as stream,
             shared_denoiser(tools.machines, tools.split, *given) as denoiser,
         ):
-            tools.meter.loaded(course.steps - start.number)
+            yield tools.meter.loaded(course.steps - start.number)
             for made.step in denoise(denoiser, course, tools.noise, start):
                 for name, tokens in made.step.x.items():  # at once: nobody waits for garbage, and no state holds it
                     check_finite(tokens, f"the {name} latents after step {made.step.number} of stage {self.number}")

@@ -7,7 +7,7 @@ import numpy as np
 
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.phases.base import Made, Phase, Tools
+from ltx2.runtime.generate.phases.base import Made, Phase, Texts, Tools
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.memory import activations as network
 from ltx2.runtime.memory import cpu
@@ -28,6 +28,7 @@ class EncodeText(Phase):
     """Prompts to the text encoder's hidden states, all in one load of it."""
 
     name = "text_encoder"
+    title = "reading the prompt"
     components = ("text_encoder",)
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
@@ -40,20 +41,24 @@ class EncodeText(Phase):
         for tokens in self.job.tokens.values():
             if tokens.truncated:
                 yield Warned(f"the prompt is {tokens.truncated} tokens too long; its end is ignored")
-        ids, mask = _batch(self.job)
-        encoder = tools.load(self.name, TextEncoder)
-        tools.meter.loaded(encoder.config.num_hidden_layers + 1)
-        states = []
-        for state in encoder.hidden_states(ids, mask, release=True):
-            states.append(state)
-            yield tools.meter.step()
-        made.hidden = states
+        texts, prompts = texts_of(self.job), tools.prompts
+        if texts not in prompts.hidden:
+            batches = {texts_of(job): _batch(job) for job in prompts.jobs}
+            encoder = tools.networks.load(self.name, TextEncoder)
+            yield tools.meter.loaded(encoder.config.num_hidden_layers + 1)
+            layers = []
+            for states in encoder.states_of(list(batches.values()), release=True):
+                layers.append(states)
+                yield tools.meter.step()
+            prompts.hidden |= dict(zip(batches, zip(*layers, strict=True), strict=True))
+        made.hidden = prompts.hidden[texts]
 
 
 class Connect(Phase):
     """Hidden states to the contexts that the transformer attends to."""
 
     name = "connectors"
+    title = "preparing the prompt"
     components = ("connectors",)
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
@@ -66,17 +71,22 @@ class Connect(Phase):
         return Need(self.name, headers.weights(self.name), used)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        connectors = tools.load(self.name, EmbeddingsConnectors)
+        texts, prompts = texts_of(self.job), tools.prompts
+        if texts in prompts.contexts:
+            made.hidden, made.contexts = (), prompts.contexts[texts]
+            return
+        connectors = tools.networks.load(self.name, EmbeddingsConnectors)
         read_weights(connectors)
-        tools.meter.loaded()
+        yield tools.meter.loaded()
         both = connectors(made.hidden, _batch(self.job)[1])
-        made.hidden = ()
+        made.hidden = prompts.hidden[texts] = ()
         for stream, context in both.items():
             check_finite(context, f"the prompt's {stream} embeddings")
         names = list(self.job.prompts)
         made.contexts = {
             name: Streams(*(context[row : row + 1] for context in both.values())) for row, name in enumerate(names)
         }
+        prompts.contexts[texts] = made.contexts
         yield tools.meter.step()
 
 
@@ -84,6 +94,7 @@ class PredictLength(Phase):
     """The prompt's contexts to the seconds that its clip takes."""
 
     name = DURATION_HEAD
+    title = "choosing the clip's length"
     components = (DURATION_HEAD,)
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
@@ -91,11 +102,23 @@ class PredictLength(Phase):
         return Need(self.name, headers.weights(self.name), network.predict_length(config, self.job.preset.text_tokens))
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        head = tools.load(self.name, DurationHead)
+        head = tools.networks.load(self.name, DurationHead)
         read_weights(head)
-        tools.meter.loaded()
+        yield tools.meter.loaded()
         made.seconds = head.seconds(made.contexts[TEXT])
         yield tools.meter.step()
+
+
+def texts_of(job: Job) -> Texts:
+    """The texts that are encoded together."""
+    return tuple(job.prompts.items())
+
+
+def hidden_bytes(job: Job) -> int:
+    """Of all states of its prompts."""
+    config = gemma_config(job.folder.config(EncodeText.name))
+    itemsize = Headers(job.folder).itemsize(EncodeText.name)
+    return (config.num_hidden_layers + 1) * _tokens(job) * config.hidden_size * itemsize
 
 
 def _tokens(job: Job) -> int:

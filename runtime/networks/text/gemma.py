@@ -5,7 +5,7 @@ Notable: layers are evaluated one by one, which bounds each GPU command and lets
 after use; padding that all rows share is never computed; the names are mlx-lm's, which can load the same folder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -146,31 +146,45 @@ class TextEncoder(nn.Module):
 
         `ids` and `mask` (1 = token, 0 = padding) are (batch, T). T' <= T: leading columns that are padding in every
         row are left out, since positions are relative and padding is never seen. What remains of padding holds
-        finite, meaningless values.
+        finite, meaningless values. `release` as for `states_of`.
+        """
+        return (state for (state,) in self.states_of([(ids, mask)], release=release))
+
+    def states_of(
+        self, batches: Sequence[tuple[mx.array, mx.array]], *, release: bool = False
+    ) -> Iterator[list[mx.array]]:
+        """As `hidden_states`, of several batches (ids, mask), each by itself, through one layer after the other.
 
         With `release` each layer's weights are dropped once they have been used. Loaded weights are read from disk at
         first use, so the encoder then needs the memory of its largest layer (or embedding) only, and serves this one
-        call: encode all prompts as one batch.
+        call: give it all prompts.
         """
         model = self.model
         if "weight" not in model.embed_tokens:
             raise RuntimeError("this encoder's weights were released by an earlier call; load it again")
-        start = int(np.argmax(np.array(mask).any(axis=0)))
-        masks = attention_masks(mask[:, start:].astype(mx.bool_), self.config.sliding_window)
+        starts = [int(np.argmax(np.array(mask).any(axis=0))) for _, mask in batches]
+        cut = [(ids[:, start:], mask[:, start:]) for (ids, mask), start in zip(batches, starts, strict=True)]
+        masks = [attention_masks(mask.astype(mx.bool_), self.config.sliding_window) for _, mask in cut]
         mx.eval(model.embed_tokens.parameters(), model.norm.parameters())
-        x = model.embed(ids[:, start:])
-        yield _evaluated(x, model.embed_tokens, release)
+        states = [_evaluated(model.embed(ids)) for ids, _ in cut]
+        yield _done(states, model.embed_tokens, release)
         for i, layer in enumerate(model.layers):
             mx.eval(layer.parameters())  # read from disk first: no GPU command waits for that
-            x = layer(x, masks)
-            x = model.norm(x) if i + 1 == len(model.layers) else x
-            yield _evaluated(x, layer, release)
+            last = i + 1 == len(model.layers)
+            for number, (x, seen) in enumerate(zip(states, masks, strict=True)):
+                x = layer(x, seen)
+                states[number] = _evaluated(model.norm(x) if last else x)
+            yield _done(states, layer, release)
 
 
-def _evaluated(x: mx.array, module: nn.Module, release: bool) -> mx.array:
-    """Evaluate `x`, after which `module` is not needed any more."""
+def _evaluated(x: mx.array) -> mx.array:
     evaluate(x)
+    return x
+
+
+def _done(states: Sequence[mx.array], module: nn.Module, release: bool) -> list[mx.array]:
+    """A copy of the list, after which `module` is not needed any more."""
     if release:
         module.clear()  # a Module is the dict of its parameters and children
         mx.synchronize()  # a device lets go of arrays a little later: the next layer would be read beside this one
-    return x
+    return list(states)

@@ -1,0 +1,126 @@
+"""Several clips made together: all of them go through a phase before any is in the next one, so that each network is
+loaded once. One clip is the case of one."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from typing import Protocol
+
+from ltx2.runtime.events import Event, PhaseStarted, PlannedPhase, Warned, WorkPlanned
+from ltx2.runtime.generate.clip import Saved
+from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.networks import Networks
+from ltx2.runtime.generate.phases.base import Phase, Prompts
+from ltx2.runtime.generate.phases.flops import count
+from ltx2.runtime.generate.phases.order import merged
+from ltx2.runtime.generate.phases.text import EncodeText
+from ltx2.runtime.generate.planning import MemoryPlan
+from ltx2.runtime.machine.process import allow_files
+from ltx2.runtime.model.layout import TRANSFORMER
+
+FILES = 4  # that a clip has open at once, at most: its name, and what ffmpeg reads
+OTHERS = 64
+
+
+class OneRun(Protocol):
+    """One clip of them, by its number from 0. Its events stop for the others at every PhaseStarted. `ahead`: the phases
+    to come; `resumed`: when it went on last; `seconds`: what it took before."""
+
+    job: Job
+    number: int
+    memory: MemoryPlan
+    ahead: list[Phase]
+    common: "Common"
+    resumed: float
+    seconds: float
+
+    def events(self) -> Generator[Event, None, None]: ...
+
+
+class Common:
+    """What the clips have in common: networks, and contexts of their prompts."""
+
+    def __init__(self, runs: Sequence[OneRun], networks: Networks) -> None:
+        self.networks = networks
+        self.prompts = Prompts([run.job for run in runs if any(isinstance(phase, EncodeText) for phase in run.ahead)])
+        self._left = Counter(phase.name for run in runs for phase in run.ahead)
+
+    def leave(self, phase: Phase, memory: MemoryPlan) -> None:
+        """A clip is through a phase: networks that none needs now make way."""
+        self._left[phase.name] -= 1
+        kept = {TRANSFORMER} if phase.name in memory.keeps_transformer else set[str]()
+        self.networks.keep(kept | set(phase.components) if self._left[phase.name] else kept)
+
+
+def make_all(runs: Sequence[OneRun], there: Sequence[Saved], networks: Networks) -> Generator[Event, None, None]:
+    """The events of all clips; of those that are `there` already the last one only."""
+    yield from there
+    if not runs:
+        return
+    allow_files(OTHERS + FILES * len(runs))
+    common, said = Common(runs, networks), set[str]()
+    for run in runs:
+        run.common = common
+    yield planned(runs, len(runs) + len(there))
+    for event in _in_step(runs):
+        if isinstance(event, Warned):  # what is said of one clip goes for the others
+            if event.message in said:
+                continue
+            said.add(event.message)
+        yield event
+
+
+def watched(events: Generator[Event, None, None], watch: Callable[[Event], object]) -> Generator[Event, None, None]:
+    """The events, each shown to `watch` first."""
+    with closing(events):
+        for event in events:
+            watch(event)
+            yield event
+
+
+def _in_step(runs: Sequence[OneRun]) -> Iterator[Event]:
+    with ExitStack() as held:
+        order = _order(runs)
+        streams = [held.enter_context(closing(run.events())) for run in runs]
+        waiting = dict[int, PhaseStarted]()
+
+        def go_on(index: int) -> Iterator[Event]:
+            """To its next phase, or to its end."""
+            run = runs[index]
+            while True:
+                run.resumed = time.perf_counter()
+                event = next(streams[index], None)
+                run.seconds += time.perf_counter() - run.resumed
+                if event is None:
+                    return
+                if isinstance(event, PhaseStarted):
+                    waiting[index] = event
+                    return
+                yield event
+
+        for index in range(len(runs)):
+            yield from go_on(index)
+        for name in order:
+            for index in sorted(waiting):
+                if waiting[index].name == name:
+                    yield waiting.pop(index)
+                    yield from go_on(index)
+
+
+def planned(runs: Sequence[OneRun], clips: int) -> WorkPlanned:
+    """What comes, with its shares of all floating-point operations."""
+    phases = [(phase, run.number) for run in runs for phase in run.ahead]
+    counts = {run.number: count(run.job) for run in runs}
+    flops = [counts[number][phase.name].flops for phase, number in phases]
+    found = [
+        PlannedPhase(phase.name, phase.title, work / max(1, sum(flops)), number)
+        for (phase, number), work in zip(phases, flops, strict=True)
+    ]
+    order = _order(runs)
+    found.sort(key=lambda phase: order.index(phase.name))
+    return WorkPlanned(tuple(found), runs[0].memory.limit, clips)
+
+
+def _order(runs: Sequence[OneRun]) -> list[str]:
+    return merged([[phase.name for phase in run.ahead] for run in runs])
