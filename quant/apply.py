@@ -21,7 +21,7 @@ from ltx2.quant.plan.replan import Forms, Given, packed_plan
 from ltx2.quant.plan.step import packings
 from ltx2.quant.recipes.recipe import GENERAL, Recipe, choose_recipe
 from ltx2.quant.report import Quantized, make_report
-from ltx2.runtime.errors import InputError, UnsupportedError
+from ltx2.runtime.errors import InputError, UnsupportedError, UsageError
 from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.model.forms import AFFINE, MODES, Form
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
@@ -72,7 +72,7 @@ class Settings:
         return Form(bits, self.group_size or group_size, self.mode)
 
     def check(self) -> None:
-        """Raises InputError for a form that MLX does not have, and for what does not go together."""
+        """Raises UsageError for a form that MLX does not have, InputError for what does not go together."""
         if self.mode not in MODES:
             raise _not_possible("--mode", self.mode, MODES)
         mode = MODES[self.mode]
@@ -269,9 +269,9 @@ def _check(plan: Plan, settings: Settings) -> None:
             )
 
 
-def _not_possible(option: str, value: object, values: Iterable[object]) -> InputError:
+def _not_possible(option: str, value: object, values: Iterable[object]) -> UsageError:
     allowed = [str(v) for v in values]
-    return InputError(
+    return UsageError(
         f"{option} {value} is not possible", f"it is one of {', '.join(allowed)}", f"use {option} {'|'.join(allowed)}"
     )
 

@@ -135,7 +135,7 @@ def check_comparable(model: ModelFolder, reference: ModelFolder, case: Case) -> 
         ours, theirs = (getattr(folder.manifest, name) for folder in (model, reference))
         if ours != theirs:
             raise refuse(f"the {name}", ours, theirs)
-    job = Job(reference, Request.from_options({"prompt": "", **case.options}))
+    job = Job(reference, Request.from_options({"prompt": "any", **case.options}))
     for component in components(phases(job)):
         ours, theirs = (_architecture(folder, component) for folder in (model, reference))
         for key in sorted(ours.keys() | theirs.keys()):

@@ -16,13 +16,7 @@ from ltx2.runtime.generate.choices import asked_length, chosen_pipeline, grown, 
 from ltx2.runtime.generate.exchange import check_noise, read_embeddings, read_latents, read_noise
 from ltx2.runtime.generate.given import Clip, Given, Setting, gather, sound_track
 from ltx2.runtime.generate.kinds import digest, portable
-from ltx2.runtime.generate.preset import (
-    DISTILLED,
-    PIPELINES,
-    load_preset,
-    negative_prompt,
-    pipeline_row,
-)  # fmt: skip
+from ltx2.runtime.generate.preset import DISTILLED, PIPELINES, load_preset, negative_prompt, pipeline_row
 from ltx2.runtime.generate.request import Request
 from ltx2.runtime.generate.values import Auto, Lora
 from ltx2.runtime.media.source import read_sound

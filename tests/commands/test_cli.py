@@ -142,7 +142,6 @@ FAILURES: dict[str, tuple[list[str], list[str]]] = {
     "not a checkpoint": (["convert", "{text}", "-o", "{folder}/m"], ["text.json"]),
     "dev or distilled": (["convert", "{source}", "-o", "{folder}/m"], ["--variant dev", "--variant distilled"]),
     "no such component": (["convert", "{source}", "-o", "{folder}/m", "--only", "vae"], ["'vae'", "video_vae"]),
-    "bits": (["quantize", "{model}", "-o", "{folder}/q", "--bits", "7"], ["--bits 7", "6, 8"]),
     "report without a place": (["quantize", "{model}", "-o", "{folder}/q", "--report", "{gone}/r"], ["does not exist"]),
     "no runs": (["bench", "{model}", "--repeat", "0"], ["--repeat"]),
     "receipt without a place": (["bench", "{model}", "--out", "{gone}/r.json"], ["does not exist"]),

@@ -452,7 +452,7 @@ class TestCommand:
     def test_options_without_effect(self, here: Here) -> None:
         here("download", MODEL, "--bits", "4").failed(2, "--bits has no effect without --convert")
         here("download", MODEL, "--convert").failed(2, "one bundle")
-        here("download", "ltx-2-distilled", "--convert", "--bits", "7").failed(1, "--bits 7")
+        here("download", "ltx-2-distilled", "--convert", "--bits", "7").failed(2, "--bits 7")
         here("download", "ltx-2-distilled", "--convert", "--recipe", "q5").failed(1, "no recipe 'q5'")
         here("download", MODEL, "--recipe", "q4").failed(2, "--recipe has no effect without --convert")
 

@@ -96,8 +96,11 @@ class TestOptions:
         request = Request.from_options(asked).with_defaults(DEFAULTS)
         assert {name: getattr(request, name) for name in asked} == asked
 
-    def test_an_empty_prompt_is_a_prompt(self) -> None:
-        assert Request.from_options({"prompt": ""}).with_defaults(DEFAULTS).prompt == ""
+    @pytest.mark.parametrize("prompt", ["", " \n"])
+    def test_an_empty_prompt_is_none(self, prompt: str) -> None:
+        with pytest.raises(InputError, match="the prompt is empty"):
+            Request.from_options({"prompt": prompt}).with_defaults(DEFAULTS)
+        Request.from_options({"prompt": prompt, "embeddings": "e"}).with_defaults(DEFAULTS)
 
     @pytest.mark.parametrize("instead", [{"embeddings": "e"}, {"latents": "l"}])
     def test_what_stands_for_a_prompt(self, instead: dict[str, str]) -> None:
