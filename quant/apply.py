@@ -120,6 +120,7 @@ def quantize(
 
     Raises ModelFolderError when `model` is not a model folder, InputError when it is quantized already.
     """
+    (settings or Settings()).check()
     yield from write_quantized(folder_plan(ModelFolder.open(model)), out, settings, options)
 
 

@@ -60,6 +60,8 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     packed = any(packing[name] is not None for name in PACKS)
     usual = {"mode": packing["mode"] or AFFINE, "method": packing["method"] or SEARCH}
     settings = Settings(**packing | usual) if packed else None
+    if settings is not None:
+        settings.check()  # before any file is read: it may be wrong usage
     plan = plan_conversion(sources, **options)
     if dry_run:
         try:

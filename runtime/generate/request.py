@@ -97,8 +97,8 @@ class Request(Options):
         return made
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Request":
-        """Fill what was not asked for; a seed is drawn. Raises InputError without a prompt, embeddings or latents, or for
-        an empty prompt."""
+        """Fill what was not asked for; a seed is drawn. Raises InputError without a prompt, embeddings or latents, and
+        for an empty prompt."""
         if all(value is None for value in (self.prompt, self.embeddings, self.latents, self.upscale)):
             why = "nothing says what the clip should show"
             raise InputError("there is no prompt", why, "give a PROMPT, --embeddings or --latents")

@@ -1,105 +1,129 @@
 """Many clips in one run: each network is loaded once, and each clip is what it would be by itself."""
 
+import contextlib
+import io
 import json
 import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import ltx2
 from ltx2.cli import run
-from ltx2.runtime.errors import DoesNotFitError, InputError
+from ltx2.runtime.errors import DoesNotFitError, InputError, UsageError
 from ltx2.runtime.generate.clip import Generated
 from ltx2.runtime.generate.phases.order import merged
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.request import Request
-from ltx2.runtime.networks.load import load_network
+from ltx2.runtime.generate.request import Request, check_common
+from ltx2.runtime.networks.transformer.config import TransformerConfig
 from tests.support.command import SIZE, Here
+from tests.support.loras import random_factors, write_lora
 from tests.support.machine import memory_of
 
+KEYS = "transformer_blocks.0.attn1.to_k"
 PROMPTS = 'a red square\n\n{"prompt": "a green star", "seed": 3, "no-audio": true, "output": "%s"}\n'
 FILES = ["a-red-square-10.mp4", "star.mp4"]
 
 
-# Runs `ltx2 generate ...`, and kills it when the second clip's picture is decoded.
+# Runs `ltx2 generate ...` and is killed when the second clip's picture is to be decoded; says what it has loaded.
 KILLED = """
 import os, sys
 from ltx2.cli import run
 from ltx2.runtime.events import PhaseStarted
+from ltx2.runtime.generate import networks
 from ltx2.runtime.generate.pipeline import Pipeline
 
-original = Pipeline.events_all
+events, load = Pipeline.events_all, networks.load_network
+
+def counted(folder, component, *more):
+    print("loads", component, flush=True)
+    return load(folder, component, *more)
 
 def watched(*args):
-    for event in original(*args):
+    for event in events(*args):
         if event == PhaseStarted("video_vae", 1):
             os.kill(os.getpid(), 9)
         yield event
 
-Pipeline.events_all = watched
+Pipeline.events_all, networks.load_network = watched, counted
 run(sys.argv[1:])
 """
 
 
+class Made(NamedTuple):
+    """Two clips of a run that was killed and continued: what it loaded before, which files there were then, when the
+    first clip was written, and what the rest of the run said."""
+
+    folder: Path
+    loads: list[str]
+    left: list[str]
+    written: int
+    rest: str
+
+
 @pytest.fixture(scope="module")
-def folder(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two clips that were made together, and the file of their prompts; `loads.json` says what was loaded."""
-    folder, loads = tmp_path_factory.mktemp("together"), Counter[str]()
+def made(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("together")
     (folder / "prompts.txt").write_text(PROMPTS % (folder / "star.mp4"), encoding="utf-8-sig")
-
-    def counted(model: Any, component: str, *more: Any) -> Any:
-        loads[component] += 1
-        return load_network(model, component, *more)
-
     args = ["generate", "--prompts", folder / "prompts.txt", "-m", demo_f32, "-o", folder, *SIZE, "--seed", "10"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ltx2.runtime.generate.networks.load_network", counted)
-        assert run([str(arg) for arg in [*args, "--no-metadata"]]) == 0
-    (folder / "loads.json").write_text(json.dumps(loads))
-    return folder
+    command = list(map(str, [*args, "--no-metadata"]))
+    done = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, check=False, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left, written = sorted(path.name for path in folder.iterdir()), (folder / FILES[0]).stat().st_mtime_ns
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert run([*command, "--resume"]) == 0
+    loads = [line.removeprefix("loads ") for line in done.stdout.splitlines()]
+    return Made(folder, loads, left, written, said.getvalue())
 
 
 class TestBatch:
-    def test_each_network_is_loaded_once(self, folder: Path) -> None:
-        loads = json.loads((folder / "loads.json").read_text())
-        assert set(loads.values()) == {1} and len(loads) == 7, loads
+    def test_each_network_is_loaded_once(self, made: Made) -> None:
+        assert len(made.loads) == len(set(made.loads)) == 7, made.loads
+
+    def test_what_was_made_is_kept(self, made: Made) -> None:
+        """The first clip is not made again; of the second nothing but the picture's decoding is."""
+        assert {*FILES[:1], "star.unfinished.safetensors"} < set(made.left) and FILES[1] not in made.left
+        assert (made.folder / FILES[0]).stat().st_mtime_ns == made.written
+        assert "decoding the picture" in made.rest and "denoising" not in made.rest
+
+    def test_nothing_else_is_left(self, made: Made) -> None:
+        clips = [name for clip in FILES for name in (clip, clip.replace(".mp4", ".json"))]
+        assert sorted(path.name for path in made.folder.iterdir()) == sorted([*clips, "prompts.txt"])
 
     @pytest.mark.parametrize(("name", "options"), [(FILES[0], {}), (FILES[1], {"seed": 3, "no_audio": True})])
     def test_a_clip_is_what_it_would_be_alone(
-        self, folder: Path, demo_f32: Path, tmp_path: Path, name: str, options: dict[str, Any]
+        self, made: Made, demo_f32: Path, tmp_path: Path, name: str, options: dict[str, Any]
     ) -> None:
-        """And its record says so; the run's plan is the larger clip's."""
-        record = json.loads((folder / name).with_suffix(".json").read_text())
+        """And its record says so."""
+        record = json.loads((made.folder / name).with_suffix(".json").read_text())
         prompt = "a red square" if name == FILES[0] else "a green star"
         wanted: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "seed": 10, "no_metadata": True} | options
         clip = ltx2.load(demo_f32).generate(prompt, **wanted)
-        assert clip.save(tmp_path / "alone.mp4").read_bytes() == (folder / name).read_bytes()
+        assert clip.save(tmp_path / "alone.mp4").read_bytes() == (made.folder / name).read_bytes()
         assert record["request"] == clip.record["request"]
         assert [phase["name"] for phase in record["phases"]] == [phase["name"] for phase in clip.record["phases"]]
 
-    def test_nothing_else_is_left(self, folder: Path) -> None:
-        clips = [name for clip in FILES for name in (clip, clip.replace(".mp4", ".json"))]
-        assert sorted(path.name for path in folder.iterdir()) == sorted([*clips, "loads.json", "prompts.txt"])
 
-
-def test_a_killed_run_goes_on(here: Here, demo_f32: Path, folder: Path, tmp_path: Path) -> None:
-    """While the second clip is decoded: the first is there, and is not made again."""
-    (tmp_path / "prompts.txt").write_text(PROMPTS % (tmp_path / "star.mp4"), encoding="utf-8-sig")
-    args = ["generate", "--prompts", tmp_path / "prompts.txt", "-m", demo_f32, "-o", tmp_path, *SIZE]
-    args += ["--seed", "10", "--no-metadata"]
-    command = [sys.executable, "-c", KILLED, *map(str, args)]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
-    made = (tmp_path / FILES[0]).stat()
-    assert (tmp_path / "star.unfinished.safetensors").exists() and not (tmp_path / "star.mp4").exists()
-    done = here(*args, "--resume", "--json")
-    assert [Path(clip["clip"]).name for clip in done.json["clips"]] == FILES and "stage" not in done.err
-    assert (tmp_path / FILES[0]).stat() == made
-    assert (tmp_path / FILES[1]).read_bytes() == (folder / FILES[1]).read_bytes()
-    assert not list(tmp_path.glob("*.safetensors"))
+def test_clips_with_other_loras(demo_f32: Path, tmp_path: Path) -> None:
+    """What a LoRA has changed for good is no part of the next clip, in either stage. From Python: clips in memory."""
+    pipe, text = ltx2.load(demo_f32), tmp_path / "text"
+    widths = TransformerConfig.from_dict(pipe.folder.config("transformer")).context_dims
+    draw = np.random.default_rng(0).standard_normal
+    save_file({f"{name}_context": draw((1, 8, width)).astype(np.float32) for name, width in widths.items()}, text)
+    lora = write_lora(tmp_path / "lora.safetensors", random_factors({KEYS: (128, 128)}))
+    usual: dict[str, Any] = {"embeddings": text, "width": 64, "height": 64, "frames": 9, "seed": 1, "no_audio": True}
+    clips = [usual | {"lora": [f"{lora}:0.5"]}, usual]
+    alone = [pipe.generate(**clip).frames for clip in clips]
+    made = [event.clip.frames for event in pipe.stream_all(clips) if isinstance(event, Generated)]
+    assert not np.array_equal(made[0], made[1])
+    for ours, one in zip(made, alone, strict=True):
+        np.testing.assert_array_equal(ours, one)
 
 
 class TestSeedsAndNames:
@@ -175,15 +199,28 @@ def test_one_clip_that_is_refused_refuses_all(
     assert not list(tmp_path.glob("**/*.mp4*"))
 
 
-def test_python(demo_f32: Path) -> None:
-    size: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "no_audio": True, "no_upscale": True}
-    clips = [{"prompt": "a red square", "seed": seed, **size} for seed in (1, 2)]
-    made = [event.clip for event in ltx2.load(demo_f32).stream_all(clips) if isinstance(event, Generated)]
-    assert [clip.seed for clip in made] == [1, 2]
+def test_all_are_checked_before(demo_f32: Path) -> None:
+    clip = {"prompt": "a red square", "width": 64, "height": 64, "frames": 9}
     with pytest.raises(InputError, match="clip 2: width 100"):
-        ltx2.load(demo_f32).stream_all([*clips[:1], clips[1] | {"width": 100}])
-    with pytest.raises(InputError, match="--low-memory is False for one clip and True for another"):
-        ltx2.load(demo_f32).stream_all([*clips[:1], clips[1] | {"low_memory": True}])
+        ltx2.load(demo_f32).stream_all([clip, clip | {"width": 100}])
+    with pytest.raises(UsageError, match="--low-memory is False for one clip and True for another"):
+        ltx2.load(demo_f32).stream_all([clip, clip | {"low_memory": True}])
+
+
+def test_a_length_that_is_not_known_before(demo_25: Path) -> None:
+    """Nor where it is what nobody says otherwise."""
+    clips = [{"prompt": prompt, "width": 64, "height": 64} for prompt in ("a", "b")]
+    with pytest.raises(InputError, match=r"clip 1: the length must be known.*--frames N"):
+        ltx2.load(demo_25).stream_all(clips)
+    with pytest.raises(InputError, match="the length must be known"):
+        ltx2.load(demo_25).stream_all([clips[0] | {"frames": 9}, clips[1] | {"frames": "auto"}])
+
+
+def test_several_machines_make_one() -> None:
+    request = Request.from_options({"prompt": "a"})
+    check_common([request], True)
+    with pytest.raises(UsageError, match="several clips and several machines"):
+        check_common([request, request], True)
 
 
 def test_the_plan_is_the_largest_clips(demo_f32: Path, monkeypatch: pytest.MonkeyPatch) -> None:

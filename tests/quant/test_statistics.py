@@ -237,12 +237,15 @@ def warnings(events: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("bits", [0, 7, 16])
-def test_impossible_bits_are_one_failure(here: Here, demo_model: Path, tmp_path: Path, bits: int) -> None:
+def test_impossible_bits_are_wrong_usage(here: Here, demo_model: Path, tmp_path: Path, bits: int) -> None:
     out = tmp_path / "out"
     for command in (
         ("quantize", demo_model, "-o", out),
         ("convert", MONOLITH, "-o", out, "--variant", "distilled"),
         ("download", "ltx-2-distilled", "-o", out, "--convert", "--dry-run"),
+        *([("bench", "--random", "ltx-2-distilled")] if bits != 16 else []),
+        ("quantize", tmp_path / "no folder", "-o", out),
+        ("convert", tmp_path / "no file", "-o", out),
     ):
-        here(*command, "--bits", str(bits)).failed(1, f"--bits {bits} is not possible")
+        here(*command, "--bits", str(bits)).failed(2, f"--bits {bits} is not possible")
     assert not out.exists()
