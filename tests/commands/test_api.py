@@ -102,9 +102,11 @@ class TestNames:
 
 
 def options(command: str) -> set[str]:
-    """The command's arguments and options, less those that only a command line needs."""
-    only_there = {"quiet", "as_json", "dry_run", "report", "sidecar", "target", "model", "sources"}
-    return {p.name for p in cli.commands[command].params if p.name is not None} - only_there
+    """The command's arguments and options by their flags, less those that only a command line needs, or that say which
+    clips `stream_all` is given."""
+    only_there = {"quiet", "as_json", "dry_run", "report", "sidecar", "target", "model", "sources", "prompts", "count"}
+    names = {p.name for p in cli.commands[command].params if p.name is not None} - only_there
+    return {"seed" if name == "seeds" else name for name in names}
 
 
 def every_subclass(kind: type[object]) -> Iterator[type[object]]:

@@ -256,7 +256,7 @@ class TestUnexpected:
         def broken(*_: Any, **__: Any) -> None:
             raise ZeroDivisionError("a bug")
 
-        monkeypatch.setattr(Pipeline, "events", broken)
+        monkeypatch.setattr(Pipeline, "events_all", broken)
         with pytest.raises(ZeroDivisionError, match="a bug"):
             generate(PROMPT)
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ltx2.runtime.generate import run
+from ltx2.runtime.generate import networks
 from ltx2.runtime.generate.clip import Sampled
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.networks import Observe
@@ -59,7 +59,7 @@ def seen(model: Path, options: Mapping[str, Any], monkeypatch: pytest.MonkeyPatc
         return network
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "load_network", loaded)
+        patch.setattr(networks, "load_network", loaded)
         latents(model, options)
     return calls.count(KEYS)
 
