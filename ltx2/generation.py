@@ -80,7 +80,7 @@ class Generation:
         self.machines = machines
         earlier = Sidecar.read(sidecar) if sidecar else None
         self.several, target = wanted.several, wanted.target
-        requests = _requests(earlier, given, wanted, target, draws=machines.leads)
+        requests, self._drawn = _requests(earlier, given, wanted, target, draws=machines.leads)
         dry = dry or not machines.leads
         self.requests = _named(requests, target, dry) if self.several else [_with_place(requests[0], target, dry)]
         self._found = {path: _stamp(path) for path in self._states}
@@ -109,7 +109,8 @@ class Generation:
         """Options that a command needs to go on with this run: its name and seed, if they were not given."""
         first = self.requests[0]
         name = {} if first.output is None or self.several else {"-o": first.output}
-        seed = {} if first.seed is None else {"--seed": str(first.seed)}
+        number = self._drawn if self.several else first.seed
+        seed = {} if number is None else {"--seed": str(number)}
         return name | seed | ({"--resume": None} if self.left else {})
 
     def plan(self) -> MemoryPlan:
@@ -127,8 +128,9 @@ class Generation:
 
 def _requests(
     earlier: Sidecar | None, given: Options, wanted: Wanted, target: Path | None, draws: bool
-) -> list[Request]:
-    """With their seeds, unless an earlier run's is continued, or another machine `draws` them."""
+) -> tuple[list[Request], int | None]:
+    """With their seeds, unless an earlier run's is continued, or another machine `draws` them; and the one that was
+    drawn, from which they count on."""
     state = state_path(Path("clip.mp4") if target is None or wanted.several else target)  # raises for what is no name
     clips = wanted.clips(given, earlier.request.get("seed") if earlier and wanted.several else None)
     found = []
@@ -140,16 +142,16 @@ def _requests(
             earlier.check_inputs(request, given)
         found.append(request)
     known = not wanted.several and found[0].resume and state.exists()
-    if found[0].seed is None and not known and draws:
-        if wanted.several and found[0].resume:
-            why, fix = (
-                "it is in the clips' names, and says which are continued",
-                "use the first clip's, as it was printed",
-            )
-            raise UsageError("--resume of several clips needs --seed", why, fix)
-        seed = draw_seed()
-        found = [r if r.noise else replace(r, seed=seed + n) for n, r in enumerate(found)]
-    return found
+    without = [number for number, request in enumerate(found) if request.seed is None and request.noise is None]
+    if not without or known or not draws:
+        return found, None
+    if wanted.several and found[0].resume:
+        why, fix = "it is in the clips' names, and says which are continued", "use the one that was printed"
+        raise UsageError("--resume of several clips needs --seed", why, fix)
+    drawn = draw_seed()
+    for number in without:
+        found[number] = replace(found[number], seed=drawn + number)
+    return found, drawn
 
 
 def _with_place(request: Request, target: Path | None, dry: bool) -> Request:

@@ -167,8 +167,10 @@ class TestSeedsAndNames:
         assert [name for name, _ in found] == ["outputs/a-1.mp4", "outputs/a-1-2.mp4"]
 
     def test_drawn_seeds_are_each_clips_own(self, here: Here, demo_f32: Path, tmp_path: Path) -> None:
-        first, second = (seed for _, seed in self.names(here, demo_f32, tmp_path, "a", "--count", "2"))
-        assert second == first + 1
+        """They count on, past a clip that has one."""
+        (tmp_path / "p").write_text('{"prompt": "a", "seed": 5}\nb\nc')
+        (_, own), (name, second), (_, third) = self.names(here, demo_f32, tmp_path, "--prompts", "p")
+        assert own == 5 and third == second + 1 and name == f"outputs/b-{second}.mp4"
 
 
 REFUSED = {
