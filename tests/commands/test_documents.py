@@ -89,6 +89,7 @@ class TestCommands:
         context = cli.commands[name].make_context(name, args)
         given = {k: v for k, v in context.params.items() if k in Request.__dataclass_fields__ and v is not None}
         if name == "generate":
+            given |= {"prompt": "one of the file"} if context.params["prompts"] else {}
             Request.from_options(given).with_defaults(load_preset("2.0").defaults)
 
     @pytest.mark.parametrize("text", [text for text in INLINE if text.startswith("ltx2 ")])
