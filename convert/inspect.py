@@ -19,7 +19,7 @@ from ltx2.convert.tensors.scales import CodedTensors, dropped_beside_codes, find
 from ltx2.convert.tensors.steps import Spec
 from ltx2.runtime.errors import Ltx2Error, UnsupportedError
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
-from ltx2.runtime.generate.preset import load_preset
+from ltx2.runtime.generate.options.preset import load_preset
 from ltx2.runtime.model.forms import Quantization
 from ltx2.runtime.model.layout import DIFFUSION_VAE, MANIFEST, VIDEO_VAE, ModelFolder
 from ltx2.runtime.model.lorafile import alphas

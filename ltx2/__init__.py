@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from ltx2.runtime.errors import UnsupportedError as UnsupportedError
     from ltx2.runtime.errors import UsageError as UsageError
     from ltx2.runtime.errors import VerificationError as VerificationError
-    from ltx2.runtime.generate.clip import Clip as Clip
     from ltx2.runtime.generate.pipeline import Pipeline as Pipeline
+    from ltx2.runtime.generate.records.clip import Clip as Clip
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ltx2.api": ("load", "download", "convert", "calibrate", "quantize", "plan", "bench", "verify", "inspect"),
     "ltx2.runtime.generate.pipeline": ("Pipeline",),
-    "ltx2.runtime.generate.clip": ("Clip",),
+    "ltx2.runtime.generate.records.clip": ("Clip",),
     "ltx2.runtime.errors": (
         "Ltx2Error", "CheckpointError", "ConfigError", "DeviceError", "DoesNotFitError", "DownloadError", "InputError",
         "MachinesError", "MediaError", "MismatchError", "ModelFolderError", "NumericsError", "UnsupportedError",

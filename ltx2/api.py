@@ -21,8 +21,8 @@ from ltx2.quant.codes.methods import SEARCH
 from ltx2.quant.report import Quantized, Report
 from ltx2.runtime.errors import InputError, UsageError
 from ltx2.runtime.events import Event
+from ltx2.runtime.generate.options.values import Lora
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.values import Lora
 from ltx2.runtime.model.forms import AFFINE
 from ltx2.runtime.model.loras import LoraUse
 

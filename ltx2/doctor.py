@@ -19,10 +19,10 @@ from ltx2.runtime.errors import Ltx2Error, MediaError, VerificationError
 from ltx2.runtime.events import Event, Noted
 from ltx2.runtime.files.paths import free_bytes
 from ltx2.runtime.files.tensors import open_tensorfile
-from ltx2.runtime.generate.clip import Sampled
 from ltx2.runtime.generate.job import LATENTS
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.records.clip import Sampled
 from ltx2.runtime.machine.facts import available_memory, machine_facts
 from ltx2.runtime.media.video import ffmpeg_program
 

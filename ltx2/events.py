@@ -24,7 +24,7 @@ from ltx2.runtime.events import (
     WorkPlanned,
     Written,
 )
-from ltx2.runtime.generate.clip import Generated, Saved
+from ltx2.runtime.generate.records.clip import Generated, Saved
 
 __all__ = [
     "BytesDone", "Calibrated", "DownloadPlanned", "Downloaded", "Event", "Finishing", "Generated", "Loaded", "Noted",

@@ -11,12 +11,12 @@ from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.errors import InputError, UsageError
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.generate.job import LATENTS
+from ltx2.runtime.generate.options.prompts import OUTPUT, read_clips
+from ltx2.runtime.generate.options.request import Request, draw_seed
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.places import state_path
 from ltx2.runtime.generate.planning import MemoryPlan
-from ltx2.runtime.generate.prompts import OUTPUT, read_clips
-from ltx2.runtime.generate.request import Request, draw_seed
-from ltx2.runtime.generate.sidecar import Sidecar
+from ltx2.runtime.generate.records.places import state_path
+from ltx2.runtime.generate.records.sidecar import Sidecar
 from ltx2.weights import find_model
 
 OUTPUTS = Path("outputs")  # clips that are given no name

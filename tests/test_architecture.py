@@ -375,7 +375,7 @@ GOOD: list[tuple[Rule, str, str]] = [
         "x = 2.0\ny = 'ltx2.json'\nz = '2.05 GB'\nw = '''LTX-2 checkpoint'''",
     ),
     (releases_are_data, "runtime/networks/load.py", "def f():\n    '''Release 2.0 has no gates.'''"),
-    (releases_are_data, "runtime/generate/preset.py", "x = data['release'] != release"),
+    (releases_are_data, "runtime/generate/options/preset.py", "x = data['release'] != release"),
     (no_swallowed_exception, "runtime/media/video.py", "try: x()\nexcept BaseException:\n    y()\n    raise"),
     (no_swallowed_exception, "runtime/media/video.py", "with suppress(BrokenPipeError): x()"),
     (no_environment_variables, "tests/support/parity.py", "import os\nx = os.environ['CI']"),

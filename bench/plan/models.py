@@ -21,8 +21,8 @@ from ltx2.convert.sources.source import Source
 from ltx2.quant.apply import Settings, quantize_plan, recipe_forms
 from ltx2.runtime.files.tensors import TensorFile
 from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.planning import MemoryPlan, Needs, plan_memory
-from ltx2.runtime.generate.request import Request
 from ltx2.runtime.memory.plan import Need
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder, is_lora

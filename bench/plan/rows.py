@@ -12,8 +12,8 @@ from ltx2.quant.choose.budget import MOST_GB, gpu_bytes
 from ltx2.quant.recipes.recipe import BITS
 from ltx2.runtime.errors import InputError, UnsupportedError, UsageError
 from ltx2.runtime.files.paths import free_bytes
-from ltx2.runtime.generate.preset import DISTILLED, load_preset
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.options.preset import DISTILLED, load_preset
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.memory.plan import on_another_mac
 from ltx2.runtime.model.layout import MANIFEST, ModelFolder

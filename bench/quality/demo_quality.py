@@ -37,7 +37,7 @@ from ltx2.bench.speed.stats import write_receipt
 from ltx2.runtime.events import Event
 from ltx2.runtime.files.atomic import write_text
 from ltx2.runtime.files.paths import check_output
-from ltx2.runtime.generate.clip import Clip
+from ltx2.runtime.generate.records.clip import Clip
 from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.model.layout import ModelFolder
 

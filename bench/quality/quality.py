@@ -33,11 +33,11 @@ from ltx2.bench.speed.run import Benched
 from ltx2.convert.inspect import inspect
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Section
-from ltx2.runtime.generate.choices import with_fixed_length
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.options import COSTS
+from ltx2.runtime.generate.options.choices import with_fixed_length
+from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.options.table import COSTS
 from ltx2.runtime.generate.phases.order import components, phases
-from ltx2.runtime.generate.request import Request
 from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.model.layout import ModelFolder
 

@@ -18,11 +18,11 @@ import numpy as np
 
 from ltx2.bench.quality.metrics import Array, Difference
 from ltx2.runtime.events import Event
-from ltx2.runtime.generate.clip import Clip, Generated
-from ltx2.runtime.generate.exchange import read_embeddings
 from ltx2.runtime.generate.networks import Observe
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.records.clip import Clip, Generated
+from ltx2.runtime.generate.records.exchange import read_embeddings
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.transformer.config import TransformerConfig

@@ -22,7 +22,7 @@ from ltx2.convert.tensors.steps import Spec
 from ltx2.quant.apply import Settings, quantize_plan
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
-from ltx2.runtime.generate.preset import load_preset
+from ltx2.runtime.generate.options.preset import load_preset
 from ltx2.runtime.memory.blocks import Names, Weights
 from ltx2.runtime.model.forms import AFFINE
 from ltx2.runtime.model.layout import TRANSFORMER, ComponentRecord, Manifest, ModelFolder

@@ -15,7 +15,7 @@ from ltx2.bench.speed.stats import Timing
 from ltx2.bench.speed.suite import Schedule, Task
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.options import COSTS
+from ltx2.runtime.generate.options.table import COSTS
 from ltx2.runtime.generate.phases.flops import PhaseWork, count
 from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.machine.bounded import ceiling as eval_ceiling

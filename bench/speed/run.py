@@ -26,13 +26,13 @@ from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.errors import DoesNotFitError, Ltx2Error, MachinesError
 from ltx2.runtime.events import Event, Noted, PhaseDone, PhaseStarted, Warned
 from ltx2.runtime.files.tensors import FLOATS, MLX_DTYPES
-from ltx2.runtime.generate.choices import with_fixed_length
-from ltx2.runtime.generate.clip import Followed, Generated, Sampled
-from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import CONTEXTS, LATENTS, Job
+from ltx2.runtime.generate.options.choices import with_fixed_length
+from ltx2.runtime.generate.options.preset import ONE_STAGE
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.preset import ONE_STAGE
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.records.clip import Followed, Generated, Sampled
+from ltx2.runtime.generate.records.exchange import write_embeddings, write_latents
 from ltx2.runtime.machine.process import disk_bytes_read
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.sampling.guidance import TEXT

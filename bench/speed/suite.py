@@ -10,7 +10,7 @@ from typing import Any
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.jsonfile import read_object
-from ltx2.runtime.generate.options import COSTS
+from ltx2.runtime.generate.options.table import COSTS
 
 FOLDER = Path(__file__).parent / "suites"
 DEFAULT = "quick"

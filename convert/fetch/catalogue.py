@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ltx2.runtime.errors import InputError, UnsupportedError
-from ltx2.runtime.generate.preset import load_preset
+from ltx2.runtime.generate.options.preset import load_preset
 
 HUB = "https://huggingface.co"
 

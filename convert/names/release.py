@@ -11,7 +11,7 @@ from typing import Any
 
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.tensors import TensorFile
-from ltx2.runtime.generate.preset import sampled_releases
+from ltx2.runtime.generate.options.preset import sampled_releases
 
 
 @dataclass(frozen=True)

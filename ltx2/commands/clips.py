@@ -13,7 +13,7 @@ from ltx2.runtime.errors import DoesNotFitError, Ltx2Error
 
 if TYPE_CHECKING:
     from ltx2.generation import Generation
-    from ltx2.runtime.generate.clip import Saved
+    from ltx2.runtime.generate.records.clip import Saved
 
 LATENTS = ".safetensors"
 
@@ -104,7 +104,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _make(output: Output, generation: "Generation", dry_run: bool) -> None:
     """Make a clip or latents, or show the plan of it."""
-    from ltx2.runtime.generate.clip import Saved
+    from ltx2.runtime.generate.records.clip import Saved
 
     if dry_run:
         _show_plans(output, generation)
@@ -130,7 +130,7 @@ def _make(output: Output, generation: "Generation", dry_run: bool) -> None:
 
 def _told(clip: "Saved") -> tuple[dict[str, Any], str]:
     """A clip that is made, as data and for people."""
-    from ltx2.runtime.generate.sidecar import sidecar_path
+    from ltx2.runtime.generate.records.sidecar import sidecar_path
 
     data = {"clip": str(clip.path), "sidecar": str(sidecar_path(clip.path)), **clip.record}
     request = clip.record["request"]

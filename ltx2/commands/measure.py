@@ -9,7 +9,7 @@ import click
 
 from ltx2.commands.shared import PATH, generate_options
 from ltx2.console import Dependent, Output, common, end_at_once
-from ltx2.runtime.generate.options import COSTS
+from ltx2.runtime.generate.options.table import COSTS
 from ltx2.runtime.model.forms import MODES
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _compare(output: Output, models: tuple[Path, ...], compared: Path, files: Fi
     from ltx2.bench.quality.quality import Compared, built_in_prompts, run_quality, tables
     from ltx2.bench.speed.stats import write_receipt
     from ltx2.render import print_table
-    from ltx2.runtime.generate.prompts import read_prompts
+    from ltx2.runtime.generate.options.prompts import read_prompts
 
     if models:
         raise click.UsageError("MODEL has no effect with --quality.")

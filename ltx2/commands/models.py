@@ -151,7 +151,7 @@ def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, g
     """
     from ltx2.quant.measure.calibrate import Calibrated
     from ltx2.quant.measure.calibrate import calibrate as calibrate_folder
-    from ltx2.runtime.generate.prompts import read_prompts
+    from ltx2.runtime.generate.options.prompts import read_prompts
 
     sensitivity, texts = options.pop("sensitivity"), read_prompts(prompts) if prompts else ()
     given = {name: value for name, value in options.items() if value is not None}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ltx2.console import Command, Output
-from ltx2.runtime.generate.kinds import Choice, Flag, Number, Option, Several, Whole
-from ltx2.runtime.generate.options import ROWS
+from ltx2.runtime.generate.options.kinds import Choice, Flag, Number, Option, Several, Whole
+from ltx2.runtime.generate.options.table import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

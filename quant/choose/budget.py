@@ -14,7 +14,7 @@ from ltx2.quant.recipes.recipe import BITS, EVERY, load_recipe
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.tensors import FLOATS
-from ltx2.runtime.generate.preset import load_preset
+from ltx2.runtime.generate.options.preset import load_preset
 from ltx2.runtime.memory.activations import denoise_step
 from ltx2.runtime.model.layout import DIFFUSION_VAE, TRANSFORMER, VIDEO_VAE
 from ltx2.runtime.networks.audio.config import AudioVAEConfig

@@ -25,11 +25,11 @@ from ltx2.runtime.events import Event, PromptStarted
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.files.tensors import Array
-from ltx2.runtime.generate.choices import with_fixed_length
 from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.observe import watch
+from ltx2.runtime.generate.options.choices import with_fixed_length
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.transformer.inputs import Skips, StreamInput

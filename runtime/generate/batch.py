@@ -8,7 +8,6 @@ from contextlib import ExitStack, closing
 from typing import Protocol
 
 from ltx2.runtime.events import Event, PhaseStarted, PlannedPhase, Warned, WorkPlanned
-from ltx2.runtime.generate.clip import Saved
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.networks import Networks
 from ltx2.runtime.generate.phases.base import Phase, Prompts
@@ -16,6 +15,7 @@ from ltx2.runtime.generate.phases.flops import count
 from ltx2.runtime.generate.phases.order import merged
 from ltx2.runtime.generate.phases.text import EncodeText
 from ltx2.runtime.generate.planning import MemoryPlan
+from ltx2.runtime.generate.records.clip import Saved
 from ltx2.runtime.machine.process import allow_files
 from ltx2.runtime.model.layout import TRANSFORMER
 

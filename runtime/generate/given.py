@@ -14,8 +14,8 @@ import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import open_tensorfile
-from ltx2.runtime.generate.exchange import read_tensors
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.records.exchange import read_tensors
 from ltx2.runtime.media.sound import resample
 from ltx2.runtime.media.source import (
     compressed,

@@ -12,13 +12,13 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.choices import asked_length, chosen_pipeline, grown, samples, stages_of
-from ltx2.runtime.generate.exchange import check_noise, read_embeddings, read_latents, read_noise
 from ltx2.runtime.generate.given import Clip, Given, Setting, gather, sound_track
-from ltx2.runtime.generate.kinds import digest, portable
-from ltx2.runtime.generate.preset import DISTILLED, PIPELINES, load_preset, negative_prompt, pipeline_row
-from ltx2.runtime.generate.request import Request
-from ltx2.runtime.generate.values import Auto, Lora
+from ltx2.runtime.generate.options.choices import asked_length, chosen_pipeline, grown, samples, stages_of
+from ltx2.runtime.generate.options.kinds import digest, portable
+from ltx2.runtime.generate.options.preset import DISTILLED, PIPELINES, load_preset, negative_prompt, pipeline_row
+from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.options.values import Auto, Lora
+from ltx2.runtime.generate.records.exchange import check_noise, read_embeddings, read_latents, read_noise
 from ltx2.runtime.media.source import read_sound
 from ltx2.runtime.media.video import AudioTrack
 from ltx2.runtime.model.layout import DIFFUSION_VAE, TRANSFORMER, VIDEO_VAE, ModelFolder

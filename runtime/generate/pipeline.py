@@ -12,18 +12,18 @@ from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.errors import InputError, of
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.batch import make_all, watched
-from ltx2.runtime.generate.clip import Clip, Generated, Sampled, Saved
 from ltx2.runtime.generate.job import LENGTH, Job
-from ltx2.runtime.generate.kinds import StrPath
 from ltx2.runtime.generate.networks import Networks, Observe
+from ltx2.runtime.generate.options.kinds import StrPath
+from ltx2.runtime.generate.options.preset import load_preset
+from ltx2.runtime.generate.options.request import Request, check_common, draw_seed, takes
+from ltx2.runtime.generate.options.values import Auto
 from ltx2.runtime.generate.phases.order import components, phases
-from ltx2.runtime.generate.places import check_places, check_space
 from ltx2.runtime.generate.planning import MemoryPlan, plan_all
-from ltx2.runtime.generate.preset import load_preset
-from ltx2.runtime.generate.request import Request, check_common, draw_seed, takes
-from ltx2.runtime.generate.resume import Started, finished
+from ltx2.runtime.generate.records.clip import Clip, Generated, Sampled, Saved
+from ltx2.runtime.generate.records.places import check_places, check_space
+from ltx2.runtime.generate.records.resume import Started, finished
 from ltx2.runtime.generate.run import Run
-from ltx2.runtime.generate.values import Auto
 from ltx2.runtime.layers.matmul import Choice
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.text.duration_head import Duration

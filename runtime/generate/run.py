@@ -17,8 +17,6 @@ from ltx2.runtime.distributed.split import NONE
 from ltx2.runtime.events import Event, Finishing, Noted, PhaseDone, PhaseStarted, Previewed, StepDone, Warned
 from ltx2.runtime.files.atomic import UNLOCKED, claimed
 from ltx2.runtime.generate.batch import Common, planned
-from ltx2.runtime.generate.clip import Clip, Followed, FrameBuffer, Generated, Sampled, Saved
-from ltx2.runtime.generate.exchange import write_embeddings, write_latents
 from ltx2.runtime.generate.job import LATENTS, Job
 from ltx2.runtime.generate.networks import Networks
 from ltx2.runtime.generate.phases.base import Made, Phase, Prompts
@@ -35,10 +33,12 @@ from ltx2.runtime.generate.phases.together import (
     splits,
     tell_seconds,
 )  # fmt: skip
-from ltx2.runtime.generate.places import check_places, check_space, write_beside
 from ltx2.runtime.generate.planning import MemoryPlan, plan_memory
-from ltx2.runtime.generate.resume import Owner, State, StateFile
-from ltx2.runtime.generate.sidecar import make_record, make_settings, sidecar_path, write_sidecar
+from ltx2.runtime.generate.records.clip import Clip, Followed, FrameBuffer, Generated, Sampled, Saved
+from ltx2.runtime.generate.records.exchange import write_embeddings, write_latents
+from ltx2.runtime.generate.records.places import check_places, check_space, write_beside
+from ltx2.runtime.generate.records.resume import Owner, State, StateFile
+from ltx2.runtime.generate.records.sidecar import make_record, make_settings, sidecar_path, write_sidecar
 from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.media.picture import write_picture
 from ltx2.runtime.media.video import video_writer, write_wav

@@ -21,8 +21,8 @@ from ltx2.bench.speed.table import markdown, tables_in
 from ltx2.bench.speed.trace import MemoryTrace
 from ltx2.runtime.errors import DoesNotFitError, InputError
 from ltx2.runtime.events import Event, Noted, PhaseDone, Warned
-from ltx2.runtime.generate.options import COSTS, ROWS
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.options.table import COSTS, ROWS
 from ltx2.runtime.machine.process import disk_bytes_read, memory_now, process_peak_memory
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support.command import SIZE, Here

@@ -18,8 +18,8 @@ from ltx2.quant.apply import Settings, quantize_plan
 from ltx2.quant.choose.budget import gpu_bytes
 from ltx2.runtime.errors import InputError, UsageError
 from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.planning import plan_memory
-from ltx2.runtime.generate.request import Request
 from tests.support import published
 from tests.support.command import SIZE, Here
 from tests.support.official import plan_of

@@ -18,8 +18,8 @@ from ltx2 import api
 from ltx2.cli import cli
 from ltx2.runtime.errors import InputError, ModelFolderError
 from ltx2.runtime.events import Event, PhaseDone, PhaseStarted, StepDone
-from ltx2.runtime.generate.clip import Generated, Saved
-from ltx2.runtime.generate.options import COSTS, ROWS
+from ltx2.runtime.generate.options.table import COSTS, ROWS
+from ltx2.runtime.generate.records.clip import Generated, Saved
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support.media import read_video
 from tests.support.official import GEMMA, MONOLITH, UPSCALER
@@ -251,7 +251,7 @@ class TestNotebook:
     def test_it_plays(self, clip: ltx2.Clip, monkeypatch: pytest.MonkeyPatch) -> None:
         assert clip._repr_html_().startswith("<video controls")
         assert len(repr(clip)) < 120 and clip != dataclasses.replace(clip)
-        monkeypatch.setattr("ltx2.runtime.generate.clip.NOTEBOOK_BYTES", 100)
+        monkeypatch.setattr("ltx2.runtime.generate.records.clip.NOTEBOOK_BYTES", 100)
         assert "too large to play here" in clip._repr_html_() and len(clip._repr_html_()) < 300
 
 

@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 import ltx2
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate import job
+from ltx2.runtime.generate.options.preset import PipelineRow, Preset, load_preset, pipeline_row
 from ltx2.runtime.generate.phases.base import Made, Tools
 from ltx2.runtime.generate.phases.decode import Vocode
-from ltx2.runtime.generate.preset import PipelineRow, Preset, load_preset, pipeline_row
 from ltx2.runtime.media.source import media_facts
 from ltx2.runtime.media.video import AudioTrack, write_wav
 from ltx2.runtime.sampling.schedule import Schedule

@@ -21,8 +21,8 @@ from ltx2.convert.fetch.catalogue import catalogue
 from ltx2.convert.plan.entries import Plan
 from ltx2.demo import PROMPT
 from ltx2.quant.apply import Settings, quantize_plan
-from ltx2.runtime.generate.preset import load_preset, pipeline_row
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.options.preset import load_preset, pipeline_row
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.model.layout import COMPONENTS
 from tests.support import published
 from tests.support.official import plan_of

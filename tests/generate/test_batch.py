@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 import ltx2
 from ltx2.cli import run
 from ltx2.runtime.errors import DoesNotFitError, InputError, UsageError
-from ltx2.runtime.generate.clip import Generated
+from ltx2.runtime.generate.options.request import Request, check_common
 from ltx2.runtime.generate.phases.order import merged
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.request import Request, check_common
+from ltx2.runtime.generate.records.clip import Generated
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from tests.support.command import SIZE, Here
 from tests.support.loras import random_factors, write_lora

@@ -15,8 +15,8 @@ import ltx2
 from ltx2.bench.quality.classify import classify
 from ltx2.bench.quality.demo_prompts import random_prompts
 from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.request import Request
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.transformer.model import Transformer

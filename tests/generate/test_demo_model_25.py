@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 import ltx2
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.transformer.model import Transformer

@@ -13,11 +13,11 @@ from safetensors.numpy import save_file
 import ltx2
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Previewed, StepDone
-from ltx2.runtime.generate.clip import Sampled
 from ltx2.runtime.generate.job import LATENTS, Job
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.request import Request
-from ltx2.runtime.generate.sidecar import Sidecar, make_settings
+from ltx2.runtime.generate.records.clip import Sampled
+from ltx2.runtime.generate.records.sidecar import Sidecar, make_settings
 from ltx2.runtime.media.source import read_picture
 from ltx2.runtime.media.video import AudioTrack, write_wav
 from ltx2.runtime.model.layout import ModelFolder

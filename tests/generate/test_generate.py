@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import ltx2
 from ltx2.cli import run
-from ltx2.runtime.generate.clip import Saved
+from ltx2.runtime.generate.records.clip import Saved
 from tests.support.command import SIZE, Here
 from tests.support.media import read_video
 from tests.support.official import MONOLITH

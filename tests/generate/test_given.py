@@ -11,7 +11,7 @@ import pytest
 import ltx2
 from ltx2.bench.quality.classify import classify
 from ltx2.runtime.errors import InputError, UsageError
-from ltx2.runtime.generate.clip import Clip
+from ltx2.runtime.generate.records.clip import Clip
 from ltx2.runtime.media.video import AudioTrack, write_wav
 from ltx2.runtime.sampling.conditioning import (
     FirstFrame,

@@ -10,10 +10,10 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
-from ltx2.runtime.generate.clip import Sampled
 from ltx2.runtime.generate.job import CONTEXTS, LATENTS, Job
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.records.clip import Sampled
 from ltx2.runtime.networks.load import build_component, load_network, parameter_shapes
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler

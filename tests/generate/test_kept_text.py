@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from ltx2.runtime.generate import networks
-from ltx2.runtime.generate.clip import Sampled
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.networks import Observe
 from ltx2.runtime.generate.observe import watch
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.phases.sample import Denoise
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.records.clip import Sampled
 from ltx2.runtime.memory.activations import text_keys
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.sampling.guidance import NEGATIVE, TEXT

@@ -12,12 +12,12 @@ from safetensors.numpy import load_file
 import ltx2
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Noted, StepDone
-from ltx2.runtime.generate.choices import asked_length, with_fixed_length
-from ltx2.runtime.generate.clip import Generated
+from ltx2.runtime.generate.options.choices import asked_length, with_fixed_length
+from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.options.values import Auto
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.request import Request
-from ltx2.runtime.generate.sidecar import sidecar_path
-from ltx2.runtime.generate.values import Auto
+from ltx2.runtime.generate.records.clip import Generated
+from ltx2.runtime.generate.records.sidecar import sidecar_path
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support.command import Here
 

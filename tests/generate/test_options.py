@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from ltx2.runtime.errors import InputError, UsageError
-from ltx2.runtime.generate.options import CLASHES, TABLE, Options, check_usage, repeated
-from ltx2.runtime.generate.request import Request
-from ltx2.runtime.generate.values import Lora, Picture, Sound, Span
+from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.options.table import CLASHES, TABLE, Options, check_usage, repeated
+from ltx2.runtime.generate.options.values import Lora, Picture, Sound, Span
 
 # One pair of every rule of the public contract, and some that are easily lost.
 WRONG: list[tuple[str, Any, str]] = [

@@ -12,8 +12,8 @@ import pytest
 import ltx2
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.atomic import claimed
-from ltx2.runtime.generate.places import state_path
-from ltx2.runtime.generate.sidecar import Sidecar, sidecar_path
+from ltx2.runtime.generate.records.places import state_path
+from ltx2.runtime.generate.records.sidecar import Sidecar, sidecar_path
 from ltx2.runtime.media.source import read_comment
 from tests.support.command import Here
 from tests.support.media import read_video
@@ -100,7 +100,7 @@ class TestRoom:
 
         for writer in ("write_latents", "write_sidecar"):
             monkeypatch.setattr(f"ltx2.runtime.generate.run.{writer}", full)
-        monkeypatch.setattr("ltx2.runtime.generate.resume.write_tensors", full)
+        monkeypatch.setattr("ltx2.runtime.generate.records.resume.write_tensors", full)
         done = generate(PROMPT, "--save-latents", tmp_path / "latents")
         assert done.code == 0 and names(tmp_path) == ["clip.mp4"]
         for name in ("clip.unfinished.safetensors", "latents", "clip.json"):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.kinds import Choice
-from ltx2.runtime.generate.options import ROWS, repeated
-from ltx2.runtime.generate.preset import load_preset
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.options.kinds import Choice
+from ltx2.runtime.generate.options.preset import load_preset
+from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.options.table import ROWS, repeated
 from ltx2.runtime.layers.matmul import AUTO, PRODUCTS
 from ltx2.runtime.sampling.latents import Scales, Sizes
 

@@ -74,9 +74,7 @@ class TestLatents:
         figure("upscaled latents rel L2", error, limit=1e-4)
         assert open_tensorfile(tmp_path / "b.safetensors").metadata["fps"] == "25"
 
-    def test_twice_the_rate_as_diffusers(
-        self, official: Official, tmp_path: Path, figure: Callable[..., None]
-    ) -> None:
+    def test_twice_the_rate_as_diffusers(self, official: Official, tmp_path: Path, figure: Callable[..., None]) -> None:
         torch = require("torch")
         require("diffusers")
         from tests.support.reference_vae import reference_upsampler
@@ -141,7 +139,6 @@ class TestClips:
         found = classify(clip.frames, None, 0)
         assert (found["colour"], found["background"]) == ("red", "white")
         assert psnr(halved(clip.frames), video(folder / "clip.mkv")) > 14
-
 
 
 class TestRefused:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.kinds import Length, Numbers, One, Several, digest, portable
-from ltx2.runtime.generate.values import (
+from ltx2.runtime.generate.options.kinds import Length, Numbers, One, Several, digest, portable
+from ltx2.runtime.generate.options.values import (
     Auto,
     Extension,
     Form,

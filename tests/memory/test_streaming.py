@@ -23,9 +23,9 @@ import ltx2
 from ltx2.render import memory_table
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.events import PhaseDone, StepDone, Warned
-from ltx2.runtime.generate.clip import Generated
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.records.clip import Generated
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.memory import streaming
 from ltx2.runtime.memory.streaming import IN_MEMORY, choose_streamed, held_bytes, streamed

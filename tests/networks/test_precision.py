@@ -12,7 +12,7 @@ import pytest
 
 import ltx2
 from ltx2.runtime.events import PhaseDone
-from ltx2.runtime.generate.clip import Generated
+from ltx2.runtime.generate.records.clip import Generated
 
 SIZE: dict[str, Any] = {"width": 64, "height": 64, "frames": 9}
 SIXTEEN = {"text_encoder", "connectors", "stage1", "spatial_upscaler", "stage2", "video_vae"}

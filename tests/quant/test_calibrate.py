@@ -24,9 +24,9 @@ from ltx2.runtime.errors import CheckpointError, InputError, NumericsError
 from ltx2.runtime.events import Event, PhaseStarted, PromptStarted
 from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
 from ltx2.runtime.generate.observe import watch
+from ltx2.runtime.generate.options.prompts import read_prompts
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
-from ltx2.runtime.generate.prompts import read_prompts
-from ltx2.runtime.generate.request import Request
 from ltx2.runtime.layers.linear import Linear, LinearLayer, Packed
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network

@@ -12,8 +12,8 @@ import pytest
 
 from ltx2.runtime.errors import NumericsError, UnsupportedError
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.preset import load_preset, pipeline_row
-from ltx2.runtime.generate.request import Request
+from ltx2.runtime.generate.options.preset import load_preset, pipeline_row
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.transformer.inputs import Skips, StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from ltx2.runtime.generate import job
-from ltx2.runtime.generate.preset import load_preset, pipeline_row
+from ltx2.runtime.generate.options.preset import load_preset, pipeline_row
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.denoise import Course, Denoiser, begin, denoise
 from ltx2.runtime.sampling.guidance import NEUTRAL, TEXT

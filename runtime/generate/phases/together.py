@@ -13,12 +13,12 @@ from ltx2.runtime.distributed.machines import Machines
 from ltx2.runtime.distributed.split import NONE, of_stage, of_tiles
 from ltx2.runtime.errors import MachinesError
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.kinds import digest
+from ltx2.runtime.generate.options.kinds import digest
 from ltx2.runtime.generate.phases.base import Made, Phase
 from ltx2.runtime.generate.phases.decode import DecodeVideo
 from ltx2.runtime.generate.phases.order import phases
 from ltx2.runtime.generate.phases.sample import Denoise
-from ltx2.runtime.generate.resume import Owner, State
+from ltx2.runtime.generate.records.resume import Owner, State
 from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling
 from ltx2.runtime.sampling.guidance import passes

@@ -15,12 +15,12 @@ from ltx2.runtime.errors import InputError, Ltx2Error
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.tensors import open_tensorfile
-from ltx2.runtime.generate.exchange import context_tensors, contexts_from, read_tensors, write_tensors
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.kinds import File
-from ltx2.runtime.generate.options import ROWS
+from ltx2.runtime.generate.options.kinds import File
+from ltx2.runtime.generate.options.table import ROWS
 from ltx2.runtime.generate.phases.base import Made
-from ltx2.runtime.generate.sidecar import sidecar_path
+from ltx2.runtime.generate.records.exchange import context_tensors, contexts_from, read_tensors, write_tensors
+from ltx2.runtime.generate.records.sidecar import sidecar_path
 from ltx2.runtime.networks.text.duration_head import Duration
 from ltx2.runtime.sampling.denoise import Step
 from ltx2.runtime.streams import Streams

@@ -12,10 +12,10 @@ from ltx2.runtime.errors import InputError, MediaError
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.files.atomic import beside, write_text
 from ltx2.runtime.files.jsonfile import parse_object, read_object
-from ltx2.runtime.generate.kinds import digest, portable
-from ltx2.runtime.generate.options import ROWS
-from ltx2.runtime.generate.request import Request
-from ltx2.runtime.generate.values import path_of
+from ltx2.runtime.generate.options.kinds import digest, portable
+from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.options.table import ROWS
+from ltx2.runtime.generate.options.values import path_of
 from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.media.source import read_comment
 from ltx2.runtime.model.layout import ModelFolder

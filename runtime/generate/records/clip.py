@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.events import Event
-from ltx2.runtime.generate.sidecar import settings_of, sidecar_path, write_sidecar
+from ltx2.runtime.generate.records.sidecar import settings_of, sidecar_path, write_sidecar
 from ltx2.runtime.media.video import AudioTrack, video_writer, write_wav
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.streams import Streams

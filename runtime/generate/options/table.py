@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from ltx2.runtime.errors import UsageError
-from ltx2.runtime.generate.kinds import (
+from ltx2.runtime.generate.options.kinds import (
     Choice,
     File,
     Flag,
@@ -22,7 +22,7 @@ from ltx2.runtime.generate.kinds import (
     Watcher,
     Whole,
 )  # fmt: skip
-from ltx2.runtime.generate.values import Extension, KeyPicture, Lora, Picture, Reference, Sound, Span
+from ltx2.runtime.generate.options.values import Extension, KeyPicture, Lora, Picture, Reference, Sound, Span
 
 SIZE = ("width", "height", "frames")
 PICTURE_GUIDANCE = ("cfg", "stg", "rescale", "modality_scale")

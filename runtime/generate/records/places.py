@@ -10,9 +10,9 @@ from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.files.atomic import beside
 from ltx2.runtime.files.paths import check_folder, check_output, check_room
 from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.planning import context_bytes, latent_bytes
-from ltx2.runtime.generate.request import Request
-from ltx2.runtime.generate.sidecar import is_sidecar, sidecar_path
+from ltx2.runtime.generate.records.sidecar import is_sidecar, sidecar_path
 from ltx2.runtime.media.video import check_target
 
 LATENTS = ".safetensors"

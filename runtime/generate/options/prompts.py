@@ -6,8 +6,8 @@ from typing import Any
 from ltx2.runtime.errors import InputError, of
 from ltx2.runtime.files.jsonfile import parse_object
 from ltx2.runtime.files.paths import open_regular
-from ltx2.runtime.generate.options import ROWS
-from ltx2.runtime.generate.request import COMMON, Request
+from ltx2.runtime.generate.options.request import COMMON, Request
+from ltx2.runtime.generate.options.table import ROWS
 
 OUTPUT = "output"
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from ltx2.runtime.errors import InputError, UsageError
-from ltx2.runtime.generate.preset import DISTILLED, HQ, ONE_STAGE, TWO_STAGE, UPSCALE, StageRow, load_preset
-from ltx2.runtime.generate.request import Request
-from ltx2.runtime.generate.values import Auto
+from ltx2.runtime.generate.options.preset import DISTILLED, HQ, ONE_STAGE, TWO_STAGE, UPSCALE, StageRow, load_preset
+from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.options.values import Auto
 from ltx2.runtime.model.layout import DURATION_HEAD, ModelFolder
 from ltx2.runtime.sampling.latents import Scales, Sizes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ltx2.runtime.errors import InputError, UsageError
-from ltx2.runtime.generate.options import ROWS, SIZE, Options, check_usage, repeated
+from ltx2.runtime.generate.options.table import ROWS, SIZE, Options, check_usage, repeated
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
 COMMON = ("memory_limit", "low_memory", "matmul", "resume")

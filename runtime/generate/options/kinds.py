@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, SupportsFloat, SupportsIndex, TypeVar
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event
-from ltx2.runtime.generate.values import Auto, Form, path_of
+from ltx2.runtime.generate.options.values import Auto, Form, path_of
 
 StrPath = str | os.PathLike[str]
 Given = TypeVar("Given", contravariant=True)
