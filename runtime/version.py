@@ -14,5 +14,6 @@ def tool_version() -> str:
     except metadata.PackageNotFoundError:
         return __version__
     place = Path(str(installed.locate_file("ltx2/runtime/version.py")))
-    same = place.is_file() and place.samefile(__file__)
-    return installed.version if same and installed.version.startswith(__version__) else __version__
+    # A clone's egg-info, which python -m finds beside it, has no RECORD.
+    built = place.is_file() and place.samefile(__file__) and installed.read_text("RECORD") is not None
+    return installed.version if built and installed.version.startswith(__version__) else __version__

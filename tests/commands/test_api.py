@@ -1,8 +1,10 @@
 """The Python interface: the commands as functions, their options as arguments."""
 
 import dataclasses
+import importlib
 import inspect
 import json
+import pkgutil
 import pydoc
 import subprocess
 import sys
@@ -25,8 +27,8 @@ from tests.support.media import read_video
 from tests.support.official import GEMMA, MONOLITH, UPSCALER
 
 PROMPT = "a red square"
-# Steps on the way to something, what a machine that follows ends with, kinds of a kind, and what the demo ends with.
-INNER = {"Followed", "Sampled", "Fitted", "UnreachableError", "MissingError", "Demonstrated"}
+# Steps on the way to something, what a machine that follows ends with, kinds of a kind, and what two commands end with.
+INNER = {"Followed", "Sampled", "Fitted", "UnreachableError", "MissingError", "Demonstrated", "Diagnosed"}
 SIZE: dict[str, Any] = {"width": 128, "height": 64, "frames": 9, "seed": 10}
 
 
@@ -79,10 +81,13 @@ class TestNames:
 
     def test_everything_public_is_exported(self) -> None:
         """Every error, and every event that a run may yield."""
-        for found, module in ((ltx2.Ltx2Error, ltx2), (Event, ltx2.events)):
+        for module in pkgutil.walk_packages(ltx2.__path__, "ltx2."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+        for found, place in ((ltx2.Ltx2Error, ltx2), (Event, ltx2.events)):
             for kind in every_subclass(found):
                 own = kind.__module__.startswith("ltx2.") and not kind.__module__.startswith("ltx2.bench")
-                assert not own or hasattr(module, kind.__name__) or kind.__name__ in INNER, kind
+                assert not own or hasattr(place, kind.__name__) or kind.__name__ in INNER, kind
 
     def test_help_shows_the_interface(self) -> None:
         text = pydoc.plain(pydoc.render_doc(ltx2))
