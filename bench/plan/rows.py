@@ -101,7 +101,7 @@ def plan_models(
     that are not.
     """
     if bits not in (None, AS_IS, *BITS):
-        raise UsageError(f"--bits {bits} is not possible", "weights have 2 to 8 bits, or 16", "use --bits 4")
+        raise UsageError(f"--bits {bits} is not possible", "weights have 2, 3, 4, 5, 6, 8 or 16 bits", "use --bits 4")
     if memory is not None and not 0 < memory <= MOST_GB:
         raise InputError(f"--memory {memory:g} is not possible", "it is a Mac's memory in GB", "use --memory 24")
     limit = available_memory() if memory is None else gpu_bytes(memory)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.generate.given import Clip, Given, Setting, gather, sound_track
-from ltx2.runtime.generate.options.choices import asked_length, chosen_pipeline, grown, samples, stages_of
+from ltx2.runtime.generate.options.choices import asked_length, chosen_pipeline, grown, idle_options, samples, stages_of
 from ltx2.runtime.generate.options.kinds import digest, portable
 from ltx2.runtime.generate.options.preset import DISTILLED, PIPELINES, load_preset, negative_prompt, pipeline_row
 from ltx2.runtime.generate.options.request import Request
@@ -137,6 +137,7 @@ class Job:
         """What may not come out as expected."""
         if self.row is not None and self.row.guided and self.folder.manifest.variant == DISTILLED:
             yield f"this is a distilled model: the {self.row.name} pipeline guides it, which it was not made for"
+        yield from idle_options(self.row, self.asked)
         if self.encodes_text and self.folder.has("text_encoder") and (message := check_text_encoder(self.folder)):
             yield message
 

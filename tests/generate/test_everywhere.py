@@ -159,6 +159,12 @@ class TestPreviews:
         found = [float(np.square(frame - picture).mean()) for frame in frames]
         assert min(found[5:9]) < 80 < found[0], found
 
+    def test_of_the_smallest_clip(self, demo_25: Path, text: str, tmp_path: Path) -> None:
+        """Of one latent row and column in stage 1, which no decoder takes."""
+        asked = Request.from_options({"embeddings": text, "width": 64, "height": 64, "frames": 9, "preview": tmp_path})
+        shown = [event for event in Pipeline(demo_25).events(asked, LATENTS) if isinstance(event, Previewed)]
+        assert [event.picture.shape for event in shown] == [(32, 32, 3)] * 8 + [(64, 64, 3)] * 3
+
     def test_its_memory_is_planned(self, demo_25: Path, text: str, tmp_path: Path) -> None:
         options: dict[str, Any] = {"embeddings": text, "width": 64, "height": 64, "frames": 9}
         plain = Pipeline(demo_25).plan(**options)

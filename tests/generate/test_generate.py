@@ -139,6 +139,10 @@ class TestSidecar:
             assert record["model"]["files"][name] == [file["sha256"] for file in component["files"]]
         assert record["machine"].keys() >= {"chip", "memory_bytes", "system", "mlx", "ltx2"}
 
+    def test_what_the_chosen_pipeline_has_no_use_for_is_said(self, generate: Here) -> None:
+        done = generate(PROMPT, "--steps", "3", "--cfg", "3")
+        assert done.code == 0 and "not guided: --steps, --cfg without effect" in " ".join(done.err.split())
+
     def test_its_place_is_checked_before_any_work(self, generate: Here, tmp_path: Path) -> None:
         (tmp_path / "clip.json").mkdir()
         done = generate(PROMPT)

@@ -12,7 +12,8 @@ import pytest
 import ltx2
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.atomic import claimed
-from ltx2.runtime.generate.records.places import state_path
+from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.records.places import check_places, state_path
 from ltx2.runtime.generate.records.sidecar import Sidecar, sidecar_path
 from ltx2.runtime.media.source import read_comment
 from tests.support.command import Here
@@ -65,6 +66,14 @@ class TestUnasked:
         assert generate(PROMPT).code == 0
         (tmp_path / "clip.mp4").unlink()
         assert generate(PROMPT).code == 0
+
+    def test_its_own_source_never(self, tmp_path: Path) -> None:
+        """Not even with --force: it could not be repeated, and what was given is gone."""
+        (clip := tmp_path / "clip.mp4").write_bytes(b"mine")
+        for given in ({"video": clip}, {"upscale": clip}, {"retake": (clip, 0, 1)}):
+            request = Request.from_options({"prompt": PROMPT, "output": clip, "force": True} | given)
+            with pytest.raises(InputError, match="would be lost"):
+                check_places(request)
 
     def test_in_python(self, demo_f32: Path, tmp_path: Path) -> None:
         pipe, clip = ltx2.load(demo_f32), tmp_path / "clip.mp4"

@@ -1,12 +1,22 @@
 """What a request leaves open, and the model folder decides: the pipeline, its stages, and the clip's length."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ltx2.runtime.errors import InputError, UsageError
-from ltx2.runtime.generate.options.preset import DISTILLED, HQ, ONE_STAGE, TWO_STAGE, UPSCALE, StageRow, load_preset
+from ltx2.runtime.generate.options.preset import (
+    DISTILLED,
+    HQ,
+    ONE_STAGE,
+    TWO_STAGE,
+    UPSCALE,
+    PipelineRow,
+    StageRow,
+    load_preset,
+)
 from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.options.table import LED, ROWS
 from ltx2.runtime.generate.options.values import Auto
 from ltx2.runtime.model.layout import DURATION_HEAD, ModelFolder
 from ltx2.runtime.sampling.latents import Scales, Sizes
@@ -85,3 +95,11 @@ def stages_of(rows: tuple[StageRow, ...], request: Request, first: str) -> tuple
         return (replace(rows[0], downscale=1),)
     start = replace(rows[0], sampler=rows[0].sampler or ("euler" if request.reference else first))
     return (replace(start, downscale=1),) if request.no_upscale else (start, *rows[1:])
+
+
+def idle_options(row: PipelineRow | None, asked: Request) -> Iterator[str]:
+    """A warning about guidance and steps that were asked for, where the model calls for a pipeline that has none."""
+    idle = [ROWS[name].flag for name in LED if name in asked.given]
+    if row is not None and not row.guided and asked.pipeline is None and idle:
+        why = f"the {row.name} pipeline, which this model calls for, has fixed steps and is not guided"
+        yield f"{why}: {', '.join(idle)} without effect (--pipeline one-stage is guided)"

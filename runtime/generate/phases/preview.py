@@ -16,6 +16,7 @@ from ltx2.runtime.networks.video_vae.tiles import Tiles
 from ltx2.runtime.sampling.latents import Grid
 
 SIDE = 256  # pixels, of the longer side at most
+LEAST = 2  # latent rows and columns that are decoded
 
 
 class Preview:
@@ -30,7 +31,11 @@ class Preview:
     def __call__(self, latents: mx.array) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Normalised latents (1, C, F, H, W) to a picture (h, w, 3)."""
         middle = latents.shape[2] // 2
-        (frame,) = to_levels(_reduced(self.vae.decode(latents[:, :, middle : middle + 1])))
+        latents = latents[:, :, middle : middle + 1]
+        # A single row or column cannot be extended by reflection: it is decoded twice, and one of both is kept.
+        rows, columns = (LEAST // min(LEAST, size) for size in latents.shape[3:])
+        frames = self.vae.decode(mx.repeat(mx.repeat(latents, rows, 3), columns, 4))
+        (frame,) = to_levels(_reduced(frames[:, : frames.shape[1] // rows, : frames.shape[2] // columns]))
         return frame
 
 
@@ -45,6 +50,6 @@ def _reduced(frames: mx.array) -> mx.array:
 
 def preview_memory(config: VideoVAEConfig, grid: Grid, itemsize: int) -> Activations:
     """What a preview takes beside the decoder's weights."""
-    frame = Tiles((1, grid.height, grid.width), None, config)
+    frame = Tiles((1, max(LEAST, grid.height), max(LEAST, grid.width)), None, config)
     used = activations.decode_video(config, frame, itemsize, uses_cpu())
     return used.beside(on_cpu(cpu.decode_video(config, itemsize)))

@@ -11,6 +11,7 @@ from ltx2.runtime.files.atomic import beside
 from ltx2.runtime.files.paths import check_folder, check_output, check_room
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.options.table import ROWS
 from ltx2.runtime.generate.planning import context_bytes, latent_bytes
 from ltx2.runtime.generate.records.sidecar import is_sidecar, sidecar_path
 from ltx2.runtime.media.video import check_target
@@ -37,6 +38,11 @@ def check_places(request: Request) -> None:
             _check_free(clip, sidecar)
     for path in _written(request):
         check_output(path)
+    made = (request.output, request.save_latents, request.save_embeddings)
+    for option, given in request.inputs():
+        if Path(given).absolute() in {Path(path).absolute() for path in made if path is not None}:
+            why = f"{ROWS[option].flag} takes it, and the result would replace it"
+            raise InputError(f"{given} would be lost", why, "choose another name")
     if request.preview is not None:
         check_folder(Path(request.preview), request.preview)
     if request.upscale is not None and request.save_latents is not None:
