@@ -112,8 +112,8 @@ def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> 
 
 
 def read_comment(path: Path) -> str:
-    """The comment inside a media file, empty if there is none. Raises MediaError for what is no file, or none that ffmpeg
-    can read."""
+    """The comment inside a media file, empty if there is none. Raises MediaError for what is no file, or none that
+    ffmpeg can read."""
     if path.exists() and not path.is_file():  # reading may wait for ever
         raise MediaError(f"cannot read {path}", "it is no file", "name the .mp4 or .json of a clip")
     command = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", *_input(path)]
