@@ -163,19 +163,20 @@ def _with_place(request: Request, target: Path | None, dry: bool) -> Request:
 
 def _named(requests: Sequence[Request], target: Path | None, dry: bool) -> list[Request]:
     """Several clips, with names and states."""
-    folder = target if target is None or target.is_dir() or not target.suffix else None
+    folder = (target or OUTPUTS) if target is None or target.is_dir() or not target.suffix else None
+    place = folder if folder is not None and (folder.is_dir() or not dry) else Path()  # one that can be checked
     found, taken = [], set[Path]()
     for number, request in enumerate(requests, 1):
         if request.output is not None and Path(request.output) != target:
-            clip = Path(request.output)  # the line's own
+            clip = place / request.output  # the line's own
         elif target is not None and folder is None:
             clip = target.with_stem(f"{target.stem}-{number:0{len(str(len(requests)))}d}")
         else:
-            clip = next(name for name in _names(request, folder or OUTPUTS) if name not in taken)
+            clip = next(name for name in _names(request, place) if name not in taken)
         taken.add(clip)
         found.append(replace(request, output=clip, state=state_path(clip)))
-    if not dry and (folder is not None or target is None):
-        _make_folder(folder or OUTPUTS)
+    if not dry and folder is not None:
+        _make_folder(folder)
     return found
 
 

@@ -93,6 +93,9 @@ def download_lines(plan: DownloadPlanned) -> Iterator[str]:
     yield f"to fetch into {plan.weights}: {_amount(plan.missing)}{model}; free: {_amount(plan.free)}"
 
 
+HEAD = f"{'size':>9s}  release  gated  what it is"
+
+
 def catalogue_lines(known: Catalogue) -> Iterator[str]:
     """All names that `download` takes, with sizes; `~` marks those not known to the byte."""
     entries: list[Bundle | Published] = [*known.bundles.values(), *known.published.values()]
@@ -102,8 +105,8 @@ def catalogue_lines(known: Catalogue) -> Iterator[str]:
     beside = width + 1 + max(map(len, facts)) <= _room()
     for index, entry in enumerate(entries):
         if index in heads:
-            head = f"{heads[index]:{width}s}      size  release  gated  what it is" if beside else heads[index]
-            yield f"\n{head}" if index else head
+            yield from [""] if index else []
+            yield from _beside_or_below(f"{heads[index]:{width}s} ", HEAD, beside)
         yield from _beside_or_below(f"{_short_name(entry.name):{width}s} ", facts[index], beside)
     pages = dict.fromkeys(published.licence for published in known.published.values() if published.gated)
     yield "\ngated: accept the licence on its page and log in with `hf auth login`"

@@ -232,9 +232,10 @@ def sound_track(path: Path, start: float, sizes: Sizes, scales: Scales) -> Audio
     has = track.samples.shape[1] / track.sample_rate
     if track.samples.shape[1] < round(seconds * track.sample_rate):
         step = scales.temporal
-        fitting = max(1, (int(has * sizes.fps) - 1) // step * step + 1)
+        fitting = (int(has * sizes.fps) - 1) // step * step + 1
         why = f"it has {has:.2f} s from there, and {sizes.frames} frames take {seconds:.2f} s"
-        raise InputError(f"{path} is too short", why, f"use --frames {fitting}")
+        fix = f"use --frames {fitting}" if fitting > 0 else "begin earlier in it"
+        raise InputError(f"{path} is too short", why, fix)
     return track
 
 

@@ -135,6 +135,8 @@ class TestSeedsAndNames:
             asked.extend(requests)
             raise InputError("not", "this", "time")
 
+        for folder in ("outputs", "made"):
+            (tmp_path / folder).mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path)
             patch.setattr(Pipeline, "planned_all", planned)
@@ -165,6 +167,17 @@ class TestSeedsAndNames:
         (tmp_path / "p").write_text('{"prompt": "a", "seed": 1}\n{"prompt": "A!", "seed": 1}')
         found = self.names(here, demo_f32, tmp_path, "--prompts", "p")
         assert [name for name, _ in found] == ["outputs/a-1.mp4", "outputs/a-1-2.mp4"]
+
+    def test_a_line_names_its_clip_in_the_folder(self, here: Here, demo_f32: Path, tmp_path: Path) -> None:
+        (tmp_path / "p").write_text('{"prompt": "a", "seed": 1, "output": "x.mp4"}')
+        assert self.names(here, demo_f32, tmp_path, "--prompts", "p", "-o", "made") == [("made/x.mp4", 1)]
+
+    def test_a_dry_run_needs_no_folder(
+        self, here: Here, demo_f32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert here("generate", "a", "--count", "2", "-m", demo_f32, "-o", "new", *SIZE, "--dry-run").code == 0
+        assert not list(tmp_path.iterdir())
 
     def test_drawn_seeds_are_each_clips_own(self, here: Here, demo_f32: Path, tmp_path: Path) -> None:
         """They count on, past a clip that has one."""

@@ -48,7 +48,8 @@ def _lines(path: Path) -> list[tuple[int, str]]:
             lines = file.read().decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         fix = "name a text file in UTF-8 with one prompt per line"
-        raise InputError(f"cannot read the prompts {path}", str(error), fix) from error
+        why = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read the prompts {path}", why, fix) from error
     found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise InputError(f"{path} holds no prompt", "all of its lines are empty", "write one prompt per line")
