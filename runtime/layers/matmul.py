@@ -88,13 +88,13 @@ def widened(x: mx.array, codes: Codes, bias: mx.array | None = None, factors: Fa
     return (_nibble_linear if form.bits == 4 else _byte_linear)(x, weight, scales, biases, bias, factors)
 
 
-THIN = 3  # measured at rank 384 on an H200, see docs/performance.md
+THIN = 3  # an estimate; docs/performance.md has what came of it on one GPU
 
 
 def sums(rows: int, outputs: int, inputs: int) -> bool:
     """Whether adding factors to a weight of this shape first, (W + up @ down) x, takes less time than W x + up @ (down
     x) with so many rows of x. The first takes outputs * inputs operations per unit of rank, the second rows * (outputs
-    + inputs), in products so thin that they run at a third of the speed."""
+    + inputs), in products so thin that their operations count THIN times."""
     return outputs * inputs < THIN * rows * (outputs + inputs)
 
 

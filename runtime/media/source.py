@@ -112,10 +112,9 @@ def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> 
 
 
 def read_comment(path: Path) -> str:
-    """The comment inside a media file, empty if there is none. Raises MediaError for what is no file, or none that
-    ffmpeg can read."""
-    if path.exists() and not path.is_file():  # reading may wait for ever
-        raise MediaError(f"cannot read {path}", "it is no file", "name the .mp4 or .json of a clip")
+    """The comment inside a media file, empty if there is none. Raises InputError for what is no file, MediaError for
+    one that ffmpeg cannot read."""
+    _check_file(path)
     command = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", *_input(path)]
     done = subprocess.run(
         [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL, check=False
