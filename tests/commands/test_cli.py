@@ -137,7 +137,7 @@ FAILURES: dict[str, tuple[list[str], list[str]]] = {
     "no noise": (["generate", "x", *CLIP, "--noise", "{gone}"], ["{gone}", "no such file"]),
     "not a tensor file": (["generate", "x", *CLIP, "--noise", "{text}"], ["text.json", "not a valid safetensors"]),
     "not a sidecar": (["generate", "--from", "{text}", "-o", "{clip}"], ["cannot repeat", "text.json"]),
-    "no sidecar": (["generate", "--from", "{gone}", "-o", "{clip}"], ["cannot repeat", "{gone}"]),
+    "no sidecar": (["generate", "--from", "{gone}", "-o", "{clip}"], ["cannot read", "{gone}"]),
     "no source": (["convert", "{gone}", "-o", "{folder}/m"], ["{gone}"]),
     "not a checkpoint": (["convert", "{text}", "-o", "{folder}/m"], ["text.json"]),
     "dev or distilled": (["convert", "{source}", "-o", "{folder}/m"], ["--variant dev", "--variant distilled"]),
