@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from ltx2.runtime.distributed.ranks import RANK
-from ltx2.runtime.errors import InputError, Ltx2Error, printable
+from ltx2.runtime.errors import InputError, Ltx2Error, printable, reason
 
 if TYPE_CHECKING:
     from ltx2.runtime.events import Event
@@ -117,7 +117,7 @@ def run_group(group: click.Group, args: list[str]) -> int:
     except OSError as error:
         if error.filename is None:  # no answer of the file system: a bug
             raise
-        what, why = f"cannot use {error.filename}", error.strerror or str(error)
+        what, why = f"cannot use {error.filename}", reason(error)
         _show_error(InputError(what, why, "check the path and its permissions").to_dict(), as_json)
         return InputError.exit_code
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
-from ltx2.runtime.errors import InputError, UsageError
+from ltx2.runtime.errors import InputError, UsageError, reason
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.options.prompts import OUTPUT, read_clips
@@ -199,9 +199,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"cannot make the folder {folder}", error.strerror or str(error), "choose another -o"
-        ) from error
+        raise InputError(f"cannot make the folder {folder}", reason(error), "choose another -o") from error
 
 
 def _stamp(path: Path) -> int | None:

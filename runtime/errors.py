@@ -1,11 +1,39 @@
 """Expected failures. Each says what went wrong, why, and how to fix it; the command line prints the three parts
 and exits with the class's code. Anything else that is raised is a bug and keeps its traceback."""
 
+import errno
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
 PART_LENGTH = 4000  # characters of one part that are shown; names and values in it may come from a stranger's file
+
+# What the system answers, in plain words.
+ANSWERS = {
+    errno.ENOENT: "there is no such file or folder", errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.EISDIR: "it is a folder", errno.EEXIST: "it is already there", errno.ELOOP: "its links lead in a circle",
+    errno.EACCES: "permission denied", errno.EPERM: "permission denied", errno.EROFS: "the disk is read-only",
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "it is too large",
+    errno.EIO: "the disk failed", errno.ENAMETOOLONG: "the name is too long", errno.EBUSY: "it is in use",
+    errno.EMFILE: "too many files are open", errno.ENFILE: "too many files are open",
+    errno.ESTALE: "the network drive is gone", errno.ENODEV: "the drive is gone", errno.ENOEXEC: "it is no program",
+}  # fmt: skip
+
+
+def reason(error: Exception) -> str:
+    """Why reading or writing something failed, in plain words; the path is for whoever says what failed."""
+    if isinstance(error, OSError):
+        return ANSWERS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no JSON: {error.msg[:1].lower()}{error.msg[1:]} in line {error.lineno}, column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    if isinstance(error, TypeError | AttributeError):
+        return f"a value in it is of the wrong kind ({error})"
+    return str(error) or type(error).__name__
 
 
 def printable(text: str) -> str:

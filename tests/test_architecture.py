@@ -191,6 +191,19 @@ def no_swallowed_exception(source: Source) -> Violations:
             yield call.lineno, "suppresses every exception"
 
 
+def failures_in_plain_words(source: Source) -> Violations:
+    """runtime/errors.reason says what an OSError means; its own text has a number and repeats the path."""
+    for handler in source.of_type(ast.ExceptHandler):
+        if source.part == "tests" or handler.name is None or handler.type is None:
+            continue
+        if "OSError" in {ast.unparse(node) for node in ast.walk(handler.type)}:
+            raw = {f"str({handler.name})", f"{handler.name}.strerror", f"{{{handler.name}}}"}
+            for node in ast.walk(handler):
+                shown = f"{{{ast.unparse(node.value)}}}" if isinstance(node, ast.FormattedValue) else ast.unparse(node)
+                if shown in raw:
+                    yield handler.lineno, "shows an OSError as it is: use reason"
+
+
 def no_environment_variables(source: Source) -> Violations:
     if source.part != "runtime":
         return
@@ -278,6 +291,7 @@ RULES: list[Rule] = [
     only_the_command_line_prints,
     releases_are_data,
     no_swallowed_exception,
+    failures_in_plain_words,
     no_environment_variables,
     one_place_exchanges,
     strict_weights,
@@ -335,6 +349,9 @@ BAD: list[tuple[Rule, str, str]] = [
     (no_swallowed_exception, "tests/test_a.py", "try: x()\nexcept: pass"),
     (no_swallowed_exception, "ltx2/api.py", "try: x()\nexcept (ValueError, Exception): y = 1"),
     (no_swallowed_exception, "ltx2/api.py", "with contextlib.suppress(Exception): x()"),
+    (failures_in_plain_words, "ltx2/api.py", "try: x()\nexcept OSError as e: f(str(e))"),
+    (failures_in_plain_words, "ltx2/api.py", "try: x()\nexcept (ValueError, OSError) as e: f(e.strerror)"),
+    (failures_in_plain_words, "ltx2/api.py", "try: x()\nexcept OSError as e: f(f'no: {e}')"),
     (no_environment_variables, "runtime/networks/load.py", "import os\nx = os.environ.get('A')"),
     (no_environment_variables, "runtime/networks/load.py", "from os import getenv"),
     (one_place_exchanges, "bench/speed/run.py", "x = mx.distributed.all_sum(y)"),
@@ -378,6 +395,8 @@ GOOD: list[tuple[Rule, str, str]] = [
     (releases_are_data, "runtime/generate/options/preset.py", "x = data['release'] != release"),
     (no_swallowed_exception, "runtime/media/video.py", "try: x()\nexcept BaseException:\n    y()\n    raise"),
     (no_swallowed_exception, "runtime/media/video.py", "with suppress(BrokenPipeError): x()"),
+    (failures_in_plain_words, "ltx2/api.py", "try: x()\nexcept OSError as error: f(reason(error), error.filename)"),
+    (failures_in_plain_words, "ltx2/api.py", "try: x()\nexcept ValueError as e: f(str(e))"),
     (no_environment_variables, "tests/support/parity.py", "import os\nx = os.environ['CI']"),
     (one_place_exchanges, "runtime/distributed/machines.py", "x = mx.distributed.all_gather(y)"),
     (strict_weights, "runtime/networks/load.py", "zip(a, b, strict=False)\nnetwork.load_weights(w, strict=True)"),

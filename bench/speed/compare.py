@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, reason
 from ltx2.runtime.files.jsonfile import read_object
 
 LEAST_NOISE = 0.01
@@ -69,8 +69,8 @@ def read_receipt(path: Path) -> dict[str, Any]:
             raise ValueError("it is not the receipt of a benchmark of this version")
         compare(receipt, receipt)  # all that a comparison reads is there
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        raise InputError(f"cannot compare with {path}", why, "use a file that ltx2 bench --out wrote") from error
+        fix = "use a file that ltx2 bench --out wrote"
+        raise InputError(f"cannot compare with {path}", reason(error), fix) from error
     return receipt
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, reason
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.generate.options.table import COSTS
 
@@ -81,11 +81,10 @@ def load_suite(name: str = DEFAULT) -> Suite:
         return _read(path.stem, read_object(path))
     except OSError as error:
         known = " or ".join(suite_names())
-        raise InputError(f"there is no suite {name!r}", str(error), f"use {known}, or the path of a file") from error
+        raise InputError(f"there is no suite {name!r}", reason(error), f"use {known}, or the path of a file") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        why = f"{type(error).__name__}: {error}"
         fix = "write it like the suites that come with ltx2 (bench/suites)"
-        raise InputError(f"the suite {path} cannot be used", why, fix) from error
+        raise InputError(f"the suite {path} cannot be used", reason(error), fix) from error
 
 
 def _read(name: str, data: dict[str, Any]) -> Suite:

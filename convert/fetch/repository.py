@@ -6,7 +6,7 @@ from pathlib import Path
 from ltx2.convert.fetch import hub
 from ltx2.convert.fetch.catalogue import HUB, HubFile, Published, catalogue
 from ltx2.convert.fetch.transfer import BrokenConnectionError
-from ltx2.runtime.errors import DownloadError
+from ltx2.runtime.errors import DownloadError, reason
 from ltx2.runtime.events import Downloaded
 from ltx2.runtime.files.paths import is_base_name
 from ltx2.runtime.files.tensors import FileRecord
@@ -61,7 +61,9 @@ def _shared(name: str) -> Published:
             raise ValueError(f"it has {wanted.size} bytes")
         manifest = Manifest.from_json(b"".join(hub.read(wanted, (0, wanted.size))).decode())
     except (ValueError, BrokenConnectionError) as error:
-        raise DownloadError(f"{MANIFEST} of {name} cannot be read", str(error), "try again, or update ltx2") from error
+        raise DownloadError(
+            f"{MANIFEST} of {name} cannot be read", reason(error), "try again, or update ltx2"
+        ) from error
     return _published(name, manifest)
 
 

@@ -16,7 +16,7 @@ from ltx2.convert.tensors.gguf import GgufFile
 from ltx2.convert.tensors.keep import Dequantize, Keep, KeepBlockScales
 from ltx2.convert.tensors.scales import dropped_beside_codes, find_codes
 from ltx2.convert.tensors.steps import Cast, Reshape, Spec, Step, Transpose
-from ltx2.runtime.errors import CheckpointError, InputError
+from ltx2.runtime.errors import CheckpointError, InputError, reason
 from ltx2.runtime.files.tensors import FLOATS, TensorFile, TensorInfo
 from ltx2.runtime.model.forms import Quantization
 from ltx2.runtime.model.layout import COMPONENTS, LORAS, is_lora
@@ -88,7 +88,7 @@ def packed_by_mlx(source: Source) -> Quantization:
         return Quantization.from_config(source.config.get("quantization"))
     except (ValueError, TypeError, AttributeError) as error:
         what = f"the quantization in {source.path}'s configuration cannot be read"
-        raise CheckpointError(what, str(error), "download it again") from error
+        raise CheckpointError(what, reason(error), "download it again") from error
 
 
 def _entries(source: Source, options: Options) -> Iterator[Entry]:

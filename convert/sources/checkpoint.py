@@ -16,7 +16,7 @@ from ltx2.convert.sources.source import AGAIN, GEMMA, Source, read_json
 from ltx2.convert.sources.textencoder import holds_text_files, text_encoder
 from ltx2.convert.sources.textmodels import check_text_model
 from ltx2.convert.tensors.gguf import GgufFile, is_gguf
-from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError
+from ltx2.runtime.errors import CheckpointError, InputError, UnsupportedError, reason
 from ltx2.runtime.files.jsonfile import parse_object
 from ltx2.runtime.files.paths import visible
 from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, TensorFile, open_tensorfile
@@ -162,7 +162,7 @@ def _config(file: TensorFile) -> dict[str, Any]:
         embedded = (parse_object(file.metadata.get(key, "{}")) for key in ("config", "gemma_config"))
         return next(filter(None, embedded), {})
     except ValueError as error:
-        raise CheckpointError(f"{file.path.name} has an unreadable configuration", str(error), AGAIN) from error
+        raise CheckpointError(f"{file.path.name} has an unreadable configuration", reason(error), AGAIN) from error
 
 
 def _kind(file: TensorFile, config: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ltx2.convert.sources.sentencepiece import USER_DEFINED, Piece, tokenizer_of
 from ltx2.convert.tensors.gguf import GgufFile, decoder, open_gguf
-from ltx2.runtime.errors import CheckpointError, UnsupportedError
+from ltx2.runtime.errors import CheckpointError, UnsupportedError, reason
 from ltx2.runtime.files.tensors import NUMPY_DTYPES
 
 GEMMA_ARCHITECTURE = "gemma3"
@@ -105,7 +105,7 @@ def header_tokenizer(file: GgufFile) -> dict[str, bytes]:
         return tokenizer_of(pieces, {ours: pieces[number][0] for ours, number in ids.items()})
     except (ValueError, LookupError, TypeError) as error:
         fix = "add a folder with tokenizer.json and tokenizer_config.json, as google/gemma-3-12b-it has them"
-        raise CheckpointError(f"the tokenizer in {file.path.name} cannot be used", str(error), fix) from error
+        raise CheckpointError(f"the tokenizer in {file.path.name} cannot be used", reason(error), fix) from error
 
 
 def _piece(text: str, score: float, kind: int) -> Piece:

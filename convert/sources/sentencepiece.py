@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.errors import CheckpointError, reason
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of pieces
 BPE = 2  # type of model
@@ -27,7 +27,7 @@ def tokenizer_files(model: bytes, name: str) -> dict[str, bytes]:
         tokens = {name: pieces[trainer.get(number, number - 40)][0] for name, number in IDS.items()}
     except (ValueError, IndexError, TypeError, struct.error) as error:
         fix = "add a folder with tokenizer.json and tokenizer_config.json, as google/gemma-3-12b-it has them"
-        raise CheckpointError(f"{name} is no tokenizer", str(error), fix) from error
+        raise CheckpointError(f"{name} is no tokenizer", reason(error), fix) from error
     return tokenizer_of(pieces, tokens)
 
 

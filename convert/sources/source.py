@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.convert.names.release import Release
-from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.errors import CheckpointError, reason
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.tensors import TensorFile
 
@@ -50,4 +50,4 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read", str(error), AGAIN) from error
+        raise CheckpointError(f"{path} cannot be read", reason(error), AGAIN) from error

@@ -13,7 +13,7 @@ from ltx2.convert.sources.ggufmodel import header_config
 from ltx2.convert.sources.source import AGAIN, GEMMA, Source, read_json
 from ltx2.convert.sources.textmodels import check_text_model, shape_config, text_kind
 from ltx2.convert.tensors.gguf import GgufFile
-from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.errors import CheckpointError, reason
 from ltx2.runtime.files.paths import check_regular, is_base_name
 from ltx2.runtime.files.tensors import TensorFile
 from ltx2.runtime.model.layout import CONFIG, INDEX
@@ -67,7 +67,7 @@ def _companions(places: Iterable[Path]) -> tuple[Path, ...]:
             try:
                 check_regular(path)  # no link to nowhere, as a part of a download leaves it
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be read", str(error), AGAIN) from error
+                raise CheckpointError(f"{path} cannot be read", reason(error), AGAIN) from error
             found.setdefault(path.name, path)
     return tuple(found.values())
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ltx2.convert.tensors.codes import Codes
 from ltx2.convert.tensors.steps import Reshape, Spec, Step, from_float32
-from ltx2.runtime.errors import CheckpointError, UnsupportedError
+from ltx2.runtime.errors import CheckpointError, UnsupportedError, reason
 from ltx2.runtime.files.paths import open_regular
 from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, Array, TensorFile, TensorInfo, to_float32
 from ltx2.runtime.model.forms import Form
@@ -172,9 +172,9 @@ def open_gguf(path: Path) -> GgufFile:
         if longest > size:
             raise ValueError(f"it has {size} bytes, and its tensors end at byte {longest}")
     except (ValueError, LookupError, TypeError, ZeroDivisionError, struct.error) as error:
-        raise CheckpointError(f"{path.name} is not a valid GGUF file", str(error), AGAIN) from error
+        raise CheckpointError(f"{path.name} is not a valid GGUF file", reason(error), AGAIN) from error
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}", str(error), "check the path and its permissions") from error
+        raise CheckpointError(f"cannot read {path}", reason(error), "check the path and its permissions") from error
     metadata = {key: value for key, value in values.items() if isinstance(value, str)}
     return GgufFile(path, metadata, tensors, size, values)
 

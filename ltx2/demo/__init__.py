@@ -16,7 +16,7 @@ from ltx2.bench.speed.suite import Schedule, Task
 from ltx2.convert.write import write_plan
 from ltx2.quant.apply import Settings, quantize
 from ltx2.quant.report import Quantized
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, reason
 from ltx2.runtime.events import Event, Section
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.model.layout import ModelFolder
@@ -61,7 +61,7 @@ def run_demo(folder: Path, release: str | None = None) -> Iterator[Event]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder {folder}", str(error), "name another one") from error
+        raise InputError(f"cannot make the folder {folder}", reason(error), "name another one") from error
     models = {"full": folder / "model", **{f"q{bits}": folder / f"model-q{bits}" for bits in BITS}}
     yield from _convert(sources, models["full"])
     reports: dict[str, Any] = {}

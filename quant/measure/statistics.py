@@ -19,7 +19,7 @@ from ltx2.convert.plan.entries import Move, Plan
 from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.measure.recording import NAME as CALL_NAME
 from ltx2.quant.measure.recording import Call, read_calls
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, reason
 from ltx2.runtime.files.jsonfile import parse_object
 from ltx2.runtime.files.ranges import sha256
 from ltx2.runtime.files.tensors import (
@@ -85,8 +85,7 @@ class Statistics:
             about = About.from_json(file.metadata[ABOUT])
             _check_tensors(file.tensors)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise InputError(f"the statistics {path} cannot be used", why, MAKE) from error
+            raise InputError(f"the statistics {path} cannot be used", reason(error), MAKE) from error
         return cls(file, FileRecord(path.name, file.size, sha256(path)), about)
 
     @cached_property

@@ -13,7 +13,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, reason
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.model.forms import AFFINE, MODES
 from ltx2.runtime.model.layout import COMPONENTS
@@ -137,12 +137,12 @@ def load_recipe(name: str) -> Recipe:
         return _read(path, ())
     except OSError as error:
         raise InputError(
-            f"there is no recipe {name!r}", str(error), f"use {' or '.join(recipe_names())}, or the path of a file"
+            f"there is no recipe {name!r}", reason(error), f"use {' or '.join(recipe_names())}, or the path of a file"
         ) from error
     except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
         raise InputError(
             f"the recipe {path} cannot be used",
-            f"{type(error).__name__}: {error}",
+            reason(error),
             "write it like the recipes that come with ltx2 (quant/recipes)",
         ) from error
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, reason
 from ltx2.runtime.files.paths import NAME_BYTES
 
 PARTIAL = ".partial"
@@ -107,7 +107,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         write_file(path, [text.encode()])
     except OSError as error:
-        raise InputError(f"cannot write {path}", str(error), "check permissions and free space") from error
+        raise InputError(f"cannot write {path}", reason(error), "check permissions and free space") from error
 
 
 def flush(descriptor: int) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from ltx2.runtime.errors import DoesNotFitError, InputError, Ltx2Error
+from ltx2.runtime.errors import DoesNotFitError, InputError, Ltx2Error, reason
 
 NAME_BYTES = 255  # of file systems
 
@@ -65,8 +65,8 @@ def write_failure(error: OSError, path: Path) -> Ltx2Error:
     """What the system's answer means for a command that was writing to `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = "free some space and run the same command again: what is here is kept"
-        return DoesNotFitError("the disk is full", str(error), fix)
-    return InputError(f"cannot write {path}", str(error), "check the folder and its permissions")
+        return DoesNotFitError("the disk is full", f"there is no room left for {path}", fix)
+    return InputError(f"cannot write {path}", reason(error), "check the folder and its permissions")
 
 
 @contextmanager

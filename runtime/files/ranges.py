@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.errors import CheckpointError, reason
 from ltx2.runtime.files.atomic import flush
 from ltx2.runtime.files.paths import check_regular
 
@@ -133,7 +133,7 @@ def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"cannot read {path}", str(error), "check the path, its permissions and the disk")
+    return CheckpointError(f"cannot read {path}", reason(error), "check the path, its permissions and the disk")
 
 
 def _reserve(descriptor: int, size: int) -> None:

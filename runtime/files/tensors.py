@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ltx2.runtime.errors import CheckpointError, UnsupportedError
+from ltx2.runtime.errors import CheckpointError, UnsupportedError, reason
 from ltx2.runtime.files.atomic import write_file
 from ltx2.runtime.files.paths import open_regular
 from ltx2.runtime.files.ranges import RangeReader
@@ -132,11 +132,11 @@ def open_tensorfile(path: Path) -> TensorFile:
     except (SafetensorError, ValueError, LookupError, TypeError) as error:  # the last two: it changed meanwhile
         raise CheckpointError(
             f"{path.name} is not a valid safetensors file",
-            str(error),
+            reason(error),
             "download it again; an interrupted download leaves a truncated file",
         ) from error
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}", str(error), "check the path and its permissions") from error
+        raise CheckpointError(f"cannot read {path}", reason(error), "check the path and its permissions") from error
 
 
 def _header_length(f: BinaryIO) -> int:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ltx2.runtime.errors import InputError, MediaError, NumericsError
+from ltx2.runtime.errors import InputError, MediaError, NumericsError, reason
 from ltx2.runtime.files.atomic import Claim, claimed
 from ltx2.runtime.files.paths import check_output
 
@@ -288,7 +288,7 @@ def _check_encoders(program: str) -> None:
     try:
         said = subprocess.run([program, "-hide_banner", "-encoders"], capture_output=True, text=True, check=False)
     except OSError as error:
-        raise MediaError("ffmpeg cannot be run", str(error), REINSTALL) from error
+        raise MediaError(f"{program} cannot be run", reason(error), REINSTALL) from error
     missing = [codec for codec in (VIDEO_CODEC, AUDIO_CODEC) if f" {codec} " not in said.stdout]
     if missing:
         raise MediaError("ffmpeg cannot encode clips", f"{program} lacks {' and '.join(missing)}", REINSTALL)
@@ -299,4 +299,4 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MediaError(f"cannot write {path}", str(error), "check permissions and free space") from error
+        raise MediaError(f"cannot write {path}", reason(error), "check permissions and free space") from error

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import CheckpointError, ModelFolderError
+from ltx2.runtime.errors import CheckpointError, ModelFolderError, reason
 from ltx2.runtime.files.jsonfile import parse_object, read_object, read_text
 from ltx2.runtime.files.paths import is_base_name
 from ltx2.runtime.files.tensors import FileRecord, TensorFile, open_tensorfile
@@ -171,7 +171,7 @@ class ModelFolder:
             return cls(path, Manifest.from_json(read_text(manifest)))
         except (OSError, ValueError) as error:
             raise ModelFolderError(
-                f"{manifest} cannot be read", str(error), "convert the checkpoint again, or update ltx2"
+                f"{manifest} cannot be read", reason(error), "convert the checkpoint again, or update ltx2"
             ) from error
 
     def arrays(self, component: str) -> Mapping[str, Any] | None:
@@ -228,7 +228,7 @@ class ModelFolder:
             data = read_object(path)
             Quantization.from_config(data.get("quantization"))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ModelFolderError(f"{path} cannot be read", str(error), "convert the checkpoint again") from error
+            raise ModelFolderError(f"{path} cannot be read", reason(error), "convert the checkpoint again") from error
         return data
 
     def quantization(self, component: str) -> Quantization:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ltx2.runtime.errors import CheckpointError, UnsupportedError
+from ltx2.runtime.errors import CheckpointError, UnsupportedError, reason
 from ltx2.runtime.files.jsonfile import parse_object, read_object
 from ltx2.runtime.files.paths import open_regular
 from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, TensorFile, TensorInfo, to_float32
@@ -169,10 +169,10 @@ def _complete(layer: Layer) -> bool:
 
 
 def _check_format(file: TensorFile) -> None:
-    for pattern, kind, reason in REFUSED:
+    for pattern, kind, why in REFUSED:
         named = next((name for name in file.tensors if re.search(pattern, name)), None)
         if named is not None:
-            raise _unsupported(file, f"is a {kind}", f"{reason} ({named}); plain LoRAs are converted")
+            raise _unsupported(file, f"is a {kind}", f"{why} ({named}); plain LoRAs are converted")
     for name, tensor in file.tensors.items():
         part = found.part if (found := read_lora_name(name)) else ""
         if part in (DOWN, UP) and len(tensor.shape) > 2:
@@ -261,7 +261,7 @@ def _settings(file: TensorFile, rank: int) -> Settings:
         if beside.is_file() and all(name.startswith(PEFT_PREFIX) for name in file.tensors):
             return _peft(file, PEFT_FILE, read_object(beside))
     except (OSError, ValueError) as error:
-        raise _unclear(file, f"its {PEFT_METADATA} or {PEFT_FILE} cannot be read: {error}") from error
+        raise _unclear(file, f"its {PEFT_METADATA} or {PEFT_FILE} cannot be read: {reason(error)}") from error
     return Settings()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ltx2.runtime.errors import CheckpointError, InputError
+from ltx2.runtime.errors import CheckpointError, InputError, reason
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.paths import visible
 from ltx2.runtime.files.tensors import Array, TensorFile, TensorInfo, open_tensorfile, to_float32
@@ -161,7 +161,7 @@ def _folder_config(path: Path, layers: int) -> dict[str, Any]:
         return config
     except (OSError, ValueError, LookupError, AttributeError) as error:
         fix = "name a LoRA's .safetensors, or convert it again"
-        raise CheckpointError(f"{path} is no converted LoRA", f"{CONFIG}: {error}", fix) from error
+        raise CheckpointError(f"{path} is no converted LoRA", f"{CONFIG}: {reason(error)}", fix) from error
 
 
 @dataclass(frozen=True)

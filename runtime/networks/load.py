@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ltx2.runtime.errors import ConfigError, ModelFolderError, UnsupportedError
+from ltx2.runtime.errors import ConfigError, ModelFolderError, UnsupportedError, reason
 from ltx2.runtime.layers.packed import quantize_like
 from ltx2.runtime.layers.statistics import LatentStatistics
 from ltx2.runtime.model.config import AS_PUBLISHED
@@ -54,7 +54,7 @@ def build_network(class_name: str, config: Mapping[str, Any]) -> nn.Module:
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # widths that no network can have
         raise ConfigError(
             f"no {class_name} can be built from this configuration",
-            f"{type(error).__name__}: {error}",
+            reason(error),
             AS_PUBLISHED,
         ) from error
 

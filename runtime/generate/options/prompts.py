@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import InputError, of
+from ltx2.runtime.errors import InputError, of, reason
 from ltx2.runtime.files.jsonfile import parse_object
 from ltx2.runtime.files.paths import open_regular
 from ltx2.runtime.generate.options.request import COMMON, Request
@@ -33,7 +33,7 @@ def _options(line: str) -> dict[str, Any]:
         options = {name.replace("-", "_"): value for name, value in parse_object(line).items() if value is not None}
     except ValueError as error:
         fix = 'write {"prompt": "a red kite", "frames": 49}, or the prompt alone'
-        raise InputError("it is no JSON object", str(error), fix) from error
+        raise InputError("it is no JSON object", reason(error), fix) from error
     known = {OUTPUT, "prompt"} | {name for name, row in ROWS.items() if row.command} - set(COMMON)
     for name in options.keys() - known:
         why = "it is the whole run's" if name in COMMON else "generate has no such option"
@@ -48,8 +48,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
             lines = file.read().decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         fix = "name a text file in UTF-8 with one prompt per line"
-        why = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read the prompts {path}", why, fix) from error
+        raise InputError(f"cannot read the prompts {path}", reason(error), fix) from error
     found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise InputError(f"{path} holds no prompt", "all of its lines are empty", "write one prompt per line")

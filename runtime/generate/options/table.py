@@ -46,7 +46,7 @@ def _scale(text: str) -> Number:
 class Options:
     """What `generate` can be told. None is the preset's default."""
 
-    prompt: Text = Text("What the clip shows, and how it sounds.", decides=True, command=False)
+    prompt: Text = Text("What the clip shows, and how it sounds.", decides=True, command=False, example="text in UTF-8")
     _: KW_ONLY
 
     pipeline: Choice[str | None] = Choice(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import InputError, Ltx2Error
+from ltx2.runtime.errors import InputError, Ltx2Error, reason
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.files.atomic import beside
 from ltx2.runtime.files.paths import check_folder, check_output, check_room
@@ -95,5 +95,5 @@ def write_beside(path: str | Path, write: Callable[[Any], object]) -> Iterator[E
     try:
         write(path)
     except (Ltx2Error, OSError) as error:
-        why = error.why if isinstance(error, Ltx2Error) else error.strerror or str(error)
+        why = error.why if isinstance(error, Ltx2Error) else reason(error)
         yield Warned(f"{path} was not written: {why}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx2 import __version__
-from ltx2.runtime.errors import InputError, MediaError
+from ltx2.runtime.errors import InputError, MediaError, reason
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.files.atomic import beside, write_text
 from ltx2.runtime.files.jsonfile import parse_object, read_object
@@ -98,7 +98,7 @@ class Sidecar:
         try:
             return cls.from_record(_record(path))
         except OSError as error:
-            raise _not_repeated(path, error.strerror or str(error)) from error
+            raise _not_repeated(path, reason(error)) from error
         except MediaError as error:
             raise _not_repeated(path, error.why) from error
         except (ValueError, LookupError, TypeError) as error:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ltx2.runtime.errors import ModelFolderError
+from ltx2.runtime.errors import ModelFolderError, reason
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.paths import check_regular
 
@@ -79,7 +79,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _unreadable(path: Path, error: Exception) -> ModelFolderError:
     return ModelFolderError(
         f"the text encoder's {path.name} cannot be read",
-        str(error),
+        reason(error),
         "convert again with the complete Gemma folder as a source; its tokenizer files are copied along",
     )
 
