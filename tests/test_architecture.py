@@ -52,6 +52,7 @@ USERS = {
     "gguf": {"convert/tensors/gguf.py"},
     "huggingface_hub": {"convert/fetch/hub.py"},
     "imageio_ffmpeg": {"runtime/media"},
+    "PIL": {"runtime/media/picture.py"},
     "matplotlib": {"bench/plots/plot.py"},
     "tokenizers": {"runtime/networks/text/tokenizer.py"},
     **{name: set[str]() for name in ("torch", "diffusers", "transformers", "mlx_lm")},

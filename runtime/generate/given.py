@@ -16,16 +16,9 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.records.exchange import read_tensors
+from ltx2.runtime.media.picture import compressed, covering, read_picture
 from ltx2.runtime.media.sound import resample
-from ltx2.runtime.media.source import (
-    compressed,
-    count_frames,
-    covering,
-    media_facts,
-    read_frames,
-    read_picture,
-    read_sound,
-)  # fmt: skip
+from ltx2.runtime.media.source import count_frames, media_facts, read_frames, read_sound
 from ltx2.runtime.media.video import AudioTrack
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.video_vae.encode import VideoCoder

@@ -1,24 +1,175 @@
-"""Pictures as files."""
+"""Pictures in files, read by Pillow: in sRGB and turned as they say. What it does not know is read by ffmpeg.
 
+Pillow is imported where it is used: benchmarks of random models do without it."""
+
+import re
 import struct
+import subprocess
+import warnings
 import zlib
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from shlex import quote
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-EIGHT_BITS, RGB, NO_FILTER, FAST = 8, 2, 0, 1
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.media.source import OTHER, Array, check_file, check_pixels, complaint, first_frame
+from ltx2.runtime.media.video import ffmpeg_program
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Not Pillow's others: one of them runs a program on the file.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "JPEG2000", "GIF", "BMP", "PPM", "PSD")
+# What Pillow raises for broken files (found with broken files).
+BROKEN = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, RuntimeError, struct.error,
+    zlib.error,
+)  # fmt: skip
+SAME_COLOURS = {"RGBa": "RGBA", "La": "LA"}  # without the multiplication by alpha
+OF_PROFILE = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # a profile's colours -> Pillow's
+WIDE = ("I", "F")  # 32 bits, in no known range
+HEIC = re.compile(rb"....ftyp(?:he[iv][cmsx]|mif1)", re.DOTALL)
+TILES = re.compile(rb"infe.{8,10}grid", re.DOTALL)  # an item of that kind
+PROFILE = re.compile(rb"colr(?:prof|rICC)")
+HEADER = 1 << 20  # bytes, which hold a HEIC's list of items
+FAST = 1  # compression
+
+
+def read_picture(path: Path) -> Array:
+    """A picture, or a clip's first frame: uint8 (H, W, 3) in sRGB, turned as its EXIF says; alpha is dropped, grey
+    becomes RGB, 16 bits become 8. Raises InputError, also for one that is cut off or damaged."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    check_file(path)
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
+            check_pixels(path, *picture.size)
+            if picture.format == "PNG":
+                _check_sums(path)
+            picture.load()
+            if picture.format in ("JPEG", "MPO"):
+                first_frame(path)  # what is missing inside is grey to Pillow, and an error to ffmpeg
+            return np.asarray(_in_srgb(ImageOps.exif_transpose(picture), path))
+    except UnidentifiedImageError:
+        _check_heic(path)
+        return first_frame(path)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} is too large", str(error), "make it smaller first") from error
+    except BROKEN as error:
+        raise InputError(f"cannot read {path}", str(error) or type(error).__name__, OTHER) from error
+
+
+def _check_sums(path: Path) -> None:
+    """A PNG's own, which are not looked at when it is decoded. Raises what Pillow raises."""
+    from PIL import Image
+
+    with Image.open(path, formats=("PNG",)) as picture:
+        picture.verify()
+
+
+def _in_srgb(picture: "Image", path: Path) -> "Image":
+    """RGB of 8 bits, its colour profile applied. Raises InputError for one that cannot be."""
+    from PIL import Image, ImageCms
+
+    if picture.mode in WIDE:
+        raise InputError(f"cannot read {path}", "it has 32 bits per colour, in no known range", "save it with 16 bits")
+    if picture.mode.startswith("I;16"):  # which convert() would clip
+        levels: Array = np.asarray(picture) >> 8
+        narrow = Image.fromarray(levels.astype(np.uint8))
+        narrow.info = picture.info
+        picture = narrow
+    picture = picture.convert(SAME_COLOURS.get(picture.mode, picture.mode))
+    if not (data := picture.info.get("icc_profile")):
+        return picture.convert("RGB")
+    try:
+        profile = ImageCms.ImageCmsProfile(BytesIO(data))
+        colours = profile.profile.xcolor_space.strip()
+        mode = OF_PROFILE.get(colours, "")
+        if (mode == "CMYK") != (picture.mode == "CMYK") or (mode == "L" and picture.mode not in ("1", "L", "LA")):
+            raise ImageCms.PyCMSError(f"it is of {colours} colours, and the picture of {picture.mode}")
+        picture = picture.convert(mode)
+        srgb = ImageCms.createProfile("sRGB")
+        made = ImageCms.profileToProfile(picture, profile, srgb, outputMode="RGB")
+        assert made is not None, "it is not asked for in place"
+        return made
+    except (ImageCms.PyCMSError, OSError) as error:
+        why = f"its colour profile cannot be applied: {error}"
+        raise InputError(f"cannot read {path}", why, "save it as sRGB") from error
+
+
+def _check_heic(path: Path) -> None:
+    """Raises InputError for one whose tiles or colours ffmpeg does not put together."""
+    with path.open("rb") as file:
+        header = file.read(HEADER)
+    if not HEIC.match(header):
+        return
+    if TILES.search(header):
+        why = "it is a HEIC made of tiles"
+    elif PROFILE.search(header):
+        why = "it is a HEIC with a colour profile, which would be ignored"
+    else:
+        return
+    source, target = quote(str(path)), quote(str(path.with_suffix(".png")))
+    fix = f"make a PNG of it: sips -s format png {source} --out {target}"
+    raise InputError(f"cannot read {path}", why, fix)
 
 
 def write_picture(path: str | Path, picture: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
     """A PNG file of uint8 (H, W, 3). Raises OSError."""
-    height, width, _ = picture.shape
-    lines = np.pad(picture.reshape(height, -1), ((0, 0), (1, 0)), constant_values=NO_FILTER)  # each says its filter
-    header = struct.pack(">2I5B", width, height, EIGHT_BITS, RGB, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), FAST)), (b"IEND", b""))
-    Path(path).write_bytes(SIGNATURE + b"".join(_chunk(name, data) for name, data in chunks))
+    from PIL import Image
+
+    Image.fromarray(picture).save(path, "PNG", compress_level=FAST)
 
 
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+def compressed(picture: Array, crf: int) -> Array:
+    """A picture uint8 (H, W, 3) after H.264 at this quality, as in training: one frame, even sides (MODEL.md §15.2). A
+    side below 2 or a crf of 0: unchanged."""
+    height, width = (side // 2 * 2 for side in picture.shape[:2])
+    if crf == 0 or not height or not width:
+        return picture
+    size, raw = f"{width}x{height}", ["-f", "rawvideo", "-pix_fmt", "rgb24"]
+    program = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", "-sws_flags", "bilinear"]
+    # One frame per second: the rate decides how x264 shares out bits.
+    encode = [*program, *raw, "-framerate", "1", "-video_size", size, "-i", "pipe:0", "-sws_flags", "bilinear"]
+    encode += ["-c:v", "libx264", "-preset", "veryfast", "-crf", str(crf), "-pix_fmt", "yuv420p"]
+    encode += ["-x264-params", "sliced-threads=1:threads=2", "-f", "h264", "pipe:1"]
+    decode = [*program, "-f", "h264", "-i", "pipe:0", "-sws_flags", "bilinear", *raw, "pipe:1"]
+    stream = _piped(encode, picture[:height, :width].tobytes())
+    return np.frombuffer(_piped(decode, stream), np.uint8)[: height * width * 3].reshape(height, width, 3)
+
+
+def covering(frames: Array, height: int, width: int) -> Array:
+    """Pictures (..., H, W, 3) that cover the wanted size, centre cropped: float32 in [-1, 1].
+
+    Resized bilinearly without antialiasing, corners not aligned, in float32 without rounding (MODEL.md §15.2).
+    """
+    values, before = frames, frames.shape[-3:-1]
+    if before != (height, width):
+        scale = max(height / before[0], width / before[1])
+        sizes = [int(np.ceil(side * scale)) for side in before]
+        for axis, size, wanted in ((-3, sizes[0], height), (-2, sizes[1], width)):
+            values = _resized(values, axis, size, (size - wanted) // 2, wanted)
+    return values.astype(np.float32) / np.float32(127.5) - 1
+
+
+def _resized(values: Array, axis: int, size: int, start: int, count: int) -> Array:
+    """An axis stretched to `size`, and of that `count` from `start` on."""
+    length = values.shape[axis]
+    at = (np.arange(start, start + count, dtype=np.float64) + 0.5) * (length / size) - 0.5
+    at = np.clip(at, 0, None).astype(np.float32)
+    low = np.minimum(at.astype(np.int64), length - 1)
+    share = (at - low).reshape((-1,) + (1,) * (-axis - 1))
+    first, second = (np.take(values, np.minimum(low + more, length - 1), axis) for more in (0, 1))
+    return first.astype(np.float32) * (1 - share) + second * share
+
+
+def _piped(command: list[str], data: bytes) -> bytes:
+    done = subprocess.run(command, input=data, capture_output=True, check=False)
+    if done.returncode:
+        raise InputError(
+            "a picture cannot be compressed", complaint(done.stderr.decode(errors="replace")), "--image-crf 0"
+        )
+    return done.stdout

@@ -1,4 +1,5 @@
-"""Pictures, clips and sounds that users give, read through the ffmpeg program that imageio-ffmpeg brings along.
+"""Clips and sounds that users give, and pictures that Pillow does not know (picture.py), read through the ffmpeg
+program that imageio-ffmpeg brings along.
 
 ffmpeg gets files only: their absolute path behind `file:`, and no other protocol, so that no name is taken for an
 option or an address. Frames and samples come through pipes, some at a time."""
@@ -47,9 +48,28 @@ class Facts:
     channels: int = 0
 
 
+def check_file(path: Path) -> None:
+    """Raises InputError for what is no file, or empty."""
+    if path.is_dir():
+        raise InputError(f"cannot read {path}", "it is a folder", "name a file in it")
+    if not path.exists():
+        raise InputError(f"cannot read {path}", "there is no such file", "check the path")
+    if not path.is_file():  # reading may wait for ever
+        raise InputError(f"cannot read {path}", "it is a pipe or a device", "copy what it gives into a file")
+    if path.stat().st_size == 0:
+        raise InputError(f"cannot read {path}", "it is empty", OTHER)
+
+
+def check_pixels(path: Path, width: int, height: int) -> None:
+    """Raises InputError for too many."""
+    if width * height > MOST_PIXELS:
+        why = f"it says that it is {width}x{height}, more than {MOST_PIXELS // 10**6} million pixels"
+        raise InputError(f"{path} is too large", why, "make it smaller first")
+
+
 def media_facts(path: Path) -> Facts:
     """What the file's first picture and sound are. Raises InputError for what cannot be read as media."""
-    _check_file(path)
+    check_file(path)
     command = [ffmpeg_program(), "-hide_banner", "-nostdin", *_input(path)]
     said = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False).stderr.decode(
         errors="replace"
@@ -60,18 +80,16 @@ def media_facts(path: Path) -> Facts:
     size = re.search(r" (\d+)x(\d+)[ ,\[]", f"{video},")
     fps, rate = re.search(r"([\d.]+k?) (?:fps|tbr)", video), re.search(r"(\d+) Hz", audio)
     if not size and not rate:
-        raise InputError(f"cannot read {path}", _reason(said), OTHER)
+        raise InputError(f"cannot read {path}", complaint(said), OTHER)
     width, height = (int(n) for n in size.groups()) if size else (0, 0)
     channels = 0 if not rate else 1 if ", mono" in audio else 2
-    if width * height > MOST_PIXELS:
-        why = f"it says that it is {width}x{height}, more than {MOST_PIXELS // 10**6} million pixels"
-        raise InputError(f"{path} is too large", why, "make it smaller first")
+    check_pixels(path, width, height)
     return Facts(width, height, _number(fps[1]) if fps else 0.0, int(rate[1]) if rate else 0, channels)
 
 
-def read_picture(path: Path) -> Array:
-    """A picture, or a clip's first frame: uint8 (H, W, 3). Turned as its EXIF says; alpha is dropped, grey becomes RGB.
-    Raises InputError."""
+def first_frame(path: Path) -> Array:
+    """A picture, or a clip's first frame: uint8 (H, W, 3), turned as it says; alpha is dropped, grey becomes RGB.
+    Raises InputError, also for one that is cut off or damaged."""
     if not media_facts(path).width:
         raise InputError(f"{path} has no picture", "it holds sound alone", "name a picture")
     # What is cut off or damaged would become grey, without a word.
@@ -104,7 +122,7 @@ def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> 
     command += ["-vn", "-map", "0:a:0", "-ac", str(facts.channels), "-f", "f32le", "-c:a", "pcm_f32le", "pipe:1"]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
-        raise InputError(f"cannot read {path}", _reason(done.stderr.decode(errors="replace")), OTHER)
+        raise InputError(f"cannot read {path}", complaint(done.stderr.decode(errors="replace")), OTHER)
     samples = np.frombuffer(done.stdout, "<f4").reshape(-1, facts.channels).T
     if seconds is not None:
         samples = samples[:, : round(seconds * facts.rate)]
@@ -114,59 +132,17 @@ def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> 
 def read_comment(path: Path) -> str:
     """The comment inside a media file, empty if there is none. Raises InputError for what is no file, MediaError for
     one that ffmpeg cannot read."""
-    _check_file(path)
+    check_file(path)
     command = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", *_input(path)]
     done = subprocess.run(
         [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL, check=False
     )
     if done.returncode:
-        why = _reason(done.stderr.decode(errors="replace"))
+        why = complaint(done.stderr.decode(errors="replace"))
         raise MediaError(f"cannot read {path}", why, "check that it is a picture or video")
     # key=value, the value's special characters (a line's end among them) after a backslash
     found = re.search(r"^comment=((?:\\.|[^\\\n])*)$", done.stdout.decode(), re.MULTILINE | re.DOTALL)
     return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else ""
-
-
-def compressed(picture: Array, crf: int) -> Array:
-    """A picture uint8 (H, W, 3) after H.264 at this quality, as in training: one frame, even sides (MODEL.md §15.2). A
-    side below 2 or a crf of 0: unchanged."""
-    height, width = (side // 2 * 2 for side in picture.shape[:2])
-    if crf == 0 or not height or not width:
-        return picture
-    size, raw = f"{width}x{height}", ["-f", "rawvideo", "-pix_fmt", "rgb24"]
-    program = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", "-sws_flags", "bilinear"]
-    # One frame per second: the rate decides how x264 shares out bits.
-    encode = [*program, *raw, "-framerate", "1", "-video_size", size, "-i", "pipe:0", "-sws_flags", "bilinear"]
-    encode += ["-c:v", "libx264", "-preset", "veryfast", "-crf", str(crf), "-pix_fmt", "yuv420p"]
-    encode += ["-x264-params", "sliced-threads=1:threads=2", "-f", "h264", "pipe:1"]
-    decode = [*program, "-f", "h264", "-i", "pipe:0", "-sws_flags", "bilinear", *raw, "pipe:1"]
-    stream = _piped(encode, picture[:height, :width].tobytes())
-    return np.frombuffer(_piped(decode, stream), np.uint8)[: height * width * 3].reshape(height, width, 3)
-
-
-def covering(frames: Array, height: int, width: int) -> Array:
-    """Pictures (..., H, W, 3) that cover the wanted size, centre cropped: float32 in [-1, 1].
-
-    Resized bilinearly without antialiasing, corners not aligned, in float32 without rounding (MODEL.md §15.2).
-    """
-    values, before = frames, frames.shape[-3:-1]
-    if before != (height, width):
-        scale = max(height / before[0], width / before[1])
-        sizes = [int(np.ceil(side * scale)) for side in before]
-        for axis, size, wanted in ((-3, sizes[0], height), (-2, sizes[1], width)):
-            values = _resized(values, axis, size, (size - wanted) // 2, wanted)
-    return values.astype(np.float32) / np.float32(127.5) - 1
-
-
-def _resized(values: Array, axis: int, size: int, start: int, count: int) -> Array:
-    """An axis stretched to `size`, and of that `count` from `start` on."""
-    length = values.shape[axis]
-    at = (np.arange(start, start + count, dtype=np.float64) + 0.5) * (length / size) - 0.5
-    at = np.clip(at, 0, None).astype(np.float32)
-    low = np.minimum(at.astype(np.int64), length - 1)
-    share = (at - low).reshape((-1,) + (1,) * (-axis - 1))
-    first, second = (np.take(values, np.minimum(low + more, length - 1), axis) for more in (0, 1))
-    return first.astype(np.float32) * (1 - share) + second * share
 
 
 def _input(path: Path) -> list[str]:
@@ -174,21 +150,10 @@ def _input(path: Path) -> list[str]:
     return [*limits, "-i", f"file:{path.absolute()}"]
 
 
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(f"cannot read {path}", "it is a folder", "name a file in it")
-    if not path.exists():
-        raise InputError(f"cannot read {path}", "there is no such file", "check the path")
-    if not path.is_file():  # reading may wait for ever
-        raise InputError(f"cannot read {path}", "it is a pipe or a device", "copy what it gives into a file")
-    if path.stat().st_size == 0:
-        raise InputError(f"cannot read {path}", "it is empty", OTHER)
-
-
 def _frames(path: Path, options: list[str], reading: Sequence[str] = ()) -> Iterator[Array]:
     """Frames as they are decoded, one at least, all of one size; each says it, since a turned one has another than the
     file says. Raises InputError."""
-    _check_file(path)
+    check_file(path)
     command = [ffmpeg_program(), "-hide_banner", "-nostdin", "-loglevel", "error", *reading, *_input(path)]
     command += ["-map", "0:v:0", *options, "-sws_flags", FLAGS, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24"]
     shape: tuple[int, ...] | None = None
@@ -212,7 +177,7 @@ def _running(command: list[str], path: Path) -> Iterator[IO[bytes]]:
             yield process.stdout
             if process.wait():
                 log.seek(0)
-                raise InputError(f"cannot read {path}", _reason(log.read().decode(errors="replace")), OTHER)
+                raise InputError(f"cannot read {path}", complaint(log.read().decode(errors="replace")), OTHER)
         finally:
             process.kill()
             process.stdout.close()
@@ -229,20 +194,11 @@ def _read_ppm(pipe: IO[bytes]) -> Array | None:
     return np.frombuffer(data, np.uint8).reshape(height, width, 3) if len(data) == width * height * 3 else None
 
 
-def _piped(command: list[str], data: bytes) -> bytes:
-    done = subprocess.run(command, input=data, capture_output=True, check=False)
-    if done.returncode:
-        raise InputError(
-            "a picture cannot be compressed", _reason(done.stderr.decode(errors="replace")), "--image-crf 0"
-        )
-    return done.stdout
-
-
 def _number(text: str) -> float:
     return float(text.removesuffix("k")) * (1000 if text.endswith("k") else 1)
 
 
-def _reason(said: str) -> str:
+def complaint(said: str) -> str:
     """The first complaint of ffmpeg: what follows comes of it."""
     lines = (re.sub(r"^(\[[^]]*\] )+", "", line.strip()) for line in said.splitlines())
     return next((line for line in lines if line and not line.startswith(FACTS)), "ffmpeg does not know what it is")

@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(here: Here) -> Non
 
 def test_without_the_command_lines_libraries() -> None:
     """As GPU machines are that have MLX, numpy and safetensors only."""
-    missing = ("click", "rich", "imageio_ffmpeg", "tokenizers", "huggingface_hub", "matplotlib", "pytest")
+    missing = ("click", "rich", "imageio_ffmpeg", "PIL", "tokenizers", "huggingface_hub", "matplotlib", "pytest")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
         "from ltx2.bench import fullsize; sys.argv[1:] = ['--name', 'nothing', '--out', 'r.json']; fullsize.main()"

@@ -18,7 +18,7 @@ from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.records.clip import Sampled
 from ltx2.runtime.generate.records.sidecar import Sidecar, make_settings
-from ltx2.runtime.media.source import read_picture
+from ltx2.runtime.media.picture import read_picture
 from ltx2.runtime.media.video import AudioTrack, write_wav
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network

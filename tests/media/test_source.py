@@ -1,4 +1,4 @@
-"""What users give: pictures, clips, sounds, and what is none of these."""
+"""What users give: clips, sounds, and what is none of these."""
 
 import os
 import struct
@@ -12,24 +12,17 @@ import numpy as np
 import pytest
 
 from ltx2.runtime.errors import InputError, MediaError
+from ltx2.runtime.media.picture import read_picture
 from ltx2.runtime.media.source import (
-    compressed,
     count_frames,
-    covering,
     media_facts,
     read_comment,
     read_frames,
-    read_picture,
     read_sound,
 )  # fmt: skip
-from tests.support.media import write_frames
-from tests.support.parity import require
+from tests.support.media import noise_frames, write_frames
 
 Array = np.ndarray[Any, Any]
-
-
-def pictures(count: int = 3, height: int = 20, width: int = 30) -> Array:
-    return np.random.default_rng(1).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
 def write_sound(path: Path, samples: Array, rate: int = 8000) -> Path:
@@ -42,26 +35,12 @@ def write_sound(path: Path, samples: Array, rate: int = 8000) -> Path:
 
 
 def test_clip_frame_by_frame(tmp_path: Path) -> None:
-    frames = pictures(19)
+    frames = noise_frames(19)
     clip = write_frames(tmp_path / "a@1:2.mkv", frames, "-c:v", "ffv1", "-pix_fmt", "bgr0")
     assert count_frames(clip) == 19
     np.testing.assert_array_equal(np.concatenate(list(read_frames(clip))), frames)
     facts = media_facts(clip)
     assert (facts.width, facts.height, facts.fps, facts.rate) == (30, 20, 12.0, 0)
-
-
-@pytest.mark.parametrize("suffix", ["png", "bmp"])
-def test_picture(tmp_path: Path, suffix: str) -> None:
-    frames = pictures(1)
-    np.testing.assert_array_equal(read_picture(write_frames(tmp_path / f"a.{suffix}", frames)), frames[0])
-
-
-def test_alpha_is_dropped_and_grey_becomes_rgb(tmp_path: Path) -> None:
-    frames = pictures(1)
-    clear = write_frames(tmp_path / "a.png", frames, "-vf", "format=rgba,colorchannelmixer=aa=0.3")
-    np.testing.assert_array_equal(read_picture(clear), frames[0])
-    grey = read_picture(write_frames(tmp_path / "b.png", frames, "-pix_fmt", "gray"))
-    assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 0] == grey[..., 2]).all() and grey.std() > 10
 
 
 def test_sound_from_a_second_on(tmp_path: Path) -> None:
@@ -73,35 +52,6 @@ def test_sound_from_a_second_on(tmp_path: Path) -> None:
     assert read_sound(path, 0.9, 0.5).samples.shape == (1, 800)
     both = np.stack([samples[0], -samples[0] / 2])
     np.testing.assert_allclose(read_sound(write_sound(path, both)).samples, both, atol=1e-4)
-
-
-@pytest.mark.parametrize("wanted", [(20, 30), (64, 32), (16, 48), (7, 5)])
-def test_covering_as_torch_does(wanted: tuple[int, int]) -> None:
-    torch = require("torch")
-    frames = pictures(2)
-    height, width = wanted
-    scale = max(height / 20, width / 30)
-    size = int(np.ceil(20 * scale)), int(np.ceil(30 * scale))
-    tensor = torch.tensor(frames.astype(np.float32)).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(tensor, size, mode="bilinear", align_corners=False)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    want = resized[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1).numpy() / 127.5 - 1
-    np.testing.assert_allclose(covering(frames, height, width), want, atol=2e-5)
-
-
-def test_compressing() -> None:
-    (picture,) = pictures(1, 33, 47)
-    coarse, fine = compressed(picture, 40), compressed(picture, 5)
-    assert coarse.shape == fine.shape == (32, 46, 3)
-    errors = [np.abs(made.astype(int) - picture[:32, :46]).mean() for made in (fine, coarse)]
-    assert 0 < errors[0] < errors[1]
-    assert compressed(picture, 0) is picture
-
-
-def garbled(path: Path) -> bytes:
-    """A JPEG that is cut off in the middle."""
-    write_frames(path, pictures(1, 80, 90))
-    return path.read_bytes()[: path.stat().st_size // 2]
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -117,7 +67,7 @@ NO_MEDIA = {
     "nothing": ("none.mp4", b"", "it is empty"),
     "a list of files": ("list.mp4", b"ffconcat version 1.0\nfile /etc/hostname\n", "cannot read"),
     "a playlist": ("list.m3u8", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", "cannot read"),
-    "a bomb": ("bomb.png", bomb(60_000, 60_000), "cannot read"),
+    "a bomb": ("bomb.png", bomb(60_000, 60_000), "cannot read|too large"),
     "a smaller bomb": ("bomb.png", bomb(12_000, 12_000), "cannot read|too large"),
 }
 
@@ -143,16 +93,8 @@ def test_what_is_no_file(tmp_path: Path) -> None:
                 read(tmp_path / name)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_a_picture_that_is_cut_off_is_refused(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"cut.{suffix}"
-    path.write_bytes(garbled(tmp_path / f"a.{suffix}"))
-    with pytest.raises(InputError, match="cannot read"):
-        read_picture(path)
-
-
 def test_large_frames_come_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = write_frames(tmp_path / "a.mkv", pictures(5))
+    clip = write_frames(tmp_path / "a.mkv", noise_frames(5))
     assert [len(group) for group in read_frames(clip)] == [5]
     monkeypatch.setattr("ltx2.runtime.media.source.GROUP_BYTES", 1)
     assert [len(group) for group in read_frames(clip)] == [1] * 5
@@ -161,7 +103,7 @@ def test_large_frames_come_one_by_one(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_name_is_never_an_option_or_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("-i.png", "http:x.png", "concat:x.png"):
-        frames = pictures(1)
+        frames = noise_frames(1)
         write_frames(tmp_path / "plain.png", frames).rename(tmp_path / name)
         np.testing.assert_array_equal(read_picture(Path(name)), frames[0])
     with pytest.raises(InputError, match="no such file"):
@@ -173,4 +115,4 @@ def test_the_wrong_kind(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no picture"):
         read_picture(sound)
     with pytest.raises(InputError, match="has no sound"):
-        read_sound(write_frames(tmp_path / "a.png", pictures(1)))
+        read_sound(write_frames(tmp_path / "a.png", noise_frames(1)))

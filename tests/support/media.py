@@ -20,6 +20,11 @@ def ffmpeg(*arguments: str | Path, data: bytes = b"") -> None:
     subprocess.run(command, input=data, check=True)
 
 
+def noise_frames(count: int = 3, height: int = 20, width: int = 30) -> Array:
+    """Frames (F, H, W, 3) uint8 of which no two pixels are alike, always the same."""
+    return np.random.default_rng(1).integers(0, 256, (count, height, width, 3), np.uint8)
+
+
 def write_frames(path: Path, frames: Array, *options: str, rate: float = 12) -> Path:
     """A clip, or a picture, of frames (F, H, W, 3) uint8."""
     _, height, width, _ = frames.shape
