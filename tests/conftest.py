@@ -1,7 +1,9 @@
 """Fixtures shared by all tests: random checkpoints, the same converted, and the record of measured figures."""
 
+import gc
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from tests.support.reference_chain import ReferenceChain
 
 FIGURE = "figure"  # key of the measured figures among a test's properties, which reach us from every worker process
+FROZEN = pytest.StashKey[int]()  # how many modules were there when all objects were last taken from the collector
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +31,17 @@ def pytest_configure(config: pytest.Config) -> None:
     use the machine's own device."""
     if config.option.markexpr not in ("fullsize", "speed"):
         mx.set_default_device(mx.cpu)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Imported modules stay, so the collector need not walk them. A clip collects at the end of each of its phases:
+    with torch in the process, that took two thirds of a small clip's time."""
+    stash, modules = item.config.stash, len(sys.modules)
+    if stash.get(FROZEN, 0) != modules:
+        gc.collect()
+        gc.freeze()
+        stash[FROZEN] = modules
 
 
 @pytest.fixture(scope="session")
