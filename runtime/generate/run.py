@@ -150,7 +150,8 @@ class Run:
         self._take(plan)
         yield planned([self], 1)
         self.ahead = self.phases[len(self.done) :]
-        yield Noted(f"the duration head gives the clip {seconds:.2f} s: {length.frames} frames")
+        bounds = f", and --frames allows {job.auto.least:g} to {job.auto.most:g} s" if job.auto and length.clamped else ""
+        yield Noted(f"the duration head gives the clip {seconds:.2f} s{bounds}: {length.frames} frames")
         yield from map(Warned, self.memory.warnings())
 
     def _all(self) -> Iterator[Event]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import ltx2
 from ltx2.cli import run
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.transformer.config import TransformerConfig
@@ -21,7 +22,8 @@ LARGE = ["--width", "512", "--height", "512", "--frames", "97"]
 GUIDED = ["--pipeline", "one-stage", "--steps", "2"]
 CASE = {"part": "denoise", "pipeline": "one-stage", "steps": 1, "width": 64, "height": 64, "frames": 9}
 SUITE = {"warmup": 0, "repeat": 1, "cases": [CASE]}
-STATE = "clip.unfinished.safetensors"
+LEFT = "unfinished.safetensors"
+STATE = f"clip.{LEFT}"
 # Rank 1 sends itself a signal after the first step of stage 1. From then on rank 0 waits for a second, no longer.
 SIGNALLED = """
 from ltx2.runtime.distributed import machines
@@ -69,14 +71,27 @@ def same(a: Path, b: Path) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def test_two_machines(alone: Path, arguments: list[str], tmp_path: Path) -> None:
+def left_off(arguments: list[str], output: Path) -> None:
+    """What a run alone leaves that ends after its first step."""
+    options = {"embeddings": arguments[4], "width": 64, "height": 64, "frames": 9, "seed": 3, "no_metadata": True}
+    options |= {"pipeline": "one-stage", "steps": 2, "output": output, "state": output.with_name(f"{output.stem}.{LEFT}")}
+    for event in ltx2.load(arguments[2]).stream(**options):
+        if isinstance(event, ltx2.events.StepDone) and event.step == 1:
+            return
+
+
+def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path: Path) -> None:
     """One start of two processes for all that ends well or is refused."""
+    left_off(arguments, tmp_path / "later.mp4")
+    chosen = ["generate", "a red circle", "-m", str(demo_25), *SIZE[:4], "--seed", "3", "--frames", "auto:1.2-1.4"]
     lines = [
         [*arguments, "--cfg", "2{rank}", *GUIDED, "--json", "-o", f"{tmp_path}/never.mp4"],
         [*arguments, "--dry-run", "--json", "--split", "sequence"],
         [*arguments, *LARGE, "--dry-run", "-q", "--memory-limit", "1e-{rank}"],  # 1 GB, 0.1 GB
         [*arguments, *GUIDED, "--json", "-o", f"{tmp_path}/clip.mp4", "--save-latents", f"{tmp_path}/latents"],
         ["bench", arguments[2], "--suite", f"{tmp_path}/suite.json", "--json", "--out", f"{tmp_path}/bench.json"],
+        [*arguments, *GUIDED, "--resume", "-o", f"{tmp_path}/later.mp4"],
+        [*chosen, "-o", f"{tmp_path}/chosen.mp4", "--save-latents", f"{tmp_path}/chosen"],
     ]
     (tmp_path / "suite.json").write_text(json.dumps(SUITE))
     for process in commands(2, tmp_path / "said", lines):
@@ -118,6 +133,17 @@ def test_two_machines(alone: Path, arguments: list[str], tmp_path: Path) -> None
     # Two passes, float32: 8 tokens of the picture and 9 of the sound, 32 channels each.
     assert stage["sent_bytes"] == 2 * 4 * (8 + 9) * 32
     assert json.loads((tmp_path / "bench.json").read_text()) == receipt
+
+    continued = results[5]
+    assert [done.code for done in continued] == [0, 0], continued
+    assert "from the beginning" not in continued[0].err and continued[1].out == continued[1].err == ""
+    assert not (tmp_path / f"later.{LEFT}").exists()
+    assert (tmp_path / "later.mp4").read_bytes() == (alone / "clip.mp4").read_bytes(), "a run that was begun alone"
+
+    lengths = results[6]
+    assert [done.code for done in lengths] == [0, 0], lengths
+    assert "--frames allows 1.2 to 1.4 s: " in lengths[0].err
+    assert load_file(tmp_path / "chosen")["video"].shape[2] == 5, "33 frames"
 
 
 def test_a_machine_that_is_killed(alone: Path, arguments: list[str], tmp_path: Path, here: Here) -> None:
