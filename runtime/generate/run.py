@@ -150,7 +150,8 @@ class Run:
         self._take(plan)
         yield planned([self], 1)
         self.ahead = self.phases[len(self.done) :]
-        bounds = f", and --frames allows {job.auto.least:g} to {job.auto.most:g} s" if job.auto and length.clamped else ""
+        allowed = job.auto if length.clamped else None
+        bounds = "" if allowed is None else f", and --frames allows {allowed.least:g} to {allowed.most:g} s"
         yield Noted(f"the duration head gives the clip {seconds:.2f} s{bounds}: {length.frames} frames")
         yield from map(Warned, self.memory.warnings())
 
