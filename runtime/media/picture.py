@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, reason
 from ltx2.runtime.media.source import OTHER, Array, check_file, check_pixels, complaint, first_frame
 from ltx2.runtime.media.video import ffmpeg_program
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Not Pillow's others: one of them runs a program on the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "JPEG2000", "GIF", "BMP", "PPM", "PSD")
-# What Pillow raises for broken files (found with broken files).
+# What Pillow raises for broken files.
 BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, RuntimeError, struct.error,
     zlib.error,
@@ -59,7 +59,7 @@ def read_picture(path: Path) -> Array:
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is too large", str(error), "make it smaller first") from error
     except BROKEN as error:
-        raise InputError(f"cannot read {path}", str(error) or type(error).__name__, OTHER) from error
+        raise InputError(f"cannot read {path}", reason(error), OTHER) from error
 
 
 def _check_sums(path: Path) -> None:
@@ -96,7 +96,7 @@ def _in_srgb(picture: "Image", path: Path) -> "Image":
         assert made is not None, "it is not asked for in place"
         return made
     except (ImageCms.PyCMSError, OSError) as error:
-        why = f"its colour profile cannot be applied: {error}"
+        why = f"its colour profile cannot be applied: {reason(error)}"
         raise InputError(f"cannot read {path}", why, "save it as sRGB") from error
 
 
