@@ -5,6 +5,7 @@ import json
 import shlex
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,8 +74,8 @@ def same(a: Path, b: Path) -> bool:
 
 def left_off(arguments: list[str], output: Path) -> None:
     """What a run alone leaves that ends after its first step."""
-    options = {"embeddings": arguments[4], "width": 64, "height": 64, "frames": 9, "seed": 3, "no_metadata": True}
-    options |= {"pipeline": "one-stage", "steps": 2, "output": output}
+    options: dict[str, Any] = {"embeddings": arguments[4], "width": 64, "height": 64, "frames": 9, "seed": 3}
+    options |= {"pipeline": "one-stage", "steps": 2, "no_metadata": True, "output": output}
     options["state"] = output.with_name(f"{output.stem}.{LEFT}")
     for event in ltx2.load(arguments[2]).stream(**options):
         if isinstance(event, ltx2.events.StepDone) and event.step == 1:
