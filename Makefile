@@ -17,7 +17,8 @@ INSTALL = $(if $(UV),$(UV) pip install --python $(VENV)/bin/python,$(VENV)/bin/p
 # MLX's CPU wheel for Linux brings the slow reference BLAS; an installed OpenBLAS takes its place in a process.
 OPENBLAS := $(firstword $(wildcard $(foreach d,/usr/lib/$(shell uname -m)-linux-gnu /usr/lib64 /usr/lib,$(d)/libopenblas.so.0)))
 WITH_OPENBLAS = $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1)
-PYTEST = $(WITH_OPENBLAS) $(VENV)/bin/python -m pytest
+# Tests start many processes; where bytecode is not written, each compiles all modules again, half a second of work.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(WITH_OPENBLAS) $(VENV)/bin/python -m pytest
 
 .NOTPARALLEL:
 .PHONY: help demo test check bench bench-model bench-convert bench-quality test-fullsize test-fuzz test-prompts clean

@@ -16,8 +16,10 @@ from safetensors.numpy import save_file
 import ltx2.api  # ltx2.convert is the function, whichever sub-package a test imports first
 from tests.support.command import SEED, SIZE, Done, Here
 from tests.support.hostile import HANGS
+from tests.support.machine import small_ceilings
 from tests.support.official import DEMO, DEMO_25, MONOLITH, Official, Split, random_23, random_25, random_official
 from tests.support.parity import require
+from tests.support.sampling import one_step
 
 if TYPE_CHECKING:
     from tests.support.reference_chain import ReferenceChain
@@ -179,6 +181,13 @@ def generate(here: Here, demo_f32: Path, tmp_path: Path) -> Here:
         return here("generate", *([] if "--seed" in args else SEED), *args, "-m", demo_f32, "-o", tmp_path / to, *size)
 
     return call
+
+
+@pytest.fixture
+def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step a stage, short texts, and no time for what a machine reaches at best."""
+    one_step(monkeypatch)
+    small_ceilings(monkeypatch)
 
 
 @pytest.fixture

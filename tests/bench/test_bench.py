@@ -26,17 +26,12 @@ from ltx2.runtime.generate.options.table import COSTS, ROWS
 from ltx2.runtime.machine.process import disk_bytes_read, memory_now, process_peak_memory
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support.command import SIZE, Here
+from tests.support.machine import small_ceilings
 from tests.support.waiting import until
 
 Receipt = dict[str, Any]
 SMALL = (("width", 64), ("height", 64), ("frames", 1))
 STEPS = ["stage1", "spatial_upscaler", "stage2"]
-
-
-def small_ceilings(patch: pytest.MonkeyPatch) -> None:
-    """Small products and copies: what they reach is not looked at."""
-    patch.setattr(ceilings, "SIDES", (64,))
-    patch.setattr(ceilings, "MEGABYTES", (1,))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import ltx2.demo
 from ltx2 import __version__
 from ltx2.cli import cli
 from ltx2.demo import run_demo
@@ -177,6 +178,7 @@ def test_a_dry_run_finds_what_is_missing(here: Here, tmp_path: Path) -> None:
     here("convert", source, "-o", tmp_path / "m").failed(1, "final_conv.bias")
 
 
+@pytest.mark.usefixtures("small_runs")
 class TestIncompleteModels:
     @pytest.fixture
     def lacking(self, demo_f32: Path, tmp_path: Path) -> Callable[..., Path]:
@@ -273,11 +275,10 @@ def listen() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_interrupt_keeps_what_is_finished(demo_f32: Path, tmp_path: Path, as_json: bool) -> None:
+def test_interrupt_keeps_what_is_finished(demo_f32: Path, tmp_path: Path) -> None:
     embeddings = tmp_path / "embeddings.safetensors"
     command = [SCRIPT, "generate", PROMPT, "-m", demo_f32, "-o", tmp_path / "clip.mp4", "--save-embeddings", embeddings]
-    command += ["--width", "384", "--height", "256", "--frames", "49", *(["--json"] if as_json else [])]
+    command += ["--width", "384", "--height", "256", "--frames", "49", "--json"]
     pipe, parts = subprocess.PIPE, [str(part) for part in command]
     # A shell's background job ignores Ctrl-C, and so would a process that it starts.
     with subprocess.Popen(parts, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen) as process:
@@ -285,11 +286,21 @@ def test_interrupt_keeps_what_is_finished(demo_f32: Path, tmp_path: Path, as_jso
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     assert process.returncode == 130 and "Traceback" not in err and "error: interrupted" in err
-    assert json.loads(out)["error"]["kind"] == "interrupted" if as_json else out == ""
+    assert json.loads(out)["error"]["kind"] == "interrupted"
     assert names(tmp_path) == [embeddings.name]
     assert set(load_file(embeddings)) == {"video_context", "audio_context"}
 
 
+def test_interrupt_is_told_to_people(generate: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "events_all", interrupted)
+    done = generate(PROMPT)
+    assert (done.code, done.out, names(tmp_path)) == (130, "", []) and done.err.startswith("error: interrupted")
+
+
+@pytest.mark.usefixtures("small_runs")
 class TestOutput:
     """What the commands print when all goes well."""
 
@@ -347,13 +358,15 @@ class TestOutput:
         table = here(*args, "--repeat", "1")
         assert table.out == "" and "spatial_upscaler" in table.err, "names are never cut off"
 
-    def test_demo_as_json(self, tmp_path: Path) -> None:
-        done = script("demo", "chain", "--json", cwd=tmp_path)
+    def test_demo_as_json(self, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(ltx2.demo, "SIZE", {"width": 128, "height": 64, "frames": 9, "seed": 7})
+        done = here("demo", "chain", "--json")
         assert done.code == 0 and "$ ltx2 generate" in done.err
         for path in [*done.json["clips"].values(), *done.json["models"].values()]:
             assert (tmp_path / path).exists()
         frames, fps = read_video(tmp_path / done.json["clips"]["full"])
-        assert frames.shape == (25, 128, 192, 3) and fps == 24
+        assert frames.shape == (9, 64, 128, 3) and fps == 24
 
     def test_demo_of_a_newer_release(self, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Up to its converted model; which is there in a clone only."""

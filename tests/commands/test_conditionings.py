@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +13,14 @@ from safetensors.numpy import save_file
 
 import ltx2
 from ltx2.runtime.events import Event
-from ltx2.runtime.generate import job
-from ltx2.runtime.generate.options.preset import PipelineRow, Preset, load_preset, pipeline_row
 from ltx2.runtime.generate.phases.base import Made, Tools
 from ltx2.runtime.generate.phases.decode import Vocode
 from ltx2.runtime.media.source import media_facts
 from ltx2.runtime.media.video import AudioTrack, write_wav
-from ltx2.runtime.sampling.schedule import Schedule
 from tests.support.command import Here
 from tests.support.media import write_clip, write_frames
 from tests.support.official import DEMO_25, LORA_25, random_temporal
+from tests.support.sampling import one_step
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "conditionings.md"
 BLOCKS = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -54,18 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(name: str) -> PipelineRow:
-        found = pipeline_row(name)
-        stages = (replace(s, schedule=Schedule((s.schedule.fixed[0], 0.0))) for s in found.stages)
-        return replace(found, stages=tuple(stages))
-
-    def preset(release: str | None) -> Preset:
-        found = load_preset(release)
-        return replace(found, text_tokens=128, defaults={**found.defaults, "width": 64, "height": 64, "frames": 9})
-
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(job, "pipeline_row", row)
-    monkeypatch.setattr(job, "load_preset", preset)
+    one_step(monkeypatch, width=64, height=64, frames=9)
     monkeypatch.setattr(Vocode, "run", silence)
 
 

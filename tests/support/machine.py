@@ -1,7 +1,9 @@
-"""Another machine than this one, as far as plans ask: MLX computes where it did."""
+"""Another machine than this one, as far as plans and receipts ask: MLX computes where it did."""
 
 import mlx.core as mx
 import pytest
+
+from ltx2.bench.speed import ceilings
 
 GB = 10**9
 
@@ -16,3 +18,9 @@ def gpu_of(patch: pytest.MonkeyPatch, size: float) -> None:
     """The machine has a GPU of so many GB."""
     memory_of(patch, size)
     patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+
+
+def small_ceilings(patch: pytest.MonkeyPatch) -> None:
+    """Small products and copies show what the machine reaches: for tests that do not look at it."""
+    patch.setattr(ceilings, "SIDES", (64,))
+    patch.setattr(ceilings, "MEGABYTES", (1,))

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from ltx2.runtime.generate import job
-from ltx2.runtime.generate.options.preset import load_preset, pipeline_row
+from ltx2.runtime.generate.options.preset import PipelineRow, Preset, load_preset, pipeline_row
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.denoise import Course, Denoiser, begin, denoise
 from ltx2.runtime.sampling.guidance import NEUTRAL, TEXT
@@ -54,3 +54,21 @@ def shorten(patch: pytest.MonkeyPatch, *sigmas: tuple[float, ...], **defaults: A
     patch.setattr(job, "pipeline_row", lambda name: replace(row, stages=stages))
     changed = replace(preset, text_tokens=128, defaults={**preset.defaults, **defaults})
     patch.setattr(job, "load_preset", lambda release: changed)
+
+
+def one_step(patch: pytest.MonkeyPatch, **defaults: Any) -> None:
+    """One step a stage, from its first noise level, whatever the pipeline and the release; texts of 128 tokens, other
+    default options. For tests of what surrounds the computing: a small clip takes a quarter of its time."""
+
+    def row(name: str) -> PipelineRow:
+        found = pipeline_row(name)
+        first = ((*stage.schedule.fixed, 1.0)[0] for stage in found.stages)
+        stages = (replace(s, schedule=Schedule((level, 0.0))) for s, level in zip(found.stages, first, strict=True))
+        return replace(found, stages=tuple(stages))
+
+    def preset(release: str | None) -> Preset:
+        found = load_preset(release)
+        return replace(found, text_tokens=128, defaults={**found.defaults, **defaults})
+
+    patch.setattr(job, "pipeline_row", row)
+    patch.setattr(job, "load_preset", preset)
