@@ -56,7 +56,7 @@ test-fullsize: $(VENV)/.test ## full-size checks with random weights; needs a GP
 test-fuzz: $(VENV)/.test ## hostile files, for some twenty minutes; other ones each time
 	$(PYTEST) -m fuzz $(PYTEST_ARGS)
 
-test-prompts: $(VENV)/.test ## 64 prompts through the 2.5 demo model at 32, 8 and 4 bits; half an hour
+test-prompts: $(VENV)/.test ## dozens of prompts through the demo models at 32, 8 and 4 bits; some forty minutes
 	$(PYTEST) -m prompts $(PYTEST_ARGS)
 
 clean: ## remove .venv, caches, builds and demo/ (never weights/)

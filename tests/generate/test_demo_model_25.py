@@ -20,7 +20,7 @@ from ltx2.runtime.sampling.conditioning import FirstFrame, Keyframe, Place
 from ltx2.runtime.sampling.denoise import Denoiser, begin, denoise
 from ltx2.runtime.sampling.latents import Segment
 from ltx2.runtime.streams import Streams
-from tests.support.followed import Note, check_followed
+from tests.support.followed import Note, check_followed, once_packed
 from tests.support.golden import PROMPTS_25, golden_25
 from tests.support.parity import relative_l2
 
@@ -99,15 +99,7 @@ def test_first_and_last_picture(demo_25: Path, figure: Callable[..., None]) -> N
 
 @pytest.fixture(scope="session")
 def packed_25(demo_25: Path) -> Callable[[int], Path]:
-    """The model at so many bits; 32 is as it is."""
-
-    def packed(bits: int) -> Path:
-        folder = demo_25.with_name(f"25-q{bits}")
-        if bits < 32 and not folder.exists():
-            ltx2.quantize(demo_25, folder, bits=bits)
-        return folder if bits < 32 else demo_25
-
-    return packed
+    return once_packed(demo_25)
 
 
 @pytest.mark.parametrize(("bits", "numbers"), [(8, range(2)), (4, range(2, 5))])
