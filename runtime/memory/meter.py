@@ -33,15 +33,22 @@ def reusable_memory() -> int:
 
 
 @contextmanager
-def limited(memory: int, cache: int) -> Iterator[None]:
+def limited(memory: int, cache: int, wired: int) -> Iterator[None]:
     """MLX holds at most `cache` bytes of freed buffers, and about `memory` bytes in all: before it takes more, it gives
-    freed buffers back and waits for running work to end."""
-    before = mx.set_memory_limit(max(memory, 0)), mx.set_cache_limit(max(cache, 0))
+    freed buffers back and waits for running work to end. macOS 15 and later leaves the first `wired` bytes where they
+    are: it neither compresses nor swaps them, which costs many times a step's time where they fill most of the
+    memory."""
+    wirable = mx.device_info().get("max_recommended_working_set_size", 0)  # more is an error; only a Mac has it
+    before = (
+        mx.set_memory_limit(max(memory, 0)),
+        mx.set_cache_limit(max(cache, 0)),
+        mx.set_wired_limit(min(wired, int(wirable))),
+    )
     try:
         yield
     finally:
-        mx.set_memory_limit(before[0])
-        mx.set_cache_limit(before[1])
+        for restore, value in zip((mx.set_memory_limit, mx.set_cache_limit, mx.set_wired_limit), before, strict=True):
+            restore(value)
 
 
 @contextmanager

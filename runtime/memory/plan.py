@@ -101,9 +101,10 @@ class PhasePlan:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """MLX keeps to the plan."""
-        memory = self.weights + self.activations + self.cache + self.kept - self.held_back
-        with limited(memory, self.activations + self.cache):
+        """MLX keeps to the plan. What stays for the whole phase is wired, and no more: the rest is the system's."""
+        stays = self.weights + self.kept
+        memory = stays + self.activations + self.cache - self.held_back
+        with limited(memory, self.activations + self.cache, stays):
             yield
 
 

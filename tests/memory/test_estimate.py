@@ -19,7 +19,7 @@ from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.media.video import encoding_memory
 from ltx2.runtime.memory import activations
 from ltx2.runtime.memory.activations import Activations
-from ltx2.runtime.memory.plan import COMMAND_BUFFER
+from ltx2.runtime.memory.plan import COMMAND_BUFFER, PhasePlan
 from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
 from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
@@ -253,6 +253,18 @@ class TestCommand:
         plain = (PROMPT, "--no-metadata")
         assert generate(*plain).code == 0 and generate(*plain, "--low-memory", to="low.mp4").code == 0
         assert (tmp_path / "clip.mp4").read_bytes() == (tmp_path / "low.mp4").read_bytes(), "one tile covers it"
+
+
+@pytest.mark.parametrize(("wirable", "wired"), [(1000, 125), (110, 110), (None, 0)])
+def test_what_stays_is_wired(monkeypatch: pytest.MonkeyPatch, wirable: int | None, wired: int) -> None:
+    """Weights, and what is kept beside them, as far as a Mac's GPU may hold them; for one phase."""
+    limits = [3]
+    facts = {} if wirable is None else {"max_recommended_working_set_size": wirable}
+    monkeypatch.setattr(mx, "device_info", lambda: facts)
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: limits.append(limit) or limits[-2])
+    with PhasePlan("stage1", weights=100, activations=50, clip=7, cache=10, held_back=0, beside=20, text=5).applied():
+        assert limits[-1] == wired
+    assert limits[-1] == 3
 
 
 def memory_limit() -> int:
