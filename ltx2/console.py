@@ -57,8 +57,9 @@ class Output:
 
     def _shown(self, events: "Iterable[Event]") -> "Iterator[Event]":
         from ltx2.progress import Progress
+        from ltx2.runtime.machine.process import awake
 
-        with Progress(silent=self.quiet) as progress:
+        with awake(), Progress(silent=self.quiet) as progress:
             for event in events:
                 progress.show(event)
                 yield event

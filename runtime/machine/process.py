@@ -3,9 +3,10 @@
 import ctypes
 import os
 import resource
+import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # macOS keeps a ledger per process: `struct rusage_info_v4` of sys/resource.h, 16 bytes of UUID, then 64-bit fields.
@@ -13,6 +14,7 @@ from pathlib import Path
 RUSAGE_INFO_V4 = 4
 UUID_BYTES, FIELDS = 16, 35
 FOOTPRINT, DISK_READ, LARGEST_FOOTPRINT = 7, 16, 28
+CAFFEINATE = "/usr/bin/caffeinate"  # ends with the process that it is told to watch, however that ends
 
 
 def memory_now() -> int:
@@ -49,6 +51,23 @@ def allow_files(count: int) -> None:
             resource.setrlimit(
                 resource.RLIMIT_NOFILE, (count if hard == resource.RLIM_INFINITY else min(count, hard), hard)
             )
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """A Mac does not fall asleep for want of input while this process works; closing its lid or choosing Sleep still
+    sends it there. Elsewhere nothing is done."""
+    keeper = None
+    if sys.platform == "darwin":
+        with suppress(OSError):
+            command, none = [CAFFEINATE, "-i", "-w", str(os.getpid())], subprocess.DEVNULL
+            keeper = subprocess.Popen(command, stdin=none, stdout=none, stderr=none)
+    try:
+        yield
+    finally:
+        if keeper is not None:
+            keeper.terminate()
+            keeper.wait()
 
 
 def _kilobytes(status: str, name: str) -> int:

@@ -1,20 +1,25 @@
 """What people see of a run, on a terminal and in a file."""
 
 import io
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from ltx2 import progress as progress_module
+from ltx2.console import Output
 from ltx2.progress import Progress
 from ltx2.runtime.events import (
     BytesDone,
     Event,
     Finishing,
     Loaded,
+    Noted,
     PhaseDone,
     PhaseStarted,
     PlannedPhase,
@@ -23,6 +28,7 @@ from ltx2.runtime.events import (
     Warned,
     WorkPlanned,
 )  # fmt: skip
+from ltx2.runtime.machine import process
 from tests.support.waiting import until
 
 MB = 10**6
@@ -273,3 +279,27 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(monkeypatch: py
     shown = screen.getvalue()
     assert "\x1b" not in shown and "\r" not in shown
     assert shown.endswith("stage1: done in 12.3 s, 2 steps, peak 3.2 GB\n")
+
+
+def test_a_mac_stays_awake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a command works, and no longer."""
+    said, keeper = tmp_path / "said", tmp_path / "caffeinate"
+    keeper.write_text(f'#!/bin/sh\necho $$ "$@" > {said}.part; mv {said}.part {said}; exec sleep 1000\n')
+    keeper.chmod(0o755)
+    monkeypatch.setattr(process, "CAFFEINATE", str(keeper))
+
+    def events() -> Iterator[Event]:
+        until(said.exists)
+        yield Noted("done")
+
+    with monkeypatch.context() as mac:
+        mac.setattr(sys, "platform", "darwin")
+        Output(quiet=True, as_json=False).follow(events())
+    number, *arguments = said.read_text().split()
+    assert arguments == ["-i", "-w", str(os.getpid())]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number), 0)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(process, "CAFFEINATE", str(tmp_path / "gone"))
+    with process.awake():
+        pass
