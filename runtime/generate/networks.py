@@ -30,18 +30,23 @@ class Networks:
     def observed(self) -> bool:
         return self._observe is not None
 
-    def load(self, component: str, expected: type[Network]) -> Network:
-        """A network that was checked to be there."""
+    def load(
+        self, component: str, expected: type[Network], make: Callable[[ModelFolder], Network] | None = None
+    ) -> Network:
+        """A network that was checked to be there, or what `make` makes of its files."""
         loaded = self._loaded.get(component)
         if isinstance(loaded, expected):
             return loaded
-        network = load_network(self._folder, component, expected, self._built.pop(component, None))
+        network = make(self._folder) if make else self._load(component, expected)
         self.products.update(choose_products(network, self._matmul))
         if self._observe is not None:
             self._observe(component, network)
         else:
             self._loaded[component] = network
         return network
+
+    def _load(self, component: str, expected: type[Network]) -> Network:
+        return load_network(self._folder, component, expected, self._built.pop(component, None))
 
     def keep(self, components: Container[str]) -> None:
         """Let go of all others."""

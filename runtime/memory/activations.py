@@ -16,7 +16,7 @@ from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig
 from ltx2.runtime.networks.text.duration_head import DurationHeadConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
-from ltx2.runtime.networks.video_vae.config import Size, Tower, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.config import Convolution, Size, Tower, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig, Stage
 from ltx2.runtime.networks.video_vae.encode import VideoConfig
 from ltx2.runtime.networks.video_vae.frames import FRAMES_PER_GROUP
@@ -161,6 +161,30 @@ def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bo
         largest = tile.largest
     behind = ahead * largest if largest <= AHEAD else 0
     return Activations(waiting + latents + needed, full - needed + behind, largest)
+
+
+def decode_still(config: VideoVAEConfig, size: tuple[int, int], itemsize: int, unfold: bool) -> Activations:
+    """One latent frame of `size` (rows, columns): as a tile, but nothing small is waited for, so that a layer's four
+    arrays may be there for every layer. `unfold` as in `decode_video`, nine times."""
+    layers = list(config.decoder.convolutions((1, *size), still=True))
+    taps = 10 if unfold else 1
+    units = [itemsize * (3 * max(c.inputs, c.outputs) * prod(c.size) + taps * _bordered(c)) for c in layers]
+    all_of_them = sum(unit * c.times for unit, c in zip(units, layers, strict=True))
+    largest = max(itemsize * max(c.inputs, c.outputs) * prod(c.size) for c in layers)
+    return Activations(max(units), min(all_of_them, 700 * MB), largest)
+
+
+def still_weights(config: VideoVAEConfig, itemsize: int) -> Activations:
+    """The weights for single frames, while they are made: a kernel of the decoder, and two taps of it in float32."""
+    layers = zip(*(config.decoder.convolutions((1, 1, 1), still) for still in (False, True)), strict=True)
+    sizes = [(27 * itemsize * c.inputs * c.outputs, 2 * 9 * FLOAT32 * s.inputs * s.outputs) for c, s in layers]
+    return Activations(max(map(sum, sizes)), 0, max(kernel for kernel, _ in sizes))
+
+
+def _bordered(layer: Convolution) -> int:
+    """Values of a single frame that a convolution sees."""
+    _, height, width = layer.size
+    return layer.inputs * (height + 2) * (width + 2)
 
 
 def _ends(tiles: Intervals) -> list[tuple[int, int, int]]:

@@ -39,9 +39,9 @@ def upscale(config: UpsamplerConfig, unit: int, itemsize: int) -> int:
     return 3 * TAPS_3D * unit + _widened(TAPS_3D * config.mid_channels**2, itemsize)
 
 
-def decode_video(config: VideoVAEConfig, itemsize: int) -> int:
+def decode_video(config: VideoVAEConfig, itemsize: int, taps: int = TAPS_3D) -> int:
     """Beside unfolded convolutions, which depend on the tile."""
-    return _widened(TAPS_3D * config.decoder.width**2, itemsize)
+    return _widened(taps * config.decoder.width**2, itemsize)
 
 
 def encode_video(config: VideoConfig, itemsize: int) -> int:

@@ -17,6 +17,8 @@ from ltx2.runtime.generate.phases.flops import (
     connect,
     count,
     decode_diffusion,
+    decode_still,
+    decode_video,
     denoise_step,
     encode_audio,
     encode_text,
@@ -35,12 +37,14 @@ from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
 from ltx2.runtime.networks.text.duration_head import DurationHead
 from ltx2.runtime.networks.text.gemma import TextEncoder
 from ltx2.runtime.networks.transformer.config import TransformerConfig
+from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
 from ltx2.runtime.networks.video_vae.diffusion import build as build_diffusion
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from tests.networks.test_diffusion_decoder import SHORT
 from tests.networks.test_vocoder import EXTENDED
 
 SIZES: dict[str, Any] = {"width": 128, "height": 64, "frames": 9}
+STAGES = {"stage1": ((1, 2), 8), "stage2": ((2, 4), 3)}  # rows and columns of latents, steps
 ALL_LINEAR = ("text_encoder", "connectors", "stage1", "stage2")  # what goes in and out is counted exactly
 
 
@@ -86,10 +90,14 @@ class Meter:
 @pytest.fixture(scope="module")
 def measured(demo_f32: Path) -> Meter:
     """What generating a clip executes."""
+    return watched(Pipeline(demo_f32))
+
+
+def watched(pipeline: Pipeline, **options: Any) -> Meter:
     meter = Meter()
     with pytest.MonkeyPatch.context() as patch:
         meter.install(patch)
-        for event in Pipeline(demo_f32).stream(PROMPT, **SIZES):
+        for event in pipeline.stream(PROMPT, **SIZES, **options):
             if isinstance(event, PhaseStarted):
                 meter.phase = event.name
     return meter
@@ -102,6 +110,29 @@ def test_as_executed(measured: Meter, demo_f32: Path) -> None:
     # The vocoder executes more than there is to do: it pads signals, and the kernels of transposed convolutions.
     assert counted.pop("vocoder") == pytest.approx(executed.pop("vocoder"), rel=0.25)
     assert counted == executed
+
+
+def test_previews_as_executed(measured: Meter, demo_f32: Path, tmp_path: Path) -> None:
+    """Both stages have them; a third of what the decoder would take for the same frames, and less."""
+    pipeline = Pipeline(demo_f32)
+    meter, counted = watched(pipeline, preview=tmp_path), count(pipeline.plan(PROMPT, **SIZES, preview=tmp_path).job)
+    assert {name: counted[name].flops for name in STAGES} == {name: meter.flops[name] for name in STAGES}
+    config = VideoVAEConfig.from_dict(ModelFolder.open(demo_f32).config("video_vae"))
+    for name, (size, steps) in STAGES.items():
+        extra = meter.flops[name] - measured.flops[name]
+        assert 0 < 3 * extra < steps * decode_video(config, (1, *size)).flops
+
+
+@pytest.mark.parametrize("name", ["ltx-2-distilled", "ltx-2.5-distilled"])
+def test_a_preview_costs_next_to_nothing(name: str) -> None:
+    """Calculated, beside a step of 121 frames of 512x768 in either stage."""
+    job = Pipeline(random_folder(name)).plan(PROMPT, width=768, height=512, frames=121).job
+    transformer = TransformerConfig.from_dict(job.folder.config("transformer"))
+    decoder = VideoVAEConfig.from_dict(job.folder.config("video_vae"))
+    for number in job.numbers:
+        grid = job.stage_grid(number)
+        step = denoise_step(transformer, grid, job.preset.text_tokens)
+        assert 0.001 < decode_still(decoder, (grid.height, grid.width)).flops / step.flops < 0.003
 
 
 def test_the_text_of_other_releases(model_25: Path) -> None:

@@ -18,6 +18,7 @@ from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
 from ltx2.runtime.networks.video_vae import layers
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
+from ltx2.runtime.networks.video_vae.decoder import StillDecoder
 from ltx2.runtime.networks.video_vae.frames import FRAMES_PER_GROUP, VideoDecoder, decode_frames, decode_tiles
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder, build
 from ltx2.runtime.networks.video_vae.tiles import Intervals, Tiling, temporal_spans, tilings
@@ -145,6 +146,20 @@ def test_shapes_of_the_published_file(header: str) -> None:
 
 
 # --- encoding, statistics, data types
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("size", [(3, 4), (2, 2)])
+def test_a_single_frame_takes_a_third(model: Path, newer: bool, size: tuple[int, int], figure: Figure) -> None:
+    """The same picture as the decoder of clips makes of one latent frame."""
+    vae = build(NEWER if newer else ModelFolder.open(model).config("video_vae"))
+    latents = mx.array(noise(1, vae.config.latent_channels, 1, *size))
+    want = vae.decode(latents)
+    still = StillDecoder(vae.decoder)
+    made = still(vae.per_channel_statistics.unnormalise(latents)[:, :, 0].transpose(0, 2, 3, 1))
+    name = f"video_vae, a single frame ({'zeros' if newer else 'reflection'}, {size[0]}x{size[1]}) rel L2"
+    figure(name, relative_l2(made, want), limit=1e-5)
+    assert all(not layer.conv.parameters() for layer in (vae.decoder.conv_in, vae.decoder.conv_out))
 
 
 def test_frames_after_8k_plus_1_are_left_out(vae: VideoAutoencoder) -> None:

@@ -15,6 +15,7 @@ from ltx2.runtime.generate.phases.base import Phase
 from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, DiffuseVideo, Vocode
 from ltx2.runtime.generate.phases.encode import EncodeSound, EncodeSource, EncodeVideo, places
 from ltx2.runtime.generate.phases.order import phases
+from ltx2.runtime.generate.phases.preview import preview_weights
 from ltx2.runtime.generate.phases.sample import Denoise, Upscale
 from ltx2.runtime.generate.phases.text import Connect, EncodeText, PredictLength
 from ltx2.runtime.memory.plan import Headers
@@ -124,6 +125,10 @@ def _denoise(phase: Phase, headers: Headers) -> PhaseWork:
     if repeated:
         work += text_keys(config, grid, text) * -repeated
         moved -= repeated * sum(t.nbytes for name, t in headers.tensors(TRANSFORMER).items() if TEXT_KEYS.search(name))
+    if job.request.preview is not None:
+        decoder, steps = VideoVAEConfig.from_dict(headers.config("video_vae")), job.course(phase.number).steps
+        work += decode_still(decoder, (grid.height, grid.width)) * steps
+        moved += preview_weights(decoder, headers.itemsize("video_vae")) * steps
     return _moving(work, headers.itemsize(TRANSFORMER), moved)
 
 
@@ -296,6 +301,12 @@ def decode_video(config: VideoVAEConfig, latents: Size) -> Work:
     """`latents`: frames, height, width."""
     layers = config.decoder.convolutions(latents)
     return sum((convolution(prod(c.size), 27, c.inputs, c.outputs) * c.times for c in layers), Work())
+
+
+def decode_still(config: VideoVAEConfig, size: tuple[int, int]) -> Work:
+    """A preview, of latents with these rows and columns."""
+    layers = config.decoder.convolutions((1, *size), still=True)
+    return sum((convolution(prod(c.size), 9, c.inputs, c.outputs) * c.times for c in layers), Work())
 
 
 def encode_video(config: VideoConfig, clip: Size) -> Work:

@@ -3,40 +3,44 @@
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.memory import activations, cpu
 from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.plan import on_cpu, uses_cpu
-from ltx2.runtime.networks.load import read_weights
+from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
+from ltx2.runtime.networks.video_vae.decoder import StillDecoder
 from ltx2.runtime.networks.video_vae.frames import to_levels
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
-from ltx2.runtime.networks.video_vae.tiles import Tiles
 from ltx2.runtime.sampling.latents import Grid
 
 SIDE = 256  # pixels, of the longer side at most
-LEAST = 2  # latent rows and columns that are decoded
 
 
-class Preview:
+class Preview(nn.Module):
     """Decodes the latent frame in a clip's middle, by itself: it becomes one frame, which takes a fraction of the time
     of the eight that it would become among others, and looks like the seventh of them (29 to 31 dB on the demo model,
     where latents that are averaged first look like nothing)."""
 
     def __init__(self, vae: VideoAutoencoder) -> None:
-        self.vae = vae
-        read_weights(vae.decoder)
+        """Takes the decoder's weights from `vae`."""
+        super().__init__()
+        self.statistics = vae.per_channel_statistics
+        self.decoder = StillDecoder(vae.decoder)
+
+    @classmethod
+    def load(cls, folder: ModelFolder) -> "Preview":
+        return cls(load_network(folder, "video_vae", VideoAutoencoder))
 
     def __call__(self, latents: mx.array) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Normalised latents (1, C, F, H, W) to a picture (h, w, 3)."""
         middle = latents.shape[2] // 2
-        latents = latents[:, :, middle : middle + 1]
-        # A single row or column cannot be extended by reflection: it is decoded twice, and one of both is kept.
-        rows, columns = (LEAST // min(LEAST, size) for size in latents.shape[3:])
-        frames = self.vae.decode(mx.repeat(mx.repeat(latents, rows, 3), columns, 4))
-        (frame,) = to_levels(_reduced(frames[:, : frames.shape[1] // rows, : frames.shape[2] // columns]))
-        return frame
+        frame = self.statistics.unnormalise(latents[:, :, middle : middle + 1])
+        (picture,) = to_levels(_reduced(self.decoder(frame[:, :, 0].transpose(0, 2, 3, 1))))
+        return picture
 
 
 def _reduced(frames: mx.array) -> mx.array:
@@ -48,8 +52,14 @@ def _reduced(frames: mx.array) -> mx.array:
     return cut.reshape(count, height, factor, width, factor, channels).mean((2, 4))
 
 
+def preview_weights(config: VideoVAEConfig, itemsize: int) -> int:
+    """Bytes of its weights."""
+    layers = config.decoder.convolutions((1, 1, 1), still=True)
+    return itemsize * sum(c.times * (cpu.TAPS_2D * c.inputs + 1) * c.outputs for c in layers)
+
+
 def preview_memory(config: VideoVAEConfig, grid: Grid, itemsize: int) -> Activations:
-    """What a preview takes beside the decoder's weights."""
-    frame = Tiles((1, max(LEAST, grid.height), max(LEAST, grid.width)), None, config)
-    used = activations.decode_video(config, frame, itemsize, uses_cpu())
-    return used.beside(on_cpu(cpu.decode_video(config, itemsize)))
+    """What a preview takes beside its weights, made or used."""
+    used = activations.decode_still(config, (grid.height, grid.width), itemsize, uses_cpu())
+    used = used.beside(on_cpu(cpu.decode_video(config, itemsize, cpu.TAPS_2D)))
+    return activations.still_weights(config, itemsize).or_then(used)

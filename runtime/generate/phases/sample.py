@@ -8,7 +8,7 @@ from pathlib import Path
 from ltx2.runtime.distributed.split import shared_denoiser
 from ltx2.runtime.events import Event, Previewed, Warned
 from ltx2.runtime.generate.phases.base import Made, Phase, Tools
-from ltx2.runtime.generate.phases.preview import Preview, preview_memory
+from ltx2.runtime.generate.phases.preview import Preview, preview_memory, preview_weights
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.layers.lora import attach
 from ltx2.runtime.memory import activations as network
@@ -21,7 +21,6 @@ from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler, UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
-from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.denoise import begin, check_latents, denoise
 from ltx2.runtime.sampling.guidance import passes
@@ -122,9 +121,9 @@ class Denoise(Phase):
         beside = sum(size for path, size in factors.items() if tensors[f"{path}.weight"].dtype == CODES)
         weights, plain = headers.weights(TRANSFORMER) + beside, sum(factors.values()) - beside
         if self.job.request.preview is not None:
-            weights += headers.weights("video_vae", "decoder.")
-            decoder = VideoVAEConfig.from_dict(headers.config("video_vae"))
-            used = used.or_then(preview_memory(decoder, grid, headers.itemsize("video_vae")))
+            decoder, itemsize = VideoVAEConfig.from_dict(headers.config("video_vae")), headers.itemsize("video_vae")
+            weights += preview_weights(decoder, itemsize)
+            used = used.or_then(preview_memory(decoder, grid, itemsize))
         keys = len(self.kept) * network.text_keys(config, grid, text, width)
         return Need(self.name, weights, used, blocks=headers.blocks, text=keys, factors=plain)
 
@@ -142,7 +141,7 @@ class Denoise(Phase):
             transformer.loras = loras
         preview = None
         if self.job.request.preview is not None and tools.machines.leads:
-            preview = Preview(tools.networks.load("video_vae", VideoAutoencoder))
+            preview = tools.networks.load("video_vae", Preview, Preview.load)
         given = transformer, made.contexts, states, self.kept if tools.plan.text else ()
         with (
             streamed(self.job.folder, transformer, read) as stream,

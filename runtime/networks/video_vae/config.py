@@ -91,9 +91,10 @@ class Tower:
         time, height, width = (prod(axis) for axis in zip((1, 1, 1), *strides, strict=True))
         return time, height, width
 
-    def convolutions(self, size: Size) -> Iterator[Convolution]:
+    def convolutions(self, size: Size, still: bool = False) -> Iterator[Convolution]:
         """All convolutions of a clip that comes in with this size, in order. A stride over time keeps the first frame
-        single: upsampling drops one frame afterwards, downsampling doubles the first one before."""
+        single: upsampling drops one frame afterwards, downsampling doubles the first one before. `still`: of a single
+        frame that goes up, what is dropped is not computed."""
         yield Convolution(self.inputs, self.width, size)
         width = self.width
         for stage in self.stages:
@@ -103,7 +104,7 @@ class Tower:
                 continue
             t, h, w = stage.stride
             if self.up:
-                yield Convolution(stage.inputs, width * t * h * w, size)
+                yield Convolution(stage.inputs, width * (1 if still else t) * h * w, size)
                 size = frames * t - (t - 1), rows * h, columns * w
             else:
                 yield Convolution(stage.inputs, width // (t * h * w), (frames + t - 1, rows, columns))

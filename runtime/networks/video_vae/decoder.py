@@ -1,11 +1,25 @@
-"""The video VAE's convolutional decoder: not causal, every temporal doubling drops its first frame."""
+"""The video VAE's convolutional decoder: not causal, every temporal doubling drops its first frame. For a clip, and for
+a single frame."""
+
+from functools import cache
+from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.machine.bounded import evaluate
 from ltx2.runtime.networks.video_vae.config import Tower
-from ltx2.runtime.networks.video_vae.layers import Border, CausalConv3d, ResBlocks, Upsample, activate, apply
+from ltx2.runtime.networks.video_vae.layers import (
+    Border,
+    CausalConv3d,
+    ResBlock,
+    ResBlocks,
+    Upsample,
+    activate,
+    apply,
+    depth_to_space,
+    settled,
+)
 
 
 class Decoder(nn.Module):
@@ -34,3 +48,89 @@ def unpatchify(x: mx.array, patch: int) -> mx.array:
     batch, frames, height, width, _ = x.shape
     x = x.reshape(batch, frames, height, width, 3, patch, patch)
     return x.transpose(0, 1, 2, 6, 3, 5, 4).reshape(batch, frames, height * patch, width * patch, 3)
+
+
+class StillDecoder(nn.Module):
+    """What `Decoder` makes of a single latent frame: un-normalised latents (1, H/32, W/32, C) to one picture
+    (1, H, W, 3), nominally in [-1, 1]. A third of the operations, and nothing is waited for.
+
+    Before and behind a clip are copies of its edge frames, so the three taps over time of every kernel see the same
+    frame: they are added up here, once. Of a frame that is doubled the first copy is dropped: it is not computed.
+
+    Takes the decoder's weights from it, one after the other, so that they are never all there beside the sums."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.conv_in = _StillConvolution(decoder.conv_in)
+        self.layers: list[_StillResBlock | _StillUpsample] = []
+        for block in decoder.up_blocks:
+            if isinstance(block, Upsample):
+                self.layers.append(_StillUpsample(block))
+            else:
+                self.layers += [_StillResBlock(inner) for inner in block.res_blocks]
+        self.conv_out = _StillConvolution(decoder.conv_out)
+        self.patch_size = decoder.patch_size
+
+    def __call__(self, latents: mx.array) -> mx.array:
+        x = self.conv_in(latents.astype(self.conv_in.weight.dtype))
+        for layer in self.layers:
+            x = settled(layer(x))
+        return unpatchify(self.conv_out(activate(x))[:, None], self.patch_size)[:, 0]
+
+
+class _StillConvolution(nn.Module):
+    """3x3, with the border of the 3x3x3 convolution that it is made of; of `copies` of a frame, which that one makes,
+    the last alone."""
+
+    def __init__(self, source: CausalConv3d, copies: int = 1, within: int = 1) -> None:
+        super().__init__()
+        weight, bias = source.conv.pop("weight"), source.conv.pop("bias")
+        # Outputs are ordered (channel, copy, place within the stride).
+        kept = weight.reshape(-1, copies, within, *weight.shape[1:])[:, -1].reshape(-1, *weight.shape[1:])
+        taps = (kept[:, tap].astype(mx.float32) for tap in range(kept.shape[1]))
+        self.weight = sum(taps, mx.array(0.0)).astype(weight.dtype)
+        self.bias = bias.reshape(-1, copies, within)[:, -1].reshape(-1)
+        self.reflect = source.border.reflect
+        mx.eval(self.weight, self.bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.reflect:
+            x = mx.take(mx.take(x, _mirrored(x.shape[1]), axis=1), _mirrored(x.shape[2]), axis=2)
+            return mx.conv2d(x, self.weight) + self.bias
+        return mx.conv2d(x, self.weight, padding=1) + self.bias
+
+
+@cache
+def _mirrored(length: int) -> mx.array:
+    """Places along an axis, with one more on both ends that mirrors without repeating the edge; of one, copies."""
+    return mx.array([min(1, length - 1), *range(length), max(0, length - 2)])
+
+
+class _StillResBlock(nn.Module):
+    def __init__(self, source: ResBlock) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = _StillConvolution(source.conv1), _StillConvolution(source.conv2)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x + self.conv2(activate(settled(self.conv1(activate(x)))))
+
+
+class _StillUpsample(nn.Module):
+    def __init__(self, source: Upsample) -> None:
+        super().__init__()
+        self.copies, *self.stride = source.stride
+        self.conv = _StillConvolution(source.conv, self.copies, prod(self.stride))
+        self.residual = source.residual
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self._enlarged(self.conv(x))
+        if not self.residual:
+            return y
+        within = prod(self.stride)
+        last = x.reshape(*x.shape[:-1], -1, self.copies, within)[..., -1, :]
+        skip = self._enlarged(last.reshape(*x.shape[:-1], -1))
+        return (y.reshape(*skip.shape[:-1], -1, skip.shape[-1]) + skip[..., None, :]).reshape(y.shape)
+
+    def _enlarged(self, x: mx.array) -> mx.array:
+        height, width = self.stride
+        return depth_to_space(x[:, None], (1, height, width))[:, 0]
