@@ -2,14 +2,12 @@
 
 Pillow is imported where it is used: benchmarks of random models do without it."""
 
-import re
 import struct
 import subprocess
 import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Not Pillow's others: one of them runs a program on the file.
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "JPEG2000", "GIF", "BMP", "PPM", "PSD")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "JPEG2000", "GIF", "BMP", "PPM", "PSD", "HEIF")
 # What Pillow raises for broken files.
 BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, RuntimeError, struct.error,
@@ -31,19 +29,18 @@ BROKEN = (
 SAME_COLOURS = {"RGBa": "RGBA", "La": "LA"}  # without the multiplication by alpha
 OF_PROFILE = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # a profile's colours -> Pillow's
 WIDE = ("I", "F")  # 32 bits, in no known range
-HEIC = re.compile(rb"....ftyp(?:he[iv][cmsx]|mif1)", re.DOTALL)
-TILES = re.compile(rb"infe.{8,10}grid", re.DOTALL)  # an item of that kind
-PROFILE = re.compile(rb"colr(?:prof|rICC)")
-HEADER = 1 << 20  # bytes, which hold a HEIC's list of items
+NARROW = (1, 2)  # a HEIC's number for the primaries of sRGB, and for unknown ones
 FAST = 1  # compression
 
 
 def read_picture(path: Path) -> Array:
     """A picture, or a clip's first frame: uint8 (H, W, 3) in sRGB, turned as its EXIF says; alpha is dropped, grey
     becomes RGB, 16 bits become 8. Raises InputError, also for one that is cut off or damaged."""
+    from pi_heif import register_heif_opener
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     check_file(path)
+    register_heif_opener()
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
             check_pixels(path, *picture.size)
@@ -54,7 +51,6 @@ def read_picture(path: Path) -> Array:
                 first_frame(path)  # what is missing inside is grey to Pillow, and an error to ffmpeg
             return np.asarray(_in_srgb(ImageOps.exif_transpose(picture), path))
     except UnidentifiedImageError:
-        _check_heic(path)
         return first_frame(path)
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is too large", str(error), "make it smaller first") from error
@@ -83,6 +79,8 @@ def _in_srgb(picture: "Image", path: Path) -> "Image":
         picture = narrow
     picture = picture.convert(SAME_COLOURS.get(picture.mode, picture.mode))
     if not (data := picture.info.get("icc_profile")):
+        if picture.info.get("nclx_profile", {}).get("color_primaries", NARROW[0]) not in NARROW:
+            raise InputError(f"cannot read {path}", "it has wide colours without a profile", "save it as sRGB")
         return picture.convert("RGB")
     try:
         profile = ImageCms.ImageCmsProfile(BytesIO(data))
@@ -98,23 +96,6 @@ def _in_srgb(picture: "Image", path: Path) -> "Image":
     except (ImageCms.PyCMSError, OSError) as error:
         why = f"its colour profile cannot be applied: {reason(error)}"
         raise InputError(f"cannot read {path}", why, "save it as sRGB") from error
-
-
-def _check_heic(path: Path) -> None:
-    """Raises InputError for one whose tiles or colours ffmpeg does not put together."""
-    with path.open("rb") as file:
-        header = file.read(HEADER)
-    if not HEIC.match(header):
-        return
-    if TILES.search(header):
-        why = "it is a HEIC made of tiles"
-    elif PROFILE.search(header):
-        why = "it is a HEIC with a colour profile, which would be ignored"
-    else:
-        return
-    source, target = quote(str(path)), quote(str(path.with_suffix(".png")))
-    fix = f"make a PNG of it: sips -s format png {source} --out {target}"
-    raise InputError(f"cannot read {path}", why, fix)
 
 
 def write_picture(path: str | Path, picture: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
