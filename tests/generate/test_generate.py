@@ -16,11 +16,14 @@ from safetensors.numpy import load_file, save_file
 
 import ltx2
 from ltx2.cli import run
+from ltx2.runtime.generate import job
+from ltx2.runtime.generate.options.preset import load_preset
 from ltx2.runtime.generate.records.clip import Saved
 from tests.support.command import SIZE, Here
 from tests.support.media import read_video
 from tests.support.official import MONOLITH
 
+pytestmark = pytest.mark.usefixtures("few_steps")
 PROMPT = "a red square"
 
 
@@ -154,7 +157,7 @@ class TestSidecar:
         by_name = {phase["name"]: phase for phase in record["phases"]}
         stages = ["text_encoder", "connectors", "stage1", "spatial_upscaler", "stage2"]
         assert list(by_name) == [*stages, "audio_vae", "vocoder", "video_vae"]
-        assert (len(by_name["stage1"]["step_seconds"]), len(by_name["stage2"]["step_seconds"])) == (8, 3)
+        assert (len(by_name["stage1"]["step_seconds"]), len(by_name["stage2"]["step_seconds"])) == (3, 2)
         for phase in record["phases"]:
             assert phase["seconds"] >= 0 and phase["mlx_peak_bytes"] > 0 and phase["process_peak_bytes"] > 0
             assert 0 < phase["longest_eval_seconds"] < phase["seconds"]
@@ -243,7 +246,7 @@ class TestEmbeddings:
     def test_format(self, made: Made) -> None:
         found = load_file(made.embeddings)
         assert found.keys() == {"video_context", "audio_context"}
-        assert all(value.shape == (1, 1024, 64) and value.dtype == np.float32 for value in found.values())
+        assert all(value.shape == (1, 128, 64) and value.dtype == np.float32 for value in found.values())
 
     def test_a_prompt_beside_them_has_no_effect_and_that_is_said(self, generate: Here, made: Made) -> None:
         assert "warning: the prompt has no effect" in generate("other", "--embeddings", made.embeddings).err
@@ -302,7 +305,9 @@ class TestNoise:
         assert "text_encoder" not in done.err
 
 
-def test_a_prompt_that_is_too_long_is_said_to_be(generate: Here) -> None:
+def test_a_prompt_that_is_too_long_is_said_to_be(generate: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the published 1024 tokens."""
+    monkeypatch.setattr(job, "load_preset", load_preset)
     size = ["--width", "64", "--height", "64", "--frames", "1"]
     done = generate("red " * 1100, size=size)
     assert done.code == 0 and "warning: the prompt is 77 tokens too long" in done.err

@@ -19,6 +19,7 @@ from ltx2.runtime.media.source import read_comment
 from tests.support.command import Here
 from tests.support.media import read_video
 
+pytestmark = pytest.mark.usefixtures("few_steps")
 PROMPT = "a red square"
 SIZE: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "seed": 1, "no_audio": True}
 
@@ -32,15 +33,14 @@ class TestNames:
         assert sidecar_path(Path("a/kite.mp4")) == Path("a/kite.json")
         assert state_path(Path("a/kite.v2.mp4")) == Path("a/kite.v2.unfinished.safetensors")
 
-    @pytest.mark.parametrize("length", [221, 228, 240, 251])
-    def test_any_legal_length(self, demo_f32: Path, tmp_path: Path, length: int) -> None:
+    @pytest.mark.parametrize("letters", ["n" * 221, "ä" * 114, "ä" * 120, "ä" * 125, "n" * 251])
+    def test_any_legal_length(self, demo_f32: Path, tmp_path: Path, letters: str) -> None:
         """In bytes before `.mp4`; a file system allows 255 in all."""
-        for letters in ("n" * length, "ä" * (length // 2)):
-            clip = tmp_path / letters / f"{letters}.mp4"
-            clip.parent.mkdir()
-            list(ltx2.load(demo_f32).stream(PROMPT, output=clip, state=state_path(clip), **SIZE))
-            assert set(clip.parent.iterdir()) == {clip, sidecar_path(clip)}
-            assert len(os.fsencode(state_path(clip).name)) <= 255
+        clip = tmp_path / letters / f"{letters}.mp4"
+        clip.parent.mkdir()
+        list(ltx2.load(demo_f32).stream(PROMPT, output=clip, state=state_path(clip), **SIZE))
+        assert set(clip.parent.iterdir()) == {clip, sidecar_path(clip)}
+        assert len(os.fsencode(state_path(clip).name)) <= 255
 
     def test_a_sound_alone_is_a_wav_file_unasked(self, here: Here, demo_f32: Path) -> None:
         assert here("generate", PROMPT, "-m", demo_f32, "--no-video", "--dry-run").code == 0
@@ -113,7 +113,7 @@ class TestRoom:
         done = generate(PROMPT, "--save-latents", tmp_path / "latents")
         assert done.code == 0 and names(tmp_path) == ["clip.mp4"]
         for name in ("clip.unfinished.safetensors", "latents", "clip.json"):
-            assert any(name in line and "No space left" in line for line in done.err.splitlines()), name
+            assert any(name in line and "the disk is full" in line for line in done.err.splitlines()), name
 
 
 class TestSettings:
