@@ -8,9 +8,10 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -100,37 +101,47 @@ class Source:
         """As MAY_IMPORT names it."""
         return "/".join(self.path.split("/")[:-1][:2])
 
-    def of_type(self, kind: type[Node]) -> Iterator[Node]:
-        return (node for node in ast.walk(self.tree) if isinstance(node, kind))
+    @cached_property
+    def nodes(self) -> dict[type[ast.AST], list[ast.AST]]:
+        found: dict[type[ast.AST], list[ast.AST]] = defaultdict(list)
+        for node in ast.walk(self.tree):
+            found[type(node)].append(node)
+        return found
 
-    def imports(self) -> Iterator[tuple[int, str]]:
+    def of_type(self, kind: type[Node]) -> Iterator[Node]:
+        return (node for node in self.nodes.get(kind, ()) if isinstance(node, kind))
+
+    @cached_property
+    def imports(self) -> list[tuple[int, str]]:
         """Line and dotted name of everything imported, at any depth; `from a import b` is "a.b"."""
-        for node in self.of_type(ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+        found = [(node.lineno, alias.name) for node in self.of_type(ast.Import) for alias in node.names]
         for origin in self.of_type(ast.ImportFrom):
             module = f"{'.' * origin.level}{origin.module or ''}"
-            yield from ((origin.lineno, f"{module}.{alias.name}") for alias in origin.names)
+            found += [(origin.lineno, f"{module}.{alias.name}") for alias in origin.names]
+        return found
 
     def texts(self) -> Iterator[tuple[int, str]]:
         """Line and value of every string literal but docstrings."""
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         docstrings = {
             node.body[0].value
-            for node in ast.walk(self.tree)
-            if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+            for kind in documented
+            for node in self.of_type(kind)
+            if node.body and isinstance(node.body[0], ast.Expr)
         }
         for node in self.of_type(ast.Constant):
             if isinstance(node.value, str) and node not in docstrings:
                 yield node.lineno, node.value
 
 
+unparsed = cache(ast.unparse)  # what is called is asked by several rules
 Violations = Iterator[tuple[int, str]]
 Rule = Callable[[Source], Violations]
 
 
 def import_directions(source: Source) -> Violations:
     allowed = {source.folder} | MAY_IMPORT.get(source.folder, set()) | MAY_ALSO_IMPORT.get(source.path, set())
-    for line, name in source.imports():
+    for line, name in source.imports:
         if name.startswith("."):
             yield line, "relative import"
         package, *parts = name.split(".")
@@ -151,7 +162,7 @@ def _folder(parts: list[str]) -> str:
 def library_users(source: Source) -> Violations:
     if source.part == "tests":
         return
-    for line, name in source.imports():
+    for line, name in source.imports:
         library = name.split(".")[0]
         if library in USERS and not {source.path, source.folder} & USERS[library]:
             yield line, f"{library} is for {', '.join(sorted(USERS[library])) or 'the tests only'}"
@@ -163,7 +174,7 @@ def only_the_command_line_prints(source: Source) -> Violations:
     if source.path in PRINTERS:
         return
     for call in source.of_type(ast.Call):
-        if ast.unparse(call.func) in ("print", "builtins.print", "sys.stdout.write", "sys.stderr.write"):
+        if unparsed(call.func) in ("print", "builtins.print", "sys.stdout.write", "sys.stderr.write"):
             yield call.lineno, "prints"
 
 
@@ -187,8 +198,8 @@ def no_swallowed_exception(source: Source) -> Violations:
         if caught & broad and not any(isinstance(node, ast.Raise) for node in ast.walk(handler)):
             yield handler.lineno, "swallows every exception"
     for call in source.of_type(ast.Call):
-        suppressed = {ast.unparse(argument) for argument in call.args}
-        if ast.unparse(call.func) in ("suppress", "contextlib.suppress") and suppressed & broad:
+        suppresses = unparsed(call.func) in ("suppress", "contextlib.suppress")
+        if suppresses and {unparsed(argument) for argument in call.args} & broad:
             yield call.lineno, "suppresses every exception"
 
 
@@ -210,21 +221,21 @@ def no_environment_variables(source: Source) -> Violations:
         return
     names = {f"os.{name}" for name in ("environ", "environb", "getenv")}
     used = ((node.lineno, ast.unparse(node)) for node in source.of_type(ast.Attribute))
-    yield from ((line, f"reads {name}") for line, name in [*used, *source.imports()] if name in names)
+    yield from ((line, f"reads {name}") for line, name in [*used, *source.imports] if name in names)
 
 
 def one_place_exchanges(source: Source) -> Violations:
-    if source.path != "runtime/distributed/machines.py":
+    if source.path != "runtime/distributed/machines.py" and "distributed" in source.text:
         used = [(node.lineno, ast.unparse(node)) for node in source.of_type(ast.Attribute)]
-        names = [(line, name) for line, name in [*used, *source.imports()] if name.startswith("mx.distributed")]
-        imported = [(line, name) for line, name in source.imports() if "mlx.core.distributed" in name]
+        names = [(line, name) for line, name in [*used, *source.imports] if name.startswith("mx.distributed")]
+        imported = [(line, name) for line, name in source.imports if "mlx.core.distributed" in name]
         yield from ((line, f"calls {name}: use runtime/distributed/machines.py") for line, name in [*names, *imported])
 
 
 def strict_weights(source: Source) -> Violations:
     for call in source.of_type(ast.Call):
         loose = any(word.arg == "strict" and ast.unparse(word.value) == "False" for word in call.keywords)
-        if ast.unparse(call.func).endswith("load_weights") and loose:
+        if unparsed(call.func).endswith("load_weights") and loose:
             yield call.lineno, "loads weights loosely"
 
 
@@ -267,7 +278,7 @@ def references_through_parity(source: Source) -> Violations:
     """tests/support/parity.py decides whether a missing reference skips or fails."""
     if source.part == "tests" and source.path != "tests/support/parity.py":
         for call in source.of_type(ast.Call):
-            if ast.unparse(call.func).endswith("importorskip"):
+            if unparsed(call.func).endswith("importorskip"):
                 yield call.lineno, "importorskip: use tests.support.parity.require"
 
 
@@ -277,7 +288,7 @@ def no_test_looks_at_a_clock(source: Source) -> Violations:
     if source.part != "tests" or source.path in ("tests/bench_hot.py", "tests/test_architecture.py"):
         return
     for call in source.of_type(ast.Call):
-        if CLOCK.search(ast.unparse(call.func)):
+        if CLOCK.search(unparsed(call.func)):
             yield call.lineno, "looks at a clock"
         if any(word.arg == "timeout" for word in call.keywords):
             yield call.lineno, "waits for a limited time"
