@@ -4,17 +4,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from shutil import get_terminal_size
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from ltx2.convert.fetch.catalogue import Bundle, Catalogue, Published
-from ltx2.convert.plan.entries import Drop, Plan
 from ltx2.runtime.errors import printable
 from ltx2.runtime.events import DownloadPlanned
+
+if TYPE_CHECKING:  # not at run time: a table of a clip's memory needs nothing of converting
+    from ltx2.convert.fetch.catalogue import Bundle, Catalogue, Published
+    from ltx2.convert.plan.entries import Plan
 
 FILE_WIDTH = 120  # of tables, where there is no terminal that says its own
 GAP = 3  # columns of a table are so far apart
@@ -72,8 +74,10 @@ def memory_table(plan: Mapping[str, Any]) -> tuple[str, list[str], list[list[str
     return title, [*columns, *(["read per step"] if streams else [])], rows
 
 
-def plan_summary(plan: Plan) -> str:
+def plan_summary(plan: "Plan") -> str:
     """What a conversion would write, per component and in all."""
+    from ltx2.convert.plan.entries import Drop
+
     groups = {name: plan.moves(name) for name in plan.components}
     sizes = {name: sum(f.nbytes for m in moves for f in m.stored().values()) for name, moves in groups.items()}
     rows = [(name, len(groups[name]), size) for name, size in sizes.items()]
@@ -96,7 +100,7 @@ def download_lines(plan: DownloadPlanned) -> Iterator[str]:
 HEAD = f"{'size':>9s}  release  gated  what it is"
 
 
-def catalogue_lines(known: Catalogue) -> Iterator[str]:
+def catalogue_lines(known: "Catalogue") -> Iterator[str]:
     """All names that `download` takes, with sizes; `~` marks those not known to the byte."""
     entries: list[Bundle | Published] = [*known.bundles.values(), *known.published.values()]
     width = max(len(_short_name(entry.name)) for entry in entries)
@@ -113,11 +117,12 @@ def catalogue_lines(known: Catalogue) -> Iterator[str]:
     yield from (f"  {page}" for page in pages)
 
 
-def _catalogue_facts(known: Catalogue, entry: Bundle | Published) -> str:
+def _catalogue_facts(known: "Catalogue", entry: "Bundle | Published") -> str:
     exact = all(published.exact for published in known.choose([entry.name]))
     size = ("" if exact else "~") + _amount(known.size(entry.name))
     gated = "yes" if known.gated(entry.name) else "no"
-    able = "" if not isinstance(entry, Bundle) or entry.generates else " (convert only so far)"
+    bundle = known.bundles.get(entry.name)
+    able = "" if bundle is None or bundle.generates else " (convert only so far)"
     return f"{size:>9s}  {entry.release:7s}  {gated:5s}  {entry.purpose}{able}"
 
 

@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from threading import Timer
 from typing import Any
 
@@ -127,6 +126,8 @@ def join(environment: Mapping[str, str], late: Late) -> Machines:
     """
     if RANK not in environment:
         return ALONE
+    from importlib import metadata  # here: a process alone starts sooner without it
+
     version = metadata.version("mlx")
     if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < LEAST:
         needed = ".".join(map(str, LEAST))

@@ -25,6 +25,14 @@ CASE = {"part": "denoise", "pipeline": "one-stage", "steps": 1, "width": 64, "he
 SUITE = {"warmup": 0, "repeat": 1, "cases": [CASE]}
 LEFT = "unfinished.safetensors"
 STATE = f"clip.{LEFT}"
+QUICK = """
+import pytest
+from tests.support.machine import small_ceilings
+from tests.support.sampling import short_texts
+patch = pytest.MonkeyPatch()
+small_ceilings(patch)
+short_texts(patch)
+"""
 # Rank 1 sends itself a signal after the first step of stage 1. From then on rank 0 waits for a second, no longer.
 SIGNALLED = """
 from ltx2.runtime.distributed import machines
@@ -86,6 +94,7 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
     """One start of two processes for all that ends well or is refused."""
     left_off(arguments, tmp_path / "later.mp4")
     chosen = ["generate", "a red circle", "-m", str(demo_25), *SIZE[:4], "--seed", "3", "--frames", "auto:1.2-1.4"]
+    chosen += ["--no-audio", "--no-upscale"]
     lines = [
         [*arguments, "--cfg", "2{rank}", *GUIDED, "--json", "-o", f"{tmp_path}/never.mp4"],
         [*arguments, "--dry-run", "--json", "--split", "sequence"],
@@ -96,7 +105,7 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
         [*chosen, "-o", f"{tmp_path}/chosen.mp4", "--save-latents", f"{tmp_path}/chosen"],
     ]
     (tmp_path / "suite.json").write_text(json.dumps(SUITE))
-    for process in commands(2, tmp_path / "said", lines):
+    for process in commands(2, tmp_path / "said", lines, QUICK):
         assert ended(process).code == 0
     results = [[said(tmp_path / "said", number, rank) for rank in range(2)] for number in range(len(lines))]
 

@@ -49,11 +49,10 @@ def texts(contexts: Streams[mx.array]) -> Mapping[str, Streams[mx.array]]:
 def shorten(patch: pytest.MonkeyPatch, *sigmas: tuple[float, ...], **defaults: Any) -> None:
     """Fewer steps along these noise levels of the distilled stages, texts of 128 tokens, other default options: what is
     computed stays the same and takes a tenth of the time."""
-    row, preset = pipeline_row("distilled"), load_preset("2.0")
+    row = pipeline_row("distilled")
     stages = tuple(replace(stage, schedule=Schedule(levels)) for stage, levels in zip(row.stages, sigmas, strict=True))
     patch.setattr(job, "pipeline_row", lambda name: replace(row, stages=stages))
-    changed = replace(preset, text_tokens=128, defaults={**preset.defaults, **defaults})
-    patch.setattr(job, "load_preset", lambda release: changed)
+    short_texts(patch, **defaults)
 
 
 def one_step(patch: pytest.MonkeyPatch, **defaults: Any) -> None:
@@ -66,9 +65,15 @@ def one_step(patch: pytest.MonkeyPatch, **defaults: Any) -> None:
         stages = (replace(s, schedule=Schedule((level, 0.0))) for s, level in zip(found.stages, first, strict=True))
         return replace(found, stages=tuple(stages))
 
+    patch.setattr(job, "pipeline_row", row)
+    short_texts(patch, **defaults)
+
+
+def short_texts(patch: pytest.MonkeyPatch, **defaults: Any) -> None:
+    """Texts of 128 tokens, and other default options, whatever the release."""
+
     def preset(release: str | None) -> Preset:
         found = load_preset(release)
         return replace(found, text_tokens=128, defaults={**found.defaults, **defaults})
 
-    patch.setattr(job, "pipeline_row", row)
     patch.setattr(job, "load_preset", preset)
