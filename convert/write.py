@@ -187,7 +187,7 @@ def _manifest(
         )
         for name, component in plan.components.items()
     }
-    return Manifest(plan.release, plan.variant, __version__, components, sources)
+    return Manifest(plan.release, plan.variant, __version__, components, sources, sizes=plan.sizes)
 
 
 def _publish(partial: Partial, out: Path, force: bool) -> None:
@@ -241,7 +241,7 @@ def _states(plan: Plan) -> dict[Path, tuple[int, int]]:
 def _fingerprint(plan: Plan, files: list[PlannedFile]) -> str:
     """Identifies a conversion: its plan, its files, and the state of its sources."""
     facts = [
-        __version__, plan.release, plan.variant, plan_json(plan),
+        __version__, plan.release, plan.variant, dict(plan.sizes), plan_json(plan),
         [(f.path, f.size, f.content.hex() if isinstance(f, TextFile) else "") for f in files],
         [(str(path), *state) for path, state in _states(plan).items()], PIECE_BYTES,
         [asdict(s) for s in plan.sources if isinstance(s, FileRecord)],

@@ -1,49 +1,21 @@
-"""The command line: all commands, in the order of their use."""
+"""The command line's entry point."""
 
 import sys
 
-import click
-
-from ltx2.commands import clips, fetch, machine, measure, models
-from ltx2.console import InOrder, run_group
+from ltx2 import interrupt
 
 
 def main() -> None:
     """Entry point of the `ltx2` script."""
-    sys.exit(run(sys.argv[1:]))
+    interrupt.expect()
+    code = run(sys.argv[1:])
+    interrupt.over()
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:
     """Run a command line and return its exit code."""
+    from ltx2.commands.group import cli  # takes a while, in which Ctrl-C may come
+    from ltx2.console import run_group
+
     return run_group(cli, args)
-
-
-def _version(context: click.Context, _: click.Parameter, asked: bool) -> None:
-    if asked:
-        from ltx2.runtime.version import tool_version
-
-        click.echo(f"ltx2, version {tool_version()}")
-        context.exit()
-
-
-@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version.")
-def cli() -> None:
-    """LTX-2 video with sound on Apple Silicon: convert, quantize, generate and benchmark with MLX."""
-
-
-for command in (
-    fetch.download,
-    models.convert,
-    models.calibrate,
-    models.quantize,
-    machine.plan,
-    clips.generate,
-    clips.upscale,
-    machine.doctor,
-    measure.bench,
-    models.inspect,
-    models.verify,
-    clips.demo,
-):
-    cli.add_command(command)

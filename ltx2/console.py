@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from ltx2 import interrupt
 from ltx2.runtime.distributed.ranks import RANK
 from ltx2.runtime.errors import InputError, Ltx2Error, printable, reason
 
@@ -28,7 +29,7 @@ OURS = {
     "--num-inference-steps": "--steps", "--frame-rate": "--fps", "--output-path": "--output",
     "--model-path": "--model", "--checkpoint-path": "--model", "--prompt-file": "--prompts", "--images": "--image",
 }  # fmt: skip
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+EXIT_USAGE = 2
 Command = Callable[..., None]
 Kind = TypeVar("Kind", bound="Event")
 
@@ -59,6 +60,7 @@ class Output:
         from ltx2.progress import Progress
         from ltx2.runtime.machine.process import awake
 
+        interrupt.begin()
         with awake(), Progress(silent=self.quiet) as progress:
             for event in events:
                 progress.show(event)
@@ -111,7 +113,7 @@ def run_group(group: click.Group, args: list[str]) -> int:
         fix = str(error) or "run the same command again"
         stopped = {"kind": "interrupted", "what": "interrupted", "why": "Ctrl-C", "fix": fix}
         _show_error(stopped, as_json)
-        return EXIT_INTERRUPTED
+        return interrupt.EXIT_INTERRUPTED
     except BrokenPipeError:  # who read our output (head, less) has gone; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -48,7 +48,7 @@ MAY_ALSO_IMPORT = {
 }
 # Only users of a library; an empty set: none outside the tests.
 USERS = {
-    "click": {"ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "ltx2/commands"},
+    "click": {"ltx2/console.py", "ltx2/render.py", "ltx2/commands"},
     "rich": {"ltx2/progress.py", "ltx2/render.py"},
     "gguf": {"convert/tensors/gguf.py"},
     "huggingface_hub": {"convert/fetch/hub.py"},

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from ltx2.convert.fetch.catalogue import Bundle, catalogue
@@ -40,7 +41,8 @@ T = TypeVar("T")
 
 class Planned(ABC):
     """A model that may be used as it is (`settings` None) or quantized. `bits`: of most of its weights; `download`:
-    bytes to fetch; `source`: bytes of what it would be quantized from, where that is on this disk."""
+    bytes to fetch; `source`: bytes of what it would be quantized from, where that is on this disk; `sizes`: of clips
+    that it was made for, where they are not its release's."""
 
     name: str
     purpose: str
@@ -49,6 +51,7 @@ class Planned(ABC):
     bits: int
     download: int = 0
     source: int = 0
+    sizes: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
     def size(self, settings: Settings | None) -> int:
@@ -105,6 +108,7 @@ class PlannedFolder(Planned):
         self.name, self.purpose, self.release, self.variant = str(folder.path), "", manifest.release, manifest.variant
         self.bits = 16
         self._folder = folder
+        self.sizes = manifest.sizes
         self.source = sum(file.size for record in manifest.components.values() for file in record.files)
 
     def size(self, settings: Settings | None) -> int:

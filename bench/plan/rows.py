@@ -105,14 +105,14 @@ def plan_models(
     if memory is not None and not 0 < memory <= MOST_GB:
         raise InputError(f"--memory {memory:g} is not possible", "it is a Mac's memory in GB", "use --memory 24")
     limit = available_memory() if memory is None else gpu_bytes(memory)
-    presets = _presets(bits)
+    presets, planned = _presets(bits), list(_models(names))
     if memory is None:
-        models = [_rows(model, presets, limit, sizes or {}) for model in _models(names)]
+        models = [_rows(model, presets, limit, sizes or {}) for model in planned]
     else:
         with on_another_mac():
-            models = [_rows(model, presets, limit, sizes or {}) for model in _models(names)]
+            models = [_rows(model, presets, limit, sizes or {}) for model in planned]
     marked = _marked(models)
-    clip = dict(load_preset(models[0].release).defaults) | dict(sizes or {})
+    clip = _usual(planned[0]) | dict(sizes or {})
     shown = {name: clip[name] for name in ("width", "height", "frames", "fps")}
     return Plan(memory, limit, free_bytes(Path()), shown, marked)
 
@@ -147,7 +147,7 @@ def _presets(bits: int | None) -> dict[str, Settings | None]:
 
 def _rows(model: Planned, presets: Mapping[str, Settings | None], limit: int, sizes: Mapping[str, Any]) -> ModelRows:
     """Presets that do not fit the model are left out."""
-    defaults = {"frames": load_preset(model.release).defaults["frames"]}
+    defaults = {"frames": _usual(model)["frames"]}
     options = {"prompt": PROMPT, "output": "clip.mp4", "memory_limit": limit / GB}
     request = Request.from_options(defaults | dict(sizes) | options)
     rows = []
@@ -158,6 +158,11 @@ def _rows(model: Planned, presets: Mapping[str, Settings | None], limit: int, si
             if settings is None or len(presets) == 1:
                 raise
     return ModelRows(model.name, model.purpose, model.release, model.variant, model.bits, tuple(rows))
+
+
+def _usual(model: Planned) -> dict[str, Any]:
+    """What a clip of the model is, where nothing else is asked."""
+    return {**load_preset(model.release).defaults, **model.sizes}
 
 
 def _row(model: Planned, preset: str, settings: Settings | None, request: Request) -> Row:

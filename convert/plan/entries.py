@@ -96,13 +96,15 @@ Layer = tuple[str, str]  # component, and path in its network
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole model folder. `sources` are files still to be hashed, or records that are known already."""
+    """A whole model folder. `sources` are files still to be hashed, or records that are known already; `sizes` as in
+    ltx2.json."""
 
     entries: tuple[Entry, ...]
     components: Mapping[str, ComponentPlan]
     release: str | None
     variant: str | None
     sources: tuple[TensorFile | FileRecord, ...] = field(default=())
+    sizes: Mapping[str, float] = field(default_factory=dict)
 
     def moves(self, component: str) -> list[Move]:
         """The component's tensors, in the sources' order."""

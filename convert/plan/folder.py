@@ -29,7 +29,7 @@ def folder_plan(folder: ModelFolder) -> Plan:
         components[name] = ComponentPlan(name, record.cls, config, tuple(extra), {}, *packed)
         entries += _moves(name, folder.tensor_files(name), Quantization.from_config(record.quantization))
     manifest = folder.manifest
-    return Plan(tuple(entries), components, manifest.release, manifest.variant, manifest.sources)
+    return Plan(tuple(entries), components, manifest.release, manifest.variant, manifest.sources, manifest.sizes)
 
 
 def _moves(component: str, files: list[TensorFile], quantization: Quantization) -> Iterator[Move]:
@@ -102,7 +102,8 @@ def described_folder(plan: Plan, path: Path) -> DescribedFolder:
     configs = {name: component.config for name, component in plan.components.items()}
     files = {name: _described(path / name, plan.moves(name)) for name in records}
     beside = sum(entry.tensor.nbytes for entry in plan.entries if isinstance(entry, Asset))
-    return DescribedFolder(path, Manifest(plan.release, plan.variant, "", records), configs, files, beside)
+    manifest = Manifest(plan.release, plan.variant, "", records, sizes=plan.sizes)
+    return DescribedFolder(path, manifest, configs, files, beside)
 
 
 def _described(path: Path, moves: Iterable[Move]) -> TensorFile:

@@ -17,12 +17,14 @@ from ltx2.convert.tensors.keep import Dequantize, Keep, KeepBlockScales
 from ltx2.convert.tensors.scales import dropped_beside_codes, find_codes
 from ltx2.convert.tensors.steps import Cast, Reshape, Spec, Step, Transpose
 from ltx2.runtime.errors import CheckpointError, InputError, reason
+from ltx2.runtime.files.jsonfile import parse_object
 from ltx2.runtime.files.tensors import FLOATS, TensorFile, TensorInfo
 from ltx2.runtime.model.forms import Quantization
-from ltx2.runtime.model.layout import COMPONENTS, LORAS, is_lora
+from ltx2.runtime.model.layout import COMPONENTS, LORAS, is_lora, read_sizes
 from ltx2.runtime.model.lorafile import alphas
 from ltx2.runtime.model.origin import check_gemma
 
+SIZES = "ltx2_sizes"  # in a file's metadata
 DOUBLE = "another source has it unquantized"
 Owners = dict[str, dict[str, Source]]  # component -> its tensors and files -> the source of each
 
@@ -62,7 +64,19 @@ def make_plan(sources: Sequence[Source], options: Options | None = None) -> Plan
     _check_gemma(components, owners)
     used = {id(e.file): e.file for e in entries if not isinstance(e, Drop)}
     files = tuple(sorted(used.values(), key=lambda f: (f.path.name, f.size)))
-    return Plan(tuple(entries), components, release, _variant(owners, options), files)
+    return Plan(tuple(entries), components, release, _variant(owners, options), files, _sizes(owners))
+
+
+def _sizes(owners: Owners) -> dict[str, float]:
+    """Of the clips that the transformer was made for, where its file says so. Raises CheckpointError for other text."""
+    for source in dict.fromkeys(owners.get("transformer", {}).values()):
+        for text in (file.metadata[SIZES] for file in source.files if SIZES in file.metadata):
+            try:
+                return read_sizes(parse_object(text))
+            except (ValueError, TypeError, AttributeError) as error:
+                what = f"the {SIZES} in {source.path.name} cannot be read"
+                raise CheckpointError(what, reason(error), "download it again") from error
+    return {}
 
 
 def _without_doubles(planned: list[tuple[Source, list[Entry]]]) -> Iterator[tuple[Source, list[Entry]]]:

@@ -145,7 +145,7 @@ def _show_plans(output: Output, generation: "Generation") -> None:
     from ltx2.runtime.generate.phases.together import splits
 
     plan, machines = generation.plan(), generation.machines
-    plans = machines.everyone([plan.to_dict(), list(plan.warnings())])
+    plans = machines.everyone([plan.to_dict(), [*plan.job.warnings(), *plan.warnings()]])
     for name, (data, warnings) in zip(machines.names, plans, strict=True):
         if not output.quiet and not output.as_json:
             title, columns, rows = memory_table(data)

@@ -13,9 +13,9 @@ import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.generate.given import Clip, Given, Setting, gather, sound_track
-from ltx2.runtime.generate.options.choices import asked_length, chosen_pipeline, grown, idle_options, samples, stages_of
+from ltx2.runtime.generate.options.choices import asked_length, chosen_pipeline, doubts, grown, samples, stages_of
 from ltx2.runtime.generate.options.kinds import digest, portable
-from ltx2.runtime.generate.options.preset import DISTILLED, PIPELINES, load_preset, negative_prompt, pipeline_row
+from ltx2.runtime.generate.options.preset import DISTILLED, PIPELINES, negative_prompt, pipeline_row, preset_of
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.options.values import Auto, Lora
 from ltx2.runtime.generate.records.exchange import check_noise, read_embeddings, read_latents, read_noise
@@ -60,7 +60,7 @@ class Job:
         self.until = until
         self.asked = request
         self.clip: Clip | None = None  # the source, where a clip is given
-        self.preset = load_preset(folder.manifest.release)
+        self.preset = preset_of(folder.manifest)
         self.row = pipeline_row(chosen_pipeline(folder, request)) if samples(request) else None
         first = self.preset.distilled_sampler if self.row is not None and self.row.name == DISTILLED else "euler"
         self.stages = stages_of(self.row.stages if self.row else (), request, first)
@@ -135,9 +135,9 @@ class Job:
 
     def warnings(self) -> Iterator[str]:
         """What may not come out as expected."""
-        if self.row is not None and self.row.guided and self.folder.manifest.variant == DISTILLED:
-            yield f"this is a distilled model: the {self.row.name} pipeline guides it, which it was not made for"
-        yield from idle_options(self.row, self.asked)
+        if self.row is not None:
+            reach = self.transformer_config.video.max_positions[0]
+            yield from doubts(self.folder, self.row, self.asked, self.sizes, reach)
         if self.encodes_text and self.folder.has("text_encoder") and (message := check_text_encoder(self.folder)):
             yield message
 

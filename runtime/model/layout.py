@@ -30,6 +30,8 @@ COMPONENTS = (
 TRANSFORMER = "transformer"
 VIDEO_VAE, DIFFUSION_VAE = "video_vae", "diffusion_vae"
 DURATION_HEAD = "duration_head"
+SIZES = ("width", "height", "frames", "fps")
+MOST_OF_A_SIZE = 1 << 16
 LORAS = "loras"  # the folder of components that change others: loras/<name>
 LORA_FOLDER = re.compile(rf"{LORAS}/[a-z0-9_][a-z0-9._-]{{0,254}}")
 
@@ -75,7 +77,8 @@ class ComponentRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """ltx2.json. `card` is README.md as it was written; people may edit it."""
+    """ltx2.json. `card` is README.md as it was written; people may edit it. `sizes` are the width, height, frames and
+    fps of clips that the model was made for, where its source says so and they are not its release's."""
 
     release: str | None
     variant: str | None
@@ -83,6 +86,7 @@ class Manifest:
     components: Mapping[str, ComponentRecord]
     sources: tuple[FileRecord, ...] = field(default=())
     card: FileRecord | None = None
+    sizes: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Deterministic text: same content, same bytes."""
@@ -95,6 +99,7 @@ class Manifest:
             "sources": [asdict(f) for f in self.sources],
         }
         data |= {"card": asdict(self.card)} if self.card else {}
+        data |= {"sizes": dict(self.sizes)} if self.sizes else {}
         return json.dumps(data, indent=2) + "\n"
 
     @classmethod
@@ -107,10 +112,22 @@ class Manifest:
             card = file_record(data["card"]) if "card" in data else None
             if card and card.name != CARD:
                 raise ValueError(f"its card is {card.name!r}")
+            sizes = read_sizes(data.get("sizes", {}))
             release, variant, version = (data[key] for key in ("release", "variant", "tool_version"))
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"it is not written as ltx2 writes it ({error!r})") from error
-        return cls(_text(release, None), _text(variant, None), _text(version), components, sources, card)
+        return cls(_text(release, None), _text(variant, None), _text(version), components, sources, card, sizes)
+
+
+def read_sizes(data: Mapping[str, Any]) -> dict[str, float]:
+    """Sizes of clips, as ltx2.json and a checkpoint's metadata say them. Raises ValueError, TypeError or AttributeError
+    for anything else."""
+    for name, value in data.items():
+        if name not in SIZES or isinstance(value, bool) or not 0 < value <= MOST_OF_A_SIZE:
+            raise ValueError(f"sizes are {', '.join(SIZES)}, not {name} {value}")
+        if name != "fps" and value != int(value):
+            raise ValueError(f"{name} {value} is not whole")
+    return {name: float(value) if name == "fps" else int(value) for name, value in data.items()}
 
 
 def file_record(data: Mapping[str, Any]) -> FileRecord:

@@ -16,7 +16,7 @@ from ltx2.bench.quality import demo_quality
 from ltx2.bench.quality.demo_models import REFERENCE, DemoModel, demo_models, fill_with_stock
 from ltx2.bench.quality.demo_prompts import Prompt, random_prompts
 from ltx2.bench.quality.demo_quality import Models, measure_prompt, read_result, result_key, summary, table
-from ltx2.cli import cli
+from ltx2.commands.group import cli
 from ltx2.runtime.errors import ModelFolderError
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_weights

@@ -17,7 +17,7 @@ import pytest
 
 import ltx2
 from ltx2 import api
-from ltx2.cli import cli
+from ltx2.commands.group import cli
 from ltx2.runtime.errors import InputError, ModelFolderError
 from ltx2.runtime.events import Event, PhaseDone, PhaseStarted, StepDone
 from ltx2.runtime.generate.options.table import COSTS, ROWS

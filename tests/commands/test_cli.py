@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import ltx2.demo
 from ltx2 import __version__
-from ltx2.cli import cli
+from ltx2.commands.group import cli
 from ltx2.demo import run_demo
 from ltx2.runtime.events import Section
 from ltx2.runtime.generate.pipeline import Pipeline

@@ -16,7 +16,7 @@ from ltx2 import api
 from ltx2.bench.plots.demo import packed_bits
 from ltx2.bench.speed.compare import read_receipt
 from ltx2.bench.speed.table import markdown, tables_in
-from ltx2.cli import cli
+from ltx2.commands.group import cli
 from ltx2.convert.fetch.catalogue import catalogue
 from ltx2.convert.plan.entries import Plan
 from ltx2.demo import PROMPT

@@ -81,14 +81,14 @@ def test_options_that_say_how_long_a_clip_is(pipe: Pipeline, fixing: dict[str, A
 
 def test_a_model_without_the_network(demo_f32: Path) -> None:
     pipe = ltx2.load(demo_f32)
-    assert pipe.plan("x").job.sizes.frames == 121
+    assert pipe.plan("x").job.sizes.frames == 25
     for chosen in (lambda: pipe.plan("x", frames="auto"), lambda: pipe.duration("x")):
         with pytest.raises(InputError, match="has no duration_head"):
             chosen()
 
 
 def test_what_is_compared_has_a_fixed_length(pipe: Pipeline) -> None:
-    assert with_fixed_length(pipe.folder, {"fps": 8}) == {"fps": 8, "frames": 121}
+    assert with_fixed_length(pipe.folder, {"fps": 8}) == {"fps": 8, "frames": 25}
     assert with_fixed_length(ModelFolder.open(pipe.folder.path), {"frames": 9}) == {"frames": 9}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ltx2.convert.plan.entries import Plan
-from ltx2.convert.plan.make import Options, make_plan
+from ltx2.convert.plan.make import SIZES, Options, make_plan
 from ltx2.convert.sources.checkpoint import open_sources
 from ltx2.runtime.files.tensors import TensorFile, open_tensorfile, to_float32
 from ltx2.runtime.networks.load import parameter_shapes
@@ -144,7 +144,8 @@ def randomize(source: Path, target: Path, seed: int) -> Path:
         else random_values(name, file.tensors[name].shape, rng, gemma3)
         for name in sorted(file.tensors)
     }
-    save_file(tensors, target, metadata=dict(file.metadata))
+    metadata = {key: value for key, value in file.metadata.items() if key != SIZES}  # random weights are for no size
+    save_file(tensors, target, metadata=metadata)
     return target
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from ltx2.runtime.generate import job
 from ltx2.runtime.generate.options.preset import PipelineRow, Preset, load_preset, pipeline_row
+from ltx2.runtime.model.layout import Manifest
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.denoise import Course, Denoiser, begin, denoise
 from ltx2.runtime.sampling.guidance import NEUTRAL, TEXT
@@ -72,8 +73,8 @@ def one_step(patch: pytest.MonkeyPatch, **defaults: Any) -> None:
 def short_texts(patch: pytest.MonkeyPatch, **defaults: Any) -> None:
     """Texts of 128 tokens, and other default options, whatever the release."""
 
-    def preset(release: str | None) -> Preset:
-        found = load_preset(release)
+    def preset(manifest: Manifest) -> Preset:
+        found = load_preset(manifest.release)
         return replace(found, text_tokens=128, defaults={**found.defaults, **defaults})
 
-    patch.setattr(job, "load_preset", preset)
+    patch.setattr(job, "preset_of", preset)

@@ -13,7 +13,7 @@ from ltx2.runtime.generate.options.preset import (
     UPSCALE,
     PipelineRow,
     StageRow,
-    load_preset,
+    preset_of,
 )
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.options.table import LED, ROWS
@@ -22,6 +22,7 @@ from ltx2.runtime.model.layout import DURATION_HEAD, ModelFolder
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
 # Options that say how long the clip is.
+SMALLER = 3  # times than what a model was made for: so far it still does something
 LENGTHS = ("video", "retake", "extend", "upscale", "latents", "noise")
 
 
@@ -41,7 +42,7 @@ def asked_length(folder: ModelFolder, request: Request) -> Auto | None:
 
 def with_fixed_length(folder: ModelFolder, options: Mapping[str, Any]) -> dict[str, Any]:
     """With the release's usual frames where options say none: what is compared does not follow a prediction."""
-    return {"frames": load_preset(folder.manifest.release).defaults["frames"]} | dict(options)
+    return {"frames": preset_of(folder.manifest).defaults["frames"]} | dict(options)
 
 
 def samples(request: Request) -> bool:
@@ -97,9 +98,19 @@ def stages_of(rows: tuple[StageRow, ...], request: Request, first: str) -> tuple
     return (replace(start, downscale=1),) if request.no_upscale else (start, *rows[1:])
 
 
-def idle_options(row: PipelineRow | None, asked: Request) -> Iterator[str]:
-    """A warning about guidance and steps that were asked for, where the model calls for a pipeline that has none."""
+def doubts(folder: ModelFolder, row: PipelineRow, asked: Request, sizes: Sizes, reach: float) -> Iterator[str]:
+    """Warnings about what was asked of a model folder: what the pipeline has no use for, and what the model was not
+    made for. `sizes`: of the clip; `reach`: seconds that the model's positions cover."""
+    if row.guided and folder.manifest.variant == DISTILLED:
+        yield f"this is a distilled model: the {row.name} pipeline guides it, which it was not made for"
     idle = [ROWS[name].flag for name in LED if name in asked.given]
-    if row is not None and not row.guided and asked.pipeline is None and idle:
+    if not row.guided and asked.pipeline is None and idle:
         why = f"the {row.name} pipeline, which this model calls for, has fixed steps and is not guided"
         yield f"{why}: {', '.join(idle)} without effect (--pipeline one-stage is guided)"
+    usual = {name: value for name, value in folder.manifest.sizes.items() if name != "fps"}
+    chosen = {name: value for name in usual if isinstance(value := getattr(asked, name), int)}
+    if any(not usual[name] / SMALLER <= value <= usual[name] for name, value in chosen.items()):
+        spelt = " ".join(f"--{name} {value:g}" for name, value in usual.items())
+        yield f"this model was made for {spelt}: another clip may not show what the prompt says"
+    if sizes.frames / sizes.fps > reach:
+        yield f"the clip has {sizes.frames / sizes.fps:.1f} s, and this model was made for {reach:g} s at most"

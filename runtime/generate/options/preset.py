@@ -3,12 +3,13 @@ what a release's defaults are."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from ltx2.runtime.errors import UnsupportedError
+from ltx2.runtime.model.layout import Manifest
 from ltx2.runtime.sampling.schedule import Schedule
 
 DISTILLED, ONE_STAGE, TWO_STAGE, HQ = "distilled", "one-stage", "two-stage", "hq"
@@ -92,6 +93,12 @@ def sampled_releases() -> Mapping[str, Preset]:
     names = [file.name.removesuffix(".json") for file in (resources.files(__package__) / "presets").iterdir()]
     found = [Preset(**_read(name)) for name in names if name.startswith("ltx-")]
     return {preset.release: preset for preset in sorted(found, key=lambda preset: preset.release)}
+
+
+def preset_of(manifest: Manifest) -> Preset:
+    """A model folder's: its release's, with the sizes that the model itself was made for. Raises as `load_preset`."""
+    preset = load_preset(manifest.release)
+    return replace(preset, defaults={**preset.defaults, **manifest.sizes})
 
 
 def load_preset(release: str | None) -> Preset:
