@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import ltx2
 from ltx2.cli import run
 from ltx2.runtime.generate import job
-from ltx2.runtime.generate.options.preset import load_preset
+from ltx2.runtime.generate.options.preset import preset_of
 from ltx2.runtime.generate.records.clip import Saved
 from tests.support.command import SIZE, Here
 from tests.support.media import read_video
@@ -307,7 +307,7 @@ class TestNoise:
 
 def test_a_prompt_that_is_too_long_is_said_to_be(generate: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the published 1024 tokens."""
-    monkeypatch.setattr(job, "load_preset", load_preset)
+    monkeypatch.setattr(job, "preset_of", preset_of)
     size = ["--width", "64", "--height", "64", "--frames", "1"]
     done = generate("red " * 1100, size=size)
     assert done.code == 0 and "warning: the prompt is 77 tokens too long" in done.err
