@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,12 @@ def listen() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def stop(arguments: Sequence[str | Path], number: int, phase: str, step: int) -> subprocess.CompletedProcess[str]:
+    """How `ltx2 generate ...` ended that got this signal then."""
+    command = [sys.executable, "-c", STOPPED, str(int(number)), phase, str(step), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=listen)
+
+
 @pytest.fixture(scope="module")
 def whole(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the clip of a run that nothing stopped, its latents and its prompt's embeddings."""
@@ -66,21 +72,21 @@ def whole(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def arguments_for(folder: Path, whole: Path, model: Path) -> list[str]:
+    """Of a run in another folder that ends with the whole one's clip."""
+    files = ["-o", folder / "clip.mp4", "--embeddings", whole / "embeddings", "--save-latents", folder / "latents"]
+    return [str(arg) for arg in ["generate", "-m", model, *files, *SIZE, *SEED, "--no-metadata"]]
+
+
 @pytest.fixture
 def arguments(demo_f32: Path, whole: Path, tmp_path: Path) -> list[str]:
-    files = ["-o", tmp_path / "clip.mp4", "--embeddings", whole / "embeddings", "--save-latents", tmp_path / "latents"]
-    return [str(arg) for arg in ["generate", "-m", demo_f32, *files, *SIZE, *SEED, "--no-metadata"]]
+    return arguments_for(tmp_path, whole, demo_f32)
 
 
 @pytest.fixture
 def stopped(arguments: list[str]) -> Stopped:
     """`stopped(signal, phase, step, more arguments)`: how the command ended."""
-
-    def call(number: int, phase: str, step: int, *more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", STOPPED, str(int(number)), phase, str(step), *arguments, *more]
-        return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=listen)
-
-    return call
+    return lambda number, phase, step, *more: stop([*arguments, *more], number, phase, step)
 
 
 def same(first: Path, second: Path) -> bool:
@@ -122,20 +128,11 @@ class TestKilled:
         """From a prompt; the record of the run has the phases of both processes."""
         args = ["generate", PROMPT, "-m", str(demo_f32), "-o", str(tmp_path / "clip.mp4"), *SIZE, *SEED]
         args.append("--no-metadata")
-        command = [sys.executable, "-c", STOPPED, "9", "stage1", "2", *args]
-        assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+        assert stop(args, signal.SIGKILL, "stage1", 2).returncode == -signal.SIGKILL
         ended = here(*args, "--resume")
         assert ended.code == 0 and "reading the prompt" not in ended.err
         assert phases(tmp_path / "clip.json") == phases(whole / "clip.json")
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
-
-    def test_latents_can_be_decoded_by_hand(
-        self, here: Here, stopped: Stopped, demo_f32: Path, whole: Path, tmp_path: Path
-    ) -> None:
-        stopped(signal.SIGKILL, "video_vae", 0)
-        args = ["generate", "-m", demo_f32, "--latents", tmp_path / STATE, "-o", tmp_path / "by-hand.mp4"]
-        assert here(*args, "--no-metadata").code == 0
-        assert (tmp_path / "by-hand.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
 
     def test_without_a_state_it_starts_again(
         self, here: Here, arguments: list[str], stopped: Stopped, whole: Path, tmp_path: Path
@@ -145,14 +142,6 @@ class TestKilled:
         ended = here(*arguments, "--resume")
         assert ended.code == 0 and f"warning: there is no {STATE} to continue" in ended.err
         assert same(tmp_path / "latents", whole / "latents")
-
-    def test_the_next_run_says_what_could_be_continued(
-        self, here: Here, arguments: list[str], stopped: Stopped, tmp_path: Path
-    ) -> None:
-        stopped(signal.SIGKILL, "video_vae", 0)
-        ended = here(*arguments)
-        assert ended.code == 0 and f"warning: {STATE} is of a run that was cut off: --resume" in ended.err
-        assert not (tmp_path / STATE).exists()
 
 
 # Guided runs, and the phase and step that they are killed at.
@@ -183,8 +172,7 @@ def test_a_guided_run_goes_on_with_the_same_bits(here: Here, demo_dev: Path, tmp
         return [str(arg) for arg in [*args, "-o", folder / "clip.mp4", "--save-latents", folder / "latents"]]
 
     assert here(*files("whole")).code == 0
-    command = [sys.executable, "-c", STOPPED, "9", phase, str(step), *files("killed")]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert stop(files("killed"), signal.SIGKILL, phase, step).returncode == -signal.SIGKILL
     record = json.loads(open_tensorfile(tmp_path / "killed" / STATE).metadata["run"])
     assert (record["phase"], record["step"]) == (phase, step)
     ended = here(*files("killed"), "--resume")
@@ -220,8 +208,7 @@ class TestInterrupted:
     ) -> None:
         """The same command with --resume, or the one that is said, means the same seed."""
         without = [arg for arg in arguments if arg not in SEED]
-        command = [sys.executable, "-c", STOPPED, "2", "stage2", "1", *without]
-        said = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=listen).stderr
+        said = stop(without, signal.SIGINT, "stage2", 1).stderr
         options = json.loads(open_tensorfile(tmp_path / STATE).metadata["run"])["options"]
         assert f"--seed {options['seed']} --resume" in said
         assert here(*without, "--resume").code == 0
@@ -230,14 +217,18 @@ class TestInterrupted:
 
 class TestFailed:
     def test_while_writing_the_clip(
-        self, here: Here, arguments: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The disk is full, some room is made, the run goes on."""
+        self, here: Here, demo_f32: Path, arguments: list[str], whole: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """The disk is full, some room is made, the run goes on. What is there could also be decoded by hand."""
         with monkeypatch.context() as patch:
             ffmpeg_that(patch, tmp_path, "has no space left")
             ended = here(*arguments)
             ended.failed(1, "cannot write", "clip.mp4", "No space left on device", "this continues: ltx2 generate")
         assert sorted(path.name for path in tmp_path.iterdir()) == [STATE, "ffmpeg", "latents"]
+        by_hand = ["-m", demo_f32, "--latents", tmp_path / STATE, "-o", tmp_path / "by-hand.mp4", "--no-metadata"]
+        assert here("generate", *by_hand).code == 0
+        assert (tmp_path / "by-hand.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
         ended = here(*arguments, "--resume")
         assert ended.code == 0 and "stage" not in ended.err
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
@@ -261,11 +252,23 @@ class TestFailed:
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def killed(whole: Path, demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state of a run that was killed between two steps."""
+    folder = tmp_path_factory.mktemp("killed")
+    stop([*arguments_for(folder, whole, demo_f32), "--checkpoint-every", "3"], signal.SIGKILL, "stage1", 3)
+    return folder / STATE
+
+
 @pytest.fixture
-def state(stopped: Stopped, tmp_path: Path) -> Path:
-    """Of a run that was killed between two steps."""
-    stopped(signal.SIGKILL, "stage1", 3, "--checkpoint-every", "3")
-    return tmp_path / STATE
+def state(killed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(killed, tmp_path / STATE))
+
+
+def test_the_next_run_says_what_could_be_continued(here: Here, arguments: list[str], state: Path) -> None:
+    ended = here(*arguments)
+    assert ended.code == 0 and f"warning: {STATE} is of a run that was cut off: --resume" in ended.err
+    assert not state.exists()
 
 
 class TestRefused:
