@@ -65,6 +65,8 @@ _ROOTS = sorted(
     {f"{module.published.split('.')[0]}." for module in modules() if module.component == "transformer"}
     | {"scale_shift_table", "audio_scale_shift_table", "keyframes_abs_pos_embedding"}
 )
+_BARE = frozenset(part for part in _ROOTS if not part.endswith("."))
+_BARE_PREFIXES = (*_CONNECTORS, *(part for part in _ROOTS if part.endswith(".")))
 CHECKPOINT = (
     *(Rule(f"{_TRANSFORMER}{name}", "connectors", name) for name in _CONNECTORS),
     Rule(_TRANSFORMER, "transformer"),
@@ -179,8 +181,7 @@ def published(component: str, key: str) -> str:
 def prefixed(name: str) -> str:
     """A tensor of a transformer's file, with the prefix that names have in a checkpoint as published; others as they
     are."""
-    bare = any(name == part if not part.endswith(".") else name.startswith(part) for part in (*_CONNECTORS, *_ROOTS))
-    return f"{_TRANSFORMER}{name}" if bare else name
+    return f"{_TRANSFORMER}{name}" if name in _BARE or name.startswith(_BARE_PREFIXES) else name
 
 
 def axes(component: str, key: str, rank: int) -> tuple[int, ...] | None:

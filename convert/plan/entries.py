@@ -31,7 +31,7 @@ class Move:
     steps: tuple[Step, ...] = ()
     packing: Packing | None = None
 
-    @property
+    @cached_property
     def spec(self) -> Spec:
         """Shape and dtype after the steps, before packing."""
         spec = Spec(self.tensor.shape, self.tensor.dtype)
@@ -39,7 +39,7 @@ class Move:
             spec = step.spec(spec)
         return spec
 
-    @property
+    @cached_property
     def values(self) -> Spec:
         """Shape and float type of the parameter, packed or not."""
         return self.spec if self.packing is None else self.packing.values(self.spec)

@@ -9,7 +9,6 @@
 
 Where a source has no scale at all, every scale is 1."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -23,10 +22,12 @@ WEIGHT = ".weight"
 SCALE, SCALE_2, MARK = ".weight_scale", ".weight_scale_2", ".comfy_quant"
 SPELLINGS = (SCALE, ".scale_weight")
 EXPONENTS = ("U8", "F8_E8M0")
-BESIDE_CODES = (
-    (re.compile(r"(.+\.)?(input_scale|scale_input)"), "an activation scale: activations are not quantized"),
-    (re.compile(r"(.+\.)?(comfy_quant|scaled_fp8)"), "opaque metadata: the tensors themselves say how they are stored"),
-)
+_ACTIVATIONS = "an activation scale: activations are not quantized"
+_OPAQUE = "opaque metadata: the tensors themselves say how they are stored"
+# The last part of a name -> why the tensor is of no use.
+BESIDE_CODES = {
+    "input_scale": _ACTIVATIONS, "scale_input": _ACTIVATIONS, "comfy_quant": _OPAQUE, "scaled_fp8": _OPAQUE,
+}  # fmt: skip
 AS_PUBLISHED = "use the checkpoint as published"
 NVFP4_GROUP = 16
 Stored = tuple[TensorFile, TensorInfo]
@@ -43,7 +44,7 @@ class CodedTensors:
 
 def dropped_beside_codes(name: str) -> str:
     """Why a tensor that quantized files carry is of no use here; empty for all others."""
-    return next((reason for pattern, reason in BESIDE_CODES if pattern.fullmatch(name)), "")
+    return BESIDE_CODES.get(name.rpartition(".")[2], "")
 
 
 def find_codes(files: Iterable[TensorFile], quantization: Quantization | None = None) -> CodedTensors:

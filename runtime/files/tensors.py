@@ -29,6 +29,7 @@ NUMPY_DTYPES: Mapping[str, str] = {
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
     "BOOL": "|b1",
 }  # fmt: skip
+ITEM_BYTES = {dtype: int(name[2:]) for dtype, name in NUMPY_DTYPES.items()}
 FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}  # of weights: the spelling of --dtype -> of safetensors
 # What model folders hold -> the name in mlx.core.
 MLX_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "U8": "uint8"}
@@ -199,7 +200,7 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 def item_bytes(dtype: str) -> int:
     """Size in bytes of one value."""
-    return np.dtype(NUMPY_DTYPES[dtype]).itemsize
+    return ITEM_BYTES[dtype]
 
 
 def file_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
