@@ -21,7 +21,7 @@ WITH_OPENBLAS = $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1)
 PYTEST = PYTHONDONTWRITEBYTECODE= $(WITH_OPENBLAS) $(VENV)/bin/python -m pytest
 
 .NOTPARALLEL:
-.PHONY: help demo test check bench bench-model bench-convert bench-quality test-fullsize test-fuzz test-prompts clean
+.PHONY: help demo test check bench bench-model bench-convert bench-quality test-fullsize test-fuzz test-prompts test-thorough clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,9 @@ test-fuzz: $(VENV)/.test ## hostile files, for some twenty minutes; other ones e
 
 test-prompts: $(VENV)/.test ## dozens of prompts through the demo models at 32, 8 and 4 bits; some forty minutes
 	$(PYTEST) -m prompts $(PYTEST_ARGS)
+
+test-thorough: $(VENV)/.test ## what the other tests try on few cases or small ones, in full
+	$(PYTEST) -m thorough $(PYTEST_ARGS)
 
 clean: ## remove .venv, caches, builds and demo/ (never weights/)
 	rm -rf $(VENV) build dist ltx2.egg-info demo .benchmarks .pytest_cache .mypy_cache .ruff_cache

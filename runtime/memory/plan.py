@@ -135,7 +135,8 @@ class Headers:
 
     def itemsize(self, component: str) -> int:
         """Bytes of a value that the network computes with; its tables may be wider, packed weights narrower."""
-        return min(item_bytes(t.dtype) for t in self.tensors(component).values() if t.dtype in FLOATS.values())
+        dtypes = {tensor.dtype for tensor in self.tensors(component).values()}
+        return min(map(item_bytes, dtypes & set(FLOATS.values())))
 
     def config(self, component: str) -> dict[str, Any]:
         """The component's config.json."""

@@ -6,6 +6,7 @@ names the key. Field defaults are the behaviour of the oldest release, which did
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from ltx2.runtime.errors import ConfigError, UnsupportedError
@@ -40,7 +41,7 @@ class Config:
         Raises ConfigError for an unknown, missing or wrongly typed key, UnsupportedError for a constant
         this code does not implement.
         """
-        hints = get_type_hints(cls, include_extras=True)
+        hints = _hints(cls)
         known = {f.name: f for f in fields(cls)}
         kwargs: dict[str, Any] = {}
         for key, value in data.items():
@@ -62,6 +63,11 @@ class Config:
                 AS_PUBLISHED,
             )
         return cls(**kwargs)
+
+
+@cache  # a plan of memory reads a hundred configurations
+def _hints(cls: type[Config]) -> Mapping[str, Any]:
+    return get_type_hints(cls, include_extras=True)
 
 
 def _freeze(value: Any) -> Any:
