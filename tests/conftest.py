@@ -19,7 +19,7 @@ from tests.support.hostile import HANGS
 from tests.support.machine import small_ceilings
 from tests.support.official import DEMO, DEMO_25, MONOLITH, Official, Split, random_23, random_25, random_official
 from tests.support.parity import require
-from tests.support.sampling import one_step, shorten
+from tests.support.sampling import first_steps
 
 if TYPE_CHECKING:
     from tests.support.reference_chain import ReferenceChain
@@ -185,16 +185,16 @@ def generate(here: Here, demo_f32: Path, tmp_path: Path) -> Here:
 
 @pytest.fixture(scope="module")
 def few_steps() -> Iterator[None]:
-    """Three steps, then two, and texts of 128 tokens, in distilled clips of the whole file."""
+    """Three steps a stage and texts of 128 tokens, in distilled clips of the whole file."""
     with pytest.MonkeyPatch.context() as patch:
-        shorten(patch, (1.0, 0.8, 0.6, 0.0), (0.5, 0.2, 0.0))
+        first_steps(patch, 3)
         yield
 
 
 @pytest.fixture
 def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step a stage, short texts, and no time for what a machine reaches at best."""
-    one_step(monkeypatch)
+    first_steps(monkeypatch, 1)
     small_ceilings(monkeypatch)
 
 

@@ -33,7 +33,7 @@ from tests.support.command import SIZE, Here
 from tests.support.machine import small_ceilings
 from tests.support.memory import settled
 from tests.support.official import plan_of
-from tests.support.sampling import one_step
+from tests.support.sampling import first_steps
 
 SMALL = {"width": 64, "height": 64, "frames": 1}
 NAME = "ltx-2-19b-distilled"
@@ -212,7 +212,7 @@ def test_a_newer_release_runs(demo_25: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(random_model, "published", lambda _: data)
     suite = load_suite("quick").changed("clip", SMALL, {"repeat": 1, "warmup": 0})
     cases = bench_cases([], RandomWeights("ltx-2.5-distilled"), suite)
-    one_step(monkeypatch)
+    first_steps(monkeypatch, 1)
     small_ceilings(monkeypatch)
     receipt = fullsize.run(cases, suite, fullsize.show_event)
     names = [phase["name"] for phase in receipt["cases"][0]["phases"]]

@@ -20,7 +20,7 @@ from ltx2.runtime.media.video import AudioTrack, write_wav
 from tests.support.command import Here
 from tests.support.media import write_clip, write_frames
 from tests.support.official import DEMO_25, LORA_25, random_temporal
-from tests.support.sampling import one_step
+from tests.support.sampling import first_steps
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "conditionings.md"
 BLOCKS = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    one_step(monkeypatch, width=64, height=64, frames=9)
+    first_steps(monkeypatch, 1, width=64, height=64, frames=9)
     monkeypatch.setattr(Vocode, "run", silence)
 
 

@@ -29,6 +29,7 @@ from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from tests.support.media import write_clip
 from tests.support.official import LORA_25
 from tests.support.parity import relative_l2
+from tests.support.sampling import first_steps
 
 PROMPT = "a red square moves left on a white background with a low tone"
 CASES: Mapping[str, Mapping[str, Any]] = {
@@ -109,6 +110,7 @@ def test_conditioning(
     name: str, demo_25: Path, packed: Path, files: dict[str, str], text: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    first_steps(monkeypatch, 3)
     pipe = Pipeline(demo_25)
     seen = {} if name == "no video" else {"preview": str(tmp_path / "seen")}
     whole = list(pipe.events(asked(name, files, text, **seen), LATENTS))

@@ -49,14 +49,20 @@ class Source:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.pipe = ltx2.load(model)
-        self.clip = self.pipe.generate(PROMPT, seed=5, save_latents=folder / "clip.safetensors", **SIZE)
+        self.latents, self.text = folder / "clip.safetensors", folder / "text.safetensors"
+        saved = {"save_latents": self.latents, "save_embeddings": self.text}
+        self.clip = self.pipe.generate(PROMPT, seed=5, **saved, **SIZE)
         assert self.clip.audio is not None
         sound = AudioTrack(self.clip.audio, self.clip.sample_rate)
-        self.sound, self.latents = folder / "sound.wav", folder / "clip.safetensors"
+        self.sound = folder / "sound.wav"
         write_wav(self.sound, sound)
         self.silent = write_clip(folder / "silent.mkv", self.clip.frames, 24)
         self.video = write_clip(folder / "clip.mkv", self.clip.frames, 24, sound)
         self.pictures = {n: write_frames(folder / f"{n}.png", self.clip.frames[n : n + 1]) for n in (0, 24)}
+
+    def generate(self, **options: Any) -> Clip:
+        """A clip of the same prompt."""
+        return self.pipe.generate(embeddings=self.text, **{"seed": 9, **options})
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +72,14 @@ def source(demo_25: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 def test_first_and_last_picture(source: Source, figure: Callable[..., None]) -> None:
     images: list[Any] = [source.pictures[0], (source.pictures[24], 24)]
-    clip = source.pipe.generate(PROMPT, image=images, image_crf=0, seed=9, **SIZE)
+    clip = source.generate(image=images, image_crf=0, **SIZE)
     assert shows(clip) == WANTED
     assert psnr(clip.frames[0], source.clip.frames[0]) > 27 and psnr(clip.frames[24], source.clip.frames[24]) > 21
     assert clip.record["stages"][0]["tokens"]["video"] == {"video": 24, "keyframes": 6}
 
 
 def test_a_sound_is_kept_and_pictured(source: Source) -> None:
-    clip = source.pipe.generate(PROMPT, audio=source.sound, seed=9, **SIZE | {"frames": 17})
+    clip = source.generate(audio=source.sound, **SIZE | {"frames": 17})
     count = round(17 / 24 * clip.sample_rate)
     assert clip.audio is not None and source.clip.audio is not None
     np.testing.assert_allclose(clip.audio, source.clip.audio[:, :count].clip(-1, 1), atol=1e-4)
@@ -82,28 +88,28 @@ def test_a_sound_is_kept_and_pictured(source: Source) -> None:
 
 
 def test_a_picture_is_kept_and_given_a_sound(source: Source) -> None:
-    clip = source.pipe.generate(PROMPT, video=source.silent, seed=9)
+    clip = source.generate(video=source.silent)
     np.testing.assert_array_equal(clip.frames, source.clip.frames)
     assert shows(clip) == WANTED
 
 
 @pytest.mark.parametrize("given", ["video", "latents"])
 def test_retake(source: Source, given: str) -> None:
-    clip = source.pipe.generate(PROMPT, retake=(getattr(source, given), 0.42, 0.70), seed=9)
+    clip = source.generate(retake=(getattr(source, given), 0.42, 0.70))
     assert shows(clip) == WANTED and clip.record["request"]["pipeline"] == "distilled"
     before, made, after = (psnr(clip.frames[span], source.clip.frames[span]) for span in np.s_[:9, 9:17, 17:])
     assert min(before, after) > 30 and made > 22
 
 
 def test_retake_keeps_a_stream(source: Source) -> None:
-    clip = source.pipe.generate(PROMPT, retake=(source.latents, 0.0, 9.0), keep="audio", seed=9)
+    clip = source.generate(retake=(source.latents, 0.0, 9.0), keep="audio", no_audio=True)
     kept, made = (np.linalg.norm(clip.latents[n] - source.clip.latents[n]) for n in ("audio", "video"))
     assert kept == 0 and made > 1
 
 
 @pytest.mark.parametrize("seconds", [0.4, -0.4])
 def test_extension_keeps_the_frames_there_are(source: Source, seconds: float) -> None:
-    clip = source.pipe.generate(PROMPT, extend=(source.video, seconds), seed=9)
+    clip = source.generate(extend=(source.video, seconds), no_audio=True)
     assert clip.frames.shape == (33, 128, 192, 3)
     own = clip.frames[:25] if seconds > 0 else clip.frames[8:]
     np.testing.assert_array_equal(own, source.clip.frames)
@@ -111,13 +117,13 @@ def test_extension_keeps_the_frames_there_are(source: Source, seconds: float) ->
 
 
 def test_sound_alone(source: Source, tmp_path: Path) -> None:
-    clip = source.pipe.generate(PROMPT, no_video=True, frames=25, seed=9)
+    clip = source.generate(no_video=True, frames=25)
     assert clip.frames is None and clip.latents.keys() == {"audio"}
     assert clip.save(tmp_path / "a.wav").stat().st_size > 90000
 
 
 def test_slots(source: Source) -> None:
-    clip = source.pipe.generate(PROMPT, keyframe_slots=1, seed=5, **SIZE)
+    clip = source.generate(keyframe_slots=1, seed=5, **SIZE)
     assert shows(clip) == WANTED
     stages = [stage["tokens"]["video"] for stage in clip.record["stages"]]
     assert stages == [{"video": 24, "slots": 6}, {"video": 96}]

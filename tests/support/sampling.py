@@ -56,15 +56,18 @@ def shorten(patch: pytest.MonkeyPatch, *sigmas: tuple[float, ...], **defaults: A
     short_texts(patch, **defaults)
 
 
-def one_step(patch: pytest.MonkeyPatch, **defaults: Any) -> None:
-    """One step a stage, from its first noise level, whatever the pipeline and the release; texts of 128 tokens, other
-    default options. For tests of what surrounds the computing: a small clip takes a quarter of its time."""
+def first_steps(patch: pytest.MonkeyPatch, steps: int, **defaults: Any) -> None:
+    """So many steps a stage, from its first noise levels (one, where it has no levels of its own), whatever the
+    pipeline and the release; texts of 128 tokens, other default options. For tests of what surrounds the computing: in
+    one step, a small clip takes a quarter of its time."""
 
     def row(name: str) -> PipelineRow:
         found = pipeline_row(name)
-        first = ((*stage.schedule.fixed, 1.0)[0] for stage in found.stages)
-        stages = (replace(s, schedule=Schedule((level, 0.0))) for s, level in zip(found.stages, first, strict=True))
-        return replace(found, stages=tuple(stages))
+        levels = [(*(stage.schedule.fixed[:-1][:steps] or (1.0,)), 0.0) for stage in found.stages]
+        return replace(
+            found,
+            stages=tuple(replace(s, schedule=Schedule(taken)) for s, taken in zip(found.stages, levels, strict=True)),
+        )
 
     patch.setattr(job, "pipeline_row", row)
     short_texts(patch, **defaults)
