@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,11 @@ for point in points:
         os._exit(0)
     print(point, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-POINTS = [*(f"pwrite:{n}" for n in (1, 2, 60, 300, 700, 1000)), *(f"fdatasync:{n}" for n in (1, 9, 40)),
-          *(f"rename:{n}" for n in (1, 8, 20))]  # fmt: skip
+POINTS = [f"{call}:{n}" for call, at in (("pwrite", (1, 700)), ("fdatasync", (1, 40)), ("rename", (1, 20))) for n in at]
+MORE_POINTS = [*(f"pwrite:{n}" for n in (2, 60, 300, 1000)), "fdatasync:9", "rename:8"]
 
 
-def killed(folder: Path, model: str, points: list[str]) -> None:
+def killed(folder: Path, model: str, points: Sequence[str]) -> None:
     """Start in folder/POINT for every point, and be killed there."""
     command = [sys.executable, "-c", KILLED, str(folder), model, *points]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -101,12 +102,15 @@ def killed(folder: Path, model: str, points: list[str]) -> None:
 
 
 class TestKilled:
-    def test_converting(self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("points", [POINTS, pytest.param(MORE_POINTS, marks=pytest.mark.thorough)], ids=len)
+    def test_converting(
+        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: list[str]
+    ) -> None:
         """Nothing stands under the final name, what is marked is not done again, and the bytes are those of one run."""
         monkeypatch.setattr(stream, "MARK_BYTES", MARK_BYTES)
-        killed(tmp_path, "", POINTS)
+        killed(tmp_path, "", points)
         before = {path: path.read_bytes() for path in (*DEMO[:2], *GEMMA.iterdir())}
-        for point in POINTS:
+        for point in points:
             out = tmp_path / point
             partial = out.with_name(out.name + ".partial")
             assert not out.exists()
@@ -142,10 +146,19 @@ class TestKilled:
         """Bytes of pieces that so many writes have written: one for each, after one for each file's header."""
         return sum(job.piece.stored for job in jobs[: writes - len({job.file.path for job in jobs})])
 
-    def test_quantizing(self, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        "points",
+        [
+            ("pwrite:400", "fdatasync:12", "rename:6"),
+            pytest.param(("pwrite:50", "pwrite:1500"), marks=pytest.mark.thorough),
+        ],
+        ids=len,
+    )
+    def test_quantizing(
+        self, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: tuple[str, ...]
+    ) -> None:
         """In the middle of layers too; the report says of every layer what one run says."""
         monkeypatch.setattr(stream, "MARK_BYTES", MARK_BYTES)
-        points = ["pwrite:50", "pwrite:400", "pwrite:1500", "fdatasync:12", "rename:6"]
         killed(tmp_path, str(demo_model), points)
         expected = list(quantize(demo_model, tmp_path / "q", Settings(), SMALL_SHARDS))
         for point in points:
@@ -156,8 +169,8 @@ class TestKilled:
                 assert ours == pytest.approx(theirs, rel=2e-3)
 
     def test_the_command_itself(self, tmp_path: Path) -> None:
-        """600 MB, killed when a mark is on the disk; the same command goes on from there."""
-        source, out = published.write_upscaler(tmp_path / "up.safetensors", 768), tmp_path / "out"
+        """250 MB, killed when a mark is on the disk; the same command goes on from there."""
+        source, out = published.write_upscaler(tmp_path / "up.safetensors", 512), tmp_path / "out"
         journal, command = tmp_path / "out.partial" / JOURNAL, [sys.executable, "-m", "ltx2", "convert", "--quiet"]
         process = subprocess.Popen([*command, str(source), "-o", str(out)], cwd=ROOT)
         while process.poll() is None and not (journal.is_file() and '"pieces"' in journal.read_text()):

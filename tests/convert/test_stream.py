@@ -3,7 +3,6 @@ checked before the first byte, with real file systems where they may be mounted.
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -245,43 +244,22 @@ def watch():
 peaks = [anonymous()]
 threading.Thread(target=watch, daemon=True).start()
 ltx2.convert([sys.argv[1]], sys.argv[2], **eval(sys.argv[3]))
-print(max(peaks))
+print(max(peaks) - peaks[0])
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
-@pytest.mark.parametrize("options", [{}, {"dtype": "f16"}, {"bits": 4}], ids=["copied", "cast", "quantized"])
+@pytest.mark.parametrize("options", [{}, {"dtype": "f16"}], ids=["copied", "cast"])
 def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, figure: Callable[..., None], options: dict[str, Any]
 ) -> None:
-    """All that the process has, MLX and Python included; kernels of 64 MB, an embedding of 400 MB."""
-    if "bits" in options:
-        source = text_encoder(tmp_path / "gemma")
-        size = (source / "model.safetensors").stat().st_size / 1e6
-    else:
-        source = published.write_upscaler(tmp_path / "up.safetensors", 768)
-        size = source.stat().st_size / 1e6
+    """Nor beyond a few of its kernels, of 44 MB. Quantizing: tests/quant/test_quant.py."""
+    source = published.write_upscaler(tmp_path / "up.safetensors", 640)
+    size = source.stat().st_size / 1e6
     command = [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "out"), repr(options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert size > 400
-    figure(f"anonymous memory of converting {size:.0f} MB {options or ''}, MB", float(done.stdout), limit=300)
-
-
-def text_encoder(folder: Path) -> Path:
-    """A sparse text encoder whose embedding alone has 400 MB."""
-    from ltx2.convert.sources.gemma import text_config
-    from ltx2.runtime.networks.load import build_network, parameter_shapes
-    from tests.support.official import GEMMA
-
-    config = json.loads((GEMMA / "config.json").read_text())
-    config["text_config"] |= {"vocab_size": 200_000, "hidden_size": 1024}
-    shapes = parameter_shapes(build_network("Gemma3ForCausalLM", text_config(config)))
-    tensors: published.Tensors = {f"language_model.{name}": ("BF16", shape) for name, shape in shapes.items()}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(GEMMA / "tokenizer.json", folder)
-    published.write_sparse(folder / "model.safetensors", tensors, {})
-    return folder
+    assert size > 380
+    figure(f"anonymous memory of converting {size:.0f} MB {options or ''}, MB", float(done.stdout), limit=250)
 
 
 class TestDisk:

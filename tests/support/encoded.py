@@ -192,6 +192,12 @@ def demo_encoded(encode: Encode, float32: bool = False) -> Tensors:
     return dict(_demo_encoded(encode, float32))
 
 
+def denoiser(tensors: Tensors) -> Tensors:
+    """Without other networks, which make two thirds of the file."""
+    others = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")
+    return {n: value for n, value in tensors.items() if not n.startswith(others) and "embeddings_connector." not in n}
+
+
 @cache
 def _demo_encoded(encode: Encode, float32: bool) -> Tensors:
     tensors = demo_tensors()

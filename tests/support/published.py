@@ -36,7 +36,8 @@ def write_sparse(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Path
     """A safetensors file of full apparent size whose data are a hole."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
-    for name in sorted(tensors, key=lambda n: (list(SIZES).index(tensors[n][0]), n)):
+    order = {dtype: place for place, dtype in enumerate(SIZES)}
+    for name in sorted(tensors, key=lambda n: (order[tensors[n][0]], n)):
         dtype, shape = tensors[name]
         end = offset + SIZES[dtype] * prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
