@@ -20,7 +20,7 @@ from ltx2.quant.apply import quantize as quantize_folder
 from ltx2.quant.codes.methods import SEARCH
 from ltx2.quant.report import Quantized, Report
 from ltx2.runtime.errors import InputError, UsageError
-from ltx2.runtime.events import Event
+from ltx2.runtime.events import Event, watched
 from ltx2.runtime.generate.options.values import Lora
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.model.forms import AFFINE
@@ -45,7 +45,7 @@ def download(names: str | Iterable[str], *, to: StrPath = "weights", progress: W
     from ltx2.runtime.events import Downloaded
 
     chosen = choose([names] if isinstance(names, str) else list(names))
-    for event in _watched(fetch(chosen, Path(to)), progress):
+    for event in watched(fetch(chosen, Path(to)), progress):
         if isinstance(event, Downloaded):
             check_whole(chosen, Path(to), event)
     return [published.source(Path(to)) for published in chosen]
@@ -112,7 +112,7 @@ def convert(
         why = "group_size, stats and method have no effect without bits, recipe or fit"
         raise InputError("nothing is quantized", why, "give bits=4")
     events = conversion(plan, Path(out), settings, WriteOptions(shard_size, force))
-    for _ in _watched(chain(events, removal(plan, given, Path(out)) if delete_sources else ()), progress):
+    for _ in watched(chain(events, removal(plan, given, Path(out)) if delete_sources else ()), progress):
         pass
     return Path(out)
 
@@ -138,7 +138,7 @@ def calibrate(
     from ltx2.quant.measure.calibrate import calibrate as calibrate_folder
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    for _ in _watched(calibrate_folder(Path(model), Path(out), texts, options, gptq, sensitivity), progress):
+    for _ in watched(calibrate_folder(Path(model), Path(out), texts, options, gptq, sensitivity), progress):
         pass
     return Path(out)
 
@@ -165,7 +165,7 @@ def quantize(
     "gptq-hadamard" need."""
     settings = Settings(bits, group_size, recipe, tuple(only), mode, _path(stats), fit, method)
     events = quantize_folder(Path(model), Path(out), settings, WriteOptions(shard_size, force))
-    return next(event.report for event in list(_watched(events, progress)) if isinstance(event, Quantized))
+    return next(event.report for event in list(watched(events, progress)) if isinstance(event, Quantized))
 
 
 def plan(
@@ -220,7 +220,7 @@ def bench(
     chosen = load_suite(suite).changed(part, options, schedule)
     old = None if compare is None else read_receipt(Path(compare))
     events = run_bench(bench_cases(paths, weights, chosen), chosen.schedule, chosen.name, old)
-    *_, receipt = (event.receipt for event in _watched(events, progress) if isinstance(event, Benched))
+    *_, receipt = (event.receipt for event in watched(events, progress) if isinstance(event, Benched))
     return receipt
 
 
@@ -239,7 +239,7 @@ def verify(
     paths = [sources] if isinstance(sources, str | PathLike) else sources
     statistics = None if stats is None else Statistics.open(Path(stats))
     events = check_folder(Path(model), [Path(path) for path in paths], partial(repack, statistics=statistics))
-    return next(event.to_dict() for event in _watched(events, progress) if isinstance(event, Verified))
+    return next(event.to_dict() for event in watched(events, progress) if isinstance(event, Verified))
 
 
 def inspect(path: StrPath) -> dict[str, Any]:
@@ -247,13 +247,6 @@ def inspect(path: StrPath) -> dict[str, Any]:
     from ltx2.convert.inspect import inspect as describe
 
     return describe(Path(path))
-
-
-def _watched(events: Iterable[Event], progress: Watch | None) -> Iterator[Event]:
-    for event in events:
-        if progress is not None:
-            progress(event)
-        yield event
 
 
 def _path(path: StrPath | None) -> Path | None:

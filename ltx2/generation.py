@@ -3,6 +3,7 @@ options, and says which command continues a run that ended early."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ class Generation:
         requests, self._drawn = _requests(earlier, given, wanted, target, draws=machines.leads)
         dry = dry or not machines.leads
         self.requests = _named(requests, target, dry) if self.several else [_with_place(requests[0], target, dry)]
+        self._folder = None if dry or self.until else _own_folder(self.several, target)
         self._found = {path: _stamp(path) for path in self._states}
         folder = _earlier_model(earlier, sidecar) if model is None and earlier else find_model(model)
         self.pipeline = Pipeline(folder, machines=machines)
@@ -121,9 +123,10 @@ class Generation:
         """Those of the pipeline."""
         if self._changed is not None:
             yield Warned(f"this is not the model that {self._changed} was made with, so the clip will be another one")
-        for event in self.pipeline.events_all(self.requests, self.until):
-            self._begun = True
-            yield event
+        with _made(self._folder):
+            for event in self.pipeline.events_all(self.requests, self.until):
+                self._begun = True
+                yield event
 
 
 def _requests(
@@ -163,7 +166,7 @@ def _with_place(request: Request, target: Path | None, dry: bool) -> Request:
 
 def _named(requests: Sequence[Request], target: Path | None, dry: bool) -> list[Request]:
     """Several clips, with names and states."""
-    folder = (target or OUTPUTS) if target is None or target.is_dir() or not target.suffix else None
+    folder = _own_folder(True, target)
     place = folder if folder is not None and (folder.is_dir() or not dry) else Path()  # one that can be checked
     found, taken = [], set[Path]()
     for number, request in enumerate(requests, 1):
@@ -175,16 +178,20 @@ def _named(requests: Sequence[Request], target: Path | None, dry: bool) -> list[
             clip = next(name for name in _names(request, place) if name not in taken)
         taken.add(clip)
         found.append(replace(request, output=clip, state=state_path(clip)))
-    if not dry and folder is not None:
-        _make_folder(folder)
     return found
 
 
+def _own_folder(several: bool, target: Path | None) -> Path | None:
+    """The folder of clips that have no names, or whose names are in it."""
+    if several:
+        return (target or OUTPUTS) if target is None or target.is_dir() or not target.suffix else None
+    return OUTPUTS if target is None else None
+
+
 def _free_name(request: Request, dry: bool) -> Path:
-    """A name that no clip has, made of the prompt and the seed. Its folder is made, unless nothing is to be written."""
+    """A name that no clip has, made of the prompt and the seed."""
     if dry:
         return next(_names(request, Path()))
-    _make_folder(OUTPUTS)
     return next(path for path in _names(request, OUTPUTS) if not path.exists())
 
 
@@ -195,11 +202,22 @@ def _names(request: Request, folder: Path) -> Iterator[Path]:
     yield from (folder / f"{stem}{end}{suffix}" for end in ("", *(f"-{number}" for number in range(2, 10**6))))
 
 
-def _make_folder(folder: Path) -> None:
+@contextmanager
+def _made(folder: Path | None) -> Iterator[None]:
+    """A folder is there while the block runs, and gone after it if nothing was left in it. Raises InputError where it
+    cannot be made."""
+    if folder is None or folder.is_dir():
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}", reason(error), "choose another -o") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def _stamp(path: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""Tables and lists for people, on stderr."""
+"""Tables and lists for people."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ltx2.runtime.errors import printable
 from ltx2.runtime.events import DownloadPlanned
+from ltx2.runtime.units import gb
 
 if TYPE_CHECKING:  # not at run time: a table of a clip's memory needs nothing of converting
     from ltx2.convert.fetch.catalogue import Bundle, Catalogue, Published
@@ -24,10 +25,12 @@ WORDS = 40  # a column that is wider holds words, which may be broken between th
 NOTHING = "-"  # where a table has nothing to say
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stderr; all columns but the first are right-aligned. No cell is empty and no number is broken: columns
-    that do not fit beside the others follow in another table, under the same first column."""
-    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else FILE_WIDTH)
+def print_table(title: str, columns: list[str], rows: list[list[str]], *, result: bool = False) -> None:
+    """A table on stderr, on stdout where it is the command's `result`; all columns but the first are right-aligned. No
+    cell is empty and no number is broken: columns that do not fit beside the others follow in another table, under the
+    same first column."""
+    stream = sys.stdout if result else sys.stderr
+    console = Console(file=stream, highlight=False, width=None if stream.isatty() else FILE_WIDTH)
     cells = [[printable(cell) or NOTHING for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
     console.print(*map(printable, title.split("\n")), sep="\n", markup=False)
@@ -61,7 +64,7 @@ def memory_table(plan: Mapping[str, Any]) -> tuple[str, list[str], list[list[str
         f"video decoded in tiles of {tiling['width']}x{tiling['height']}, {tiling['frames']} frames" if tiling else ""
     )
     sizes = f"{plan['frames']} frames of {plan['width']}x{plan['height']}"
-    title = f"{sizes}; {tiles or 'video decoded in one piece'}\nlimit {plan['limit'] / 1e9:.2f} GB"
+    title = f"{sizes}; {tiles or 'video decoded in one piece'}\nlimit {gb(plan['limit'])}"
     columns = ["GB", "weights", "activations", "clip", "kept", "total", "cache"]
     streams = any(phase["streamed"] for phase in phases)
     rows = []

@@ -1,6 +1,6 @@
 """Model folders by path, by name in `weights/`, or the only one there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ltx2.runtime.errors import ModelFolderError, UsageError
@@ -8,6 +8,7 @@ from ltx2.runtime.files.paths import is_base_name
 from ltx2.runtime.model.layout import MANIFEST
 
 WEIGHTS = Path("weights")
+MAKES = "ltx2 download ltx-2-distilled --convert --bits 4"
 
 
 def find_model(model: Path | None) -> Path:
@@ -23,6 +24,10 @@ def find_model(model: Path | None) -> Path:
         model = named
     if not model.exists() and is_base_name(str(model)):
         _check_name(str(model))
+    if not model.exists():
+        inside = [path.name for path in _models(WEIGHTS)]
+        why = f"{WEIGHTS}/ has {', '.join(inside)}" if inside else f"and there is none in {WEIGHTS}/ either"
+        raise ModelFolderError(f"there is no model folder {model}", why, _fix(inside))
     if model.is_dir() and not (model / MANIFEST).exists() and (inside := list(_models(model))):
         why = f"it holds model folders: {', '.join(str(path) for path in inside)}"
         raise ModelFolderError(f"{model} is not a model folder", why, f"use -m {inside[0]}")
@@ -33,10 +38,15 @@ def _only_one() -> Path:
     models = list(_models(WEIGHTS))
     if len(models) == 1:
         return models[0]
-    what, fix = "no model is named", "ltx2 download ltx-2-distilled --convert --bits 4 makes one"
+    what, names = "no model is named", [path.name for path in models]
     if not models:
-        raise UsageError(what, f"and there is none in {WEIGHTS}/", f"use -m MODEL; {fix}")
-    raise UsageError(what, f"and {WEIGHTS}/ has {len(models)}", f"use -m {' or -m '.join(m.name for m in models)}")
+        raise UsageError(what, f"and there is none in {WEIGHTS}/", f"use -m MODEL; {_fix(names)}")
+    raise UsageError(what, f"and {WEIGHTS}/ has {len(models)}", _fix(names))
+
+
+def _fix(names: Sequence[str]) -> str:
+    """How to get at a model, where there are these in `weights/`."""
+    return f"use -m {' or -m '.join(names)}" if names else f"{MAKES} makes one"
 
 
 def _models(folder: Path) -> Iterator[Path]:

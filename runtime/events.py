@@ -1,6 +1,7 @@
 """Typed progress events. Generating, converting and quantizing are generators of these; whoever drives them
 decides what to show."""
 
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,3 +184,15 @@ class Downloaded(Event):
 
     files: tuple[FetchedFile, ...]
     seconds: float
+
+
+def watched(events: Iterable[Event], watch: Callable[[Event], object] | None) -> Generator[Event, None, None]:
+    """The events, each shown to `watch` first, if there is one. Closing ends what makes them too."""
+    try:
+        for event in events:
+            if watch is not None:
+                watch(event)
+            yield event
+    finally:
+        if isinstance(events, Generator):
+            events.close()

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from ltx2.convert.fetch.catalogue import Bundle, catalogue
-from ltx2.convert.fetch.described import bundle_sources
+from ltx2.convert.fetch.described import block_count, bundle_sources
 from ltx2.convert.names.header import BLOCK
 from ltx2.convert.plan.entries import Drop, Entry, Merge, Plan
 from ltx2.convert.plan.folder import DescribedFolder, described_folder, folder_plan
@@ -33,8 +33,8 @@ from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import Sizes
 
-ALIKE = range(1, 42)  # the blocks that are
-ONE_MORE, LEFT_OUT, REPEATED = ALIKE[1], ALIKE[2:], len(ALIKE) - 1
+FIRST, LAST = 1, 6  # blocks that a recipe may treat as others than those between them
+ONE_MORE = FIRST + 1  # is left out of the smaller folder
 PROMPT = "a prompt of usual length"
 T = TypeVar("T")
 
@@ -72,7 +72,8 @@ class PlannedBundle(Planned):
             bundle.release,
             bundle.variant,
         )
-        sources = bundle_sources(bundle, LEFT_OUT)
+        alike = range(FIRST, block_count(bundle) - LAST)
+        sources, self._repeated = bundle_sources(bundle, alike[2:]), len(alike) - 1
         self._networks = tuple(source for source in sources if source.kind != "lora")
         self._loras = tuple(source for source in sources if source.kind == "lora")
         chosen = catalogue().choose([bundle.name])
@@ -83,11 +84,11 @@ class PlannedBundle(Planned):
 
     def size(self, settings: Settings | None) -> int:
         fewer, more = self._folder(settings, fewer=True), self._folder(settings)
-        return fewer.nbytes + REPEATED * (more.nbytes - fewer.nbytes) + self._beside
+        return fewer.nbytes + self._repeated * (more.nbytes - fewer.nbytes) + self._beside
 
     def memory(self, settings: Settings | None, request: Request) -> MemoryPlan:
         fewer, more = (self._job(settings, request, least) for least in (True, False))
-        return plan_memory(fewer, needs=_BundleNeeds(fewer, more))
+        return plan_memory(fewer, needs=_BundleNeeds(fewer, more, self._repeated))
 
     def _job(self, settings: Settings | None, request: Request, fewer: bool) -> Job:
         loras = {lora_name(source.path): _opened_lora(source, fewer) for source in self._loras}
@@ -157,35 +158,36 @@ class _BundleJob(Job):
 
 
 class _BundleNeeds(Needs):
-    """What a bundle's phases take with all blocks: `more` is a job with one block more than `job`."""
+    """What a bundle's phases take with all blocks: `more` is a job with one block more than `job`, and there are
+    `repeated` of these."""
 
-    def __init__(self, job: Job, more: Job) -> None:
+    def __init__(self, job: Job, more: Job, repeated: int) -> None:
         super().__init__(job)
-        self._more = Needs(more)
+        self._more, self._repeated = Needs(more), repeated
 
     @cached_property
     def usual(self) -> int:
-        return _grown(self.headers.weights(TRANSFORMER), self._more.headers.weights(TRANSFORMER))
+        return _grown(self.headers.weights(TRANSFORMER), self._more.headers.weights(TRANSFORMER), self._repeated)
 
     def of(self, sizes: Sizes, tiling: Tiling | None) -> tuple[Need, ...]:
         return tuple(
-            _with_all(one, self._more.phases[index].need(self._more.headers, sizes, tiling)) if one.blocks else one
+            self._with_all(one, self._more.phases[index].need(self._more.headers, sizes, tiling)) if one.blocks else one
             for index, one in enumerate(super().of(sizes, tiling))
         )
 
+    def _with_all(self, fewer: Need, more: Need) -> Need:
+        """From what a phase takes without and with one block."""
+        repeated = [more.blocks[ONE_MORE]] * self._repeated
+        blocks = (*more.blocks[:ONE_MORE], *repeated, *more.blocks[ONE_MORE + 1 :])
+        return replace(_grown(fewer, more, self._repeated), blocks=blocks)
 
-def _with_all(fewer: Need, more: Need) -> Need:
-    """From what a phase takes without and with one block."""
-    blocks = (*more.blocks[:ONE_MORE], *[more.blocks[ONE_MORE]] * REPEATED, *more.blocks[ONE_MORE + 1 :])
-    return replace(_grown(fewer, more), blocks=blocks)
 
-
-def _grown(fewer: T, more: T) -> T:
+def _grown(fewer: T, more: T, repeated: int) -> T:
     """Numbers, and those in a dataclass, with the difference added for every repeated block."""
     if isinstance(fewer, int) and isinstance(more, int):
-        return cast(T, fewer + REPEATED * (more - fewer))
+        return cast(T, fewer + repeated * (more - fewer))
     if is_dataclass(fewer) and not isinstance(fewer, type):
-        found = {f.name: _grown(getattr(fewer, f.name), getattr(more, f.name)) for f in fields(fewer)}
+        found = {f.name: _grown(getattr(fewer, f.name), getattr(more, f.name), repeated) for f in fields(fewer)}
         return cast(T, replace(fewer, **found))
     return fewer
 

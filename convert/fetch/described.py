@@ -10,6 +10,8 @@ from ltx2.convert.names.release import recognise_releases
 from ltx2.convert.sources.checkpoint import described_source
 from ltx2.convert.sources.source import GEMMA, Source, read_json
 
+NO_BLOCKS = range(1 << 16)  # to leave out
+
 
 def bundle_sources(bundle: Bundle, skip: range = NONE) -> tuple[Source, ...]:
     """What `convert` would be given, without the transformer blocks whose number is in `skip`. Bundles with the same
@@ -27,6 +29,12 @@ def _source(published: Published, skip: range) -> Source:
         return _folder_source(published.name, headers)
     source = _file_source(headers[0], skip)
     return replace(source, path=Path(published.name)) if source.kind == "lora" else source
+
+
+def block_count(bundle: Bundle) -> int:
+    """Blocks of its transformer, from the configuration in its header. Raises as `bundle_sources`."""
+    sources = bundle_sources(bundle, NO_BLOCKS)
+    return next(int(source.config["transformer"]["num_layers"]) for source in sources if "transformer" in source.config)
 
 
 @cache

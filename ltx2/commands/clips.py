@@ -10,6 +10,7 @@ import click
 from ltx2.commands.shared import PATH, generate_options
 from ltx2.console import Output, common, continuation, end_at_once, say_how_to_continue
 from ltx2.runtime.errors import DoesNotFitError, Ltx2Error
+from ltx2.runtime.units import gb
 
 if TYPE_CHECKING:
     from ltx2.generation import Generation
@@ -156,13 +157,13 @@ def _show_plans(output: Output, generation: "Generation") -> None:
     plan.check()
     for name, (data, _) in zip(machines.names, plans, strict=True):
         if not data["fits"]:
-            why = f"its plan takes {data['peak'] / 1e9:.1f} GB, and its limit is {data['limit'] / 1e9:.1f} GB"
+            why = f"its plan takes {gb(data['peak'])}, and its limit is {gb(data['limit'])}"
             raise DoesNotFitError(f"it does not fit on {name}", why, "use what that machine says would fit")
     several = {
         "machines": [{"name": n} | data for n, (data, _) in zip(machines.names, plans, strict=True)],
         "splits": splits(plan.job, machines, plan.tiling),
     }
-    text = f"fits: {plan.peak / 1e9:.1f} GB of {plan.limit / 1e9:.1f} GB"
+    text = f"fits: {gb(plan.peak)} of {gb(plan.limit)}"
     output.result({"plan": plan.to_dict()} | (several if machines.several else {}), text)
 
 

@@ -28,7 +28,7 @@ def plan(output: Output, names: tuple[str, ...], memory: float | None, bits: int
     made = plan_models(names, memory, bits, {name: value for name, value in sizes.items() if value is not None})
     if not output.quiet and not output.as_json:
         for table in tables(made, overview=not names):
-            print_table(*table)
+            print_table(*table, result=True)
     output.result(made.to_dict(), advice(made))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ltx2.runtime.errors import DoesNotFitError, InputError, Ltx2Error, reason
+from ltx2.runtime.units import gb
 
 NAME_BYTES = 255  # of file systems
 
@@ -56,7 +57,7 @@ def check_room(*needs: tuple[Path, int], else_: str = "") -> None:
         if count and count > (free := free_bytes(place)):
             raise DoesNotFitError(
                 "the disk is too small",
-                f"{count / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free at {place}",
+                f"{gb(count)} are needed, {gb(free)} are free at {place}",
                 f"free some space, or write to another disk (-o){else_}",
             )
 

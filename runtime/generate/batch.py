@@ -3,7 +3,7 @@ loaded once. One clip is the case of one."""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Protocol
 
@@ -69,14 +69,6 @@ def make_all(runs: Sequence[OneRun], there: Sequence[Saved], networks: Networks)
                 continue
             said.add(event.message)
         yield event
-
-
-def watched(events: Generator[Event, None, None], watch: Callable[[Event], object]) -> Generator[Event, None, None]:
-    """The events, each shown to `watch` first."""
-    with closing(events):
-        for event in events:
-            watch(event)
-            yield event
 
 
 def _in_step(runs: Sequence[OneRun]) -> Iterator[Event]:

@@ -138,6 +138,7 @@ class Job:
         if self.row is not None:
             reach = self.transformer_config.video.max_positions[0]
             yield from doubts(self.folder, self.row, self.asked, self.sizes, reach)
+            yield from self.loras.doubts(bool(self.request.reference))
         if self.encodes_text and self.folder.has("text_encoder") and (message := check_text_encoder(self.folder)):
             yield message
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.errors import InputError, of
-from ltx2.runtime.events import Event
-from ltx2.runtime.generate.batch import make_all, watched
+from ltx2.runtime.events import Event, watched
+from ltx2.runtime.generate.batch import make_all
 from ltx2.runtime.generate.job import LENGTH, Job
 from ltx2.runtime.generate.networks import Networks, Observe
 from ltx2.runtime.generate.options.kinds import StrPath
@@ -88,7 +88,7 @@ class Pipeline:
         """As `events`, of several clips. Raises UsageError where they do not agree on what is the run's."""
         _, events = self._begin(requests, until)
         watch = next((request.progress for request in requests if request.progress is not None), None)
-        return events if watch is None else watched(events, watch)
+        return watched(events, watch)
 
     def _begin(self, requests: Sequence[Request], until: str | None) -> tuple[list[Run], Generator[Event, None, None]]:
         """The clips that are to be made, checked and planned, and their events."""

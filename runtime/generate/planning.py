@@ -22,8 +22,8 @@ from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import Sizes
+from ltx2.runtime.units import GB, gb
 
-GB = 10**9
 FLOAT = 4  # bytes
 ACTIVATIONS = ("needed", "queued", "largest")
 PACKED = "packed"  # the way to multiply that unpacks no weights
@@ -95,9 +95,12 @@ class MemoryPlan:
 
     def warnings(self) -> Iterator[str]:
         """What staying within the limit costs."""
-        reads = [f"{phase.read / GB:.1f} GB in every step of {phase.name}" for phase in self.phases if phase.streamed]
+        reads = [f"{gb(phase.read)} in every step of {phase.name}" for phase in self.phases if phase.streamed]
         if reads:
             yield f"the transformer is not kept in memory as a whole: it is read from disk, {' and '.join(reads)}"
+        slowed = [phase.name for phase in self.phases if phase.held_back]
+        if slowed:
+            yield f"the limit leaves less memory than full speed takes: {' and '.join(slowed)} will be slower"
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`; memory in bytes."""
@@ -221,15 +224,15 @@ def _refusal(plan: MemoryPlan) -> DoesNotFitError:
     """Says what is too large, and what would fit."""
     job, sizes = plan.job, plan.job.sizes
     worst = max(plan.needs, key=lambda need: need.least)
-    has = f"this computer has {plan.limit / GB:.1f} GB for it"
+    has = f"this computer has {gb(plan.limit)} for it"
     if job.request.memory_limit is not None:
-        has = f"the limit is {plan.limit / GB:.1f} GB"
+        has = f"the limit is {gb(plan.limit)}"
     if worst.least_weights > plan.limit:
         component = "transformer" if worst.name.startswith("stage") else worst.name
-        why = f"{worst.least_weights / GB:.1f} GB of its weights must be there at once, and {has}"
+        why = f"{gb(worst.least_weights)} of its weights must be there at once, and {has}"
         return DoesNotFitError(f"`{component}` does not fit in memory", why, job.folder.how_to_shrink())
     what = f"{sizes.frames} frames of {sizes.width}x{sizes.height} do not fit in memory"
-    why = f"{worst.name} takes {worst.least / GB:.1f} GB, {worst.least_weights / GB:.1f} GB of it weights, and {has}"
+    why = f"{worst.name} takes {gb(worst.least)}, {gb(worst.least_weights)} of it weights, and {has}"
     if job.clip is not None:
         return DoesNotFitError(what, why, "give a shorter or smaller clip")
     found = [] if job.request.latents else list(_smaller(plan))

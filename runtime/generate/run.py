@@ -46,6 +46,7 @@ from ltx2.runtime.memory.meter import Phase as Meter
 from ltx2.runtime.memory.meter import explained
 from ltx2.runtime.sampling.latents import as_numpy
 from ltx2.runtime.streams import Streams
+from ltx2.runtime.units import gb
 
 DECODES = DecodeSound | Vocode | DecodeVideo | CopyVideo
 
@@ -320,7 +321,7 @@ class Run:
             beside = f"; {others} layers of other networks stay as they are" if others else ""
             yield Noted(f"{name} changes {count} layers of the transformer{beside}")
         if self.request.memory_limit is not None and self.memory.limit > (has := available_memory()):
-            yield Warned(f"--memory-limit {self.request.memory_limit:g} is more than the {has / 1e9:.1f} GB there are")
+            yield Warned(f"--memory-limit {self.request.memory_limit:g} is more than the {gb(has)} there are")
         if self.state is None:
             return
         there = self.state.path.exists()

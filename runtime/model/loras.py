@@ -17,7 +17,7 @@ from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.paths import visible
 from ltx2.runtime.files.tensors import Array, TensorFile, TensorInfo, open_tensorfile, to_float32
 from ltx2.runtime.model.layout import CONFIG, LORAS, TRANSFORMER, ModelFolder, is_lora
-from ltx2.runtime.model.lorafile import Layers, Shapes, checked_layers, lora_config, misfits
+from ltx2.runtime.model.lorafile import REFERENCE, Layers, Shapes, checked_layers, lora_config, misfits
 from ltx2.runtime.model.names import ALPHA, BIAS_DELTA, DELTA, DOWN, UP
 
 OTHER = "use a LoRA made for the model's release"
@@ -217,6 +217,16 @@ class LoraSet:
             why = f"their {name} are {' and '.join(map(str, sorted(found)))}"
             raise InputError("these LoRAs do not go together", why, "use one IC-LoRA at a time")
         return found.pop() if found else 1
+
+    def doubts(self, referring: bool) -> Iterator[str]:
+        """A warning where LoRAs for references have none, or references have no such LoRA. An IC-LoRA's
+        metadata say so, in most files."""
+        made_for = [lora.path.name for _, lora in self.uses if lora.config.keys() & set(REFERENCE)]
+        if made_for and not referring:
+            yield f"{made_for[0]} is an IC-LoRA, made to follow a video: give --reference"
+        elif referring and not made_for:
+            names = ", ".join(lora.path.name for _, lora in self.uses)
+            yield f"{names} does not say that it is an IC-LoRA: only those follow a --reference"
 
     def facts(self) -> Iterator[tuple[str, int, int]]:
         """Of every LoRA: its name, how many of the transformer's layers it changes, and how many of other networks,

@@ -165,11 +165,11 @@ def test_tables(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(render, "FILE_WIDTH", width)
         done = here("plan", "--memory", "24")
         assert done.code == 0 and "ltx2 download" in done.out
-        assert all(len(line.rstrip()) <= width for line in done.err.splitlines() if "  " in line.strip())
+        assert all(len(line.rstrip()) <= width for line in done.out.splitlines() if "  " in line.strip())
         for name in catalogue().bundles:
-            lines = [re.split(" {2,}", line.strip("* ")) for line in done.err.splitlines() if f" {name}  " in line]
+            lines = [re.split(" {2,}", line.strip("* ")) for line in done.out.splitlines() if f" {name}  " in line]
             assert sum(len(line) - 1 for line in lines) == 1 + len(PRESETS), name
-        (row,) = [line for line in done.err.splitlines() if line.startswith(" * q")][:1]
+        (row,) = [line for line in done.out.splitlines() if line.startswith(" * q")][:1]
         assert re.fullmatch(r" \* \S+ +(yes|reads [\d.]+ a step) .*\d+\.\d *", row)
 
 

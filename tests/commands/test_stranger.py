@@ -1,0 +1,107 @@
+"""What a stranger meets first: where results are printed, which models there are, what a failure leaves."""
+
+from pathlib import Path
+
+import pytest
+
+from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile
+from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.units import gb
+from tests.support.command import SIZE, Here
+from tests.support.media import noise_frames, write_clip
+from tests.support.official import LORA_25
+
+MAKES = "ltx2 download ltx-2-distilled --convert --bits 4"
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "0.0 GB"),
+        (1, "0.0000000010 GB"),
+        (8_192, "0.0000082 GB"),
+        (50_000_000, "0.050 GB"),
+        (999_999_999, "1.00 GB"),
+        (10**9, "1.0 GB"),
+        (43_284_455_114, "43.3 GB"),
+    ],
+)
+def test_one_unit_says_something_of_every_size(count: int, said: str) -> None:
+    assert gb(count) == said
+
+
+def test_a_plan_is_the_command_s_result(here: Here, demo_model: Path) -> None:
+    done = here("plan", demo_model, "--memory", "24")
+    assert done.err == "" and "runs" in done.out and "* recommended: " in done.out
+    assert here("plan", demo_model, "--memory", "24", "-q").out == ""
+
+
+@pytest.fixture
+def weights(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder's `weights/`, with two models."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    for name in ("fox", "kite"):
+        (tmp_path / "weights" / name).symlink_to(demo_model)
+    return tmp_path / "weights"
+
+
+class TestModelThatIsNotThere:
+    @pytest.mark.parametrize("name", ["fax", "models/fax", "./fax"])
+    def test_names_those_that_are(self, here: Here, weights: Path, name: str) -> None:
+        here("generate", "x", "-m", name).failed(1, "there is no model folder", "weights/ has fox, kite", "use -m fox")
+
+    @pytest.mark.parametrize("name", ["fax", "models/fax"])
+    def test_or_says_what_makes_one(
+        self, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        here("generate", "x", "-m", name).failed(1, f"there is no model folder {name}", "none in weights/", MAKES)
+
+    def test_none_named(self, here: Here, weights: Path) -> None:
+        here("generate", "x").failed(2, "no model is named", "weights/ has 2", "use -m fox or -m kite")
+
+
+class TestFolderOfClips:
+    @pytest.mark.parametrize(
+        "wrong", [["-m", "nothing"], ["-m", "fox", "--width", "65"], ["-m", "fox", "--memory-limit", "0.001"]]
+    )
+    @pytest.mark.parametrize("more", [[], ["--count", "2"], ["--count", "2", "-o", "made"]])
+    def test_a_failed_run_leaves_none(self, here: Here, weights: Path, wrong: list[str], more: list[str]) -> None:
+        done = here("generate", "a red square", *wrong, *more)
+        assert done.code in (1, 3) and [path.name for path in weights.parent.iterdir()] == ["weights"]
+
+    def test_one_that_was_there_stays(self, here: Here, weights: Path) -> None:
+        Path("outputs").mkdir()
+        assert here("generate", "a red square", "-m", "fox", "--width", "65").code == 1 and Path("outputs").is_dir()
+
+
+def test_a_limit_that_slows_is_explained(here: Here, demo_f32: Path) -> None:
+    """It is a word in the table."""
+    plan = Pipeline(demo_f32).plan("a red square", width=192, height=128, frames=25, low_memory=True)
+    assert any(phase.held_back for phase in plan.phases)
+    said = "the limit leaves less memory than full speed takes: "
+    assert any(warning.startswith(said) for warning in plan.warnings())
+    free = Pipeline(demo_f32).plan("a red square", width=192, height=128, frames=25)
+    assert not any(said in warning for warning in free.warnings())
+
+
+def test_a_tiny_limit_is_shown(here: Here, demo_f32: Path, tmp_path: Path) -> None:
+    args = ["generate", "x", "-m", demo_f32, "-o", tmp_path / "c.mp4", *SIZE, "--memory-limit", "0.002"]
+    done = here(*args)
+    done.failed(3, "the limit is 0.0020 GB")
+    assert " 0.0 GB" not in done.err
+
+
+def test_loras_and_references_go_together(here: Here, demo_25: Path, tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "source.mkv", noise_frames(9, 64, 64), 24)
+    args = ["generate", "x", "-m", demo_25, "-o", tmp_path / "c.mp4", *SIZE, "--dry-run", "--lora", LORA_25]
+    assert "IC-LoRA" not in here(*args).err
+    assert "does not say that it is an IC-LoRA" in here(*args, "--reference", source).err
+    made_for = tmp_path / "control.safetensors"
+    lora = open_tensorfile(LORA_25)
+    values = {name: (tensor.dtype, lora.array(name)) for name, tensor in lora.tensors.items()}
+    write_tensorfile(made_for, values, {**lora.metadata, "reference_downscale_factor": "1"})
+    args[args.index(LORA_25)] = made_for
+    assert "control.safetensors is an IC-LoRA, made to follow a video: give --reference" in here(*args).err
+    assert "IC-LoRA" not in here(*args, "--reference", source).err
