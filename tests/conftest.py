@@ -185,7 +185,7 @@ def generate(here: Here, demo_f32: Path, tmp_path: Path) -> Here:
 
 @pytest.fixture(scope="module")
 def few_steps() -> Iterator[None]:
-    """Three steps a stage and texts of 128 tokens, in distilled clips of the whole file."""
+    """Three steps a stage and short texts, in the whole file."""
     with pytest.MonkeyPatch.context() as patch:
         first_steps(patch, 3)
         yield

@@ -3,25 +3,29 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.events import PhaseDone, StepDone
+from ltx2.runtime.generate import job
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.media.video import encoding_memory
 from ltx2.runtime.memory import activations
 from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.plan import COMMAND_BUFFER, PhasePlan
+from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
+from ltx2.runtime.networks.load import check_network
 from ltx2.runtime.networks.text.config import ConnectorsConfig, Gemma3Config
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
@@ -74,6 +78,26 @@ def refusal(plan: MemoryPlan) -> DoesNotFitError:
     return caught.value
 
 
+def test_evaluates_nothing(model: Callable[[int], Pipeline]) -> None:
+    pipeline = model(16)
+    assert peak_of(lambda: pipeline.plan(PROMPT)) < 1 << 20
+
+
+@pytest.fixture(scope="class")
+def checked_once() -> Iterator[None]:
+    """The published networks are built and compared with their files for one plan, not again for each."""
+    checked: dict[tuple[Path, str], nn.Module] = {}
+
+    def check(folder: ModelFolder, component: str) -> nn.Module:
+        key = folder.path, component
+        return checked[key] if key in checked else checked.setdefault(key, check_network(folder, component))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "check_network", check)
+        yield
+
+
+@pytest.mark.usefixtures("checked_once")
 class TestPlan:
     def test_phases_are_the_pipelines(self, model: Callable[[int], Pipeline]) -> None:
         names = [phase.name for phase in model(16).plan(PROMPT).phases]
@@ -89,10 +113,6 @@ class TestPlan:
         assert weights["text_encoder"] == 2 * 262208 * 3840 + 2 * 3840
         assert weights["stage1"] == weights["stage2"] == 37_758_861_824
         assert weights["video_vae"] == 1_056_761_440
-
-    def test_evaluates_nothing(self, model: Callable[[int], Pipeline]) -> None:
-        pipeline = model(16)
-        assert peak_of(lambda: pipeline.plan(PROMPT)) < 1 << 20
 
     def test_total_is_what_phases_take(self, model: Callable[[int], Pipeline]) -> None:
         plan = model(4).plan(PROMPT)
@@ -117,6 +137,7 @@ class TestPlan:
                 assert (more.activations > less.activations) == (less.name not in same), less.name
 
 
+@pytest.mark.usefixtures("checked_once")
 class TestLimit:
     def test_default_is_what_the_machine_has(
         self, model: Callable[[int], Pipeline], computer: Callable[[float], None]
@@ -232,6 +253,7 @@ class TestCommand:
         assert generate(PROMPT, "--memory-limit", "0.012").code == 3
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.usefixtures("small_runs")
     def test_mlx_is_held_to_the_plan(self, demo_f32: Path) -> None:
         """In every phase, and let go after it."""
         options: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "memory_limit": 0.4}
@@ -244,11 +266,13 @@ class TestCommand:
         planned = {p.name: p.total - p.clip + p.cache for p in pipeline.plan(PROMPT, **options).phases}
         assert held == planned and max(planned.values()) <= 0.4 * GB
 
+    @pytest.mark.usefixtures("small_runs")
     def test_a_limit_beyond_the_machine_is_said(self, generate: Here, monkeypatch: pytest.MonkeyPatch) -> None:
         memory_of(monkeypatch, 2)
         done = generate(PROMPT, "--memory-limit", "3")
         assert done.code == 0 and "warning: --memory-limit 3 is more than the 2.0 GB there are" in done.err
 
+    @pytest.mark.usefixtures("small_runs")
     def test_low_memory_makes_the_same_clip(self, generate: Here, tmp_path: Path) -> None:
         plain = (PROMPT, "--no-metadata")
         assert generate(*plain).code == 0 and generate(*plain, "--low-memory", to="low.mp4").code == 0
