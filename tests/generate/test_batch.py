@@ -110,6 +110,7 @@ class TestBatch:
         assert [phase["name"] for phase in record["phases"]] == [phase["name"] for phase in clip.record["phases"]]
 
 
+@pytest.mark.usefixtures("small_runs")
 def test_clips_with_other_loras(demo_f32: Path, tmp_path: Path) -> None:
     """What a LoRA has changed for good is no part of the next clip, in either stage. From Python: clips in memory."""
     pipe, text = ltx2.load(demo_f32), tmp_path / "text"

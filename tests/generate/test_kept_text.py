@@ -21,7 +21,7 @@ from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.sampling.guidance import NEGATIVE, TEXT
 from ltx2.runtime.sampling.latents import Grid
 from tests.support.loras import random_factors, write_lora
-from tests.support.sampling import shorten
+from tests.support.sampling import short_texts, shorten
 
 PROMPT = "a red square"
 PLAIN: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "seed": 3}
@@ -69,6 +69,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch, (1.0, 0.6, 0.0), (0.5, 0.2, 0.0))
 
 
+@pytest.fixture
+def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    short_texts(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lora(tmp_path_factory.mktemp("lora") / "text.safetensors", random_factors({KEYS: (128, 128)}))
@@ -81,12 +86,14 @@ def test_same_bits(demo_f32: Path) -> None:
     assert same(latents(demo_f32, PLAIN), latents(demo_f32, PLAIN, ignore))
 
 
+@pytest.mark.usefixtures("short_text")
 def test_same_bits_where_there_are_two_texts(demo_f32: Path) -> None:
     options = GUIDED | {"stg": 0.0, "audio_stg": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
     assert kept(Pipeline(demo_f32).plan(PROMPT, **options).job) == (TEXT, NEGATIVE)
     assert same(latents(demo_f32, options), latents(demo_f32, options, ignore))
 
 
+@pytest.mark.usefixtures("short_text")
 def test_same_bits_where_the_noise_level_modulates_the_text(demo_25: Path) -> None:
     """Kept over the passes of a step alone."""
     plan = Pipeline(demo_25).plan(PROMPT, **GUIDED)
