@@ -36,7 +36,7 @@ FAST = 1  # compression
 def read_picture(path: Path) -> Array:
     """A picture, or a clip's first frame: uint8 (H, W, 3) in sRGB, turned as its EXIF says; alpha is dropped, grey
     becomes RGB, 16 bits become 8. Raises InputError, also for one that is cut off or damaged."""
-    from pi_heif import register_heif_opener
+    from pi_heif import register_heif_opener  # type: ignore[import-untyped]
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     check_file(path)
