@@ -25,9 +25,9 @@ def find_model(model: Path | None) -> Path:
     if not model.exists() and is_base_name(str(model)):
         _check_name(str(model))
     if not model.exists():
-        inside = [path.name for path in _models(WEIGHTS)]
-        why = f"{WEIGHTS}/ has {', '.join(inside)}" if inside else f"and there is none in {WEIGHTS}/ either"
-        raise ModelFolderError(f"there is no model folder {model}", why, _fix(inside))
+        names = [path.name for path in _models(WEIGHTS)]
+        why = f"{WEIGHTS}/ has {', '.join(names)}" if names else f"and there is none in {WEIGHTS}/ either"
+        raise ModelFolderError(f"there is no model folder {model}", why, _fix(names))
     if model.is_dir() and not (model / MANIFEST).exists() and (inside := list(_models(model))):
         why = f"it holds model folders: {', '.join(str(path) for path in inside)}"
         raise ModelFolderError(f"{model} is not a model folder", why, f"use -m {inside[0]}")

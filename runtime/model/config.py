@@ -7,7 +7,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 from ltx2.runtime.model.origin import ORIGIN_KEYS
@@ -41,7 +41,7 @@ class Config:
         Raises ConfigError for an unknown, missing or wrongly typed key, UnsupportedError for a constant
         this code does not implement.
         """
-        hints = _hints(cls)
+        hints = _hints(cast(Any, cls))  # mypy takes a class for its instances
         known = {f.name: f for f in fields(cls)}
         kwargs: dict[str, Any] = {}
         for key, value in data.items():

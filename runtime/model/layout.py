@@ -91,7 +91,7 @@ class Manifest:
     def to_json(self) -> str:
         """Deterministic text: same content, same bytes."""
         components = {name: component.to_dict() for name, component in sorted(self.components.items())}
-        data = {
+        data: dict[str, Any] = {
             "release": self.release,
             "variant": self.variant,
             "tool_version": self.tool_version,

@@ -174,7 +174,8 @@ class TestPreviews:
         plain = Pipeline(demo_25).plan(**options)
         seen = Pipeline(demo_25).plan(**options, preview=tmp_path / "seen")
         preview = Preview.load(ModelFolder.open(demo_25))
-        weights = sum(array.nbytes for _, array in tree_flatten(preview.decoder.parameters()))
+        parameters: Any = tree_flatten(preview.decoder.parameters())
+        weights = sum(array.nbytes for _, array in parameters)
         assert 3 * weights < plain.phase("video_vae").weights
         for name in ("stage1", "stage2"):
             assert seen.phase(name).weights == plain.phase(name).weights + weights

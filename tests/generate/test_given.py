@@ -50,7 +50,7 @@ class Source:
     def __init__(self, folder: Path, model: Path) -> None:
         self.pipe = ltx2.load(model)
         self.latents, self.text = folder / "clip.safetensors", folder / "text.safetensors"
-        saved = {"save_latents": self.latents, "save_embeddings": self.text}
+        saved: dict[str, Any] = {"save_latents": self.latents, "save_embeddings": self.text}
         self.clip = self.pipe.generate(PROMPT, seed=5, **saved, **SIZE)
         assert self.clip.audio is not None
         sound = AudioTrack(self.clip.audio, self.clip.sample_rate)

@@ -283,9 +283,14 @@ class TestCommand:
 def test_what_stays_is_wired(monkeypatch: pytest.MonkeyPatch, wirable: int | None, wired: int) -> None:
     """Weights, and what is kept beside them, as far as a Mac's GPU may hold them; for one phase."""
     limits = [3]
+
+    def limit(value: int) -> int:
+        limits.append(value)
+        return limits[-2]
+
     facts = {} if wirable is None else {"max_recommended_working_set_size": wirable}
     monkeypatch.setattr(mx, "device_info", lambda: facts)
-    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: limits.append(limit) or limits[-2])
+    monkeypatch.setattr(mx, "set_wired_limit", limit)
     with PhasePlan("stage1", weights=100, activations=50, clip=7, cache=10, held_back=0, beside=20, text=5).applied():
         assert limits[-1] == wired
     assert limits[-1] == 3
