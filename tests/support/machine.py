@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from ltx2.bench.speed import ceilings
+from ltx2.bench.speed import ceilings, link
 
 GB = 10**9
 
@@ -21,6 +21,7 @@ def gpu_of(patch: pytest.MonkeyPatch, size: float) -> None:
 
 
 def small_ceilings(patch: pytest.MonkeyPatch) -> None:
-    """Small products and copies show what the machine reaches: for tests that do not look at it."""
+    """Small products, copies and exchanges show what machines reach: for tests that do not look at it."""
     patch.setattr(ceilings, "SIDES", (64,))
     patch.setattr(ceilings, "MEGABYTES", (1,))
+    patch.setattr(link, "LARGE", 1 << 20)
