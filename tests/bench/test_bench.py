@@ -27,6 +27,7 @@ from ltx2.runtime.machine.process import disk_bytes_read, memory_now, process_pe
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support.command import SIZE, Here
 from tests.support.machine import small_ceilings
+from tests.support.sampling import short_texts
 from tests.support.waiting import until
 
 Receipt = dict[str, Any]
@@ -103,6 +104,7 @@ def parts(demo_f32: Path) -> tuple[list[Event], Receipt]:
     tasks = [Task("text", SMALL), Task("denoise", SMALL), Task("decode", (*SMALL, ("no_upscale", True)))]
     with pytest.MonkeyPatch.context() as patch:
         small_ceilings(patch)
+        short_texts(patch)
         return ran(run_bench([Case(model, task) for task in tasks], Schedule(1, 0)))
 
 
@@ -159,8 +161,9 @@ class TestRuns:
             assert "denoise: 1 frames of 64x64" in title and [row[0] for row in rows] == [*STEPS, "total"]
             assert {len(row) for row in rows} == {len(columns)} and ("eval" in title) == verbose
 
-    def test_a_lora_on_all_layers(self, demo_dev: Path) -> None:
+    def test_a_lora_on_all_layers(self, demo_dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """In both stages of a guided pipeline, from embeddings that have the negative contexts too."""
+        short_texts(monkeypatch)
         task = Task("denoise", (*SMALL, ("steps", 1), ("pipeline", "hq")), lora_rank=4)
         events, receipt = ran(run_bench([Case(ModelFolder.open(demo_dev), task)], Schedule(1, 0)))
         (case,) = receipt["cases"]

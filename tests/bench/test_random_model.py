@@ -177,8 +177,9 @@ class TestRuns:
         assert block.attn1.to_q.form.bits == 4 and block.attn1.to_q.weight.dtype == mx.uint32
         assert network.patchify_proj.weight.dtype == mx.bfloat16 and block.scale_shift_table.dtype == mx.float32
 
-    def test_measured(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_measured(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """Values are finite, or the pipeline would refuse them."""
+        small_ceilings(monkeypatch)
         suite = load_suite("quick").changed("decode", SMALL, {"repeat": 1, "warmup": 0})
         receipt = fullsize.run(bench_cases([], RandomWeights(NAME, (4,)), suite), suite, fullsize.show_event)
         (case,) = receipt["cases"]
