@@ -167,18 +167,18 @@ def by_the_rules(module: Any, latents: np.ndarray, canvas: np.ndarray, tiling: T
 
 
 @pytest.mark.parametrize(
-    ("tiling", "steps"),
+    ("size", "tiling", "steps"),
     [
-        (Tiling(24, 32, 12, 10, 4), 1),
-        (Tiling(24, 64, 12, 100, 0), 2),  # rows only, one canvas for both steps
-        (Tiling(64, 64, 0, 10, 4), 1),  # time only
+        ((6, 4, 5), Tiling(24, 32, 12, 10, 4), 1),
+        ((3, 4, 3), Tiling(24, 64, 12, 100, 0), 2),  # rows only, one canvas for both steps
+        ((6, 3, 3), Tiling(64, 64, 0, 10, 4), 1),  # time only
     ],
 )
-def test_tiles_follow_lightricks_rules(figure: Figure, tiling: Tiling, steps: int) -> None:
+def test_tiles_follow_lightricks_rules(figure: Figure, size: tuple[int, int, int], tiling: Tiling, steps: int) -> None:
     import torch
 
     vae, tensors = network(SHORT)
-    latents, canvas = noise(1, 8, 6, 4, 5), noise(*vae.config.canvas((6, 4, 5)), seed=1)
+    latents, canvas = noise(1, 8, *size), noise(*vae.config.canvas(size), seed=1)
     with torch.no_grad():
         expected = by_the_rules(reference(SHORT, tensors), latents, canvas, tiling, steps)
     found = decoded(vae, latents, canvas, tiling, steps)
