@@ -46,7 +46,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "published", lambda: {"networks": networks})
 
 
-@pytest.mark.parametrize("name", ["bf16, copied", "FP8 to bf16"])
+@pytest.mark.parametrize("name", [pytest.param("bf16, copied", marks=pytest.mark.thorough), "FP8 to bf16"])
 def test_a_small_run(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     shown: list[convert.Row] = []
     receipt = convert.run(tmp_path, blocks=2, rounds=1, names=[name], show=shown.append)
