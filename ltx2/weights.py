@@ -46,7 +46,7 @@ def _only_one() -> Path:
 
 def _fix(names: Sequence[str]) -> str:
     """How to get at a model, where there are these in `weights/`."""
-    return f"use -m {' or -m '.join(names)}" if names else f"{MAKES} makes one"
+    return f"use -m {' or -m '.join(names)}" if names else f"{MAKES} makes one, and ltx2 convert of files"
 
 
 def _models(folder: Path) -> Iterator[Path]:

@@ -22,7 +22,7 @@ LATENTS = ".safetensors"
 @click.command()
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", type=PATH, help="Model folder, or its name in weights/. [default: the only one there]")
-@click.option("-o", "--output", "target", type=PATH, help="Clip (.mp4). [default: outputs/PROMPT-SEED.mp4]")
+@click.option("-o", "--output", "target", type=PATH, help="Clip: .mp4, .mov, .gif. [default: outputs/PROMPT-SEED.mp4]")
 @click.option(
     "--prompts", metavar="FILE", type=PATH, help="Make many clips: a prompt a line, or JSON lines with options."
 )
@@ -76,10 +76,12 @@ def generate(
 @click.command()
 @click.argument("source", metavar="INPUT", type=PATH)
 @click.option("-m", "--model", type=PATH, help="Model folder, or its name in weights/. [default: the only one there]")
-@click.option("-o", "--output", "target", type=PATH, required=True, help="Clip (.mp4), or latents (.safetensors).")
+@click.option(
+    "-o", "--output", "target", type=PATH, required=True, help="Clip (.mp4, .mov, .gif), or latents (.safetensors)."
+)
 @click.option("--spatial/--temporal", "spatial", default=True, help="Twice the size, or the frame rate. [spatial]")
 @click.option("--prompt", metavar="TEXT", help="What the clip shows: refine it, as generate's stage 2 does.")
-@generate_options("seed", "distilled_lora", "memory_limit", "low_memory", "resume", "preview", "force")
+@generate_options("seed", "distilled_lora", "memory_limit", "low_memory", "resume", "preview", "force", "crf")
 @click.option("--dry-run", is_flag=True, help="Show each phase's memory from headers, and whether it fits; do nothing.")
 @common
 def upscale(

@@ -22,17 +22,10 @@ import numpy as np
 from ltx2.runtime.errors import InputError, MediaError, NumericsError, reason
 from ltx2.runtime.files.atomic import Claim, claimed
 from ltx2.runtime.files.paths import check_output
+from ltx2.runtime.media.formats import CRF, FORMATS, MP4, format_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Said explicitly: ffmpeg would convert with BT.601, and players take HD for BT.709 and show other colours.
-COLOUR = (
-    "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p,"
-    "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
-)
-
-
-VIDEO_CODEC, AUDIO_CODEC = "libx264", "aac"
 WAITING = 24  # pictures that ffmpeg may be behind
 REINSTALL = "pip install --force-reinstall imageio-ffmpeg, or name another program in IMAGEIO_FFMPEG_EXE"
 
@@ -41,7 +34,7 @@ REINSTALL = "pip install --force-reinstall imageio-ffmpeg, or name another progr
 class Encoding:
     """libx264 settings: quality (0 is lossless, 51 worst) and effort."""
 
-    crf: int = 19
+    crf: int = CRF
     preset: str = "medium"
 
 
@@ -56,18 +49,17 @@ class AudioTrack:
     sample_rate: int
 
 
-def check_target(path: Path, suffix: str = ".mp4") -> None:
-    """Find out before a clip is made what would prevent writing it to `path`.
+def check_target(path: Path, *, sound: bool = False) -> None:
+    """Find out before a clip, or a `sound` alone, is made what would prevent writing it to `path`.
 
     Raises InputError for the path, MediaError where ffmpeg is missing or has no encoder for clips.
     """
     check_output(path)
-    if path.suffix.lower() != suffix:
-        what = "clips" if suffix == ".mp4" else "sounds"
-        raise InputError(
-            f"cannot write {path}", f"{what} are written as {suffix[1:]}", f"use {path.with_suffix(suffix)}"
-        )
-    _check_encoders(ffmpeg_program())
+    suffixes, what = ([".wav"], "sounds") if sound else ([*FORMATS], "clips")
+    if path.suffix.lower() not in suffixes:
+        why = f"{what} are written as {', '.join(suffix[1:] for suffix in suffixes)}"
+        raise InputError(f"cannot write {path}", why, f"use {path.with_suffix(suffixes[0])}")
+    _check_encoders(ffmpeg_program(), MP4.encoders if sound else format_of(path).encoders)
 
 
 def encoding_memory(width: int, height: int) -> int:
@@ -87,7 +79,8 @@ def video_writer(
     comment: str = "",
     claim: Claim | None = None,
 ) -> Iterator["VideoWriter"]:
-    """An mp4 file that grows with the pictures it is given: H.264 in BT.709 4:2:0, with stereo AAC when there is sound.
+    """A file that grows with the pictures it is given, of the kind that its suffix says (formats.py), in BT.709, with
+    stereo sound when there is one and the kind has it.
 
     It takes its name when the block ends without an exception; a file that was there is replaced then, or not at all.
     Until then it is `<name>.partial`, of the caller's `claim` or one for the block. All frames and all samples are
@@ -97,6 +90,7 @@ def video_writer(
     fails: when a picture is written, or at the end.
     """
     check_target(path)
+    kind = format_of(path)
     options = ["-f", "rawvideo", "-pixel_format", "rgb24", "-framerate", str(_rate(fps)), "-i", "pipe:0"]
     with ExitStack() as stack:
         with _explained(path):
@@ -104,13 +98,14 @@ def video_writer(
             about, sound = stack.enter_context(TemporaryFile()), stack.enter_context(TemporaryFile())
             _write_comment(about, comment)
             options += ["-f", "ffmetadata", "-i", f"pipe:{about.fileno()}"]
-            if audio is not None:
+            if audio is not None and kind.audio:
                 _write_wav(sound, audio)
-                options += ["-i", f"pipe:{sound.fileno()}", "-c:a", AUDIO_CODEC, "-b:a", "192k", "-ac", "2"]
+                options += ["-i", f"pipe:{sound.fileno()}", "-c:a", kind.audio, *kind.audio_options, "-ac", "2"]
             claim = claim or stack.enter_context(claimed(path.absolute()))
-        options += ["-c:v", VIDEO_CODEC, "-crf", str(encoding.crf), "-preset", encoding.preset, "-vf", COLOUR]
+        quality = ["-crf", str(encoding.crf), "-preset", encoding.preset] if kind.crf else []
+        options += ["-c:v", kind.video, *kind.options, *quality, "-vf", kind.filters]
         # No -shortest: sound is often a little shorter than the picture, which must not lose frames.
-        options += ["-map_metadata", "1", "-movflags", "+faststart", "-f", "mp4", str(claim.partial)]
+        options += ["-map_metadata", "1", "-movflags", "+faststart", "-f", kind.container, str(claim.partial)]
         writer = VideoWriter(path, options, log, (about, sound))
         stack.callback(writer.stop)
         yield writer
@@ -207,7 +202,7 @@ def write_video(
     audio: AudioTrack | None = None,
     encoding: Encoding = DELIVERY,
 ) -> None:
-    """Write an mp4 file of pictures, or of groups of them. Raises as `video_writer`, and what `frames` raises."""
+    """Write a file of pictures, or of groups of them. Raises as `video_writer`, and what `frames` raises."""
     with video_writer(path, fps=fps, audio=audio, encoding=encoding) as writer:
         for group in frames:
             writer.write(group)
@@ -283,13 +278,13 @@ def ffmpeg_program() -> str:
 
 
 @cache
-def _check_encoders(program: str) -> None:
+def _check_encoders(program: str, encoders: tuple[str, ...]) -> None:
     """Raises MediaError where a program, which may be the system's own, cannot encode clips."""
     try:
         said = subprocess.run([program, "-hide_banner", "-encoders"], capture_output=True, text=True, check=False)
     except OSError as error:
         raise MediaError(f"{program} cannot be run", reason(error), REINSTALL) from error
-    missing = [codec for codec in (VIDEO_CODEC, AUDIO_CODEC) if f" {codec} " not in said.stdout]
+    missing = [codec for codec in encoders if f" {codec} " not in said.stdout]
     if missing:
         raise MediaError("ffmpeg cannot encode clips", f"{program} lacks {' and '.join(missing)}", REINSTALL)
 

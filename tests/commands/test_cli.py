@@ -131,7 +131,7 @@ FAILURES: dict[str, tuple[list[str], list[str]]] = {
     "no prompt": (["generate", *CLIP], ["no prompt", "--embeddings"]),
     "no model": (["generate", "x", "-m", "{gone}", "-o", "{clip}"], ["{gone}", "ltx2 convert"]),
     "not a model": (["generate", "x", "-m", "{folder}", "-o", "{clip}"], ["not a model folder", "ltx2.json"]),
-    "not an mp4": (["generate", "x", "-m", "{model}", "-o", "{folder}/c.gif"], ["mp4", "{folder}/c.mp4"]),
+    "not a clip's name": (["generate", "x", "-m", "{model}", "-o", "{folder}/c.avi"], ["mp4", "{folder}/c.mp4"]),
     "clip without a place": (["generate", "x", "-m", "{model}", "-o", "{gone}/c.mp4"], ["{gone}", "does not exist"]),
     "latents without a place": (["generate", "x", *CLIP, "--save-latents", "{gone}/l"], ["{gone}", "does not exist"]),
     "embeddings without a place": (["generate", "x", *CLIP, "--save-embeddings", "{folder}"], ["it is a folder"]),

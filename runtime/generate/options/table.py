@@ -223,8 +223,16 @@ class Options:
         recorded=False,
     )
     force: Flag = Flag("Replace a clip that is already there.", recorded=False)
-    no_metadata: Flag = Flag("Write no settings into the mp4 file.")
-    output: File = File("The mp4 file that frames go to as they are decoded.", recorded=False, command=False)
+    crf: Whole = Whole(
+        "H.264 quality of the mp4 file; 0: lossless, 51: worst.",
+        default=19,
+        metavar="N",
+        least=0,
+        most=51,
+        example="23",
+    )
+    no_metadata: Flag = Flag("Write no settings into the mp4 or mov file.")
+    output: File = File("The clip's file that frames go to as they are decoded.", recorded=False, command=False)
     state: File = File("The file that a run is continued from.", recorded=False, command=False)
     progress: Watcher = Watcher("Called with every event of the run.", recorded=False, command=False)
 
@@ -289,7 +297,17 @@ CLASHES = (
     ),
     Clash(
         "no_video",
-        (*SHOWN, "width", "height", "no_audio", "preview", *PICTURE_GUIDANCE, "skip_steps", "audio_modality_scale"),
+        (
+            *SHOWN,
+            "width",
+            "height",
+            "no_audio",
+            "preview",
+            "crf",
+            *PICTURE_GUIDANCE,
+            "skip_steps",
+            "audio_modality_scale",
+        ),
         "only the sound is made",
     ),
     Clash(

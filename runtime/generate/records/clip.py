@@ -14,7 +14,7 @@ import numpy as np
 
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.records.sidecar import settings_of, sidecar_path, write_sidecar
-from ltx2.runtime.media.video import AudioTrack, video_writer, write_wav
+from ltx2.runtime.media.video import AudioTrack, Encoding, video_writer, write_wav
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.streams import Streams
 
@@ -52,7 +52,8 @@ class Clip:
         return seed
 
     def save(self, path: str | Path) -> Path:
-        """Write the mp4, which replaces one that was there, and the sidecar JSON beside it. Returns the mp4's path."""
+        """Write the clip, as mp4, mov or gif by its suffix, and the sidecar JSON beside it; both replace what was
+        there. Returns the clip's path."""
         video = Path(path)
         self._write(video)
         write_sidecar(sidecar_path(video), self.record)
@@ -67,7 +68,8 @@ class Clip:
             write_wav(video, audio)
             return
         comment = "" if self.record["request"]["no_metadata"] else json.dumps(settings_of(self.record))
-        with video_writer(video, fps=self.fps, audio=audio, comment=comment) as writer:
+        encoding = Encoding(self.record["request"]["crf"])
+        with video_writer(video, fps=self.fps, audio=audio, encoding=encoding, comment=comment) as writer:
             writer.write(self.frames)
 
     def _repr_html_(self) -> str:

@@ -14,11 +14,11 @@ from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.options.table import ROWS
 from ltx2.runtime.generate.planning import context_bytes, latent_bytes
 from ltx2.runtime.generate.records.sidecar import is_sidecar, sidecar_path
+from ltx2.runtime.media.formats import FORMATS, check_crf, format_of
 from ltx2.runtime.media.video import check_target
 
 LATENTS = ".safetensors"
 FREE = "choose another name, or replace it with --force"
-PIXEL = 0.1  # bytes of a clip's pixel, several times what is usual at DELIVERY's quality
 
 
 def state_path(clip: Path) -> Path:
@@ -32,7 +32,9 @@ def check_places(request: Request) -> None:
     """Raises InputError for a place that cannot be written, or holds a clip and may not."""
     if request.output is not None:
         clip, sidecar = Path(request.output), sidecar_path(Path(request.output))
-        check_target(clip, ".wav" if request.no_video else ".mp4")
+        check_target(clip, sound=request.no_video)
+        if not request.no_video:
+            check_crf(clip, request.crf or 0)
         check_output(sidecar)
         if not request.force:
             _check_free(clip, sidecar)
@@ -75,13 +77,18 @@ def _check_free(clip: Path, sidecar: Path) -> None:
         raise InputError(f"{clip} is already there", "a clip is never replaced unasked", FREE)
     if sidecar.exists() and not is_sidecar(sidecar):
         raise InputError(f"{sidecar} is already there", f"it would become the record of {clip.name}", FREE)
+    others = [clip.with_suffix(suffix) for suffix in (*FORMATS, ".wav") if suffix != clip.suffix]
+    if sidecar.exists() and (other := next((path for path in others if path.exists()), None)) is not None:
+        raise InputError(f"{sidecar} is already there", f"it is the record of {other.name}", FREE)
 
 
 def _needs(job: Job) -> Iterator[tuple[Path, int]]:
     """Files to be written, and at most how many bytes each takes."""
     request, sizes, latents = job.request, job.output(), latent_bytes(job)
     if request.output is not None:
-        yield Path(request.output), int(PIXEL * sizes.frames * sizes.height * sizes.width)
+        clip = Path(request.output)
+        pixel = 0.0 if request.no_video else format_of(clip).bytes_of_a_pixel(request.crf or 0)
+        yield clip, int(pixel * sizes.frames * sizes.height * sizes.width)
     if request.save_embeddings is not None:
         yield Path(request.save_embeddings), context_bytes(job)
     if request.save_latents is not None:
