@@ -85,7 +85,8 @@ def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_quality_is_the_mp4_s(tmp_path: Path) -> None:
-    check_crf(tmp_path / "a.mp4", 23), check_crf(tmp_path / "a.mov", CRF)
+    check_crf(tmp_path / "a.mp4", 23)
+    check_crf(tmp_path / "a.mov", CRF)
     with pytest.raises(UsageError, match=r"--crf and -o .* do not go together"):
         check_crf(tmp_path / "a.mov", 23)
 
