@@ -90,17 +90,26 @@ def predict_length(config: DurationHeadConfig, length: int) -> Activations:
 
 
 def denoise_step(
-    config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int, *, unpacked: int = 0
+    config: TransformerConfig,
+    grid: Grid,
+    text_tokens: int,
+    itemsize: int,
+    *,
+    unpacked: int = 0,
+    appended: int = 0,
+    biased: bool = False,
 ) -> Activations:
     """Kept over the steps: rotary tables in float32, projected text, latents. In a block: keys and values of the text,
     and per token the residual stream, its normalised copy and the feed-forward network's four-fold width. `unpacked`:
-    bytes of the largest packed weight once it is unpacked, where layers unpack theirs to multiply."""
-    video, audio = config.video_dim, config.audio_dim
-    tables = FLOAT32 * ((video + audio) * grid.tokens + 2 * audio * grid.audio_frames)
-    channels = config.in_channels * grid.tokens + config.audio_in_channels * grid.audio_frames
+    bytes of the largest packed weight once it is unpacked, where layers unpack theirs to multiply. `appended`: tokens
+    beside the picture's own; `biased`: how much tokens see of each other is given, in float32 and once more."""
+    video, audio, tokens = config.video_dim, config.audio_dim, grid.tokens + appended
+    tables = FLOAT32 * ((video + audio) * tokens + 2 * audio * grid.audio_frames)
+    channels = config.in_channels * tokens + config.audio_in_channels * grid.audio_frames
+    bias = tokens**2 * (FLOAT32 + itemsize) if biased else 0
     text = text_tokens * (video + audio + sum(config.context_dims.values())) * itemsize
-    kept = tables + text + 4 * FLOAT32 * channels
-    unit = (video * grid.tokens + audio * grid.audio_frames) * itemsize
+    kept = tables + text + bias + 4 * FLOAT32 * channels
+    unit = (video * tokens + audio * grid.audio_frames) * itemsize
     # A text that every block modulates is there once more.
     keys = (5 if config.cross_attention_adaln else 4) * text_tokens * (video + audio) * itemsize
     needed = kept + keys + 13 * unit // 2 + UNPACKED * unpacked

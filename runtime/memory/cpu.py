@@ -26,12 +26,18 @@ def connectors(config: ConnectorsConfig, length: int, itemsize: int) -> int:
     return config.video.count * length * length * itemsize
 
 
-def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int) -> int:
+def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int, appended: int = 0) -> int:
     """Keys and values of the text by heads; scores of the largest attention, as far as they are more than the
-    feed-forward network takes."""
+    feed-forward network takes. `appended`: tokens beside the picture's own."""
+    tokens = grid.tokens + appended
     copies = 2 * text_tokens * (config.video_dim + config.audio_dim) * itemsize
-    scores = config.num_attention_heads * grid.tokens * max(grid.tokens, text_tokens) * itemsize
-    return copies + max(0, scores - 40 * config.video_dim * grid.tokens * itemsize)
+    scores = config.num_attention_heads * tokens * max(tokens, text_tokens) * itemsize
+    return copies + max(0, scores - 40 * config.video_dim * tokens * itemsize)
+
+
+def held_late(config: TransformerConfig, grid: Grid, itemsize: int, appended: int = 0) -> int:
+    """What a denoise step holds even where every operation is waited for, of what a GPU only queues."""
+    return 26 * config.video_dim * (grid.tokens + appended) * itemsize
 
 
 def upscale(config: UpsamplerConfig, unit: int, itemsize: int) -> int:

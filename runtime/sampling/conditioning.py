@@ -4,6 +4,7 @@ shapes are known before anything is encoded."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from math import prod
 
 import mlx.core as mx
 import numpy as np
@@ -34,6 +35,10 @@ class Conditioning(ABC):
     def apply(self, states: States, place: Place, encoded: Streams[mx.array]) -> States:
         """The states with it. `encoded` are normalised latents, shaped as the stage's grid unless a class says
         otherwise."""
+
+    def appends(self, place: Place) -> int:
+        """How many tokens it adds to the picture's own."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,9 @@ class Keyframe(Conditioning):
         state = states.get("video").appended(segment, encoded.video, positions, 1 - self.strength)
         return replace(states, video=state)
 
+    def appends(self, place: Place) -> int:
+        return Segment(KEYFRAMES, _single_frames(place, 1)).tokens
+
 
 @dataclass(frozen=True)
 class Slots(Conditioning):
@@ -79,6 +87,9 @@ class Slots(Conditioning):
         segment, state = Segment(SLOTS, _single_frames(place, len(self.frames))), states.get("video")
         positions = frame_positions(place, self.frames)
         return replace(states, video=state.appended(segment, None, positions, 1.0, marked=True))
+
+    def appends(self, place: Place) -> int:
+        return 0 if place.number > 1 else Segment(SLOTS, _single_frames(place, len(self.frames))).tokens
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,9 @@ class Reference(Conditioning):
                 bias = np.maximum(np.log(seen), np.finfo(np.float32).min)
             appended = replace(appended, attention=mx.array(bias.astype(np.float32))[None, None])
         return replace(states, video=appended)
+
+    def appends(self, place: Place) -> int:
+        return 0 if place.number > 1 else prod(self.shape)
 
     def positions(self, place: Place) -> Positions:
         """(3, tokens): as of a clip with `every` times fewer frames and smaller sides, spread over the stage."""

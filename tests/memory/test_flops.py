@@ -42,6 +42,7 @@ from ltx2.runtime.networks.video_vae.diffusion import build as build_diffusion
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from tests.networks.test_diffusion_decoder import SHORT
 from tests.networks.test_vocoder import EXTENDED
+from tests.support.media import noise_frames, write_frames
 
 SIZES: dict[str, Any] = {"width": 128, "height": 64, "frames": 9}
 STAGES = {"stage1": ((1, 2), 8), "stage2": ((2, 4), 3)}  # rows and columns of latents, steps
@@ -121,6 +122,15 @@ def test_previews_as_executed(measured: Meter, demo_f32: Path, tmp_path: Path) -
     for name, (size, steps) in STAGES.items():
         extra = meter.flops[name] - measured.flops[name]
         assert 0 < 3 * extra < steps * decode_video(config, (1, *size)).flops
+
+
+def test_keyframes_as_executed(demo_f32: Path, tmp_path: Path) -> None:
+    """Beside their noise level, of which the stage has one more."""
+    picture = write_frames(tmp_path / "a.png", noise_frames(1))
+    pipeline, options = Pipeline(demo_f32), {"keyframe": [(picture, 0), (picture, 4)], "image_crf": 0}
+    meter, counted = watched(pipeline, **options), count(pipeline.plan(PROMPT, **SIZES, **options).job)
+    for name in STAGES:
+        assert counted[name].flops == pytest.approx(meter.flops[name], rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["ltx-2-distilled", "ltx-2.5-distilled"])

@@ -120,7 +120,7 @@ def _denoise(phase: Phase, headers: Headers) -> PhaseWork:
     assert isinstance(phase, Denoise), "as COUNTS says"
     job, config = phase.job, TransformerConfig.from_dict(headers.config(TRANSFORMER))
     grid, text, calls = job.stage_grid(phase.number), job.preset.text_tokens, job.calls(phase.number)
-    work = denoise_step(config, grid, text) * calls + project_text(config, text)
+    work = denoise_step(config, grid, text, phase.appended()) * calls + project_text(config, text)
     repeated, moved = phase.repeated, calls * headers.weights(TRANSFORMER)
     if repeated:
         work += text_keys(config, grid, text) * -repeated
@@ -201,10 +201,10 @@ def convolution(positions: int, taps: int, inputs: int, outputs: int) -> Work:
 # Networks
 
 
-def denoise_step(config: TransformerConfig, grid: Grid, text: int) -> Work:
-    """One call of the transformer."""
+def denoise_step(config: TransformerConfig, grid: Grid, text: int, appended: int = 0) -> Work:
+    """One call of the transformer, with so many tokens beside the picture's own."""
     video, audio = config.video_dim, config.audio_dim
-    x, y = grid.tokens, grid.audio_frames
+    x, y = grid.tokens + appended, grid.audio_frames
     block = _stream(video, x, text) + _stream(audio, y, text)
     block += _cross(x, video, y, audio, audio) + _cross(y, audio, x, video, audio)
     ends = linear(x, config.in_channels, video) + linear(x, video, config.out_channels)

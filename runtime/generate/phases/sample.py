@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 from ltx2.runtime.distributed.split import shared_denoiser
@@ -22,6 +23,7 @@ from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.networks.upsampler import LatentUpsampler, UpsamplerConfig
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
 from ltx2.runtime.networks.video_vae.tiles import Tiling
+from ltx2.runtime.sampling.conditioning import Conditioning, Reference
 from ltx2.runtime.sampling.denoise import begin, check_latents, denoise
 from ltx2.runtime.sampling.guidance import passes
 from ltx2.runtime.sampling.latents import Sizes
@@ -110,13 +112,26 @@ class Denoise(Phase):
         calls = passes(self.job.course(self.number).guidance, frozen, step).values()
         return Counter(name for call in calls for name in set(call.contexts.values()))
 
+    @property
+    def _changes(self) -> list[Conditioning]:
+        return [given.conditioning for given in self.job.given if given.in_stage(self.number)]
+
+    def appended(self, sizes: Sizes | None = None) -> int:
+        """Tokens beside the picture's own. A clip of other sizes than the job's has as many for each of its own."""
+        place = self.job.place(self.number)
+        count, own = sum(change.appends(place) for change in self._changes), place.grid.tokens
+        return ceil(count * self.job.stage_grid(self.number, sizes).tokens / own) if count else 0
+
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config, width = TransformerConfig.from_dict(headers.config(TRANSFORMER)), headers.itemsize(TRANSFORMER)
         grid, text = self.job.stage_grid(self.number, sizes), self.job.preset.text_tokens
         loras, tensors = self.job.loras, headers.tensors(TRANSFORMER)
         unpacked = width * (headers.unpacked(TRANSFORMER) + loras.largest(self.number))
-        used = network.denoise_step(config, grid, text, width, unpacked=unpacked)
-        used = used.beside(on_cpu(cpu.denoise_step(config, grid, text, width)))
+        appended = self.appended(sizes)
+        biased = any(isinstance(change, Reference) and change.attention < 1 for change in self._changes)
+        used = network.denoise_step(config, grid, text, width, unpacked=unpacked, appended=appended, biased=biased)
+        late = on_cpu(min(used.queued, cpu.held_late(config, grid, width, appended)))
+        used = used.beside(on_cpu(cpu.denoise_step(config, grid, text, width, appended)) + late, -late)
         factors = {path: width * size for path, size in loras.sizes(self.number).items()}
         beside = sum(size for path, size in factors.items() if tensors[f"{path}.weight"].dtype == CODES)
         weights, plain = headers.weights(TRANSFORMER) + beside, sum(factors.values()) - beside
