@@ -40,8 +40,21 @@ def _option(row: Option[Any, Any], explained: bool) -> Callable[[Command], Comma
     text = row.help if explained else "As for generate."
     if isinstance(row, Flag):
         return click.option(row.flag, is_flag=True, default=None, help=text)
-    kind = click.Choice(row.choices) if isinstance(row, Choice) else TYPES.get(type(row)) or _reader(row)
+    kind = _Name(row) if isinstance(row, Choice) else TYPES.get(type(row)) or _reader(row)
     return click.option(row.flag, type=kind, metavar=row.metavar, multiple=isinstance(row, Several), help=text)
+
+
+class _Name(click.Choice):  # type: ignore[type-arg]  # which older versions do not take
+    """One of a row's names; for one that is not built, why."""
+
+    def __init__(self, row: Choice[Any]) -> None:
+        super().__init__(row.choices)
+        self._row = row
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in self._row.unbuilt:
+            self._row.read(value)
+        return super().convert(value, param, ctx)
 
 
 def _reader(row: Option[Any, Any]) -> Callable[[str], str]:

@@ -90,25 +90,17 @@ def predict_length(config: DurationHeadConfig, length: int) -> Activations:
 
 
 def denoise_step(
-    config: TransformerConfig,
-    grid: Grid,
-    text_tokens: int,
-    itemsize: int,
-    *,
-    unpacked: int = 0,
-    appended: int = 0,
-    biased: bool = False,
+    config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int, *, unpacked: int = 0, appended: int = 0
 ) -> Activations:
     """Kept over the steps: rotary tables in float32, projected text, latents. In a block: keys and values of the text,
     and per token the residual stream, its normalised copy and the feed-forward network's four-fold width. `unpacked`:
     bytes of the largest packed weight once it is unpacked, where layers unpack theirs to multiply. `appended`: tokens
-    beside the picture's own; `biased`: how much tokens see of each other is given, in float32 and once more."""
+    beside the picture's own."""
     video, audio, tokens = config.video_dim, config.audio_dim, grid.tokens + appended
     tables = FLOAT32 * ((video + audio) * tokens + 2 * audio * grid.audio_frames)
     channels = config.in_channels * tokens + config.audio_in_channels * grid.audio_frames
-    bias = tokens**2 * (FLOAT32 + itemsize) if biased else 0
     text = text_tokens * (video + audio + sum(config.context_dims.values())) * itemsize
-    kept = tables + text + bias + 4 * FLOAT32 * channels
+    kept = tables + text + 4 * FLOAT32 * channels
     unit = (video * tokens + audio * grid.audio_frames) * itemsize
     # A text that every block modulates is there once more.
     keys = (5 if config.cross_attention_adaln else 4) * text_tokens * (video + audio) * itemsize
@@ -116,6 +108,11 @@ def denoise_step(
     # Up to ten command buffers wait for the device. Each ends after some operations, or some megabytes.
     full = kept + keys + min(47 * unit, 700 * MB + 11 * unit) + UNPACKED_QUEUED * unpacked
     return Activations(needed, full - needed, max(4 * unit, unpacked))
+
+
+def seen(tokens: int, itemsize: int) -> int:
+    """Bytes of what says how much tokens see of each other, in float32 and as it is added to scores."""
+    return tokens**2 * (FLOAT32 + itemsize)
 
 
 def text_keys(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int) -> int:

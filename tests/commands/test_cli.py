@@ -17,7 +17,9 @@ import ltx2.demo
 from ltx2 import __version__
 from ltx2.commands.group import cli
 from ltx2.demo import run_demo
+from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.events import Section
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support import published
@@ -106,6 +108,13 @@ USAGE = {
 )
 def test_the_words_of_other_tools_lead_to_ours(here: Here, args: list[str], said: str) -> None:
     here(*args).failed(2, said)
+
+
+def test_a_pipeline_that_is_not_built_says_what_is_missing(here: Here) -> None:
+    said = ("--pipeline dfr is not built", "where its keyframe slots are", "use one of distilled, one-stage")
+    here("generate", "x", "--pipeline", "dfr").failed(1, *said)
+    with pytest.raises(UnsupportedError, match="is not built"):
+        Request("x", pipeline="dfr")
 
 
 @pytest.mark.parametrize("name", USAGE)

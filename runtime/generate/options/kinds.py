@@ -4,14 +4,14 @@ import hashlib
 import operator
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, astuple, dataclass, field
 from functools import cache
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Generic, SupportsFloat, SupportsIndex, TypeVar, cast
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.options.values import Auto, Form, path_of
 
@@ -188,9 +188,10 @@ class Watcher(Option[Callable[[Event], object] | None, Callable[[Event], object]
 
 @dataclass(eq=False)
 class Choice(Option[str | None, Chosen]):
-    """One of some names."""
+    """One of some names. `unbuilt`: names of what others have and we have not, and why."""
 
     choices: tuple[str, ...] = ()
+    unbuilt: Mapping[str, str] = field(default_factory=dict)
     type = str
 
     @property
@@ -198,6 +199,8 @@ class Choice(Option[str | None, Chosen]):
         return f"one of {', '.join(self.choices)}"
 
     def read(self, value: Any) -> Chosen:
+        if value in self.unbuilt:
+            raise UnsupportedError(f"{self.flag} {value} is not built", self.unbuilt[value], f"use {self.kind}")
         if value not in self.choices:
             raise ValueError
         return cast(Chosen, str(value))

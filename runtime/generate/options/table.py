@@ -38,6 +38,12 @@ SAMPLING = (
 )  # fmt: skip
 
 
+DFR = (
+    "it is not known where its keyframe slots are, how its temporal rounds cut a clip into tiles and join them, and "
+    "how its detailing LoRA sees stage 1's latents"
+)
+
+
 def _scale(text: str) -> Number:
     return Number(text, metavar="X", decides=True, costs=True)
 
@@ -52,6 +58,7 @@ class Options:
     pipeline: Choice[str | None] = Choice(
         "Plan of stages; default: what the model calls for.",
         choices=("distilled", "one-stage", "two-stage", "hq"),
+        unbuilt={"dfr": DFR},
         decides=True,
         costs=True,
         sets=("steps", *GUIDANCE, "distilled_lora"),

@@ -128,8 +128,9 @@ class Denoise(Phase):
         loras, tensors = self.job.loras, headers.tensors(TRANSFORMER)
         unpacked = width * (headers.unpacked(TRANSFORMER) + loras.largest(self.number))
         appended = self.appended(sizes)
-        biased = any(isinstance(change, Reference) and change.attention < 1 for change in self._changes)
-        used = network.denoise_step(config, grid, text, width, unpacked=unpacked, appended=appended, biased=biased)
+        used = network.denoise_step(config, grid, text, width, unpacked=unpacked, appended=appended)
+        if any(isinstance(change, Reference) and change.attention < 1 for change in self._changes):
+            used = used.beside(network.seen(grid.tokens + appended, width))
         late = on_cpu(min(used.queued, cpu.held_late(config, grid, width, appended)))
         used = used.beside(on_cpu(cpu.denoise_step(config, grid, text, width, appended)) + late, -late)
         factors = {path: width * size for path, size in loras.sizes(self.number).items()}
