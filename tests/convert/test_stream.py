@@ -285,7 +285,7 @@ class TestDisk:
     def test_too_small(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Said before anything is made, with the size there will be."""
         self.little(monkeypatch)
-        with pytest.raises(DoesNotFitError, match=r"0\.0\d+ GB are needed, 0\.001 GB are free") as error:
+        with pytest.raises(DoesNotFitError, match=r"0\.0\d+ GB are needed, 0\.0010 GB are free") as error:
             run(plan_of(UPSCALER), tmp_path / "new" / "out")
         assert error.value.exit_code == 3 and not list(tmp_path.iterdir())
 
