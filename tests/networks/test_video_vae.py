@@ -374,12 +374,13 @@ def test_tiled_equals_untiled_without_seams(trained: VideoAutoencoder, figure: F
 
 def test_memory_does_not_grow_with_the_clips_length(trained: VideoAutoencoder) -> None:
     tiles = Tiling(height=64, width=64, overlap=0, frames=24, frame_overlap=8)
-    peaks = []
-    for frames in (3, 11, 21):  # the first reads the weights and frees what tests before have left
+    peaks: dict[int, int] = {}
+    for frames in (3, 11, 21, 11):  # the first reads the weights; what others have kept and is freed now lowers a peak
         latents = mx.array(noise(1, 32, frames, 2, 2))
         mx.eval(latents)
-        peaks.append(peak_of(partial(deque, decode_frames(trained, latents, tiles), 0)))
-    assert peaks[2] < 1.1 * peaks[1]
+        peak = peak_of(partial(deque, decode_frames(trained, latents, tiles), 0))
+        peaks[frames] = max(peak, peaks.get(frames, 0))
+    assert peaks[21] < 1.1 * peaks[11]
 
 
 @pytest.mark.parametrize("tiles", [None, Tiling(64, 64, 32, 16, 0)])
