@@ -185,7 +185,7 @@ def say_how_to_continue(error: Ltx2Error | KeyboardInterrupt, added: Mapping[str
     values) of `added` that it lacks."""
     said = f"this continues: {continuation(click.get_current_context().obj, added)}"
     if isinstance(error, Ltx2Error):
-        error.fix = f"{error.fix}; what is done is kept, {said}"
+        error.fix += f"; what is done is kept, {said}"
         raise error
     raise click.Abort(said) from error
 

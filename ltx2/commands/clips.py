@@ -64,7 +64,7 @@ def generate(
     def late(error: Ltx2Error) -> None:
         for generation in started:
             if generation.left:
-                error.fix += f"; this continues: {continuation(args, generation.continuing())}"
+                error.fix += f"; what is done is kept, this continues: {continuation(args, generation.continuing())}"
         end_at_once(error)
 
     wanted = Wanted(target, prompts, count, seeds)

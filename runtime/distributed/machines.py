@@ -7,11 +7,12 @@ for, so that no command on a GPU waits for a network: macOS would end it.
 Links are neither encrypted nor authenticated."""
 
 import json
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from threading import Timer
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import mlx.core as mx
@@ -25,8 +26,16 @@ BACKENDS = {"MLX_HOSTFILE": "ring", "MLX_IBV_DEVICES": "jaccl", "NCCL_HOST_IP": 
 LEAST = (0, 32, 4)  # of MLX: earlier ones wait for ever for a machine that is lost
 # The longest wait for an exchange: seconds, and so many times the longest that one, or the work between two, has taken.
 PATIENCE, TIMES = 600.0, 10.0
-AGAIN = "start the same command again with --resume, on these machines or on others: what is done is kept"
+GRACE = 5.0  # seconds that an exchange has to end by itself after Ctrl-C
+AGAIN = "start the same command again with --resume, on these machines or on others"
 Late = Callable[[MachinesError], None]
+
+
+class StoppedError(MachinesError):
+    """Ctrl-C while another machine does not answer."""
+
+    kind = "interrupted"
+    exit_code = 130
 
 
 class Machines:
@@ -146,14 +155,38 @@ def join(environment: Mapping[str, str], late: Late) -> Machines:
 
 @contextmanager
 def _ending(seconds: float, late: Late, error: MachinesError) -> Iterator[None]:
-    """What is inside ends in time, or the process does."""
-    timer = Timer(seconds, late, [error])
-    timer.daemon = True
-    timer.start()
+    """What is inside ends in time, or the process does: after so many seconds, or soon after Ctrl-C. Python itself
+    hears that only once MLX has returned; the number of a signal, though, is written to a socket at once."""
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+
+    def watch() -> None:
+        end, said = time.monotonic() + seconds, error
+        while (left := end - time.monotonic()) > 0:
+            heard.settimeout(left)
+            try:
+                number = heard.recv(1)
+            except TimeoutError:
+                break
+            if not number:
+                return
+            if number[0] == signal.SIGINT and not isinstance(said, StoppedError):
+                end = min(end, time.monotonic() + GRACE)
+                said = StoppedError("interrupted", "Ctrl-C, while another machine did not answer", AGAIN)
+        late(said)
+
+    hears = current_thread() is main_thread()  # Python allows it there alone
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False) if hears else -1
+    watching = Thread(target=watch, daemon=True)
+    watching.start()
     try:
         yield
     finally:
-        timer.cancel()
+        if hears:
+            signal.set_wakeup_fd(before)
+        told.close()
+        watching.join()
+        heard.close()
 
 
 @contextmanager

@@ -30,10 +30,10 @@ def check_folder(folder: Path, path: str | Path) -> None:
     """Raises InputError where nothing can be written to a folder, which need not exist yet; `path` is what would be."""
     what, place = f"cannot write {path}", existing(folder)
     if not place.is_dir():
-        raise InputError(what, f"{place} is not a folder", "choose another -o")
+        raise InputError(what, f"{place} is not a folder", "choose another place")
     if not os.access(place, os.W_OK | os.X_OK):
         why = f"the folder {place} cannot be written"
-        raise InputError(what, why, "change its permissions, or choose another -o")
+        raise InputError(what, why, "change its permissions, or choose another place")
 
 
 def existing(path: Path) -> Path:

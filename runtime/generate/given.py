@@ -1,6 +1,7 @@
 """What a request gives beside its text, and how it comes from files to latents: pictures, clips, sounds. What each does
 in a stage is its conditioning (sampling/conditioning.py)."""
 
+import shlex
 from abc import ABC
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,6 +73,20 @@ class Clip:
         if facts.rate:
             read_sound(path, 0.0, sizes.frames / max(1.0, sizes.fps))  # a damaged one is found now
         return cls(path, sizes, False, facts.rate > 0)
+
+    def check(self, scales: Scales, smallest: int) -> None:
+        """`smallest`: pixels of the shortest side that can be decoded. Raises InputError for a clip that cannot be
+        encoded as it is, with the command that makes one that can."""
+        try:
+            self.sizes.check(scales, 1, smallest)
+        except InputError as error:
+            fit = self.sizes.fitting(scales, 1, smallest)
+            if fit == self.sizes:  # it is the rate
+                raise
+            scale = f"scale={fit.width}:{fit.height}:force_original_aspect_ratio=increase,crop={fit.width}:{fit.height}"
+            command = ["ffmpeg", "-i", str(self.path), "-vf", scale, "-frames:v", str(fit.frames), "-crf", "10"]
+            fix = f"make one that can: {shlex.join([*command, f'{self.path.stem}-fit.mp4'])}"
+            raise InputError(f"{self.path} cannot be used as it is", f"{error.what}: {error.why}", fix) from error
 
     def video(self, vae: VideoCoder | None) -> mx.array:
         """Normalised latents (1, C, F, H, W) of all frames; latents need no network."""
@@ -293,6 +308,9 @@ def _kept(at: Setting) -> Iterator[Given]:
         if span.start >= clip.sizes.frames * step:
             why = f"the clip ends at {clip.sizes.frames * step:.2f} s"
             raise InputError(f"the span {span.start:g}-{span.end:g} touches no frame", why, "use an earlier one")
+        if request.keep == "audio" and not clip.sound:
+            what = f"{clip.path} has no sound to keep"
+            raise InputError(what, "it holds a picture alone", "leave out --keep: a sound is made along")
         yield GivenClip(Kept(span.start, span.end, (request.keep,) if request.keep else ()), clip)
     elif request.extend is not None:
         made = at.sizes.frames - clip.sizes.frames

@@ -79,7 +79,7 @@ class Job:
             request = request.for_latents(video.shape, self.scales)
         if request.source is not None:
             self.clip = Clip.open(Path(request.source), self.scales, request.fps)
-            self.clip.sizes.check(self.scales, 1, self.video_config.smallest_side)
+            self.clip.check(self.scales, self.video_config.smallest_side)
             request = replace(request, **asdict(grown(self.clip.sizes, request, self.scales)))
             if request.upscale is not None and self.clip.latents:
                 self.until = self.until or LATENTS

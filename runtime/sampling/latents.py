@@ -154,6 +154,16 @@ class Sizes:
         if not 1 <= self.fps <= 240:
             raise InputError(f"fps {self.fps:g} is not valid", "it must be between 1 and 240", "use 24, 25 or 30")
 
+    def fitting(self, scales: Scales, downscale: int, smallest: int) -> "Sizes":
+        """The nearest that pass `check`, at the same rate: the nearest sides, no more frames."""
+        multiple = scales.spatial * downscale
+        smallest = -(-smallest // multiple) * multiple
+        width, height = (
+            min(_nearest(side, multiple, smallest), key=lambda valid: abs(valid - side))
+            for side in (self.width, self.height)
+        )
+        return Sizes(width, height, _nearest(self.frames, scales.temporal, 1)[0], self.fps)
+
     def grid(self, downscale: int, scales: Scales, channels: int, audio_channels: int) -> Grid:
         """The latents, with each side divided by `downscale`."""
         return Grid(

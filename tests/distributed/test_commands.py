@@ -33,8 +33,9 @@ patch = pytest.MonkeyPatch()
 small_ceilings(patch)
 short_texts(patch)
 """
-# Rank 1 sends itself a signal after the first step of stage 1. From then on rank 0 waits for a second, no longer.
+# Rank 1 sends itself a signal after the first step of stage 1. From then on rank 0 waits so many seconds, no longer.
 SIGNALLED = """
+import signal, threading
 from ltx2.runtime.distributed import machines
 from ltx2.runtime.events import StepDone
 from ltx2.runtime.generate.run import Run
@@ -43,13 +44,20 @@ events = Run.events
 def watched(self):
     for event in events(self):
         if isinstance(event, StepDone) and event.step == 1:
-            machines.PATIENCE, machines.TIMES = 1.0, 0.0
+            machines.PATIENCE, machines.TIMES, machines.GRACE = {patience}, 0.0, 0.1
             if rank == "1":
                 os.kill(os.getpid(), {number})
+            elif {interrupted}:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         yield event
 
 Run.events = watched
 """
+
+
+def signalled(number: signal.Signals, patience: float = 1.0, interrupted: bool = False) -> str:
+    return SIGNALLED.format(number=int(number), patience=patience, interrupted=interrupted)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +168,7 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
 def test_a_machine_that_is_killed(alone: Path, arguments: list[str], tmp_path: Path, here: Here) -> None:
     """The others end at once, and one machine alone goes on with the same bits."""
     line = [*arguments, *GUIDED, "-o", f"{tmp_path}/clip.mp4", "--save-latents", f"{tmp_path}/latents"]
-    first, second = commands(2, tmp_path / "said", [line], SIGNALLED.format(number=int(signal.SIGKILL)))
+    first, second = commands(2, tmp_path / "said", [line], signalled(signal.SIGKILL))
     assert ended(second).code == -signal.SIGKILL and ended(first).code == 0
     done = said(tmp_path / "said", 0, 0)
     done.failed(1, "another machine is lost", "--resume")
@@ -174,7 +182,7 @@ def test_a_machine_that_is_killed(alone: Path, arguments: list[str], tmp_path: P
 def test_a_machine_that_sleeps(arguments: list[str], tmp_path: Path) -> None:
     """The others wait for a while, then end and say how to go on."""
     line = [*arguments, *GUIDED, "-o", f"{tmp_path}/clip.mp4"]
-    first, second = commands(2, tmp_path / "said", [line], SIGNALLED.format(number=int(signal.SIGSTOP)))
+    first, second = commands(2, tmp_path / "said", [line], signalled(signal.SIGSTOP))
     assert ended(first).code == 1
     second.kill()
     ended(second)
@@ -182,3 +190,16 @@ def test_a_machine_that_sleeps(arguments: list[str], tmp_path: Path) -> None:
     for text in ("a machine does not answer", "an exchange has taken", "--resume", "this continues: ltx2 generate"):
         assert text in done.err
     assert (tmp_path / STATE).exists()
+
+
+def test_ctrl_c_while_a_machine_sleeps(arguments: list[str], tmp_path: Path) -> None:
+    """It is heard, though MLX waits, and says how to go on."""
+    line = [*arguments, *GUIDED, "-o", f"{tmp_path}/clip.mp4"]
+    first, second = commands(2, tmp_path / "said", [line], signalled(signal.SIGSTOP, 300.0, interrupted=True))
+    assert ended(first).code == 130
+    second.kill()
+    ended(second)
+    done = said(tmp_path / "said", 0, 0)
+    for text in ("error: interrupted", "Ctrl-C", "what is done is kept, this continues: ltx2 generate"):
+        assert text in done.err
+    assert done.err.count("what is done is kept") == 1 and (tmp_path / STATE).exists()

@@ -1,5 +1,6 @@
 """Clips from pictures, sounds and clips, by the trained 2.5 demo model: what is given is there, the rest follows."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ from ltx2.runtime.sampling.conditioning import (
 from ltx2.runtime.sampling.latents import Grid
 from ltx2.runtime.sampling.state import begin_states
 from ltx2.runtime.streams import Streams
-from tests.support.media import write_clip, write_frames
+from tests.support.media import ffmpeg, noise_frames, read_video, write_clip, write_frames
 from tests.support.sampling import SCALES
 
 PROMPT = "a red square moves left on a white background with a low tone"
 WANTED = {"shape": "square", "colour": "red", "background": "white", "motion": "left", "tone": "low"}
 SIZE: dict[str, Any] = {"width": 192, "height": 128, "frames": 25, "fps": 24.0}
+NO_SIZE = {"width": None, "height": None, "frames": None}
 
 
 def psnr(ours: Any, theirs: Any) -> float:
@@ -138,12 +140,13 @@ def test_slots(source: Source) -> None:
         ({"audio": ("SOUND", 0.9)}, InputError, "too short.*use --frames"),
         ({"audio": ("SOUND", 60)}, InputError, "too short.*begin earlier"),
         ({"audio": "SOUND", "no_audio": True}, UsageError, "do not go together"),
-        ({"retake": ("SOUND", 0, 1), "width": None, "height": None, "frames": None}, InputError, "has no picture"),
+        ({"retake": ("SOUND", 0, 1), **NO_SIZE}, InputError, "has no picture"),
+        ({"retake": ("SILENT", 0, 1), "keep": "audio", **NO_SIZE}, InputError, "has no sound to keep"),
     ],
 )
 def test_what_cannot_be_given(source: Source, options: dict[str, Any], error: type[Exception], said: str) -> None:
     """Before any network is loaded."""
-    files = {"PICTURE": source.pictures[0], "SOUND": source.sound}
+    files = {"PICTURE": source.pictures[0], "SOUND": source.sound, "SILENT": source.silent}
 
     def named(value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -155,6 +158,19 @@ def test_what_cannot_be_given(source: Source, options: dict[str, Any], error: ty
         asked.pop("fps")
     with pytest.raises(error, match=said):
         source.pipe.plan(PROMPT, **asked)
+
+
+def test_a_clip_of_other_sizes(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused by name; the command that the refusal gives makes one that is taken."""
+    path = write_clip(tmp_path / "a phone's.mkv", noise_frames(12, 45, 80), 24)
+    with pytest.raises(InputError, match="phone's.mkv cannot be used as it is: width 80 is not valid") as caught:
+        source.pipe.plan(PROMPT, video=path)
+    program, *command = shlex.split(caught.value.fix.partition(": ")[2])
+    assert program == "ffmpeg"
+    monkeypatch.chdir(tmp_path)
+    ffmpeg(*command)
+    frames, _ = read_video(tmp_path / command[-1])
+    assert frames.shape == (9, 32, 64, 3) and source.pipe.plan(PROMPT, video=tmp_path / command[-1])
 
 
 class TestStates:
