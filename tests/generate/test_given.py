@@ -163,7 +163,7 @@ def test_what_cannot_be_given(source: Source, options: dict[str, Any], error: ty
 def test_a_clip_of_other_sizes(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused by name; the command that the refusal gives makes one that is taken."""
     path = write_clip(tmp_path / "a phone's.mkv", noise_frames(12, 45, 80), 24)
-    with pytest.raises(InputError, match="phone's.mkv cannot be used as it is: width 80 is not valid") as caught:
+    with pytest.raises(InputError, match=r"phone's\.mkv cannot be used as it is: width 80 is not valid") as caught:
         source.pipe.plan(PROMPT, video=path)
     program, *command = shlex.split(caught.value.fix.partition(": ")[2])
     assert program == "ffmpeg"
