@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ltx2.convert.plan.check import missing_of_model
 from ltx2.convert.plan.entries import Plan
 from ltx2.convert.verify import verify
 from ltx2.runtime.errors import InputError
@@ -29,6 +30,15 @@ def removable(plan: Plan, given: Iterable[Path]) -> list[Path]:
     found += [own for path in found for name in (CONFIG, INDEX) if (own := path.parent / name).is_file()]
     here = [path.absolute() for path in found if not path.is_symlink()]
     return sorted({path for path in here if any(root in (path, *path.parents) for root in roots)})
+
+
+def check_deletion(plan: Plan) -> None:
+    """Raises InputError for a model that would need the same sources once more to become whole."""
+    if missing := missing_of_model(plan):
+        why = f"the model has no {', '.join(missing)}, and to add that takes all sources again"
+        raise InputError(
+            "the sources are still needed", why, "name the file or folder of what it lacks too, or keep the sources"
+        )
 
 
 def delete_sources(plan: Plan, given: Iterable[Path], model: Path) -> Iterator[Event]:

@@ -21,11 +21,10 @@ from ltx2.runtime.errors import Ltx2Error, UnsupportedError
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.generate.options.preset import load_preset
 from ltx2.runtime.model.forms import Quantization
-from ltx2.runtime.model.layout import DIFFUSION_VAE, MANIFEST, VIDEO_VAE, ModelFolder
+from ltx2.runtime.model.layout import MANIFEST, ModelFolder, missing_networks
 from ltx2.runtime.model.lorafile import alphas
 
 OTHER, DROPPED = "other", "dropped"
-NEEDED = ("transformer", "connectors", "text_encoder", "audio_vae", "vocoder")  # beside a video VAE
 
 
 @dataclass
@@ -158,8 +157,7 @@ def _place(kind: str, name: str) -> tuple[str, bool]:
 
 def _model(folder: ModelFolder) -> dict[str, Any]:
     manifest = folder.manifest
-    missing = [name for name in NEEDED if not folder.has(name)]
-    missing += [] if any(map(folder.has, (VIDEO_VAE, DIFFUSION_VAE))) else [VIDEO_VAE]
+    missing = missing_networks(manifest.components)
     components = {}
     for name, record in sorted(manifest.components.items()):
         summary = _stored(folder.tensor_files(name), Quantization.from_config(record.quantization))

@@ -18,7 +18,7 @@ from ltx2.convert.output.hashing import SourceHashes
 from ltx2.convert.output.journal import JOURNAL, Partial, is_empty_folder, open_partial
 from ltx2.convert.output.pieces import PIECE_BYTES
 from ltx2.convert.output.stream import missing_bytes, stream
-from ltx2.convert.plan.check import check_plan, check_tokenizer, incomplete_parts
+from ltx2.convert.plan.check import check_plan, check_tokenizer, incomplete_parts, missing_of_model
 from ltx2.convert.plan.entries import Plan, plan_json
 from ltx2.convert.sources.ggufmodel import loss
 from ltx2.convert.tensors.gguf import GgufFile
@@ -93,6 +93,8 @@ def _warnings(plan: Plan) -> Iterator[Event]:
     for source in plan.sources:
         if isinstance(source, GgufFile) and (lost := loss(source)):
             yield Warned(lost)
+    if missing := missing_of_model(plan):
+        yield Warned(f"generating from a prompt also needs {', '.join(missing)}, which no source has")
     for part in incomplete_parts(plan):
         yield Warned(f"{part} is missing: it comes in another file of the release, which is not among the sources")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import ltx2
 import ltx2.bench
+from ltx2.convert.delete import check_deletion
 from ltx2.convert.delete import delete_sources as removal
 from ltx2.convert.plan.entries import Plan
 from ltx2.convert.plan.fuse import fuse as fused
@@ -106,6 +107,8 @@ def convert(
         raise UsageError("delete_sources and only do not go together", why, "leave out one of them")
     given = [Path(path) for path in ([sources] if isinstance(sources, str | PathLike) else sources)]
     plan = plan_conversion(given, variant=variant, dtype=dtype, only=only, fuse=fuse)
+    if delete_sources:
+        check_deletion(plan)
     chosen = Settings(bits, group_size, recipe, (), mode or AFFINE, _path(stats), fit, method or SEARCH)
     settings = None if all(value is None for value in (bits, mode, recipe, fit)) else chosen
     if settings is None and chosen != Settings():

@@ -146,7 +146,9 @@ class Work:
         self.plan(WorkPlanned((), 0))
 
     def plan(self, plan: WorkPlanned) -> None:
-        """What the run does; again, with what is done already, where that becomes known later."""
+        """What the run does. Another run begins anew: the demo and the benchmark have several."""
+        if not plan.again:
+            self._seconds = []
         self._plan = plan
         self._names = list(dict.fromkeys(phase.name for phase in plan.phases))
 

@@ -1,11 +1,11 @@
 """Model folders by path, by name in `weights/`, or the only one there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ltx2.runtime.errors import ModelFolderError, UsageError
 from ltx2.runtime.files.paths import is_base_name
-from ltx2.runtime.model.layout import MANIFEST
+from ltx2.runtime.model.layout import model_folders
 
 WEIGHTS = Path("weights")
 MAKES = "ltx2 download ltx-2-distilled --convert --bits 4"
@@ -25,17 +25,14 @@ def find_model(model: Path | None) -> Path:
     if not model.exists() and is_base_name(str(model)):
         _check_name(str(model))
     if not model.exists():
-        names = [path.name for path in _models(WEIGHTS)]
+        names = [path.name for path in model_folders(WEIGHTS)]
         why = f"{WEIGHTS}/ has {', '.join(names)}" if names else f"and there is none in {WEIGHTS}/ either"
         raise ModelFolderError(f"there is no model folder {model}", why, _fix(names))
-    if model.is_dir() and not (model / MANIFEST).exists() and (inside := list(_models(model))):
-        why = f"it holds model folders: {', '.join(str(path) for path in inside)}"
-        raise ModelFolderError(f"{model} is not a model folder", why, f"use -m {inside[0]}")
     return model
 
 
 def _only_one() -> Path:
-    models = list(_models(WEIGHTS))
+    models = model_folders(WEIGHTS)
     if len(models) == 1:
         return models[0]
     what, names = "no model is named", [path.name for path in models]
@@ -47,11 +44,6 @@ def _only_one() -> Path:
 def _fix(names: Sequence[str]) -> str:
     """How to get at a model, where there are these in `weights/`."""
     return f"use -m {' or -m '.join(names)}" if names else f"{MAKES} makes one, and ltx2 convert of files"
-
-
-def _models(folder: Path) -> Iterator[Path]:
-    """Model folders in a folder."""
-    return (path.parent for path in sorted(folder.glob(f"*/{MANIFEST}")))
 
 
 def _check_name(name: str) -> None:

@@ -79,7 +79,7 @@ class Settings:
         given = (("--bits", self.bits, mode.bits), ("--group-size", self.group_size, mode.group_sizes))
         for option, value, values in given:
             if value is not None and value not in values:
-                raise _not_possible(option, value, values)
+                raise _not_possible(option, value, values, "" if self.mode == AFFINE else f" with --mode {self.mode}")
         own = self.bits or self.rules.own_bits
         if own is not None and own not in mode.bits:
             why = f"{self.mode} has {' or '.join(map(str, mode.bits))}"
@@ -270,11 +270,10 @@ def _check(plan: Plan, settings: Settings) -> None:
             )
 
 
-def _not_possible(option: str, value: object, values: Iterable[object]) -> UsageError:
+def _not_possible(option: str, value: object, values: Iterable[object], beside: str = "") -> UsageError:
     allowed = [str(v) for v in values]
-    return UsageError(
-        f"{option} {value} is not possible", f"it is one of {', '.join(allowed)}", f"use {option} {'|'.join(allowed)}"
-    )
+    why = f"it is {'one of ' if len(allowed) > 1 else ''}{', '.join(allowed)}"
+    return UsageError(f"{option} {value} is not possible{beside}", why, f"use {option} {'|'.join(allowed)}")
 
 
 def _is_quantized(moves: Iterable[Move]) -> bool:

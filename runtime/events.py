@@ -24,11 +24,12 @@ class PlannedPhase:
 @dataclass(frozen=True)
 class WorkPlanned(Event):
     """All that a run will do, before it begins: the phases of its clips in order, and the memory that it may take in
-    bytes."""
+    bytes. `again`: the running one's, with what is done already, where that becomes known later."""
 
     phases: tuple[PlannedPhase, ...]
     limit: int
     clips: int = 1
+    again: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from ltx2.convert.plan.entries import Plan, parameters
 from ltx2.convert.sources.textencoder import TOKENIZER
 from ltx2.runtime.errors import CheckpointError
-from ltx2.runtime.model.layout import is_lora
+from ltx2.runtime.model.layout import DIFFUSION_VAE, TRANSFORMER, VIDEO_VAE, is_lora, missing_networks
 from ltx2.runtime.model.lorafile import misfits
 from ltx2.runtime.networks.load import Shapes, build_network, parameter_shapes, shape_differences
 
@@ -80,6 +80,13 @@ def incomplete_parts(plan: Plan) -> Iterator[str]:
     for name, component in plan.components.items():
         missing = _missing_parts(component.cls, component.config, parameters(plan.moves(name)))
         yield from (f"{name}: {part}" for part in missing)
+
+
+def missing_of_model(plan: Plan) -> list[str]:
+    """What a transformer with its decoder lacks to generate from a prompt; nothing where only parts are wanted."""
+    have = plan.components
+    whole = TRANSFORMER in have and (VIDEO_VAE in have or DIFFUSION_VAE in have)
+    return missing_networks(have) if whole else []
 
 
 def _missing_parts(class_name: str, config: Mapping[str, Any], stored: Iterable[str]) -> list[str]:

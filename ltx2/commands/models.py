@@ -48,7 +48,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     again to continue after an interruption.
     """
     from ltx2.api import conversion, plan_conversion
-    from ltx2.convert.delete import removable
+    from ltx2.convert.delete import check_deletion, removable
     from ltx2.convert.plan.check import check_plan
     from ltx2.convert.plan.entries import plan_json
     from ltx2.convert.write import WriteOptions
@@ -63,6 +63,8 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     if settings is not None:
         settings.check()  # before any file is read: it may be wrong usage
     plan = plan_conversion(sources, **options)
+    if deletes:
+        check_deletion(plan)
     if dry_run:
         try:
             check_plan(plan)
@@ -201,4 +203,5 @@ def verify(output: Output, model: Path, sources: tuple[Path, ...], stats: Path |
     done = output.follow(check_folder(model, sources, partial(repack, statistics=statistics)))
     assert isinstance(done, Verified), "a verification ends with what it found"
     values = f", {done.compared} compared with the sources" if sources else ""
-    output.result(done.to_dict(), f"{model} is sound: {done.files} files, {done.tensors} tensors{values}")
+    card = "; README.md was edited" if done.card == "edited" else ""
+    output.result(done.to_dict(), f"{model} is sound: {done.files} files, {done.tensors} tensors{values}{card}")

@@ -90,7 +90,7 @@ class Fit:
         lines = [
             f"a Mac of {budget.memory_gb} GB gives its GPU {_gb(budget.gpu)}: {_gb(budget.activations)} for "
             f"{budget.clip}, {_gb(budget.free)} left free, {_gb(budget.weights)} for the transformer",
-            f"the transformer has {_gb(self.bytes)}, {self.left / 10**6:.0f} MB less than it may",
+            f"the transformer has {_gb(self.bytes)}, {_gb(self.left)} less than it may",
         ]
         if self.measured:
             lines.append(f"sensitivity: measured; the error to expect in the velocity is {percent}")

@@ -100,7 +100,7 @@ def _in_step(runs: Sequence[OneRun]) -> Iterator[Event]:
                     yield from go_on(index)
 
 
-def planned(runs: Sequence[OneRun], clips: int) -> WorkPlanned:
+def planned(runs: Sequence[OneRun], clips: int, again: bool = False) -> WorkPlanned:
     """What comes, with its shares of all floating-point operations."""
     phases = [(phase, run.number) for run in runs for phase in run.ahead]
     counts = {run.number: count(run.job) for run in runs}
@@ -111,7 +111,7 @@ def planned(runs: Sequence[OneRun], clips: int) -> WorkPlanned:
     ]
     order = _order(runs)
     found.sort(key=lambda phase: order.index(phase.name))
-    return WorkPlanned(tuple(found), runs[0].memory.limit, clips)
+    return WorkPlanned(tuple(found), runs[0].memory.limit, clips, again)
 
 
 def _order(runs: Sequence[OneRun]) -> list[str]:

@@ -150,7 +150,7 @@ class Run:
             check_places(job.request)
             check_space([job])
         self._take(plan)
-        yield planned([self], 1)
+        yield planned([self], 1, again=True)
         self.ahead = self.phases[len(self.done) :]
         allowed = job.auto if length.clamped else None
         bounds = "" if allowed is None else f", and --frames allows {allowed.least:g} to {allowed.most:g} s"

@@ -7,7 +7,7 @@ MODEL/<component>/model*.safetensors, with an index where there are several"""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ COMPONENTS = (
 )  # fmt: skip
 TRANSFORMER = "transformer"
 VIDEO_VAE, DIFFUSION_VAE = "video_vae", "diffusion_vae"
+NEEDED = (TRANSFORMER, "connectors", "text_encoder", "audio_vae", "vocoder")  # beside a video VAE
 DURATION_HEAD = "duration_head"
 SIZES = ("width", "height", "frames", "fps")
 MOST_OF_A_SIZE = 1 << 16
@@ -167,6 +168,30 @@ def _text(value: Any, *instead: None) -> Any:
     return value
 
 
+def missing_networks(have: Container[str]) -> list[str]:
+    """What generating from a prompt needs beside these components."""
+    missing = [name for name in NEEDED if name not in have]
+    return missing + ([] if VIDEO_VAE in have or DIFFUSION_VAE in have else [VIDEO_VAE])
+
+
+def model_folders(folder: Path) -> list[Path]:
+    """Model folders that lie in a folder."""
+    return [manifest.parent for manifest in sorted(folder.glob(f"*/{MANIFEST}"))]
+
+
+def _not_a_folder(path: Path) -> ModelFolderError:
+    """Why it is none, and what to do."""
+    convert = "convert a checkpoint first: ltx2 convert SOURCE... -o MODEL"
+    if not path.exists():
+        why = "there is no such file or folder"
+        return ModelFolderError(f"there is no model folder {path}", why, f"check the path, or {convert}")
+    if inside := model_folders(path):
+        why = f"it holds model folders: {', '.join(map(str, inside))}"
+        return ModelFolderError(f"{path} is not a model folder", why, f"use {inside[0]}")
+    why = f"it has no {MANIFEST}" if path.is_dir() else "it is a file"
+    return ModelFolderError(f"{path} is not a model folder", why, convert)
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """An opened model folder: its path and manifest."""
@@ -179,11 +204,7 @@ class ModelFolder:
         """Read ltx2.json. Raises ModelFolderError when the folder or its manifest is not usable."""
         manifest = path / MANIFEST
         if not manifest.is_file():
-            raise ModelFolderError(
-                f"{path} is not a model folder",
-                f"it has no {MANIFEST}",
-                "convert a checkpoint first: ltx2 convert SOURCE... -o MODEL",
-            )
+            raise _not_a_folder(path)
         try:
             return cls(path, Manifest.from_json(read_text(manifest)))
         except (OSError, ValueError) as error:

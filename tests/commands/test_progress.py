@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,19 @@ class TestWholeRun:
             "[2/3] denoising, clip 2 of 2: done in 12.0 s, 2 steps, peak 15.0 GB",
             "[3/3] decoding the picture, clip 1 of 2: part 1, 0.50 s, 81 % of all clips, 3.0 GB of 24.0 GB",
         ]
+
+    def test_shares_are_the_running_run_s(self, capsys: pytest.CaptureFixture[str], late: list[float]) -> None:
+        """The demo and the benchmark have several; a run whose length becomes known on its way has one."""
+        one = WorkPlanned((PlannedPhase("a", "a", 0.5), PlannedPhase("b", "b", 0.5)), 0)
+        with Progress() as progress:
+            for plan in (one, one, replace(one, again=True)):
+                progress.show(plan)
+                late[0] += 2
+                progress.show(StepDone("b", 1, 2, 2.0, MB))
+                progress.show(PhaseDone("a", 2.0, 0.0, (2.0,), MB, 0))
+        assert [line.split(", ")[2] for line in lines(capsys) if "step 1/2" in line] == [
+            "25 % of the clip", "25 % of the clip", "75 % of the clip",
+        ]  # fmt: skip
 
     @pytest.mark.usefixtures("quick")
     @pytest.mark.parametrize(

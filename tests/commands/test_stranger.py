@@ -62,6 +62,12 @@ class TestModelThatIsNotThere:
         here("generate", "x").failed(2, "no model is named", "weights/ has 2", "use -m fox or -m kite")
 
 
+    def test_a_folder_of_them_names_them(self, here: Here, weights: Path, tmp_path: Path) -> None:
+        for command in (["verify"], ["quantize", "-o", "q"], ["plan"], ["generate", "x", "-o", "c.mp4", "-m"]):
+            here(*command, "weights").failed(1, "weights is not a model folder", "weights/kite", "use weights/fox")
+            here(*command, tmp_path).failed(1, f"{tmp_path} is not a model folder", "it has no ltx2.json")
+
+
 class TestFolderOfClips:
     @pytest.mark.parametrize(
         "wrong", [["-m", "nothing"], ["-m", "fox", "--width", "65"], ["-m", "fox", "--memory-limit", "0.001"]]

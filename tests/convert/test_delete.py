@@ -11,6 +11,7 @@ import ltx2
 from ltx2.cli import run
 from ltx2.convert.verify import verify
 from ltx2.runtime.errors import InputError, UsageError
+from tests.support.command import Here
 from tests.support.folders import verified
 from tests.support.official import GEMMA, MONOLITH, UPSCALER
 
@@ -73,6 +74,20 @@ def test_not_before_the_folder_is_right(sources: list[Path], tmp_path: Path, mon
         with pytest.raises(ltx2.Ltx2Error):
             ltx2.convert(sources, tmp_path / name, delete_sources=True)
         assert sources[0].is_file() and (sources[1] / "model.safetensors").is_file()
+
+
+def test_a_model_that_lacks_a_network_keeps_its_sources(here: Here, tmp_path: Path) -> None:
+    """To add the network takes all of them again. Without --delete-sources it is a warning."""
+    source, out = Path(shutil.copy(MONOLITH, tmp_path)), tmp_path / "out"
+    command = ["convert", source, "-o", out, "--variant", "dev"]
+    here(*command, "--delete-sources").failed(1, "the sources are still needed", "text_encoder")
+    with pytest.raises(InputError, match="text_encoder"):
+        ltx2.convert(source, out, variant="dev", delete_sources=True)
+    assert source.exists() and not out.exists()
+    done = here(*command)
+    assert done.code == 0 and "warning: generating from a prompt also needs text_encoder" in done.err
+    assert "also needs" not in here(*command[:2], GEMMA, *command[2:], "--force").err
+    assert "also needs" not in here("convert", UPSCALER, "-o", tmp_path / "upscaler").err
 
 
 def test_a_part_is_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

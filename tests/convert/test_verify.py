@@ -14,6 +14,7 @@ from ltx2.runtime.errors import ModelFolderError, UnsupportedError, Verification
 from ltx2.runtime.events import BytesDone
 from ltx2.runtime.files.tensors import TensorInfo, open_tensorfile
 from ltx2.runtime.model.layout import ModelFolder
+from tests.support.command import Here
 from tests.support.folders import accept, rewrite, verified
 from tests.support.official import DEMO, MONOLITH, UPSCALER, Official
 
@@ -47,6 +48,12 @@ class TestFolder:
     def test_not_a_model(self, tmp_path: Path) -> None:
         with pytest.raises(ModelFolderError):
             verified(tmp_path)
+
+    def test_an_edited_card_is_right_and_said(self, here: Here, folder: Path) -> None:
+        assert "README.md" not in here("verify", folder).out
+        (folder / "README.md").write_text("mine")
+        done = here("verify", folder)
+        assert done.code == 0 and "is sound" in done.out and "README.md was edited" in done.out
 
     def test_flipped_bit(self, folder: Path) -> None:
         flip(folder / "vocoder" / "model.safetensors")

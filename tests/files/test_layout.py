@@ -64,11 +64,20 @@ def test_open_and_read(folder: Path) -> None:
     assert [list(f.tensors) for f in opened.tensor_files("vocoder")] == [["w"]]
 
 
-def test_not_a_model_folder(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(ModelFolderError, match=r"no ltx2\.json") as caught:
-            ModelFolder.open(path)
+def test_not_a_model_folder(folder: Path, tmp_path: Path) -> None:
+    """What is there instead is said: a file, another folder, a folder of model folders, nothing."""
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    cases = {"absent": "there is no such file or folder", "file": "it is a file", "empty": r"it has no ltx2\.json"}
+    for name, why in cases.items():
+        with pytest.raises(ModelFolderError, match=why) as caught:
+            ModelFolder.open(tmp_path / name)
         assert "ltx2 convert" in caught.value.fix
+    (tmp_path / "many" / "one").mkdir(parents=True)
+    (folder / "ltx2.json").rename(tmp_path / "many" / "one" / "ltx2.json")
+    with pytest.raises(ModelFolderError, match="it holds model folders: ") as caught:
+        ModelFolder.open(tmp_path / "many")
+    assert ModelFolder.open(Path(caught.value.fix.removeprefix("use "))).path == tmp_path / "many" / "one"
 
 
 @pytest.mark.parametrize(

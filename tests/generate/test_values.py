@@ -1,6 +1,7 @@
 """Values with a place, a span or a strength, as texts and as tuples."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,13 @@ class TestFiles:
         assert recorded == [["~/a@1:0.5", 8, 0.5]]
         monkeypatch.chdir("/")
         assert row.checked(recorded) == (Picture(str(tmp_path / "a@1:0.5"), 8, 0.5),)
+
+    @pytest.mark.parametrize("form", [Picture, Sound, Reference, Lora])
+    def test_a_record_of_what_was_read_is_the_same(self, form: type[Form]) -> None:
+        """To the byte: it stands in the clip that is repeated."""
+        row = Several("", form=form)
+        recorded = json.dumps(row.record(row.checked(["not-there"])))
+        assert json.dumps(row.record(row.checked(json.loads(recorded)))) == recorded
 
     def test_elsewhere_paths_are_absolute(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", "/home/someone")

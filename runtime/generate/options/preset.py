@@ -105,15 +105,15 @@ def load_preset(release: str | None) -> Preset:
     """Raises UnsupportedError for a release that is converted and cannot be sampled, or for none."""
     if (preset := sampled_releases().get(release or "")) is not None:
         return preset
-    able = " and ".join(f"LTX-{name}" for name in sampled_releases())
+    able = [f"LTX-{name}" for name in sampled_releases()]
     if release is None:
         raise UnsupportedError(
             "this model folder cannot generate",
             "it was made without a transformer, so its release is not known",
-            f"convert a whole checkpoint of {able}",
+            f"convert a whole checkpoint of {' or '.join(able)}",
         )
     raise UnsupportedError(
         f"this version of ltx2 cannot generate with LTX-{release}",
-        f"it converts and verifies its files, and generates with {able} only",
-        f"keep the folder for a newer ltx2 (pip install -U ltx2), or convert a checkpoint of {able}",
+        f"it converts and verifies its files, and generates with {' and '.join(able)} only",
+        f"keep the folder for a newer ltx2 (pip install -U ltx2), or convert a checkpoint of {' or '.join(able)}",
     )

@@ -236,7 +236,7 @@ class Options:
         metavar="N",
         least=0,
         most=51,
-        example="23",
+        example="19",
     )
     no_metadata: Flag = Flag("Write no settings into the mp4 or mov file.")
     output: File = File("The clip's file that frames go to as they are decoded.", recorded=False, command=False)

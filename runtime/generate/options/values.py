@@ -80,7 +80,7 @@ class Picture(Form):
     """An image, the pixel frame that it is for, and how much of it is kept."""
 
     frame: int = 0
-    strength: float = 1.0
+    strength: float = 1
 
     pattern = rf"(?:@(?P<frame>{NUMBER}))?(?::(?P<strength>{NUMBER}))?"
     spelling = "PATH[@FRAME[:STRENGTH]]"
@@ -104,7 +104,7 @@ class KeyPicture(Picture):
 class Sound(Form):
     """A file with a sound track, and the second from which on it is used."""
 
-    start: float = 0.0
+    start: float = 0
 
     pattern = rf"(?:@(?P<start>{NUMBER}))?"
     spelling = "PATH[@SECONDS]"
@@ -149,7 +149,7 @@ class Extension(Form):
 class Reference(Form):
     """A control or source video for an IC-LoRA, and how much of it is kept."""
 
-    strength: float = 1.0
+    strength: float = 1
 
     pattern = rf"(?::(?P<strength>{NUMBER}))?"
     spelling = "PATH[:STRENGTH]"

@@ -102,7 +102,7 @@ class Sidecar:
         except MediaError as error:
             raise _not_repeated(path, error.why) from error
         except (ValueError, LookupError, TypeError) as error:
-            raise _not_repeated(path, "it is not the record of a clip") from error
+            raise _not_repeated(path, "no settings of a clip stand in it") from error
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Sidecar":
