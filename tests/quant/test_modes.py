@@ -144,7 +144,8 @@ def test_embeddings_have_no_output_multiplier(demo_model: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"mode": "mxfp4", "bits": 8}, "--bits 8 .* with --mode mxfp4: it is 4 "), ({"mode": "nvfp4", "group_size": 32}, "--group-size 32"),
+    [({"mode": "mxfp4", "bits": 8}, "--bits 8 .* with --mode mxfp4: it is 4 "),
+     ({"mode": "nvfp4", "group_size": 32}, "--group-size 32"),
      ({"mode": "mxfp8", "bits": 4}, "--bits 4"), ({"mode": "gguf"}, "--mode gguf")],
 )  # fmt: skip
 def test_forms_that_mlx_does_not_have(demo_model: Path, tmp_path: Path, options: dict[str, Any], said: str) -> None:
