@@ -122,7 +122,7 @@ def _models(names: Sequence[str]) -> Iterator[Planned]:
     for name in names or known.bundles:
         if name in known.bundles:
             yield PlannedBundle(known.bundles[name])
-        elif Path(name).exists() and name not in known.published or (Path(name) / MANIFEST).exists():
+        elif (Path(name).exists() and name not in known.published) or (Path(name) / MANIFEST).exists():
             yield PlannedFolder(ModelFolder.open(Path(name)))
         else:
             yield PlannedBundle(_bundle_of(name))
