@@ -19,7 +19,7 @@ from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.records.exchange import read_tensors
 from ltx2.runtime.media.picture import compressed, covering, read_picture
 from ltx2.runtime.media.sound import resample
-from ltx2.runtime.media.source import count_frames, media_facts, read_frames, read_sound
+from ltx2.runtime.media.source import count_frames, media_facts, read_frames, read_sound, unevenness
 from ltx2.runtime.media.video import AudioTrack
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.video_vae.encode import VideoCoder
@@ -40,6 +40,7 @@ from ltx2.runtime.sampling.latents import Scales, Sizes
 from ltx2.runtime.streams import Streams
 
 Pixels = np.ndarray[Any, np.dtype[np.float32]]
+UNEVEN = 0.5  # of a frame: more is told
 RATE = 24.0  # of latents that do not say theirs
 ENCODING = Tiling(768, 768, 64, 80, 24)  # Lightricks' tiles for clips
 
@@ -87,6 +88,14 @@ class Clip:
             command = ["ffmpeg", "-i", str(self.path), "-vf", scale, "-frames:v", str(fit.frames), "-crf", "10"]
             fix = f"make one that can: {shlex.join([*command, f'{self.path.stem}-fit.mp4'])}"
             raise InputError(f"{self.path} cannot be used as it is", f"{error.what}: {error.why}", fix) from error
+
+    def doubt(self) -> str:
+        """A warning where frames come unevenly, as from some phones and screen recorders: they are used evenly."""
+        off = 0.0 if self.latents else unevenness(self.path)
+        if off <= UNEVEN:
+            return ""
+        late = f"some are {off / self.sizes.fps:.2f} s from their time"
+        return f"the frames of {self.path.name} come unevenly and are used evenly: {late}"
 
     def video(self, vae: VideoCoder | None) -> mx.array:
         """Normalised latents (1, C, F, H, W) of all frames; latents need no network."""

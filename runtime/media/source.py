@@ -32,6 +32,7 @@ GROUP_BYTES = 400_000_000  # at least one frame
 MOST_PIXELS = 100_000_000  # of one frame: a small file can say that it holds a huge picture
 OTHER = "name a picture, clip or sound that plays elsewhere"
 FACTS = ("Input #", "Stream #", "Duration:", "Metadata:", "At least one output")  # no complaints
+UNTIMED = float(-(2**63))  # what ffmpeg says of a frame without a time
 FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 
 
@@ -108,6 +109,21 @@ def read_frames(path: Path) -> Iterator[Array]:
 def count_frames(path: Path) -> int:
     """Frames of a clip, by reading it. Raises InputError."""
     return sum(1 for _ in _frames(path, ["-fps_mode", "passthrough"]))
+
+
+def unevenness(path: Path) -> float:
+    """How far a clip's frames are shown from where they would be at an even rate, in frames; 0 where the file does not
+    say when they are. Decodes nothing. Raises InputError."""
+    check_file(path)
+    command = [ffmpeg_program(), "-hide_banner", "-nostdin", "-loglevel", "error", *_input(path)]
+    command += ["-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    # A line a packet: stream, decoding time, time, duration, ...
+    lines = (line.split(b",") for line in done.stdout.splitlines() if not line.startswith(b"#"))
+    times = np.sort(np.array([int(line[2]) for line in lines], np.float64))
+    if len(times) < 3 or times[0] == UNTIMED or not (step := (times[-1] - times[0]) / (len(times) - 1)) > 0:
+        return 0.0
+    return float(np.abs(times - times[0] - step * np.arange(len(times))).max() / step)
 
 
 def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> AudioTrack:

@@ -12,8 +12,11 @@ import pytest
 import ltx2
 from ltx2.bench.quality.classify import classify
 from ltx2.runtime.errors import InputError, UsageError
+from ltx2.runtime.generate.job import Job
+from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.records.clip import Clip
 from ltx2.runtime.media.video import AudioTrack, write_wav
+from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.sampling.conditioning import (
     FirstFrame,
     Frozen,
@@ -171,6 +174,18 @@ def test_a_clip_of_other_sizes(source: Source, tmp_path: Path, monkeypatch: pyte
     ffmpeg(*command)
     frames, _ = read_video(tmp_path / command[-1])
     assert frames.shape == (9, 32, 64, 3) and source.pipe.plan(PROMPT, video=tmp_path / command[-1])
+
+
+def test_a_clip_of_uneven_frames(demo_25: Path, tmp_path: Path) -> None:
+    """It is used, and told."""
+    even = write_clip(tmp_path / "even.mkv", noise_frames(20, 64, 64), 24)
+    uneven = tmp_path / "uneven.mkv"
+    ffmpeg("-i", even, "-vf", "select='lte(n,15)+eq(n,19)'", "-fps_mode", "vfr", "-c:v", "ffv1", uneven)
+    cut = tmp_path / "cut.mkv"
+    ffmpeg("-i", even, "-frames:v", "17", "-c:v", "ffv1", cut)
+    jobs = [Job(ModelFolder.open(demo_25), Request.from_options({"prompt": "a", "video": p})) for p in (uneven, cut)]
+    said, nothing = (" ".join(job.warnings()) for job in jobs)
+    assert "uneven.mkv come unevenly" in said and "unevenly" not in nothing
 
 
 class TestStates:

@@ -19,8 +19,9 @@ from ltx2.runtime.media.source import (
     read_comment,
     read_frames,
     read_sound,
+    unevenness,
 )  # fmt: skip
-from tests.support.media import noise_frames, write_frames
+from tests.support.media import ffmpeg, noise_frames, write_frames
 
 Array = np.ndarray[Any, Any]
 
@@ -41,6 +42,18 @@ def test_clip_frame_by_frame(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.concatenate(list(read_frames(clip))), frames)
     facts = media_facts(clip)
     assert (facts.width, facts.height, facts.fps, facts.rate) == (30, 20, 12.0, 0)
+
+
+def test_frames_that_come_unevenly(tmp_path: Path) -> None:
+    """Of ten frames 0 to 5 and the last one stay. Evenly they would be 1.5 apart, and 5 be shown 2.5 later."""
+    clip = write_frames(tmp_path / "even.mkv", noise_frames(10), "-c:v", "ffv1", "-pix_fmt", "bgr0")
+    uneven = tmp_path / "uneven.mkv"
+    chosen = ["-vf", "select='lte(n,5)+eq(n,9)'", "-fps_mode", "vfr", "-c:v", "ffv1", "-pix_fmt", "bgr0"]
+    ffmpeg("-i", clip, *chosen, uneven)
+    assert unevenness(clip) < 0.05 and count_frames(uneven) == 7
+    assert unevenness(uneven) == pytest.approx(2.5 / 1.5, rel=0.02)
+    untimed = write_frames(tmp_path / "a.h264", noise_frames(10, 32, 32), "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    assert unevenness(untimed) == 0
 
 
 def test_sound_from_a_second_on(tmp_path: Path) -> None:
