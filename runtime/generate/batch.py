@@ -19,7 +19,7 @@ from ltx2.runtime.generate.records.clip import Saved
 from ltx2.runtime.machine.process import allow_files
 from ltx2.runtime.model.layout import TRANSFORMER
 
-FILES = 4  # that a clip has open at once, at most: its name, and what ffmpeg reads
+FILES = 6  # that a clip has open at once, at most: its names, and what ffmpeg reads
 OTHERS = 64
 
 

@@ -99,10 +99,11 @@ class Run:
         if not self.machines.leads:
             yield from self._follow()
             return
-        with ExitStack() as held:  # the clip's name, from the start
-            output, self._claim = self.request.output, None
+        with ExitStack() as held:  # the names of the clip and of its record, from the start
+            output, self._claim, self._record_claim = self.request.output, None, None
             if output is not None:
                 self._claim = held.enter_context(claimed(Path(output).absolute()))
+                self._record_claim = held.enter_context(claimed(sidecar_path(Path(output).absolute())))
                 if not self._claim.locked:
                     yield Warned(UNLOCKED.format(Path(output).absolute().parent))
             if self.request.preview is not None:
@@ -281,7 +282,7 @@ class Run:
     def _concluded(self, path: Path) -> Iterator[Event]:
         """The clip is there: its record beside it."""
         record = self._record()
-        yield from write_beside(sidecar_path(path), partial(write_sidecar, record=record))
+        yield from write_beside(sidecar_path(path), partial(write_sidecar, record=record, claim=self._record_claim))
         self._finished()
         self._release()
         yield Saved(path, record)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,15 @@ class TestUnasked:
             generate(PROMPT).failed(1, "clip.mp4 is being written", "another process")
             assert claim.partial.exists()
         assert generate(PROMPT).code == 0
+
+    def test_two_clips_with_one_record(self, demo_f32: Path, generate: Here, tmp_path: Path) -> None:
+        """clip.gif and clip.mp4 at once: one's record and state would replace the other's."""
+        with closing(ltx2.load(demo_f32).stream(PROMPT, output=tmp_path / "clip.gif", **SIZE)) as other:
+            next(other)
+            next(other)
+            generate(PROMPT).failed(1, "clip.json is being written", "another process")
+            list(other)
+        assert names(tmp_path) == ["clip.gif", "clip.json"]
 
 
 class TestRoom:

@@ -10,7 +10,7 @@ from typing import Any
 from ltx2 import __version__
 from ltx2.runtime.errors import InputError, MediaError, reason
 from ltx2.runtime.events import PhaseDone
-from ltx2.runtime.files.atomic import beside, write_text
+from ltx2.runtime.files.atomic import Claim, beside, write_text
 from ltx2.runtime.files.jsonfile import parse_object, read_object
 from ltx2.runtime.generate.options.kinds import digest, portable
 from ltx2.runtime.generate.options.request import Request
@@ -62,9 +62,15 @@ def make_record(settings: Mapping[str, Any], phases: Sequence[PhaseDone], second
     }
 
 
-def write_sidecar(path: Path, record: Mapping[str, Any]) -> None:
-    """Raises InputError when it cannot be written."""
-    write_text(path, json.dumps(record, indent=2) + "\n")
+def write_sidecar(path: Path, record: Mapping[str, Any], claim: Claim | None = None) -> None:
+    """To the `claim` that a run holds from its start, else to the path. Raises InputError or OSError when it cannot be
+    written."""
+    text = json.dumps(record, indent=2) + "\n"
+    if claim is None:
+        write_text(path, text)
+    else:
+        claim.partial.write_text(text, encoding="utf-8")
+        claim.publish()
 
 
 def _phase(phase: PhaseDone) -> dict[str, Any]:
