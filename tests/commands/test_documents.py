@@ -13,6 +13,7 @@ import click
 import pytest
 
 from ltx2 import api
+from ltx2.bench.plan.rows import RESIDENT, STREAMED, plan_models
 from ltx2.bench.plots.demo import packed_bits
 from ltx2.bench.speed.compare import read_receipt
 from ltx2.bench.speed.table import markdown, tables_in
@@ -236,6 +237,14 @@ class TestSizes:
             numbers = [sum(sizes.values()), sizes["transformer"], sizes["text_encoder"]]
             mac = next(memory for memory in (8, 16, 24, 32, 48, 64, 96) if self.fits(sizes["transformer"], memory))
             assert cells == [*(f"{number / GB:.1f} GB" for number in numbers), f"{mac} GB"], how
+
+    def test_recommendation(self) -> None:
+        """What `ltx2 plan` recommends."""
+        assert "16 bits from 64 GB on, 8 bits from 32 GB on, else 4 bits; on 16 GB a part of them" in flowing("README")
+        for memory, preset, runs in ((64, "16 bit", RESIDENT), (48, "q8", RESIDENT), (32, "q8", RESIDENT),
+                                     (24, "q4", RESIDENT), (16, "q4", STREAMED)):  # fmt: skip
+            best = plan_models(["ltx-2-distilled"], memory).models[0].best
+            assert best is not None and (best.preset, best.runs) == (preset, runs), memory
 
     @staticmethod
     def sizes(plan: Plan, how: str) -> dict[str, int]:
