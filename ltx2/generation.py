@@ -79,16 +79,19 @@ class Generation:
         machines: Machines = ALONE,
     ) -> None:
         self.machines = machines
+        with machines.all_or_none():
+            self._prepare(wanted, model, sidecar, given, dry or not machines.leads)
+        self._begun = False
+
+    def _prepare(self, wanted: Wanted, model: Path | None, sidecar: Path | None, given: Options, dry: bool) -> None:
         earlier = Sidecar.read(sidecar) if sidecar else None
         self.several, target = wanted.several, wanted.target
-        requests, self._drawn = _requests(earlier, given, wanted, target, draws=machines.leads)
-        dry = dry or not machines.leads
+        requests, self._drawn = _requests(earlier, given, wanted, target, draws=self.machines.leads)
         self.requests = _named(requests, target, dry) if self.several else [_with_place(requests[0], target, dry)]
         self._folder = None if dry or self.until else _own_folder(self.several, target)
         self._found = {path: _stamp(path) for path in self._states}
         folder = _earlier_model(earlier, sidecar) if model is None and earlier else find_model(model)
-        self.pipeline = Pipeline(folder, machines=machines)
-        self._begun = False
+        self.pipeline = Pipeline(folder, machines=self.machines)
         self._changed = sidecar if earlier and earlier.files != self.pipeline.folder.hashes() else None
 
     @property

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.distributed.ranks import RANK, share_of
-from ltx2.runtime.errors import MachinesError, UnsupportedError
+from ltx2.runtime.errors import Ltx2Error, MachinesError, UnsupportedError
 from ltx2.runtime.machine.bounded import evaluate
 
 BACKENDS = {"MLX_HOSTFILE": "ring", "MLX_IBV_DEVICES": "jaccl", "NCCL_HOST_IP": "nccl"}
@@ -117,6 +117,23 @@ class Machines:
             name: self.stack(found[name] if self.leads else mx.zeros(shape, getattr(mx, dtype)))[0]
             for name, (shape, dtype) in first[1].items()
         }
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """What all machines do at this place, without an exchange in it: where one cannot, it raises its own error, and
+        the others a MachinesError that names it."""
+        failure: Ltx2Error | None = None
+        try:
+            yield
+        except Ltx2Error as error:
+            failure = error
+        told = self.everyone(None if failure is None else [failure.what, failure.why, failure.fix])
+        if failure is not None:
+            raise failure
+        for name, parts in zip(self.names, told, strict=True):
+            if parts is not None:
+                what, why, fix = parts
+                raise MachinesError(f"{name} cannot begin", f"{what}: {why}", f"there: {fix}")
 
     def _limit(self, worked: float) -> float:
         """Seconds after which an exchange is given up, where the last one was `worked` seconds ago."""

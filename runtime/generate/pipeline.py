@@ -96,11 +96,13 @@ class Pipeline:
         names = {job: f"clip {number} of {len(jobs)}" for number, job in enumerate(jobs, 1) if len(jobs) > 1}
         made = {job: record for job in names if (record := finished(job)) is not None}
         left = [job for job in jobs if job not in made]
-        built = self._check(left)
+        with self.machines.all_or_none():
+            built = self._check(left)
         plans = plan_all(left, self.machines)
         if plans:
             max(plans, key=lambda plan: plan.own).check()
-        self._places(left)
+        with self.machines.all_or_none():
+            self._places(left)
         runs = [Run(plan, self.machines, jobs.index(plan.job), names.get(plan.job, "")) for plan in plans]
         there = [Saved(Path(str(job.request.output)), record) for job, record in made.items()]
         networks = Networks(self.folder, requests[0].matmul if requests else "auto", self.observe, built)
@@ -158,8 +160,9 @@ class Pipeline:
     def planned_all(self, requests: Sequence[Request], until: str | None = None) -> MemoryPlan:
         """As `planned`, of what `events_all` would do, with the largest clip as its job."""
         jobs = [self._longest(job) for job in self._jobs(requests, until)]
-        self._check(jobs)
-        self._places(jobs)
+        with self.machines.all_or_none():
+            self._check(jobs)
+            self._places(jobs)
         return max(plan_all(jobs, self.machines), key=lambda plan: plan.own)
 
     def _longest(self, job: Job) -> Job:
@@ -174,12 +177,14 @@ class Pipeline:
         for number, request in enumerate(requests, 1):
             length = None
             if request.resume and request.state is not None:  # what an earlier run has drawn and predicted
-                started = Started.read(Path(request.state))
+                with self.machines.all_or_none():
+                    started = Started.read(Path(request.state))
                 request = request if request.seed is not None else replace(request, seed=started.seed)
                 leading, *_ = self.machines.everyone(None if started.length is None else asdict(started.length))
                 length = None if leading is None else Duration(**leading)
-            with of(f"clip {number}" if len(requests) > 1 else ""):
-                job = Job(self.folder, self._seeded(request), until, length)
+            request = self._seeded(request)
+            with self.machines.all_or_none(), of(f"clip {number}" if len(requests) > 1 else ""):
+                job = Job(self.folder, request, until, length)
                 if job.auto is not None and len(requests) > 1:
                     why = "its duration head would choose each clip's when the others are already planned"
                     raise InputError("the length must be known before many clips are made", why, "give --frames N")

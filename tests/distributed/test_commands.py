@@ -111,7 +111,10 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
         ["bench", arguments[2], "--suite", f"{tmp_path}/suite.json", "--json", "--out", f"{tmp_path}/bench.json"],
         [*arguments, *GUIDED, "--resume", "-o", f"{tmp_path}/later.mp4"],
         [*chosen, "-o", f"{tmp_path}/chosen.mp4", "--save-latents", f"{tmp_path}/chosen"],
+        ["generate", "-m", f"{tmp_path}/model{{rank}}", *arguments[3:], "-o", f"{tmp_path}/never.mp4"],
+        [*arguments, *GUIDED, "-o", f"{tmp_path}/gone/never.mp4"],
     ]
+    (tmp_path / "model0").symlink_to(arguments[2])
     (tmp_path / "suite.json").write_text(json.dumps(SUITE))
     for process in commands(2, tmp_path / "said", lines, QUICK):
         assert ended(process).code == 0
@@ -163,6 +166,16 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
     assert [done.code for done in lengths] == [0, 0], lengths
     assert "--frames allows 1.2 to 1.4 s: " in lengths[0].err
     assert load_file(tmp_path / "chosen")["video"].shape[2] == 5, "33 frames"
+
+    lacking = results[7]
+    assert [done.code for done in lacking] == [1, 1]
+    assert "(rank 1) cannot begin" in lacking[0].err and f"there is no model folder {tmp_path}/model1" in lacking[0].err
+    assert "(rank 1): error: there is no model folder" in lacking[1].err
+
+    without_place = results[8]
+    without_place[0].failed(1, f"{tmp_path}/gone")
+    assert without_place[1].code == 1 and "(rank 0) cannot begin" in without_place[1].err
+    assert "--resume" not in without_place[1].err, "nothing has begun"
 
 
 def test_a_machine_that_is_killed(alone: Path, arguments: list[str], tmp_path: Path, here: Here) -> None:
