@@ -127,7 +127,8 @@ def test_previews_as_executed(measured: Meter, demo_f32: Path, tmp_path: Path) -
 def test_keyframes_as_executed(demo_f32: Path, tmp_path: Path) -> None:
     """Beside their noise level, of which the stage has one more."""
     picture = write_frames(tmp_path / "a.png", noise_frames(1))
-    pipeline, options = Pipeline(demo_f32), {"keyframe": [(picture, 0), (picture, 4)], "image_crf": 0}
+    pipeline = Pipeline(demo_f32)
+    options: dict[str, Any] = {"keyframe": [(picture, 0), (picture, 4)], "image_crf": 0}
     meter, counted = watched(pipeline, **options), count(pipeline.plan(PROMPT, **SIZES, **options).job)
     for name in STAGES:
         assert counted[name].flops == pytest.approx(meter.flops[name], rel=0.05)
