@@ -235,7 +235,9 @@ class TestSizes:
         for how, *cells in rows:
             sizes = self.sizes(plan, how)
             numbers = [sum(sizes.values()), sizes["transformer"], sizes["text_encoder"]]
-            mac = next(memory for memory in (8, 16, 24, 32, 48, 64, 96) if self.fits(sizes["transformer"], memory))
+            preset = re.sub(r"`--(?:bits (\d)|recipe ([\w-]+))`", lambda found: found[2] or f"q{found[1]}", how)
+            preset = preset.replace("(16 bits)", "16 bit")
+            mac = next(memory for memory in (16, 24, 32, 48, 64) if self.runs(preset, memory) == RESIDENT)
             assert cells == [*(f"{number / GB:.1f} GB" for number in numbers), f"{mac} GB"], how
 
     def test_recommendation(self) -> None:
@@ -254,17 +256,10 @@ class TestSizes:
         return {n: sum(f.nbytes for m in plan.moves(n) for f in m.stored().values()) for n in plan.components}
 
     @staticmethod
-    def fits(transformer: int, memory: int) -> bool:
-        """As the text under the table calculates it."""
-        for rule in ("the transformer and 1.4 GB", "two thirds of the memory, or three quarters from 48 GB on"):
-            assert rule in flowing("README")
-        share = 3 / 4 if memory >= 48 else 2 / 3
-        return transformer + 1.4 * GB <= share * memory * GIB
-
-    def test_what_a_clip_needs_beside_the_weights(self, plan: Plan) -> None:
-        phases = {phase["name"]: phase for phase in receipt()["cases"][0]["phases"]}
-        peak = phases["stage2"]["mlx_peak_bytes"]
-        assert f"{(peak - self.sizes(plan, '')['transformer']) / GB:.1f}" == "1.4"
+    def runs(preset: str, memory: int) -> str:
+        """What `ltx2 plan` says."""
+        (model,) = plan_models(["ltx-2-distilled"], memory).models
+        return next(row.runs for row in model.rows if row.preset == preset)
 
 
 class TestMeasured:
