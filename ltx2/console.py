@@ -1,7 +1,7 @@
 """What all commands share: where their results go, how failures are told, and which exit codes they have.
 
-With --json, stdout carries exactly one JSON object; everything for people goes to stderr. Expected failures print what,
-why and how to fix it, and exit with their class's code."""
+Stdout carries the result alone, with --json exactly one JSON object; all else for people goes to stderr. Expected
+failures print what, why and how to fix it, and exit with their class's code."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def follower() -> str | None:
 
 
 class Output:
-    """Where a command's results go: people on stderr, one JSON object on stdout with --json."""
+    """Where a command's results go: stdout, tables and text for people, or one JSON object with --json."""
 
     def __init__(self, quiet: bool, as_json: bool) -> None:
         self.quiet = quiet or follower() is not None
@@ -70,8 +70,20 @@ class Output:
         """The command's result: `data` as the JSON object, or `text` for people."""
         if self.as_json:
             click.echo(json.dumps(data, indent=2))
-        elif text and not self.quiet:
+        else:
+            self.text(text or "")
+
+    def text(self, text: str) -> None:
+        """A part of the result that only people read."""
+        if text and not (self.quiet or self.as_json):
             click.echo("\n".join(map(printable, text.split("\n"))))
+
+    def tables(self, tables: "Iterable[tuple[str, list[str], list[list[str]]]]") -> None:
+        """Tables of the result (title, columns, rows), which only people read."""
+        from ltx2.render import print_table
+
+        for table in () if self.quiet or self.as_json else tables:
+            print_table(*table)
 
     def failed(self, error: Ltx2Error, data: dict[str, Any]) -> NoReturn:
         """The command has failed, and found out something all the same: `data` goes beside the error."""

@@ -25,12 +25,10 @@ WORDS = 40  # a column that is wider holds words, which may be broken between th
 NOTHING = "-"  # where a table has nothing to say
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]], *, result: bool = False) -> None:
-    """A table on stderr, on stdout where it is the command's `result`; all columns but the first are right-aligned. No
-    cell is empty and no number is broken: columns that do not fit beside the others follow in another table, under the
-    same first column."""
-    stream = sys.stdout if result else sys.stderr
-    console = Console(file=stream, highlight=False, width=None if stream.isatty() else FILE_WIDTH)
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; all columns but the first are right-aligned. No cell is empty and no number is broken: columns
+    that do not fit beside the others follow in another table, under the same first column."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     cells = [[printable(cell) or NOTHING for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
     console.print(*map(printable, title.split("\n")), sep="\n", markup=False)

@@ -144,15 +144,14 @@ def _told(clip: "Saved") -> tuple[dict[str, Any], str]:
 
 def _show_plans(output: Output, generation: "Generation") -> None:
     """The memory plan of every machine, also when it does not fit; then that is the command's failure."""
-    from ltx2.render import memory_table, print_table
+    from ltx2.render import memory_table
     from ltx2.runtime.generate.phases.together import splits
 
     plan, machines = generation.plan(), generation.machines
     plans = machines.everyone([plan.to_dict(), [*plan.job.warnings(), *plan.warnings()]])
     for name, (data, warnings) in zip(machines.names, plans, strict=True):
-        if not output.quiet and not output.as_json:
-            title, columns, rows = memory_table(data)
-            print_table(f"{name}: {title}" if machines.several else title, columns, rows)
+        title, columns, rows = memory_table(data)
+        output.tables([(f"{name}: {title}" if machines.several else title, columns, rows)])
         if not output.quiet:
             for message in warnings:
                 click.echo(f"warning: {message}", err=True)
@@ -183,13 +182,10 @@ def demo(output: Output, folder: Path, release: str | None) -> None:
 
     from ltx2.bench.speed.receipt import tables
     from ltx2.demo import Demonstrated, run_demo
-    from ltx2.render import print_table
 
     done = output.follow(run_demo(folder, release))
     assert isinstance(done, Demonstrated), "a demo ends with its summary"
-    if not output.quiet and not output.as_json:
-        for table in tables(done.receipt):
-            print_table(*table)
+    output.tables(tables(done.receipt))
     made = [f"model {name:5s} {path}" for name, path in done.models.items()]
     made += [f"clip  {name:5s} {path}" for name, path in done.clips.items()]
     output.result(asdict(done), "\n".join([f'"{done.prompt}"', *made]))

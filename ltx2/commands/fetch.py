@@ -60,7 +60,7 @@ def download(
     if model is not None and options["delete_sources"] and _is_done(model, [p.source(weights) for p in chosen]):
         output.result({"model": str(model), "reused": True}, f"{model} is already there, and its sources are removed")
         return
-    fetched, text = _follow_download(output, _checked(chosen, weights, Options(model, bits, dry_run)))
+    fetched, text = _follow_download(output, _checked(chosen, weights, Options(model, bits, dry_run)), dry_run)
     if model is not None and not dry_run:
         from ltx2.api import conversion, plan_conversion
         from ltx2.convert.write import WriteOptions
@@ -110,16 +110,31 @@ def _is_done(model: Path, sources: "Iterable[Path]") -> bool:
     return (model / MANIFEST).is_file() and not all(source.exists() for source in sources)
 
 
-def _follow_download(output: Output, events: "Iterable[Event]") -> tuple[dict[str, Any], str]:
-    """Follow a download; what came of it, as data and for people."""
+def _follow_download(output: Output, events: "Iterable[Event]", dry_run: bool) -> tuple[dict[str, Any], str]:
+    """Follow a download; what came of it, as data and for people. The plan of a dry run is its result, said also where
+    there is no room for it; else it is progress."""
     from dataclasses import asdict
 
+    from ltx2.render import download_lines
     from ltx2.runtime.events import Downloaded, DownloadPlanned
 
-    done = output.follow(events)
-    if isinstance(done, DownloadPlanned):
-        return {**asdict(done), "missing": done.missing}, ""
-    assert isinstance(done, Downloaded), "a download ends with its files"
+    plans: list[DownloadPlanned] = []
+
+    def progress() -> "Iterator[Event]":
+        for event in events:
+            if dry_run and isinstance(event, DownloadPlanned):
+                plans.append(event)
+            else:
+                yield event
+
+    try:
+        downloads = output.follow_all(progress(), Downloaded)
+    finally:
+        output.text("\n".join(line for plan in plans for line in download_lines(plan)))
+    if dry_run:
+        (planned,) = plans
+        return {**asdict(planned), "missing": planned.missing}, ""
+    (done,) = downloads
     size = sum(file.bytes for file in done.files if file.fetched)
     count = sum(file.fetched for file in done.files)
     text = f"{count} of {len(done.files)} files fetched ({size / 1e9:.2f} GB, {done.seconds:.1f} s), all are whole"

@@ -23,12 +23,9 @@ def plan(output: Output, names: tuple[str, ...], memory: float | None, bits: int
     """
     from ltx2.bench.plan.rows import plan_models
     from ltx2.bench.plan.table import advice, tables
-    from ltx2.render import print_table
 
     made = plan_models(names, memory, bits, {name: value for name, value in sizes.items() if value is not None})
-    if not output.quiet and not output.as_json:
-        for table in tables(made, overview=not names):
-            print_table(*table, result=True)
+    output.tables(tables(made, overview=not names))
     output.result(made.to_dict(), advice(made))
 
 
@@ -41,13 +38,10 @@ def doctor(output: Output) -> None:
     latents. Takes under a minute.
     """
     from ltx2.doctor import Diagnosed, diagnose, doctor_tables
-    from ltx2.render import print_table
 
     done = output.follow(diagnose())
     assert isinstance(done, Diagnosed), "a diagnosis ends with its result"
-    if not output.quiet and not output.as_json:
-        for table in doctor_tables(done):
-            print_table(*table)
+    output.tables(doctor_tables(done))
     if (error := done.error) is not None:
         output.failed(error, done.to_dict())
     output.result(done.to_dict(), f"all {len(done.kernels)} kernels and the embedded model are right")

@@ -82,7 +82,6 @@ def _compare(output: Output, models: tuple[Path, ...], compared: Path, files: Fi
     from ltx2.bench.plots.quality import plot_quality
     from ltx2.bench.quality.quality import Compared, built_in_prompts, run_quality, tables
     from ltx2.bench.speed.stats import write_receipt
-    from ltx2.render import print_table
     from ltx2.runtime.generate.options.prompts import read_prompts
 
     if models:
@@ -98,9 +97,7 @@ def _compare(output: Output, models: tuple[Path, ...], compared: Path, files: Fi
         write_receipt(out, done.receipt)
     if plot is not None:
         plot_quality(plot, done.receipt, done.strips)
-    if not output.quiet and not output.as_json:
-        for table in tables(done.receipt):
-            print_table(*table)
+    output.tables(tables(done.receipt))
     output.result(done.receipt)
 
 
@@ -114,7 +111,6 @@ def _time(
     from ltx2.bench.speed.run import Benched, run_bench
     from ltx2.bench.speed.stats import write_receipt
     from ltx2.bench.speed.suite import DEFAULT, load_suite
-    from ltx2.render import print_table
     from ltx2.runtime.distributed.machines import join
 
     machines = join(os.environ, end_at_once)
@@ -136,11 +132,7 @@ def _time(
     assert isinstance(done, Benched), "a benchmark ends with its receipt"
     if plot is not None:
         plot_receipt(plot, done.receipt)
-    if not output.quiet and not output.as_json:
-        for shown in tables(done.receipt, verbose):
-            print_table(*shown)
-        if old is not None:
-            print_table(*table(done.receipt["comparison"]))
+    output.tables([*tables(done.receipt, verbose), *([] if old is None else [table(done.receipt["comparison"])])])
     output.result(done.receipt)
 
 

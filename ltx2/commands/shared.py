@@ -96,7 +96,7 @@ def follow_model(output: Output, events: "Iterable[Event]", report: Path | None 
         total = quantized["totals"]["all"]
         text += f"\n{total['bits_per_weight']:.2f} bits per weight, {total['bytes_before'] / 1e9:.2f} GB before"
     for fit in fits:
-        show_fit(output, fit)
+        output.tables([fit.table()])
         text = "\n".join([text, *fit.reasons()])
     data = {"model": done.path, "bytes": done.bytes, "seconds": round(done.seconds, 3), "reused": done.reused}
     return data | ({"report": quantized} if quantized else {}), text
@@ -119,13 +119,5 @@ def follow_fit(output: Output, plan: "Plan", settings: "Settings") -> "Fit":
 
     done = output.follow(fitted(plan, settings))
     assert isinstance(done, Fitted), "fitting ends with its choice"
-    show_fit(output, done.fit)
+    output.tables([done.fit.table()])
     return done.fit
-
-
-def show_fit(output: Output, fit: "Fit") -> None:
-    """What was chosen, for people."""
-    from ltx2.render import print_table
-
-    if not output.quiet and not output.as_json:
-        print_table(*fit.table())

@@ -73,7 +73,8 @@ class TestCommand:
         found = here("doctor", "--json").json
         assert found["right"] is True and found["machine"]["mlx_packages"]["mlx"] == found["machine"]["mlx"]
         assert found["machine"]["limit_bytes"] > 0 and found["machine"]["ffmpeg"].startswith("ffmpeg version")
-        assert here("doctor", "-q").err == ""
+        quiet, shown = here("doctor", "-q"), here("doctor")
+        assert quiet.out == quiet.err == "" and "this computer" in shown.out and "this computer" not in shown.err
 
     def test_a_damaged_kernel_is_named(self, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
         """As MLX before 0.32 was: wrong in the last rows."""
@@ -85,8 +86,8 @@ class TestCommand:
         monkeypatch.setattr(matmul, "PRODUCTS", {**matmul.PRODUCTS, "packed": damaged})
         monkeypatch.setattr(checks, "PRODUCTS", matmul.PRODUCTS)
         done = here("doctor")
-        done.failed(1, "affine-6-32 packed is wrong", "use generate --matmul dequantized", "pip install -U mlx")
-        assert "WRONG" in done.err
+        fixes = ["use generate --matmul dequantized", "pip install -U mlx"]
+        done.failed(1, "affine-6-32 packed is wrong", *fixes, shows="WRONG")
         done = here("doctor", "--json")
         found = done.json
         assert done.code == 1 and found["error"]["kind"] == "verification" and found["right"] is False
@@ -104,18 +105,18 @@ class TestCommand:
     def test_others(self, here: Here, monkeypatch: pytest.MonkeyPatch, kernel: str, named: str) -> None:
         whole: Callable[..., mx.array] = getattr(mx.fast, kernel)
         monkeypatch.setattr(mx.fast, kernel, lambda *args, **options: 1.1 * whole(*args, **options))
-        here("doctor").failed(1, f"{named}", "is wrong on this")
+        here("doctor").failed(1, f"{named}", "is wrong on this", shows="WRONG")
 
     def test_a_kernel_that_fails(self, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
         def failing(*_: object, **__: object) -> mx.array:
             raise RuntimeError("[metal::Device] Unable to load kernel")
 
         monkeypatch.setattr(mx, "conv3d", failing)
-        here("doctor").failed(1, "convolutions: 3-D is wrong", "Unable to load kernel")
+        here("doctor").failed(1, "convolutions: 3-D is wrong", "Unable to load kernel", shows="WRONG")
 
     def test_no_ffmpeg(self, here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
-        here("doctor").failed(1, "ffmpeg was not found", "imageio-ffmpeg")
+        here("doctor").failed(1, "ffmpeg was not found", "imageio-ffmpeg", shows="this computer")
 
     def test_tables(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """No number is folded, and no name lost, however narrow the terminal."""
@@ -125,7 +126,7 @@ class TestCommand:
             monkeypatch.setattr(render, "FILE_WIDTH", width)
             for table in ltx2.doctor.doctor_tables(found):
                 render.print_table(*table)
-            shown = capsys.readouterr().err.splitlines()
+            shown = capsys.readouterr().out.splitlines()
             assert all(len(line.rstrip()) <= width for line in shown)
             assert {check.group for check in found.kernels} <= {line.split("   ")[0].strip() for line in shown}
 

@@ -13,10 +13,10 @@ from tests.support.official import MONOLITH
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What came on stderr so far; stdout stays empty."""
+    """What came on stdout so far; stderr stays empty."""
     out, err = capsys.readouterr()
-    assert out == ""
-    return err.splitlines()
+    assert err == ""
+    return out.splitlines()
 
 
 class TestTable:

@@ -482,6 +482,11 @@ class TestCommand:
         plan = here("download", MODEL, UPSCALE, "-o", weights, "--dry-run", "--json").json
         assert [file["held"] for file in plan["files"]] == [LENGTH, 0] and plan["missing"] == 999
 
+    def test_the_plan_of_a_dry_run_is_its_result(self, hub: Hub, here: Here, weights: Path) -> None:
+        done = here("download", MODEL, UPSCALE, "-o", weights, "--dry-run")
+        assert done.code == 0 and f"to fetch into {weights}: 656.5 kB" in done.out and "to fetch" not in done.err
+        assert here("download", MODEL, "-o", weights, "--dry-run", "-q") == Done(0, "", "")
+
 
 class TestConvert:
     @pytest.fixture

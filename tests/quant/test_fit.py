@@ -253,7 +253,7 @@ class TestFolder:
     def test_people_are_told(self, here: Here, demo_model: Path, room: Callable[[int], None], tmp_path: Path) -> None:
         room(MIXED_BYTES)
         done = here("quantize", demo_model, "-o", tmp_path / "q", "--fit", "24")
-        assert done.code == 0 and "attn1.to_out" in done.err and "of all loss" in done.err
+        assert done.code == 0 and "attn1.to_out" in done.out and "of all loss" in done.out
         assert "sensitivity: not measured" in done.out and "a Mac of 24 GB" in done.out
 
     def test_data_say_it_too(self, here: Here, room: Callable[[int], None], tmp_path: Path) -> None:

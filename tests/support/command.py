@@ -30,10 +30,11 @@ class Done:
         assert isinstance(found, dict)
         return found
 
-    def failed(self, code: int, *said: str) -> None:
-        """It is an expected failure: three parts that say all of `said`, no traceback, nothing on stdout."""
+    def failed(self, code: int, *said: str, shows: str = "") -> None:
+        """It is an expected failure: three parts that say all of `said`, no traceback, nothing on stdout but a result
+        that `shows` something."""
         assert self.code == code, self
-        assert "Traceback" not in self.err and self.out == "", self
+        assert "Traceback" not in self.err and (shows in self.out if shows else self.out == ""), self
         parts = [line.strip().split(":")[0] for line in self.err.splitlines() if line.lstrip()[:5] in PARTS]
         assert parts == ["error", "why", "fix"], self.err
         for text in said:
