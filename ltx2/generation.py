@@ -38,9 +38,9 @@ class Wanted:
     def several(self) -> bool:
         return self.prompts is not None or self.count is not None or len(self.seeds) > 1
 
-    def clips(self, given: Options, first: int | None) -> list[dict[str, Any]]:
-        """The options of every clip. Seeds count on from the only one that is given, else from `first`; a line of the
-        file may have its own. Raises UsageError and what `read_clips` raises."""
+    def clips(self, given: Options, earlier: Options | None) -> list[dict[str, Any]]:
+        """The options of every clip. Seeds count on from the only one that is given, else from that of an `earlier`
+        run; a line of the file may have its own. Raises UsageError and what `read_clips` raises."""
         if self.count is not None and len(self.seeds) > 1:
             raise UsageError("--count and several --seed do not go together", "both say how many", "leave out one")
         if "latents" in given and self.several:
@@ -49,9 +49,12 @@ class Wanted:
         if self.prompts is not None and "prompt" in given:
             why, fix = "the file has the prompts", "leave out one of them"
             raise UsageError("PROMPT and --prompts do not go together", why, fix)
-        lines = [{**given, **line} for line in (read_clips(self.prompts) if self.prompts is not None else [{}])]
+        lines = [dict(given)]
+        if self.prompts is not None:
+            lines = read_clips(self.prompts, given, prompted=earlier is not None)
         if len(self.seeds) > 1:
             return [{"seed": seed, **line} for line in lines for seed in self.seeds]
+        first = earlier.get("seed") if earlier and self.several else None
         seed, count = (self.seeds[0] if self.seeds else first), self.count or 1
         found = list[dict[str, Any]]()
         for line in lines:
@@ -138,7 +141,7 @@ def _requests(
     """With their seeds, unless an earlier run's is continued, or another machine `draws` them; and the one that was
     drawn, from which they count on."""
     state = state_path(Path("clip.mp4") if target is None or wanted.several else target)  # raises for what is no name
-    clips = wanted.clips(given, earlier.request.get("seed") if earlier and wanted.several else None)
+    clips = wanted.clips(given, earlier.request if earlier else None)
     found = []
     for options in clips:
         # What needs a state or an output is checked before they are named.

@@ -26,7 +26,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return ANSWERS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
     if isinstance(error, json.JSONDecodeError):
-        return f"it is no JSON: {error.msg[:1].lower()}{error.msg[1:]} in line {error.lineno}, column {error.colno}"
+        line = f"line {error.lineno}, " if "\n" in error.doc else ""
+        return f"it is no JSON: {error.msg[:1].lower()}{error.msg[1:]} in {line}column {error.colno}"
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8 text"
     if isinstance(error, KeyError):

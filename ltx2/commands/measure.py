@@ -46,7 +46,7 @@ with_quality = partial(click.option, cls=Dependent, needs=("compared",))
 @click.option("--plot", metavar="FILE", type=PATH, help="Draw the receipt (.png or .svg).")
 @click.option("--quality", "compared", metavar="MODEL", type=PATH, help="Compare this model with --reference.")
 @with_quality("--reference", metavar="MODEL", type=PATH, help="The model that the one of --quality was made from.")
-@with_quality("--prompts", metavar="FILE", type=PATH, help="One prompt a line, with --quality; default: three of ours.")
+@with_quality("--prompts", metavar="FILE", type=PATH, help="As for calibrate, with --quality; default: three of ours.")
 @with_quality("--seed", type=int, help="Of the first prompt's noise, with --quality.")
 @common
 def bench(output: Output, models: tuple[Path, ...], compared: Path | None, **options: Any) -> None:

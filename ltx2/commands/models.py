@@ -135,7 +135,7 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
 @click.command()
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", "target", type=PATH, required=True, help="Statistics to write, *.safetensors.")
-@click.option("--prompts", type=PATH, metavar="FILE", help="One prompt per line; default: 16 that come with ltx2.")
+@click.option("--prompts", type=PATH, metavar="FILE", help="A prompt a line, also as JSON; default: 16 of ours.")
 @click.option("--sensitivity", is_flag=True, help="Also measure which layers matter most, for quantize --fit.")
 @click.option("--gptq", is_flag=True, help="Also keep some denoise steps for quantize --method gptq: 20 MB a prompt.")
 @generate_options("pipeline", "steps", "width", "height", "frames", "fps", "no_upscale", "memory_limit", "low_memory")

@@ -58,7 +58,8 @@ class TestReason:
     @pytest.mark.parametrize(
         ("content", "said"),
         [
-            (b"{", "it is no JSON: expecting property name enclosed in double quotes in line 1, column 2"),
+            (b"{", "it is no JSON: expecting property name enclosed in double quotes in column 2"),
+            (b"{\n1", "it is no JSON: expecting property name enclosed in double quotes in line 2, column 1"),
             (b"\xff", "it is not UTF-8 text"),
             (b"[]", "it is not a JSON object"),
         ],

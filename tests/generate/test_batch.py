@@ -189,6 +189,9 @@ class TestSeedsAndNames:
 
 REFUSED = {
     "a line that is no JSON": ('{"prompt": "a"\n', [], 1, ["line 1 of", "no JSON object"]),
+    "no JSON, its place said once": ('a\n{"prompt" "a"}', [], 1, ["line 2 of", "delimiter in column 11"]),
+    "a line without a prompt": ('a\n\n{"frames": 9}', [], 1, ["line 3 of prompts: there is no prompt"]),
+    "an empty prompt": ('{"prompt": " "}', [], 1, ["line 1 of prompts: the prompt is empty"]),
     "an unknown option": ('a\n{"prompt": "b", "guidance": 3}', [], 1, ["line 2 of", "'guidance'", "cfg"]),
     "an option of the whole run": ('{"prompt": "b", "low_memory": true}', [], 1, ["line 1 of", "the whole run's"]),
     "a wrong value": ('a\n{"prompt": "b", "width": "wide"}', [], 1, ["line 2 of", "width 'wide'"]),

@@ -236,6 +236,24 @@ def test_prompts_are_a_text_file(tmp_path: Path) -> None:
         read_prompts(tmp_path / "p")
     (tmp_path / "p").write_bytes(b"\xef\xbb\xbfa red square\r\na blue star\r\n")  # as editors on Windows write it
     assert read_prompts(tmp_path / "p") == ("a red square", "a blue star")
+    (tmp_path / "p").write_text('a red square\n{"prompt": "a blue star"}\n')
+    assert read_prompts(tmp_path / "p") == ("a red square", "a blue star")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a", "frames": 9}', "line 2 of .*: 'frames' is no option of one prompt: the same options go for"),
+        ('{"prompt": "a", "output": "c.mp4"}', "line 2 of .*'output' is no option"),
+        ('{"text": "a"}', "line 2 of .*'text' is no option of one prompt: there is no such option"),
+        ("{}", "line 2 of .*there is no prompt"),
+        ('{"prompt": "a"', "line 2 of .*no JSON object.*in column 15"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_refused(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "p").write_text(f"a red square\n{line}\n")
+    with pytest.raises(InputError, match=said):
+        read_prompts(tmp_path / "p")
 
 
 class TestFile:

@@ -1,5 +1,6 @@
 """Files of prompts: one a line, or JSON lines with options."""
 
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,45 @@ OUTPUT = "output"
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """A file's prompts, one per line. Raises InputError when there is none."""
-    return tuple(line for _, line in _lines(path))
+    """A file's prompts, for what uses them all with the same options: one a line, or JSON objects with `prompt` alone.
+    Raises InputError, which names the line."""
+    return tuple(str(options["prompt"]) for options in _read(path, {}, frozenset({"prompt"})))
 
 
-def read_clips(path: Path) -> list[dict[str, Any]]:
-    """The options of a clip a line: a prompt, or a JSON object of options as Python spells them, `prompt` and `output`
-    among them. Raises InputError, which names the line."""
+def read_clips(path: Path, given: Mapping[str, Any] | None = None, *, prompted: bool = False) -> list[dict[str, Any]]:
+    """The options of a clip a line, beside those that are `given` for all: a prompt, or a JSON object of options as
+    Python spells them, `prompt` and `output` among them. A line that says nothing to show is refused unless an earlier
+    run has `prompted` it. Raises InputError, which names the line."""
+    known = {OUTPUT, "prompt"} | {name for name, row in ROWS.items() if row.command} - set(COMMON)
+    return _read(path, given or {}, known, prompted)
+
+
+def _read(path: Path, given: Mapping[str, Any], known: Set[str], prompted: bool = False) -> list[dict[str, Any]]:
     clips = []
     for number, line in _lines(path):
         with of(f"line {number} of {path}"):
-            clips.append(_options(line) if line.startswith("{") else {"prompt": line})
-            Request(**clips[-1])  # raises for a value that is not valid
+            options = {**given, **(_options(line, known) if line.startswith("{") else {"prompt": line})}
+            request = Request(**options)  # raises for a value that is not valid
+            if not prompted:
+                request.check_prompt()
+        clips.append(options)
     return clips
 
 
-def _options(line: str) -> dict[str, Any]:
+def _options(line: str, known: Set[str]) -> dict[str, Any]:
     try:
         options = {name.replace("-", "_"): value for name, value in parse_object(line).items() if value is not None}
     except ValueError as error:
-        fix = 'write {"prompt": "a red kite", "frames": 49}, or the prompt alone'
+        example = "".join(f', "{name}": 49' for name in known & {"frames"})
+        fix = f'write {{"prompt": "a red kite"{example}}}, or the prompt alone'
         raise InputError("it is no JSON object", reason(error), fix) from error
-    known = {OUTPUT, "prompt"} | {name for name, row in ROWS.items() if row.command} - set(COMMON)
     for name in options.keys() - known:
-        why = "it is the whole run's" if name in COMMON else "generate has no such option"
-        raise InputError(f"{name!r} is no option of one clip", why, f"use {', '.join(sorted(known))}")
+        why = "there is no such option"
+        if name in COMMON:
+            why = "it is the whole run's"
+        elif name in ROWS or name == OUTPUT:
+            why = "the same options go for all prompts"
+        raise InputError(f"{name!r} is no option of one prompt", why, f"use {', '.join(sorted(known))}")
     return options
 
 

@@ -97,16 +97,19 @@ class Request(Options):
         return made
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Request":
-        """Fill what was not asked for; a seed is drawn. Raises InputError without a prompt, embeddings or latents, and
-        for an empty prompt."""
+        """Fill what was not asked for; a seed is drawn. Raises as `check_prompt`."""
+        self.check_prompt()
+        usual = {"seed": draw_seed(), **defaults}
+        missing = {n: v for n, v in usual.items() if getattr(self, n) is None and n not in self.replaced}
+        return replace(self, **missing)
+
+    def check_prompt(self) -> None:
+        """Raises InputError without a prompt, embeddings or latents, and for an empty prompt."""
         if all(value is None for value in (self.prompt, self.embeddings, self.latents, self.upscale)):
             why = "nothing says what the clip should show"
             raise InputError("there is no prompt", why, "give a PROMPT, --embeddings or --latents")
         if self.prompt is not None and not self.prompt.strip() and "prompt" not in self.replaced:
             raise InputError("the prompt is empty", "it does not say what the clip should show", "describe the clip")
-        usual = {"seed": draw_seed(), **defaults}
-        missing = {n: v for n, v in usual.items() if getattr(self, n) is None and n not in self.replaced}
-        return replace(self, **missing)
 
     @property
     def sizes(self) -> Sizes:
