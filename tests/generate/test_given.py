@@ -138,6 +138,11 @@ def test_slots(source: Source) -> None:
     ("options", "error", "said"),
     [
         ({"image": ["PICTURE", "PICTURE"]}, InputError, "both for frame 0"),
+        ({"image": [("PICTURE", 3), ("OTHER", 3)]}, InputError, r"0\.png and .*24\.png are both for frame 3"),
+        ({"keyframe": [("PICTURE", 0), ("OTHER", 0)]}, InputError, r"0\.png and .*24\.png are both for frame 0"),
+        ({"image": [("PICTURE", 8)], "keyframe": [("OTHER", 8)]}, InputError, "both for frame 8"),
+        ({"keyframe_slots": 24}, InputError, "24 keyframe slots do not fit.*25 frames have 23.*--keyframe-slots 23"),
+        ({"keyframe_slots": 1, "frames": 1}, InputError, "do not fit.*leave out"),
         ({"image": [("PICTURE", 25)]}, InputError, "outside the clip"),
         ({"image": ["/none.png"]}, InputError, "no such file"),
         ({"audio": ("SOUND", 0.9)}, InputError, "too short.*use --frames"),
@@ -149,7 +154,7 @@ def test_slots(source: Source) -> None:
 )
 def test_what_cannot_be_given(source: Source, options: dict[str, Any], error: type[Exception], said: str) -> None:
     """Before any network is loaded."""
-    files = {"PICTURE": source.pictures[0], "SOUND": source.sound, "SILENT": source.silent}
+    files = {"PICTURE": source.pictures[0], "OTHER": source.pictures[24], "SOUND": source.sound, "SILENT": source.silent}
 
     def named(value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -212,7 +217,7 @@ class TestStates:
 
     def test_slots_in_stage_1_alone(self) -> None:
         frames = slot_frames(3, 121)
-        assert frames == (30, 60, 90) and slot_frames(1, 121) == (60,)
+        assert frames == (30, 60, 90) and slot_frames(1, 121) == (60,) and slot_frames(7, 9) == (1, 2, 3, 4, 5, 6, 7)
         later = Place(2, self.GRID, 24.0, SCALES)
         assert Slots(frames).apply(self.states(), self.PLACE, Streams()).get("video").tokens == 36
         assert Slots(frames).apply(self.states(), later, Streams()).get("video").tokens == 18
