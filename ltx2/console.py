@@ -8,7 +8,7 @@ import os
 import shlex
 import socket
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -165,6 +165,19 @@ class InOrder(click.Group):
         return list(self.commands)
 
 
+class Once(click.Command):
+    """A command whose options that take one value are given once: the last of two would win without a word."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Wrong usage is an option that is not repeatable and is given twice."""
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        valued = (p for p in order if isinstance(p, click.Option) and not (p.multiple or p.is_flag or p.count))
+        for option, times in Counter(valued).items():
+            if times > 1 and not ctx.resilient_parsing:
+                raise click.UsageError(f"{max(option.opts, key=len)} takes one value, and is given {times} times.", ctx)
+        return super().parse_args(ctx, args)
+
+
 class Dependent(click.Option):
     """An option that does nothing without one of the parameters `needs`, or beside one of `unless`: giving it then is
     wrong usage."""
@@ -194,7 +207,7 @@ def alternatives(words: Sequence[str]) -> str:
 
 def say_how_to_continue(error: Ltx2Error | KeyboardInterrupt, added: Mapping[str, str | None]) -> NoReturn:
     """Raise a failure that says how its work is continued: by the command that was given, with the options (and their
-    values) of `added` that it lacks."""
+    values) of `added`."""
     said = f"this continues: {continuation(click.get_current_context().obj, added)}"
     if isinstance(error, Ltx2Error):
         error.fix += f"; what is done is kept, {said}"
@@ -203,8 +216,8 @@ def say_how_to_continue(error: Ltx2Error | KeyboardInterrupt, added: Mapping[str
 
 
 def continuation(args: Sequence[str], added: Mapping[str, str | None]) -> str:
-    """The command of these arguments, with what it lacks of `added` options and their values."""
-    words = (word for option, value in added.items() if option not in args for word in (option, value))
+    """The command of these arguments, with `added` options and their values."""
+    words = (word for option, value in added.items() for word in (option, value))
     return shlex.join(["ltx2", *args, *(word for word in words if word is not None)])
 
 

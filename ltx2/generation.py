@@ -85,6 +85,8 @@ class Generation:
         with machines.all_or_none():
             self._prepare(wanted, model, sidecar, given, dry or not machines.leads)
         self._begun = False
+        said = {"-o": wanted.target, "--seed": wanted.seeds or given.get("seed"), "--resume": given.get("resume")}
+        self._said = {option for option, value in said.items() if value not in (None, ())}
 
     def _prepare(self, wanted: Wanted, model: Path | None, sidecar: Path | None, given: Options, dry: bool) -> None:
         earlier = Sidecar.read(sidecar) if sidecar else None
@@ -119,7 +121,8 @@ class Generation:
         name = {} if first.output is None or self.several else {"-o": first.output}
         number = self._drawn if self.several else first.seed
         seed = {} if number is None else {"--seed": str(number)}
-        return name | seed | ({"--resume": None} if self.left else {})
+        added: dict[str, str | None] = {**name, **seed, **({"--resume": None} if self.left else {})}
+        return {option: value for option, value in added.items() if option not in self._said}
 
     def plan(self) -> MemoryPlan:
         """Of memory."""

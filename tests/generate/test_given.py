@@ -154,7 +154,8 @@ def test_slots(source: Source) -> None:
 )
 def test_what_cannot_be_given(source: Source, options: dict[str, Any], error: type[Exception], said: str) -> None:
     """Before any network is loaded."""
-    files = {"PICTURE": source.pictures[0], "OTHER": source.pictures[24], "SOUND": source.sound, "SILENT": source.silent}
+    files = {"PICTURE": source.pictures[0], "OTHER": source.pictures[24]}
+    files |= {"SOUND": source.sound, "SILENT": source.silent}
 
     def named(value: Any) -> Any:
         if isinstance(value, list | tuple):

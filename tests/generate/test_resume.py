@@ -194,6 +194,12 @@ class TestInterrupted:
         assert same(tmp_path / "latents", whole / "latents")
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
 
+    def test_long_spellings_are_not_said_again(self, arguments: list[str], tmp_path: Path) -> None:
+        """An option is given once, however it is spelt."""
+        spelt = " ".join(arguments).replace(" -o ", " --output=").replace("--seed ", "--seed=").split()
+        ended = stop(spelt, signal.SIGINT, "stage1", 0)
+        assert ended.returncode == 130 and f"this continues: {shlex.join(['ltx2', *spelt])}\n" in ended.stderr
+
     @pytest.mark.parametrize("options", [(), ("--checkpoint-every", "0")])
     def test_at_any_moment(self, stopped: Stopped, tmp_path: Path, options: tuple[str, ...]) -> None:
         """Also before there is a state: then the command is the same one, its seed said."""
