@@ -24,7 +24,7 @@ from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.records.clip import Sampled
 from ltx2.runtime.machine.facts import available_memory, machine_facts
-from ltx2.runtime.media.video import ffmpeg_program
+from ltx2.runtime.media.ffmpeg import ffmpeg_program
 
 GOLDEN = Path(__file__).parent / "demo" / "golden"  # what Lightricks' own modules made of this noise
 LIMIT = 2e-2  # of latents: eleven steps add up what one product rounds

@@ -3,6 +3,7 @@ and exits with the class's code. Anything else that is raised is a bug and keeps
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -35,6 +36,11 @@ def reason(error: Exception) -> str:
     if isinstance(error, TypeError | AttributeError):
         return f"a value in it is of the wrong kind ({error})"
     return str(error) or type(error).__name__
+
+
+def answered(said: str) -> str:
+    """What the system answered, in plain words, where another program says that; else nothing."""
+    return next((words for code, words in ANSWERS.items() if os.strerror(code) in said), "")
 
 
 def printable(text: str) -> str:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ltx2.runtime.errors import InputError, reason
-from ltx2.runtime.media.source import OTHER, Array, check_file, check_pixels, complaint, first_frame
-from ltx2.runtime.media.video import ffmpeg_program
+from ltx2.runtime.media.ffmpeg import complaint, ffmpeg_program
+from ltx2.runtime.media.source import OTHER, Array, check_file, check_pixels, first_frame
 
 if TYPE_CHECKING:
     from PIL.Image import Image

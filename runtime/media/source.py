@@ -17,7 +17,8 @@ from typing import IO, Any
 import numpy as np
 
 from ltx2.runtime.errors import InputError, MediaError
-from ltx2.runtime.media.video import AudioTrack, ffmpeg_program
+from ltx2.runtime.media.ffmpeg import complaint, ffmpeg_program
+from ltx2.runtime.media.video import AudioTrack
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # What is read: no playlists and other lists of files, which could name any file of this computer.
@@ -31,7 +32,6 @@ GROUP = 8  # frames that are handed on at a time, fewer if they are large
 GROUP_BYTES = 400_000_000  # at least one frame
 MOST_PIXELS = 100_000_000  # of one frame: a small file can say that it holds a huge picture
 OTHER = "name a picture, clip or sound that plays elsewhere"
-FACTS = ("Input #", "Stream #", "Duration:", "Metadata:", "At least one output")  # no complaints
 UNTIMED = float(-(2**63))  # what ffmpeg says of a frame without a time
 FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 
@@ -85,7 +85,7 @@ def media_facts(path: Path) -> Facts:
     width, height = (int(n) for n in size.groups()) if size else (0, 0)
     channels = 0 if not rate else 1 if ", mono" in audio else 2
     check_pixels(path, width, height)
-    return Facts(width, height, _number(fps[1]) if fps else 0.0, int(rate[1]) if rate else 0, channels)
+    return Facts(width, height, _frame_rate(fps[1]) if fps else 0.0, int(rate[1]) if rate else 0, channels)
 
 
 def first_frame(path: Path) -> Array:
@@ -210,11 +210,8 @@ def _read_ppm(pipe: IO[bytes]) -> Array | None:
     return np.frombuffer(data, np.uint8).reshape(height, width, 3) if len(data) == width * height * 3 else None
 
 
-def _number(text: str) -> float:
-    return float(text.removesuffix("k")) * (1000 if text.endswith("k") else 1)
-
-
-def complaint(said: str) -> str:
-    """The first complaint of ffmpeg: what follows comes of it."""
-    lines = (re.sub(r"^(\[[^]]*\] )+", "", line.strip()) for line in said.splitlines())
-    return next((line for line in lines if line and not line.startswith(FACTS)), "ffmpeg does not know what it is")
+def _frame_rate(said: str) -> float:
+    """Frames per second. ffmpeg says two decimals: 23.98 is 24000/1001, and so for the other rates of television."""
+    rate = float(said.removesuffix("k")) * (1000 if said.endswith("k") else 1)
+    television = round(rate * 1.001) * 1000 / 1001
+    return television if f"{television:.2f}" == said else rate

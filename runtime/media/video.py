@@ -22,12 +22,12 @@ import numpy as np
 from ltx2.runtime.errors import InputError, MediaError, NumericsError, reason
 from ltx2.runtime.files.atomic import Claim, claimed
 from ltx2.runtime.files.paths import check_output
+from ltx2.runtime.media.ffmpeg import REINSTALL, complaint, ffmpeg_program
 from ltx2.runtime.media.formats import CRF, FORMATS, MP4, format_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 WAITING = 24  # pictures that ffmpeg may be behind
-REINSTALL = "pip install --force-reinstall imageio-ffmpeg, or name another program in IMAGEIO_FFMPEG_EXE"
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,13 @@ class VideoWriter:
             )  # fmt: skip
 
     def _failure(self) -> MediaError:
-        """What ffmpeg said when it ended: the cause first, then what it led to."""
+        """What ffmpeg complained of when it ended."""
         assert self._process is not None
         status = self._process.wait()
         self._log.seek(0)
-        said = self._log.read().decode(errors="replace").splitlines()[:3]
         ended = f"ffmpeg was ended by signal {-status}" if status < 0 else f"ffmpeg ended with {status}"
-        return MediaError(f"cannot write {self._path}", " | ".join(said) or ended, "check the free space")
+        why = complaint(self._log.read().decode(errors="replace"), ended)
+        return MediaError(f"cannot write {self._path}", why, "check the free space")
 
 
 def write_video(
@@ -265,16 +265,6 @@ def _write_wav(file: IO[bytes], audio: AudioTrack) -> None:
         f.setframerate(audio.sample_rate)
         f.writeframes(np.rint(samples.T.clip(-1, 1) * 32767).astype("<i2").tobytes())
     file.seek(0)
-
-
-def ffmpeg_program() -> str:
-    # Here: what computes and writes no video works without it.
-    import imageio_ffmpeg  # type: ignore[import-untyped]
-
-    try:
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise MediaError("ffmpeg was not found", str(error), REINSTALL) from error
 
 
 @cache

@@ -5,6 +5,7 @@ import struct
 import wave
 import zlib
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def test_clip_frame_by_frame(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.concatenate(list(read_frames(clip))), frames)
     facts = media_facts(clip)
     assert (facts.width, facts.height, facts.fps, facts.rate) == (30, 20, 12.0, 0)
+
+
+@pytest.mark.parametrize("rate", ["24000/1001", "30000/1001", "120000/1001", "23.9", "12.5", "25"])
+def test_the_rate_is_exact(tmp_path: Path, rate: str) -> None:
+    """ffmpeg says 23.98 of 24000/1001."""
+    clip = tmp_path / "a.mp4"
+    ffmpeg("-f", "lavfi", "-i", f"color=size=32x32:rate={rate}:duration=1", clip)
+    assert media_facts(clip).fps == float(Fraction(rate))
 
 
 def test_frames_that_come_unevenly(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ltx2.runtime.media.ffmpeg import ffmpeg_program
 from ltx2.runtime.media.source import media_facts, read_frames
-from ltx2.runtime.media.video import AudioTrack, ffmpeg_program, write_wav
+from ltx2.runtime.media.video import AudioTrack, write_wav
 
 FFV1 = ("-c:v", "ffv1", "-pix_fmt", "bgr0")  # lossless
 
