@@ -106,7 +106,7 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
     lines = [
         [*arguments, "--cfg", "2{rank}", *GUIDED, "--json", "-o", f"{tmp_path}/never.mp4"],
         [*arguments, "--dry-run", "--json", "--split", "sequence"],
-        [*arguments, *LARGE, "--dry-run", "-q", "--memory-limit", "1e-{rank}"],  # 1 GB, 0.1 GB
+        [*arguments[: -len(SIZE)], *LARGE, "--dry-run", "-q", "--memory-limit", "1e-{rank}"],  # 1 GB, 0.1 GB
         [*arguments, *GUIDED, "--json", "-o", f"{tmp_path}/clip.mp4", "--save-latents", f"{tmp_path}/latents"],
         ["bench", arguments[2], "--suite", f"{tmp_path}/suite.json", "--json", "--out", f"{tmp_path}/bench.json"],
         [*arguments, *GUIDED, "--resume", "-o", f"{tmp_path}/later.mp4"],
