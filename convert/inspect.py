@@ -13,11 +13,12 @@ from ltx2.convert.plan.check import check_projection, check_tokenizer
 from ltx2.convert.plan.entries import SCALE_PARTS, packed_key
 from ltx2.convert.plan.make import Options, make_plan, packed_by_mlx
 from ltx2.convert.sources.checkpoint import check_source, recognise, special_storage
-from ltx2.convert.sources.foreign import foreign_kind, our_kind
+from ltx2.convert.sources.ours import our_kind
 from ltx2.convert.sources.source import VARIANTS, Source, read_json, variant_in_name
 from ltx2.convert.tensors.scales import CodedTensors, dropped_beside_codes, find_codes
 from ltx2.convert.tensors.steps import Spec
 from ltx2.runtime.errors import Ltx2Error, UnsupportedError
+from ltx2.runtime.files.foreign import foreign_kind
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.generate.options.preset import load_preset
 from ltx2.runtime.model.forms import Quantization

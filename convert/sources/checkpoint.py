@@ -9,9 +9,9 @@ from typing import Any
 
 from ltx2.convert.names.release import recognise_releases
 from ltx2.convert.names.rules import prefixed
-from ltx2.convert.sources.foreign import check_is_ours, check_is_tensorfile
 from ltx2.convert.sources.ggufmodel import read_gguf
 from ltx2.convert.sources.lora import check_lora, recognise_lora
+from ltx2.convert.sources.ours import check_is_ours
 from ltx2.convert.sources.source import AGAIN, GEMMA, Source, read_json
 from ltx2.convert.sources.textencoder import holds_text_files, text_encoder
 from ltx2.convert.sources.textmodels import check_text_model
@@ -152,7 +152,6 @@ def _check_folder(path: Path) -> None:
 def _open(path: Path) -> TensorFile:
     if is_gguf(path):
         return read_gguf(path)
-    check_is_tensorfile(path)
     return open_tensorfile(path)
 
 

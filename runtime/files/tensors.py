@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ltx2.runtime.errors import CheckpointError, UnsupportedError, reason
 from ltx2.runtime.files.atomic import write_file
+from ltx2.runtime.files.foreign import foreign_kind
 from ltx2.runtime.files.paths import open_regular
 from ltx2.runtime.files.ranges import RangeReader
 
@@ -119,7 +120,8 @@ def open_tensorfile(path: Path) -> TensorFile:
     """Read a safetensors header.
 
     Raises CheckpointError for what the safetensors library rejects, for duplicate names, for a header of more than
-    HEADER_BYTES, and for what is no file.
+    HEADER_BYTES, and for what is no file; what is plainly something else is named, weights in other formats by
+    UnsupportedError.
     """
     try:
         with open_regular(path) as f:
@@ -131,6 +133,9 @@ def open_tensorfile(path: Path) -> TensorFile:
             tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
             return TensorFile(path, metadata, tensors, os.fstat(f.fileno()).st_size)
     except (SafetensorError, ValueError, LookupError, TypeError) as error:  # the last two: it changed meanwhile
+        if (foreign := foreign_kind(path)) is not None:
+            what, why, fix, kind = foreign
+            raise kind(f"{path.name} {what}", why, fix) from error
         raise CheckpointError(
             f"{path.name} is not a valid safetensors file",
             reason(error),

@@ -97,6 +97,12 @@ class TestReading:
         with pytest.raises(CheckpointError):
             open_tensorfile(tmp_path / "x.safetensors")
 
+    @pytest.mark.parametrize("content", [b"# ltx2", b"# ltx2\n\nMLX runtime for LTX-2\n"])
+    def test_a_text_is_named(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "README.md").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"README\.md is a text: it holds no tensors"):
+            open_tensorfile(tmp_path / "README.md")
+
     def test_every_truncation_is_noticed(self, tmp_path: Path) -> None:
         path = tmp_path / "x.safetensors"
         save_file({"a": np.arange(3, dtype=np.float32), "b": np.zeros((2, 2), np.float16)}, path)

@@ -1,0 +1,33 @@
+"""Tensor files that ltx2 writes for other purposes, and that people take for a checkpoint: told from their tensors, so
+that the error names what they are."""
+
+import re
+
+from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.files.tensors import TensorFile
+
+# By a key of their metadata or their tensors' names: what they are, and what for.
+OURS = (
+    ("run", "", "state", "generate --resume"),
+    ("about", "", "statistics", "quantize --stats"),
+    ("", r"(?:video|audio)", "latents", "generate --latents"),
+    ("", r"(?:negative_)?(?:video|audio)_context", "embeddings", "generate --embeddings"),
+    ("", r"(?:stage\d|ancestral|decoder)\..+", "noise", "generate --noise"),
+)
+
+
+def our_kind(file: TensorFile) -> tuple[str, str] | None:
+    """What a tensor file of ltx2's own is, and the option that takes it."""
+    for key, pattern, kind, option in OURS:
+        named = bool(pattern and file.tensors) and all(re.fullmatch(pattern, name) for name in file.tensors)
+        if (key and key in file.metadata) or named:
+            return kind, option
+    return None
+
+
+def check_is_ours(file: TensorFile) -> None:
+    """Raises CheckpointError for a file that ltx2 has written for another purpose."""
+    if (found := our_kind(file)) is not None:
+        kind, option = found
+        what = f"{file.path.name} holds {kind}, not weights"
+        raise CheckpointError(what, "ltx2 has written it", f"use it with {option}")
