@@ -16,6 +16,7 @@ import numpy as np
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.generate.options.request import Request
+from ltx2.runtime.generate.options.values import Extension, Span
 from ltx2.runtime.generate.records.exchange import read_tensors
 from ltx2.runtime.media.picture import compressed, covering, read_picture
 from ltx2.runtime.media.sound import resample
@@ -89,13 +90,20 @@ class Clip:
             fix = f"make one that can: {shlex.join([*command, f'{self.path.stem}-fit.mp4'])}"
             raise InputError(f"{self.path} cannot be used as it is", f"{error.what}: {error.why}", fix) from error
 
-    def doubt(self) -> str:
-        """A warning where frames come unevenly, as from some phones and screen recorders: they are used evenly."""
-        off = 0.0 if self.latents else unevenness(self.path)
-        if off <= UNEVEN:
-            return ""
-        late = f"some are {off / self.sizes.fps:.2f} s from their time"
-        return f"the frames of {self.path.name} come unevenly and are used evenly: {late}"
+    def doubts(self, retake: Span | None) -> Iterator[str]:
+        """Warnings where frames come unevenly, as from some phones and screen recorders, since they are used evenly;
+        and where it ends before the span of a retake does."""
+        if (off := 0.0 if self.latents else unevenness(self.path)) > UNEVEN:
+            late = f"some are {off / self.sizes.fps:.2f} s from their time"
+            yield f"the frames of {self.path.name} come unevenly and are used evenly: {late}"
+        ends = self.sizes.frames / self.sizes.fps
+        if retake is not None and retake.end > ends + 1 / self.sizes.fps:
+            yield f"{self.path.name} ends at {ends:.2f} s: what is made anew ends there, not at {retake.end:g} s"
+
+    def added(self, sizes: Sizes, extend: Extension) -> str:
+        """What is made beside it for a clip of these sizes: whole latent frames."""
+        more, where = sizes.frames - self.sizes.frames, "after" if extend.seconds > 0 else "before"
+        return f"{more} frames ({more / sizes.fps:.2f} s) are made {where} {self.path.name}"
 
     def video(self, vae: VideoCoder | None) -> mx.array:
         """Normalised latents (1, C, F, H, W) of all frames; latents need no network."""

@@ -139,8 +139,8 @@ class Job:
             reach = self.transformer_config.video.max_positions[0]
             yield from doubts(self.folder, self.row, self.asked, self.sizes, reach)
             yield from self.loras.doubts(bool(self.request.reference))
-        if self.clip is not None and (doubt := self.clip.doubt()):
-            yield doubt
+        if self.clip is not None:
+            yield from self.clip.doubts(self.request.retake)
         if self.encodes_text and self.folder.has("text_encoder") and (message := check_text_encoder(self.folder)):
             yield message
 

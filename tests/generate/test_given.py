@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import ltx2
 from ltx2.bench.quality.classify import classify
 from ltx2.runtime.errors import InputError, UsageError
+from ltx2.runtime.events import Noted, PhaseStarted
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.records.clip import Clip
@@ -192,6 +194,29 @@ def test_a_clip_of_uneven_frames(demo_25: Path, tmp_path: Path) -> None:
     jobs = [Job(ModelFolder.open(demo_25), Request.from_options({"prompt": "a", "video": p})) for p in (uneven, cut)]
     said, nothing = (" ".join(job.warnings()) for job in jobs)
     assert "uneven.mkv come unevenly" in said and "unevenly" not in nothing
+
+
+@pytest.mark.parametrize(("end", "warned"), [(1.04, False), (5.0, True)])
+def test_a_retake_that_ends_after_its_clip(source: Source, end: float, warned: bool) -> None:
+    """It ends with the clip, and that is told."""
+    asked = {"prompt": "a", "retake": (source.silent, 0.5, end)}
+    said = " ".join(Job(source.pipe.folder, Request.from_options(asked)).warnings())
+    assert ("silent.mkv ends at 1.04 s: what is made anew ends there, not at 5 s" in said) == warned
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.5, "16 frames (0.67 s) are made after silent.mkv"),
+        (0.01, "8 frames (0.33 s) are made after silent.mkv"),
+        (-0.6, "16 frames (0.67 s) are made before silent.mkv"),
+    ],
+)
+def test_an_extension_says_what_it_adds(source: Source, seconds: float, said: str) -> None:
+    """Whole latent frames of eight."""
+    events = source.pipe.stream(embeddings=source.text, extend=(source.silent, seconds))
+    before = takewhile(lambda event: not isinstance(event, PhaseStarted), events)
+    assert said in [event.message for event in before if isinstance(event, Noted)]
 
 
 class TestStates:

@@ -171,7 +171,7 @@ class TestSettings:
         assert (earlier.model, earlier.request["latents"]) == (model, "~/l.safetensors")
         assert here("generate", "--from", clip, "-o", tmp_path / "again.mp4").code == 0
 
-    def test_a_given_file_that_has_changed(self, generate: Here, here: Here, tmp_path: Path) -> None:
+    def test_a_given_file_that_has_changed_or_is_gone(self, generate: Here, here: Here, tmp_path: Path) -> None:
         latents, clip, again = tmp_path / "l.safetensors", tmp_path / "clip.mp4", tmp_path / "again.mp4"
         assert generate(PROMPT, "--save-latents", latents, to="first.mp4").code == 0
         assert generate("--latents", latents, size=[]).code == 0
@@ -179,4 +179,6 @@ class TestSettings:
         content[-1] ^= 1
         latents.write_bytes(content)
         here("generate", "--from", clip, "-o", again).failed(1, "has changed", "--latents anew")
-        assert here("generate", "--from", clip, "--latents", latents, "-o", again).code == 0
+        moved = latents.rename(tmp_path / "moved.safetensors")
+        here("generate", "--from", clip, "-o", again).failed(1, "l.safetensors is gone", "--latents anew")
+        assert here("generate", "--from", clip, "--latents", moved, "-o", again).code == 0

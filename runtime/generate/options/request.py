@@ -58,11 +58,15 @@ class Request(Options):
         spans = (self.retake, self.extend)
         return self.video or self.upscale or next((form.path for form in spans if form is not None), None)
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        """Option and path of every file that is read."""
+    def named(self) -> Iterator[tuple[str, str]]:
+        """Option and path of every file that is to be read. A LoRA's may be its name in the model folder."""
         for name, row in ROWS.items():
             if row.recorded and row.repeated and name not in self.replaced:
-                yield from ((name, path) for path in row.files(getattr(self, name)) if Path(path).exists())
+                yield from ((name, path) for path in row.files(getattr(self, name)))
+
+    def inputs(self) -> Iterator[tuple[str, str]]:
+        """Those of them that are there."""
+        yield from ((name, path) for name, path in self.named() if Path(path).exists())
 
     def recorded(self) -> dict[str, Any]:
         """As the sidecar records it: files by absolute path."""

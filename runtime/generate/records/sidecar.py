@@ -119,12 +119,18 @@ class Sidecar:
         return cls(request, inputs, Path(path_of(record["model"]["path"])), record["model"]["files"])
 
     def check_inputs(self, request: Request, given: Container[str]) -> None:
-        """Raises InputError for a file that is used again and has changed; options that are `given` anew may."""
-        used = set(request.inputs())
+        """Raises InputError for a file that is used again and is gone or has changed; options that are `given` anew
+        may."""
+        used = set(request.named())
         for option, path, sha256 in self.inputs:
-            if option not in given and (option, path) in used and Path(path).exists() and digest(path) != sha256:
+            if option in given or (option, path) not in used:
+                continue
+            fix = f"put the old file back, or give {ROWS[option].flag} anew"
+            if not Path(path).exists():
+                raise InputError(f"{path} is gone", f"the clip was made with it, for {ROWS[option].flag}", fix)
+            if digest(path) != sha256:
                 why = f"its content is not what the clip was made with, for {ROWS[option].flag}"
-                raise InputError(f"{path} has changed", why, f"put the old file back, or give {ROWS[option].flag} anew")
+                raise InputError(f"{path} has changed", why, fix)
 
 
 def is_sidecar(path: Path) -> bool:
