@@ -78,6 +78,12 @@ def arguments_for(folder: Path, whole: Path, model: Path) -> list[str]:
     return [str(arg) for arg in ["generate", "-m", model, *files, *SIZE, *SEED, "--no-metadata"]]
 
 
+def without(arguments: list[str], option: str | Path) -> list[str]:
+    """The arguments but this option and its value."""
+    at = arguments.index(str(option)) if option in arguments else len(arguments)
+    return [*arguments[:at], *arguments[at + 2 :]]
+
+
 @pytest.fixture
 def arguments(demo_f32: Path, whole: Path, tmp_path: Path) -> list[str]:
     return arguments_for(tmp_path, whole, demo_f32)
@@ -213,11 +219,11 @@ class TestInterrupted:
         self, here: Here, arguments: list[str], whole: Path, tmp_path: Path, demo_f32: Path
     ) -> None:
         """The same command with --resume, or the one that is said, means the same seed."""
-        without = [arg for arg in arguments if arg not in SEED]
-        said = stop(without, signal.SIGINT, "stage2", 1).stderr
+        seedless = without(arguments, "--seed")
+        said = stop(seedless, signal.SIGINT, "stage2", 1).stderr
         options = json.loads(open_tensorfile(tmp_path / STATE).metadata["run"])["options"]
         assert f"--seed {options['seed']} --resume" in said
-        assert here(*without, "--resume").code == 0
+        assert here(*seedless, "--resume").code == 0
         assert json.loads((tmp_path / "clip.json").read_text())["request"]["seed"] == options["seed"]
 
 
@@ -272,9 +278,12 @@ def state(killed: Path, tmp_path: Path) -> Path:
 
 
 def test_the_next_run_says_what_could_be_continued(here: Here, arguments: list[str], state: Path) -> None:
+    """And nothing of the killed one is left."""
+    for name in ("clip.mp4.partial", "clip.json.partial", "latents.partial"):
+        state.with_name(name).touch()
     ended = here(*arguments)
     assert ended.code == 0 and f"warning: {STATE} is of a run that was cut off: --resume" in ended.err
-    assert not state.exists()
+    assert sorted(path.name for path in state.parent.iterdir()) == ["clip.json", "clip.mp4", "latents"]
 
 
 class TestRefused:
@@ -295,10 +304,7 @@ class TestRefused:
         }
         before = state.read_bytes()
         for said, options in changes.items():
-            usual = [
-                arg for arg in arguments if arg not in SEED or "--seed" not in options
-            ]  # two of them are two clips
-            ended = here(*usual, *options, "--resume")
+            ended = here(*without(arguments, options[0]), *options, "--resume")
             ended.failed(1, f"{STATE} cannot be continued", said, "leave out --resume")
             assert "this continues" not in ended.err
         assert state.read_bytes() == before
@@ -309,7 +315,8 @@ class TestRefused:
         for file in manifest["components"]["transformer"]["files"]:
             file["sha256"] = "0" * 64
         (model / "ltx2.json").write_text(json.dumps(manifest))
-        here(*arguments, "-m", model, "--resume").failed(1, "another model: the files of its transformer")
+        ended = here(*without(arguments, "-m"), "-m", model, "--resume")
+        ended.failed(1, "another model: the files of its transformer")
 
     @pytest.mark.parametrize("damage", ["empty", "cut", "latents", "text"])
     def test_a_damaged_state(self, here: Here, arguments: list[str], state: Path, whole: Path, damage: str) -> None:
