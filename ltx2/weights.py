@@ -3,19 +3,32 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ltx2.runtime.errors import ModelFolderError, UsageError
+from ltx2.runtime.errors import Ltx2Error, ModelFolderError, UsageError
+from ltx2.runtime.files.foreign import foreign_kind
 from ltx2.runtime.files.paths import is_base_name
 from ltx2.runtime.model.layout import model_folders
 
 WEIGHTS = Path("weights")
 MAKES = "ltx2 download ltx-2-distilled --convert --bits 4"
+# Files that are no model: what they are, and the options of generate that take them.
+TAKEN = {
+    "lora": ("a LoRA", "add it to a model: --lora {path}"),
+    "clip": ("a clip", "repeat it with --from {path}, or change it with --retake, --extend, --video or --reference"),
+    "sidecar": ("the record of a clip", "repeat it with --from {path}"),
+    "picture": ("a picture", "show it with --image {path}"),
+    "sound": ("a sound", "make a picture to it with --audio {path}"),
+    "state": ("the state of a run", "give the command of that run again, with --resume"),
+    "latents": ("latents", "decode them with --latents {path}"),
+    "embeddings": ("embeddings", "use them with --embeddings {path}"),
+    "noise": ("noise", "start from it with --noise {path}"),
+}
 
 
 def find_model(model: Path | None) -> Path:
     """The folder at a path, else of this name in `weights/`; None: the only one there.
 
     Raises UsageError where none is named and there is not exactly one, ModelFolderError for a name that is known for
-    something else. What else is wrong with a folder is said by what opens it.
+    something else, and for a file that another option takes. What else is wrong with a folder is said by what opens it.
     """
     if model is None:
         return _only_one()
@@ -28,7 +41,24 @@ def find_model(model: Path | None) -> Path:
         names = [path.name for path in model_folders(WEIGHTS)]
         why = f"{WEIGHTS}/ has {', '.join(names)}" if names else f"and there is none in {WEIGHTS}/ either"
         raise ModelFolderError(f"there is no model folder {model}", why, _fix(names))
+    if model.is_file():
+        _check_file(model)
     return model
+
+
+def _check_file(path: Path) -> None:
+    """Raises ModelFolderError for a file that another option takes."""
+    from ltx2.convert.inspect import inspect
+
+    kind = (foreign_kind(path) or ("",))[0].removeprefix("is a ")
+    if kind not in TAKEN:
+        try:
+            kind = inspect(path)["kind"]
+        except Ltx2Error:  # what opens it says what is wrong
+            return
+    if kind in TAKEN:
+        what, fix = TAKEN[kind]
+        raise ModelFolderError(f"{path} is not a model folder", f"it is {what}", fix.format(path=path))
 
 
 def _only_one() -> Path:

@@ -2,7 +2,7 @@
 
 import click
 
-from ltx2.commands.shared import generate_options
+from ltx2.commands.shared import Gigabytes, generate_options
 from ltx2.console import Once, Output, common
 
 SIZES = ("width", "height", "frames")
@@ -10,7 +10,7 @@ SIZES = ("width", "height", "frames")
 
 @click.command(cls=Once)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--memory", type=float, metavar="GB", help="Plan for a Mac of so much memory; default: this computer.")
+@click.option("--memory", type=Gigabytes(), help="Plan for a Mac of so much memory; default: this computer.")
 @click.option("--bits", type=int, help="Only so many bits (16: as it is); default: as it is, and all presets.")
 @generate_options(*SIZES)
 @common

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ltx2.commands.shared import PATH, follow_deletion, follow_fit, follow_model, generate_options
+from ltx2.commands.shared import PATH, Gigabytes, follow_deletion, follow_fit, follow_model, generate_options
 from ltx2.console import Dependent, Once, Output, common
 from ltx2.quant.codes.methods import METHODS, SEARCH
 from ltx2.runtime.errors import Ltx2Error
@@ -26,11 +26,11 @@ when_packing = partial(click.option, cls=Dependent, needs=PACKS)
 @click.option("--bits", type=int, help="Quantize on the way, without a 16-bit copy on disk.")
 @click.option("--mode", type=click.Choice(list(MODES)), help="Quantize with this kind of codes; else affine.")
 @click.option("--recipe", metavar="NAME|FILE", help="Quantize by this recipe, see quantize: q4, for example.")
-@click.option("--fit", type=int, metavar="GB", help="Quantize for a Mac of so much memory, see quantize.")
+@click.option("--fit", type=Gigabytes(int), help="Quantize for a Mac of so much memory, see quantize.")
 @when_packing("--group-size", type=int, help="Weights per scale, when quantizing: 32, 64 (default) or 128.")
 @when_packing("--stats", type=PATH, metavar="FILE", help="What calibrate wrote, when quantizing: for better codes.")
 @when_packing("--method", type=click.Choice(METHODS), help="How codes are chosen, when quantizing; see quantize.")
-@click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
+@click.option("--shard-size", type=Gigabytes(), default=5.0, show_default=True, help="Largest weight file.")
 @click.option(
     "--delete-sources",
     is_flag=True,
@@ -93,14 +93,14 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 @click.option("-o", "--output", "target", type=PATH, required=True, help="Model folder to write.")
 @click.option("--bits", type=int, help="2, 3, 4 (default), 5, 6 or 8; mxfp4, nvfp4: 4; mxfp8: 8.")
 @click.option("--recipe", metavar="NAME|FILE", help="Bits per layer; default: q4, or what --bits says.")
-@click.option("--fit", type=int, metavar="GB", help="Choose bits for a Mac of so much memory: 16, 24, 32, 48, 64.")
+@click.option("--fit", type=Gigabytes(int), help="Choose bits for a Mac of so much memory: 16, 24, 32, 48, 64.")
 @click.option("--mode", type=click.Choice(list(MODES)), default=AFFINE, show_default=True, help="Kind of codes.")
 @click.option("--group-size", type=int, help="Weights per scale: 32, 64 (default) or 128; mxfp4, mxfp8: 32; nvfp4: 16.")
 @click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote: for better codes of the same size.")
 @click.option("--method", type=click.Choice(METHODS), default=SEARCH, show_default=True, help="How codes are chosen.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
 @click.option("--report", type=PATH, help="Write bits, bytes and error of every layer (JSON).")
-@click.option("--shard-size", type=float, default=5.0, show_default=True, metavar="GB", help="Largest weight file.")
+@click.option("--shard-size", type=Gigabytes(), default=5.0, show_default=True, help="Largest weight file.")
 @click.option("--force", is_flag=True, help="Replace a different model folder.")
 @common
 def quantize(output: Output, model: Path, target: Path, report: Path | None, **options: Any) -> None:

@@ -1,6 +1,7 @@
 """What several commands have in common."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,25 @@ PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a file i
 TYPES = {Whole: int, Number: float}
 
 
+class Gigabytes(click.ParamType):
+    """A number of GB, the unit written or not."""
+
+    name = "GB"
+
+    def __init__(self, kind: type[int] | type[float] = float) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        try:
+            number = float(re.sub(r"(?i)\s*(gb|g)$", "", str(value)))
+            if self._kind is float or number == int(number):
+                return self._kind(number)
+        except (ValueError, OverflowError):
+            pass
+        whole = "whole " if self._kind is int else ""
+        self.fail(f"{str(value)!r} is not a {whole}number of GB, such as 24.", param, ctx)
+
+
 def generate_options(*names: str, without: Sequence[str] = ()) -> Callable[[Command], Command]:
     """Options of `generate` on a command, as its table has them: all that a command line takes but those `without`, or
     those `names`. What is not given is None."""
@@ -40,8 +60,13 @@ def _option(row: Option[Any, Any], explained: bool) -> Callable[[Command], Comma
     text = row.help if explained else "As for generate."
     if isinstance(row, Flag):
         return click.option(row.flag, is_flag=True, default=None, help=text)
-    kind = _Name(row) if isinstance(row, Choice) else TYPES.get(type(row)) or _reader(row)
-    return click.option(row.flag, type=kind, metavar=row.metavar, multiple=isinstance(row, Several), help=text)
+    return click.option(row.flag, type=_type(row), metavar=row.metavar, multiple=isinstance(row, Several), help=text)
+
+
+def _type(row: Option[Any, Any]) -> Any:
+    if row.metavar == Gigabytes.name:
+        return Gigabytes()
+    return _Name(row) if isinstance(row, Choice) else TYPES.get(type(row)) or _reader(row)
 
 
 class _Name(click.Choice):  # type: ignore[type-arg]  # which older versions do not take

@@ -95,7 +95,7 @@ class Fit:
         if self.measured:
             lines.append(f"sensitivity: measured; the error to expect in the velocity is {percent}")
         else:
-            lines.append(f"sensitivity: not measured, so every weight counts alike; outputs' mean error is {percent}")
+            lines.append(f"sensitivity: not measured, so every weight counts alike; the mean error is {percent}")
         if self.lowered:
             sizes = "one size" if self.lowered == 1 else f"{self.lowered} sizes"
             needed = f"the recipe's least bits, beside 4 for all other layers, take {_gb(self.floors)}"

@@ -52,6 +52,9 @@ class Machines:
         self._longest, self._left = 0.0, time.perf_counter()
         self.names = [f"{name} (rank {rank})" for rank, name in enumerate(self.everyone(socket.gethostname()))]
 
+    def __repr__(self) -> str:
+        return f"<Machines: {', '.join(self.names)}>" if self.several else "<Machines: this one>"
+
     @property
     def leads(self) -> bool:
         return self.rank == 0

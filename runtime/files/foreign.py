@@ -25,8 +25,10 @@ FOREIGN: tuple[tuple[bytes, str, str, str, type[Ltx2Error]], ...] = (
      "the site refused the download, and its answer was saved under the file's name", LOGIN, CheckpointError),
     (rb"PK\x03\x04|\x80[\x02-\x05][^\0]", "is a PyTorch file (.bin, .pt, .ckpt)",
      "it holds Python objects, and reading it would run code from it", SAFETENSORS, UnsupportedError),
-    (rb"....ftyp", "is a video", "it holds no tensors", NAME, CheckpointError),
-    (rb"\x89PNG|\xff\xd8\xff|RIFF", "is a picture or a sound", "it holds no tensors", NAME, CheckpointError),
+    (rb"....ftyp(?:heic|heix|mif1|avif)|\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", "is a picture",
+     "it holds no tensors", NAME, CheckpointError),
+    (rb"....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI ", "is a video", "it holds no tensors", NAME, CheckpointError),
+    (rb"RIFF|ID3|fLaC|OggS", "is a sound", "it holds no tensors", NAME, CheckpointError),
     (rb"\s*[{\[]\s*[\"\]}\[{\d]", "is a JSON file", "it holds no tensors", NAME, CheckpointError),
     (TEXT + rb"{16}|" + TEXT + rb"+\Z", "is a text", "it holds no tensors", NAME, CheckpointError),
 )  # fmt: skip

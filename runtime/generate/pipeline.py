@@ -48,6 +48,11 @@ class Pipeline:
         self.products: Mapping[str, Choice] = {}  # how each form of packed weights is multiplied in the latest run
         load_preset(self.folder.manifest.release)
 
+    def __repr__(self) -> str:
+        manifest = self.folder.manifest
+        facts = " ".join(fact for fact in (manifest.release and f"LTX {manifest.release}", manifest.variant) if fact)
+        return f"<Pipeline: {self.folder.path}{facts and f', {facts}'}>"
+
     @takes(Request)
     def generate(self, request: Request) -> Clip:
         """Run `stream` to its end and return the clip, with all its frames in memory."""

@@ -148,7 +148,7 @@ FAILURES: dict[str, tuple[list[str], list[str]]] = {
     "latents without a place": (["generate", "x", *CLIP, "--save-latents", "{gone}/l"], ["{gone}", "does not exist"]),
     "embeddings without a place": (["generate", "x", *CLIP, "--save-embeddings", "{folder}"], ["it is a folder"]),
     "no noise": (["generate", "x", *CLIP, "--noise", "{gone}"], ["{gone}", "no such file"]),
-    "not a tensor file": (["generate", "x", *CLIP, "--noise", "{text}"], ["text.json", "not a valid safetensors"]),
+    "not a tensor file": (["generate", "x", *CLIP, "--noise", "{text}"], ["text.json", "is a JSON file"]),
     "not a sidecar": (["generate", "--from", "{text}", "-o", "{clip}"], ["cannot repeat", "text.json"]),
     "no sidecar": (["generate", "--from", "{gone}", "-o", "{clip}"], ["cannot read", "{gone}"]),
     "no source": (["convert", "{gone}", "-o", "{folder}/m"], ["{gone}"]),

@@ -1,5 +1,6 @@
 """What a stranger meets first: where results are printed, which models there are, what a failure leaves."""
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,34 @@ def test_a_plan_is_the_command_s_result(here: Here, demo_model: Path) -> None:
     assert here("plan", demo_model, "--memory", "24", "-q").out == ""
 
 
+@pytest.mark.parametrize("memory", ["24", "24GB", "24 gb", "24.0"])
+def test_the_unit_of_memory_may_be_written(here: Here, demo_model: Path, memory: str) -> None:
+    assert here("plan", demo_model, "--memory", memory, "--json").json["memory_gb"] == 24
+
+
+@pytest.mark.parametrize("option", ["--memory-limit", "--fit", "--memory", "--shard-size"])
+@pytest.mark.parametrize("given", ["24MB", "much", "inf GB days"])
+def test_another_unit_is_not_taken(here: Here, option: str, given: str) -> None:
+    command = {"--memory-limit": ["generate", "x"], "--memory": ["plan"]}.get(option, ["quantize", "m", "-o", "q"])
+    whole = "whole " if option == "--fit" else ""
+    here(*command, option, given).failed(2, option, f"'{given}' is not a {whole}number of GB, such as 24")
+
+
+def test_macs_have_whole_gigabytes(here: Here) -> None:
+    here("quantize", "m", "-o", "q", "--fit", "24.5GB").failed(2, "'24.5GB' is not a whole number of GB")
+
+
+def test_a_pipeline_is_short(demo_model: Path) -> None:
+    """It and its signature say no address."""
+    assert repr(Pipeline(demo_model)) == f"<Pipeline: {demo_model}, LTX 2.0 distilled>"
+    assert " at 0x" not in str(signature(Pipeline))
+
+
+def test_an_advised_quality_is_one_in_range(here: Here) -> None:
+    here("generate", "x", "--crf", "99").failed(1, "between 0 and 51", "use 19, the default")
+    here("generate", "x", "--image-crf", "99").failed(1, "between 0 and 51", "use 18 or 33")
+
+
 @pytest.fixture
 def weights(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder's `weights/`, with two models."""
@@ -61,11 +90,28 @@ class TestModelThatIsNotThere:
     def test_none_named(self, here: Here, weights: Path) -> None:
         here("generate", "x").failed(2, "no model is named", "weights/ has 2", "use -m fox or -m kite")
 
-
     def test_a_folder_of_them_names_them(self, here: Here, weights: Path, tmp_path: Path) -> None:
         for command in (["verify"], ["quantize", "-o", "q"], ["plan"], ["generate", "x", "-o", "c.mp4", "-m"]):
             here(*command, "weights").failed(1, "weights is not a model folder", "weights/kite", "use weights/fox")
             here(*command, tmp_path).failed(1, f"{tmp_path} is not a model folder", "it has no ltx2.json")
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("lora", ["it is a LoRA", "--lora "]),
+            ("clip.mkv", ["it is a clip", "--from ", "--retake"]),
+            ("picture.png", ["it is a picture", "--image "]),
+            ("sound.wav", ["it is a sound", "--audio "]),
+            ("README.md", ["it is a file", "convert a checkpoint"]),
+        ],
+    )
+    def test_a_file_that_another_option_takes(self, here: Here, tmp_path: Path, name: str, said: list[str]) -> None:
+        path = LORA_25 if name == "lora" else tmp_path / name
+        if name == "clip.mkv":
+            write_clip(path, noise_frames(9, 64, 64), 24)
+        elif name != "lora":
+            path.write_bytes({"p": b"\x89PNG\r\n", "s": b"RIFF\0\0\0\0WAVE", "R": b"# ltx2\n"}[name[0]])
+        here("generate", "x", "-m", path).failed(1, f"{path} is not a model folder", *said)
 
 
 class TestFolderOfClips:

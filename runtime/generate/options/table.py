@@ -96,11 +96,11 @@ class Options:
     )
     cfg: Number = _scale("How strictly the picture follows the prompt; 1: not guided.")
     stg: Number = _scale("Guidance of the picture by a pass without attention in --stg-blocks; 0: none.")
-    rescale: Number = _scale("Share of the contrast that guidance adds to the picture, and that is taken back.")
+    rescale: Number = _scale("How much of the picture's contrast from guidance is taken back, 0 to 1.")
     modality_scale: Number = _scale("How strictly the picture follows the sound; 1: not guided.")
     audio_cfg: Number = _scale("How strictly the sound follows the prompt; 1: not guided.")
     audio_stg: Number = _scale("Guidance of the sound by a pass without attention in --stg-blocks; 0: none.")
-    audio_rescale: Number = _scale("Share of the contrast that guidance adds to the sound, and that is taken back.")
+    audio_rescale: Number = _scale("How much of the sound's contrast from guidance is taken back, 0 to 1.")
     audio_modality_scale: Number = _scale("How strictly the sound follows the picture; 1: not guided.")
     stg_blocks: Numbers = Numbers("Blocks whose self-attention STG leaves out.", metavar="N[,N...]", decides=True)
     skip_steps: Whole = Whole(
@@ -139,7 +139,7 @@ class Options:
         decides=True,
         least=0,
         most=51,
-        example="33",
+        example="18 or 33, as models are trained with",
     )
     audio: One[Sound] = One("Make the picture to this sound, used from a second on.", form=Sound, decides=True)
     video: File = File("Make the sound to this picture.", decides=True, sets=(*SIZE, "fps"))
@@ -236,7 +236,7 @@ class Options:
         metavar="N",
         least=0,
         most=51,
-        example="19",
+        example="19, the default, or less for a better picture",
     )
     no_metadata: Flag = Flag("Write no settings into the mp4 or mov file.")
     output: File = File("The clip's file that frames go to as they are decoded.", recorded=False, command=False)
