@@ -110,9 +110,9 @@ class Generation:
 
     @property
     def left(self) -> bool:
-        """Whether there is a state that this run has written, or was continuing."""
+        """Whether there is a state that this run has written, or was continuing: the leading machine's."""
         continuing = self._begun and self.requests[0].resume
-        now = {path: _stamp(path) for path in self._states}
+        now = {path: _stamp(path) for path in self._states if self.machines.leads}
         return any(now[path] is not None and (now[path] != self._found[path] or continuing) for path in now)
 
     def continuing(self) -> dict[str, str | None]:

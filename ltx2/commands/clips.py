@@ -115,7 +115,7 @@ def _make(output: Output, generation: "Generation", dry_run: bool) -> None:
     try:
         done = output.follow_all(generation.events(), Saved)
     except (Ltx2Error, KeyboardInterrupt) as error:
-        if generation.left or isinstance(error, KeyboardInterrupt):
+        if generation.left or (generation.machines.leads and isinstance(error, KeyboardInterrupt)):
             say_how_to_continue(error, generation.continuing())
         raise
     if not generation.machines.leads:

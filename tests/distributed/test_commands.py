@@ -33,7 +33,7 @@ patch = pytest.MonkeyPatch()
 small_ceilings(patch)
 short_texts(patch)
 """
-# Rank 1 sends itself a signal after the first step of stage 1. From then on rank 0 waits so many seconds, no longer.
+# Rank `who` sends itself a signal after the first step of stage 1. From then on the other waits so many seconds.
 SIGNALLED = """
 import signal, threading
 from ltx2.runtime.distributed import machines
@@ -45,7 +45,7 @@ def watched(self):
     for event in events(self):
         if isinstance(event, StepDone) and event.step == 1:
             machines.PATIENCE, machines.TIMES, machines.GRACE = {patience}, 0.0, 0.1
-            if rank == "1":
+            if rank == "{who}":
                 os.kill(os.getpid(), {number})
             elif {interrupted}:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,8 +56,8 @@ Run.events = watched
 """
 
 
-def signalled(number: signal.Signals, patience: float = 1.0, interrupted: bool = False) -> str:
-    return SIGNALLED.format(number=int(number), patience=patience, interrupted=interrupted)
+def signalled(number: signal.Signals, patience: float = 1.0, interrupted: bool = False, who: int = 1) -> str:
+    return SIGNALLED.format(number=int(number), patience=patience, interrupted=interrupted, who=who)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +190,16 @@ def test_a_machine_that_is_killed(alone: Path, arguments: list[str], tmp_path: P
     assert here(*command[1:]).code == 0
     assert same(tmp_path / "latents", alone / "latents")
     assert (tmp_path / "clip.mp4").read_bytes() == (alone / "clip.mp4").read_bytes()
+
+
+def test_a_leading_machine_that_is_killed(arguments: list[str], tmp_path: Path) -> None:
+    """The other one says its error, and no command of its own, though it sees the state where they share a disk."""
+    line = [*arguments, *GUIDED, "-o", f"{tmp_path}/clip.mp4"]
+    first, second = commands(2, tmp_path / "said", [line], signalled(signal.SIGKILL, who=0))
+    assert ended(first).code == -signal.SIGKILL and ended(second).code == 0 and (tmp_path / STATE).exists()
+    done = said(tmp_path / "said", 0, 1)
+    assert done.code == 1 and "(rank 1): error: another machine is lost" in done.err
+    assert "the same command again with --resume" in done.err and "this continues" not in done.err
 
 
 def test_a_machine_that_sleeps(arguments: list[str], tmp_path: Path) -> None:
