@@ -24,7 +24,7 @@ PATH = click.Path(path_type=Path, readable=False)  # what is wrong with a file i
 TYPES = {Whole: int, Number: float}
 
 
-class Gigabytes(click.ParamType):
+class Gigabytes(click.ParamType):  # type: ignore[type-arg]  # not generic in older clicks
     """A number of GB, the unit written or not."""
 
     name = "GB"
