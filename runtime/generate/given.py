@@ -302,7 +302,8 @@ def gather(at: Setting) -> tuple[Given, ...]:
             what = f"{by_frame[picture.frame]} and {picture.path} are both for frame {picture.frame}"
             raise InputError(what, "a frame shows one picture", "give the other one another frame: PATH@FRAME")
         by_frame[picture.frame] = picture.path
-    found: list[Given] = [GivenPicture(FirstFrame(p.strength), Path(p.path), crf) for p, appended in pictures if not appended]
+    found: list[Given] = []
+    found += [GivenPicture(FirstFrame(p.strength), Path(p.path), crf) for p, appended in pictures if not appended]
     found += _kept(at)
     found += [GivenPicture(Keyframe(p.frame, p.strength), Path(p.path), crf) for p, appended in pictures if appended]
     if slots := request.keyframe_slots:
