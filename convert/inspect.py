@@ -12,13 +12,13 @@ from ltx2.convert.names.release import releases
 from ltx2.convert.plan.check import check_projection, check_tokenizer
 from ltx2.convert.plan.entries import SCALE_PARTS, packed_key
 from ltx2.convert.plan.make import Options, make_plan, packed_by_mlx
+from ltx2.convert.results import component, result
 from ltx2.convert.sources.checkpoint import check_source, recognise, special_storage
 from ltx2.convert.sources.ours import our_kind
-from ltx2.convert.sources.source import VARIANTS, Source, read_json, variant_in_name
+from ltx2.convert.sources.source import VARIANTS, Source, variant_in_name
 from ltx2.convert.tensors.scales import CodedTensors, dropped_beside_codes, find_codes
 from ltx2.convert.tensors.steps import Spec
 from ltx2.runtime.errors import Ltx2Error, UnsupportedError
-from ltx2.runtime.files.foreign import foreign_kind
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.generate.options.preset import load_preset
 from ltx2.runtime.model.forms import Quantization
@@ -69,20 +69,24 @@ def inspect(path: Path) -> dict[str, Any]:
         if len(sources) > 1 or sources[0].path != path:
             return {"kind": "folder", "path": str(path), "files": [_source(source) for source in sources]}
         return _source(sources[0])
-    kind, facts = _result(path)
-    if not kind:
+    facts = result(path)
+    if not facts:
         (source,) = recognise(path)
-        kind = "" if source.kind else (our_kind(source.files[0]) or ("",))[0]
-        facts = {"tensors": {name: list(tensor.shape) for name, tensor in source.files[0].tensors.items()}}
-    return {"kind": kind, "path": str(path), "bytes": path.stat().st_size} | facts if kind else _source(source)
+        facts = _ours(source)
+    return {"path": str(path), "bytes": path.stat().st_size} | facts if facts else _source(source)
 
 
-def _result(path: Path) -> tuple[str, dict[str, Any]]:
-    """A clip or its sidecar, which are no tensor files; "" for all others."""
-    foreign = (foreign_kind(path) or ("",))[0]
-    if foreign == "is a JSON file" and "request" in (data := read_json(path)):
-        return "sidecar", {"request": data["request"]}
-    return "clip" if foreign == "is a video" else "", {}
+def _ours(source: Source) -> dict[str, Any]:
+    """A tensor file that ltx2 has written; empty for a source."""
+    if (part := component(source.path)) is not None:
+        folder, name = part
+        form = Quantization.from_config(folder.manifest.components[name].quantization)
+        of = {"kind": "component", "of": str(folder.path), "release": folder.manifest.release}
+        return of | {"components": {name: _stored(source.files, form).to_dict()}}
+    if source.kind or (found := our_kind(source.files[0])) is None:
+        return {}
+    shapes = {name: list(tensor.shape) for name, tensor in source.files[0].tensors.items()}
+    return {"kind": found[0], "tensors": shapes}
 
 
 def _source(source: Source) -> dict[str, Any]:

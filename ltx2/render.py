@@ -157,8 +157,10 @@ def described(found: dict[str, Any]) -> Iterator[str]:
     """Lines for people: what it is, then tensors, parameters and bytes of every component."""
     release = found.get("release") or " or ".join(found.get("releases", ()))
     facts = {"release": release, "variant": found.get("variant"), "storage": found.get("storage")}
-    known = [f"{name} {value}" for name, value in facts.items() if value]
-    yield printable(f"{found['path']}: {', '.join([found['kind'], *known])}")
+    known = [*_media(found), *(f"{name} {value}" for name, value in facts.items() if value)]
+    kind = f"{found['kind']} of {found['of']}" if "of" in found else found["kind"]
+    yield printable(f"{found['path']}: {', '.join([kind, *known])}")
+    yield from (printable(f"  {line}") for line in _settings(found))
     if found.get("reason"):
         yield printable(f"  cannot be converted: {found['reason']}")
     elif found.get("missing"):
@@ -174,6 +176,29 @@ def described(found: dict[str, Any]) -> Iterator[str]:
         yield from _beside_or_below(f"  {name:18s} ", text, 21 + max(map(len, sizes.values())) <= _room())
     for file in found.get("files", []):
         yield from described(file)
+
+
+def _media(found: Mapping[str, Any]) -> Iterator[str]:
+    """A clip's size and sound."""
+    if "width" in found:
+        yield f"{found['frames']} frames of {found['width']}x{found['height']}"
+        yield f"{found['fps']:g} fps"
+    if "sound_rate" in found:
+        yield f"sound at {found['sound_rate']} Hz" if found["sound_rate"] else "no sound"
+
+
+def _settings(found: Mapping[str, Any]) -> Iterator[str]:
+    """How a clip was made; where and when a receipt was."""
+    request, model, machine = (found.get(name, {}) for name in ("request", "model", "machine"))
+    facts = {
+        "prompt": request.get("prompt"),
+        "seed": request.get("seed"),
+        "model": " ".join(str(model[name]) for name in ("path", "release", "variant") if model.get(name)),
+        "suite": found.get("suite"),
+        "created": found.get("created"),
+        "machine": ", ".join(str(machine[name]) for name in ("device", "system") if machine.get(name)),
+    }
+    yield from (f"{name} {value}" for name, value in facts.items() if value not in (None, ""))
 
 
 def _short(count: int) -> str:

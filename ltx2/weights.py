@@ -13,7 +13,7 @@ MAKES = "ltx2 download ltx-2-distilled --convert --bits 4"
 # Files that are no model: what they are, and the options of generate that take them.
 TAKEN = {
     "lora": ("a LoRA", "add it to a model: --lora {path}"),
-    "clip": ("a clip", "repeat it with --from {path}, or change it with --retake, --extend, --video or --reference"),
+    "video": ("a clip", "repeat it with --from {path}, or change it with --retake, --extend, --video or --reference"),
     "sidecar": ("the record of a clip", "repeat it with --from {path}"),
     "picture": ("a picture", "show it with --image {path}"),
     "sound": ("a sound", "make a picture to it with --audio {path}"),

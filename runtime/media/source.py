@@ -111,19 +111,30 @@ def count_frames(path: Path) -> int:
     return sum(1 for _ in _frames(path, ["-fps_mode", "passthrough"]))
 
 
+def count_packets(path: Path) -> int:
+    """Frames of a clip as its file lists them. Decodes nothing. Raises InputError."""
+    return len(_times(path))
+
+
 def unevenness(path: Path) -> float:
     """How far a clip's frames are shown from where they would be at an even rate, in frames; 0 where the file does not
     say when they are. Decodes nothing. Raises InputError."""
+    times = _times(path)
+    if len(times) < 3 or times[0] == UNTIMED or not (step := (times[-1] - times[0]) / (len(times) - 1)) > 0:
+        return 0.0
+    return float(np.abs(times - times[0] - step * np.arange(len(times))).max() / step)
+
+
+def _times(path: Path) -> Array:
+    """When a clip's frames are shown, in order, float64 in units of the file's own; UNTIMED first where it does not
+    say."""
     check_file(path)
     command = [ffmpeg_program(), "-hide_banner", "-nostdin", "-loglevel", "error", *_input(path)]
     command += ["-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     # A line a packet: stream, decoding time, time, duration, ...
     lines = (line.split(b",") for line in done.stdout.splitlines() if not line.startswith(b"#"))
-    times = np.sort(np.array([int(line[2]) for line in lines], np.float64))
-    if len(times) < 3 or times[0] == UNTIMED or not (step := (times[-1] - times[0]) / (len(times) - 1)) > 0:
-        return 0.0
-    return float(np.abs(times - times[0] - step * np.arange(len(times))).max() / step)
+    return np.sort(np.array([int(line[2]) for line in lines], np.float64))
 
 
 def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> AudioTrack:
