@@ -206,6 +206,12 @@ REFUSED = {
 }
 
 
+def test_what_is_wrong_with_all_clips_is_no_line_s(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("a")
+    done = here("generate", "--prompts", tmp_path / "p", "--crf", "99")
+    done.failed(1, "error: crf 99 is not valid")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_one_clip_that_is_refused_refuses_all(
     here: Here, demo_f32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

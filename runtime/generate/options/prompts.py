@@ -28,6 +28,7 @@ def read_clips(path: Path, given: Mapping[str, Any] | None = None, *, prompted: 
 
 
 def _read(path: Path, given: Mapping[str, Any], known: Set[str], prompted: bool = False) -> list[dict[str, Any]]:
+    Request(**given)  # what is wrong with these is no line's
     clips = []
     for number, line in _lines(path):
         with of(f"line {number} of {path}"):
@@ -43,8 +44,7 @@ def _options(line: str, known: Set[str]) -> dict[str, Any]:
     try:
         options = {name.replace("-", "_"): value for name, value in parse_object(line).items() if value is not None}
     except ValueError as error:
-        example = "".join(f', "{name}": 49' for name in known & {"frames"})
-        fix = f'write {{"prompt": "a red kite"{example}}}, or the prompt alone'
+        fix = 'write {"prompt": "a red kite"}, or the prompt alone'
         raise InputError("it is no JSON object", reason(error), fix) from error
     for name in options.keys() - known:
         why = "there is no such option"
