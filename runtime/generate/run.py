@@ -264,7 +264,7 @@ class Run:
         """The clip in its file; frames are there as they are decoded, so that no more than a tile's are in memory."""
         if phase is None:
             assert self.made.track is not None, "a sound is made"
-            write_wav(path, self.made.track)
+            write_wav(path, self.made.track, self._claim)
             yield from self._concluded(path)
             return
         comment = "" if self.request.no_metadata else json.dumps(self._settings)

@@ -231,12 +231,13 @@ def _check_picture(picture: Array, shape: tuple[int, ...]) -> None:
         )
 
 
-def write_wav(path: Path, audio: AudioTrack) -> None:
-    """A 16-bit WAV file; it takes its name when it is whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w+b") as file:
-        _write_wav(file, audio)
-    partial.replace(path)
+def write_wav(path: Path, audio: AudioTrack, claim: Claim | None = None) -> None:
+    """A 16-bit WAV file; `claim`, its name and what is raised are as in `video_writer`."""
+    with _explained(path), ExitStack() as stack:
+        claim = claim or stack.enter_context(claimed(path.absolute()))
+        with claim.partial.open("w+b") as file:
+            _write_wav(file, audio)
+        claim.publish()
 
 
 def _write_comment(file: IO[bytes], text: str) -> None:

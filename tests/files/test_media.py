@@ -22,6 +22,7 @@ from ltx2.runtime.media.video import (
     VideoWriter,
     video_writer,
     write_video,
+    write_wav,
 )
 from tests.support.media import read_video
 from tests.support.programs import ffmpeg_that
@@ -161,6 +162,19 @@ def test_any_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: st
     write_video(Path(name), movie(3), fps=24, audio=AudioTrack(tone(0.1), RATE))
     assert [p.name for p in folder.iterdir()] == [name]
     assert read_video(Path(name))[0].shape[0] == 3
+
+
+def test_a_sound_alone(tmp_path: Path) -> None:
+    """Its name may be as long as any; it replaces what was there when it is whole, or not at all."""
+    sound, path = AudioTrack(tone(0.1), RATE), tmp_path / f"{'a' * 250}.wav"
+    write_wav(path, sound)
+    before, rate = path.read_bytes(), read_audio(path, tmp_path)[1]
+    assert rate == RATE and len(before) > 2 * 0.1 * RATE
+    with pytest.raises(NumericsError):
+        write_wav(path, AudioTrack(np.full((1, 9), np.nan, np.float32), RATE))
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.partial"))
+    with pytest.raises(MediaError, match="there is no such file or folder"):
+        write_wav(tmp_path / "gone" / "a.wav", sound)
 
 
 def test_quality_setting_is_used(tmp_path: Path) -> None:
