@@ -296,21 +296,14 @@ def gather(at: Setting) -> tuple[Given, ...]:
         if picture.frame >= frames:
             what = f"frame {picture.frame} of {picture.path} is outside the clip"
             raise InputError(what, f"its frames are 0 to {frames - 1}", f"use {frames - 1} for the last")
-    by_frame: dict[int, str] = {}
-    for picture, _ in pictures:
-        if picture.frame in by_frame:
-            what = f"{by_frame[picture.frame]} and {picture.path} are both for frame {picture.frame}"
-            raise InputError(what, "a frame shows one picture", "give the other one another frame: PATH@FRAME")
-        by_frame[picture.frame] = picture.path
-    found: list[Given] = []
-    found += [GivenPicture(FirstFrame(p.strength), Path(p.path), crf) for p, appended in pictures if not appended]
+    first = [p for p, appended in pictures if not appended]
+    if len(first) > 1:
+        what = f"{first[0].path} and {first[1].path} are both for frame 0"
+        raise InputError(what, "a clip has one first frame", "give the other one a frame: PATH@FRAME")
+    found: list[Given] = [GivenPicture(FirstFrame(p.strength), Path(p.path), crf) for p in first]
     found += _kept(at)
     found += [GivenPicture(Keyframe(p.frame, p.strength), Path(p.path), crf) for p, appended in pictures if appended]
     if slots := request.keyframe_slots:
-        if slots > (inside := max(0, frames - 2)):
-            why = f"each is a frame between the first and the last: {frames} frames have {inside} of them"
-            fix = f"use --keyframe-slots {inside} or fewer" if inside else "leave out --keyframe-slots"
-            raise InputError(f"{slots} keyframe slots do not fit", why, fix)
         found.append(GivenNothing(Slots(slot_frames(slots, frames))))
     return (*found, *_references(at))
 

@@ -140,11 +140,6 @@ def test_slots(source: Source) -> None:
     ("options", "error", "said"),
     [
         ({"image": ["PICTURE", "PICTURE"]}, InputError, "both for frame 0"),
-        ({"image": [("PICTURE", 3), ("OTHER", 3)]}, InputError, r"0\.png and .*24\.png are both for frame 3"),
-        ({"keyframe": [("PICTURE", 0), ("OTHER", 0)]}, InputError, r"0\.png and .*24\.png are both for frame 0"),
-        ({"image": [("PICTURE", 8)], "keyframe": [("OTHER", 8)]}, InputError, "both for frame 8"),
-        ({"keyframe_slots": 24}, InputError, "24 keyframe slots do not fit.*25 frames have 23.*--keyframe-slots 23"),
-        ({"keyframe_slots": 1, "frames": 1}, InputError, "do not fit.*leave out"),
         ({"image": [("PICTURE", 25)]}, InputError, "outside the clip"),
         ({"image": ["/none.png"]}, InputError, "no such file"),
         ({"audio": ("SOUND", 0.9)}, InputError, "too short.*use --frames"),
@@ -156,8 +151,7 @@ def test_slots(source: Source) -> None:
 )
 def test_what_cannot_be_given(source: Source, options: dict[str, Any], error: type[Exception], said: str) -> None:
     """Before any network is loaded."""
-    files = {"PICTURE": source.pictures[0], "OTHER": source.pictures[24]}
-    files |= {"SOUND": source.sound, "SILENT": source.silent}
+    files = {"PICTURE": source.pictures[0], "SOUND": source.sound, "SILENT": source.silent}
 
     def named(value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -219,6 +213,13 @@ def test_an_extension_says_what_it_adds(source: Source, seconds: float, said: st
     assert said in [event.message for event in before if isinstance(event, Noted)]
 
 
+def test_a_frame_may_show_several_pictures(source: Source) -> None:
+    """All but the clip's own first one are appended."""
+    first, last = source.pictures[0], source.pictures[24]
+    job = source.pipe.plan(PROMPT, image=[first, (first, 8), (last, 8)], keyframe=[(last, 0)], **SIZE).job
+    assert [given.conditioning for given in job.given] == [FirstFrame(1.0), *map(Keyframe, (8, 8, 0))]
+
+
 class TestStates:
     """Tokens, positions and masks by the formulas of the conditionings."""
 
@@ -243,7 +244,7 @@ class TestStates:
 
     def test_slots_in_stage_1_alone(self) -> None:
         frames = slot_frames(3, 121)
-        assert frames == (30, 60, 90) and slot_frames(1, 121) == (60,) and slot_frames(7, 9) == (1, 2, 3, 4, 5, 6, 7)
+        assert frames == (30, 60, 90) and slot_frames(1, 121) == (60,)
         later = Place(2, self.GRID, 24.0, SCALES)
         assert Slots(frames).apply(self.states(), self.PLACE, Streams()).get("video").tokens == 36
         assert Slots(frames).apply(self.states(), later, Streams()).get("video").tokens == 18
