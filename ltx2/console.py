@@ -8,7 +8,7 @@ import os
 import shlex
 import socket
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -163,19 +163,6 @@ class InOrder(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
-
-
-class Once(click.Command):
-    """A command whose options that take one value are given once: the last of two would win without a word."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Wrong usage is an option that is not repeatable and is given twice."""
-        _, _, order = self.make_parser(ctx).parse_args(list(args))
-        valued = (p for p in order if isinstance(p, click.Option) and not (p.multiple or p.is_flag or p.count))
-        for option, times in Counter(valued).items():
-            if times > 1 and not ctx.resilient_parsing:
-                raise click.UsageError(f"{max(option.opts, key=len)} takes one value, and is given {times} times.", ctx)
-        return super().parse_args(ctx, args)
 
 
 class Dependent(click.Option):

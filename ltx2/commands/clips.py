@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ltx2.commands.shared import PATH, generate_options
-from ltx2.console import Once, Output, common, continuation, end_at_once, say_how_to_continue
+from ltx2.console import Output, common, continuation, end_at_once, say_how_to_continue
 from ltx2.runtime.errors import DoesNotFitError, Ltx2Error
 from ltx2.runtime.units import gb
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LATENTS = ".safetensors"
 
 
-@click.command(cls=Once)
+@click.command()
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", type=PATH, help="Model folder, or its name in weights/. [default: the only one there]")
 @click.option("-o", "--output", "target", type=PATH, help="Clip: .mp4, .mov, .gif. [default: outputs/PROMPT-SEED.mp4]")
@@ -73,7 +73,7 @@ def generate(
     _make(output, generation, dry_run)
 
 
-@click.command(cls=Once)
+@click.command()
 @click.argument("source", metavar="INPUT", type=PATH)
 @click.option("-m", "--model", type=PATH, help="Model folder, or its name in weights/. [default: the only one there]")
 @click.option(
@@ -168,7 +168,7 @@ def _show_plans(output: Output, generation: "Generation") -> None:
     output.result({"plan": plan.to_dict()} | (several if machines.several else {}), text)
 
 
-@click.command(cls=Once)
+@click.command()
 @click.argument("folder", metavar="[DIR]", default="ltx2-demo", type=PATH)
 @click.option("--release", metavar="NAME", help="Of the tiny model: 2.0 (default); from a clone also 2.5.")
 @common

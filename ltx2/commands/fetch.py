@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ltx2.commands.shared import PATH, follow_deletion, follow_model
-from ltx2.console import Dependent, Once, Output, common
+from ltx2.console import Dependent, Output, common
 
 if TYPE_CHECKING:
     from ltx2.convert.fetch.catalogue import Published
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 with_convert = partial(click.option, cls=Dependent, needs=("converted",))
 
 
-@click.command(cls=Once)
+@click.command()
 @click.argument("names", nargs=-1, metavar="NAME...")
 @click.option("-o", "--output", "weights", type=PATH, default="weights", help="Folder to fill.")
 @click.option("--list", "listed", is_flag=True, help="List all names; needs no network.")

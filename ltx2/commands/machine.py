@@ -3,12 +3,12 @@
 import click
 
 from ltx2.commands.shared import Gigabytes, generate_options
-from ltx2.console import Once, Output, common
+from ltx2.console import Output, common
 
 SIZES = ("width", "height", "frames")
 
 
-@click.command(cls=Once)
+@click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--memory", type=Gigabytes(), help="Plan for a Mac of so much memory; default: this computer.")
 @click.option("--bits", type=int, help="Only so many bits (16: as it is); default: as it is, and all presets.")
@@ -29,7 +29,7 @@ def plan(output: Output, names: tuple[str, ...], memory: float | None, bits: int
     output.result(made.to_dict(), advice(made))
 
 
-@click.command(cls=Once)
+@click.command()
 @common
 def doctor(output: Output) -> None:
     """Say what this computer is, and whether it computes right.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ltx2.commands.shared import PATH, generate_options
-from ltx2.console import Dependent, Once, Output, common, end_at_once
+from ltx2.console import Dependent, Output, common, end_at_once
 from ltx2.runtime.generate.options.table import COSTS
 from ltx2.runtime.model.forms import MODES
 
@@ -23,7 +23,7 @@ with_random = partial(click.option, cls=Dependent, needs=("random",))
 with_quality = partial(click.option, cls=Dependent, needs=("compared",))
 
 
-@click.command(cls=Once)
+@click.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...", type=PATH)
 @when_timing("--random", metavar="NAME", help="A published model's shapes, with random weights.")
 @with_random("--bits", type=int, multiple=True, help="Of --random's weights, 16 for none packed; repeatable.")

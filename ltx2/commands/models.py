@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ltx2.commands.shared import PATH, Gigabytes, follow_deletion, follow_fit, follow_model, generate_options
-from ltx2.console import Dependent, Once, Output, common
+from ltx2.console import Dependent, Output, common
 from ltx2.quant.codes.methods import METHODS, SEARCH
 from ltx2.runtime.errors import Ltx2Error
 from ltx2.runtime.model.forms import AFFINE, MODES
@@ -16,7 +16,7 @@ PACKS = ("bits", "mode", "recipe", "fit")  # options that each make a conversion
 when_packing = partial(click.option, cls=Dependent, needs=PACKS)
 
 
-@click.command(cls=Once)
+@click.command()
 @click.argument("sources", nargs=-1, required=True, type=PATH)
 @click.option("-o", "--output", "target", type=PATH, required=True, help="Model folder to write.")
 @click.option("--variant", type=click.Choice(["dev", "distilled"]), help="Where the file name does not say it.")
@@ -88,7 +88,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     output.result(made, text)
 
 
-@click.command(cls=Once)
+@click.command()
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", "target", type=PATH, required=True, help="Model folder to write.")
 @click.option("--bits", type=int, help="2, 3, 4 (default), 5, 6 or 8; mxfp4, nvfp4: 4; mxfp8: 8.")
@@ -132,7 +132,7 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
     output.result(*follow_model(output, quantize_folder(model, target, Settings(**options), written), report))
 
 
-@click.command(cls=Once)
+@click.command()
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", "target", type=PATH, required=True, help="Statistics to write, *.safetensors.")
 @click.option("--prompts", type=PATH, metavar="FILE", help="A prompt a line, also as JSON; default: 16 of ours.")
@@ -163,7 +163,7 @@ def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, g
     output.result(done.to_dict(), f"{done.path}  ({seen}, {done.seconds:.1f} s)")
 
 
-@click.command(cls=Once)
+@click.command()
 @click.argument("path", type=PATH)
 @common
 def inspect(output: Output, path: Path) -> None:
@@ -175,7 +175,7 @@ def inspect(output: Output, path: Path) -> None:
     output.result(found, "\n".join(described(found)))
 
 
-@click.command(cls=Once)
+@click.command()
 @click.argument("model", type=PATH)
 @click.option("--source", "sources", multiple=True, type=PATH, help="Compare values; repeatable.")
 @click.option(

@@ -91,9 +91,6 @@ USAGE = {
     "no number": (["generate", "x", "-m", "m", "-o", "c.mp4", "--frames", "many"], "'many' is not a whole number"),
     "an option without --bits": (["convert", "x", "-o", "y", "--group-size", "64"], "--group-size has no effect"),
     "an unknown mode": (["quantize", "x", "-o", "y", "--mode", "int4"], "'int4' is not one of 'affine', 'mxfp4'"),
-    "two sounds": (["generate", "x", "--audio", "a.wav", "--audio", "b.wav"], "--audio takes one value, and is given"),
-    "two outputs": (["convert", "x", "-o", "y", "--output", "z"], "--output takes one value, and is given 2 times"),
-    "two seeds of one clip": (["upscale", "x", "-o", "y", "--seed", "1", "--seed=2"], "--seed takes one value"),
     "too many arguments": (["generate", "two", "prompts", "-o", "c.mp4"], "unexpected extra argument"),
 }
 

@@ -201,7 +201,7 @@ class TestInterrupted:
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
 
     def test_long_spellings_are_not_said_again(self, arguments: list[str], tmp_path: Path) -> None:
-        """An option is given once, however it is spelt."""
+        """What continues a run adds only what the command lacks, however that is spelt."""
         spelt = " ".join(arguments).replace(" -o ", " --output=").replace("--seed ", "--seed=").split()
         ended = stop(spelt, signal.SIGINT, "stage1", 0)
         assert ended.returncode == 130 and f"this continues: {shlex.join(['ltx2', *spelt])}\n" in ended.stderr
