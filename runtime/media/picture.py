@@ -36,7 +36,7 @@ FAST = 1  # compression
 def read_picture(path: Path) -> Array:
     """A picture, or a clip's first frame: uint8 (H, W, 3) in sRGB, turned as its EXIF says; alpha is dropped, grey
     becomes RGB, 16 bits become 8. Raises InputError, also for one that is cut off or damaged."""
-    from pi_heif import register_heif_opener  # type: ignore[import-untyped]
+    from pi_heif import is_supported, register_heif_opener  # type: ignore[import-untyped]
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     check_file(path)
@@ -50,7 +50,9 @@ def read_picture(path: Path) -> Array:
             if picture.format in ("JPEG", "MPO"):
                 first_frame(path)  # what is missing inside is grey to Pillow, and an error to ffmpeg
             return np.asarray(_in_srgb(ImageOps.exif_transpose(picture), path))
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
+        if is_supported(path):  # ffmpeg would show one of its tiles
+            raise InputError(f"cannot read {path}", "it is cut off or damaged", OTHER) from error
         return first_frame(path)
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is too large", str(error), "make it smaller first") from error
