@@ -21,8 +21,8 @@ from ltx2.runtime.generate.options.values import Auto
 from ltx2.runtime.model.layout import DURATION_HEAD, ModelFolder
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
-# Options that say how long the clip is.
 SMALLER = 3  # times than what a model was made for: so far it still does something
+# Options that say how long the clip is.
 LENGTHS = ("video", "retake", "extend", "upscale", "latents", "noise")
 
 
