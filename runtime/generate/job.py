@@ -13,9 +13,16 @@ import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.generate.given import Clip, Given, Setting, gather, sound_track
-from ltx2.runtime.generate.options.choices import asked_length, chosen_pipeline, doubts, grown, samples, stages_of
-from ltx2.runtime.generate.options.kinds import digest, portable
-from ltx2.runtime.generate.options.preset import DISTILLED, PIPELINES, negative_prompt, pipeline_row, preset_of
+from ltx2.runtime.generate.options.choices import (
+    asked_length,
+    chosen_pipeline,
+    defaults_of,
+    doubts,
+    grown,
+    samples,
+    stages_of,
+)
+from ltx2.runtime.generate.options.preset import DISTILLED, pipeline_row, preset_of
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.options.values import Auto, Lora
 from ltx2.runtime.generate.records.exchange import check_noise, read_embeddings, read_latents, read_noise
@@ -87,7 +94,9 @@ class Job:
         self.length = length if self.auto is not None else None
         if self.auto is not None:
             request = replace(request, frames=(length or self.predicted(self.auto.least)).frames)
-        self.request = request.with_defaults(self._defaults(request))
+        layers = self.transformer_config.num_layers if self.row is not None and self.row.guided else 0
+        vae = "conv" if self.coder == VIDEO_VAE else "diffusion"
+        self.request = request.with_defaults(defaults_of(self.preset, self.row, request, layers) | {"vae": vae})
         self.sizes = self.request.sizes
         multiple = max((stage.downscale for stage in self.stages), default=1)
         self.sizes.check(self.scales, multiple, self.video_config.smallest_side)
@@ -100,24 +109,6 @@ class Job:
         """The clip's length where the duration head answers so many seconds."""
         auto, fps = self.auto or Auto(), self.asked.fps or self.preset.defaults["fps"]
         return duration(seconds, fps, auto.least, auto.most, self.scales.temporal)
-
-    def _defaults(self, request: Request) -> dict[str, Any]:
-        """Options that have values where the request gives none."""
-        defaults = {**self.preset.defaults} | {"vae": "conv" if self.coder == VIDEO_VAE else "diffusion"}
-        if self.row is None:
-            return defaults
-        defaults |= {"image_crf": self.preset.image_crf}
-        if self.row.name in PIPELINES:
-            defaults["pipeline"] = self.row.name
-        if self.row.guided:
-            layers = self.transformer_config.num_layers
-            blocks = tuple(min(block, layers - 1) for block in self.preset.guided["stg_blocks"])
-            defaults |= {**self.preset.guided, "stg_blocks": blocks, "negative_prompt": negative_prompt()}
-            defaults |= {"skip_steps": 0, "audio_skip_steps": 0, **self.row.options}
-            if missing := [block for block in request.stg_blocks or () if block >= layers]:
-                why = f"the transformer has blocks 0 to {layers - 1}"
-                raise InputError(f"there is no block {missing[0]} for --stg-blocks", why, f"use {layers - 1}")
-        return defaults
 
     @cached_property
     def given(self) -> tuple[Given, ...]:
@@ -340,31 +331,6 @@ class Job:
         if self.request.upscale is None or clip is None or clip.latents or not clip.sound or self.request.no_audio:
             return None
         return read_sound(clip.path, 0.0, clip.sizes.frames / clip.sizes.fps)
-
-    def record(self) -> dict[str, Any]:
-        """What a sidecar says of the stages, of the sound's origin, and of every file that is given."""
-        inputs = [
-            {"option": name, "path": portable(path), "size": Path(path).stat().st_size, "sha256": digest(path)}
-            for name, path in self.request.inputs()
-        ]
-        sound = None if self.row is None else f"stage {self.sound_stage}"
-        sound = "given" if self.request.audio is not None or self.request.upscale is not None else sound
-        length = {} if self.length is None else {"duration": asdict(self.length)}
-        return {"stages": [self._stage_record(n) for n in self.numbers], "sound": sound, "inputs": inputs} | length
-
-    def _stage_record(self, number: int) -> dict[str, Any]:
-        course, grid, row = self.course(number), self.stage_grid(number), self.stages[number - 1]
-        scale = self.scales.spatial
-        return {
-            "width": grid.width * scale,
-            "height": grid.height * scale,
-            "sigmas": course.sigmas,
-            "sampler": row.sampler or "euler",
-            "loras": [{"path": portable(use.path), "strength": use.strength(number)} for use, _ in self.loras.uses],
-            "guidance": {name: asdict(g) for name, g in course.guidance.items()} if row.guided else None,
-            "passes": len(passes(course.guidance, self.frozen)),
-            "tokens": {name: {s.name: s.tokens for s in found} for name, found in self.segments(number).items()},
-        }
 
     def check(self, components: list[str]) -> dict[str, nn.Module]:
         """The components are whole, files to read fit. Reads headers, and small files. Returns the components'

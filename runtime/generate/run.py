@@ -299,7 +299,7 @@ class Run:
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        return make_settings(self.job.folder, self.request) | self.job.record()
+        return make_settings(self.job)
 
     def _record(self) -> dict[str, Any]:
         record = make_record(self._settings, self.done, self._seconds())

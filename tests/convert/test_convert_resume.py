@@ -103,9 +103,7 @@ def killed(folder: Path, model: str, points: Sequence[str]) -> None:
 
 class TestKilled:
     @pytest.mark.parametrize("points", [POINTS, pytest.param(MORE_POINTS, marks=pytest.mark.thorough)], ids=len)
-    def test_converting(
-        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: list[str]
-    ) -> None:
+    def test_converting(self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: list[str]) -> None:
         """Nothing stands under the final name, what is marked is not done again, and the bytes are those of one run."""
         monkeypatch.setattr(stream, "MARK_BYTES", MARK_BYTES)
         killed(tmp_path, "", points)

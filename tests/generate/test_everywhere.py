@@ -130,7 +130,7 @@ def test_conditioning(
     assert same(latents(iter(rest)), base)
 
     job = Job(ModelFolder.open(demo_25), asked(name, files, text), LATENTS)
-    again = Request.again(Sidecar.from_record(make_settings(job.folder, job.request) | job.record()).request, {})
+    again = Request.again(Sidecar.from_record(make_settings(job)).request, {})
     assert again.identity() == job.request.identity()
 
     ours = latents(Pipeline(packed).events(asked(name, files, text), LATENTS))

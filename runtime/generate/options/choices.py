@@ -1,4 +1,5 @@
-"""What a request leaves open, and the model folder decides: the pipeline, its stages, and the clip's length."""
+"""What a request leaves open, and the model folder decides: the pipeline, its stages, other options' values, and the
+clip's length."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -9,10 +10,13 @@ from ltx2.runtime.generate.options.preset import (
     DISTILLED,
     HQ,
     ONE_STAGE,
+    PIPELINES,
     TWO_STAGE,
     UPSCALE,
     PipelineRow,
+    Preset,
     StageRow,
+    negative_prompt,
     preset_of,
 )
 from ltx2.runtime.generate.options.request import Request
@@ -96,6 +100,24 @@ def stages_of(rows: tuple[StageRow, ...], request: Request, first: str) -> tuple
         return (replace(rows[0], downscale=1),)
     start = replace(rows[0], sampler=rows[0].sampler or ("euler" if request.reference else first))
     return (replace(start, downscale=1),) if request.no_upscale else (start, *rows[1:])
+
+
+def defaults_of(preset: Preset, row: PipelineRow | None, request: Request, layers: int) -> dict[str, Any]:
+    """Options that have values where the request gives none, in a pipeline (None: nothing is sampled) of a transformer
+    with so many `layers`. Raises InputError for a block that is not among them."""
+    if row is None:
+        return {**preset.defaults}
+    defaults = {**preset.defaults, "image_crf": preset.image_crf}
+    if row.name in PIPELINES:
+        defaults["pipeline"] = row.name
+    if row.guided:
+        blocks = tuple(min(block, layers - 1) for block in preset.guided["stg_blocks"])
+        defaults |= {**preset.guided, "stg_blocks": blocks, "negative_prompt": negative_prompt()}
+        defaults |= {"skip_steps": 0, "audio_skip_steps": 0, **row.options}
+        if missing := [block for block in request.stg_blocks or () if block >= layers]:
+            why = f"the transformer has blocks 0 to {layers - 1}"
+            raise InputError(f"there is no block {missing[0]} for --stg-blocks", why, f"use {layers - 1}")
+    return defaults
 
 
 def doubts(folder: ModelFolder, row: PipelineRow, asked: Request, sizes: Sizes, reach: float) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from ltx2.runtime.errors import InputError, MediaError, reason
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.files.atomic import Claim, beside, write_text
 from ltx2.runtime.files.jsonfile import parse_object, read_object
+from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options.kinds import digest, portable
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.options.table import ROWS
 from ltx2.runtime.generate.options.values import path_of
 from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.media.source import read_comment
-from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.sampling.guidance import passes
 
 SETTINGS = ("ltx2", "request", "model", "stages", "sound", "inputs", "duration")
 
@@ -28,21 +29,44 @@ def sidecar_path(video: Path) -> Path:
     return beside(video.with_suffix(""), ".json")
 
 
-def make_settings(folder: ModelFolder, request: Request) -> dict[str, Any]:
-    """What makes the clip, beside a job's own record: a request with all its defaults, and the model."""
-    manifest = folder.manifest
-    return {
+def make_settings(job: Job) -> dict[str, Any]:
+    """What makes the clip: a request with all its defaults, the model, the stages, the sound's origin, and every file
+    that is given."""
+    manifest, request = job.folder.manifest, job.request
+    sound = None if job.row is None else f"stage {job.sound_stage}"
+    settings = {
         "ltx2": __version__,
         "request": request.recorded(),
         "model": {
-            "path": portable(folder.path),
+            "path": portable(job.folder.path),
             "release": manifest.release,
             "variant": manifest.variant,
-            "files": folder.hashes(),
+            "files": job.folder.hashes(),
             "quantization": {n: c.quantization for n, c in manifest.components.items() if c.quantization},
             "sources": [{"name": s.name, "sha256": s.sha256} for s in manifest.sources],
             "converted_by": manifest.tool_version,
         },
+        "stages": [_stage(job, number) for number in job.numbers],
+        "sound": "given" if request.audio is not None or request.upscale is not None else sound,
+        "inputs": [
+            {"option": name, "path": portable(path), "size": Path(path).stat().st_size, "sha256": digest(path)}
+            for name, path in request.inputs()
+        ],
+    }
+    return settings if job.length is None else settings | {"duration": asdict(job.length)}
+
+
+def _stage(job: Job, number: int) -> dict[str, Any]:
+    course, grid, row = job.course(number), job.stage_grid(number), job.stages[number - 1]
+    return {
+        "width": grid.width * job.scales.spatial,
+        "height": grid.height * job.scales.spatial,
+        "sigmas": course.sigmas,
+        "sampler": row.sampler or "euler",
+        "loras": [{"path": portable(use.path), "strength": use.strength(number)} for use, _ in job.loras.uses],
+        "guidance": {name: asdict(g) for name, g in course.guidance.items()} if row.guided else None,
+        "passes": len(passes(course.guidance, job.frozen)),
+        "tokens": {name: {s.name: s.tokens for s in found} for name, found in job.segments(number).items()},
     }
 
 
