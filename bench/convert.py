@@ -1,5 +1,5 @@
-"""How long `ltx2 convert` takes beside `cp` of the same file, and the memory it needs: on files of random values with
-the published names and shapes, larger than any cache that helps, each run from a cold cache to the disk.
+"""Time `ltx2 convert` against `cp` of the same file, and measure its memory: on files of random values with the
+published names and shapes, each run from a cold cache to the disk.
 
 `python -m ltx2.bench.convert --out receipt.json`"""
 
@@ -29,24 +29,24 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One way to convert one file."""
+    """One way to convert a checkpoint of 16 or 8 bits."""
 
     name: str
-    source: str
+    bits: int
     options: tuple[str, ...] = ()
 
 
 CASES = (
-    Case("bf16, copied", "bf16"),
-    Case("FP8, kept", "fp8"),
-    Case("FP8 to bf16", "fp8", ("--dtype", "bf16")),
-    Case("bf16 to 4 bits", "bf16", ("--bits", "4")),
+    Case("bf16, copied", 16),
+    Case("FP8, kept", 8),
+    Case("FP8 to bf16", 8, ("--dtype", "bf16")),
+    Case("bf16 to 4 bits", 16, ("--bits", "4")),
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of one run until its output was on the disk, and the most anonymous memory it had (where known)."""
+    """Seconds of one run until its output was on the disk, and its peak of anonymous memory, where known."""
 
     seconds: float
     memory: int | None
@@ -55,12 +55,12 @@ class Run:
 def run(folder: Path, blocks: int, rounds: int, names: Sequence[str], show: Callable[[Row], None]) -> Row:
     """Measure the cases in `folder`, each in turns with `cp`; passes each row to `show` and returns the receipt."""
     rows = []
-    sources = {case.source for case in CASES if case.name in names or not names}
-    for source in sorted(sources):
-        path = folder / f"random-{source}-distilled.safetensors"
-        write_checkpoint(path, blocks, source == "fp8")
-        for case in CASES:
-            if case.source == source and (case.name in names or not names):
+    chosen = [case for case in CASES if case.name in names or not names]
+    for bits in sorted({case.bits for case in chosen}):
+        path = folder / f"random-{bits}-bits-distilled.safetensors"
+        write_checkpoint(path, blocks, bits)
+        for case in chosen:
+            if case.bits == bits:
                 rows.append(measure(case, path, rounds))
                 show(rows[-1])
         path.unlink()
@@ -113,7 +113,7 @@ def _row(case: Case, read: int, written: int, runs: dict[str, list[Run]]) -> Row
 
 
 def timed(command: Sequence[str], to_sync: Path | None) -> Run:
-    """Run a command; `to_sync` is a file to bring to the disk afterwards, as part of the time."""
+    """Run a command; `to_sync` is a file to sync afterwards, as part of the time."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = None
@@ -129,7 +129,7 @@ def timed(command: Sequence[str], to_sync: Path | None) -> Run:
 
 
 def anonymous_memory(process: int) -> int | None:
-    """Bytes of memory that are no file's, where the system tells."""
+    """Bytes of a process's memory that belong to no file; None where the system does not say."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -138,7 +138,7 @@ def anonymous_memory(process: int) -> int | None:
 
 
 def forget(file: Path) -> None:
-    """Let the system write out what waits, and forget what it has read: of everything where we may, else of a file."""
+    """Sync, then drop the page cache: all of it where we may, else this file's."""
     os.sync()
     if _can_drop_all():
         DROP_CACHES.write_text("3")

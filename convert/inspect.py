@@ -18,9 +18,9 @@ from ltx2.convert.sources.ours import our_kind
 from ltx2.convert.sources.source import VARIANTS, Source, variant_in_name
 from ltx2.convert.tensors.scales import CodedTensors, dropped_beside_codes, find_codes
 from ltx2.convert.tensors.steps import Spec
-from ltx2.runtime.errors import Ltx2Error, UnsupportedError
+from ltx2.runtime.errors import Ltx2Error
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
-from ltx2.runtime.generate.options.preset import load_preset
+from ltx2.runtime.generate.options.preset import sampled_releases
 from ltx2.runtime.model.forms import Quantization
 from ltx2.runtime.model.layout import MANIFEST, ModelFolder, missing_networks
 from ltx2.runtime.model.lorafile import alphas
@@ -104,7 +104,7 @@ def _source(source: Source) -> dict[str, Any]:
         "storage": ", ".join(sorted(storage)) or None,
         "convert": reason is None,
         "reason": reason,
-        "generate": reason is None and any(_generates(r.name) for r in source.releases or releases()),
+        "generate": reason is None and any(r.name in sampled_releases() for r in source.releases or releases()),
         "bytes": sum(file.size for file in source.files),
         "components": {name: components[name].to_dict() for name in sorted(components)},
         "metadata": sorted({key for file in source.files for key in file.metadata}),
@@ -121,14 +121,6 @@ def _refusal(source: Source) -> str | None:
     except Ltx2Error as error:
         return f"{error.what}: {error.why}"
     return None
-
-
-def _generates(release: str | None) -> bool:
-    try:
-        load_preset(release)
-    except UnsupportedError:
-        return False
-    return True
 
 
 def _components(source: Source) -> dict[str, Summary]:
@@ -173,7 +165,7 @@ def _model(folder: ModelFolder) -> dict[str, Any]:
         "path": str(folder.path),
         "release": manifest.release,
         "variant": manifest.variant,
-        "generate": not missing and _generates(manifest.release),
+        "generate": not missing and manifest.release in sampled_releases(),
         "missing": missing,
         "tool_version": manifest.tool_version,
         "bytes": sum(file.size for record in manifest.components.values() for file in record.files),

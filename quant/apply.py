@@ -29,7 +29,7 @@ from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 AFFINE_GROUP = 64  # what layers get that a mode has no bits for
 EMBEDDING = "embed_tokens"  # MLX's embeddings have no output multiplier
 DEFAULT_BITS = 4
-ROTATION = 64  # inputs of a block; wider ones gain some percent more on bench/layers.py, and nothing on the demo model
+ROTATION = 64  # inputs of a block; wider ones gain some percent on synthetic layers, and nothing on the demo model
 UNROTATED = 8  # bits that lose too little for rotating to be worth its time
 BESIDE = 8  # bits of the layers beside a fitted transformer, unless its recipe has its own
 

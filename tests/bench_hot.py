@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_map
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ltx2.bench.random.published import published
+from ltx2.bench.random.model import random_folder
 from ltx2.bench.random.values import RandomValues
 from ltx2.convert.output.pieces import bytes_of
 from ltx2.convert.tensors.codes import Fp8, Scale
@@ -108,7 +108,7 @@ def test_block(measure: Time) -> None:
     """Both streams of one transformer block."""
     small = {"num_layers": 1, "num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "cross_attention_dim": DIM}
     small |= {"audio_num_attention_heads": HEADS, "audio_attention_head_dim": HEAD_DIM // 2}
-    settings = published()["networks"]["transformer"][1] | small | {"audio_cross_attention_dim": DIM // 2}
+    settings = random_folder("ltx-2-distilled").config("transformer") | small | {"audio_cross_attention_dim": DIM // 2}
     config = TransformerConfig.from_dict(settings)
     block = ready(TransformerBlock(config))
     x, y = normal(1, TOKENS, DIM), normal(1, SOUND, DIM // 2)
@@ -131,10 +131,10 @@ FORMS = [Form(4, 64), Form(8, 64), Form(8, 32, "mxfp8"), Form(4, 16, "nvfp4")]
 def test_quantized_linear(measure: Time, form: Form) -> None:
     """In the way that is the fastest on this machine."""
     layer, values = Packed(DIM, DIM, form), RandomValues(Quantization(form))
-    layer.weight = values.tensor("a.weight", Spec((DIM, DIM * form.bits // 32), "U32"))
-    spec = Spec((DIM, DIM // form.group_size), ("BF16" if ON_GPU else "F32") if form.biased else "U8")
+    layer.weight = values.tensor("a.weight", "U32", (DIM, DIM * form.bits // 32))
+    dtype = ("BF16" if ON_GPU else "F32") if form.biased else "U8"
     for part in ("scales", "biases") if form.biased else ("scales",):
-        setattr(layer, part, values.tensor(f"a.{part}", spec))
+        setattr(layer, part, values.tensor(f"a.{part}", dtype, (DIM, DIM // form.group_size)))
     mx.eval(layer.parameters())
     choose_products(layer, "auto")
     measure(layer, normal(1, TOKENS, DIM), flops=2 * TOKENS * DIM * DIM)

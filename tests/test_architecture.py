@@ -60,7 +60,7 @@ USERS = {
 }
 PRINTERS = {
     "ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "bench/speed/table.py",
-    "bench/convert.py", "bench/quality/demo_quality.py", "bench/fullsize.py", "bench/ranks.py",  # python -m
+    "bench/convert.py", "bench/quality/demo_quality.py",  # python -m
 }  # fmt: skip
 WITHOUT_MLX = ("convert/names", "convert/tensors", "runtime/model", "runtime/files", "quant/recipes")
 WITHOUT_MLX_FILES = (

@@ -125,18 +125,7 @@ def _models(names: Sequence[str]) -> Iterator[Planned]:
         elif (Path(name).exists() and name not in known.published) or (Path(name) / MANIFEST).exists():
             yield PlannedFolder(ModelFolder.open(Path(name)))
         else:
-            yield PlannedBundle(_bundle_of(name))
-
-
-def _bundle_of(name: str) -> Any:
-    """The bundle that has a published file as its model. Raises InputError for another name."""
-    known = catalogue()
-    (chosen, *_) = known.choose([name])
-    for bundle in known.bundles.values():
-        if bundle.names[0] == chosen.name:
-            return bundle
-    why = f"it is a part of one, for: {chosen.purpose}"
-    raise InputError(f"{name} is no model", why, f"name one of {', '.join(known.bundles)}, or a model folder")
+            yield PlannedBundle(known.bundle(name))
 
 
 def _presets(bits: int | None) -> dict[str, Settings | None]:

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ltx2.runtime.errors import InputError, UnsupportedError
-from ltx2.runtime.generate.options.preset import load_preset
+from ltx2.runtime.errors import InputError
+from ltx2.runtime.generate.options.preset import sampled_releases
 
 HUB = "https://huggingface.co"
 
@@ -73,11 +73,7 @@ class Bundle:
 
     @property
     def generates(self) -> bool:
-        try:
-            load_preset(self.release)
-        except UnsupportedError:
-            return False
-        return True
+        return self.release in sampled_releases()
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,17 @@ class Catalogue:
                     raise self._unknown(name)
                 chosen[found.name] = found
         return tuple(chosen.values())
+
+    def bundle(self, name: str) -> Bundle:
+        """The bundle of this name, or whose model is the published file of this name. Raises InputError for another."""
+        if name in self.bundles:
+            return self.bundles[name]
+        (file,) = self.choose([name])
+        for bundle in self.bundles.values():
+            if bundle.names[0] == file.name:
+                return bundle
+        why = f"it is a part of one, for: {file.purpose}"
+        raise InputError(f"{name} is no model", why, f"name one of {', '.join(self.bundles)}")
 
     def size(self, name: str) -> int:
         """Bytes of a thing or bundle, as far as known without the hub."""

@@ -11,7 +11,6 @@ from typing import Any
 
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.tensors import TensorFile
-from ltx2.runtime.generate.options.preset import sampled_releases
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,6 @@ class Release:
     text_encoder: str
     signs: tuple[Sign, ...]
 
-    @property
-    def generates(self) -> bool:
-        """Whether this version makes clips with it; every release is converted."""
-        return is_computed(self.name)
-
 
 @cache
 def releases() -> tuple[Release, ...]:
@@ -67,11 +61,6 @@ def releases() -> tuple[Release, ...]:
         signs = tuple(Sign(**sign) for sign in data["signs"])
         found.append(Release(data["name"], data["title"], data["text_encoder"], signs))
     return tuple(found)
-
-
-def is_computed(release: str | None) -> bool:
-    """Whether this version has the networks of the release of this name; what belongs to no certain one, it has."""
-    return release is None or release in sampled_releases()
 
 
 def recognise_releases(file: TensorFile, config: Mapping[str, Any]) -> tuple[Release, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from ltx2.runtime.model.names import folder_name, modules, published_name, read_lora_name
+from ltx2.runtime.model.names import folder_name, modules, read_lora_name
 
 UNUSED_STATISTIC = "a statistic no network uses"
 VISION = "vision and audio towers and their projectors are not part of the text encoder"
@@ -171,13 +171,6 @@ def _rules(kind: str) -> tuple[Mapping[str, Rule], tuple[Rule, ...]]:
     return whole, tuple(rule for rule in RULES[kind] if rule.prefix not in whole)
 
 
-def published(component: str, key: str) -> str:
-    """A tensor's name in a checkpoint as published, from that in a model folder: what `target` read forwards."""
-    name = published_name(component, key)
-    rule = next(r for r in CHECKPOINT if r.component == component and not r.exact and name.startswith(r.keep))
-    return rule.prefix + name.removeprefix(rule.keep)
-
-
 def prefixed(name: str) -> str:
     """A tensor of a transformer's file, with the prefix that names have in a checkpoint as published; others as they
     are."""
@@ -190,12 +183,6 @@ def axes(component: str, key: str, rank: int) -> tuple[int, ...] | None:
         if row.component == component and len(row.axes) == rank and re.fullmatch(row.pattern, key):
             return row.axes
     return None
-
-
-def published_shape(component: str, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A tensor's shape as published, from that in a model folder."""
-    turned = axes(component, key, len(shape))
-    return tuple(shape[turned.index(axis)] for axis in range(len(shape))) if turned else shape
 
 
 def is_linear(component: str, key: str, shape: tuple[int, ...]) -> bool:

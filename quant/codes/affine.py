@@ -16,7 +16,7 @@ from ltx2.runtime.files.tensors import Array
 Ranges = tuple[tuple[float, float], ...]
 
 # Ranges tried, as the kept fractions of the (lower, upper) half of a group's range: chosen greedily for the error they
-# reach on other draws of the kinds of weights in bench/layers.py. At 4 bits, three more gain less than 0.5 %.
+# reach on other draws of the kinds of weights in tests/support/layers.py. At 4 bits, three more gain less than 0.5 %.
 RANGES: Mapping[int, Ranges] = {
     2: ((0.65, 0.65), (0.5, 0.75), (0.75, 0.55), (0.8, 0.45), (0.7, 0.75)),
     3: ((0.85, 0.85), (0.95, 0.8), (0.8, 0.95), (0.85, 0.9), (0.95, 0.95)),

@@ -11,7 +11,7 @@ from ltx2.runtime.model.forms import Form
 
 # What is measured on few tokens is mostly chance, and tokens of one prompt are alike: the correlations between columns
 # are believed the less, the fewer there were. Chosen on other prompts' errors: on the demo model with 1 to 32 prompts,
-# on bench/layers.py with 1 to 6 tokens for each column; twice or half as much changes the error by some percent.
+# on tests/support/layers.py with 1 to 6 tokens per column; twice or half as much changes the error by some percent.
 PROMPTS, TOKENS = 4.0, 2.0
 LEAST = 1e-3  # of the diagonal's mean, added to the diagonal: some inputs never vary
 LEAF = 256  # columns that are factored and inverted at once

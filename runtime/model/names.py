@@ -1,6 +1,6 @@
-"""The names of tensors as one table (names.json), read in every direction: as Lightricks publishes them, in diffusers'
-words, and in a model folder. Converting reads it forwards, look-alikes of published files backwards; the names of a
-LoRA's tensors are read by it too. Only a name that means a row is understood, so nothing is guessed."""
+"""The names of tensors as one table (names.json): as Lightricks publishes them, in diffusers' words, and in a model
+folder. Converting looks up published names; a LoRA's tensors may have any of the three. Only a name that matches a row
+is understood, so nothing is guessed."""
 
 import json
 import re
@@ -65,13 +65,16 @@ class LoraTensor:
 
 
 def folder_name(component: str, name: str) -> str:
-    """A tensor's name in a model folder, from the published one below its prefix."""
-    return _renamed(_ways()[0], component, name)
-
-
-def published_name(component: str, key: str) -> str:
-    """A tensor's published name below its prefix, from that in a model folder."""
-    return _renamed(_ways()[1], component, key)
+    """A tensor's name in a model folder, from the published one below its prefix; the same where the table has no row
+    for it or its module."""
+    if (paths := _folder_paths().get(component)) is None:
+        return name
+    template, number = _split(name)
+    module, _, part = template.rpartition(".")
+    if path := paths.get(template):
+        return path.replace(BLOCK, number)
+    path = paths.get(module)
+    return f"{path.replace(BLOCK, number)}.{part}" if path else name
 
 
 @lru_cache(8192)  # asked several times for each tensor of a file; the largest published one has 3320
@@ -121,18 +124,13 @@ def _filled(template: str, words: list[str]) -> str:
     return re.sub(r"\{(?!bid)\w+\}", lambda _: next(rest), template)
 
 
-Way = Mapping[str, Mapping[str, str]]  # component -> path -> path
-
-
 @cache
-def _ways() -> tuple[Way, Way]:
-    """From published to ours, and back."""
-    there: dict[str, dict[str, str]] = {}
-    back: dict[str, dict[str, str]] = {}
+def _folder_paths() -> Mapping[str, Mapping[str, str]]:
+    """Component -> a module's published path -> its path in a model folder."""
+    paths: dict[str, dict[str, str]] = {}
     for module in modules():
-        there.setdefault(module.component, {})[module.published] = module.folder
-        back.setdefault(module.component, {})[module.folder] = module.published
-    return there, back
+        paths.setdefault(module.component, {})[module.published] = module.folder
+    return paths
 
 
 @cache
@@ -150,15 +148,3 @@ def _split(path: str) -> tuple[str, str]:
     """A path with `{bid}` for its block, and the block's number, if it has one."""
     number = _NUMBER.search(path)
     return (_NUMBER.sub(BLOCK, path, count=1), number.group()) if number else (path, "")
-
-
-def _renamed(way: Way, component: str, name: str) -> str:
-    """A tensor's name, or its module's, by the table; itself where it has no row."""
-    if (table := way.get(component)) is None:
-        return name
-    template, number = _split(name)
-    module, _, part = template.rpartition(".")
-    if path := table.get(template):
-        return path.replace(BLOCK, number)
-    path = table.get(module)
-    return f"{path.replace(BLOCK, number)}.{part}" if path else name

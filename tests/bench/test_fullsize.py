@@ -3,9 +3,8 @@
 import mlx.core as mx
 import pytest
 
-from ltx2.bench import fullsize
-from ltx2.bench.random.published import published
 from ltx2.bench.speed.cases import RandomWeights, bench_cases
+from ltx2.bench.speed.run import Benched, run_bench
 from ltx2.bench.speed.suite import Schedule, Suite, Task
 
 pytestmark = pytest.mark.fullsize
@@ -17,9 +16,9 @@ def test_a_clip_at_its_published_size() -> None:
         pytest.fail("full-size checks need a GPU (Metal or CUDA) with 48 GB or more")
     tasks = (Task("clip"), Task("decode", (("low_memory", True),)))
     suite = Suite("fullsize", tasks, Schedule(repeat=1, warmup=1))
-    cases = bench_cases([], RandomWeights(published()["name"]), suite)
-    receipt = fullsize.run(cases, suite, fullsize.show_event)
-    clip, tiles = receipt["cases"]
+    *_, last = run_bench(bench_cases([], RandomWeights("ltx-2-distilled"), suite), suite.schedule)
+    assert isinstance(last, Benched)
+    clip, tiles = last.receipt["cases"]
     assert {"text_encoder", "stage1", "stage2", "video_vae", "vocoder"} <= {phase["name"] for phase in clip["phases"]}
     for phase in [*clip["phases"], *tiles["phases"]]:
         assert phase["seconds"]["median"] > 0 and phase["mlx_peak_bytes"] > 1 << 20, phase

@@ -1,7 +1,6 @@
 """The benchmark of converting: its file has the published names, and its figures are what was measured."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,39 +10,38 @@ import pytest
 from ltx2.bench import convert
 from ltx2.bench.convert import Case, Run, anonymous_memory, timed
 from ltx2.bench.random import synthetic
-from tests.support import published
-from tests.support.official import MONOLITH, plan_of
+from ltx2.convert.names.header import BLOCK, quantized_layer
+from ltx2.runtime.files.tensors import TensorFile, TensorInfo, open_tensorfile, tensor_bytes
+from tests.support.official import MONOLITH
 
 
-def test_names_and_shapes_are_the_published_ones(tmp_path: Path) -> None:
-    _, _, known = published.read_header(published.MONOLITH)
-    tensors, _ = synthetic.checkpoint_tensors(2)
-    blocks = re.compile(r"transformer_blocks\.(\d+)\.")
-    expected = {
-        name: spec
-        for name, spec in known.items()
-        if name.startswith(("model.diffusion_model.", "audio_vae.", "vocoder.")) and "_connector." not in name
-        if not (match := blocks.search(name)) or int(match[1]) < 2
-    }
-    assert tensors == expected
-
-
-def test_fp8_layers_are_the_published_ones() -> None:
-    _, _, known = published.read_header("ltx-2-19b-fp8")
-    tensors, _ = synthetic.checkpoint_tensors(3)
-    block = "model.diffusion_model.transformer_blocks.2."
-    made = dict(synthetic._scaled(tensors))
-    assert {n: f for n, f in made.items() if n.startswith(block)} == {
-        n: f for n, f in known.items() if n.startswith(block)
-    }
+@pytest.mark.parametrize("bits", [16, 8])
+def test_it_is_a_published_file_with_fewer_blocks(bits: int) -> None:
+    file = synthetic.checkpoint(2, bits)
+    blocks = {match[1] for name in file.tensors if (match := BLOCK.search(name))}
+    assert blocks == {"0", "1"} and json.loads(file.metadata["config"])["transformer"]["num_layers"] == 2
+    assert {name.split(".")[0] for name in file.tensors} == {"model", "audio_vae", "vocoder"}
+    assert ("F8_E4M3" in {tensor.dtype for tensor in file.tensors.values()}) == (bits == 8)
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo model's networks in place of the published ones."""
-    source = plan_of(MONOLITH, variant="dev")
-    networks = {name: [c.cls, dict(c.config)] for name, c in source.components.items()}
-    monkeypatch.setattr(synthetic, "published", lambda: {"networks": networks})
+    """The demo model in place of the published one; its linear layers may be in FP8."""
+
+    def described(header: str, skip: range) -> TensorFile:
+        file = open_tensorfile(MONOLITH)
+        tensors = {name: (t.dtype, t.shape) for name, t in file.tensors.items() if _block(name) not in skip}
+        for name, (_, shape) in list(tensors.items()) if header.endswith("fp8") else ():
+            if BLOCK.search(name) and name.endswith(".weight") and len(shape) == 2:
+                tensors |= quantized_layer(name.removesuffix(".weight"), "float8_e4m3fn", shape)
+        infos = {name: TensorInfo(name, *spec, 0, tensor_bytes(*spec)) for name, spec in tensors.items()}
+        return TensorFile(file.path, file.metadata, infos)
+
+    monkeypatch.setattr(synthetic, "described_file", described)
+
+
+def _block(name: str) -> int:
+    return int(match[1]) if (match := BLOCK.search(name)) else -1
 
 
 @pytest.mark.parametrize("name", [pytest.param("bf16, copied", marks=pytest.mark.thorough), "FP8 to bf16"])
@@ -60,7 +58,7 @@ def test_a_small_run(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_figures() -> None:
     runs = {"convert": [Run(2.0, 10), Run(4.0, 30), Run(3.0, None)], "cp": [Run(n, None) for n in (4.0, 2.0, 3.0)]}
-    row = convert._row(Case("x", "bf16"), 6 * 10**9, 3 * 10**9, runs)
+    row = convert._row(Case("x", 16), 6 * 10**9, 3 * 10**9, runs)
     assert (row["ratio"], row["ratio_of_pairs"], row["peak_anonymous_bytes"]) == (1.0, 1.0, 30)
     assert row["gigabytes_per_second"] == {"read": 2.0, "written": 1.0}
     assert json.dumps(row)

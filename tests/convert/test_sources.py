@@ -92,7 +92,7 @@ class TestSources:
         assert (source.release.name if source.release else None) == release
 
     def test_releases_are_data(self) -> None:
-        assert [(r.name, r.generates) for r in releases()] == [("2.0", True), ("2.3", True), ("2.5", True)]
+        assert [release.name for release in releases()] == ["2.0", "2.3", "2.5"]
 
     def test_mixed_signs(self, tmp_path: Path) -> None:
         tensors: published.Tensors = {"vocoder.conv_pre.weight": ("BF16", (2, 2, 7))}

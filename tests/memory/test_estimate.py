@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from ltx2.bench.random.model import random_folder
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.events import PhaseDone, StepDone
 from ltx2.runtime.generate import job
@@ -39,7 +40,7 @@ from tests.support.official import DEMO
 from tests.support.sparse_model import write_sparse_model
 
 ROOT = Path(__file__).parent.parent.parent
-NETWORKS: dict[str, Any] = json.loads((ROOT / "bench" / "random" / "fullsize.json").read_text())["networks"]
+PUBLISHED = random_folder("ltx-2-distilled")
 RECEIPTS = sorted((ROOT / "bench" / "results").glob("memory-*.json"))
 ROWS: list[dict[str, Any]] = [row for path in RECEIPTS for row in json.loads(path.read_text())["results"]]
 CASE = ("case", "bits", "latent", "tiling", "audio_latents", "tokens", "limit_bytes")
@@ -304,7 +305,7 @@ def memory_limit() -> int:
 
 
 def video_config() -> VideoVAEConfig:
-    return VideoVAEConfig.from_dict(NETWORKS["video_vae"][1])
+    return VideoVAEConfig.from_dict(PUBLISHED.config("video_vae"))
 
 
 def planned(row: dict[str, Any]) -> Activations:
@@ -316,17 +317,19 @@ def planned(row: dict[str, Any]) -> Activations:
         tiling, config = Tiling(*row["tiling"]) if row["tiling"] else None, video_config()
         return activations.decode_video(config, Tiles((frames, height, width), tiling, config), 2, False)
     if case == "denoise step":
-        return activations.denoise_step(TransformerConfig.from_dict(NETWORKS["transformer"][1]), grid, 1024, 2)
+        return activations.denoise_step(TransformerConfig.from_dict(PUBLISHED.config("transformer")), grid, 1024, 2)
     if case == "upscaler":
-        return activations.upscale(UpsamplerConfig.from_dict(NETWORKS["spatial_upscaler"][1]), grid, 2)
+        return activations.upscale(UpsamplerConfig.from_dict(PUBLISHED.config("spatial_upscaler")), grid, 2)
     if case == "audio decode":
-        return activations.decode_audio(AudioVAEConfig.from_dict(NETWORKS["audio_vae"][1]), audio)
+        return activations.decode_audio(AudioVAEConfig.from_dict(PUBLISHED.config("audio_vae")), audio)
     if case == "vocoder":
-        return activations.vocode(VocoderConfig.from_dict(NETWORKS["vocoder"][1]), 4 * audio)
+        return activations.vocode(VocoderConfig.from_dict(PUBLISHED.config("vocoder")), 4 * audio)
     if case == "connectors":
-        return activations.connectors(ConnectorsConfig.from_dict(NETWORKS["connectors"][1]), tokens, 1024, 2)
+        return activations.connectors(ConnectorsConfig.from_dict(PUBLISHED.config("connectors")), tokens, 1024, 2)
     assert case == "text encoder"
-    found = activations.text_encoder(Gemma3Config.from_dict(NETWORKS["text_encoder"][1]), LAYER, EMBEDDING, tokens, 2)
+    found = activations.text_encoder(
+        Gemma3Config.from_dict(PUBLISHED.config("text_encoder")), LAYER, EMBEDDING, tokens, 2
+    )
     return replace(found, needed=found.needed + EMBEDDING)  # its weights are read while it is measured
 
 

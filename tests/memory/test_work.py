@@ -1,11 +1,9 @@
 """Work in pieces: what is timed, what is cut, that cutting changes nothing, and how much is evaluated at once at the
 published sizes."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +11,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_map
 
+from ltx2.bench.random.model import random_folder
 from ltx2.runtime.errors import DeviceError
 from ltx2.runtime.layers.attention import Attention, FeedForward
 from ltx2.runtime.machine import bounded as work
@@ -26,7 +25,7 @@ from ltx2.runtime.sampling.latents import Grid
 from ltx2.runtime.streams import Streams
 from tests.support.sampling import sampled
 
-DATA = json.loads((Path(__file__).parent.parent.parent / "bench" / "random" / "fullsize.json").read_text())
+PUBLISHED, TEXT_TOKENS = random_folder("ltx-2-distilled"), 1024
 Limit = Callable[[float], None]
 
 
@@ -237,8 +236,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 def network(name: str, **changes: Any) -> Any:
     """In 16 bits, and without values."""
-    class_name, config = DATA["networks"][name]
-    built = build_network(class_name, config | changes)
+    built = build_network(PUBLISHED.record(name).cls, PUBLISHED.config(name) | changes)
     built.update(tree_map(lambda value: value.astype(mx.bfloat16), built.parameters()))
     return built
 
@@ -269,7 +267,7 @@ class TestPublishedSizes:
     def test_denoise_step(self, bounded: Callable[[str], None], size: str) -> None:
         transformer: Transformer = network("transformer", num_layers=2)
         grid = Grid(128, *SIZES[size], 8, 126)
-        text = mx.zeros((1, DATA["text_tokens"], transformer.config.caption_channels), mx.bfloat16)
+        text = mx.zeros((1, TEXT_TOKENS, transformer.config.caption_channels), mx.bfloat16)
         noise = grid.segments.map(lambda segment: mx.zeros(segment.shape))
         next(sampled(transformer, grid, Streams(text, text), (0.9, 0.5, 0.0), noise))
         bounded(f"step of {size}")
@@ -286,14 +284,14 @@ class TestPublishedSizes:
 
     def test_text_encoder(self, bounded: Callable[[str], None]) -> None:
         """One layer of each kind, of a prompt that is as long as they get."""
-        ids = mx.ones((1, DATA["text_tokens"]), mx.int32)
+        ids = mx.ones((1, TEXT_TOKENS), mx.int32)
         for _ in network("text_encoder", num_hidden_layers=6).hidden_states(ids, mx.ones_like(ids)):
             pass
         bounded("text encoder")
 
     def test_connectors(self, bounded: Callable[[str], None]) -> None:
-        config = DATA["networks"]["connectors"][1]
-        width, tokens = config["caption_channels"], DATA["text_tokens"]
+        config = PUBLISHED.config("connectors")
+        width, tokens = config["caption_channels"], TEXT_TOKENS
         states = [mx.zeros((1, tokens, width), mx.bfloat16)] * (config["text_projection_in_features"] // width)
         network("connectors")(states, mx.ones((1, tokens), mx.int32))
         bounded("connectors")

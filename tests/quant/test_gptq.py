@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import ltx2
-from ltx2.bench.layers import Layer, layer
 from ltx2.convert.output import pieces
 from ltx2.convert.output.pieces import rows_of
 from ltx2.convert.plan.folder import folder_plan
@@ -46,6 +45,7 @@ from ltx2.runtime.networks.transformer.inputs import Levels
 from ltx2.runtime.networks.transformer.model import Transformer
 from tests.support.command import Here
 from tests.support.folders import contents, verified
+from tests.support.layers import Layer, layer
 from tests.support.official import MONOLITH
 from tests.support.parity import relative_l2
 

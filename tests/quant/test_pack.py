@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ltx2.bench.layers import KINDS, Layer, layer
 from ltx2.quant.codes import affine
 from ltx2.quant.codes import pack as packing
 from ltx2.quant.codes.arithmetic import Arithmetic
@@ -17,6 +16,7 @@ from ltx2.quant.codes.on_gpu import OnGpu
 from ltx2.quant.codes.pack import Packed, pack, unpack
 from ltx2.runtime.files.tensors import bf16_to_f32, f32_to_bf16
 from ltx2.runtime.model.forms import MODES, Form
+from tests.support.layers import KINDS, Layer, layer
 from tests.support.parity import relative_l2
 
 Figure = Callable[..., None]

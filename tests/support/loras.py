@@ -1,12 +1,11 @@
 """LoRA files in tests."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-
-from ltx2.runtime.model.names import published_name
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]  # path in a model folder's transformer -> down, up
 
@@ -28,8 +27,15 @@ def write_lora(path: Path, factors: Factors, alpha: float | None = None) -> Path
     """A file as Lightricks publishes them; with an `alpha` for every module as others do."""
     tensors: dict[str, np.ndarray] = {}
     for layer, (down, up) in factors.items():
-        name = f"diffusion_model.{published_name('transformer', layer)}"
+        name = f"diffusion_model.{_published(layer)}"
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         tensors |= {} if alpha is None else {f"{name}.alpha": np.array(alpha, np.float32)}
     save_file(tensors, path)
     return path
+
+
+def _published(layer: str) -> str:
+    """A layer's path as Lightricks publishes it."""
+    for ours, theirs in ((r"to_out$", "to_out.0"), (r"ff\.proj_in$", "ff.net.0.proj"), (r"ff\.proj_out$", "ff.net.2")):
+        layer = re.sub(ours, theirs, layer)
+    return layer

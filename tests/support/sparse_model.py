@@ -12,21 +12,22 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ltx2.bench.random.model import random_folder
 from ltx2.runtime.files.tensors import FileRecord
 from ltx2.runtime.model.layout import ComponentRecord, Manifest
 from ltx2.runtime.networks.load import build_network
 
-ROOT = Path(__file__).parent.parent.parent
 DTYPES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.uint32: "U32"}
 WIDTHS = {"F32": 4, "BF16": 2, "U32": 4}
 
 
 def write_sparse_model(path: Path, tokenizer: Path, bits: int = 16) -> Path:
-    """All networks of bench/random/fullsize.json in bf16, the transformer's blocks at `bits`; `tokenizer` is a folder
-    with the text encoder's."""
-    networks = json.loads((ROOT / "bench" / "random" / "fullsize.json").read_text())["networks"]
+    """All networks of the oldest release in bf16, the transformer's blocks at `bits`; `tokenizer` is a folder with the
+    text encoder's."""
+    published = random_folder("ltx-2-distilled")
     components = {}
-    for name, (class_name, config) in networks.items():
+    for name in published.manifest.components:
+        class_name, config = published.record(name).cls, published.config(name)
         packed = {"group_size": 64, "bits": bits, "mode": "affine"} if name == "transformer" and bits < 16 else None
         folder = path / name
         folder.mkdir(parents=True)
