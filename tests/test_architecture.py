@@ -42,7 +42,6 @@ MAY_IMPORT = _layers(
 }  # fmt: skip
 MAY_ALSO_IMPORT = {
     "ltx2/cli.py": {"ltx2/commands"},
-    "bench/plots/demo.py": {"bench/quality"},
     "bench/plots/quality.py": {"bench/quality"},
     "ltx2/demo/__init__.py": {"ltx2"},  # it uses the public functions, as a user would
 }

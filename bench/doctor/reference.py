@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.layers.rotation import hadamard
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def rotated(x: Array, size: int) -> Array:

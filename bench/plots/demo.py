@@ -6,17 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ltx2.bench.plots.plot import COLOURS, INK, drawing, log_scale
-from ltx2.bench.quality.metrics import Array
+from ltx2.bench.plots.plot import COLOURS, INK, draw_strips, drawing, log_scale
+from ltx2.runtime.files.tensors import Array
 
 if TYPE_CHECKING:
-    from ltx2.bench.plots.plot import Axes, SubFigure
+    from ltx2.bench.plots.plot import Axes
 
 Row = Mapping[str, Any]
 MARKERS = ("o", "^", "s", "D", "v")
-GAP, WHITE = 3, 255  # pixels between frames
-
-
 PANELS: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
     ("velocity of the video, on the reference's tokens", "relative error, %", lambda m: 100 * m["velocity"]["video"]),
     ("output of the transformer's quantized layers", "relative error, %", lambda m: 100 * m["layers"]),
@@ -43,7 +40,7 @@ def plot_demo(path: Path, receipt: Row, strips: Mapping[str, Sequence[Array]]) -
                 log_scale(panel)
         panels[-1].axhline(reference["followed"], color=INK, linewidth=0.8, linestyle=":")
         panels[0].legend()
-        _draw_clips(below, strips)
+        draw_strips(below.subplots(), {name: np.concatenate(clips) for name, clips in strips.items()})
 
 
 def _title(receipt: Row) -> str:
@@ -65,22 +62,3 @@ def _draw_series(axis: "Axes", models: Sequence[Row], value: Callable[[Row], flo
 def packed_bits(model: Row) -> float:
     """Bits per weight of the transformer's packed layers."""
     return float(model["components"]["transformer"]["packed"]["bits_per_weight"])
-
-
-def _draw_clips(figure: "SubFigure", strips: Mapping[str, Sequence[Array]]) -> None:
-    """A row per model, all prompts side by side."""
-    axis = figure.subplots()
-    rows = [np.concatenate([_row(frames) for frames in clips], axis=1) for clips in strips.values()]
-    axis.imshow(np.concatenate(rows))
-    height = rows[0].shape[0]
-    axis.set_yticks([height * (number + 0.5) for number in range(len(rows))], list(strips))
-    axis.set_xticks([])
-    axis.grid(visible=False)
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)
-
-
-def _row(frames: Array) -> Array:
-    """(F, H, W, 3) -> (H + GAP, F * (W + GAP) + GAP, 3) on white."""
-    padded = np.pad(frames, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=WHITE)
-    return np.pad(np.concatenate(list(padded), axis=1), ((0, 0), (0, GAP), (0, 0)), constant_values=WHITE)

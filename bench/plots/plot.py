@@ -1,15 +1,18 @@
 """Pictures of receipts, drawn with matplotlib, which is an optional part of the installation: the only module that
 imports it. `with drawing(path, (width, height)) as figure:` draws and writes a file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ltx2.runtime.errors import InputError, UnsupportedError
 from ltx2.runtime.files.atomic import growing
 from ltx2.runtime.files.paths import check_output
+from ltx2.runtime.files.tensors import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import SubFigure as SubFigure
 
 FORMATS = (".png", ".svg")
+GAP, WHITE = 4, 255  # pixels between frames
 INK, FAINT = "#333333", "#dddddd"
 COLOURS = ("#2a6f97", "#d1783c", "#5a8f5a", "#8a5a9e", "#8c8c8c")  # of series, in this order
 STYLE = {
@@ -53,6 +57,18 @@ def log_scale(axis: "Axes") -> None:
     axis.set_yscale("log", subs=[2, 5])
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
+
+
+def draw_strips(axis: "Axes", strips: Mapping[str, Array]) -> None:
+    """A row of frames, uint8 (F, H, W, 3), for every name; all rows have one shape."""
+    padding = ((0, 0), (0, GAP), (0, GAP), (0, 0))
+    rows = [np.concatenate(np.pad(frames, padding, constant_values=WHITE), axis=1) for frames in strips.values()]
+    axis.imshow(np.concatenate(rows))
+    axis.set_yticks([len(rows[0]) * (number + 0.5) for number in range(len(rows))], list(strips))
+    axis.set_xticks([])
+    axis.grid(visible=False)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
 
 
 def _matplotlib() -> ModuleType:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ltx2.bench.plots.plot import COLOURS, INK, drawing, log_scale
-from ltx2.bench.quality.metrics import Array
+from ltx2.bench.plots.plot import COLOURS, INK, WHITE, draw_strips, drawing, log_scale
 from ltx2.bench.quality.teacher import STREAMS
+from ltx2.runtime.files.tensors import Array
 
 if TYPE_CHECKING:
     from ltx2.bench.plots.plot import Axes, SubFigure
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Maps = Mapping[str, Mapping[str, Mapping[int, float]]]  # component -> kind of layer -> block -> relative error
 Strips = Sequence[tuple[Array, Array]]
-GAP, WHITE = 4, 255  # pixels between frames
-AMPLIFIED = 8  # what differs between two frames
+AMPLIFIED = 8  # times the difference between two frames
 MANY_STEPS = 14  # whose noise levels cannot all be written
 PROMPT_LENGTH = 120  # characters that are shown of one
 MOST_STRIPS = 4  # prompts whose clips are shown
@@ -142,19 +141,7 @@ def _draw_strips(figure: "SubFigure", strips: Strips, clips: Sequence[Row]) -> N
     axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
     for axis, (reference, model), clip in zip(axes, strips, clips, strict=False):
         change = np.abs(model.astype(int) - reference)
-        rows = (reference, model, (WHITE - np.minimum(AMPLIFIED * change, WHITE)).astype(np.uint8))
-        axis.imshow(np.concatenate([_side_by_side(frames) for frames in rows]))
-        height = reference.shape[1] + GAP
-        axis.set_yticks([height * (i + 0.5) for i in range(3)], ["reference", "model", f"difference x {AMPLIFIED}"])
-        axis.set_xticks([])
-        axis.grid(visible=False)
-        axis.spines[:].set_visible(False)
-        axis.tick_params(length=0)
+        difference = (WHITE - np.minimum(AMPLIFIED * change, WHITE)).astype(np.uint8)
+        draw_strips(axis, {"reference": reference, "model": model, f"difference x {AMPLIFIED}": difference})
         ratio = "the same frames" if clip["psnr_db"] is None else f"PSNR {clip['psnr_db']:.1f} dB"
         axis.set_title(f"{shorten(clip['prompt'], PROMPT_LENGTH)} ({ratio})", fontweight="normal")
-
-
-def _side_by_side(frames: Array) -> Array:
-    """(F, H, W, 3) -> (H + GAP, F * (W + GAP), 3) on white."""
-    padded = np.pad(frames, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=WHITE)
-    return np.concatenate(list(padded), axis=1)

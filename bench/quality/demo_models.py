@@ -55,8 +55,7 @@ def _data() -> dict[str, Any]:
 
 
 def make_models(folder: Path, models: Sequence[DemoModel]) -> dict[str, Path]:
-    """Folders of the reference and of the models, by name. Made anew each time: they take seconds, and what was
-    compared before is known by its hashes."""
+    """Folders of the reference and of the models, by name; made anew each time, which takes seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / name for name in (REFERENCE, *(model.name for model in models))}
     with resources.as_file(resources.files("ltx2") / "demo" / "model") as sources:

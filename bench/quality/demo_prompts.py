@@ -1,8 +1,8 @@
 """Prompts of the demo model's grammar, each with what its clip must show."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -20,19 +20,18 @@ class Prompt:
     text: str
     want: Mapping[str, str]
 
+    def wrong(self, seen: Mapping[str, Any]) -> dict[str, str]:
+        """The attributes that a clip shows, as `classify` says, and the prompt does not ask for."""
+        return {name: seen[name] for name, value in self.want.items() if seen[name] != value}
+
 
 def random_prompts(count: int, seed: int = 0) -> list[Prompt]:
-    """Different prompts, always the same ones for a seed; more of them begin with the same ones."""
-    return list(islice(_different(np.random.default_rng(seed)), count))
-
-
-def _different(draw: np.random.Generator) -> Iterator[Prompt]:
-    known: set[str] = set()
-    while True:
+    """Different prompts, the same for a seed; a longer list begins with the shorter one."""
+    draw, found = np.random.default_rng(seed), dict[str, Prompt]()
+    while len(found) < count:
         prompt = _prompt(draw)
-        if prompt.text not in known:
-            known.add(prompt.text)
-            yield prompt
+        found[prompt.text] = prompt
+    return list(found.values())
 
 
 def _prompt(draw: np.random.Generator) -> Prompt:

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from math import inf, log10, sqrt
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from ltx2.runtime.files.tensors import Array
 
 WHITE = 255  # the largest value of a picture
 WINDOW, HOP = 2048, 512  # samples: 85 ms every 21 ms at 24 kHz

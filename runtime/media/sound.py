@@ -1,11 +1,10 @@
 """Sound given by the user."""
 
 from math import ceil, gcd
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from ltx2.runtime.files.tensors import Array
 
 # The filter that networks were trained with, torchaudio's `sinc_interp_hann`: a sinc in a Hann window.
 CROSSINGS, ROLLOFF = 6, 0.99  # zero crossings on either side; share of the lower rate's band that is kept

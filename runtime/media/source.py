@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from ltx2.runtime.errors import InputError, MediaError
+from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.media.ffmpeg import complaint, ffmpeg_program
 from ltx2.runtime.media.video import AudioTrack
 
-Array = np.ndarray[Any, np.dtype[Any]]
 # What is read: no playlists and other lists of files, which could name any file of this computer.
 FORMATS = (
     "mov,matroska,avi,flv,asf,ogg,mpeg,mpegts,mpegvideo,m4v,h264,hevc,vvc,ivf,obu,av1,mxf,nut,dv,rm,wtv,mjpeg,"

@@ -15,17 +15,16 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from ltx2.runtime.errors import InputError, MediaError, NumericsError, reason
 from ltx2.runtime.files.atomic import Claim, claimed
 from ltx2.runtime.files.paths import check_output
+from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.media.ffmpeg import REINSTALL, complaint, ffmpeg_program
 from ltx2.runtime.media.formats import CRF, FORMATS, MP4, format_of
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 WAITING = 24  # pictures that ffmpeg may be behind
 

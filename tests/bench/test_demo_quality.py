@@ -1,13 +1,9 @@
-"""The demo model's evidence: stock codes in place of ours, what clips show of their prompts, results that are kept."""
+"""The demo model's evidence: stock codes in place of ours, and what clips show of their prompts."""
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 import ltx2
@@ -15,7 +11,7 @@ from ltx2.bench.plots.demo import plot_demo
 from ltx2.bench.quality import demo_quality
 from ltx2.bench.quality.demo_models import REFERENCE, DemoModel, demo_models, fill_with_stock
 from ltx2.bench.quality.demo_prompts import Prompt, random_prompts
-from ltx2.bench.quality.demo_quality import Models, measure_prompt, read_result, result_key, summary, table
+from ltx2.bench.quality.demo_quality import Result, measure_prompt, summary, table
 from ltx2.commands.group import cli
 from ltx2.runtime.errors import ModelFolderError
 from ltx2.runtime.model.layout import ModelFolder
@@ -102,31 +98,16 @@ class TestMeasuring:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def models(cls, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Models:
-        paths = {name: folders[name] for name in (REFERENCE, "q4")}
-        models = Models(tmp_path_factory.mktemp("results"), paths)
-        measure_prompt(models, 0, PROMPT)
-        return models
+    def paths(cls, folders: dict[str, Path]) -> dict[str, Path]:
+        return {name: folders[name] for name in (REFERENCE, "q4")}
 
-    def test_what_is_known_is_not_made_again(self, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-        made: list[Any] = []
-        monkeypatch.setattr(demo_quality, "record", lambda *arguments: made.append(arguments))
-        measure_prompt(models, 0, PROMPT)
-        assert made == []
-        with pytest.raises(TypeError):
-            measure_prompt(models, 0, Prompt("a blue star", {}))
-        assert len(made) == 1, "another prompt of the same number is another clip"
+    @pytest.fixture(scope="class")
+    @classmethod
+    def results(cls, paths: dict[str, Path]) -> dict[str, Result]:
+        return measure_prompt(paths, 0, PROMPT)
 
-    def test_results_of_another_model_do_not_count(
-        self, models: Models, folders: dict[str, Path], tmp_path: Path
-    ) -> None:
-        result, (reference, q4) = models.result("q4", 0), (models.paths[name] for name in (REFERENCE, "q4"))
-        assert read_result(result, result_key(q4, reference, PROMPT)) is not None
-        assert read_result(result, result_key(folders["q4-stock"], reference, PROMPT)) is None
-        assert read_result(tmp_path / "none.json", {}) is None
-
-    def test_receipt(self, models: Models) -> None:
-        receipt = summary(models, [PROMPT], [Q4])
+    def test_receipt(self, paths: dict[str, Path], results: dict[str, Result]) -> None:
+        receipt = summary(paths, [PROMPT], [Q4], [results])
         reference, q4 = receipt["models"]
         assert (reference["name"], q4["name"], q4["quantize"]) == (REFERENCE, "q4", "--bits 4")
         assert "velocity" not in reference and reference["bytes"] > q4["bytes"]
@@ -140,18 +121,17 @@ class TestMeasuring:
     @pytest.mark.parametrize(
         ("wrong", "followed"), [({}, 1), ({"background": "white"}, 1), ({"shape": "star", "tone": "low"}, 0)]
     )
-    def test_a_prompt_is_followed(self, models: Models, tmp_path: Path, wrong: dict[str, str], followed: int) -> None:
+    def test_a_prompt_is_followed(
+        self, paths: dict[str, Path], results: dict[str, Result], wrong: dict[str, str], followed: int
+    ) -> None:
         """By a clip with its colour, shape, motion and tone."""
-        copied = Models(tmp_path, models.paths)
-        shutil.copytree(models.folder / "results", tmp_path / "results")
-        path = copied.result("q4", 0)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"wrong": wrong}))
-        row = summary(copied, [PROMPT], [Q4])["models"][1]
+        found = results | {"q4": results["q4"]._replace(wrong=wrong)}
+        row = summary(paths, [PROMPT], [Q4], [found])["models"][1]
         assert row["followed"] == followed and row["misses"] == ({} if followed else {PROMPT.text: wrong})
         assert row["right"] == {name: name not in wrong for name in ("colour", "shape", "motion", "tone", "background")}
 
-    def test_plot(self, models: Models, tmp_path: Path) -> None:
-        strips = {name: [np.load(models.strip(name, 0))] for name in models.paths}
-        plot_demo(tmp_path / "p.svg", summary(models, [PROMPT], [Q4]), strips)
+    def test_plot(self, paths: dict[str, Path], results: dict[str, Result], tmp_path: Path) -> None:
+        strips = {name: [result.strip] for name, result in results.items()}
+        plot_demo(tmp_path / "p.svg", summary(paths, [PROMPT], [Q4], [results]), strips)
         text = (tmp_path / "p.svg").read_text()
         assert text.startswith("<?xml") and text.count("<image") == 1

@@ -30,8 +30,7 @@ def check_followed(model: Path, numbers: Iterable[int], misses: int, name: str, 
     for number in numbers:
         prompt, count = prompts[number], count + 1
         clip = pipeline.generate(prompt.text, seed=number, width=192, height=128, frames=25, **options)
-        seen = classify(clip.frames, clip.audio, clip.sample_rate)
-        other = {name: seen[name] for name, value in prompt.want.items() if seen[name] != value}
+        other = prompt.wrong(classify(clip.frames, clip.audio, clip.sample_rate))
         wrong += [f"{prompt.text}: {other}"] if other else []
     note(f"demo prompts followed, {name}: {count - len(wrong)} of {count} {wrong}")
     assert len(wrong) <= misses, wrong
