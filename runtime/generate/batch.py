@@ -1,10 +1,12 @@
 """Several clips made together: all of them go through a phase before any is in the next one, so that each network is
-loaded once. One clip is the case of one."""
+loaded once. Where their lengths follow from their prompts, all are planned anew once these are known. One clip is the
+case of one."""
 
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import Protocol
 
 from ltx2.runtime.events import Event, PhaseStarted, PlannedPhase, Warned, WorkPlanned
@@ -21,21 +23,33 @@ from ltx2.runtime.model.layout import TRANSFORMER
 
 FILES = 6  # that a clip has open at once, at most: its names, and what ffmpeg reads
 OTHERS = 64
+Planner = Callable[[Sequence[Job]], Sequence[MemoryPlan]]
+
+
+@dataclass(frozen=True)
+class Predicted(Event):
+    """A clip's length is known, from the duration head's answer. It goes on once it is planned."""
+
+    seconds: float
 
 
 class OneRun(Protocol):
-    """One clip of them, by its number from 0. Its events stop for the others at every PhaseStarted. `ahead`: the phases
-    to come; `resumed`: when it went on last; `seconds`: what it took before."""
+    """One clip of them, by its number from 0. Its events stop for the others at every PhaseStarted, and where its
+    length is Predicted. `phases`: what it goes through; `resumed`: when it went on last; `seconds`: what it took
+    before."""
 
     job: Job
     number: int
     memory: MemoryPlan
-    ahead: list[Phase]
+    phases: list[Phase]
     common: "Common"
     resumed: float
     seconds: float
 
     def events(self) -> Generator[Event, None, None]: ...
+
+    def take(self, plan: MemoryPlan) -> None:
+        """Make its clip in place of the one so far."""
 
 
 class Common:
@@ -43,8 +57,8 @@ class Common:
 
     def __init__(self, runs: Sequence[OneRun], networks: Networks) -> None:
         self.networks = networks
-        self.prompts = Prompts([run.job for run in runs if any(isinstance(phase, EncodeText) for phase in run.ahead)])
-        self._left = Counter(phase.name for run in runs for phase in run.ahead)
+        self.prompts = Prompts([run.job for run in runs if any(isinstance(phase, EncodeText) for phase in run.phases)])
+        self._left = Counter(phase.name for run in runs for phase in run.phases)
 
     def leave(self, phase: Phase, memory: MemoryPlan) -> None:
         """A clip is through a phase: networks that none needs now make way."""
@@ -53,8 +67,11 @@ class Common:
         self.networks.keep(kept | set(phase.components) if self._left[phase.name] else kept)
 
 
-def make_all(runs: Sequence[OneRun], there: Sequence[Saved], networks: Networks) -> Generator[Event, None, None]:
-    """The events of all clips; of those that are `there` already the last one only."""
+def make_all(
+    runs: Sequence[OneRun], there: Sequence[Saved], networks: Networks, plan: Planner
+) -> Generator[Event, None, None]:
+    """The events of all clips; of those that are `there` already the last one only. `plan` makes the plans of checked
+    clips, and raises for what does not fit."""
     yield from there
     if not runs:
         return
@@ -62,8 +79,9 @@ def make_all(runs: Sequence[OneRun], there: Sequence[Saved], networks: Networks)
     common, said = Common(runs, networks), set[str]()
     for run in runs:
         run.common = common
-    yield planned(runs, len(runs) + len(there))
-    for event in _in_step(runs):
+    clips = len(runs) + len(there)
+    yield planned(runs, clips)
+    for event in _in_step(runs, clips, plan):
         if isinstance(event, Warned):  # what is said of one clip goes for the others
             if event.message in said:
                 continue
@@ -71,14 +89,14 @@ def make_all(runs: Sequence[OneRun], there: Sequence[Saved], networks: Networks)
         yield event
 
 
-def _in_step(runs: Sequence[OneRun]) -> Iterator[Event]:
+def _in_step(runs: Sequence[OneRun], clips: int, plan: Planner) -> Iterator[Event]:
     with ExitStack() as held:
         order = _order(runs)
         streams = [held.enter_context(closing(run.events())) for run in runs]
-        waiting = dict[int, PhaseStarted]()
+        waiting = dict[int, PhaseStarted | Predicted]()
 
         def go_on(index: int) -> Iterator[Event]:
-            """To its next phase, or to its end."""
+            """To where it waits next, or to its end."""
             run = runs[index]
             while True:
                 run.resumed = time.perf_counter()
@@ -86,7 +104,7 @@ def _in_step(runs: Sequence[OneRun]) -> Iterator[Event]:
                 run.seconds += time.perf_counter() - run.resumed
                 if event is None:
                     return
-                if isinstance(event, PhaseStarted):
+                if isinstance(event, PhaseStarted | Predicted):
                     waiting[index] = event
                     return
                 yield event
@@ -95,14 +113,32 @@ def _in_step(runs: Sequence[OneRun]) -> Iterator[Event]:
             yield from go_on(index)
         for name in order:
             for index in sorted(waiting):
-                if waiting[index].name == name:
+                event = waiting[index]
+                if isinstance(event, PhaseStarted) and event.name == name:
                     yield waiting.pop(index)
                     yield from go_on(index)
+            if seconds := {index: event.seconds for index, event in waiting.items() if isinstance(event, Predicted)}:
+                _settle({runs[index]: seconds.get(index) for index in sorted(waiting)}, plan)
+                yield planned(runs, clips, again=True)
+                for index in seconds:
+                    del waiting[index]
+                    yield from go_on(index)
+
+
+def _settle(runs: Mapping[OneRun, float | None], plan: Planner) -> None:
+    """Clips are made as long as their prompts need, by the seconds that the duration head gives those that have waited
+    for it; with these, all that are left are planned."""
+    plans = plan([run.job if seconds is None else run.job.lasting(seconds) for run, seconds in runs.items()])
+    for (run, seconds), new in zip(runs.items(), plans, strict=True):
+        if seconds is None:
+            run.memory = new
+        else:
+            run.take(new)
 
 
 def planned(runs: Sequence[OneRun], clips: int, again: bool = False) -> WorkPlanned:
     """What comes, with its shares of all floating-point operations."""
-    phases = [(phase, run.number) for run in runs for phase in run.ahead]
+    phases = [(phase, run.number) for run in runs for phase in run.phases]
     counts = {run.number: count(run.job) for run in runs}
     flops = [counts[number][phase.name].flops for phase, number in phases]
     found = [
@@ -115,4 +151,4 @@ def planned(runs: Sequence[OneRun], clips: int, again: bool = False) -> WorkPlan
 
 
 def _order(runs: Sequence[OneRun]) -> list[str]:
-    return merged([[phase.name for phase in run.ahead] for run in runs])
+    return merged([[phase.name for phase in run.phases] for run in runs])

@@ -105,6 +105,15 @@ class Job:
         """The options that decide the latents: a length that was predicted follows from the others."""
         return self.request.identity() | ({} if self.auto is None else {"frames": str(self.auto)})
 
+    @property
+    def waits(self) -> bool:
+        """For its length to be predicted."""
+        return self.auto is not None and self.length is None
+
+    def lasting(self, seconds: float) -> "Job":
+        """As long as the clip is where the duration head answers so many seconds."""
+        return Job(self.folder, replace(self.asked, seed=self.request.seed), self.until, self.predicted(seconds))
+
     def predicted(self, seconds: float) -> Duration:
         """The clip's length where the duration head answers so many seconds."""
         auto, fps = self.auto or Auto(), self.asked.fps or self.preset.defaults["fps"]

@@ -1,6 +1,6 @@
 """A model folder, ready to generate: a request becomes a clip."""
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -100,19 +100,25 @@ class Pipeline:
         jobs = self._jobs(requests, until)
         names = {job: f"clip {number} of {len(jobs)}" for number, job in enumerate(jobs, 1) if len(jobs) > 1}
         made = {job: record for job in names if (record := finished(job)) is not None}
-        left = [job for job in jobs if job not in made]
-        with self.machines.all_or_none():
-            built = self._check(left)
-        plans = plan_all(left, self.machines)
-        if plans:
-            max(plans, key=lambda plan: plan.own).check()
-        with self.machines.all_or_none():
-            self._places(left)
+        plans, built = self._ready([job for job in jobs if job not in made])
+        whole = frozenset(built)
         runs = [Run(plan, self.machines, jobs.index(plan.job), names.get(plan.job, "")) for plan in plans]
         there = [Saved(Path(str(job.request.output)), record) for job, record in made.items()]
         networks = Networks(self.folder, requests[0].matmul if requests else "auto", self.observe, built)
         self.products = networks.products
-        return runs, make_all(runs, there, networks)
+        return runs, make_all(runs, there, networks, lambda jobs: self._ready(jobs, whole)[0])
+
+    def _ready(self, jobs: Sequence[Job], whole: Container[str] = ()) -> tuple[list[MemoryPlan], dict[str, nn.Module]]:
+        """Plans of jobs that can be made here, and their networks, uninitialised, but for components that are known to
+        be `whole`."""
+        with self.machines.all_or_none():
+            built = self._check(jobs, whole)
+        plans = plan_all(jobs, self.machines)
+        with self.machines.all_or_none():
+            if plans:
+                max(plans, key=lambda plan: plan.own).check()
+            self._places(jobs)
+        return plans, built
 
     def _seeded(self, request: Request) -> Request:
         """With the same seed on all machines."""
@@ -164,17 +170,11 @@ class Pipeline:
 
     def planned_all(self, requests: Sequence[Request], until: str | None = None) -> MemoryPlan:
         """As `planned`, of what `events_all` would do, with the largest clip as its job."""
-        jobs = [self._longest(job) for job in self._jobs(requests, until)]
+        jobs = [job.lasting(job.auto.most) if job.waits else job for job in self._jobs(requests, until)]
         with self.machines.all_or_none():
             self._check(jobs)
             self._places(jobs)
         return max(plan_all(jobs, self.machines), key=lambda plan: plan.own)
-
-    def _longest(self, job: Job) -> Job:
-        """Whatever will be predicted."""
-        if job.auto is None:
-            return job
-        return Job(self.folder, job.asked, job.until, job.predicted(job.auto.most))
 
     def _jobs(self, requests: Sequence[Request], until: str | None) -> list[Job]:
         check_common(requests, self.machines.several)
@@ -189,19 +189,15 @@ class Pipeline:
                 length = None if leading is None else Duration(**leading)
             request = self._seeded(request)
             with self.machines.all_or_none(), of(f"clip {number}" if len(requests) > 1 else ""):
-                job = Job(self.folder, request, until, length)
-                if job.auto is not None and len(requests) > 1:
-                    why = "its duration head would choose each clip's when the others are already planned"
-                    raise InputError("the length must be known before many clips are made", why, "give --frames N")
-            jobs.append(job)
+                jobs.append(Job(self.folder, request, until, length))
         return jobs
 
-    def _check(self, jobs: Sequence[Job]) -> dict[str, nn.Module]:
-        """Returns the networks, uninitialised."""
+    def _check(self, jobs: Sequence[Job], whole: Container[str] = ()) -> dict[str, nn.Module]:
         built = dict[str, nn.Module]()
         for number, job in enumerate(jobs, 1):
             with of(f"clip {number}" if len(jobs) > 1 else ""):
-                built |= job.check([name for name in components(phases(job)) if name not in built])
+                names = (name for name in components(phases(job)) if name not in built and name not in whole)
+                built |= job.check(list(names))
         return built
 
     def _places(self, jobs: Sequence[Job]) -> None:

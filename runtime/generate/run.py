@@ -16,14 +16,14 @@ from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.distributed.split import NONE
 from ltx2.runtime.events import Event, Finishing, Noted, PhaseDone, PhaseStarted, Previewed, StepDone, Warned
 from ltx2.runtime.files.atomic import UNLOCKED, claimed
-from ltx2.runtime.generate.batch import Common, planned
-from ltx2.runtime.generate.job import LATENTS, Job
+from ltx2.runtime.generate.batch import Common, Predicted
+from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.networks import Networks
 from ltx2.runtime.generate.phases.base import Made, Phase, Prompts
 from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, Vocode
 from ltx2.runtime.generate.phases.order import components, phases
 from ltx2.runtime.generate.phases.sample import Denoise
-from ltx2.runtime.generate.phases.text import Connect
+from ltx2.runtime.generate.phases.text import Connect, PredictLength
 from ltx2.runtime.generate.phases.together import (
     begin_shared,
     check_same,
@@ -33,10 +33,10 @@ from ltx2.runtime.generate.phases.together import (
     splits,
     tell_seconds,
 )  # fmt: skip
-from ltx2.runtime.generate.planning import MemoryPlan, plan_memory
+from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.generate.records.clip import Clip, Followed, FrameBuffer, Generated, Sampled, Saved
 from ltx2.runtime.generate.records.exchange import write_embeddings, write_latents
-from ltx2.runtime.generate.records.places import check_places, check_space, write_beside
+from ltx2.runtime.generate.records.places import write_beside
 from ltx2.runtime.generate.records.resume import Owner, State, StateFile
 from ltx2.runtime.generate.records.sidecar import make_record, make_settings, sidecar_path, write_sidecar
 from ltx2.runtime.machine.facts import available_memory
@@ -45,6 +45,7 @@ from ltx2.runtime.media.picture import write_picture
 from ltx2.runtime.media.video import Encoding, video_writer, write_wav
 from ltx2.runtime.memory.meter import Phase as Meter
 from ltx2.runtime.memory.meter import explained
+from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import as_numpy
 from ltx2.runtime.streams import Streams
 from ltx2.runtime.units import gb
@@ -57,6 +58,7 @@ class Run:
     `phases.Tools`. `number` and `name` tell it from the others that are made with it."""
 
     common: Common  # given by `batch.make_all`
+    phases: list[Phase]  # what it does, without what an earlier run has done
     ahead: list[Phase]  # what is still to do
 
     def __init__(self, plan: MemoryPlan, machines: Machines = ALONE, number: int = 0, name: str = "") -> None:
@@ -65,26 +67,31 @@ class Run:
         self.seconds = 0.0  # so far, and of an earlier run that this one continues
         self.resumed = time.perf_counter()
         self.made = Made()
-        self._take(plan)
+        self.take(plan)
         earlier = self.state.read() if self.state is not None and self.request.resume else None
         if earlier is not None:
             self.made, self.done, self.seconds = earlier.made, list(earlier.done), earlier.seconds
             names = [phase.name for phase in self.ahead]
             sampled = sum(not isinstance(phase, DECODES) for phase in self.ahead)
-            self.ahead = self.ahead[sampled if earlier.phase is None else names.index(earlier.phase) :]
+            self.phases = self.ahead = self.ahead[sampled if earlier.phase is None else names.index(earlier.phase) :]
 
-    def _take(self, plan: MemoryPlan) -> None:
+    def take(self, plan: MemoryPlan) -> None:
         """What is made. Raises MachinesError where other machines would make something else."""
         self.job = job = plan.job
-        self.request, self.memory, self.tiling, self.noise = job.request, plan, plan.tiling, job.noise()
-        self.phases = self.ahead = phases(job)
-        self.splits, self.split = splits(job, self.machines, self.tiling), NONE
+        self.request, self.memory, self.noise = job.request, plan, job.noise()
+        self.phases = phases(job)
+        self.ahead = self.phases[len(self.done) :]
+        self.splits, self.split = splits(job, self.machines, plan.tiling), NONE
         self.state: StateFile | None = None
         used = components(self.phases)
         if job.request.state is not None and job.request.latents is None and self.machines.leads:
             self.state = StateFile(Path(job.request.state), Owner.of(job, used), job.length)
         if self.machines.several:
-            check_same(self.machines, job, used, self.tiling)
+            check_same(self.machines, job, used, plan.tiling)
+
+    @property
+    def tiling(self) -> Tiling | None:
+        return self.memory.tiling
 
     @property
     def networks(self) -> Networks:
@@ -117,8 +124,8 @@ class Run:
         self.write = lambda _: None
         while (following := follow(self.machines)) is not None:
             name, self.made = following
-            if self._waits and self.made.seconds is not None:
-                yield from self._settle(self.made.seconds)
+            if self.made.seconds is not None:
+                yield Predicted(self.made.seconds)
                 continue
             yield from self._measured(next(phase for phase in self.phases if phase.name == name))
         yield Followed()
@@ -128,34 +135,24 @@ class Run:
         sizes, row, seed = self.job.output(), self.job.row, self.request.seed
         how = ("upscaling" if self.request.upscale else "decoding") if row is None else f"{row.name} pipeline"
         noise = f", seed {seed}" if seed is not None and self.job.draws() else ""
-        frames = "frames by the duration head, each" if self._waits else f"{sizes.frames} frames"
-        name = f"{self.name}, {Path(str(self.request.output)).name}: " if self.name else ""
-        return f"{name}{how}: {frames} of {sizes.width}x{sizes.height} at {sizes.fps:g} fps{noise}"
+        frames = "frames by the duration head, each" if self.job.waits else f"{sizes.frames} frames"
+        return f"{self._whose}{how}: {frames} of {sizes.width}x{sizes.height} at {sizes.fps:g} fps{noise}"
 
     @property
-    def _waits(self) -> bool:
-        """For the clip's length to be predicted."""
-        return self.job.auto is not None and self.job.length is None
+    def _whose(self) -> str:
+        """What begins a message about this clip among others."""
+        return f"{self.name}, {Path(str(self.request.output)).name}: " if self.name else ""
 
-    def _settle(self, seconds: float) -> Iterator[Event]:
-        """The clip is made as long as its prompt needs."""
-        job = self.job
-        if self.machines.several and self.machines.leads:
+    def _settled(self, seconds: float) -> Iterator[Event]:
+        """The duration head's answer decides the clip's length."""
+        if self.machines.several:
             tell_seconds(self.machines, seconds)
-        length = job.predicted(seconds)
-        job = Job(job.folder, replace(job.asked, seed=job.request.seed), job.until, length)
-        job.check([])  # its networks are
-        plan = plan_memory(job, self.machines)
-        plan.check()
-        if self.machines.leads:
-            check_places(job.request)
-            check_space([job])
-        self._take(plan)
-        yield planned([self], 1, again=True)
-        self.ahead = self.phases[len(self.done) :]
-        allowed = job.auto if length.clamped else None
-        bounds = "" if allowed is None else f", and --frames allows {allowed.least:g} to {allowed.most:g} s"
-        yield Noted(f"the duration head gives the clip {seconds:.2f} s{bounds}: {length.frames} frames")
+        yield Predicted(seconds)
+        length, allowed = self.job.predicted(seconds), self.job.auto
+        bounds = ""
+        if length.clamped and allowed is not None:
+            bounds = f", and --frames allows {allowed.least:g} to {allowed.most:g} s"
+        yield Noted(f"{self._whose}the duration head gives the clip {seconds:.2f} s{bounds}: {length.frames} frames")
         yield from map(Warned, self.memory.warnings())
 
     def _all(self) -> Iterator[Event]:
@@ -190,8 +187,8 @@ class Run:
         while self.ahead and not isinstance(self.ahead[0], DECODES):
             phase, *self.ahead = self.ahead
             yield from self._measured(phase)
-            if self._waits and self.made.seconds is not None:
-                yield from self._settle(self.made.seconds)
+            if isinstance(phase, PredictLength) and self.made.seconds is not None:
+                yield from self._settled(self.made.seconds)
             following = self.ahead[0].name if self.ahead and not isinstance(self.ahead[0], DECODES) else None
             if following is None and self.made.sound is not None:
                 self.made.latents = Streams(self.made.latents.video, self.made.sound)
@@ -314,7 +311,7 @@ class Run:
 
     def _warnings(self) -> Iterator[Event]:
         messages = [*self.request.without_effect(), *self.job.warnings()]
-        messages += [] if self._waits else self.memory.warnings()
+        messages += [] if self.job.waits else self.memory.warnings()
         for message in messages:
             yield Warned(message)
         if self.machines.several:

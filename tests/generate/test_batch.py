@@ -232,15 +232,6 @@ def test_all_are_checked_before(demo_f32: Path) -> None:
         ltx2.load(demo_f32).stream_all([clip, clip | {"low_memory": True}])
 
 
-def test_a_length_that_is_not_known_before(demo_25: Path) -> None:
-    """Nor where it is what nobody says otherwise."""
-    clips = [{"prompt": prompt, "width": 64, "height": 64} for prompt in ("a", "b")]
-    with pytest.raises(InputError, match=r"clip 1: the length must be known.*--frames N"):
-        ltx2.load(demo_25).stream_all(clips)
-    with pytest.raises(InputError, match="the length must be known"):
-        ltx2.load(demo_25).stream_all([clips[0] | {"frames": 9}, clips[1] | {"frames": "auto"}])
-
-
 def test_several_machines_make_one() -> None:
     request = Request.from_options({"prompt": "a"})
     check_common([request], True)

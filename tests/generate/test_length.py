@@ -1,17 +1,19 @@
 """A clip whose length follows from its prompt, by the duration head of the trained 2.5 demo model: it answers 1.04 s
-(25 frames at 24 per second) for everything."""
+(25 frames at 24 per second) for everything. Many clips, with another head, which tells prompts apart."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import ltx2
-from ltx2.runtime.errors import InputError
-from ltx2.runtime.events import Noted, StepDone
+from ltx2.runtime.errors import DoesNotFitError, InputError
+from ltx2.runtime.events import Noted, PhaseStarted, StepDone
 from ltx2.runtime.generate.options.choices import asked_length, with_fixed_length
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.options.values import Auto
@@ -20,6 +22,8 @@ from ltx2.runtime.generate.records.clip import Generated
 from ltx2.runtime.generate.records.sidecar import sidecar_path
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support.command import Here
+from tests.support.machine import memory_of
+from tests.support.stopped import stop
 
 PROMPT = "a red square moves left on a white background with a low tone"
 SMALL: dict[str, Any] = {"width": 32, "height": 32, "no_upscale": True, "no_audio": True, "seed": 1}
@@ -111,3 +115,101 @@ def test_a_run_that_was_cut_off(here: Here, demo_25: Path, embeddings: Path, tmp
     assert np.array_equal(load_file(latents)["video"], whole.latents["video"])
     record = json.loads(sidecar_path(tmp_path / "clip.mp4").read_text())
     assert record["duration"] == whole.record["duration"] and record["request"]["frames"] == 25
+
+
+SHORT, LONG = "a red square", "a yellow star moves right on a black background with a high tone"
+SECONDS = {SHORT: 1.3, LONG: 2.6}
+FEW: dict[str, Any] = {"fps": 8, "width": 32, "height": 32, "no_upscale": True, "no_audio": True, "no_metadata": True}
+FRAMES = {"one.mp4": 17, "two.mp4": 9, "fixed.mp4": 25}  # of 2.6 s and 1.3 s at 8 per second
+
+
+@pytest.fixture(scope="module")
+def telling_25(demo_25: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 2.5 demo model with a duration head of random weights, scaled to answer SECONDS."""
+    out = Path(shutil.copytree(demo_25, tmp_path_factory.mktemp("telling") / "model"))
+    file, draw = out / "duration_head" / "model.safetensors", np.random.default_rng(1).standard_normal
+    head = {name: 0.3 * draw(value.shape).astype(np.float32) for name, value in load_file(file).items()}
+    save_file(head, file, {"format": "mlx"})
+    short, long = (np.log(ltx2.load(out).duration(prompt).seconds) for prompt in (SHORT, LONG))
+    scale = np.float32(np.log(SECONDS[LONG] / SECONDS[SHORT]) / (long - short))
+    head["mlp_out.weight"] *= scale
+    head["mlp_out.bias"] = scale * (head["mlp_out.bias"] - np.float32(short)) + np.float32(np.log(SECONDS[SHORT]))
+    save_file(head, file, {"format": "mlx"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def command(telling_25: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three clips; that of a fixed length is the last one."""
+    prompts = tmp_path_factory.mktemp("many") / "prompts"
+    clips = [{"prompt": LONG}, {"prompt": SHORT, "frames": "auto:1-9"}, {"prompt": SHORT, "frames": 25}]
+    named = [clip | {"output": name} for clip, name in zip(clips, FRAMES, strict=True)]
+    prompts.write_text("\n".join(map(json.dumps, named)))
+    options = [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    options = [word for word in options if word != "True"]
+    return ["generate", "--prompts", str(prompts), "-m", str(telling_25), "--seed", "3", *options, "-o"]
+
+
+@pytest.fixture(scope="module")
+def alone(telling_25: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what each of them is by itself."""
+    folder = tmp_path_factory.mktemp("alone")
+    for number, (name, frames) in enumerate(FRAMES.items()):
+        length: dict[str, Any] = {"frames": frames} if name == "fixed.mp4" else {}
+        clip = ltx2.load(telling_25).generate(LONG if number == 0 else SHORT, seed=3 + number, **FEW, **length)
+        assert len(clip.save(folder / name).read_bytes()) and clip.frames.shape[0] == frames
+    return folder
+
+
+class TestMany:
+    def same(self, folder: Path, alone: Path) -> None:
+        """Their bits, lengths and records; and nothing else is left."""
+        names = [name for clip in FRAMES for name in (clip, clip.replace(".mp4", ".json"))]
+        assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+        for name, frames in FRAMES.items():
+            assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
+            record, other = (json.loads(sidecar_path(place / name).read_text()) for place in (folder, alone))
+            assert record["request"]["frames"] == frames and record.get("duration") == other.get("duration")
+            assert [phase["name"] for phase in record["phases"]] == [phase["name"] for phase in other["phases"]]
+
+    def test_each_has_its_own(self, here: Here, command: list[str], alone: Path, tmp_path: Path) -> None:
+        done = here(*command, tmp_path, "--json")
+        self.same(tmp_path, alone)
+        said = [line for line in done.err.splitlines() if "the duration head gives the clip" in line]
+        assert [line.split(": ", 1)[0] for line in said] == ["clip 1 of 3, one.mp4", "clip 2 of 3, two.mp4"], done.err
+        assert "2.60 s: 17 frames" in said[0] and "1.30 s: 9 frames" in said[1]
+        clips = done.json["clips"]
+        assert [clip.get("duration", {}).get("frames") for clip in clips] == [17, 9, None]
+        assert all(clip["memory_plan"]["phases"] == clips[0]["memory_plan"]["phases"] for clip in clips)
+
+    def test_a_run_that_was_killed(self, here: Here, command: list[str], alone: Path, tmp_path: Path) -> None:
+        """With the first length in a state and the second nowhere, then with one in a record and one in a state."""
+        assert stop([*command, tmp_path], signal.SIGKILL, "stage1", 1).returncode == -signal.SIGKILL
+        assert [path.name for path in tmp_path.glob("*.unfinished.safetensors")] == ["one.unfinished.safetensors"]
+        again = stop([*command, tmp_path, "--resume"], signal.SIGKILL, "video_vae", 1, clip=1)
+        assert again.returncode == -signal.SIGKILL and "clip 2 of 3, two.mp4: the duration head" in again.stderr
+        assert "clip 1 of 3, one.mp4: the duration head" not in again.stderr
+        written = (tmp_path / "one.mp4").stat().st_mtime_ns
+        done = here(*command, tmp_path, "--resume")
+        assert done.code == 0 and "duration head" not in done.err and "denoising" not in done.err, done.err
+        assert (tmp_path / "one.mp4").stat().st_mtime_ns == written
+        self.same(tmp_path, alone)
+
+    def test_the_plan_is_the_longest_clips(self, here: Here, command: list[str], tmp_path: Path) -> None:
+        done = here(*command, tmp_path, "--dry-run", "--json")
+        assert done.json["plan"]["frames"] == 153, "20 s at 8 per second"
+
+    def test_what_turns_out_not_to_fit(self, telling_25: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The whole run is refused, before anything is sampled: the others would be made without the memory for it."""
+        pipe = ltx2.load(telling_25)
+        clips = [FEW | {"prompt": prompt, "width": 512, "height": 512} for prompt in (SHORT, LONG)]
+        lengths = [{"frames": "auto:1-1.2"}, {"frames": 17}]
+        lowest = [[Request.from_options(clip | length | {"low_memory": True}) for clip in clips] for length in lengths]
+        least = [max(need.least for need in pipe.planned_all(some).needs) for some in lowest]
+        assert least[0] < least[1]
+        memory_of(monkeypatch, sum(least) / 2e9)
+        events, phases = pipe.stream_all(clips), set[str]()
+        with pytest.raises(DoesNotFitError, match="17 frames of 512x512"):
+            for event in events:
+                phases.add(event.name if isinstance(event, PhaseStarted) else "")
+        assert phases - {""} == {"text_encoder", "connectors", "duration_head"}

@@ -5,8 +5,7 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +23,11 @@ from ltx2.runtime.networks.video_vae.frames import decode_frames
 from tests.support.command import SEED, SIZE, Here
 from tests.support.loras import random_factors, write_lora
 from tests.support.programs import ffmpeg_that
+from tests.support.stopped import stop
 
 PROMPT = "a red square"
 STATE = "clip.unfinished.safetensors"
-# Runs `ltx2 generate ...` in this process and sends it a signal when a phase begins, or ends a step.
-STOPPED = """
-import os, sys
-from ltx2.cli import run
-from ltx2.runtime.events import PhaseStarted, StepDone
-from ltx2.runtime.generate.run import Run
-
-number, phase, step, *args = sys.argv[1:]
-events = Run.events
-
-def watched(self):
-    for event in events(self):
-        begins = isinstance(event, PhaseStarted) and (event.name, "0") == (phase, step)
-        if begins or isinstance(event, StepDone) and (event.phase, str(event.step)) == (phase, step):
-            os.kill(os.getpid(), int(number))
-        yield event
-
-Run.events = watched
-sys.exit(run(args))
-"""
 Stopped = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def listen() -> None:
-    """A shell's background job ignores Ctrl-C, and so would a process that it starts."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def stop(arguments: Sequence[str | Path], number: int, phase: str, step: int) -> subprocess.CompletedProcess[str]:
-    """How `ltx2 generate ...` ended that got this signal then."""
-    command = [sys.executable, "-c", STOPPED, str(int(number)), phase, str(step), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=listen)
 
 
 @pytest.fixture(scope="module")

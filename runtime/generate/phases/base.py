@@ -60,8 +60,10 @@ class Tools(Protocol):
     split: str
     meter: Meter
     plan: PhasePlan
-    tiling: Tiling | None
     noise: Noise
+
+    @property
+    def tiling(self) -> Tiling | None: ...
 
     @property
     def networks(self) -> Networks: ...

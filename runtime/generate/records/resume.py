@@ -139,6 +139,8 @@ def finished(job: Job) -> Mapping[str, Any] | None:
         return None
     try:
         record = read_object(sidecar_path(clip))
+        if job.waits:
+            request = job.lasting(float(record["duration"]["seconds"])).request
         recorded, asked = record["request"], json.loads(json.dumps(request.recorded()))
         same = all(recorded[name] == asked[name] for name in decided)
         return record if same and record["model"]["files"] == job.folder.hashes() else None
