@@ -42,7 +42,7 @@ from ltx2.runtime.generate.records.sidecar import make_record, make_settings, si
 from ltx2.runtime.machine.facts import available_memory
 from ltx2.runtime.media.formats import format_of
 from ltx2.runtime.media.picture import write_picture
-from ltx2.runtime.media.video import Encoding, video_writer, write_wav
+from ltx2.runtime.media.video import video_writer, write_wav
 from ltx2.runtime.memory.meter import Phase as Meter
 from ltx2.runtime.memory.meter import explained
 from ltx2.runtime.networks.video_vae.tiles import Tiling
@@ -269,8 +269,8 @@ class Run:
         yield PhaseStarted(phase.name, self.number)  # before its files are opened, which many clips have not at once
         if track is not None and not format_of(path).audio:
             yield Warned(f"{path.name} has no sound: a {path.suffix} cannot hold any")
-        encoding = Encoding(self.request.crf or 0)
-        with video_writer(path, fps=fps, audio=track, encoding=encoding, comment=comment, claim=claim) as writer:
+        crf = self.request.crf or 0
+        with video_writer(path, fps=fps, audio=track, crf=crf, comment=comment, claim=claim) as writer:
             self.write = writer.write
             yield from self._done(phase)
             yield Finishing("writing the end of the file")

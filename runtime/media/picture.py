@@ -1,25 +1,22 @@
-"""Pictures in files, read by Pillow: in sRGB and turned as they say. What it does not know is read by ffmpeg.
-
-Pillow is imported where it is used: benchmarks of random models do without it."""
+"""Pictures in files, read by Pillow, or by ffmpeg where Pillow does not know the format: in sRGB, rotated as EXIF
+says."""
 
 import struct
-import subprocess
 import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pi_heif import is_supported, register_heif_opener  # type: ignore[import-untyped]
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ltx2.runtime.errors import InputError, reason
-from ltx2.runtime.media.ffmpeg import complaint, ffmpeg_program
-from ltx2.runtime.media.source import OTHER, Array, check_file, check_pixels, first_frame
+from ltx2.runtime.files.tensors import Array
+from ltx2.runtime.media.ffmpeg import complaint, run_ffmpeg
+from ltx2.runtime.media.source import OTHER, QUIET, check_file, check_pixels, first_frame
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-# Not Pillow's others: one of them runs a program on the file.
+# Without Pillow's others: one of them runs a program on the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "JPEG2000", "GIF", "BMP", "PPM", "PSD", "HEIF")
 # What Pillow raises for broken files.
 BROKEN = (
@@ -34,11 +31,8 @@ FAST = 1  # compression
 
 
 def read_picture(path: Path) -> Array:
-    """A picture, or a clip's first frame: uint8 (H, W, 3) in sRGB, turned as its EXIF says; alpha is dropped, grey
-    becomes RGB, 16 bits become 8. Raises InputError, also for one that is cut off or damaged."""
-    from pi_heif import is_supported, register_heif_opener  # type: ignore[import-untyped]
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
+    """A picture, or a clip's first frame: uint8 (H, W, 3) in sRGB, rotated as its EXIF says; alpha is dropped, grey
+    becomes RGB, 16 bits become 8. Raises InputError, also for a damaged one."""
     check_file(path)
     register_heif_opener()
     try:
@@ -48,7 +42,7 @@ def read_picture(path: Path) -> Array:
                 _check_sums(path)
             picture.load()
             if picture.format in ("JPEG", "MPO"):
-                first_frame(path)  # what is missing inside is grey to Pillow, and an error to ffmpeg
+                first_frame(path)  # Pillow shows missing parts in grey; to ffmpeg they are an error
             return np.asarray(_in_srgb(ImageOps.exif_transpose(picture), path))
     except UnidentifiedImageError as error:
         if is_supported(path):  # ffmpeg would show one of its tiles
@@ -61,17 +55,13 @@ def read_picture(path: Path) -> Array:
 
 
 def _check_sums(path: Path) -> None:
-    """A PNG's own, which are not looked at when it is decoded. Raises what Pillow raises."""
-    from PIL import Image
-
+    """Check a PNG's checksums, which decoding ignores. Raises what Pillow raises."""
     with Image.open(path, formats=("PNG",)) as picture:
         picture.verify()
 
 
-def _in_srgb(picture: "Image", path: Path) -> "Image":
-    """RGB of 8 bits, its colour profile applied. Raises InputError for one that cannot be."""
-    from PIL import Image, ImageCms
-
+def _in_srgb(picture: Image.Image, path: Path) -> Image.Image:
+    """In RGB of 8 bits, with its colour profile applied. Raises InputError where that is not possible."""
     if picture.mode in WIDE:
         raise InputError(f"cannot read {path}", "it has 32 bits per colour, in no known range", "save it with 16 bits")
     if picture.mode.startswith("I;16"):  # which convert() would clip
@@ -93,42 +83,38 @@ def _in_srgb(picture: "Image", path: Path) -> "Image":
         picture = picture.convert(mode)
         srgb = ImageCms.createProfile("sRGB")
         made = ImageCms.profileToProfile(picture, profile, srgb, outputMode="RGB")
-        assert made is not None, "it is not asked for in place"
+        assert made is not None, "the conversion is not in place"
         return made
     except (ImageCms.PyCMSError, OSError) as error:
         why = f"its colour profile cannot be applied: {reason(error)}"
         raise InputError(f"cannot read {path}", why, "save it as sRGB") from error
 
 
-def write_picture(path: str | Path, picture: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-    """A PNG file of uint8 (H, W, 3). Raises OSError."""
-    from PIL import Image
-
+def write_picture(path: str | Path, picture: Array) -> None:
+    """Write uint8 (H, W, 3) as a PNG. Raises OSError."""
     Image.fromarray(picture).save(path, "PNG", compress_level=FAST)
 
 
 def compressed(picture: Array, crf: int) -> Array:
-    """A picture uint8 (H, W, 3) after H.264 at this quality, as in training: one frame, even sides (MODEL.md §15.2). A
-    side below 2 or a crf of 0: unchanged."""
+    """A picture uint8 (H, W, 3) after H.264 at this quality, as in training: one frame, cut to even sides. A side below
+    2 or a crf of 0: unchanged."""
     height, width = (side // 2 * 2 for side in picture.shape[:2])
     if crf == 0 or not height or not width:
         return picture
     size, raw = f"{width}x{height}", ["-f", "rawvideo", "-pix_fmt", "rgb24"]
-    program = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", "-sws_flags", "bilinear"]
+    scaled = ["-sws_flags", "bilinear"]
     # One frame per second: the rate decides how x264 shares out bits.
-    encode = [*program, *raw, "-framerate", "1", "-video_size", size, "-i", "pipe:0", "-sws_flags", "bilinear"]
+    encode = [*scaled, *raw, "-framerate", "1", "-video_size", size, "-i", "pipe:0", *scaled]
     encode += ["-c:v", "libx264", "-preset", "veryfast", "-crf", str(crf), "-pix_fmt", "yuv420p"]
     encode += ["-x264-params", "sliced-threads=1:threads=2", "-f", "h264", "pipe:1"]
-    decode = [*program, "-f", "h264", "-i", "pipe:0", "-sws_flags", "bilinear", *raw, "pipe:1"]
+    decode = [*scaled, "-f", "h264", "-i", "pipe:0", *scaled, *raw, "pipe:1"]
     stream = _piped(encode, picture[:height, :width].tobytes())
     return np.frombuffer(_piped(decode, stream), np.uint8)[: height * width * 3].reshape(height, width, 3)
 
 
 def covering(frames: Array, height: int, width: int) -> Array:
-    """Pictures (..., H, W, 3) that cover the wanted size, centre cropped: float32 in [-1, 1].
-
-    Resized bilinearly without antialiasing, corners not aligned, in float32 without rounding (MODEL.md §15.2).
-    """
+    """Pictures uint8 (..., H, W, 3) resized to cover a size and centre cropped: float32 (..., height, width, 3) in
+    [-1, 1]. Bilinear without antialiasing, corners not aligned, in float32 without rounding."""
     values, before = frames, frames.shape[-3:-1]
     if before != (height, width):
         scale = max(height / before[0], width / before[1])
@@ -139,7 +125,7 @@ def covering(frames: Array, height: int, width: int) -> Array:
 
 
 def _resized(values: Array, axis: int, size: int, start: int, count: int) -> Array:
-    """An axis stretched to `size`, and of that `count` from `start` on."""
+    """An axis (negative) stretched to `size`, and of that `count` values from `start` on."""
     length = values.shape[axis]
     at = (np.arange(start, start + count, dtype=np.float64) + 0.5) * (length / size) - 0.5
     at = np.clip(at, 0, None).astype(np.float32)
@@ -149,10 +135,8 @@ def _resized(values: Array, axis: int, size: int, start: int, count: int) -> Arr
     return first.astype(np.float32) * (1 - share) + second * share
 
 
-def _piped(command: list[str], data: bytes) -> bytes:
-    done = subprocess.run(command, input=data, capture_output=True, check=False)
-    if done.returncode:
-        raise InputError(
-            "a picture cannot be compressed", complaint(done.stderr.decode(errors="replace")), "--image-crf 0"
-        )
-    return done.stdout
+def _piped(arguments: list[str], data: bytes) -> bytes:
+    done = run_ffmpeg(*QUIET, *arguments, data=data)
+    if done.status:
+        raise InputError("a picture cannot be compressed", complaint(done.said), "--image-crf 0")
+    return done.out

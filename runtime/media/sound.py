@@ -1,4 +1,4 @@
-"""Sound given by the user."""
+"""Sounds at another sample rate."""
 
 from math import ceil, gcd
 
@@ -15,8 +15,8 @@ def resample(samples: Array, rate: int, target: int) -> Array:
     """Sound (channels, n) at `rate` Hz -> (channels, ceil(n * target / rate)) at `target` Hz, float32.
 
     Output j is the sum over inputs m of x[m] s(t) base / rate with t = base (m / rate - j / target): base is the lower
-    of both rates times ROLLOFF, s the windowed sinc, and what is outside is silent. Memory is bounded beside both
-    sounds. A sound at its target rate is returned as it is.
+    of both rates times ROLLOFF, s the windowed sinc, and x is 0 outside the sound. Memory beside both sounds is
+    bounded. A sound at its target rate is returned as it is.
     """
     if rate == target:
         return samples.astype(np.float32, copy=False)

@@ -1,8 +1,7 @@
-"""Clips and sounds that users give, and pictures that Pillow does not know (picture.py), read through the ffmpeg
-program that imageio-ffmpeg brings along.
+"""Clips and sounds that users give, and pictures that Pillow cannot read (picture.py), read by ffmpeg.
 
-ffmpeg gets files only: their absolute path behind `file:`, and no other protocol, so that no name is taken for an
-option or an address. Frames and samples come through pipes, some at a time."""
+ffmpeg gets files only: their absolute path behind `file:`, and no other protocol, so that it takes no name for an
+option or an address. Frames come through a pipe, some at a time."""
 
 import re
 import subprocess
@@ -18,29 +17,29 @@ import numpy as np
 
 from ltx2.runtime.errors import InputError, MediaError
 from ltx2.runtime.files.tensors import Array
-from ltx2.runtime.media.ffmpeg import complaint, ffmpeg_program
+from ltx2.runtime.media.ffmpeg import complaint, ffmpeg_program, run_ffmpeg
 from ltx2.runtime.media.video import AudioTrack
 
-# What is read: no playlists and other lists of files, which could name any file of this computer.
+# Without playlists and other lists of files, which could name any file of this computer.
 FORMATS = (
     "mov,matroska,avi,flv,asf,ogg,mpeg,mpegts,mpegvideo,m4v,h264,hevc,vvc,ivf,obu,av1,mxf,nut,dv,rm,wtv,mjpeg,"
     "yuv4mpegpipe,gif,apng,webp_anim,jpegxl_anim,wav,w64,aiff,au,caf,mp3,flac,aac,ac3,eac3,dts,amr,ape,wv,tta,tak,"
     "image2,bmp_pipe,dds_pipe,dpx_pipe,exr_pipe,gif_pipe,hdr_pipe,j2k_pipe,jpeg_pipe,jpegxl_pipe,pam_pipe,pcx_pipe,"
     "pgm_pipe,png_pipe,ppm_pipe,psd_pipe,qoi_pipe,sgi_pipe,tiff_pipe,webp_pipe"
 )
-GROUP = 8  # frames that are handed on at a time, fewer if they are large
+GROUP = 8  # frames in a group, fewer if they are large
 GROUP_BYTES = 400_000_000  # at least one frame
 MOST_PIXELS = 100_000_000  # of one frame: a small file can say that it holds a huge picture
 OTHER = "name a picture, clip or sound that plays elsewhere"
-UNTIMED = float(-(2**63))  # what ffmpeg says of a frame without a time
+UNTIMED = float(-(2**63))  # ffmpeg's time of a frame that has none
+QUIET = ("-loglevel", "error")
 FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a media file says of itself. `width` and `height` are 0 without a picture, `fps` 0 where it is not known;
-    `rate` and `channels` (1 or 2; more become 2) are its
-    sound's, 0 without one."""
+    """A media file's own facts. `width` and `height` are 0 without a picture, `fps` is 0 where unknown; `rate` and
+    `channels` (1 or 2; more become 2) are its sound's, 0 without one."""
 
     width: int = 0
     height: int = 0
@@ -50,31 +49,28 @@ class Facts:
 
 
 def check_file(path: Path) -> None:
-    """Raises InputError for what is no file, or empty."""
+    """Raises InputError unless `path` is a file, and not an empty one."""
     if path.is_dir():
         raise InputError(f"cannot read {path}", "it is a folder", "name a file in it")
     if not path.exists():
         raise InputError(f"cannot read {path}", "there is no such file", "check the path")
     if not path.is_file():  # reading may wait for ever
-        raise InputError(f"cannot read {path}", "it is a pipe or a device", "copy what it gives into a file")
+        raise InputError(f"cannot read {path}", "it is a pipe or a device", "copy its content into a file")
     if path.stat().st_size == 0:
         raise InputError(f"cannot read {path}", "it is empty", OTHER)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:
-    """Raises InputError for too many."""
+    """Raises InputError for a picture with too many pixels."""
     if width * height > MOST_PIXELS:
         why = f"it says that it is {width}x{height}, more than {MOST_PIXELS // 10**6} million pixels"
         raise InputError(f"{path} is too large", why, "make it smaller first")
 
 
 def media_facts(path: Path) -> Facts:
-    """What the file's first picture and sound are. Raises InputError for what cannot be read as media."""
+    """The facts of the file's first picture and first sound. Raises InputError for a file that ffmpeg cannot read."""
     check_file(path)
-    command = [ffmpeg_program(), "-hide_banner", "-nostdin", *_input(path)]
-    said = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False).stderr.decode(
-        errors="replace"
-    )
+    said = run_ffmpeg(*_input(path)).said
     streams = re.findall(r"^ *Stream #\d+:\d+.*$", said, re.MULTILINE)
     video = next((line for line in streams if " Video: " in line), "")
     audio = next((line for line in streams if " Audio: " in line), "")
@@ -89,11 +85,11 @@ def media_facts(path: Path) -> Facts:
 
 
 def first_frame(path: Path) -> Array:
-    """A picture, or a clip's first frame: uint8 (H, W, 3), turned as it says; alpha is dropped, grey becomes RGB.
-    Raises InputError, also for one that is cut off or damaged."""
+    """A picture, or a clip's first frame: uint8 (H, W, 3), rotated as its file says; alpha is dropped, grey becomes
+    RGB. Raises InputError, also for a damaged one."""
     if not media_facts(path).width:
         raise InputError(f"{path} has no picture", "it holds sound alone", "name a picture")
-    # What is cut off or damaged would become grey, without a word.
+    # Without "explode", damaged parts become grey, without a word.
     (picture,) = _frames(path, ["-frames:v", "1"], ["-err_detect", "explode"])
     return picture
 
@@ -112,13 +108,13 @@ def count_frames(path: Path) -> int:
 
 
 def count_packets(path: Path) -> int:
-    """Frames of a clip as its file lists them. Decodes nothing. Raises InputError."""
+    """Frames that a clip's file lists; decodes nothing. Raises InputError."""
     return len(_times(path))
 
 
 def unevenness(path: Path) -> float:
-    """How far a clip's frames are shown from where they would be at an even rate, in frames; 0 where the file does not
-    say when they are. Decodes nothing. Raises InputError."""
+    """How far frames of a clip are shown from their place at an even rate, at most, in frames; 0 where the file has no
+    times. Decodes nothing. Raises InputError."""
     times = _times(path)
     if len(times) < 3 or times[0] == UNTIMED or not (step := (times[-1] - times[0]) / (len(times) - 1)) > 0:
         return 0.0
@@ -126,62 +122,56 @@ def unevenness(path: Path) -> float:
 
 
 def _times(path: Path) -> Array:
-    """When a clip's frames are shown, in order, float64 in units of the file's own; UNTIMED first where it does not
-    say."""
+    """The times at which a clip's frames are shown, sorted: float64 (F,) in the file's own unit; UNTIMED first where it
+    has none."""
     check_file(path)
-    command = [ffmpeg_program(), "-hide_banner", "-nostdin", "-loglevel", "error", *_input(path)]
-    command += ["-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    packets = run_ffmpeg(*QUIET, *_input(path), "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-").out
     # A line a packet: stream, decoding time, time, duration, ...
-    lines = (line.split(b",") for line in done.stdout.splitlines() if not line.startswith(b"#"))
+    lines = (line.split(b",") for line in packets.splitlines() if not line.startswith(b"#"))
     return np.sort(np.array([int(line[2]) for line in lines], np.float64))
 
 
 def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> AudioTrack:
-    """A file's sound from `start` on, at its own rate, float32 (channels, samples); at most `seconds` of it, fewer
-    where the file ends. More than two channels become two. Raises InputError where there is no sound."""
+    """A file's sound from second `start` on, at its own rate; at most `seconds` of it, fewer where the file ends. More
+    than two channels become two. Raises InputError where there is no sound."""
     facts = media_facts(path)
     if not facts.rate:
         raise InputError(f"{path} has no sound", "it holds no sound track", "name a file with sound")
     cut = ["-ss", f"{start:.6f}"] if start else []
     length = [] if seconds is None else ["-t", f"{seconds + 1:.6f}"]
-    command = [ffmpeg_program(), "-hide_banner", "-nostdin", "-loglevel", "error", *cut, *_input(path), *length]
-    command += ["-vn", "-map", "0:a:0", "-ac", str(facts.channels), "-f", "f32le", "-c:a", "pcm_f32le", "pipe:1"]
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise InputError(f"cannot read {path}", complaint(done.stderr.decode(errors="replace")), OTHER)
-    samples = np.frombuffer(done.stdout, "<f4").reshape(-1, facts.channels).T
+    made = ["-vn", "-map", "0:a:0", "-ac", str(facts.channels), "-f", "f32le", "-c:a", "pcm_f32le", "pipe:1"]
+    done = run_ffmpeg(*QUIET, *cut, *_input(path), *length, *made)
+    if done.status:
+        raise InputError(f"cannot read {path}", complaint(done.said), OTHER)
+    samples = np.frombuffer(done.out, "<f4").reshape(-1, facts.channels).T
     if seconds is not None:
         samples = samples[:, : round(seconds * facts.rate)]
     return AudioTrack(np.ascontiguousarray(samples), facts.rate)
 
 
 def read_comment(path: Path) -> str:
-    """The comment inside a media file, empty if there is none. Raises InputError for what is no file, MediaError for
-    one that ffmpeg cannot read."""
+    """The comment inside a media file, empty if there is none. Raises InputError as `check_file`, MediaError for a file
+    that ffmpeg cannot read."""
     check_file(path)
-    command = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", *_input(path)]
-    done = subprocess.run(
-        [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL, check=False
-    )
-    if done.returncode:
-        why = complaint(done.stderr.decode(errors="replace"))
-        raise MediaError(f"cannot read {path}", why, "check that it is a picture or video")
+    done = run_ffmpeg(*QUIET, *_input(path), "-f", "ffmetadata", "-")
+    if done.status:
+        raise MediaError(f"cannot read {path}", complaint(done.said), "check that it is a picture or video")
     # key=value, the value's special characters (a line's end among them) after a backslash
-    found = re.search(r"^comment=((?:\\.|[^\\\n])*)$", done.stdout.decode(), re.MULTILINE | re.DOTALL)
+    found = re.search(r"^comment=((?:\\.|[^\\\n])*)$", done.out.decode(), re.MULTILINE | re.DOTALL)
     return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else ""
 
 
 def _input(path: Path) -> list[str]:
+    """ffmpeg's arguments that read a file, within limits."""
     limits = ["-format_whitelist", FORMATS, "-protocol_whitelist", "file,pipe", "-max_pixels", str(MOST_PIXELS)]
     return [*limits, "-i", f"file:{path.absolute()}"]
 
 
 def _frames(path: Path, options: list[str], reading: Sequence[str] = ()) -> Iterator[Array]:
-    """Frames as they are decoded, one at least, all of one size; each says it, since a turned one has another than the
-    file says. Raises InputError."""
+    """Frames, uint8 (H, W, 3), as they are decoded: at least one, all of one size. It is read off the frames, since
+    rotated ones have another than the file says. Raises InputError."""
     check_file(path)
-    command = [ffmpeg_program(), "-hide_banner", "-nostdin", "-loglevel", "error", *reading, *_input(path)]
+    command = [ffmpeg_program(), "-hide_banner", *QUIET, *reading, *_input(path)]
     command += ["-map", "0:v:0", *options, "-sws_flags", FLAGS, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24"]
     shape: tuple[int, ...] | None = None
     with _running([*command, "pipe:1"], path) as pipe:
@@ -197,6 +187,7 @@ def _frames(path: Path, options: list[str], reading: Sequence[str] = ()) -> Iter
 
 @contextmanager
 def _running(command: list[str], path: Path) -> Iterator[IO[bytes]]:
+    """A program's standard output while it runs. Raises InputError where it fails."""
     with TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
@@ -222,7 +213,7 @@ def _read_ppm(pipe: IO[bytes]) -> Array | None:
 
 
 def _frame_rate(said: str) -> float:
-    """Frames per second. ffmpeg says two decimals: 23.98 is 24000/1001, and so for the other rates of television."""
+    """Frames per second, from ffmpeg's two decimals: 23.98 is 24000/1001, and so for the other rates of television."""
     rate = float(said.removesuffix("k")) * (1000 if said.endswith("k") else 1)
     television = round(rate * 1.001) * 1000 / 1001
     return television if f"{television:.2f}" == said else rate

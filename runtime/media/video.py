@@ -1,13 +1,12 @@
-"""Video files, written through the ffmpeg program that imageio-ffmpeg brings along.
-
-Frames are streamed, so a clip is never held whole; a file appears under its name only when it is complete."""
+"""Video files, written by ffmpeg. Frames are streamed, so a clip is never in memory as a whole; a file gets its name
+when it is complete."""
 
 import os
 import re
 import subprocess
 import wave
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -30,17 +29,6 @@ WAITING = 24  # pictures that ffmpeg may be behind
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """libx264 settings: quality (0 is lossless, 51 worst) and effort."""
-
-    crf: int = CRF
-    preset: str = "medium"
-
-
-DELIVERY = Encoding()
-
-
-@dataclass(frozen=True)
 class AudioTrack:
     """Sound: float (channels, samples) in [-1, 1], and its samples per second."""
 
@@ -49,10 +37,8 @@ class AudioTrack:
 
 
 def check_target(path: Path, *, sound: bool = False) -> None:
-    """Find out before a clip, or a `sound` alone, is made what would prevent writing it to `path`.
-
-    Raises InputError for the path, MediaError where ffmpeg is missing or has no encoder for clips.
-    """
+    """Check before a clip, or a `sound` alone, is made that `path` can be written. Raises InputError where it cannot,
+    MediaError where ffmpeg is missing or lacks an encoder."""
     check_output(path)
     suffixes, what = ([".wav"], "sounds") if sound else ([*FORMATS], "clips")
     if path.suffix.lower() not in suffixes:
@@ -62,8 +48,8 @@ def check_target(path: Path, *, sound: bool = False) -> None:
 
 
 def encoding_memory(width: int, height: int) -> int:
-    """Bytes that ffmpeg takes while it encodes, for any number of frames: it looks ahead, further with more threads;
-    and those of the pictures that wait for it. Measured at 768x512 and 1920x1088 with 1, 3 and 18 threads."""
+    """Bytes that ffmpeg takes while it encodes any number of frames (it looks ahead, further with more threads), and
+    those of the pictures that wait for it. Measured at 768x512 and 1920x1088 with 1, 3 and 18 threads."""
     threads = min(3 * (os.cpu_count() or 1) // 2, height // 32)  # as libx264 chooses
     return 40_000_000 + width * height * (250 + 15 * threads + 3 * WAITING)
 
@@ -74,19 +60,19 @@ def video_writer(
     *,
     fps: float,
     audio: AudioTrack | None = None,
-    encoding: Encoding = DELIVERY,
+    crf: int = CRF,
     comment: str = "",
     claim: Claim | None = None,
 ) -> Iterator["VideoWriter"]:
-    """A file that grows with the pictures it is given, of the kind that its suffix says (formats.py), in BT.709, with
-    stereo sound when there is one and the kind has it.
+    """Write a clip picture by picture, in the format of its suffix (formats.py), in BT.709, with stereo sound where
+    there is one and the format has it. `crf` is H.264's quality, 0 lossless to 51 worst; `comment` a text inside the
+    file that `source.read_comment` reads. All frames and all samples are kept, whichever end first.
 
-    It takes its name when the block ends without an exception; a file that was there is replaced then, or not at all.
-    Until then it is `<name>.partial`, of the caller's `claim` or one for the block. All frames and all samples are
-    kept, whichever end first. `comment` is a text inside the file, see `source.read_comment`.
+    The file is `<name>.partial`, of the caller's `claim` or an own one, until the block ends without an exception; then
+    it replaces any file of that name.
 
-    Raises InputError for unusable arguments, NumericsError for sound that is not finite, MediaError when writing
-    fails: when a picture is written, or at the end.
+    Raises InputError for unusable arguments, NumericsError for sound that is not finite, MediaError where writing a
+    picture or ending the file fails.
     """
     check_target(path)
     kind = format_of(path)
@@ -101,7 +87,7 @@ def video_writer(
                 _write_wav(sound, audio)
                 options += ["-i", f"pipe:{sound.fileno()}", "-c:a", kind.audio, *kind.audio_options, "-ac", "2"]
             claim = claim or stack.enter_context(claimed(path.absolute()))
-        quality = ["-crf", str(encoding.crf), "-preset", encoding.preset] if kind.crf else []
+        quality = ["-crf", str(crf)] if kind.crf else []
         options += ["-c:v", kind.video, *kind.options, *quality, "-vf", kind.filters]
         # No -shortest: sound is often a little shorter than the picture, which must not lose frames.
         options += ["-map_metadata", "1", "-movflags", "+faststart", "-f", kind.container, str(claim.partial)]
@@ -114,8 +100,8 @@ def video_writer(
 
 
 class VideoWriter:
-    """A file that is being written (see `video_writer`). ffmpeg starts with the first picture, which says the size; a
-    thread hands pictures over, so that the next ones are made meanwhile."""
+    """A clip that is being written (see `video_writer`). ffmpeg starts with the first picture, which has the size; a
+    thread hands pictures over while the next ones are made."""
 
     def __init__(self, path: Path, options: list[str], log: IO[bytes], beside: tuple[IO[bytes], ...]) -> None:
         self._path = path
@@ -128,8 +114,8 @@ class VideoWriter:
         self._waiting: deque[Future[None]] = deque()
 
     def write(self, frames: Array) -> None:
-        """Add a picture, uint8 (H, W, 3), height and width even, or a group of them, (F, H, W, 3), which stay as they
-        are from now on. Waits where ffmpeg is `WAITING` pictures behind."""
+        """Add a picture, uint8 (H, W, 3), height and width even, or a group of them, (F, H, W, 3); the caller must not
+        change them afterwards. Waits where ffmpeg is `WAITING` pictures behind."""
         for picture in frames if frames.ndim == 4 else (frames,):
             self._shape = self._shape or picture.shape
             _check_picture(picture, self._shape)
@@ -151,7 +137,7 @@ class VideoWriter:
             raise self._failure()
 
     def stop(self) -> None:
-        """End ffmpeg if it still runs; what it has written is of no use."""
+        """Kill ffmpeg if it still runs."""
         if self._process is not None and self._process.stdin is not None:
             self._process.kill()
             self._process.wait()
@@ -160,7 +146,7 @@ class VideoWriter:
                 self._process.stdin.close()
 
     def _wait(self, pictures: int) -> None:
-        """Until no more than so many are to be handed over."""
+        """Wait until at most so many pictures are still to be handed over."""
         while len(self._waiting) > pictures:
             try:
                 self._waiting.popleft().result()
@@ -177,14 +163,14 @@ class VideoWriter:
         command = [ffmpeg_program(), "-hide_banner", "-loglevel", "error", "-y", "-video_size", f"{width}x{height}"]
         shared = tuple(file.fileno() for file in self._beside)
         with _explained(self._path):
-            # In a session of its own: Ctrl-C is for us, and we end it.
+            # In a session of its own: Ctrl-C reaches us alone, and we end it.
             return subprocess.Popen(
                 [*command, *self._options],
                 stdin=subprocess.PIPE, stderr=self._log, pass_fds=shared, start_new_session=True,
             )  # fmt: skip
 
     def _failure(self) -> MediaError:
-        """What ffmpeg complained of when it ended."""
+        """ffmpeg's complaint, once it has ended."""
         assert self._process is not None
         status = self._process.wait()
         self._log.seek(0)
@@ -193,29 +179,15 @@ class VideoWriter:
         return MediaError(f"cannot write {self._path}", why, "check the free space")
 
 
-def write_video(
-    path: Path,
-    frames: Iterable[Array],
-    *,
-    fps: float,
-    audio: AudioTrack | None = None,
-    encoding: Encoding = DELIVERY,
-) -> None:
-    """Write a file of pictures, or of groups of them. Raises as `video_writer`, and what `frames` raises."""
-    with video_writer(path, fps=fps, audio=audio, encoding=encoding) as writer:
-        for group in frames:
-            writer.write(group)
-
-
 def _rate(fps: float) -> Fraction:
-    """Whole and decimal rates exactly, and 24000/1001 from its nearest float."""
+    """Whole and decimal rates exactly; 24000/1001 from its nearest float."""
     if not 0 < fps < 1000:
         raise InputError(f"{fps} frames per second cannot be written", "it must be between 0 and 1000", "use 24")
     return Fraction(fps).limit_denominator(1001)
 
 
 def _check_picture(picture: Array, shape: tuple[int, ...]) -> None:
-    """`shape`: the first picture's."""
+    """Raises InputError unless a picture is uint8 of `shape`, the first one's: (H, W, 3), height and width even."""
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape != shape or shape[2] != 3:
         raise InputError(
             "the frames cannot be encoded",
@@ -231,7 +203,7 @@ def _check_picture(picture: Array, shape: tuple[int, ...]) -> None:
 
 
 def write_wav(path: Path, audio: AudioTrack, claim: Claim | None = None) -> None:
-    """A 16-bit WAV file; `claim`, its name and what is raised are as in `video_writer`."""
+    """Write a 16-bit WAV file; `claim` and errors as in `video_writer`."""
     with _explained(path), ExitStack() as stack:
         claim = claim or stack.enter_context(claimed(path.absolute()))
         with claim.partial.open("w+b") as file:
@@ -240,14 +212,14 @@ def write_wav(path: Path, audio: AudioTrack, claim: Claim | None = None) -> None
 
 
 def _write_comment(file: IO[bytes], text: str) -> None:
-    """As ffmpeg reads metadata: special characters after a backslash."""
+    """In the form that ffmpeg reads: special characters after a backslash."""
     escaped = re.sub(r"([=;#\\\n])", r"\\\1", text)
     file.write(f";FFMETADATA1\ncomment={escaped}\n".encode() if text else b";FFMETADATA1\n")
     file.seek(0)
 
 
 def _write_wav(file: IO[bytes], audio: AudioTrack) -> None:
-    """16-bit WAV, to be read from its start; what is louder than 1 is clipped."""
+    """A 16-bit WAV, then back to its start; samples beyond 1 are clipped."""
     samples = audio.samples
     if samples.ndim != 2 or samples.shape[0] not in (1, 2) or audio.sample_rate <= 0:
         raise InputError(
@@ -269,7 +241,7 @@ def _write_wav(file: IO[bytes], audio: AudioTrack) -> None:
 
 @cache
 def _check_encoders(program: str, encoders: tuple[str, ...]) -> None:
-    """Raises MediaError where a program, which may be the system's own, cannot encode clips."""
+    """Raises MediaError where an ffmpeg, which may be the system's own, lacks one of the encoders."""
     try:
         said = subprocess.run([program, "-hide_banner", "-encoders"], capture_output=True, text=True, check=False)
     except OSError as error:
@@ -281,6 +253,7 @@ def _check_encoders(program: str, encoders: tuple[str, ...]) -> None:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
+    """Raises MediaError in place of OSError."""
     try:
         yield
     except OSError as error:

@@ -37,16 +37,8 @@ INLINE = re.findall(r"`([^`\n]+)`", BLOCK.sub("", ALL))
 # Options of other programs.
 FOREIGN = {
     *("--force-reinstall", "--no-deps"),
-    *("--hosts", "--over", "--backend", "--auto-setup", "--hostfile"),  # mlx.launch
-    *(
-        "--sshloginfile",
-        "--workdir",
-        "--joblog",
-        "--resume-failed",
-        "--retries",
-        "--return",
-        "--cleanup",
-    ),  # parallel
+    *("--hosts", "--over", "--backend", "--auto-setup", "--hostfile", "--env"),  # mlx.launch
+    *("--sshloginfile", "--workdir", "--joblog", "--resume-failed", "--retries", "--return", "--cleanup"),  # parallel
 }
 GIB, GB = 2**30, 10**9
 

@@ -12,8 +12,9 @@ from ltx2.runtime.errors import InputError, UsageError
 from ltx2.runtime.generate.records.sidecar import Sidecar
 from ltx2.runtime.media.formats import CRF, FORMATS, MP4, check_crf, format_of
 from ltx2.runtime.media.source import media_facts, read_comment, read_frames, read_sound
-from ltx2.runtime.media.video import AudioTrack, Encoding, check_target, video_writer, write_video
+from ltx2.runtime.media.video import AudioTrack, check_target, video_writer
 from tests.support.command import SEED, SIZE, Here
+from tests.support.media import write_video
 
 RATE = 24000
 
@@ -62,7 +63,7 @@ def test_a_gif_has_no_sound(tmp_path: Path) -> None:
 def test_quality(tmp_path: Path) -> None:
     movie = np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), np.uint8)
     for crf in (0, CRF, 40):
-        write_video(tmp_path / f"{crf}.mp4", movie, fps=24, encoding=Encoding(crf))
+        write_video(tmp_path / f"{crf}.mp4", movie, fps=24, crf=crf)
     sizes = [(tmp_path / f"{crf}.mp4").stat().st_size for crf in (0, CRF, 40)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 2 * sizes[2]
 

@@ -1,6 +1,7 @@
 """Pictures, clips and sounds for tests to give."""
 
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from ltx2.runtime.media.ffmpeg import ffmpeg_program
 from ltx2.runtime.media.source import media_facts, read_frames
-from ltx2.runtime.media.video import AudioTrack, write_wav
+from ltx2.runtime.media.video import AudioTrack, video_writer, write_wav
 
 FFV1 = ("-c:v", "ffv1", "-pix_fmt", "bgr0")  # lossless
 
@@ -45,6 +46,13 @@ def write_clip(path: Path, frames: Array, rate: float, sound: AudioTrack | None 
     for part in (silent, wav):
         part.unlink()
     return path
+
+
+def write_video(path: Path, frames: Iterable[Array], **options: Any) -> None:
+    """A clip as `generate` writes it, of pictures or groups of them; `options` are those of `video_writer`."""
+    with video_writer(path, **options) as writer:
+        for group in frames:
+            writer.write(group)
 
 
 def read_video(path: Path) -> tuple[Array, float]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.records.sidecar import settings_of, sidecar_path, write_sidecar
-from ltx2.runtime.media.video import AudioTrack, Encoding, video_writer, write_wav
+from ltx2.runtime.media.video import AudioTrack, video_writer, write_wav
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.streams import Streams
 
@@ -68,8 +68,8 @@ class Clip:
             write_wav(video, audio)
             return
         comment = "" if self.record["request"]["no_metadata"] else json.dumps(settings_of(self.record))
-        encoding = Encoding(self.record["request"]["crf"])
-        with video_writer(video, fps=self.fps, audio=audio, encoding=encoding, comment=comment) as writer:
+        crf = self.record["request"]["crf"]
+        with video_writer(video, fps=self.fps, audio=audio, crf=crf, comment=comment) as writer:
             writer.write(self.frames)
 
     def _repr_html_(self) -> str:
