@@ -18,7 +18,8 @@ from ltx2.runtime.layers.neighbourhood import Keys, Neighbourhood
 from ltx2.runtime.layers.packed import UNIT
 from ltx2.runtime.layers.rope import Rope, apply_rope
 from ltx2.runtime.layers.rotation import rotated
-from ltx2.runtime.model.forms import MODES, ROTATIONS, Form
+from ltx2.runtime.model.forms import MODES, Form
+from ltx2.runtime.model.hadamard import BASES, ROTATIONS
 
 ROWS = 33_280
 WIDTH, OUTPUTS = 128, 64
@@ -75,11 +76,11 @@ def _products() -> Iterator[Check]:
     for name in PRODUCTS:
         compute = partial(_packed_product, form, name, plain=True)
         yield Check("products with FP8 weights", f"scaled as a whole {name}", _fp8_inputs, compute, _packed_expected)
-    for size in ROTATIONS:
+    for way in ((size, kind) for size in ROTATIONS for kind in BASES):
         yield Check(
-            "Hadamard rotation", f"{size}", lambda: {"x": draw(ROWS, 256)},
-            lambda given, size=size: rotated(given["x"], size),  # type: ignore[misc]
-            lambda inputs, size=size: reference.rotated(inputs["x"], size),  # type: ignore[misc]
+            "Hadamard rotation", "{} {}".format(*way), lambda: {"x": draw(ROWS, 256)},
+            lambda given, way=way: rotated(given["x"], *way),  # type: ignore[misc]
+            lambda inputs, way=way: reference.rotated(inputs["x"], *way),  # type: ignore[misc]
         )  # fmt: skip
 
 

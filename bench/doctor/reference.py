@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from ltx2.runtime.files.tensors import Array
-from ltx2.runtime.layers.rotation import hadamard
+from ltx2.runtime.model.hadamard import hadamard
 
 
-def rotated(x: Array, size: int) -> Array:
+def rotated(x: Array, size: int, kind: str) -> Array:
     """x (rows, width), every block of `size` values times a Hadamard matrix."""
-    return (x.reshape(len(x), -1, size) @ hadamard(size)).reshape(x.shape)
+    return (x.reshape(len(x), -1, size) @ hadamard(size, kind)).reshape(x.shape)
 
 
 def attention(given: Mapping[str, Array]) -> Array:

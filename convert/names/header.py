@@ -14,14 +14,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.files.tensors import TensorFile, TensorInfo, tensor_bytes
+from ltx2.runtime.files.tensors import Array, TensorFile, TensorInfo, tensor_bytes
 
 HEADERS = Path(__file__).parent / "headers"
 BRACES = re.compile(r"\{([^{}]*)\}")
 BLOCK = re.compile(r"(?:^|\.)transformer_blocks\.(\d+)\.")
 NONE = range(0)
-COMFY_QUANT = 72  # bytes of JSON
+# ComfyUI's mark beside int8 codes, as it writes it.
+INT8_MARK = b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}'
 # Line ends and quotes in the licence text, by its length: escaped in JSON, so they count twice in the file's size.
 ESCAPED = {21426: 420, 21427: 420, 34561: 622, 34562: 623}
 Spec = tuple[str, tuple[int, ...]]
@@ -58,6 +61,14 @@ def header_of(file: str) -> str:
     return _names()[file]
 
 
+class DescribedFile(TensorFile):
+    """A file of which nothing is at hand but the header, and the marks beside int8 codes, which are all the same."""
+
+    def array(self, name: str) -> Array:
+        assert name.endswith(".comfy_quant"), "the one kind of tensor that plans read"
+        return np.frombuffer(INT8_MARK, np.uint8)
+
+
 def described_file(header: str, skip: range = NONE) -> TensorFile:
     """A published file as far as its header says."""
     _, metadata, tensors = read_header(header, skip)
@@ -65,7 +76,7 @@ def described_file(header: str, skip: range = NONE) -> TensorFile:
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + tensor_bytes(dtype, shape)
         infos[name] = TensorInfo(name, dtype, shape, start, end)
-    return TensorFile(Path(f"{header}.safetensors"), metadata, infos)
+    return DescribedFile(Path(f"{header}.safetensors"), metadata, infos)
 
 
 @cache
@@ -123,7 +134,7 @@ def quantized_layer(layer: str, kind: str, shape: tuple[int, ...]) -> Tensors:
             "weight_scale_2": scalar, "input_scale": scalar,
         },
         "int8": {
-            "weight": ("I8", shape), "weight_scale": ("F32", (rows, 1)), "comfy_quant": ("U8", (COMFY_QUANT,)),
+            "weight": ("I8", shape), "weight_scale": ("F32", (rows, 1)), "comfy_quant": ("U8", (len(INT8_MARK),)),
         },
     }  # fmt: skip
     return {f"{layer}.{part}": spec for part, spec in specs[kind].items()}

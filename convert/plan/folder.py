@@ -10,11 +10,11 @@ import numpy as np
 
 from ltx2.convert.plan.entries import Asset, Move, Plan, packed_key
 from ltx2.convert.sources.components import ComponentPlan
-from ltx2.convert.tensors.codes import BlockScales, Codes, Fp8, Nvfp4, Scale
+from ltx2.convert.tensors.codes import BlockScales, Codes, Fp8, Int8, Nvfp4, Scale
 from ltx2.convert.tensors.keep import Keep
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.model.config import STORAGE_KEYS
-from ltx2.runtime.model.forms import Quantization
+from ltx2.runtime.model.forms import AFFINE, Quantization
 from ltx2.runtime.model.layout import CONFIG, INDEX, ComponentRecord, Manifest, ModelFolder
 
 
@@ -45,8 +45,11 @@ def _codes(name: str, where: Mapping[str, TensorFile], quantization: Quantizatio
     if not name.endswith(".weight") or scale not in where:
         return None
     file, factor = where[name], Scale(where[scale], where[scale].tensors[scale])
-    if quantization.of(name.removesuffix(".weight")).mode == "mxfp8":
+    form = quantization.of(name.removesuffix(".weight"))
+    if form.mode == "mxfp8":
         return Fp8(file, file.tensors[name], factor)
+    if form.mode == AFFINE:
+        return Int8(file, file.tensors[name], factor, form)
     tensor = where[blocks].tensors[blocks]
     rows, columns = tensor.shape
     return Nvfp4(file, file.tensors[name], factor, BlockScales(where[blocks], tensor, (rows, columns), tiled=False))

@@ -50,16 +50,15 @@ STORAGES = (
     ("DoRA", "", r"\.dora_scale$|\.lora_magnitude_vector"),
 )
 BYTES = "U8"  # of tokenizers and other things that are no weights
-CONVERTED_STORAGES = ("NVFP4", "MXFP8", "FP8 (E4M3)", "FP8 (E5M2)")  # or refused by a tensor's name (tensors/scales.py)
+# Or refused by a tensor's name (tensors/scales.py).
+CONVERTED_STORAGES = ("NVFP4", "int8", "MXFP8", "FP8 (E4M3)", "FP8 (E5M2)")
 # What is not converted: why, and what to use instead.
 REFUSED_STORAGES = {
-    "int8": (
-        "ComfyUI's int8 weights are rotated before they are rounded (convrot), a form that MLX does not have; any "
-        "other would lose precision a second time",
-        "use the bf16 file of the same model, or the NVFP4 one if there is one; --bits 8 makes it as small",
-    ),
     "MLX-quantized": ("another tool has quantized it for MLX, under names of its own", "use the file as published"),
-    "": ("bf16, f16, f32, FP8, MXFP8 and NVFP4 weights are converted", "use the bf16 file of the same model"),
+    "": (
+        "bf16, f16, f32, FP8, MXFP8, NVFP4 and int8 weights are converted",
+        "use the bf16 file of the same model",
+    ),
 }
 
 

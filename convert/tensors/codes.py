@@ -1,8 +1,9 @@
-"""Weights published as codes with scales, FP8 (E4M3), MXFP8, NVFP4 and MLX's own: decoded, or kept as they are in MLX's
-layout.
+"""Weights published as codes with scales, FP8 (E4M3), MXFP8, NVFP4, int8 and MLX's own: decoded, or kept as they are in
+MLX's layout.
 
 A weight's value is float32(code) * scale; NVFP4's is (float32(code) * block scale) * tensor scale, in this order: the
-first product is exact, the second rounds; that of MLX's affine codes is float32(code) * scale + bias. Decoding takes
+first product is exact, the second rounds; that of MLX's affine codes is float32(code) * scale + bias. Rows of int8 may
+be rotated, and are turned back before they are scaled: that is exact. Decoding takes
 one lookup for every two codes, in a table of what becomes of each pair, rounding included. Codes that this tool has
 stored before (U32) are read as well."""
 
@@ -18,8 +19,10 @@ from ltx2.convert.tensors.steps import Spec, from_float32
 from ltx2.runtime.errors import CheckpointError, NumericsError
 from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, Array, TensorFile, TensorInfo, to_float32
 from ltx2.runtime.model.forms import Form
+from ltx2.runtime.model.hadamard import rotated_rows
 
 TILE_ROWS, TILE_COLUMNS = 128, 4  # NVFP4 files hold the block scales in tiles of this size
+OFFSET = np.uint8(128)  # from signed to unsigned bytes: the same bits but for the first
 CACHED = 1 << 18  # bytes worked on at a time: they stay in the processor's cache
 DAMAGED = "download it again; if that does not help, the published file itself is damaged"
 
@@ -262,6 +265,28 @@ class Affine(Codes):
         )
         values = values.reshape(*scales.shape, self.form.group_size) * scales[..., None] + biases[..., None]
         return values.reshape(len(codes), -1)
+
+
+@dataclass(frozen=True)
+class Int8(Codes):
+    """One signed integer per byte; rows are rotated where the form says so. MLX's affine codes are the same plus 128,
+    with a bias of -128 and a scale of 1 that every group shares and no file holds."""
+
+    packed: Form
+
+    kind = "int8"
+
+    @property
+    def form(self) -> Form:
+        return self.packed
+
+    def words(self, rows: Array) -> Array:
+        return (np.ascontiguousarray(rows).view(np.uint8) ^ OFFSET).view(np.uint32)
+
+    def _unscaled(self, codes: Array, stored: bool, start: int) -> Array:
+        values = (codes ^ OFFSET if stored else codes).view(np.int8).astype(np.float32)
+        size = self.form.rotation
+        return rotated_rows(values, size, self.form.hadamard) if size else values
 
 
 @dataclass(frozen=True)

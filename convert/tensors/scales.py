@@ -4,6 +4,8 @@
     MXFP8  X.weight F8_E4M3 (out, in)      X.weight_scale U8 or F8_E8M0 (out, in / 32), exponents; in tiles where
                                            ComfyUI's mark X.comfy_quant stands beside them
     NVFP4  X.weight U8 (out, in / 2)       X.weight_scale F8_E4M3 in tiles, X.weight_scale_2: one value
+    int8   X.weight I8 (out, in)           X.weight_scale: one value, or one per row; X.comfy_quant: JSON that names the
+                                           format and says whether rows are rotated
     MLX    X.weight U32 (out, words)       X.scales, X.biases: floats (out, groups)
     GGUF   any name, a type of blocks      in the blocks
 
@@ -12,11 +14,13 @@ Where a source has no scale at all, every scale is 1."""
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ltx2.convert.tensors.codes import Affine, BlockScales, Codes, Fp8, Mxfp8, Nvfp4, Scale, tiled_shape
+from ltx2.convert.tensors.codes import Affine, BlockScales, Codes, Fp8, Int8, Mxfp8, Nvfp4, Scale, tiled_shape
 from ltx2.convert.tensors.gguf import Blocks, GgufFile
-from ltx2.runtime.errors import CheckpointError, ModelFolderError, UnsupportedError
+from ltx2.runtime.errors import CheckpointError, ModelFolderError, UnsupportedError, reason
+from ltx2.runtime.files.jsonfile import parse_object
 from ltx2.runtime.files.tensors import FLOATS, TensorFile, TensorInfo
-from ltx2.runtime.model.forms import AFFINE, Quantization
+from ltx2.runtime.model.forms import AFFINE, MODES, Form, Quantization
+from ltx2.runtime.model.hadamard import REGULAR, ROTATIONS, SYLVESTER
 
 WEIGHT = ".weight"
 SCALE, SCALE_2, MARK = ".weight_scale", ".weight_scale_2", ".comfy_quant"
@@ -24,12 +28,14 @@ SPELLINGS = (SCALE, ".scale_weight")
 EXPONENTS = ("U8", "F8_E8M0")
 _ACTIVATIONS = "an activation scale: activations are not quantized"
 _OPAQUE = "opaque metadata: the tensors themselves say how they are stored"
+_MARK = "what it says of the codes is in config.json"
 # The last part of a name -> why the tensor is of no use.
 BESIDE_CODES = {
-    "input_scale": _ACTIVATIONS, "scale_input": _ACTIVATIONS, "comfy_quant": _OPAQUE, "scaled_fp8": _OPAQUE,
+    "input_scale": _ACTIVATIONS, "scale_input": _ACTIVATIONS, "comfy_quant": _MARK, "scaled_fp8": _OPAQUE,
 }  # fmt: skip
 AS_PUBLISHED = "use the checkpoint as published"
 NVFP4_GROUP = 16
+MARK_BYTES = 4096  # published ones have 72
 Stored = tuple[TensorFile, TensorInfo]
 
 
@@ -72,6 +78,9 @@ def find_codes(files: Iterable[TensorFile], quantization: Quantization | None = 
         elif tensor.dtype == "U32" and name.endswith(WEIGHT):
             codes[name] = _affine(name, tensors, quantization or Quantization())
             scales |= {packed_part(name, part): (name, part) for part in ("scales", "biases")}
+        elif tensor.dtype == "I8":
+            codes[name] = _int8(name, tensors)
+            scales[name.removesuffix(WEIGHT) + SCALE] = (name, "weight_scale")
         elif tensor.dtype == "F8_E4M3" and not _is_block_scale(name, tensors):
             codes[name] = _fp8(name, tensors, scaled)
             if codes[name].blocks is not None:
@@ -108,9 +117,46 @@ def _fp8(name: str, tensors: Mapping[str, Stored], scaled: bool) -> Fp8:
         return _mxfp8(name, tensors)
     scale = Scale(*tensors[found[0]]) if found else None
     if scale is not None:
-        rows = tensor.shape[:1]
-        _check_scale(scale.tensor, ((), (1,), (1, 1), rows, (*rows, 1)), name)
+        _check_scale(scale.tensor, _of_rows(tensor), name)
     return Fp8(file, tensor, scale)
+
+
+def _of_rows(tensor: TensorInfo) -> tuple[tuple[int, ...], ...]:
+    """The shapes that the scale of a tensor, or of its rows, may have."""
+    rows = tensor.shape[:1]
+    return (), (1,), (1, 1), rows, (*rows, 1)
+
+
+def _int8(name: str, tensors: Mapping[str, Stored]) -> Int8:
+    (file, tensor), layer = tensors[name], name.removesuffix(WEIGHT)
+    missing = [layer + part for part in (WEIGHT, SCALE, MARK) if layer + part not in tensors]
+    if missing:
+        raise _other_codes(name, f"int8 values, for which there is no {missing[0]},")
+    scale, size = Scale(*tensors[layer + SCALE]), _rotation(name, *tensors[layer + MARK])
+    _check_scale(scale.tensor, _of_rows(tensor), name)
+    if len(tensor.shape) != 2 or tensor.shape[1] % (size or 1):
+        raise _misfit(tensor, f"int8 codes are rows, and rotated in blocks of {size} values")
+    group = max((n for n in MODES[AFFINE].group_sizes if tensor.shape[1] % n == 0), default=32)
+    return Int8(file, tensor, scale, Form(8, group, rotation=size, hadamard=REGULAR if size else SYLVESTER))
+
+
+def _rotation(weight: str, file: TensorFile, mark: TensorInfo) -> int:
+    """The size of the blocks in which a weight's rows are rotated, or 0, as ComfyUI's mark beside them says."""
+    try:
+        if mark.nbytes > MARK_BYTES:
+            raise ValueError(f"it has {mark.nbytes} bytes")
+        own = parse_object(file.array(mark.name).tobytes().decode())
+        said = {"format": None, "convrot": False, "convrot_groupsize": 256} | own.get("params", {}) | own
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{mark.name} cannot be read", reason(error), AS_PUBLISHED) from error
+    if said["format"] != "int8_tensorwise":
+        raise _other_codes(weight, f"int8 codes of the format {said['format']!r}")
+    if not said["convrot"]:
+        return 0
+    size = said["convrot_groupsize"]
+    if type(size) is not int or size not in ROTATIONS:
+        raise _other_codes(weight, f"int8 codes rotated in blocks of {size!r}")
+    return size
 
 
 def _mxfp8(name: str, tensors: Mapping[str, Stored]) -> Mxfp8:
@@ -173,7 +219,7 @@ def _check_use(tensors: Mapping[str, Stored], scales: Mapping[str, tuple[str, st
         if name.endswith((*SPELLINGS, SCALE_2)) and name not in scales:
             weight = name.rpartition(".")[0] + WEIGHT
             dtype = tensors[weight][1].dtype if weight in tensors else "not there"
-            raise CheckpointError(f"{name} scales nothing", f"{weight} is {dtype}, no FP8 or NVFP4", AS_PUBLISHED)
+            raise CheckpointError(f"{name} scales nothing", f"{weight} is {dtype}, which is no code", AS_PUBLISHED)
 
 
 def _misfit(tensor: TensorInfo, why: str) -> CheckpointError:
@@ -183,6 +229,6 @@ def _misfit(tensor: TensorInfo, why: str) -> CheckpointError:
 def _other_codes(name: str, what: str) -> UnsupportedError:
     return UnsupportedError(
         f"{name} holds {what} and cannot be read",
-        "the codes that ltx2 knows are FP8 (E4M3), MXFP8, NVFP4 and MLX's affine ones",
+        "the codes that ltx2 knows are FP8 (E4M3), MXFP8, NVFP4, int8 and MLX's affine ones",
         "use the bf16, FP8 or NVFP4 file of the same model",
     )

@@ -6,8 +6,8 @@ import numpy as np
 
 from ltx2.quant.codes.arithmetic import Arithmetic, Values
 from ltx2.runtime.files.tensors import Array
-from ltx2.runtime.layers.rotation import hadamard
 from ltx2.runtime.model.forms import Form
+from ltx2.runtime.model.hadamard import rotated_rows
 
 # What is measured on few tokens is mostly chance, and tokens of one prompt are alike: the correlations between columns
 # are believed the less, the fewer there were. Chosen on other prompts' errors: on the demo model with 1 to 32 prompts,
@@ -34,11 +34,6 @@ class Correlations:
         damped = correlations.copy()
         damped[np.diag_indices(len(variances))] += share * variances + LEAST * unit
         return damped
-
-
-def rotated(values: Array, size: int) -> Array:
-    """As runtime/rotation.py rotates (..., width), in float32."""
-    return (values.reshape(-1, size) @ hadamard(size)).reshape(values.shape)
 
 
 @dataclass(frozen=True)
@@ -72,8 +67,8 @@ def make_feedback(given: Correlations, form: Form, biased: bool, on: Arithmetic)
     correlations = given.products - np.outer(given.mean, given.mean) if biased else given.products
     damped, mean = given.damped(correlations), given.mean
     if size := form.rotation:
-        correlations, damped = (rotated(rotated(values, size).T, size) for values in (correlations, damped))
-        mean = rotated(mean, size)
+        correlations, damped = (rotated_rows(rotated_rows(values, size).T, size) for values in (correlations, damped))
+        mean = rotated_rows(mean, size)
     order = rounding_order(np.diagonal(correlations), form.group_size)
     damped = damped[np.ix_(order, order)]  # a wide layer's matrices are 1 GB each: no more of them than there must be
     upper = inverse_factor(damped)

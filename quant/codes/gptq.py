@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ltx2.quant.codes.arithmetic import Values
-from ltx2.quant.codes.correlations import Feedback, rotated
+from ltx2.quant.codes.correlations import Feedback
 from ltx2.quant.codes.pack import Loss, Packed, check_form, dtype_of, search_of, unpack, what_is_wrong
 from ltx2.quant.codes.search import Search
 from ltx2.runtime.files.tensors import Array, to_float32
 from ltx2.runtime.model.forms import Form
+from ltx2.runtime.model.hadamard import rotated_rows
 
 
 class Chosen(NamedTuple):
@@ -51,7 +52,7 @@ def pack_in_turn(rows: Array, form: Form, feedback: Feedback, multiplier: float 
 def stored_values(rows: Array, form: Form) -> Array:
     """Rows of a weight as float32, rotated where the form is."""
     values = to_float32(rows, dtype_of(rows))
-    return rotated(values, form.rotation) if form.rotation else values
+    return rotated_rows(values, form.rotation) if form.rotation else values
 
 
 def output_loss(values: Array, change: Array, feedback: Feedback) -> Loss:

@@ -4,7 +4,7 @@ network.
 
 `Packed` holds its weight in any form that MLX multiplies (runtime/model/forms.py). Beside MLX's own names (`weight`,
 `scales`, `biases`, `bias`) it may have a `weight_scale`, one value or one per row, that its product is multiplied by:
-so weights published as FP8 or NVFP4 run as the very codes they were published in."""
+so weights published as FP8, NVFP4 or int8 run as the very codes they were published in."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -77,28 +77,28 @@ class Packed(LinearLayer):
     """x @ W^T * weight_scale + bias, with W (outputs, inputs) in packed form; W is that of rotated inputs where the
     form says so."""
 
-    def __init__(self, inputs: int, outputs: int, form: Form, shared_scales: mx.array | None = None) -> None:
-        """Without `bias` and `weight_scale`; a layer that has them gets them as attributes. `shared_scales` (outputs,
-        inputs / group size) are no parameter; without them `scales` is one."""
+    def __init__(self, inputs: int, outputs: int, form: Form, shared: tuple[mx.array, ...] = ()) -> None:
+        """Without `bias` and `weight_scale`; a layer that has them gets them as attributes. `shared` scales and biases
+        (outputs, inputs / group size) are no parameters; without them `scales` and `biases` are."""
         super().__init__()
         self.weight = mx.zeros((outputs, inputs * form.bits // 32), mx.uint32)
         groups = (outputs, inputs // form.group_size)
-        if form.biased:
-            self.scales, self.biases = mx.zeros(groups), mx.zeros(groups)
-        elif shared_scales is None:
-            self.scales = mx.zeros(groups, mx.uint8)
-        self._shared_scales = shared_scales
+        if not shared:
+            self.scales = mx.zeros(groups, mx.float32 if form.biased else mx.uint8)
+        if not shared and form.biased:
+            self.biases = mx.zeros(groups)
+        self._shared = shared
         self.form, self.choice = form, Choice()
 
     @property
     def dtype(self) -> mx.Dtype:
-        floats = (self.get("bias"), self.scales if self.form.biased else None)
+        floats = (self.get("bias"), self.get("scales") if self.form.biased else None)
         return next((array.dtype for array in floats if array is not None), mx.bfloat16)
 
     def take(self, down: mx.array, up: mx.array) -> None:
         """The factors of the codes, which inputs are rotated for and whose product is scaled."""
         if self.form.rotation:
-            down = rotated(down, self.form.rotation)
+            down = rotated(down, self.form.rotation, self.form.hadamard)
         dtype = self.dtype
         if "weight_scale" in self:
             up = up / self.weight_scale.astype(mx.float32).reshape(-1, 1)
@@ -108,7 +108,7 @@ class Packed(LinearLayer):
     def multiply(self, x: mx.array) -> mx.array:
         bias = self.get("bias")
         if self.form.rotation:
-            x = rotated(x, self.form.rotation)
+            x = rotated(x, self.form.rotation, self.form.hadamard)
         if "weight_scale" not in self:
             return self._codes_product(x, bias)
         # Sums of products with codes, which are hundreds of times as large as the weights, may not fit float16.
@@ -117,8 +117,8 @@ class Packed(LinearLayer):
         return y.astype(x.dtype)
 
     def _codes_product(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        scales = self.scales if self._shared_scales is None else self._shared_scales
-        codes = Codes(self.weight, scales, self.get("biases"), self.form, plain=self._shared_scales is not None)
+        scales, *biases = self._shared or (self.scales, self.get("biases"))
+        codes = Codes(self.weight, scales, biases[0] if biases else None, self.form, plain=bool(self._shared))
         return self.choice.product(x.size // x.shape[-1])(x, codes, bias, self.factors)
 
 

@@ -81,7 +81,7 @@ def widened(x: mx.array, codes: Codes, bias: mx.array | None = None, factors: Fa
     """x (..., inputs) @ (W + factors)^T + bias, with W unpacked by one fused elementwise kernel, where the form allows
     it."""
     weight, scales, biases, form, plain = codes
-    if plain and form.bits == 8:
+    if plain and biases is None and form.bits == 8:
         return _fp8_linear(x, weight, bias, factors)
     if biases is None or form.bits not in (4, 8):
         return dequantized(x, codes, bias, factors)

@@ -13,8 +13,10 @@ from ltx2.runtime.layers.matmul import Choice, choose
 from ltx2.runtime.model.config import AS_PUBLISHED
 from ltx2.runtime.model.forms import Form, Quantization
 
+Shared = dict[tuple[str, tuple[int, int]], tuple[mx.array, ...]]
 UNPACKABLE = 1 << 28  # values of a weight: a larger one, unpacked, would be as large as a network
 UNIT = 127  # of the mx formats, whose scales are powers of two: 1
+SIGNED = -128  # the bias of signed bytes: MLX's codes are unsigned
 
 
 def quantize_like(network: nn.Module, quantization: Quantization, stored: Mapping[str, tuple[int, ...]]) -> None:
@@ -25,7 +27,7 @@ def quantize_like(network: nn.Module, quantization: Quantization, stored: Mappin
     """
     if not any(name.endswith((".scales", ".weight_scale")) for name in stored):
         return
-    shared: dict[tuple[int, int], mx.array] = {}  # scales of 1: one array for all layers of a shape
+    shared: Shared = {}  # scales of 1, once for all layers of a shape
 
     def packed(path: str, module: nn.Module) -> nn.Module:
         if not any(f"{path}.{part}" in stored for part in ("scales", "weight_scale")):
@@ -45,23 +47,30 @@ def _packed(
     linear: Linear,
     form: Form,
     stored: Mapping[str, tuple[int, ...]],
-    shared: dict[tuple[int, int], mx.array],
+    shared: Shared,
 ) -> Packed:
     """With the parameters that the files have; a scale of an impossible shape is left for strict loading to find."""
     outputs, inputs = linear.weight.shape
     if form.rotation and inputs % form.rotation:
         what = f"the inputs of {path} cannot be rotated in blocks of {form.rotation}"
         raise ConfigError(what, f"it has {inputs} inputs", AS_PUBLISHED)
-    scales = None
-    if form.mode == "mxfp8" and f"{path}.scales" not in stored:
+    scales: tuple[mx.array, ...] = ()
+    if form.bits == 8 and f"{path}.scales" not in stored:
         groups = (outputs, inputs // form.group_size)
-        scales = shared.setdefault(groups, mx.full(groups, UNIT, mx.uint8))
+        scales = shared.setdefault((form.mode, groups), _constant(form, groups))
     layer = Packed(inputs, outputs, form, scales)
     if "bias" in linear:
         layer.bias = linear.bias
     if (shape := stored.get(f"{path}.weight_scale")) is not None:
         layer.weight_scale = mx.ones((outputs,) if shape == (outputs,) else ())
     return layer
+
+
+def _constant(form: Form, groups: tuple[int, int]) -> tuple[mx.array, ...]:
+    """The scales and biases of bytes that are values but for a layer's `weight_scale`: FP8, and signed integers."""
+    if form.biased:
+        return mx.ones(groups, mx.bfloat16), mx.full(groups, SIGNED, mx.bfloat16)
+    return (mx.full(groups, UNIT, mx.uint8),)
 
 
 def choose_products(network: nn.Module, wanted: str) -> dict[str, Choice]:

@@ -6,9 +6,9 @@ from math import lcm
 from typing import Any
 
 from ltx2.runtime.errors import ModelFolderError
+from ltx2.runtime.model.hadamard import BASES, ROTATIONS, SYLVESTER
 
 AFFINE = "affine"
-ROTATIONS = (16, 64, 256)  # sizes of the blocks in which a layer's inputs may be rotated
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ MODES: Mapping[str, Mode] = {
 @dataclass(frozen=True)
 class Form:
     """How a layer's weight is packed: bits of a code, values that share a scale, mode; and, unless 0, the size of the
-    blocks in which the weight is rotated, as the layer's inputs are.
+    blocks in which the weight is rotated, as the layer's inputs are, by which `hadamard` matrix.
 
     Raises ValueError for a form that MLX does not multiply.
     """
@@ -41,6 +41,7 @@ class Form:
     group_size: int
     mode: str = AFFINE
     rotation: int = 0
+    hadamard: str = SYLVESTER
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -50,8 +51,9 @@ class Form:
             (f"{self.mode} has bits", self.bits, mode.bits),
             (f"{self.mode} has group size", self.group_size, mode.group_sizes),
             ("inputs are rotated in blocks of", self.rotation, (0, *ROTATIONS)),
+            ("inputs are rotated by matrices", self.hadamard, tuple(BASES)),
         ):
-            if type(value) is not int or value not in known:
+            if type(value) is not type(known[0]) or value not in known:
                 raise ValueError(f"{name} {', '.join(map(str, known))}, not {value!r}")
 
     def __str__(self) -> str:
@@ -75,12 +77,14 @@ class Form:
     def from_entry(cls, entry: Mapping[str, Any]) -> "Form":
         """From what config.json says. Raises ValueError, TypeError or AttributeError for anything else."""
         bits, group_size = entry.get("bits", 0), entry.get("group_size", 0)
-        return cls(bits, group_size, entry.get("mode", AFFINE), entry.get("rotation", 0))
+        rotation = (entry.get("rotation", 0), entry.get("hadamard", SYLVESTER))
+        return cls(bits, group_size, entry.get("mode", AFFINE), *rotation)
 
     def entry(self) -> dict[str, Any]:
         """As config.json says it."""
         entry = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        return entry | ({"rotation": self.rotation} if self.rotation else {})
+        entry |= {"rotation": self.rotation} if self.rotation else {}
+        return entry | ({"hadamard": self.hadamard} if self.hadamard != SYLVESTER else {})
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,10 @@ def test_a_folder_takes_what_its_dry_run_says(
             assert row["runs"] == (STREAMED if row["read"] else RESIDENT)
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("ltx-2.3-dev-fp8", "q4"), ("ltx-2.5-distilled-nvfp4", None)])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("ltx-2.3-dev-fp8", "q4"), ("ltx-2.5-distilled-nvfp4", None), ("ltx-2.5-distilled-int8", None)],
+)
 def test_a_bundle_takes_what_its_files_would(name: str, recipe: str | None, tmp_path: Path) -> None:
     """A few blocks stand for all: against the plan of sparse files with every block, LoRA and all."""
     bundle, settings = catalogue().bundles[name], Settings(recipe=recipe) if recipe else None

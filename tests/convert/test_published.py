@@ -67,6 +67,9 @@ SPLIT = {
     "ltx-2.5-22b-transformer-nvfp4": File(
         "checkpoint", ("2.5",), {"transformer": 4091 + 2 * LAYERS, "connectors": 258}, LAYERS, "NVFP4", ("distilled",)
     ),
+    "ltx-2.5-22b-transformer-int8": File(
+        "checkpoint", ("2.5",), {"transformer": 4091 + 28 * 48, "connectors": 258 + 96}, 28 * 48 + 96, "int8", BOTH
+    ),
     "ltx-2.5-video-vae-bf16": File(
         "diffusion_vae", ("2.5",), {"diffusion_vae": 395}, 1, classes={"diffusion_vae": "CausalDiffusionVAE"}
     ),
@@ -82,6 +85,9 @@ SPLIT = {
     "gemma4-12b-with-proj-ltx-2.5-bf16": File(
         "text_encoder", ("2.5",), {"text_encoder": 666, "connectors": 4}, 11,
         classes={"text_encoder": "Gemma4UnifiedForCausalLM"},
+    ),
+    "gemma4-12b-with-proj-ltx-2.5-int8": File(
+        "text_encoder", ("2.5",), {"text_encoder": 666 + 328, "connectors": 4}, 11 + 328, "int8"
     ),
 }  # fmt: skip
 UPSCALERS = {
@@ -104,15 +110,16 @@ LORAS = {
     "ltx-2.5-22b-distilled-lora-450-bf16": File("lora", ("2.5",), {"loras/ltx-2.5-22b-distilled-lora-450-bf16": 3320}),
 }
 CONVERTED = MONOLITHS | SPLIT | UPSCALERS | LORAS
-REFUSED = ("gemma4-12b-with-proj-ltx-2.5-int8", "ltx-2.5-22b-transformer-int8")
 # A file in another storage -> the same model in bf16.
 PLAIN = {
     "ltx-2-19b-fp8": "ltx-2-19b", "ltx-2-19b-fp4": "ltx-2-19b", "ltx-2.3-22b-dev-fp8": "ltx-2.3-22b",
     "ltx-2.3-22b-distilled-fp8": "ltx-2.3-22b", "ltx-2.5-22b-transformer-nvfp4": "ltx-2.5-22b-transformer-bf16",
+    "ltx-2.5-22b-transformer-int8": "ltx-2.5-22b-transformer-bf16",
+    "gemma4-12b-with-proj-ltx-2.5-int8": "gemma4-12b-with-proj-ltx-2.5-bf16",
 }  # fmt: skip
 REASONS = {
     rules.UNUSED_STATISTIC, rules.UNUSED_MARK, rules.VISION, rules.CONSTANT, rules.UNUSED_CONSTANT,
-    dropped_beside_codes("x.input_scale"),
+    dropped_beside_codes("x.input_scale"), dropped_beside_codes("x.comfy_quant"),
 }  # fmt: skip
 # Axes of kernels per component, where not all stay as they are.
 TURNED = {
@@ -177,7 +184,7 @@ def other_bytes(plan: Plan, *kinds: type) -> int:
 def test_all_published_files_are_here() -> None:
     names = [name for header in published.header_names() for name in published.read_header(header)[0]]
     assert len(names) + len(published.GEMMA) == 38 and len(set(names)) == len(names)
-    assert {*CONVERTED, *REFUSED} == set(published.header_names())
+    assert CONVERTED.keys() == set(published.header_names())
 
 
 @pytest.mark.parametrize("name", published.header_names())
@@ -211,7 +218,7 @@ class TestFile:
         check_plan(made)
 
     def test_size(self, name: str, plan: PlanOf) -> None:
-        """Nothing grows or gets lost: FP8 stays FP8, NVFP4 stays NVFP4."""
+        """Nothing grows or gets lost: FP8 stays FP8, NVFP4 stays NVFP4, int8 stays int8."""
         made = plan(name)
         assert not any(isinstance(e, Merge) for e in made.entries)
         assert stored_bytes(made) + other_bytes(made, Drop, Asset) == published.data_bytes(name)
@@ -234,13 +241,6 @@ def test_axes(name: str, plan: PlanOf) -> None:
     steps = Counter((m.component, str(s).removeprefix("transpose")) for e in (plan(name),) for c in e.components
                     for m in e.moves(c) for s in m.steps)  # fmt: skip
     assert steps == TURNED[name]
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_rotated_int8_is_refused(name: str, files: LookAll) -> None:
-    for path in files(name):
-        with pytest.raises(UnsupportedError, match=rf"{path.name} holds int8 weights: .*rotated.*use the bf16 file"):
-            open_sources([path])
 
 
 class TestKeys:
@@ -320,15 +320,18 @@ class TestGemma3:
 class TestTogether:
     """A model from several files."""
 
-    WHOLE = tuple(name for name in SPLIT if name != "ltx-2.5-22b-transformer-nvfp4")
+    WHOLE = tuple(name for name in SPLIT if name not in PLAIN)
 
     def together(self, source: Recognised, *names: str) -> Plan:
         return make_plan([source(name) for name in names], Options("dev"))
 
-    def test_split_files(self, source: Recognised) -> None:
+    @pytest.mark.parametrize("coded", ["", "int8"])
+    def test_split_files(self, coded: str, source: Recognised) -> None:
         """Connectors come from two files, the upscaler of two releases goes with either."""
-        plan = self.together(source, *self.WHOLE, "ltx-2.5-latent-temporal-upscaler-x2-bf16-1.0")
-        assert plan.release == "2.5" and len(plan.moves("connectors")) == 262
+        others = {PLAIN[name]: name for name in PLAIN if coded and name.endswith(coded)}
+        files = [others.get(name, name) for name in self.WHOLE]
+        plan = self.together(source, *files, "ltx-2.5-latent-temporal-upscaler-x2-bf16-1.0")
+        assert plan.release == "2.5" and len(plan.moves("connectors")) == 262 + (96 if coded else 0)
         assert set(plan.components) == {
             "transformer", "connectors", "text_encoder", "video_vae", "diffusion_vae", "audio_vae", "vocoder",
             "duration_head", "temporal_upscaler",

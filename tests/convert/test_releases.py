@@ -145,18 +145,19 @@ class TestInspect:
             ("ltx-2-19b-fp8", ("checkpoint", "2.0", "dev", "FP8 (E4M3)", True, True)),
             ("ltx-2.3-22b", ("checkpoint", "2.3", "dev", None, True, True)),
             ("ltx-2.5-22b-transformer-nvfp4", ("checkpoint", "2.5", "distilled", "NVFP4", True, True)),
-            ("ltx-2.5-22b-transformer-int8", ("checkpoint", "2.5", "dev", "int8", False, False)),
+            ("ltx-2.5-22b-transformer-int8", ("checkpoint", "2.5", "dev", "int8", True, True)),
             ("ltx-2.5-latent-temporal-upscaler-x2-bf16-1.0", ("temporal_upscaler", None, None, None, True, True)),
             ("ltx-2.5-video-vae-bf16", ("diffusion_vae", "2.5", None, None, True, True)),
             ("ltx-2.5-duration-head-bf16", ("checkpoint", "2.5", None, None, True, True)),
             (published.LORA, ("lora", "2.0", None, None, True, True)),
             ("gemma4-12b-with-proj-ltx-2.5-bf16", ("text_encoder", "2.5", None, None, True, True)),
+            ("gemma4-12b-with-proj-ltx-2.5-int8", ("text_encoder", "2.5", None, "int8", True, True)),
         ],
     )
     def test_published(self, name: str, expected: tuple[object, ...], tmp_path: Path) -> None:
         found = inspect(published.write_published(tmp_path, name)[0])
         assert tuple(found[k] for k in ("kind", "release", "variant", "storage", "convert", "generate")) == expected
-        assert ("rotated" in found["reason"]) if not found["convert"] else found["reason"] is None
+        assert found["reason"] is None
 
     def test_parts_of_a_model(self, small_model: Path, here: Here) -> None:
         """Which no clip can be made with alone."""

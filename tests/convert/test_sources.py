@@ -58,9 +58,11 @@ class TestSources:
     @pytest.mark.parametrize(
         ("extra", "said"),
         [
-            ({"weight": ("I8", (8, 8)), "weight_scale": ("F32", (8, 1)), "comfy_quant": ("U8", (9,))}, "int8.*rota"),
             ({"weight": ("U32", (8, 2)), "scales": ("BF16", (8, 1))}, "MLX-quantized.*another tool"),
-            ({"weight": ("F64", (8, 8))}, "F64 weights.*bf16, f16, f32, FP8, MXFP8 and NVFP4 weights are converted"),
+            (
+                {"weight": ("F64", (8, 8))},
+                "F64 weights.*f32, FP8, MXFP8, NVFP4 and int8 weights are converted",
+            ),
         ],
     )
     def test_storage_that_is_not_converted(self, tmp_path: Path, extra: published.Tensors, said: str) -> None:

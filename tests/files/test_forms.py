@@ -1,5 +1,7 @@
 """How config.json says that layers are packed."""
 
+from dataclasses import replace
+
 import pytest
 
 from ltx2.runtime.errors import ModelFolderError
@@ -31,6 +33,8 @@ def test_entries(form: Form) -> None:
     rotated = Form(form.bits, form.group_size, form.mode, rotation=64)
     assert Form.from_entry(form.entry()) == form and set(form.entry()) == {"group_size", "bits", "mode"}
     assert Form.from_entry(rotated.entry()) == rotated and rotated.block == max(64, form.group_size)
+    regular = replace(rotated, hadamard="regular")
+    assert Form.from_entry(regular.entry()) == regular and "hadamard" not in rotated.entry()
 
 
 @pytest.mark.parametrize(
@@ -38,6 +42,8 @@ def test_entries(form: Form) -> None:
     [({}, "bits"), ({"bits": 4}, "group size"), ({"bits": 7, "group_size": 64}, "bits"),
      ({"bits": 4.0, "group_size": 64}, "bits"), ({"bits": 4, "group_size": 16}, "group size"),
      ({"bits": 4, "group_size": 64, "mode": "int4"}, "mode"),
+     (Q4.entry() | {"rotation": 64, "hadamard": "random"}, "matrices sylvester, regular, not 'random'"),
+     (Q4.entry() | {"rotation": 64, "hadamard": []}, "matrices"),
      (Q4.entry() | {"a": {"bits": 8, "group_size": 32, "mode": "nvfp4"}}, "nvfp4 has bits 4, not 8")],
 )  # fmt: skip
 def test_impossible(data: dict[str, object], why: str) -> None:

@@ -32,7 +32,7 @@ FEW, MANY = 10, 80  # tokens: it takes fewer operations to add to the product, a
 PATH = "transformer_blocks.0.attn1.to_q"
 FORMS = [
     Form(8, 64), Form(4, 64), Form(3, 32), Form(2, 32), Form(4, 32, rotation=64), Form(4, 32, "mxfp4"),
-    Form(8, 32, "mxfp8"), Form(4, 16, "nvfp4"),
+    Form(8, 64, rotation=64, hadamard="regular"), Form(8, 32, "mxfp8"), Form(4, 16, "nvfp4"),
 ]  # fmt: skip
 
 
@@ -40,7 +40,8 @@ def packed(form: Form, scale_shape: tuple[int, ...] | None) -> tuple[Packed, np.
     """A layer of random codes, and the weight that it multiplies with, float32."""
     weight = mx.random.normal((OUTPUTS, INPUTS), key=mx.random.key(1)) * INPUTS**-0.5
     sizes = (form.group_size, form.bits, form.mode)
-    codes, scales, *biases = mx.quantize(rotated(weight, form.rotation) if form.rotation else weight, *sizes)
+    turn = (form.rotation, form.hadamard)
+    codes, scales, *biases = mx.quantize(rotated(weight, *turn) if form.rotation else weight, *sizes)
     layer = Packed(INPUTS, OUTPUTS, form)
     layer.weight, layer.scales = codes, scales
     if biases:
@@ -48,7 +49,7 @@ def packed(form: Form, scale_shape: tuple[int, ...] | None) -> tuple[Packed, np.
     values = mx.dequantize(codes, scales, biases[0] if biases else None, *sizes)
     values = values.astype(mx.float32)
     if form.rotation:
-        values = rotated(values, form.rotation)
+        values = rotated(values, *turn)
     if scale_shape is not None:
         layer.weight_scale = mx.random.uniform(0.5, 2, scale_shape, key=mx.random.key(2))
         values = values * (layer.weight_scale[..., None] if scale_shape else layer.weight_scale)

@@ -149,7 +149,7 @@ class TestChoice:
 
 
 class TestSameBits:
-    @pytest.mark.parametrize("form", ["bf16", "4 bits in shards", "fp8", "nvfp4"])
+    @pytest.mark.parametrize("form", ["bf16", "4 bits in shards", "fp8", "nvfp4", "int8"])
     def test_of_every_form(self, demo_f32: Path, tmp_path: Path, form: str) -> None:
         folder = converted(form, demo_f32, tmp_path)
         assert ("shards" in form) == (len(ModelFolder.open(folder).weight_files("transformer")) > 1)
@@ -210,7 +210,7 @@ def converted(form: str, demo_f32: Path, tmp_path: Path) -> Path:
     if form == "4 bits in shards":
         ltx2.quantize(demo_f32, out, bits=4, only=["transformer"], shard_size=0.002)
         return out
-    encode = {"fp8": encoded.scaled, "nvfp4": encoded.four_bit}.get(form)
+    encode = {"fp8": encoded.scaled, "nvfp4": encoded.four_bit, "int8": encoded.signed}.get(form)
     sources = encoded.demo_sources(tmp_path, encode) if encode else [MONOLITH]
     return ltx2.convert(sources, out, variant="distilled", only=["transformer"])
 

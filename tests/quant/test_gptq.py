@@ -18,7 +18,7 @@ from ltx2.convert.output import pieces
 from ltx2.convert.output.pieces import rows_of
 from ltx2.convert.plan.folder import folder_plan
 from ltx2.quant.apply import Settings, quantize
-from ltx2.quant.codes.correlations import Correlations, Feedback, inverse_factor, make_feedback, rotated, rounding_order
+from ltx2.quant.codes.correlations import Correlations, Feedback, inverse_factor, make_feedback, rounding_order
 from ltx2.quant.codes.gptq import pack_in_turn
 from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.codes.on_cpu import OnCpu
@@ -36,9 +36,8 @@ from ltx2.runtime.files.tensors import bf16_to_f32, f32_to_bf16
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.layers.linear import Linear, Packed
 from ltx2.runtime.layers.packed import quantize_like
-from ltx2.runtime.layers.rotation import hadamard
-from ltx2.runtime.layers.rotation import rotated as rotated_inputs
 from ltx2.runtime.model.forms import Form, Quantization
+from ltx2.runtime.model.hadamard import rotated_rows
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.transformer.inputs import Levels
@@ -73,7 +72,7 @@ def packed(known: Layer, form: Form, feedback: Feedback) -> tuple[Array, float]:
     """Weights as they are multiplied with inputs, and the relative error of the output, mean corrected."""
     codes, _ = pack_in_turn(f32_to_bf16(known.weights), form, feedback)
     values = unpack(codes, form)
-    values = rotated(values, form.rotation) if form.rotation else values
+    values = rotated_rows(values, form.rotation) if form.rotation else values
     assert codes.drift is not None
     change = known.inputs @ (values - known.weights).T + codes.drift
     return values, float(np.linalg.norm(change) / np.linalg.norm(known.inputs @ known.weights.T))
@@ -116,7 +115,7 @@ class TestCodes:
         """On the inputs that were measured, around their mean."""
         x, rows = known.calibration, f32_to_bf16(known.weights)
         found, loss = pack_in_turn(rows, ROTATED, make_feedback(correlations(x), ROTATED, True, OnCpu()))
-        change = rotated(unpack(found, ROTATED), 64) - known.weights
+        change = rotated_rows(unpack(found, ROTATED), 64) - known.weights
         output = (x - x.mean(axis=0)) @ change.T
         assert loss.relative == pytest.approx(np.linalg.norm(output) / np.linalg.norm(x @ known.weights.T), rel=1e-3)
         assert found.drift == pytest.approx(-change @ x.mean(axis=0), abs=1e-4)
@@ -156,23 +155,16 @@ class TestFactor:
 
 
 class TestRotation:
-    @pytest.mark.parametrize("size", [16, 64, 256])
-    def test_is_orthogonal_and_exact(self, size: int) -> None:
-        matrix = hadamard(size)
-        assert np.array_equal(matrix @ matrix.T, np.eye(size)), "and symmetric: it is its own inverse"
-        assert np.array_equal(bf16_to_f32(f32_to_bf16(matrix)), matrix)
-
     @pytest.mark.parametrize("bits", [4, 8])
     def test_layer(self, bits: int) -> None:
         """A rotated layer is the product with its weights rotated back."""
         draw = np.random.default_rng(0)
         w, x = (draw.standard_normal((n, 128)).astype(np.float32) for n in (8, 5))
         form = Form(bits, 32, "affine", 64)
-        values, _ = pack(rotated(w, 64), form)
+        values, _ = pack(rotated_rows(w, 64), form)
         linear = Packed(128, 8, form)
         linear.weight, linear.scales, linear.biases = (mx.array(part) for part in values[:3] if part is not None)
-        assert relative_l2(linear(mx.array(x)), x @ rotated(unpack(values, form), 64).T) < 1e-5
-        assert relative_l2(rotated_inputs(mx.array(x), 64), rotated(x, 64)) < 1e-6
+        assert relative_l2(linear(mx.array(x)), x @ rotated_rows(unpack(values, form), 64).T) < 1e-5
 
     @pytest.mark.parametrize("rotation", [8, "64", 64.0, True, None])
     def test_impossible(self, rotation: object) -> None:

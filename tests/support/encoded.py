@@ -1,5 +1,5 @@
-"""Checkpoints as FP8 and NVFP4 files hold them, made of the demo model by encoders that share nothing with the code
-under test: values of codes are spelt out from their bits, tiles are filled element by element."""
+"""Checkpoints as FP8, NVFP4 and int8 files hold them, made of the demo models by encoders that share nothing with the
+code under test: values of codes are spelt out from their bits, tiles are filled element by element."""
 
 import json
 import shutil
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ltx2.runtime.files.tensors import open_tensorfile
-from tests.support.official import GEMMA, MONOLITH, UPSCALER
+from tests.support.official import DEMO_25, GEMMA, MONOLITH, UPSCALER
+from tests.support.published import read_header
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = dict[str, tuple[str, Array]]  # name -> safetensors dtype, values or codes
@@ -85,6 +86,22 @@ def from_nvfp4(codes: Array, scales: Array, scale: Array) -> Array:
     return (values * np.repeat(E4M3[scales], 16, axis=1)) * np.float32(scale)
 
 
+def regular(size: int) -> Array:
+    """The matrix that ComfyUI rotates rows by, entry by entry: -1/2 for every pair of digits in base 4 that add up to
+    3, 1/2 for every other."""
+    matrix = np.ones((size, size))
+    rest = np.arange(size)
+    for _ in range(int(np.log2(size)) // 2):
+        matrix *= np.where(rest[:, None] % 4 + rest % 4 == 3, -0.5, 0.5)
+        rest //= 4
+    return matrix
+
+
+def turned(weight: Array, size: int) -> Array:
+    """Rows with every block of `size` values rotated; twice is not at all."""
+    return (weight.reshape(len(weight), -1, size) @ regular(size)).reshape(weight.shape)
+
+
 def to_bf16(values: Array) -> Array:
     """Round half to even, in integers."""
     bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -114,6 +131,19 @@ def demo_sources(folder: Path, encode: Encode) -> list[Path]:
         write(path / source.name, widened(file_tensors(source)), open_tensorfile(source).metadata)
     monolith = write(folder / "demo-distilled.safetensors", demo_encoded(encode, float32=True))
     return [monolith, folder / UPSCALER.name, gemma]
+
+
+def demo_sources_25(folder: Path, encode: Encode) -> list[Path]:
+    """The whole demo model of 2.5 with the layers encoded that its published int8 files have as codes, all else in
+    float32."""
+    headers = ("ltx-2.5-22b-transformer-int8", "gemma4-12b-with-proj-ltx-2.5-int8")
+    coded = {name for header in headers for name, (dtype, _) in read_header(header)[2].items() if dtype == "I8"}
+    for path in DEMO_25:
+        tensors = file_tensors(path)
+        found = [encode(name, from_bf16(tensors.pop(name)[1])) for name in coded & tensors.keys()]
+        tensors = widened(tensors) | {name: value for each in found for name, value in each.items()}
+        write(folder / path.name, tensors, open_tensorfile(path).metadata)
+    return [folder / path.name for path in DEMO_25]
 
 
 def demo_linears(tensors: Tensors) -> dict[str, Array]:
@@ -187,6 +217,23 @@ def four_bit(name: str, weight: Array) -> Tensors:
     }
 
 
+def signed(name: str, weight: Array, size: int = 64) -> Tensors:
+    """As ComfyUI writes int8: rows rotated in blocks of `size`, unless that is 0, with one scale each."""
+    values = turned(weight, size) if size else weight
+    scale = (np.abs(values).max(axis=1, keepdims=True) / 127).astype(np.float32)
+    layer = name.removesuffix(".weight")
+    mark = {"format": "int8_tensorwise"} | ({"convrot": True, "convrot_groupsize": size} if size else {})
+    return {
+        name: ("I8", np.rint(values / scale).astype(np.int8)),
+        f"{layer}.weight_scale": ("F32", scale),
+        f"{layer}.comfy_quant": ("U8", np.frombuffer(json.dumps(mark).encode(), np.uint8)),
+    }
+
+
+def from_signed(codes: Array, scale: Array, size: int) -> Array:
+    return turned(codes, size).astype(np.float32) * scale if size else codes.astype(np.float32) * scale
+
+
 def demo_encoded(encode: Encode, float32: bool = False) -> Tensors:
     """The demo monolith with the linears of its inner blocks encoded; all else in `float32` if need be."""
     return dict(_demo_encoded(encode, float32))
@@ -218,6 +265,9 @@ def decoded(tensors: Tensors, name: str) -> Array:
         _, stored = tensors[f"{layer}.weight_scale"]
         position = tiled_position(rows, blocks, stored.shape[1])
         return from_nvfp4(codes, stored.reshape(-1)[position], tensors[f"{layer}.weight_scale_2"][1])
+    if dtype == "I8":
+        mark = json.loads(tensors[f"{layer}.comfy_quant"][1].tobytes())
+        return from_signed(codes, tensors[f"{layer}.weight_scale"][1], mark.get("convrot_groupsize", 0))
     scale = next((tensors[layer + s][1] for s in (".weight_scale", ".scale_weight") if layer + s in tensors), None)
     return from_fp8(codes, np.ones((), np.float32) if scale is None else scale)
 

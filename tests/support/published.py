@@ -1,5 +1,5 @@
-"""Sparse files of full size without data, with the published files' headers: the code under test reads them as it would
-read the published ones."""
+"""Sparse files of full size without data but for the marks beside int8 codes, with the published files' headers: the
+code under test reads them as it would read the published ones."""
 
 import json
 import re
@@ -7,10 +7,11 @@ import struct
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from ltx2.convert.names.header import HEADERS as HEADERS
+from ltx2.convert.names.header import INT8_MARK, header_data
 from ltx2.convert.names.header import Tensors as Tensors
-from ltx2.convert.names.header import header_data
 from ltx2.convert.names.header import read_header as read_header
 
 MONOLITH = "ltx-2-19b"
@@ -33,8 +34,8 @@ def data_bytes(name: str) -> int:
 
 
 def write_sparse(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Path:
-    """A safetensors file of full apparent size whose data are a hole."""
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    """A safetensors file of full apparent size whose data are a hole, but for the marks beside int8 codes."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     order = {dtype: place for place, dtype in enumerate(SIZES)}
     for name in sorted(tensors, key=lambda n: (order[tensors[n][0]], n)):
@@ -47,6 +48,10 @@ def write_sparse(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Path
     with path.open("wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         f.truncate(8 + len(text) + offset)
+        for name, (_, shape) in tensors.items():
+            if name.endswith("comfy_quant") and shape == (len(INT8_MARK),):
+                f.seek(8 + len(text) + header[name]["data_offsets"][0])
+                f.write(INT8_MARK)
     return path
 
 
