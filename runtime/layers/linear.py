@@ -117,8 +117,9 @@ class Packed(LinearLayer):
         return y.astype(x.dtype)
 
     def _codes_product(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        scales, *biases = self._shared or (self.scales, self.get("biases"))
-        codes = Codes(self.weight, scales, biases[0] if biases else None, self.form, plain=bool(self._shared))
+        scales = self._shared[0] if self._shared else self.scales
+        biases = self._shared[1] if len(self._shared) > 1 else self.get("biases")
+        codes = Codes(self.weight, scales, biases, self.form, plain=bool(self._shared))
         return self.choice.product(x.size // x.shape[-1])(x, codes, bias, self.factors)
 
 

@@ -110,6 +110,12 @@ def denoise_step(
     return Activations(needed, full - needed, max(4 * unit, unpacked))
 
 
+def rotated(config: TransformerConfig, tokens: int, itemsize: int) -> int:
+    """Bytes beside the rest where layers rotate what they are given: a feed-forward network's inner values, of four
+    times the width, are there once more before its output is."""
+    return (4 - 1) * config.video_dim * tokens * itemsize
+
+
 def seen(tokens: int, itemsize: int) -> int:
     """Bytes of what says how much tokens see of each other, in float32 and as it is added to scores."""
     return tokens**2 * (FLOAT32 + itemsize)

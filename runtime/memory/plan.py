@@ -154,6 +154,11 @@ class Headers:
                 counts.append(prod(tensor.shape) * 32 // bits)
         return max(count for count in counts if count <= UNPACKABLE)
 
+    def rotates(self, component: str) -> bool:
+        """Whether layers rotate what they are given."""
+        quantization = self.folder.quantization(component)
+        return any(form and form.rotation for form in (quantization.common, *quantization.others.values()))
+
     @cached_property
     def text_parts(self) -> tuple[int, int]:
         """Bytes of the text encoder's embedding and of its largest layer: they are read and released one by one."""

@@ -2,6 +2,7 @@
 verified; the transformer and the text encoder of 2.5."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ltx2.runtime.networks.load import load_network, load_weights
 from ltx2.runtime.networks.transformer.model import Transformer
 from tests.support import encoded
 from tests.support.encoded import PREFIX, Tensors
-from tests.support.folders import contents, verified
+from tests.support.folders import accept, contents, verified
 from tests.support.loras import random_factors, write_lora
 from tests.support.official import plan_of
 from tests.support.parity import relative_l2
@@ -228,12 +229,13 @@ class TestRun:
         shared = {id(array) for layer in packed.values() for array in layer._shared}
         assert len(shared) == 2 * len({layer._shared[0].shape for layer in packed.values()})
 
-    @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-    @pytest.mark.parametrize("product", ["packed", "dequantized", "widened"])
-    def test_product(self, dtype: mx.Dtype, product: str) -> None:
-        """In x's dtype and as precise as that."""
-        if (product, dtype) == ("packed", mx.bfloat16):
-            pytest.skip("MLX's own kernel adds up in bf16 on CPUs")
+    @pytest.mark.parametrize(
+        ("product", "dtype"),
+        [("packed", mx.float32), ("packed", mx.float16), ("dequantized", mx.float32), ("dequantized", mx.float16),
+         ("dequantized", mx.bfloat16), ("widened", mx.float32), ("widened", mx.bfloat16)],
+    )  # fmt: skip
+    def test_product(self, product: str, dtype: mx.Dtype) -> None:
+        """In x's dtype and as precise as that. (MLX's own kernel adds up in bf16 on CPUs.)"""
         rng = np.random.default_rng(0)
         weight = rng.standard_normal((48, 512)).astype(np.float32) * 0.05
         tensors = encoded.signed("l.weight", weight, 256)
@@ -259,6 +261,16 @@ class TestRun:
         for name in ("video", "audio"):
             figure(f"int8 as codes: final {name} latents, rel L2", relative_l2(ours[name], theirs[name]), limit=1e-4)
             figure(f"int8: final {name} latents, rel L2 vs bf16", relative_l2(ours[name], before[name]), limit=0.2)
+
+    def test_memory(self, kept: Path, tmp_path: Path) -> None:
+        """Inputs are there twice where they are rotated."""
+        other = shutil.copytree(kept, tmp_path / "other")
+        text = (other / "transformer" / "config.json").read_text()
+        (other / "transformer" / "config.json").write_text(text.replace('"rotation": 64', '"rotation": 0'))
+        accept(other)
+        ours, theirs = (ltx2.load(folder).plan("a red circle", **SIZE).needs for folder in (kept, other))
+        more = [one.activations.needed - other.activations.needed for one, other in zip(ours, theirs, strict=True)]
+        assert [n > 0 for n in more] == [need.name.startswith("stage") for need in ours]
 
     def test_with_a_lora(self, kept: Path, plain: Path, tmp_path: Path, small_runs: None) -> None:
         lora = write_lora(tmp_path / "lora.safetensors", random_factors({OURS: (128, 128)}))

@@ -1,5 +1,7 @@
 """The matrices that weights and inputs are rotated by."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -19,9 +21,9 @@ def sylvester(size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", ROTATIONS)
 @pytest.mark.parametrize(("kind", "definition"), [(SYLVESTER, sylvester), (REGULAR, regular)])
-def test_matrices(size: int, kind: str, definition: object) -> None:
+def test_matrices(size: int, kind: str, definition: Callable[[int], np.ndarray]) -> None:
     matrix = hadamard(size, kind)
-    assert np.array_equal(matrix, definition(size))  # type: ignore[operator]
+    assert np.array_equal(matrix, definition(size))
     assert np.array_equal(matrix @ matrix.T, np.eye(size)) and np.array_equal(matrix, matrix.T), "its own inverse"
     assert np.array_equal(bf16_to_f32(f32_to_bf16(matrix)), matrix)
 

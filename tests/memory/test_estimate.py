@@ -19,10 +19,13 @@ from ltx2.runtime.events import PhaseDone, StepDone
 from ltx2.runtime.generate import job
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.planning import MemoryPlan
+from ltx2.runtime.layers.attention import FeedForward
+from ltx2.runtime.layers.packed import choose_products, quantize_like
 from ltx2.runtime.media.video import encoding_memory
 from ltx2.runtime.memory import activations
 from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.plan import COMMAND_BUFFER, PhasePlan
+from ltx2.runtime.model.forms import Form, Quantization
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import VocoderConfig
@@ -82,6 +85,23 @@ def refusal(plan: MemoryPlan) -> DoesNotFitError:
 def test_evaluates_nothing(model: Callable[[int], Pipeline]) -> None:
     pipeline = model(16)
     assert peak_of(lambda: pipeline.plan(PROMPT)) < 1 << 20
+
+
+def test_rotated_inputs() -> None:
+    """A feed-forward network that rotates what it is given, against one that does not."""
+    published = TransformerConfig.from_dict(PUBLISHED.config("transformer"))
+    config = replace(published, num_attention_heads=4, attention_head_dim=64)
+
+    def peak(rotation: int) -> int:
+        network = FeedForward(256, bias=False)
+        form = Form(8, 64, rotation=rotation)
+        quantize_like(network, Quantization(form), {f"proj_{end}.weight_scale": () for end in ("in", "out")})
+        choose_products(network, "dequantized")
+        x = mx.zeros((1, 4096, 256))
+        mx.eval(network, x, network(x))
+        return min(peak_of(lambda: mx.eval(network(x))) for _ in range(5))  # arrays are free sooner or later
+
+    assert peak(64) - peak(0) == pytest.approx(activations.rotated(config, 4096, 4), rel=0.1)
 
 
 @pytest.fixture(scope="class")

@@ -129,6 +129,8 @@ class Denoise(Phase):
         unpacked = width * (headers.unpacked(TRANSFORMER) + loras.largest(self.number))
         appended = self.appended(sizes)
         used = network.denoise_step(config, grid, text, width, unpacked=unpacked, appended=appended)
+        if headers.rotates(TRANSFORMER):
+            used = used.beside(network.rotated(config, grid.tokens + appended, width))
         if any(isinstance(change, Reference) and change.attention < 1 for change in self._changes):
             used = used.beside(network.seen(grid.tokens + appended, width))
         late = on_cpu(min(used.queued, cpu.held_late(config, grid, width, appended)))
