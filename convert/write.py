@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 
 from ltx2 import __version__
@@ -22,7 +23,14 @@ from ltx2.convert.plan.check import check_plan, check_tokenizer, incomplete_part
 from ltx2.convert.plan.entries import Plan, plan_json
 from ltx2.convert.sources.ggufmodel import loss
 from ltx2.convert.tensors.gguf import GgufFile
-from ltx2.runtime.errors import CheckpointError, DoesNotFitError, InputError, ModelFolderError, NumericsError
+from ltx2.runtime.errors import (
+    CheckpointError,
+    DoesNotFitError,
+    InputError,
+    ModelFolderError,
+    NumericsError,
+    UsageError,
+)
 from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.files.atomic import PARTIAL, UNLOCKED, beside
 from ltx2.runtime.files.paths import check_folder, check_room, write_failure
@@ -100,10 +108,8 @@ def _warnings(plan: Plan) -> Iterator[Event]:
 
 
 def _check_options(plan: Plan, out: Path, options: WriteOptions) -> None:
-    if options.shard_gb <= 0:
-        raise InputError(
-            f"a shard size of {options.shard_gb:g} GB is not possible", "files hold data", "use --shard-size 5"
-        )
+    if not 0 < options.shard_gb < inf:
+        raise UsageError(f"--shard-size {options.shard_gb:g} is not possible", "files hold data", "use --shard-size 5")
     if out.name in ("", ".."):  # it gets its name when it is complete
         raise InputError(f"{out} has no name of its own", "the model is a new folder", "name it: -o MODEL")
     target = out.resolve()

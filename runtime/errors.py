@@ -79,7 +79,7 @@ class InputError(Ltx2Error):
 
 
 class UsageError(InputError):
-    """Options that do not go together."""
+    """Options that do not go together, or a value that an option never has."""
 
     kind = "usage"
     exit_code = 2

@@ -97,13 +97,13 @@ def plan_models(
     """Plan bundles by name and model folders by path; all bundles without names. `memory`: GB of another Mac; `bits`:
     only these (16: as it is); `sizes`: width, height and frames of the clip.
 
-    Raises InputError for an unknown name, a Mac that does not exist, or sizes that are not valid; UsageError for bits
-    that are not.
+    Raises InputError for an unknown name or sizes that are not valid, UsageError for bits that are not, or a Mac that
+    does not exist.
     """
     if bits not in (None, AS_IS, *BITS):
         raise UsageError(f"--bits {bits} is not possible", "weights have 2, 3, 4, 5, 6, 8 or 16 bits", "use --bits 4")
     if memory is not None and not 0 < memory <= MOST_GB:
-        raise InputError(f"--memory {memory:g} is not possible", "it is a Mac's memory in GB", "use --memory 24")
+        raise UsageError(f"--memory {memory:g} is not possible", "it is a Mac's memory in GB", "use --memory 24")
     limit = available_memory() if memory is None else gpu_bytes(memory)
     presets, planned = _presets(bits), list(_models(names))
     if memory is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import InputError, reason
+from ltx2.runtime.errors import InputError, UsageError, reason
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.generate.options.table import COSTS
 
@@ -34,10 +34,11 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.repeat < 1 or self.warmup < 0:
             why = "measured runs must be at least 1, warm-up runs 0 or more"
-            raise InputError("nothing to measure", why, "use --repeat 3 --warmup 1")
+            what = f"--repeat {self.repeat} --warmup {self.warmup} is not possible"
+            raise UsageError(what, why, "use --repeat 3 --warmup 1")
         if not 0 <= self.cooldown <= 3600:
             why = "a rest before every run must be between 0 and 3600 s"
-            raise InputError(f"cool-down {self.cooldown:g} is not valid", why, "use --cooldown 30")
+            raise UsageError(f"--cooldown {self.cooldown:g} is not valid", why, "use --cooldown 30")
 
 
 @dataclass(frozen=True)

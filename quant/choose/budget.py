@@ -11,7 +11,7 @@ from typing import Any
 
 from ltx2.convert.plan.entries import Plan
 from ltx2.quant.recipes.recipe import BITS, EVERY, load_recipe
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, UsageError
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.tensors import FLOATS
 from ltx2.runtime.generate.options.preset import load_preset
@@ -49,10 +49,10 @@ class Budget:
 
 
 def mac_budget(plan: Plan, memory_gb: int) -> Budget:
-    """Of the model of a plan. Raises InputError when the plan lacks what says so, or there is no such Mac;
+    """Of the model of a plan. Raises InputError when the plan lacks what says so, UsageError for no Mac's memory,
     UnsupportedError for a release that does not generate yet, whose needs are not known."""
     if not 0 < memory_gb <= MOST_GB:
-        raise InputError(f"--fit {memory_gb} is not possible", "it is a Mac's memory in GB", "use --fit 24")
+        raise UsageError(f"--fit {memory_gb} is not possible", "it is a Mac's memory in GB", "use --fit 24")
     for name in NEEDED:
         if name not in plan.components and not (name == VIDEO_VAE and DIFFUSION_VAE in plan.components):
             why = "the memory that a clip takes follows from its configuration"

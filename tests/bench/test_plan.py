@@ -151,7 +151,7 @@ def test_python() -> None:
     [
         (("ltx-2-destilled",), 1, "did you mean ltx-2-distilled or"),
         (("ltx-2-spatial-upscaler-x2-1.0",), 1, "it is a part of one"),
-        (("--memory", "0"), 1, "it is a Mac's memory in GB"),
+        (("--memory", "0"), 2, "it is a Mac's memory in GB"),
         (("--bits", "7"), 2, "2, 3, 4, 5, 6, 8 or 16 bits"),
         (("ltx-2-distilled", "--memory", "24", "--width", "70"), 1, "64"),
     ],

@@ -31,7 +31,8 @@ from tests.support.sampling import shorten
 PROMPT = "a red square"
 # Steps on the way to something, what a machine that follows ends with, kinds of a kind, and what two commands end with.
 INNER = {
-    "Followed", "Sampled", "Fitted", "UnreachableError", "MissingError", "StoppedError", "Demonstrated", "Diagnosed",
+    "Followed", "Sampled", "Predicted", "Fitted", "UnreachableError", "MissingError", "StoppedError", "Demonstrated",
+    "Diagnosed",
 }  # fmt: skip
 SIZE: dict[str, Any] = {"width": 128, "height": 64, "frames": 9, "seed": 10}
 

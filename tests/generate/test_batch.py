@@ -194,7 +194,7 @@ REFUSED = {
     "an empty prompt": ('{"prompt": " "}', [], 1, ["line 1 of prompts: the prompt is empty"]),
     "an unknown option": ('a\n{"prompt": "b", "guidance": 3}', [], 1, ["line 2 of", "'guidance'", "cfg"]),
     "an option of the whole run": ('{"prompt": "b", "low_memory": true}', [], 1, ["line 1 of", "the whole run's"]),
-    "a wrong value": ('a\n{"prompt": "b", "width": "wide"}', [], 1, ["line 2 of", "width 'wide'"]),
+    "a wrong value": ('a\n{"prompt": "b", "width": "wide"}', [], 2, ["line 2 of", "--width 'wide'"]),
     "a wrong size": ('a\n{"prompt": "b", "width": 100}', [], 1, ["clip 2", "width 100", "64 or 128"]),
     "one name": ('{"prompt": "a", "output": "x.mp4"}\n{"prompt": "b", "output": "x.mp4"}', [], 1, ["x.mp4", "once"]),
     "one file of latents": ("a\nb", ["--save-latents", "l"], 1, ["more than once"]),
@@ -209,7 +209,7 @@ REFUSED = {
 def test_what_is_wrong_with_all_clips_is_no_line_s(here: Here, tmp_path: Path) -> None:
     (tmp_path / "p").write_text("a")
     done = here("generate", "--prompts", tmp_path / "p", "--crf", "99")
-    done.failed(1, "error: crf 99 is not valid")
+    done.failed(2, "error: --crf 99 is not valid")
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -1,13 +1,17 @@
 """The table of options: combinations that are wrong usage, and what an earlier run's options become."""
 
+from collections.abc import Iterator
+from math import isfinite, nan
 from typing import Any
 
 import pytest
 
 from ltx2.runtime.errors import InputError, UsageError
+from ltx2.runtime.generate.options.kinds import Choice, Number, Whole
 from ltx2.runtime.generate.options.request import Request
-from ltx2.runtime.generate.options.table import CLASHES, TABLE, Options, check_usage, repeated
+from ltx2.runtime.generate.options.table import CLASHES, ROWS, TABLE, Options, check_usage, repeated
 from ltx2.runtime.generate.options.values import Lora, Picture, Sound, Span
+from tests.support.command import Here
 
 # One pair of every rule of the public contract, and some that are easily lost.
 WRONG: list[tuple[str, Any, str]] = [
@@ -144,3 +148,25 @@ class TestTable:
     def test_every_row_is_explained(self) -> None:
         for row in TABLE.values():
             assert row.help.endswith(".") and row.help[0].isupper(), row.name
+
+
+def outside() -> Iterator[tuple[str, Any]]:
+    """Options and values that they never have: of every range and choice, and of some forms."""
+    for name, row in ROWS.items():
+        if isinstance(row, Whole | Number):
+            yield from ((name, bound) for bound in (row.least - 1, row.most + 1) if isfinite(bound))
+        if isinstance(row, Choice):
+            yield name, "nonsense"
+        if isinstance(row, Number):
+            yield name, nan
+    yield from [("frames", "auto:0-5"), ("frames", "long"), ("stg_blocks", "a"), ("retake", "a.mp4@3-2")]
+    yield from [("extend", "a.mp4@0"), ("lora", "a:1e999"), ("keyframe", "a.png")]
+
+
+@pytest.mark.parametrize(("name", "value"), list(outside()))
+def test_a_value_that_an_option_never_has(here: Here, name: str, value: Any) -> None:
+    """Wrong usage that names the option, on the command line and in Python."""
+    with pytest.raises(UsageError, match=ROWS[name].flag):
+        Request.from_options({name: value})
+    done = here("generate", "a kite", f"{ROWS[name].flag}={value}", "--json")
+    assert done.code == 2 and done.json["error"]["kind"] == "usage" and ROWS[name].flag in done.json["error"]["what"]

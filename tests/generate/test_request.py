@@ -177,7 +177,7 @@ class TestOptions:
         ],
     )
     def test_values_of_the_wrong_type(self, name: str, value: object, kind: str) -> None:
-        with pytest.raises(InputError, match=f"{name.replace('_', ' ')} .*must be a? ?{kind}"):
+        with pytest.raises(InputError, match=f"{ROWS[name].flag} .*must be a? ?{kind}"):
             Request.from_options({name: value})
 
     @pytest.mark.parametrize("seed", [0, 1, (1 << 64) - 1])

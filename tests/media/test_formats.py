@@ -114,7 +114,7 @@ class TestGenerate:
     def test_several_with_a_quality_that_they_have_not(self, here: Here, demo_f32: Path, tmp_path: Path) -> None:
         done = self.run(here, demo_f32, "-o", tmp_path / "clip.mov", "--count", "2", "--crf", "23")
         done.failed(2, "--crf and -o", "do not go together")
-        self.run(here, demo_f32, "--crf", "52").failed(1, "crf 52 is not valid", "between 0 and 51")
+        self.run(here, demo_f32, "--crf", "52").failed(2, "crf 52 is not valid", "between 0 and 51")
 
     def test_from_python(self, demo_f32: Path, tmp_path: Path) -> None:
         clip = ltx2.load(demo_f32).generate("a red square", width=64, height=64, frames=9, crf=40, no_upscale=True)

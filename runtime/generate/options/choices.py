@@ -114,7 +114,7 @@ def defaults_of(preset: Preset, row: PipelineRow | None, request: Request, layer
         blocks = tuple(min(block, layers - 1) for block in preset.guided["stg_blocks"])
         defaults |= {**preset.guided, "stg_blocks": blocks, "negative_prompt": negative_prompt()}
         defaults |= {"skip_steps": 0, "audio_skip_steps": 0, **row.options}
-        if missing := [block for block in request.stg_blocks or () if block >= layers]:
+        if missing := [block for block in request.stg_blocks or () if not 0 <= block < layers]:
             why = f"the transformer has blocks 0 to {layers - 1}"
             raise InputError(f"there is no block {missing[0]} for --stg-blocks", why, f"use {layers - 1}")
     return defaults

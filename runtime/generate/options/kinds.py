@@ -11,7 +11,7 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Generic, SupportsFloat, SupportsIndex, TypeVar, cast
 
-from ltx2.runtime.errors import InputError, UnsupportedError
+from ltx2.runtime.errors import UnsupportedError, UsageError, of
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.options.values import Auto, Form, path_of
 
@@ -27,7 +27,7 @@ class Option(ABC, Generic[Given, Value]):
     """A row: how an option is read, what it means, and what it is part of.
 
     It is the descriptor of its field: what is assigned (`Given`; None leaves the default) is read and checked, what is
-    got is a `Value`. Raises InputError for a value that is not valid.
+    got is a `Value`. Raises UsageError for a value that is not valid.
     """
 
     help: str
@@ -71,7 +71,7 @@ class Option(ABC, Generic[Given, Value]):
         """Raises TypeError or ValueError for a value of another type."""
 
     def checked(self, value: Any) -> Value:
-        """The value, read. Raises InputError for one that is not valid."""
+        """The value, read. Raises UsageError for one that is not valid."""
         try:
             read = self.read(value)
         except (TypeError, ValueError):
@@ -98,8 +98,8 @@ class Option(ABC, Generic[Given, Value]):
         """The value as JSON; from any folder it can be given again."""
         return value
 
-    def _invalid(self, value: str, why: str) -> InputError:
-        return InputError(f"{self.name.replace('_', ' ')} {value} is not valid", why, f"use {self.example}")
+    def _invalid(self, value: str, why: str) -> UsageError:
+        return UsageError(f"{self.flag} {value} is not valid", why, f"use {self.example}")
 
 
 class Text(Option[StrPath | None, str | None]):
@@ -232,7 +232,8 @@ class Length(Option[SupportsIndex | str | Auto | None, int | Auto | None]):
 
     def read(self, value: Any) -> int | Auto:
         if isinstance(value, str) and not value.removeprefix("-").isdecimal():
-            value = Auto.read(value)
+            with of(self.flag):
+                value = Auto.read(value)
         if isinstance(value, Auto):
             return value
         if isinstance(value, bool):
@@ -260,7 +261,8 @@ class One(Option[StrPath | tuple[Any, ...] | Formed | None, Formed | None]):
         return self.form.spelling
 
     def read(self, value: Any) -> Formed:
-        return self.form.read(value)
+        with of(self.flag):
+            return self.form.read(value)
 
     def files(self, value: Formed | None) -> tuple[str, ...]:
         return () if value is None else (value.path,)
@@ -288,7 +290,8 @@ class Several(Option[Iterable[StrPath | tuple[Any, ...] | Formed] | None, tuple[
         return self.form.spelling
 
     def read(self, value: Any) -> tuple[Formed, ...]:
-        return tuple(map(self.form.read, [value] if isinstance(value, str | os.PathLike | Form) else value))
+        with of(self.flag):
+            return tuple(map(self.form.read, [value] if isinstance(value, str | os.PathLike | Form) else value))
 
     def files(self, value: tuple[Formed, ...]) -> tuple[str, ...]:
         return tuple(form.path for form in value)

@@ -26,7 +26,7 @@ class Request(Options):
     def from_options(cls, options: Mapping[str, Any]) -> "Request":
         """Any whole number, path or flag will do, also numpy's and pathlib's; None is left out.
 
-        Raises InputError for an unknown option and for a value that is not valid, UsageError for options that do not go
+        Raises InputError for an unknown option, UsageError for a value that is not valid and for options that do not go
         together.
         """
         check_known(options)

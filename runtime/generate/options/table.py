@@ -71,7 +71,7 @@ class Options:
         decides=True,
         costs=True,
     )
-    fps: Number = Number("Frames per second.", decides=True, costs=True)
+    fps: Number = Number("Frames per second.", decides=True, costs=True, least=1, most=240, example="24, 25 or 30")
     seed: Whole = Whole(
         "Same seed, same clip.",
         decides=True,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, UsageError
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
@@ -31,7 +31,7 @@ class Form:
     @classmethod
     def read(cls, value: Any) -> Self:
         """From a text, a path, or a tuple of the fields. Raises ValueError or TypeError for anything else, InputError
-        for a number out of range."""
+        for a frame or strength out of range, UsageError for another number that is."""
         if isinstance(value, cls):
             return value
         if isinstance(value, str | os.PathLike):
@@ -72,7 +72,7 @@ def _strength(value: float, path: str) -> None:
 
 def _seconds(value: float, path: str) -> None:
     if not 0 <= value < float("inf"):
-        raise InputError(f"second {value:g} of {path} is not valid", "seconds count from 0", "use 0 or more")
+        raise UsageError(f"second {value:g} of {path} is not valid", "seconds count from 0", "use 0 or more")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Span(Form):
         _seconds(self.start, self.path)
         if not self.start < self.end < float("inf"):
             what = f"the span {self.start:g}-{self.end:g} of {self.path} is not valid"
-            raise InputError(what, "its end must come after its start", f"use {self.start:g}-{self.start + 1:g}")
+            raise UsageError(what, "its end must come after its start", f"use {self.start:g}-{self.start + 1:g}")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Extension(Form):
     def __post_init__(self) -> None:
         if not 0 < abs(self.seconds) < float("inf"):
             what = f"{self.path} cannot be extended by {self.seconds:g} s"
-            raise InputError(what, "there is nothing to make", "use 2 for two seconds after it, -2 for two before it")
+            raise UsageError(what, "there is nothing to make", "use 2 for two seconds after it, -2 for two before it")
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Lora(Form):
     def __post_init__(self) -> None:
         for strength in (self.strength, self.second):
             if strength is not None and not abs(strength) < float("inf"):
-                raise InputError(f"strength {strength} of {self.path} is not valid", "it must be finite", "use 1")
+                raise UsageError(f"strength {strength} of {self.path} is not valid", "it must be finite", "use 1")
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Auto:
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.most <= 20:
             what = f"auto:{self.least:g}-{self.most:g} is not valid"
-            raise InputError(what, "seconds go from 1 to 20, the smaller number first", "use auto or auto:2-8")
+            raise UsageError(what, "seconds go from 1 to 20, the smaller number first", "use auto or auto:2-8")
 
     @classmethod
     def read(cls, value: Any) -> "Auto":
