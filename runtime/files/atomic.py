@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all: written beside their name by one process, brought to the disk, then renamed.
+"""Files that appear whole or not at all: one process writes them under another name, syncs and renames them.
 
-A lock is the system's own on the file that is being written, so a killed process leaves neither a lock nor a lock file
-(the filelock package would leave a second file beside every clip)."""
+The lock is the system's own, on the file that is being written, so a killed process leaves neither a lock nor a lock
+file (the filelock package would leave a second file beside every clip)."""
 
 import fcntl
 import hashlib
@@ -17,13 +17,12 @@ from ltx2.runtime.errors import InputError, reason
 from ltx2.runtime.files.paths import NAME_BYTES
 
 PARTIAL = ".partial"
-# The one warning where a file system has no locks: such a system is no second process.
 UNLOCKED = "the file system of {} has no locks: make sure that no other ltx2 writes there"
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """The file whose name is `path`'s and `suffix`. A name that would be too long for a file system is cut, and told
-    from others by a hash."""
+    """`path` with `suffix` behind its name. A name that is too long for a file system is cut, and a hash keeps it
+    unique."""
     name = path.name + suffix
     if len(os.fsencode(name)) > NAME_BYTES:
         mark = f"-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}{suffix}"
@@ -32,10 +31,8 @@ def beside(path: Path, suffix: str) -> Path:
 
 
 def hold(file: IO[Any], path: Path) -> bool:
-    """Keep other processes from holding an open file, until it is closed. False where the file system has no locks.
-
-    Raises InputError, which names `path` as what is being written, while another process holds it.
-    """
+    """Lock an open file until it is closed. False where the file system has no locks. Raises InputError while another
+    process holds it, which names `path` as the file that is being written."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -52,14 +49,14 @@ def _held(path: Path) -> InputError:
 
 @dataclass(frozen=True)
 class Claim:
-    """A new file that becomes `path`; `locked` unless the file system has no locks."""
+    """A new file that becomes `path`; not `locked` where the file system has no locks."""
 
     path: Path
     partial: Path
     locked: bool
 
     def publish(self) -> None:
-        """Bring the file to the disk and give it its name; one that was there is replaced."""
+        """Sync the file and give it its name; it replaces one that was there."""
         with self.partial.open("rb+") as file:
             flush(file.fileno())
         self.partial.replace(self.path)
@@ -68,10 +65,10 @@ class Claim:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[Claim]:
-    """A new file beside `path` that is this process's while the block runs, and then gone unless it was published.
+    """A new file beside `path` that only this process may write; removed when the block ends unless published.
 
-    One that a killed run has left makes way: it is removed, not written over, because a program that run had started
-    may still be busy with it. Raises InputError while another process writes there, OSError as the system does.
+    A killed run's leftover is removed, not written over, because a program that it started may still write to it.
+    Raises InputError while another process writes there, OSError as the system does.
     """
     partial = beside(path, PARTIAL)
     with partial.open("ab") as old:
@@ -90,7 +87,7 @@ def claimed(path: Path) -> Iterator[Claim]:
 
 @contextmanager
 def growing(path: Path) -> Iterator[Path]:
-    """Where to write a file that gets its name `path` when the block ends without an exception. Raises as `claimed`."""
+    """A file to write that is renamed to `path` when the block ends without an exception. Raises as `claimed`."""
     with claimed(path) as claim:
         yield claim.partial
         claim.publish()
@@ -111,18 +108,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(descriptor: int) -> None:
-    """Bring a file's data to the disk, through the disk's own cache too."""
+    """Sync a file's data, through the disk's own cache too."""
     if sys.platform == "darwin":
         try:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        except OSError:  # not every file system knows it
+        except OSError:  # some file systems do not know it
             os.fsync(descriptor)
     else:
         os.fdatasync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk."""
+    """Sync a folder's names."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,5 @@
-"""What people take for a safetensors file: other formats, web pages saved as files, pointers instead of files. Told
-from a file's first bytes, so that the error names what it is."""
+"""Files that people take for safetensors: other formats, saved web pages, pointers to files. Their first bytes tell, so
+that the error can name them."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ LOGIN = "accept the licence on the model's page, log in (hf auth login), and dow
 TEXT = rb"[\x09\x0a\x0d\x20-\x7e]"
 NAME = "name a .safetensors file"
 
-# What a file begins with: what it is, why that is none, what to do, and the kind of error. First match wins.
+# First bytes, name, reason, fix and error class; the first match wins.
 FOREIGN: tuple[tuple[bytes, str, str, str, type[Ltx2Error]], ...] = (
     (rb"version https://git-lfs", "is a Git LFS pointer, not the file",
      "git cloned the repository without its large files: this one only says where they are", AGAIN, CheckpointError),
@@ -35,12 +35,12 @@ FOREIGN: tuple[tuple[bytes, str, str, str, type[Ltx2Error]], ...] = (
 
 
 def foreign_kind(path: Path) -> tuple[str, str, str, type[Ltx2Error]] | None:
-    """What a file that is plainly no safetensors file is, why that is none, what to do, and the kind of error."""
+    """Name, reason, fix and error class for a file in another format; None where its bytes do not tell."""
     try:
         with open_regular(path) as file:
             head = file.read(HEAD_BYTES)
     except OSError:
-        return None  # the reader says what is wrong
+        return None  # the reader's own error says more
     if head[4:9] == b"\0\0\0\0{":  # a header of less than 4 GB, as JSON
         return None
     if not head.strip(b"\0"):

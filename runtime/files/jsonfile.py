@@ -1,4 +1,4 @@
-"""JSON from outside, read within bounds: whatever a file holds, reading it gives plain data or a ValueError."""
+"""JSON from outside, read within bounds: any content gives plain data or a ValueError."""
 
 import json
 from collections.abc import Iterable
@@ -8,13 +8,13 @@ from typing import Any
 
 from ltx2.runtime.files.paths import open_regular
 
-MAX_BYTES = 4 << 20  # the largest that is published, a tokenizer's configuration, has 1.2 MB
-MAX_DEPTH = 64  # far below what exhausts the stack of those who walk the data
+MAX_BYTES = 4 << 20  # the largest published one, a tokenizer's configuration, has 1.2 MB
+MAX_DEPTH = 64  # far below what exhausts the stack of code that walks the data
 
 
 def read_text(path: Path) -> str:
-    """A small UTF-8 file, longer by one byte than what is parsed at most. Raises OSError when there is no such file,
-    ValueError for other encodings."""
+    """The text of a small UTF-8 file, cut one byte behind the longest that is parsed. Raises OSError when there is no
+    such file, ValueError for other encodings."""
     with open_regular(path) as file:
         return file.read(MAX_BYTES + 1).decode()
 
@@ -33,7 +33,8 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value in a JSON text. Raises ValueError for what is no JSON, nested too deeply, too long, or no number."""
+    """The value in a JSON text. Raises ValueError for other text, and where it is too long, nests too deeply or has a
+    number that is not finite."""
     if len(text) > MAX_BYTES:
         raise ValueError(f"it is longer than the {MAX_BYTES >> 20} MiB that are read")
     deep = f"it is nested deeper than the {MAX_DEPTH} levels that are read"
@@ -50,7 +51,7 @@ def parse_json(text: str) -> Any:
 
 
 def _finite(text: str) -> float:
-    """NaN and infinities, which Python reads and JSON does not know, and what is too large for a float."""
+    """Raises ValueError for NaN and infinities, which Python reads though JSON has none, and for too large numbers."""
     value = float(text)
     if not isfinite(value):
         raise ValueError(f"{text} is not a number")

@@ -1,5 +1,5 @@
-"""Where results go, checked before the work starts: may we write there, and is there room? A wrong place must not cost
-a finished clip. Files opened for reading whatever stands at their place, and names that stay inside a folder."""
+"""Checks of paths. Before work starts: may we write there, and is there room? A wrong place must not cost a finished
+clip. Before reading: is it a file? And of names: do they stay inside a folder?"""
 
 import errno
 import os
@@ -17,7 +17,7 @@ NAME_BYTES = 255  # of file systems
 
 
 def check_output(path: str | Path) -> None:
-    """Raises InputError for what would prevent writing a file to `path`."""
+    """Raises InputError where a file cannot be written to `path`."""
     what, folder = f"cannot write {path}", Path(path).absolute().parent
     if Path(path).is_dir():
         raise InputError(what, "it is a folder", "name a file in it")
@@ -27,7 +27,7 @@ def check_output(path: str | Path) -> None:
 
 
 def check_folder(folder: Path, path: str | Path) -> None:
-    """Raises InputError where nothing can be written to a folder, which need not exist yet; `path` is what would be."""
+    """Raises InputError where a folder, which need not exist yet, cannot be written; `path` is named as the target."""
     what, place = f"cannot write {path}", existing(folder)
     if not place.is_dir():
         raise InputError(what, f"{place} is not a folder", "choose another place")
@@ -42,12 +42,12 @@ def existing(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Room on the disk that holds, or will hold, `path`."""
+    """Free space on the disk of `path`, which need not exist yet."""
     return shutil.disk_usage(existing(path)).free
 
 
 def check_room(*needs: tuple[Path, int], else_: str = "") -> None:
-    """Raises DoesNotFitError when a disk has no room for all bytes that go there; `else_`: another way out."""
+    """Raises DoesNotFitError when a disk lacks room for all bytes that go there; `else_`: another way out."""
     disks: dict[int, tuple[Path, int]] = {}
     for path, count in needs:
         place = existing(path)
@@ -63,7 +63,7 @@ def check_room(*needs: tuple[Path, int], else_: str = "") -> None:
 
 
 def write_failure(error: OSError, path: Path) -> Ltx2Error:
-    """What the system's answer means for a command that was writing to `path`."""
+    """The error for a command that failed while writing to `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = "free some space and run the same command again: what is here is kept"
         return DoesNotFitError("the disk is full", f"there is no room left for {path}", fix)
@@ -72,10 +72,8 @@ def write_failure(error: OSError, path: Path) -> Ltx2Error:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """A file opened for reading, through links too.
-
-    Raises OSError for what cannot be opened, and for a folder, a pipe or a device: opening those may wait for ever.
-    """
+    """A file opened for reading; links are followed. Raises OSError where it cannot be opened, and for a folder, a pipe
+    or a device, which might block forever."""
     check_regular(path)
     with path.open("rb") as file:
         yield file
@@ -83,28 +81,24 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
 
 def check_regular(path: Path) -> None:
     """Raises OSError as `open_regular`."""
-    mode = _mode(path)
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:  # a name that no file can have
+        raise FileNotFoundError(errno.ENOENT, str(error), str(path)) from error
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "it is a pipe, a socket or a device", str(path))
 
 
-def _mode(path: Path) -> int:
-    try:
-        return path.stat().st_mode
-    except ValueError as error:  # a name that no file can have
-        raise FileNotFoundError(errno.ENOENT, str(error), str(path)) from error
-
-
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """The paths in a folder that match, in order, without those that macOS hides beside them (`._name`) on file systems
-    that have no place for its attributes."""
+    """The matching paths in a folder, sorted, without hidden ones such as `._name`, which macOS writes on file systems
+    that cannot store its attributes."""
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def is_base_name(name: object) -> bool:
-    """Whether `name` can only be a file directly inside the folder it is joined to."""
+    """Whether `name` stays inside the folder that it is joined to."""
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         return False
     try:

@@ -1,7 +1,7 @@
-"""Files read and written by byte ranges, from any thread, without filling the page cache: what passes through once
-would push everything else out of memory, and making room for it is what copying a large file spends most time on.
+"""Files read and written by byte ranges, from any thread, without filling the page cache: data that is used once would
+push everything else out of memory, and copying a large file spends most of its time on making room.
 
-A range is read, not mapped: a disk that fails or a file that shrinks is then an error with a name, not a signal."""
+Ranges are read, not mapped: a failing disk or a shrinking file then raises an error instead of a signal."""
 
 import errno
 import fcntl
@@ -21,15 +21,13 @@ from ltx2.runtime.files.atomic import flush
 from ltx2.runtime.files.paths import check_regular
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-BUFFERS = 1024  # that one call of the system fills
-READ_BYTES = 4 << 20  # of a file that is hashed
+BUFFERS = 1024  # the most that one system call fills
+READ_BYTES = 4 << 20  # at a time, when a file is hashed
 
 
 class RangeReader:
-    """One file's bytes by range. Raises CheckpointError when it cannot be opened; closes when no longer used.
-
-    `cached` is for what is read again and again: the system may keep it in memory that nobody needs.
-    """
+    """One file's bytes by range; closes when no longer used. `cached`: the system may keep them in free memory, for
+    data that is read again and again. Raises CheckpointError when the file cannot be opened."""
 
     def __init__(self, path: Path, *, cached: bool = False) -> None:
         self.path = path
@@ -43,15 +41,15 @@ class RangeReader:
             _pass_the_cache(self._descriptor)
 
     def read(self, start: int, end: int) -> Bytes:
-        """Bytes [start, end). Raises CheckpointError when they cannot be read or are not there any more."""
+        """Bytes [start, end) as uint8 (end - start,). Raises CheckpointError when they cannot be read, or are gone."""
         block = np.empty(end - start, np.uint8)
         self.fill(start, [block.data])
         _forget(self._descriptor, start, end)
         return block
 
     def fill(self, start: int, buffers: Sequence[memoryview]) -> None:
-        """Read into buffers of bytes, one after the other, what stands in the file from `start` on. Raises as `read`,
-        which keeps nothing in the system's cache."""
+        """Read from `start` on into buffers of bytes, one after the other. Unlike `read` it leaves the data in the
+        page cache. Raises as `read`."""
         rest = [buffer for buffer in buffers if buffer]
         while rest:
             try:
@@ -65,10 +63,8 @@ class RangeReader:
 
 
 class RangeWriter:
-    """A file of known size under construction: blocks are written at their places, in any order. What stands there
-    from an earlier attempt is kept.
-
-    Raises OSError as the system does; a disk that is too small is noticed at once where space can be reserved.
+    """A file of known size under construction: blocks are written at their places, in any order; data of an earlier
+    attempt stay. Raises OSError as the system does: where space can be reserved, at once for a disk that is too small.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -85,11 +81,11 @@ class RangeWriter:
             rest = rest[os.pwrite(self._descriptor, rest, end - len(rest)) :]
 
     def sync(self) -> None:
-        """Return when everything written so far is on the disk."""
+        """Sync everything written so far."""
         flush(self._descriptor)
 
     def forget(self, end: int) -> None:
-        """The bytes before `end` will not be read again."""
+        """Drop the bytes before `end` from the page cache."""
         _forget(self._descriptor, 0, end)
 
     def close(self) -> None:
@@ -97,7 +93,7 @@ class RangeWriter:
 
 
 def sha256(path: Path) -> str:
-    """A file's SHA-256 as hex digits. Raises CheckpointError when it cannot be read."""
+    """A file's SHA-256 in hex digits. Raises CheckpointError when it cannot be read."""
     digest = hashlib.sha256()
     for _ in digesting(path, digest):
         pass
@@ -105,7 +101,7 @@ def sha256(path: Path) -> str:
 
 
 def digesting(path: Path, *digests: "hashlib._Hash") -> Iterator[int]:
-    """Feed a whole file to digests, reading one block ahead; yields the size of every block. Raises as `sha256`."""
+    """Feed a file to digests, reading one block ahead; yields the size of every block. Raises as `sha256`."""
     reader, size = RangeReader(path), path.stat().st_size
     spans = [(start, min(start + READ_BYTES, size)) for start in range(0, size, READ_BYTES)]
     with ThreadPoolExecutor(1) as pool:
@@ -119,12 +115,12 @@ def digesting(path: Path, *digests: "hashlib._Hash") -> Iterator[int]:
 
 
 def changed(path: Path, how: str) -> CheckpointError:
-    """The error for a source that another program writes to."""
+    """The error for a file that another program writes to while we read it."""
     return CheckpointError(f"{path} changed while it was read", how, "let no other program write it, and run again")
 
 
 def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of buffers when `count` bytes are filled."""
+    """The rest of the buffers once `count` bytes are filled."""
     for done, buffer in enumerate(buffers):
         if count < len(buffer):
             return [buffer[count:], *buffers[done + 1 :]]
@@ -137,12 +133,13 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def _reserve(descriptor: int, size: int) -> None:
+    """Reserve space, where the file system can. Raises OSError where there is too little."""
     if not size or not hasattr(os, "posix_fallocate"):
         return
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # the file system cannot
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
 
 
@@ -152,6 +149,6 @@ def _pass_the_cache(descriptor: int) -> None:
 
 
 def _forget(descriptor: int, start: int, end: int) -> None:
-    """Let the system use the memory that holds a range, where it can be told."""
+    """Drop a range from the page cache, where the system can."""
     if end > start and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)

@@ -1,7 +1,7 @@
-"""safetensors files with numpy only: headers, tensors on demand (mapped, or read by ranges of bytes), and files written
-with a header that is known before the data.
+"""safetensors files with numpy only: headers, tensors on demand (mapped, or read by byte ranges), and writing files
+whose header is known before their data.
 
-The library only checks a file here: it would map all of it, and what passes through once would fill the memory."""
+The safetensors library only checks files here: it maps them whole, and data that is used once would fill the memory."""
 
 import json
 import mmap
@@ -9,7 +9,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -24,17 +24,17 @@ from ltx2.runtime.files.foreign import foreign_kind
 from ltx2.runtime.files.paths import open_regular
 from ltx2.runtime.files.ranges import RangeReader
 
-# All dtypes of the format. numpy has no bfloat16 or float8: their codes travel as unsigned integers of the same width.
+# All dtypes of the format. numpy has no bfloat16 or float8: their codes are unsigned integers of the same width.
 NUMPY_DTYPES: Mapping[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1", "F8_E5M2": "|u1", "F8_E8M0": "|u1",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
     "BOOL": "|b1",
 }  # fmt: skip
 ITEM_BYTES = {dtype: int(name[2:]) for dtype, name in NUMPY_DTYPES.items()}
-FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}  # of weights: the spelling of --dtype -> of safetensors
-# What model folders hold -> the name in mlx.core.
+FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}  # float types of weights: in --dtype -> in safetensors
+# The dtypes in model folders -> their names in mlx.core.
 MLX_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "U8": "uint8"}
-HEADER_BYTES = 4 << 20  # the longest that is read: 80,000 tensors take 3 s and 300 MB; published ones have 1.5 MB
+HEADER_BYTES = 4 << 20  # the longest that is read: 80,000 tensors, in 3 s and 300 MB; published ones have 1.5 MB
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors dtype, shape; in the order of the data
@@ -57,12 +57,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file's header. Data are read on demand with `array`."""
+    """A safetensors file's header. `array` and `rows` read data on demand."""
 
     path: Path
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
-    size: int = field(default=0)
+    size: int = 0
 
     @cached_property
     def _map(self) -> mmap.mmap:
@@ -72,9 +72,9 @@ class TensorFile:
         return mapped
 
     def array(self, name: str) -> Array:
-        """The tensor as a read-only memory map; BF16 and FP8 as their integer codes (see NUMPY_DTYPES).
+        """The tensor as a read-only memory map of its shape; BF16 and FP8 as their codes (see NUMPY_DTYPES).
 
-        Raises UnsupportedError for a dtype that no published file uses.
+        Raises UnsupportedError for another dtype, CheckpointError where the file does not hold it.
         """
         info, dtype = self.tensors[name], self.numpy_dtype(name)
         try:
@@ -86,18 +86,19 @@ class TensorFile:
 
     @cached_property
     def reader(self) -> RangeReader:
-        """The file's bytes by range, for what is read once."""
+        """The file's bytes by range, for data that is read once."""
         return RangeReader(self.path)
 
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """Some rows (of axis 0) in memory of their own. Raises what `array` and reading raise."""
+        """Rows [start, stop) of axis 0, (stop - start, ...), in memory of their own. Raises what `array` and reading
+        raise."""
         info = self.tensors[name]
         row = info.nbytes // max(1, info.shape[0])
         raw = self.reader.read(info.start + start * row, info.start + stop * row)
         return self.typed(name, raw, (stop - start, *info.shape[1:]))
 
     def typed(self, name: str, raw: Array, shape: tuple[int, ...]) -> Array:
-        """Bytes of a tensor, or of some of its rows, as values of this shape. Raises as `numpy_dtype`."""
+        """Bytes (n,) of a tensor, or of some of its rows, as values of this shape. Raises as `numpy_dtype`."""
         return raw.view(self.numpy_dtype(name)).reshape(shape)
 
     def own_name(self, name: str) -> str:
@@ -105,7 +106,7 @@ class TensorFile:
         return name
 
     def numpy_dtype(self, name: str) -> np.dtype[Any]:
-        """How a tensor's values travel. Raises UnsupportedError for a dtype that no published file uses."""
+        """The dtype of a tensor's values in numpy. Raises UnsupportedError for one that NUMPY_DTYPES lacks."""
         dtype = self.tensors[name].dtype
         if dtype not in NUMPY_DTYPES:
             raise UnsupportedError(
@@ -119,9 +120,8 @@ class TensorFile:
 def open_tensorfile(path: Path) -> TensorFile:
     """Read a safetensors header.
 
-    Raises CheckpointError for what the safetensors library rejects, for duplicate names, for a header of more than
-    HEADER_BYTES, and for what is no file; what is plainly something else is named, weights in other formats by
-    UnsupportedError.
+    Raises CheckpointError where there is no file, for files that the safetensors library rejects, for duplicate names
+    and for headers of more than HEADER_BYTES. Errors name other formats; for weights it is UnsupportedError.
     """
     try:
         with open_regular(path) as f:
@@ -132,7 +132,8 @@ def open_tensorfile(path: Path) -> TensorFile:
             metadata = header.pop("__metadata__", None) or {}
             tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
             return TensorFile(path, metadata, tensors, os.fstat(f.fileno()).st_size)
-    except (SafetensorError, ValueError, LookupError, TypeError) as error:  # the last two: it changed meanwhile
+    # LookupError and TypeError: the file changed while it was read.
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:
         if (foreign := foreign_kind(path)) is not None:
             what, why, fix, kind = foreign
             raise kind(f"{path.name} {what}", why, fix) from error
@@ -156,7 +157,7 @@ def _header_length(f: BinaryIO) -> int:
 
 
 def _tensor_info(name: str, entry: Any, base: int) -> TensorInfo:
-    """An entry of the header; the library also reads one that is a list of the three values."""
+    """An entry of the header; the safetensors library also accepts a list of the three values."""
     keys = ("dtype", "shape", "data_offsets")
     dtype, shape, (start, end) = entry if isinstance(entry, list) else (entry[key] for key in keys)
     if not isinstance(dtype, str):
@@ -174,7 +175,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as manifests and journals record it: base name, size in bytes, SHA-256."""
+    """A file in manifests and journals: base name, size in bytes, SHA-256."""
 
     name: str
     size: int
@@ -182,17 +183,17 @@ class FileRecord:
 
 
 def bf16_to_f32(codes: Array) -> Array:
-    """bfloat16 codes (uint16) to float32, exact."""
+    """bfloat16 codes (uint16) of any shape to float32, exact."""
     return (codes.astype(np.uint32) << 16).view(np.float32)
 
 
 def to_float32(values: Array, dtype: str) -> Array:
-    """Values of a safetensors float dtype (BF16 as codes) as float32, exact."""
+    """Values of a safetensors float dtype (BF16 as codes) of any shape to float32, exact."""
     return bf16_to_f32(values) if dtype == "BF16" else values.astype(np.float32, copy=False)
 
 
 def f32_to_bf16(values: Array) -> Array:
-    """float32 to bfloat16 codes (uint16), rounding half to even; NaN stays NaN."""
+    """float32 of any shape to bfloat16 codes (uint16), rounding half to even; NaN stays NaN."""
     bits = np.asarray(values, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
@@ -209,7 +210,7 @@ def item_bytes(dtype: str) -> int:
 
 
 def file_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
-    """What stands in the file before the first tensor's data. Same layout, same bytes."""
+    """The bytes of a file before the first tensor's data. Same layout, same bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape) in layout.items():
@@ -222,11 +223,11 @@ def file_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
 
 
 def write_tensorfile(path: Path, tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, str]) -> None:
-    """Write tensors (dtype, values as in NUMPY_DTYPES), which appear under the file's name only when complete."""
+    """Write tensors (dtype, values of any shape as in NUMPY_DTYPES); the file gets its name when it is complete."""
     layout = {name: (dtype, values.shape) for name, (dtype, values) in tensors.items()}
     write_file(path, [file_header(layout, metadata), *(raw_bytes(values) for _, values in tensors.values())])
 
 
 def raw_bytes(values: Array) -> memoryview:
-    """An array's bytes in C order."""
+    """The bytes of an array of any shape, in C order."""
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

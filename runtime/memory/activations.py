@@ -1,8 +1,8 @@
 """Bytes that a network holds beside its weights while it computes, from shapes alone.
 
-A GPU works behind the host, which queues operations ahead of it: an array is free when the device is done with it, not
-when the program is. So every figure has two parts. What must be there at once is read off the code. What is queued
-beside it is fitted to measurements (bench/results/memory-*.json), and is what a memory limit can do without."""
+The host queues operations ahead of a GPU: an array is free when the device is done with it, not when the program is. So
+every figure has two parts. The arrays that are needed at once follow from the code. The queued ones are fitted to
+measurements (bench/results/memory-*.json); a memory limit can do without them."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -26,16 +26,15 @@ from ltx2.runtime.sampling.latents import Grid
 
 MB = 10**6
 FLOAT32 = 4
-# A device that is waited for after every operation has still one command buffer's arrays, and lets go of them late.
+# Even if we wait after every operation, the device still holds one command buffer's arrays and frees them late.
 UNDER_WAY = 150 * MB
-UNPACKED = 2  # weights that are there at once where layers unpack theirs: one is made while one is multiplied with
+UNPACKED = 2  # unpacked weights at once: one is made while another is multiplied with
 UNPACKED_QUEUED = 4  # at full speed
 
 
 @dataclass(frozen=True)
 class Activations:
-    """`needed` bytes are there at once; up to `queued` more while the device works at full speed. `largest`: of one
-    array."""
+    """In bytes: `needed` at once; up to `queued` more while the device works at full speed; the `largest` array."""
 
     needed: int
     queued: int
@@ -46,22 +45,22 @@ class Activations:
         return self.needed + self.queued
 
     def or_then(self, other: "Activations") -> "Activations":
-        """What one and then the other takes."""
+        """Of one and then the other."""
         needed = max(self.needed, other.needed)
         return Activations(needed, max(self.full, other.full) - needed, max(self.largest, other.largest))
 
     def beside(self, more: int, queued: int = 0) -> "Activations":
-        """With so many bytes more there at once, and more queued."""
+        """With `more` bytes needed at once, and more queued."""
         return replace(self, needed=self.needed + more, queued=self.queued + queued)
 
 
 def text_encoder(config: GemmaConfig, layer: int, embedding: int, tokens: int, itemsize: int) -> Activations:
-    """Weights are read layer by layer and released: beside the largest part of them (a `layer` or the `embedding`, in
-    bytes) stand all states so far, and a layer's attention and feed-forward network. The device may let go of one part
-    when the first weight of the next is read."""
+    """Weights are read and released layer by layer: beside the largest part (a `layer` or the `embedding`, in bytes)
+    are all states so far, and a layer's attention and feed-forward network. The device may free a part only when the
+    first weight of the next is read."""
     state = tokens * config.hidden_size * itemsize
     states = (config.num_hidden_layers + 1) * state
-    # Queries before and after their rotation, and what they get; or the gate, what goes through it and both multiplied.
+    # Queries before and after rotation, and the attention's output; or the gate, its input and their product.
     widest = max(config.query_heads(layer).width for layer in range(config.num_hidden_layers))
     inside = 4 * state + 3 * tokens * max(config.intermediate_size, widest) * itemsize
     needed = max(embedding + 2 * state, layer + states + inside) - max(embedding, layer)
@@ -69,8 +68,8 @@ def text_encoder(config: GemmaConfig, layer: int, embedding: int, tokens: int, i
 
 
 def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int, *, unpacked: int = 0) -> Activations:
-    """The text encoder's states, normalised and stacked, and scaled where every stream's features are projected by
-    themselves; later the states beside the connectors' `length` tokens. `unpacked` as in a denoise step."""
+    """The text encoder's states, normalised and stacked, and scaled where each stream projects its own features; later
+    the states beside the connectors' `length` tokens. `unpacked` as in `denoise_step`."""
     states = config.num_hidden_states * tokens * config.caption_channels * itemsize
     position = length * config.video.width * itemsize
     waiting = tokens * config.audio.width * itemsize if config.per_token else 0  # the sound's features
@@ -81,7 +80,7 @@ def connectors(config: ConnectorsConfig, tokens: int, length: int, itemsize: int
 
 def predict_length(config: DurationHeadConfig, length: int) -> Activations:
     """In float32: the contexts of both streams, `length` tokens each, one after the other beside the weight that
-    projects them; then what was projected, twice while it is put side by side, and its keys and values."""
+    projects them; then the projections, twice while they are concatenated, with their keys and values."""
     widest = max(config.cross_attention_dim, config.audio_cross_attention_dim)
     context = FLOAT32 * length * widest
     projected = 2 * FLOAT32 * length * config.pooler_hidden_dim
@@ -94,15 +93,15 @@ def denoise_step(
 ) -> Activations:
     """Kept over the steps: rotary tables in float32, projected text, latents. In a block: keys and values of the text,
     and per token the residual stream, its normalised copy and the feed-forward network's four-fold width. `unpacked`:
-    bytes of the largest packed weight once it is unpacked, where layers unpack theirs to multiply. `appended`: tokens
-    beside the picture's own."""
+    bytes of the largest packed weight once unpacked, where layers unpack theirs to multiply. `appended`: tokens beside
+    the picture's own."""
     video, audio, tokens = config.video_dim, config.audio_dim, grid.tokens + appended
     tables = FLOAT32 * ((video + audio) * tokens + 2 * audio * grid.audio_frames)
     channels = config.in_channels * tokens + config.audio_in_channels * grid.audio_frames
     text = text_tokens * (video + audio + sum(config.context_dims.values())) * itemsize
     kept = tables + text + 4 * FLOAT32 * channels
     unit = (video * tokens + audio * grid.audio_frames) * itemsize
-    # A text that every block modulates is there once more.
+    # Where every block modulates the text, there is one more copy of it.
     keys = (5 if config.cross_attention_adaln else 4) * text_tokens * (video + audio) * itemsize
     needed = kept + keys + 13 * unit // 2 + UNPACKED * unpacked
     # Up to ten command buffers wait for the device. Each ends after some operations, or some megabytes.
@@ -117,7 +116,7 @@ def rotated(config: TransformerConfig, tokens: int, itemsize: int) -> int:
 
 
 def seen(tokens: int, itemsize: int) -> int:
-    """Bytes of what says how much tokens see of each other, in float32 and as it is added to scores."""
+    """Bytes of the attention mask of `tokens` tokens, in float32 and as it is added to scores."""
     return tokens**2 * (FLOAT32 + itemsize)
 
 
@@ -128,8 +127,8 @@ def text_keys(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize:
 
 
 def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
-    """`grid` is of the latents that come in. Per value of the larger latents: the residual stream and what two
-    normalised convolutions keep. Where they are enlarged and reduced again: a picture at its largest, shuffled."""
+    """Per value of the larger latents: the residual stream and the arrays of two normalised convolutions. Where latents
+    are enlarged and reduced again: a frame at its largest, shuffled. `grid`: of the input."""
     up, down = config.factors
     small = grid.tokens * config.mid_channels * itemsize
     made = prod(config.enlarged(grid.frames, grid.height, grid.width)) * config.mid_channels * itemsize
@@ -140,9 +139,8 @@ def upscale(config: UpsamplerConfig, grid: Grid, itemsize: int) -> Activations:
 
 
 def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bool, ahead: int = 0) -> Activations:
-    """The largest layer of a tile, beside the tiles that are added up so far and the frames that wait for more. `ahead`
-    small layers more are there while the host does not wait for them.
-    `unfold`: convolutions without a kernel of their own copy their input 27 times."""
+    """The largest layer of a tile, beside the tiles that are summed so far and the frames that wait for more. `ahead`:
+    small layers that the host does not wait for. `unfold`: convolutions copy their input 27 times."""
     space = config.spatial_scale
     _, height, width = tiles.latents
     pixels = height * width * space * space * 3
@@ -159,14 +157,14 @@ def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bo
     ]
     several = len(pieces) > 1
     per_latent = frames * space * space * 3  # values of a tile's frames
-    # When all tiles are there: what waits for the next ones is put together, groups of frames leave.
+    # Once all tiles are decoded: overlaps with the next ones are blended, groups of frames leave.
     whole = frames * pixels * (FLOAT32 if several else itemsize)
     needed = full = whole + max(2 * waiting, 3 * FRAMES_PER_GROUP * pixels * FLOAT32)
     largest = 0
     for tile_height, tile_width, before in pieces:
         tile = _tower(config.decoder, (longest, tile_height, tile_width), itemsize, unfold)
         adding = tile_height * tile_width * per_latent * (2 * FLOAT32 + itemsize) if several else 0
-        # Of the tile or layer before, not yet free.
+        # Arrays of the tile or layer before that are not yet free.
         late = 100 * MB + 3 * tile.largest // 4 if several else 50 * MB if tile.largest >= LARGE else 0
         needed = max(needed, before * per_latent * FLOAT32 + max(tile.needed, adding))
         full = max(full, before * per_latent * FLOAT32 + max(tile.full + late, adding))
@@ -176,37 +174,36 @@ def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bo
 
 
 def decode_still(config: VideoVAEConfig, size: tuple[int, int], itemsize: int, unfold: bool) -> Activations:
-    """One latent frame of `size` (rows, columns): as a tile, but nothing small is waited for, so that a layer's four
-    arrays may be there for every layer. `unfold` as in `decode_video`, nine times."""
+    """One latent frame of `size` (rows, columns): as a tile, but small layers are not waited for, so every layer's four
+    arrays may be held. `unfold`: convolutions copy their input nine times."""
     layers = list(config.decoder.convolutions((1, *size), still=True))
     taps = 10 if unfold else 1
-    units = [itemsize * (3 * max(c.inputs, c.outputs) * prod(c.size) + taps * _bordered(c)) for c in layers]
-    all_of_them = sum(unit * c.times for unit, c in zip(units, layers, strict=True))
-    largest = max(itemsize * max(c.inputs, c.outputs) * prod(c.size) for c in layers)
-    return Activations(max(units), min(all_of_them, 700 * MB), largest)
+
+    def unit(layer: Convolution) -> int:
+        _, height, width = layer.size
+        bordered = layer.inputs * (height + 2) * (width + 2)
+        return itemsize * (3 * max(layer.inputs, layer.outputs) * prod(layer.size) + taps * bordered)
+
+    all_of_them = sum(unit(layer) * layer.times for layer in layers)
+    largest = max(itemsize * max(layer.inputs, layer.outputs) * prod(layer.size) for layer in layers)
+    return Activations(max(map(unit, layers)), min(all_of_them, 700 * MB), largest)
 
 
 def still_weights(config: VideoVAEConfig, itemsize: int) -> Activations:
-    """The weights for single frames, while they are made: a kernel of the decoder, and two taps of it in float32."""
+    """Making the weights for single frames: a kernel of the decoder, and two taps of it in float32."""
     layers = zip(*(config.decoder.convolutions((1, 1, 1), still) for still in (False, True)), strict=True)
     sizes = [(27 * itemsize * c.inputs * c.outputs, 2 * 9 * FLOAT32 * s.inputs * s.outputs) for c, s in layers]
     return Activations(max(map(sum, sizes)), 0, max(kernel for kernel, _ in sizes))
 
 
-def _bordered(layer: Convolution) -> int:
-    """Values of a single frame that a convolution sees."""
-    _, height, width = layer.size
-    return layer.inputs * (height + 2) * (width + 2)
-
-
 def _ends(tiles: Intervals) -> list[tuple[int, int, int]]:
-    """Of the first tile and the last two, which no other outweighs: start, stop, and the stop of the one before."""
+    """Start, stop and the stop of the tile before, of the first tile and the last two: no other is larger."""
     return [(*tiles[i], tiles[i - 1][1] if i else 0) for i in tiles.ends]
 
 
 def encode_video(config: VideoConfig, clip: Size, tiling: Tiling, itemsize: int, unfold: bool) -> Activations:
-    """`clip`: frames, height and width in pixels. The frames that a tile over time needs and those that say whether
-    another follows, and the largest layer of a tile beside its own pixels, cut out and rearranged."""
+    """The frames that a tile over time needs and those that tell whether another follows; and the largest layer of a
+    tile beside its pixels, cut out and rearranged. `clip`: frames, height and width in pixels."""
     early = config.temporal_scale  # frames of the latent that later tiles start with
     held = min(clip[0], tiling.frames + 2 * early) + FRAMES_PER_GROUP * FLOAT32 // itemsize
     buffer = held * clip[1] * clip[2] * 3 * itemsize
@@ -220,9 +217,9 @@ def encode_video(config: VideoConfig, clip: Size, tiling: Tiling, itemsize: int,
 def decode_diffusion(
     config: DiffusionVAEConfig, latents: Size, tiling: Tiling | None, itemsize: int, steps: int
 ) -> Activations:
-    """The hungriest stage; the last one works beside what the stage before it made. Tiles work beside the clip that
-    they are cut from and the tiles that are added up so far. The noise is there all the time; several steps keep
-    pixels in float32."""
+    """The largest stage; the last one works beside the output of the one before. Tiles work beside the clip that they
+    are cut from and the tiles that are summed so far. The noise is held all the time; several steps keep pixels in
+    float32."""
     *early, part, last = tiled_stages(config, latents, tiling)
     tiles, outer = Tiles(config.cells(latents), tiling, config.cell), config.stages(latents)[-2]
     context = last.positions * last.channels * itemsize
@@ -241,7 +238,7 @@ def decode_diffusion(
 
 
 def tiled_stages(config: DiffusionVAEConfig, latents: Size, tiling: Tiling | None) -> list[Stage]:
-    """The decoder's stages, the last two of the largest tile."""
+    """The decoder's stages; the last two are those of the largest tile."""
     *early, outer, inner = config.stages(latents)
     tiles = Tiles(config.cells(latents), tiling, config.cell)
     axes = (tiles.times, tiles.rows, tiles.columns)
@@ -252,8 +249,8 @@ def tiled_stages(config: DiffusionVAEConfig, latents: Size, tiling: Tiling | Non
 
 
 def _slabs(stage: Stage, itemsize: int) -> int:
-    """A clip in slabs; queries, keys and values of the frames that windows reach over; and either what rows of blocks
-    gather of these, with their masks and the feed-forward network of their positions, or a slab's projections."""
+    """A clip in slabs; queries, keys and values of the frames in reach of a window; and either the keys that rows of
+    blocks gather, with masks and the feed-forward network of their positions, or a slab's projections."""
     (frames, height, width), (reach, _, _) = stage.size, stage.kernel
     position = stage.channels * itemsize
     frame = height * width * position
@@ -264,15 +261,15 @@ def _slabs(stage: Stage, itemsize: int) -> int:
 
 
 def gathered_blocks(stage: Stage, itemsize: int) -> tuple[int, int]:
-    """Blocks of queries that attend together, and the keys of each."""
+    """The number of blocks of queries that attend together, and of keys of each."""
     box = prod(min(side, BLOCK + reach - 1) for side, reach in zip(stage.size, stage.kernel, strict=True))
     rows, row = -(-stage.size[1] // BLOCK), -(-stage.size[2] // BLOCK)
     return row * min(rows, max(1, GATHERED // (2 * row * box * stage.channels * itemsize))), box
 
 
 def _tower(tower: Tower, size: Size, itemsize: int, unfold: bool) -> Activations:
-    """A residual block's input and the padded copy of it, normalised, beside the convolution's result; and what is
-    normalised until the device has read it."""
+    """A residual block's input, its normalised and padded copy, and the convolution's output; and the normalised array
+    until the device has read it."""
     layers = tower.convolutions(size)
     unit, padded = max((itemsize * c.inputs * prod(c.size), itemsize * c.padded) for c in layers)
     copies = 27 * padded if unfold else 0
@@ -283,28 +280,29 @@ def _tower(tower: Tower, size: Size, itemsize: int, unfold: bool) -> Activations
 
 
 def decode_audio(config: AudioVAEConfig, audio_frames: int) -> Activations:
-    """In float32 whatever the weights, which are widened as they are used. The largest arrays are those that an
-    upsampling repeats, at the finest resolution: one, padded for a convolution, and its result."""
-    frames, widths = audio_frames * config.temporal_scale, config.widths
-    unit = frames * config.mel_bins * widths[min(1, len(widths) - 1)] * FLOAT32
-    wide = 5 * 9 * widths[-1] ** 2 * FLOAT32
-    needed, full = wide + min(5 * unit, 13 * unit // 5 + UNDER_WAY), wide + min(8 * unit, 21 * unit // 5 + 110 * MB)
-    return Activations(needed, max(0, full - needed), unit)
+    """The largest arrays are those that an upsampling repeats, at the finest resolution: one, padded for a convolution,
+    and the output."""
+    widths = config.widths
+    return _audio(config, audio_frames * config.temporal_scale, widths[min(1, len(widths) - 1)])
 
 
 def encode_audio(config: AudioVAEConfig, samples: int) -> Activations:
-    """In float32. The largest arrays are at the finest resolution: a residual block's input, the padded copy of it,
-    normalised, and the convolution's result."""
-    frames = samples // config.hop_length + 1
-    unit = frames * config.mel_bins * config.widths[0] * FLOAT32
+    """The largest arrays are at the finest resolution: a residual block's input, its normalised and padded copy, and
+    the convolution's output."""
+    return _audio(config, samples // config.hop_length + 1, config.widths[0])
+
+
+def _audio(config: AudioVAEConfig, frames: int, channels: int) -> Activations:
+    """Arrays of so many spectrogram frames and channels. In float32 whatever the weights, which are widened for use."""
+    unit = frames * config.mel_bins * channels * FLOAT32
     wide = 5 * 9 * config.widths[-1] ** 2 * FLOAT32
     needed, full = wide + min(5 * unit, 13 * unit // 5 + UNDER_WAY), wide + min(8 * unit, 21 * unit // 5 + 110 * MB)
     return Activations(needed, max(0, full - needed), unit)
 
 
 def vocode(config: VocoderConfig | ExtendedVocoderConfig, mel_frames: int) -> Activations:
-    """In float32. The hungriest of the stages: its upsampling kernel, rearranged and widened, and a pair of
-    convolutions at a time beside the stage's input and the sum of its blocks."""
+    """In float32. The largest stage: its upsampling kernel, rearranged and widened, and a pair of convolutions at a
+    time beside the stage's input and the sum of its blocks."""
     needed, full, largest = 0, 0, 0
     for generator, frames in config.generators(mel_frames):
         width = generator.upsample_initial_channel

@@ -1,8 +1,8 @@
-"""Parts of a component's files, each read at once into one array that its tensors are views of.
+"""Blocks of a component, each read at once into one array; its tensors are views of that.
 
-MLX waits for the device after every few arrays that it evaluates, whatever they are: a block of a transformer has a
-hundred. So a block is shown to it as a file of one tensor, whose bytes are read from where the block's tensors lie; on
-a Mac they go straight to memory that the GPU shares, with CUDA MLX copies them on."""
+MLX waits for the device after every few arrays that it evaluates, and a transformer's block has a hundred. So MLX sees
+a block as a file of one tensor, whose bytes come from the places of the block's tensors; on a Mac they go straight to
+memory that the GPU shares, with CUDA MLX copies them on."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,7 +17,7 @@ from ltx2.runtime.files.ranges import RangeReader
 from ltx2.runtime.files.tensors import MLX_DTYPES, TensorInfo, file_header
 from ltx2.runtime.model.layout import ModelFolder
 
-ALIGNMENT = 256  # bytes, as allocators give; kernels read 16 at once
+ALIGNMENT = 256  # bytes, as allocators use; kernels read 16 at once
 PIECE_BYTES = 32 << 20
 THREADS = 4  # a disk is fastest with several requests at once
 TENSOR = "block"
@@ -27,7 +27,7 @@ Names = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor in its file, and where it begins in the block's array."""
+    """A tensor in its file, and its offset in the block's array."""
 
     tensor: TensorInfo
     file: RangeReader
@@ -35,15 +35,16 @@ class Place:
 
 
 class Source(Protocol):
-    """A block that can be read, again and again; `size` in bytes."""
+    """A block that can be read repeatedly; `size` in bytes."""
 
     @property
     def size(self) -> int: ...
     def read(self) -> Any:
-        """Everything, in memory when this returns. Raises CheckpointError when it cannot be read."""
+        """Read the block into memory. Raises CheckpointError when it cannot be read."""
 
     def views(self, memory: Any, /) -> Weights:
-        """Its tensors in what `read` has returned, called in the thread that will use them."""
+        """The tensors in the result of `read`, by their names in the network; the thread that uses them must call
+        it."""
 
 
 class Block:
@@ -69,14 +70,14 @@ class Block:
         return [(name, _view(memory, place)) for name, place in self._places.items()]
 
     def fill(self, memory: memoryview) -> None:
-        """Read all into place, some at a time in each of several threads."""
+        """Read all tensors into `memory` (size,), in several threads."""
         tasks = [_threads().submit(_read, piece, memory) for piece in self._pieces()]
         wait(tasks)
         for task in tasks:
             task.result()
 
     def _pieces(self) -> list[list[Place]]:
-        """Runs of tensors that lie side by side in a file."""
+        """Runs of tensors that are adjacent in a file, of at most PIECE_BYTES unless one tensor has more."""
         pieces: list[list[Place]] = []
         size = 0
         for place in self._places.values():
@@ -91,10 +92,8 @@ class Block:
 
 
 class _OneTensor:
-    """A safetensors file of one tensor, as `mx.load` reads it: a header, then a block's bytes.
-
-    MLX may call from a thread of its own, where an exception would lose its kind: it is kept in `error`.
-    """
+    """A safetensors file of one tensor for `mx.load`: a header, then a block's bytes. MLX may call from its own thread,
+    where an exception would lose its class: `error` keeps it."""
 
     closed = False
 
@@ -113,7 +112,7 @@ class _OneTensor:
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:
-        """Parts of the header, or all that follows it."""
+        """Part of the header, or all bytes behind it."""
         start, memory = self._position, buffer.cast("B")
         self._position += len(memory)
         if start < len(self._header):
@@ -128,10 +127,8 @@ class _OneTensor:
 
 
 def open_blocks(folder: ModelFolder, component: str, names: Mapping[int, Names]) -> Mapping[int, Source]:
-    """The blocks of a component by number; `names` are those of their tensors, in the network -> in the files.
-
-    Raises ModelFolderError when files are missing, LookupError when tensors are.
-    """
+    """The blocks of a component by number; `names` of their tensors: in the network -> in the files. Raises
+    ModelFolderError when files are missing, LookupError when tensors are."""
     if (made := folder.blocks(component, names)) is not None:
         return made
     files = [(file, RangeReader(file.path, cached=True)) for file in folder.tensor_files(component)]
@@ -145,6 +142,7 @@ def _read(piece: Sequence[Place], memory: memoryview) -> None:
 
 
 def _view(memory: mx.array, place: Place) -> mx.array:
+    """A tensor of its shape and dtype in a block's bytes, uint8 (size,)."""
     tensor = place.tensor
     part = memory[place.offset : place.offset + tensor.nbytes]
     return part.view(getattr(mx, MLX_DTYPES[tensor.dtype])).reshape(tensor.shape)

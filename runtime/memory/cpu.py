@@ -1,5 +1,5 @@
-"""What a CPU's kernels hold beside what a GPU's do, in bytes and from shapes alone: a convolution copies its input once
-per tap of its kernel, attention writes out its scores, and kernels of 16 bits are widened before they are used."""
+"""Bytes that a CPU's kernels hold beside those of a GPU's, from shapes alone: a convolution copies its input once per
+tap of its kernel, attention writes out its scores, and weights of 16 bits are widened before use."""
 
 from math import prod
 
@@ -18,16 +18,16 @@ from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import Grid
 
 TAPS_2D, TAPS_3D = 9, 27
-WIDENED = 4  # kernels, of those that are queued
+WIDENED = 4  # of the queued kernels
 
 
 def connectors(config: ConnectorsConfig, length: int, itemsize: int) -> int:
-    """Scores of one attention."""
+    """The scores of one attention."""
     return config.video.count * length * length * itemsize
 
 
 def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int, appended: int = 0) -> int:
-    """Keys and values of the text by heads; scores of the largest attention, as far as they are more than the
+    """Keys and values of the text by heads; and the scores of the largest attention, as far as they exceed what the
     feed-forward network takes. `appended`: tokens beside the picture's own."""
     tokens = grid.tokens + appended
     copies = 2 * text_tokens * (config.video_dim + config.audio_dim) * itemsize
@@ -36,18 +36,18 @@ def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsi
 
 
 def held_late(config: TransformerConfig, grid: Grid, itemsize: int, appended: int = 0) -> int:
-    """What a denoise step holds even where every operation is waited for, of what a GPU only queues; fitted to the
-    demo model with 48 to 768 tokens."""
+    """Of the arrays that a GPU only queues, those that a denoise step on a CPU holds even where every operation is
+    waited for; fitted to the demo model with 48 to 768 tokens."""
     return 26 * config.video_dim * (grid.tokens + appended) * itemsize
 
 
 def upscale(config: UpsamplerConfig, unit: int, itemsize: int) -> int:
-    """`unit`: bytes of the enlarged latents. The convolutions of a block and the one after it."""
+    """The convolutions of a block and the one after it. `unit`: bytes of the enlarged latents."""
     return 3 * TAPS_3D * unit + _widened(TAPS_3D * config.mid_channels**2, itemsize)
 
 
 def decode_video(config: VideoVAEConfig, itemsize: int, taps: int = TAPS_3D) -> int:
-    """Beside unfolded convolutions, which depend on the tile."""
+    """Widened kernels; unfolded convolutions depend on the tile and are counted with it."""
     return _widened(taps * config.decoder.width**2, itemsize)
 
 
@@ -57,14 +57,14 @@ def encode_video(config: VideoConfig, itemsize: int) -> int:
 
 
 def decode_diffusion(config: DiffusionVAEConfig, latents: Size, tiling: Tiling | None, itemsize: int) -> int:
-    """Scores of the blocks that attend together, before and after the softmax."""
+    """The scores of the blocks that attend together, before and after the softmax."""
     stages = tiled_stages(config, latents, tiling)
     scores = max(prod(gathered_blocks(stage, itemsize)) * stage.channels for stage in stages)
     return 2 * FLOAT32 * BLOCK**3 * scores // config.decoder.head_dim
 
 
 def decode_audio(config: AudioVAEConfig, audio_frames: int) -> tuple[int, int]:
-    """A convolution of the finest level; the others of that level, which are queued beside it."""
+    """A convolution of the finest level; and the level's other ones, which are queued beside it."""
     pixel = audio_frames * config.temporal_scale * config.mel_bins * FLOAT32
     coarser, width = config.widths[min(1, len(config.widths) - 1)], config.widths[0]
     largest = max(coarser, width)
@@ -72,12 +72,12 @@ def decode_audio(config: AudioVAEConfig, audio_frames: int) -> tuple[int, int]:
 
 
 def encode_audio(config: AudioVAEConfig, unit: int) -> int:
-    """`unit`: bytes of an array at the finest level, whose convolutions are computed together."""
+    """The convolutions of the finest level, which are computed together. `unit`: bytes of an array of that level."""
     return unit * TAPS_2D * (2 * config.num_res_blocks + 2)
 
 
 def vocode(config: VocoderConfig | ExtendedVocoderConfig, unit: int) -> int:
-    """`unit`: bytes of the largest signal. One convolution."""
+    """One convolution. `unit`: bytes of the largest signal."""
     return unit * max(max(generator.resblock_kernel_sizes) for generator, _ in config.generators(0))
 
 

@@ -1,4 +1,4 @@
-"""Phases: one network is loaded, used and freed before the next. Each phase's time and peak memory is recorded once,
+"""Phases: one network is loaded, used and freed before the next. The time and peak memory of each are measured once,
 for progress, sidecars and benchmarks alike."""
 
 import gc
@@ -14,9 +14,9 @@ from ltx2.runtime.machine.bounded import meter
 from ltx2.runtime.machine.facts import device_memory
 from ltx2.runtime.machine.process import process_peak_memory
 
-# MLX keeps freed buffers for reuse, without a limit of its own; a sixteenth of the memory is enough to reuse a step's.
+# MLX keeps freed buffers for reuse, without a limit; a sixteenth of the memory is enough for a step's.
 CACHE_FRACTION = 1 / 16
-# By what MLX says; the first that applies.
+# Text in MLX's message -> advice; the first match wins.
 FIXES = {
     "malloc]": "use a smaller size, --low-memory, or a --memory-limit below the planned peak",
     "Insufficient Memory": "close other programs, or use a smaller size, --low-memory or --memory-limit",
@@ -24,21 +24,20 @@ FIXES = {
         "macOS ends GPU work that keeps the display waiting: close programs that draw, or use a smaller size"
     ),
 }
-SAMPLED = 1  # the step, from 0, in which evaluations are waited for one by one, to know their times; the first compiles
+SAMPLED = 1  # index of the step whose evaluations are timed one by one; the first step compiles
 
 
 def reusable_memory() -> int:
-    """Bytes of freed buffers that are worth keeping."""
+    """Bytes of freed buffers worth keeping."""
     return int(device_memory() * CACHE_FRACTION)
 
 
 @contextmanager
 def limited(memory: int, cache: int, wired: int) -> Iterator[None]:
-    """MLX holds at most `cache` bytes of freed buffers, and about `memory` bytes in all: before it takes more, it gives
-    freed buffers back and waits for running work to end. macOS 15 and later leaves the first `wired` bytes where they
-    are: it neither compresses nor swaps them, which costs many times a step's time where they fill most of the
-    memory."""
-    wirable = mx.device_info().get("max_recommended_working_set_size", 0)  # more is an error; only a Mac has it
+    """Limit MLX to `cache` bytes of freed buffers and about `memory` bytes in all: before it takes more, it frees
+    buffers and waits for running work. macOS 15 and later neither compresses nor swaps the first `wired` bytes, which
+    would take many times a step's time where they fill most of the memory."""
+    wirable = mx.device_info().get("max_recommended_working_set_size", 0)  # more is an error; Macs alone have it
     before = (
         mx.set_memory_limit(max(memory, 0)),
         mx.set_cache_limit(max(cache, 0)),
@@ -53,7 +52,7 @@ def limited(memory: int, cache: int, wired: int) -> Iterator[None]:
 
 @contextmanager
 def explained(phase: str) -> Iterator[None]:
-    """What MLX raises where the GPU's memory, or the system's patience with it, ends becomes a DeviceError."""
+    """Raises DeviceError where MLX reports that the GPU ran out of memory or that macOS ended its work."""
     try:
         yield
     except RuntimeError as error:
@@ -64,7 +63,7 @@ def explained(phase: str) -> Iterator[None]:
 
 
 class Phase:
-    """Stopwatch and memory meter of one phase, from construction to `finish`."""
+    """Measures time and memory of one phase, from construction to `finish`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -76,14 +75,14 @@ class Phase:
         self._start = self._mark = time.perf_counter()
 
     def loaded(self, steps: int = 0) -> Loaded:
-        """The network is ready; what follows is its use, in so many steps (0: not known)."""
+        """The network is loaded; `steps` of work follow (0: not known)."""
         self._steps = steps
         self._mark = time.perf_counter()
         self._load_seconds = self._mark - self._start
         return Loaded(self.name, self._load_seconds)
 
     def step(self) -> StepDone:
-        """One unit of work is done."""
+        """One step of work is done."""
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         self._step_seconds.append(seconds)
@@ -91,11 +90,11 @@ class Phase:
         return StepDone(self.name, len(self._step_seconds), self._steps, seconds, mx.get_active_memory())
 
     def pause(self) -> None:
-        """What happened since the last step is no part of the next one's time."""
+        """Leave the time since the last step out of the next one's."""
         self._mark = time.perf_counter()
 
     def finish(self) -> PhaseDone:
-        """The network is out of scope: return its memory to the system and report."""
+        """The network is out of scope: return its memory to the system, and report."""
         gc.collect()
         mx.clear_cache()
         return PhaseDone(

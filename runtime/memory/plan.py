@@ -1,4 +1,4 @@
-"""What the phases of a run take of memory, each within a limit; and what headers say of a model folder's networks."""
+"""The memory of a run's phases, each planned within a limit; and sizes of a model folder's networks from headers."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -17,17 +17,17 @@ from ltx2.runtime.memory.meter import limited
 from ltx2.runtime.memory.streaming import block_of, choose_streamed, held_bytes
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 
-# MLX looks at its limit after it has queued an operation: it passes it by one array and what a command buffer holds.
+# MLX checks its limit after it has queued an operation, so it exceeds it by one array and a command buffer's content.
 COMMAND_BUFFER = 100 * 10**6
 CODES = "U32"  # the dtype of packed weights
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one phase takes: bytes of weights, of what it computes with, and of the clip's finished frames. `blocks`:
-    bytes of those parts of the weights that can be read from disk in every step instead of being kept. `text`: bytes of
-    the text's keys and values, which are kept over the steps where there is room. `factors`: of what LoRAs add to plain
-    weights; they stand beside those that are read, and are added to those that are kept."""
+    """What one phase takes, in bytes: weights, activations, and the clip's finished frames. `blocks`: parts of the
+    weights that can be streamed: read from disk in every step instead of kept. `text`: the text's keys and values,
+    which are kept over the steps where there is room. `factors`: of LoRAs; they stay beside streamed weights, and are
+    added to kept ones."""
 
     name: str
     weights: int
@@ -46,16 +46,16 @@ class Need:
         return self.least_weights + self.activations.needed + self.clip
 
     def held(self, streamed: Collection[int]) -> int:
-        """Bytes of weights in memory when these blocks are read in every step."""
+        """Bytes of weights in memory when these blocks are streamed."""
         kept = self.weights - sum(self.blocks) + held_bytes(self.blocks, streamed)
         return kept + self.factors if streamed else kept
 
     def within(self, limit: int, reusable: int) -> "PhasePlan":
-        """At full speed if the limit allows it, with as many blocks in memory as it allows; else with as much queued.
+        """Plan the phase within a limit; `reusable`: bytes of freed buffers worth keeping.
 
-        Blocks make way first: reading them costs no time as long as the disk is faster than the device, and waiting
-        for the device at every operation takes about twice the time. The text's keys and values are kept last: they
-        save less.
+        Blocks are streamed first: it costs no time as long as the disk is faster than the device. Only then less is
+        queued: waiting for the device at every operation takes about twice the time. The text's keys and values save
+        least, so they are kept last.
         """
         room = limit - self.clip - (self.weights - sum(self.blocks)) - self.activations.full
         streamed = choose_streamed(self.blocks, room)
@@ -73,10 +73,10 @@ class Need:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase within a limit. `cache` bounds freed memory that is kept for reuse, and makes way when it is needed.
-    `held_back` is not 0 where the limit leaves less than full speed takes: MLX is told to wait so many bytes early.
-    The blocks in `streamed` are not kept: `read` bytes are read from disk in every step. `beside` are bytes of the
-    transformer that stays loaded for a later stage, `text` those of the text's keys and values that are kept."""
+    """One phase within a limit, in bytes. `cache` bounds freed memory that is kept for reuse; MLX frees it when needed.
+    `held_back` is not 0 where the limit leaves less than full speed takes: MLX waits so many bytes early. The blocks in
+    `streamed` are not kept: every step reads `read` bytes from disk. `beside`: of the transformer that stays loaded for
+    a later stage. `text`: of the text's keys and values that are kept."""
 
     name: str
     weights: int
@@ -91,17 +91,17 @@ class PhasePlan:
 
     @property
     def kept(self) -> int:
-        """Bytes beside what the phase's work takes: they save time later."""
+        """Bytes that are kept to save time later."""
         return self.beside + self.text
 
     @property
     def total(self) -> int:
-        """Without the cache."""
+        """Bytes in all, without the cache."""
         return self.weights + self.activations + self.clip + self.kept
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """MLX keeps to the plan. What stays for the whole phase is wired, and no more: the rest is the system's."""
+        """Hold MLX to the plan. Only memory that stays for the whole phase is wired."""
         stays = self.weights + self.kept
         memory = stays + self.activations + self.cache - self.held_back
         with limited(memory, self.activations + self.cache, stays):
@@ -109,7 +109,7 @@ class PhasePlan:
 
 
 class Headers:
-    """What headers and configurations say of a model folder's networks. `unpacks`: packed weights are unpacked to
+    """Sizes of a model folder's networks from headers and configurations. `unpacks`: packed weights are unpacked to
     multiply with them."""
 
     def __init__(self, folder: ModelFolder, unpacks: bool = True) -> None:
@@ -128,13 +128,13 @@ class Headers:
     def weights(self, component: str, prefix: str = "") -> int:
         """Bytes of the tensors whose names begin with `prefix`."""
         key = component, prefix
-        if key not in self._weights:  # many plans are made of one folder
+        if key not in self._weights:  # one folder serves many plans
             tensors = self.tensors(component).items()
             self._weights[key] = sum(tensor.nbytes for name, tensor in tensors if name.startswith(prefix))
         return self._weights[key]
 
     def itemsize(self, component: str) -> int:
-        """Bytes of a value that the network computes with; its tables may be wider, packed weights narrower."""
+        """Bytes of an activation's value; tables may be wider, packed weights narrower."""
         dtypes = {tensor.dtype for tensor in self.tensors(component).values()}
         return min(map(item_bytes, dtypes & set(FLOATS.values())))
 
@@ -143,7 +143,7 @@ class Headers:
         return self.folder.config(component)
 
     def unpacked(self, component: str) -> int:
-        """Values of the largest packed weight that is unpacked to multiply with it."""
+        """The number of values in the largest packed weight that is unpacked to multiply with it."""
         if not self.unpacks:
             return 0
         quantization = self.folder.quantization(component)
@@ -161,7 +161,7 @@ class Headers:
 
     @cached_property
     def text_parts(self) -> tuple[int, int]:
-        """Bytes of the text encoder's embedding and of its largest layer: they are read and released one by one."""
+        """Bytes of the text encoder's embedding and of its largest layer, which are read and released one by one."""
         layers: dict[str, int] = {}
         for name, tensor in self.tensors("text_encoder").items():
             part = ".".join(name.split(".")[:3]) if ".layers." in name else "embedding and last norm"
@@ -178,12 +178,12 @@ class Headers:
         return tuple(sizes[index] for index in sorted(sizes))
 
 
-_GPU = ContextVar("_GPU", default=False)  # plans are made for a machine with one
+_GPU = ContextVar("_GPU", default=False)  # whether plans are for a Mac with a GPU, whatever this machine is
 
 
 @contextmanager
 def on_another_mac() -> Iterator[None]:
-    """Plans are those of a Mac with a GPU, whatever this machine is."""
+    """Plan for a Mac with a GPU."""
     before = _GPU.set(True)
     try:
         yield
@@ -192,10 +192,10 @@ def on_another_mac() -> Iterator[None]:
 
 
 def uses_cpu() -> bool:
-    """Whether MLX computes on the CPU, on the machine that is planned for."""
+    """Whether MLX computes on the CPU of the machine that is planned for."""
     return not _GPU.get() and bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def on_cpu(size: int) -> int:
-    """What is held on a CPU only."""
+    """`size` where MLX computes on the CPU, else 0."""
     return size if uses_cpu() else 0

@@ -1,9 +1,8 @@
-"""A transformer that is larger than memory: some of its blocks are read from disk in every step, each while the blocks
-before it compute.
+"""A transformer that is larger than memory: some of its blocks are streamed, that is read from disk in every step, each
+while the blocks before it compute.
 
-Reading has a thread of its own. A block is used when all of it is there, so that no GPU command waits for a disk (macOS
-ends those that do), and dropped when the device is done with it: two are in memory, the one in use and the one that is
-read."""
+A thread reads. A block is used once it is complete, so that no GPU command waits for a disk (macOS ends those that do),
+and dropped when the device is done with it: two are in memory, the one in use and the one that is being read."""
 
 import re
 import time
@@ -22,28 +21,28 @@ from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import read_arrays
 from ltx2.runtime.networks.transformer.model import Transformer
 
-IN_MEMORY = 2  # of the blocks that are read in every step
+IN_MEMORY = 2  # of the streamed blocks
 BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 
 
 def block_of(name: str) -> int | None:
-    """The transformer block that a parameter belongs to."""
+    """The number of the transformer block that a parameter belongs to; None for other parameters."""
     found = BLOCK.fullmatch(name)
     return int(found[1]) if found else None
 
 
 def held_bytes(sizes: Sequence[int], streamed: Collection[int]) -> int:
-    """Bytes of all blocks that are in memory at once, when those of `streamed` are read in every step."""
+    """Bytes of all blocks that are in memory at once when those in `streamed` are; `sizes` by block."""
     read = [sizes[i] for i in streamed]
     return sum(sizes) - sum(read) + IN_MEMORY * max(read, default=0)
 
 
 def choose_streamed(sizes: Sequence[int], room: int) -> tuple[int, ...]:
-    """The blocks to read in every step so that `room` bytes hold all there is of them, with the fewest bytes read; all
-    of them where nothing fits. They are spread evenly, which gives reading the whole step's time.
+    """The blocks to stream so that all blocks fit in `room` bytes, with the fewest bytes to read; all of them where
+    nothing fits. They are spread evenly, which gives reading the whole step's time.
 
-    `sizes` are bytes by block. Those of one file may differ: the blocks that are kept at more bits stay in memory if
-    what is read can be of the smaller ones.
+    `sizes` are bytes by block. They may differ: blocks of more bits stay in memory where streaming smaller ones is
+    enough.
     """
     every = tuple(range(len(sizes)))
     if sum(sizes) <= room:
@@ -57,14 +56,14 @@ def choose_streamed(sizes: Sequence[int], room: int) -> tuple[int, ...]:
 
 
 def _spread(indices: Sequence[int], count: int) -> tuple[int, ...]:
-    """So many of the indices, at even distances."""
+    """`count` of the indices, at even distances."""
     return tuple(indices[(2 * k + 1) * len(indices) // (2 * count)] for k in range(count))
 
 
 @contextmanager
 def streamed(folder: ModelFolder, transformer: Transformer, blocks: Sequence[int]) -> Iterator["BlockStream | None"]:
-    """The loaded transformer is ready to use: the weights of `blocks` are read when they are needed, all others are in
-    memory. None where no block is streamed."""
+    """Make a loaded transformer ready: `blocks` are streamed, all other weights are in memory. Yields the stream, or
+    None where no block is streamed."""
     read_arrays(value for name, value in _parameters(transformer) if block_of(name) not in blocks)
     if not blocks:
         yield None
@@ -89,8 +88,8 @@ def _names(transformer: Transformer, blocks: Sequence[int]) -> dict[int, dict[st
 
 
 class BlockStream:
-    """Has a transformer's blocks in memory when they are used. `read_bytes` were read so far; the transformer has
-    waited `waited` seconds for them since it got the first one."""
+    """Reads a transformer's blocks before they are used. So far it has read `read_bytes`, and since the first block the
+    transformer has waited `waited` seconds."""
 
     def __init__(self, transformer: Transformer, files: Mapping[int, Source]) -> None:
         self.read_bytes = 0
@@ -98,16 +97,16 @@ class BlockStream:
         self._started: float | None = None
         self._blocks = transformer.transformer_blocks
         self._files = files
-        # Arrays that nobody evaluates take no memory: they stand in for a block's weights while it is not in use.
+        # Arrays that are never evaluated take no memory: they replace a block's weights while it is not in use.
         self._absent = {index: _parameters(self._blocks[index]) for index in files}
         order = list(files)
         self._following = dict(zip(order, [*order[1:], order[0]], strict=True))
-        self._used: tuple[int, Sequence[mx.array]] | None = None  # the last block that was queued, and its results
+        self._used: tuple[int, Sequence[mx.array]] | None = None  # the last queued block, and its results
         self._reading: Future[Any] | None = None
         self._read(order[0])
 
     def ready(self, index: int) -> None:
-        """The block's weights are in memory when this returns. Raises CheckpointError when they cannot be read."""
+        """Wait until the block's weights are in memory. Raises CheckpointError when they cannot be read."""
         if index not in self._absent:
             return
         if self._next != index:  # a pass over the blocks was left before its end
@@ -124,7 +123,7 @@ class BlockStream:
         self._blocks[index].load_weights(self._files[index].views(memory), strict=True)
 
     def queued(self, index: int, results: Sequence[mx.array]) -> None:
-        """The block's work is handed to the device: the one before is dropped when the device is done with it."""
+        """The block's work is queued: drop the block before it once the device is done with that."""
         if self._used is not None:
             last, computed = self._used
             mx.eval(computed)
@@ -135,11 +134,11 @@ class BlockStream:
 
     @property
     def share(self) -> float:
-        """Of the time so far, how much the transformer has waited."""
+        """The share of the time so far that the transformer has waited."""
         return self.waited / (time.perf_counter() - self._started) if self._started is not None else 0.0
 
     def close(self) -> None:
-        """Drop what was read, and read no more."""
+        """Drop all blocks, and stop reading."""
         if self._reading is not None and not self._reading.cancel():
             self._reading.exception()  # waits; nobody needs that block, nor how reading it ended
         self._reading = self._used = None
@@ -155,7 +154,7 @@ class BlockStream:
 
 @cache
 def _reader() -> ThreadPoolExecutor:
-    """One thread for all transformers: MLX makes streams for every thread that uses it, and keeps them."""
+    """One thread for all transformers, since MLX makes and keeps streams for every thread that uses it."""
     return ThreadPoolExecutor(1, "ltx2-reader")
 
 

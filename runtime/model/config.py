@@ -1,6 +1,6 @@
 """Strict configuration classes: a key is a field, a checked constant, or listed as having no effect on inference.
 
-Checkpoints describe themselves, so an unknown key means a network we would compute wrongly; it is an error that
+Checkpoints describe themselves, so an unknown key means a network that we would compute wrongly: it is an error that
 names the key. Field defaults are the behaviour of the oldest release, which did not write the key yet."""
 
 import types
@@ -14,11 +14,10 @@ from ltx2.runtime.model.origin import ORIGIN_KEYS
 
 # Keys that describe storage, not the network; they may stand in every component's config.json.
 STORAGE_KEYS = frozenset({"quantization", "quantization_config"})
-# What a file may ask for: a network is built before its tensors are compared, and must be built in an instant.
+# Upper bounds: a network is built from these numbers before any tensor is checked, and must be built in an instant.
 NUMBERS = range(1, 1 << 24)
 MAX_ITEMS = 16  # published lists have up to 9
 Repeats = Annotated[int, range(129)]  # of a block; published networks have up to 48
-# How configuration errors are mended.
 AS_PUBLISHED = "use the checkpoint as published; its metadata holds the configuration"
 SUPPORTED_ONLY = "use a published LTX-2 checkpoint of a supported release"
 
@@ -36,11 +35,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build from a checkpoint's own configuration section.
-
-        Raises ConfigError for an unknown, missing or wrongly typed key, UnsupportedError for a constant
-        this code does not implement.
-        """
+        """Build from a checkpoint's own configuration section. Raises ConfigError for an unknown, missing or wrongly
+        typed key, UnsupportedError for a constant that this code does not implement."""
         hints = _hints(cast(Any, cls))  # mypy takes a class for its instances
         known = {f.name: f for f in fields(cls)}
         kwargs: dict[str, Any] = {}

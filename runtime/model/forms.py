@@ -1,4 +1,4 @@
-"""How the weights of layers are packed: the modes that MLX multiplies, and what config.json says of a component."""
+"""How the weights of layers are packed: the modes that MLX multiplies, and `quantization` of config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class Mode:
     bits: tuple[int, ...]
     group_sizes: tuple[int, ...]
     biased: bool = False  # a group has a bias beside its scale
-    multiplied: bool = False  # scales have a narrow range, which one multiplier of the layer's output centres
+    multiplied: bool = False  # scales have a narrow range, and a multiplier of the layer's output centres it
 
 
 MODES: Mapping[str, Mode] = {
@@ -32,10 +32,8 @@ MODES: Mapping[str, Mode] = {
 @dataclass(frozen=True)
 class Form:
     """How a layer's weight is packed: bits of a code, values that share a scale, mode; and, unless 0, the size of the
-    blocks in which the weight is rotated, as the layer's inputs are, by which `hadamard` matrix.
-
-    Raises ValueError for a form that MLX does not multiply.
-    """
+    blocks in which the weight and the layer's inputs are rotated, by which `hadamard` matrix. Raises ValueError for a
+    form that MLX does not multiply."""
 
     bits: int
     group_size: int
@@ -75,13 +73,13 @@ class Form:
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "Form":
-        """From what config.json says. Raises ValueError, TypeError or AttributeError for anything else."""
+        """From an entry of config.json. Raises ValueError, TypeError or AttributeError for anything else."""
         bits, group_size = entry.get("bits", 0), entry.get("group_size", 0)
         rotation = (entry.get("rotation", 0), entry.get("hadamard", SYLVESTER))
         return cls(bits, group_size, entry.get("mode", AFFINE), *rotation)
 
     def entry(self) -> dict[str, Any]:
-        """As config.json says it."""
+        """As an entry of config.json."""
         entry = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         entry |= {"rotation": self.rotation} if self.rotation else {}
         return entry | ({"hadamard": self.hadamard} if self.hadamard != SYLVESTER else {})
@@ -89,16 +87,16 @@ class Form:
 
 @dataclass(frozen=True)
 class Quantization:
-    """`quantization` of a component's config.json, as mlx-lm writes it: the form of its packed layers and, by path,
-    of those that have another. Which layers are packed, their tensors say."""
+    """`quantization` of a component's config.json, as mlx-lm writes it: the common form of its packed layers and, by
+    path, other forms. The tensors tell which layers are packed."""
 
     common: Form | None = None
     others: Mapping[str, Form | None] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, data: Any) -> "Quantization":
-        """`data` is None where nothing is packed. Raises ValueError, TypeError or AttributeError for what config.json
-        cannot say."""
+        """`data` is None where nothing is packed. Raises ValueError, TypeError or AttributeError for any other
+        value."""
         if data is None:
             return cls()
         common, entries = Form.from_entry(data), {k: v for k, v in data.items() if k not in Form.__dataclass_fields__}
@@ -106,7 +104,7 @@ class Quantization:
         return cls(common, {k: None if entry is False else Form.from_entry(entry) for k, entry in entries.items()})
 
     def of(self, layer: str) -> Form:
-        """The form of the packed layer of this path. Raises ModelFolderError where none is said."""
+        """The form of the packed layer at this path. Raises ModelFolderError where the configuration has none."""
         form = self.others.get(layer, self.common)
         if form is None:
             why = "its configuration does not say how"

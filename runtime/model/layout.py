@@ -1,7 +1,7 @@
-"""The model folder (ltx2.json and one folder per component), read and written without MLX.
+"""The model folder, read and written without MLX.
 
 MODEL/README.md                     model card, for people and the Hugging Face Hub
-MODEL/ltx2.json                     release, variant, per component class/files/dtype/quantization, sources
+MODEL/ltx2.json                     release, variant, sources; per component class, files, dtype, quantization
 MODEL/<component>/config.json       that network's configuration
 MODEL/<component>/model*.safetensors, with an index where there are several"""
 
@@ -33,7 +33,7 @@ NEEDED = (TRANSFORMER, "connectors", "text_encoder", "audio_vae", "vocoder")  # 
 DURATION_HEAD = "duration_head"
 SIZES = ("width", "height", "frames", "fps")
 MOST_OF_A_SIZE = 1 << 16
-LORAS = "loras"  # the folder of components that change others: loras/<name>
+LORAS = "loras"  # the folder of components loras/<name>, which change others
 LORA_FOLDER = re.compile(rf"{LORAS}/[a-z0-9_][a-z0-9._-]{{0,254}}")
 
 
@@ -43,7 +43,7 @@ def is_lora(component: str) -> bool:
 
 @dataclass(frozen=True)
 class Fused:
-    """A LoRA that was added to a component's weights: its file's name, and how strong."""
+    """A LoRA that was added to a component's weights: its file's name and its strength."""
 
     name: str
     strength: float
@@ -51,9 +51,9 @@ class Fused:
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """What ltx2.json says of one component. `cls` is written as "class"; `files` includes config and tokenizer;
-    `statistics` is the file that layers were packed with, `method` how their codes were chosen if not by a search;
-    `fused` are the LoRAs in its weights."""
+    """A component in ltx2.json. `cls` is written as "class"; `files` include configuration and tokenizer; `statistics`
+    is the file of activation statistics that layers were packed with, `method` the way to choose their codes unless by
+    a search; `fused` are the LoRAs in its weights."""
 
     cls: str
     files: tuple[FileRecord, ...]
@@ -64,7 +64,7 @@ class ComponentRecord:
     fused: tuple[Fused, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As ltx2.json says it."""
+        """As ltx2.json has it."""
         data = {
             "class": self.cls,
             "files": [asdict(f) for f in self.files],
@@ -78,8 +78,8 @@ class ComponentRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """ltx2.json. `card` is README.md as it was written; people may edit it. `sizes` are the width, height, frames and
-    fps of clips that the model was made for, where its source says so and they are not its release's."""
+    """ltx2.json. `card` is README.md as it was written; people may edit it. `sizes` are the default width, height,
+    frames and fps of the model's clips, where its source has others than its release."""
 
     release: str | None
     variant: str | None
@@ -105,7 +105,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Raises ValueError for what `to_json` does not write, names that lead out of the folder above all."""
+        """Raises ValueError for anything that `to_json` does not write, above all names that lead out of the folder."""
         try:
             data = parse_object(text)
             components = {name: _component(name, c) for name, c in data["components"].items()}
@@ -121,8 +121,8 @@ class Manifest:
 
 
 def read_sizes(data: Mapping[str, Any]) -> dict[str, float]:
-    """Sizes of clips, as ltx2.json and a checkpoint's metadata say them. Raises ValueError, TypeError or AttributeError
-    for anything else."""
+    """Sizes of clips from ltx2.json or a checkpoint's metadata. Raises ValueError, TypeError or AttributeError for
+    anything else."""
     for name, value in data.items():
         if name not in SIZES or isinstance(value, bool) or not 0 < value <= MOST_OF_A_SIZE:
             raise ValueError(f"sizes are {', '.join(SIZES)}, not {name} {value}")
@@ -132,8 +132,8 @@ def read_sizes(data: Mapping[str, Any]) -> dict[str, float]:
 
 
 def file_record(data: Mapping[str, Any]) -> FileRecord:
-    """A FileRecord that became JSON. Raises ValueError, LookupError or TypeError for another object, and for a name
-    that may stand for a file elsewhere."""
+    """A FileRecord from JSON. Raises ValueError, LookupError or TypeError for another object, and for a name that leads
+    elsewhere."""
     record = FileRecord(data["name"], data["size"], data["sha256"])
     if not is_base_name(record.name):
         raise ValueError(f"{record.name!r} is not the name of a file in a folder")
@@ -169,18 +169,18 @@ def _text(value: Any, *instead: None) -> Any:
 
 
 def missing_networks(have: Container[str]) -> list[str]:
-    """What generating from a prompt needs beside these components."""
+    """The components that generating from a prompt needs and `have` lacks."""
     missing = [name for name in NEEDED if name not in have]
     return missing + ([] if VIDEO_VAE in have or DIFFUSION_VAE in have else [VIDEO_VAE])
 
 
 def model_folders(folder: Path) -> list[Path]:
-    """Model folders that lie in a folder."""
+    """The model folders directly inside a folder."""
     return [manifest.parent for manifest in sorted(folder.glob(f"*/{MANIFEST}"))]
 
 
 def _not_a_folder(path: Path) -> ModelFolderError:
-    """Why it is none, and what to do."""
+    """The error for a path that is no model folder."""
     convert = "convert a checkpoint first: ltx2 convert SOURCE... -o MODEL"
     if not path.exists():
         why = "there is no such file or folder"
@@ -213,30 +213,31 @@ class ModelFolder:
             ) from error
 
     def arrays(self, component: str) -> Mapping[str, Any] | None:
-        """The component's tensors as arrays, where a folder exists in memory only; None: its files have them."""
+        """The component's tensors as arrays, for a folder in memory only; None: its files hold them."""
         return None
 
     def blocks(self, component: str, names: Mapping[int, Mapping[str, str]]) -> Mapping[int, Any] | None:
-        """The component's blocks as streaming reads them, by number, likewise."""
+        """The component's blocks by number as streaming reads them, for a folder in memory only, else None."""
         return None
 
     def tokens(self, length: int) -> tuple[Any, Any, int] | None:
-        """Ids and mask of a prompt, (1, length) each, and how many tokens were cut, likewise."""
+        """Ids and mask of a prompt, (1, length) each, and the number of cut tokens, for a folder in memory only, else
+        None."""
         return None
 
     def how_to_shrink(self) -> str:
-        """What to do where its weights do not fit in memory."""
+        """The fix of an error that its weights do not fit in memory."""
         if any(record.quantization for record in self.manifest.components.values()):
             return "convert or quantize again with fewer --bits, or with --fit and this computer's memory in GB"
         return f"make it smaller: ltx2 quantize {self.path} -o {self.path}-q4 --bits 4"
 
     def hashes(self) -> dict[str, list[str]]:
-        """SHA-256 of every component's files, as they were written."""
+        """SHA-256 of every component's files, by component, as they were written."""
         return {name: [file.sha256 for file in c.files] for name, c in sorted(self.manifest.components.items())}
 
     @property
     def distilled_lora(self) -> str | None:
-        """The LoRA in it that makes a dev model a distilled one, by its name."""
+        """The name of the folder's LoRA that makes a dev model a distilled one."""
         names = sorted(name for name in self.manifest.components if is_lora(name) and "distilled" in name)
         return names[0].removeprefix(f"{LORAS}/") if names else None
 

@@ -1,6 +1,5 @@
-"""A published LoRA: what it changes, how strong it is, and what makes it no plain LoRA; told from a file's header, and
-from the single values of its alphas, whatever its spelling (names.py). Who converts one and who applies one to a model
-read it here.
+"""A published LoRA: the modules that it changes, its strength, and the kinds that are no plain LoRA. The file's header
+and the values of its alphas tell, in any spelling (names.py). Converting a LoRA and applying one both read it here.
 
 Converted, its folder is loras/<name> of a model folder. Tensors, with the network's own module paths:
     <component>.<path>.lora_A.weight (rank, in), <component>.<path>.lora_B.weight (out, rank)
@@ -25,7 +24,7 @@ from ltx2.runtime.files.paths import open_regular
 from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, TensorFile, TensorInfo, to_float32
 from ltx2.runtime.model.names import ALPHA, BIAS_DELTA, DELTA, DOWN, UP, Module, read_lora_name
 
-# Found in no other file's names.
+# Only names in adapters' files match.
 ADAPTER_NAMES = r"\.lora_|^lora_unet_|^lycoris_|\.(?:dora_scale|hada_\w+|lokr_\w+|oft_\w+|magnitude|diff|diff_b)$"
 LISTED = 3  # names in an error
 # Adapters that are no plain LoRA: a pattern in some tensor's name, what it is, and why it is refused.
@@ -38,36 +37,37 @@ REFUSED = (
     (r"\b(self_attn|mlp)[._]\w+_proj\.lora_|^lora_te\d?_", "LoRA for a language model", "it changes the text encoder"),
     (r"\.lora_B(\.\w+)?\.bias$", "LoRA with trained biases", "beside the factors it adds biases of its own"),
 )
-PEFT_METADATA = "lora_adapter_metadata"  # what diffusers writes
+PEFT_METADATA = "lora_adapter_metadata"  # written by diffusers
 PEFT_FILE, PEFT_PREFIX = "adapter_config.json", "base_model.model."
 INTEGERS = ("I64", "I32", "I16", "I8")
-# Facts an IC-LoRA's metadata tell about the video it refers to.
+# An IC-LoRA's metadata about its reference video.
 REFERENCE = ("reference_downscale_factor", "reference_temporal_scale_factor")
 _LAYER = re.compile(r"(.+)\.(lora_[AB]\.weight|diff|diff_b)")
 
-Parts = Mapping[str, TensorInfo]  # what a tensor is (names.py) -> the tensor
+Parts = Mapping[str, TensorInfo]  # part of a LoRA (names.py) -> its tensor
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One module that a LoRA changes: its row in the table of names, component and path in a model folder, tensors."""
+    """A module that a LoRA changes: its row in the table of names, its "<component>.<path>" in a model folder, and its
+    tensors."""
 
     kind: Module
     path: str
     parts: Parts
 
     def changes(self) -> dict[str, Shape]:
-        """The parameters it changes, and their shapes; none where its tensors do not fit each other."""
+        """The shapes of the parameters that it changes; none where its tensors do not fit each other."""
         return _changes({part: tensor.shape for part, tensor in self.parts.items()}) or {}
 
 
-Layers = Mapping[str, Layer]  # module, by Lightricks' own path -> what is changed
+Layers = Mapping[str, Layer]  # by a module's published path
 
 
 def lora_layers(file: TensorFile) -> Layers:
-    """The modules that a LoRA changes, in the file's order; tensors whose names mean none are left out."""
+    """The modules that a LoRA changes, in the file's order, without tensors whose names mean none."""
     layers: dict[str, Layer] = {}
     parts: dict[str, dict[str, TensorInfo]] = {}
     for name, tensor in file.tensors.items():
@@ -80,7 +80,7 @@ def lora_layers(file: TensorFile) -> Layers:
 
 
 def alphas(file: TensorFile) -> Mapping[str, str]:
-    """The name of every alpha -> of the down factor beside it: together they say how strong their module is."""
+    """The name of every alpha -> that of its module's down factor; the two give the module's scale."""
     all_parts = (layer.parts for layer in lora_layers(file).values())
     return {parts[ALPHA].name: parts[DOWN].name for parts in all_parts if ALPHA in parts and DOWN in parts}
 
@@ -114,10 +114,8 @@ def checked_layers(file: TensorFile) -> Layers:
 
 
 def misfits(lora: Shapes, networks: Mapping[str, Shapes]) -> tuple[int, dict[str, str]]:
-    """How many modules the tensors of a loras/<name> change, and which of them cannot be: module -> reason.
-
-    `networks` holds the parameters' shapes of the components that are there to compare with.
-    """
+    """The number of modules that a converted LoRA's tensors change, and those that do not fit: module -> reason.
+    `networks` has the shapes of the parameters by component; other components are not checked."""
     modules: dict[str, dict[str, Shape]] = {}
     for key, shape in lora.items():
         layer, part = match.groups() if (match := _LAYER.fullmatch(key)) else (key, "")
@@ -127,6 +125,7 @@ def misfits(lora: Shapes, networks: Mapping[str, Shapes]) -> tuple[int, dict[str
 
 
 def _misfit(module: str, parts: Mapping[str, Shape], networks: Mapping[str, Shapes]) -> str:
+    """Why a module's tensors do not fit; empty where they do."""
     changes = _changes(parts)
     if changes is None:
         return "its tensors do not fit each other"
@@ -141,7 +140,7 @@ def _misfit(module: str, parts: Mapping[str, Shape], networks: Mapping[str, Shap
 
 
 def _changes(parts: Mapping[str, Shape]) -> dict[str, Shape] | None:
-    """The parameters that a module's tensors change, and their shapes; None when they do not fit each other."""
+    """The shapes of the parameters that a module's tensors change; None when they do not fit each other."""
     weights = {_product(parts.get(DOWN, ()), parts.get(UP, ()))} if DOWN in parts or UP in parts else set()
     weights |= {parts[DELTA]} if DELTA in parts else set()
     changes = {"bias": parts[BIAS_DELTA]} if BIAS_DELTA in parts else {}
@@ -151,15 +150,15 @@ def _changes(parts: Mapping[str, Shape]) -> dict[str, Shape] | None:
 
 
 def _product(down: Shape, up: Shape) -> Shape:
-    """The shape of up @ down; () when they are no pair of factors."""
+    """The shape of up @ down; () when the factors do not fit each other."""
     if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
         return ()
     return (up[0], down[1]) if down[0] else ()
 
 
 def _swapped(layers: Iterable[Parts]) -> bool:
-    """Whether all factors are stored the other way around: every "rank" is a width, more than in and out. A rank that
-    is higher than some narrow modules are wide is none."""
+    """Whether all factors are stored transposed: then every "rank" exceeds both widths. Of narrow modules alone, a real
+    rank may."""
     pairs = [(parts[DOWN].shape, parts[UP].shape) for parts in layers if DOWN in parts and UP in parts]
     return bool(pairs) and all(len(down) == len(up) == 2 and down[0] > max(down[1], up[0]) for down, up in pairs)
 
@@ -188,14 +187,14 @@ def _unsupported(file: TensorFile, what: str, why: str) -> UnsupportedError:
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for the whole file. `alpha` None: every scale is 1. `rank` None: each module's own."""
+    """File-wide settings. `alpha` None: every scale is 1. `rank` None: each module's own."""
 
     alpha: float | None = None
     rank: float | None = None
     root: bool = False  # rank-stabilised: alpha / sqrt(rank)
 
     def scale(self, rank: int) -> float:
-        """The scale of a module of this rank."""
+        """A module's scale by its rank."""
         if self.alpha is None:
             return 1.0
         divisor = self.rank or rank
@@ -203,11 +202,8 @@ class Settings:
 
 
 def lora_config(file: TensorFile) -> dict[str, Any]:
-    """config.json of the LoRA's folder (see above).
-
-    Raises CheckpointError for scales that are incomplete, contradictory or not finite, UnsupportedError for settings
-    that say more than a scale.
-    """
+    """config.json of the LoRA's folder (see above). Raises CheckpointError for scales that are incomplete,
+    contradictory or not finite, UnsupportedError for settings beyond a scale."""
     layers = lora_layers(file)
     ranks = {module: layer.parts[DOWN].shape[0] for module, layer in layers.items() if DOWN in layer.parts}
     rank = max(ranks.values(), default=0)
@@ -222,6 +218,7 @@ def lora_config(file: TensorFile) -> dict[str, Any]:
 
 
 def _scale(file: TensorFile, parts: Parts, alpha: float | None, settings: Settings) -> float:
+    """A module's scale. Raises CheckpointError where its alpha contradicts the settings."""
     rank = parts[DOWN].shape[0]
     if alpha is None:
         return settings.scale(rank)
@@ -232,8 +229,7 @@ def _scale(file: TensorFile, parts: Parts, alpha: float | None, settings: Settin
 
 
 def _alphas(file: TensorFile, layers: Layers) -> dict[str, float]:
-    """The value of every module's alpha. Single values all over a file are sought and read: behind each one that is
-    mapped, the system would read ahead."""
+    """The value of every module's alpha, read one by one: behind mapped ones the system would read ahead."""
     found = {module: layer.parts[ALPHA] for module, layer in layers.items() if ALPHA in layer.parts}
     if not found:
         return {}
@@ -250,7 +246,7 @@ def _alpha(file: TensorFile, tensor: TensorInfo, data: BinaryIO) -> float:
 
 
 def _settings(file: TensorFile, rank: int) -> Settings:
-    """The file-wide settings: Lightricks' metadata, or PEFT's."""
+    """The file-wide settings, from Lightricks' metadata or PEFT's."""
     metadata = file.metadata
     if "lora_alpha" in metadata:
         return _official(file, rank)

@@ -1,8 +1,8 @@
-"""LoRAs that are applied while a model works: what they add to which layers, known and checked from headers alone.
+"""LoRAs that are applied at generation: opened and checked from headers alone.
 
-A LoRA is a published file or a converted loras/<name> folder (lorafile.py says what both hold). What it adds to the
-transformer's linear layers is applied; what it holds for other networks is not, as in Lightricks' pipelines. `Change`
-is also what fusing one into weights needs."""
+A LoRA is a published file or a converted loras/<name> folder (lorafile.py describes both). Its changes of the
+transformer's linear layers are applied; those of other networks are not, as in Lightricks' pipelines. Fusing a LoRA
+into weights uses `Change` too."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ OTHER = "use a LoRA made for the model's release"
 
 
 def find_lora(name: str | Path, folder: ModelFolder) -> Path:
-    """The LoRA of this name in a model folder, else the file or folder that it names. Raises InputError where there
-    is neither."""
+    """The path of the LoRA of this name in a model folder, else of the file or folder that it names. Raises InputError
+    where there is neither."""
     if folder.has(component := f"{LORAS}/{name}"):
         return folder.component_path(component)
     if Path(name).exists():
@@ -37,20 +37,20 @@ def find_lora(name: str | Path, folder: ModelFolder) -> Path:
 
 @dataclass(frozen=True)
 class LoraUse:
-    """A LoRA, and how strong it is in each stage; the last number holds for all stages that follow."""
+    """A LoRA and its strengths by stage; the last one holds for all later stages too."""
 
     path: Path
     strengths: tuple[float, ...] = (1.0,)
 
     def strength(self, stage: int) -> float:
-        """In a stage, counted from 1."""
+        """Its strength in a stage, counted from 1."""
         return self.strengths[min(stage, len(self.strengths)) - 1]
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a LoRA of strength 1 adds to one layer: scale * up @ down and `diff` to its weight, `diff_b` to its bias;
-    down is (rank, inputs), up (outputs, rank). `parts` has those that there are, and the file that each is in."""
+    """The change of one layer by a LoRA of strength 1: weight += scale * up @ down + diff, bias += diff_b; down is
+    (rank, inputs), up (outputs, rank). `parts` has the file and the tensor of each part present."""
 
     parts: Mapping[str, tuple[TensorFile, TensorInfo]]
     scale: float
@@ -59,12 +59,13 @@ class Change:
         return self.parts[part][1].shape
 
     def parameters(self) -> set[str]:
-        """What is changed: weight, bias, or both."""
+        """The parameters that it changes: weight, bias, or both."""
         weight = {"weight"} if self.parts.keys() - {BIAS_DELTA} else set()
         return weight | ({"bias"} if BIAS_DELTA in self.parts else set())
 
     def rows(self, start: int, stop: int) -> Array:
-        """Rows of what is added to the weight, float32 (rows, inputs). Raises LookupError where nothing is."""
+        """Rows [start, stop) of the weight's change, float32 (stop - start, inputs). Raises LookupError where there is
+        none."""
         if DOWN not in self.parts:
             return self._values(DELTA, start, stop)
         down = self._values(DOWN, 0, self.shape(DOWN)[0])
@@ -72,27 +73,27 @@ class Change:
         return product + self._values(DELTA, start, stop) if DELTA in self.parts else product
 
     def bias(self) -> Array:
-        """What is added to the bias, float32 (outputs,). Raises LookupError where nothing is."""
+        """The bias's change, float32 (outputs,). Raises LookupError where there is none."""
         return self._values(BIAS_DELTA, 0, self.shape(BIAS_DELTA)[0])
 
     def _values(self, part: str, start: int, stop: int) -> Array:
+        """Rows [start, stop) of a part in float32."""
         file, tensor = self.parts[part]
         return to_float32(file.rows(tensor.name, start, stop), tensor.dtype)
 
 
 @dataclass(frozen=True)
 class Lora:
-    """An opened LoRA: what it changes, by component and path ("transformer.<path>"), and its facts, as config.json of
-    its converted folder has them."""
+    """An opened LoRA: its changes by "<component>.<path>", and config.json of its converted folder."""
 
     path: Path
     changes: Mapping[str, Change]
     config: Mapping[str, Any]
-    version: str = ""  # of the release that the file says it is made for
+    version: str = ""  # that the file says it is made for
 
     @classmethod
     def open(cls, path: Path) -> "Lora":
-        """Raises CheckpointError for what is no LoRA or not whole, UnsupportedError for adapters of other kinds."""
+        """Raises CheckpointError for a file that is no LoRA or not complete, UnsupportedError for other adapters."""
         if path.is_dir():
             files = [open_tensorfile(file) for file in visible(path, "*.safetensors")]
             return cls.of_folder(path, files)
@@ -103,20 +104,20 @@ class Lora:
 
     @classmethod
     def of_folder(cls, path: Path, files: Sequence[TensorFile], config: Mapping[str, Any] | None = None) -> "Lora":
-        """A converted one, of its files and its configuration (None: as config.json says)."""
+        """A converted one; `config` None: read its config.json. Raises as `open`."""
         where = {name: file for file in files for name in file.tensors}
         layers = checked_layers(TensorFile(path, {}, {name: file.tensors[name] for name, file in where.items()}))
         known = _folder_config(path, len(layers)) if config is None else config
         return cls(path, _changes(layers, where, known), known)
 
     def applied(self) -> dict[str, Change]:
-        """What is applied to a transformer, by path."""
+        """The changes of the transformer, by path."""
         prefix = f"{TRANSFORMER}."
         return {name.removeprefix(prefix): change for name, change in self.changes.items() if name.startswith(prefix)}
 
     def check(self, wanted: Shapes, release: str | None) -> None:
-        """Raises InputError unless a transformer of this release, whose parameters have these shapes (those of plain
-        weights), has all layers that are changed."""
+        """Raises InputError unless the LoRA fits a transformer of this release, whose parameters have these shapes (of
+        unpacked weights)."""
         applied, name = self.applied(), self.path.name
         if release and self.version and not self.version.startswith(release):
             why = f"it is made for {self.version}, and the model is of {release}"
@@ -134,7 +135,8 @@ class Lora:
             raise InputError(f"{name} does not fit the model", why, OTHER)
 
     def check_factors(self) -> None:
-        """Raises InputError unless only factors change the transformer's layers: so they can act beside the weights."""
+        """Raises InputError unless factors alone change the transformer's layers, so that they can act beside the
+        weights."""
         applied, name = self.applied(), self.path.name
         whole = [path for path, change in applied.items() if not change.parts.keys() <= {DOWN, UP}]
         if whole:
@@ -172,7 +174,7 @@ class LoraSet:
 
     @classmethod
     def open(cls, uses: Sequence[LoraUse], wanted: Shapes, release: str | None) -> "LoraSet":
-        """`wanted`: the transformer's parameters, as they are unpacked. Raises as `Lora.open` and `Lora.check`."""
+        """`wanted`: shapes of the transformer's parameters, unpacked. Raises as `Lora.open` and `Lora.check`."""
         opened = tuple((use, Lora.open(use.path)) for use in uses)
         for _, lora in opened:
             lora.check(wanted, release)
@@ -180,7 +182,7 @@ class LoraSet:
         return cls(opened)
 
     def at(self, stage: int) -> dict[str, list[tuple[float, Change]]]:
-        """What changes the transformer's layers in a stage, counted from 1, by path: strengths and changes."""
+        """Strengths and changes of the transformer's layers in a stage, counted from 1, by path."""
         found: dict[str, list[tuple[float, Change]]] = {}
         for use, lora in self.uses:
             if strength := use.strength(stage):
@@ -189,11 +191,11 @@ class LoraSet:
         return found
 
     def strengths(self, stage: int) -> frozenset[tuple[Path, float]]:
-        """Which LoRAs act in a stage, counted from 1, and how strongly."""
+        """The LoRAs that act in a stage, counted from 1, and their strengths."""
         return frozenset((use.path, use.strength(stage)) for use, _ in self.uses if use.strength(stage))
 
     def sizes(self, stage: int) -> dict[str, int]:
-        """Values of the factors of every layer that a stage, counted from 1, changes."""
+        """The number of values in the factors of every layer that a stage, counted from 1, changes."""
 
         def size(change: Change) -> int:
             return prod(change.shape(DOWN)) + prod(change.shape(UP))
@@ -201,14 +203,14 @@ class LoraSet:
         return {path: sum(size(change) for _, change in layer) for path, layer in self.at(stage).items()}
 
     def largest(self, stage: int) -> int:
-        """Values of the largest weight that a stage changes."""
+        """The number of values in the largest weight that a stage changes."""
         changes = (change for layer in self.at(stage).values() for _, change in layer)
         return max((change.shape(UP)[0] * change.shape(DOWN)[1] for change in changes), default=0)
 
     @property
     def reference_factors(self) -> tuple[int, int]:
-        """Of an IC-LoRA's reference: how often smaller its sides are, and every how many frames one is kept. Raises
-        InputError where two LoRAs disagree."""
+        """An IC-LoRA's factors for its reference: that its sides are divided by, and that one frame in so many is kept.
+        Raises InputError where two LoRAs disagree."""
         return self._factor("reference_downscale_factor"), self._factor("reference_temporal_scale_factor")
 
     def _factor(self, name: str) -> int:
@@ -219,8 +221,7 @@ class LoraSet:
         return found.pop() if found else 1
 
     def doubts(self, referring: bool) -> Iterator[str]:
-        """A warning where LoRAs for references have none, or references have no such LoRA. An IC-LoRA's
-        metadata say so, in most files."""
+        """A warning where an IC-LoRA lacks a reference, or a reference an IC-LoRA, as far as metadata tell."""
         made_for = [lora.path.name for _, lora in self.uses if lora.config.keys() & set(REFERENCE)]
         if made_for and not referring:
             yield f"{made_for[0]} is an IC-LoRA, made to follow a video: give --reference"
@@ -229,8 +230,8 @@ class LoraSet:
             yield f"{names} does not say that it is an IC-LoRA: only those follow a --reference"
 
     def facts(self) -> Iterator[tuple[str, int, int]]:
-        """Of every LoRA: its name, how many of the transformer's layers it changes, and how many of other networks,
-        which are left as they are."""
+        """Every LoRA's name, the number of the transformer's layers that it changes, and the number of other networks'
+        layers, which stay as they are."""
         for _, lora in self.uses:
             count = len(lora.applied())
             yield lora.path.name, count, len(lora.changes) - count

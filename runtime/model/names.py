@@ -13,10 +13,10 @@ from typing import Any
 
 BLOCK = "{bid}"
 _NUMBER = re.compile(r"(?<=blocks[._])(?:0|[1-9]\d{0,2})(?=[._])")
-# Stripped from the front of a LoRA's names as often as one fits: trainers nest them.
+# Stripped from the front of a LoRA's names while one fits: trainers nest them.
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "connectors.")
-FLAT_PREFIX = "lora_unet_"  # kohya, musubi-tuner: what follows has `_` for `.`
-# What a LoRA's tensor is; the down factor is (rank, in), the up factor (out, rank).
+FLAT_PREFIX = "lora_unet_"  # kohya, musubi-tuner: `_` stands for `.` in the rest
+# The parts of a LoRA; the down factor is (rank, in), the up factor (out, rank).
 DOWN, UP, ALPHA, DELTA, BIAS_DELTA = "lora_A.weight", "lora_B.weight", "alpha", "diff", "diff_b"
 _FACTORS = {"A": DOWN, "down": DOWN, "B": UP, "up": UP}
 # The part after lora_A is the name of a PEFT adapter, mostly "default".
@@ -27,9 +27,9 @@ _SUFFIX = re.compile(
 
 @dataclass(frozen=True)
 class Module:
-    """A row: a module's path with `{bid}` for its block, published below the component's prefix, in diffusers' words
-    and in a model folder; the releases that have it, and how many times wider its output is than its input, by
-    release, where they differ in it. `lora`: LoRAs may change it."""
+    """A row: a module's path, with `{bid}` for its block's number, as published (below the component's prefix), in
+    diffusers' words and in a model folder; the releases that have it, each with the ratio of its output's width to its
+    input's where releases differ in it. `lora`: LoRAs may change it."""
 
     component: str
     published: str
@@ -41,7 +41,7 @@ class Module:
 
 @dataclass(frozen=True)
 class LoraTensor:
-    """What one tensor's name says: the module, with its published path and number, and what of it the tensor is."""
+    """The meaning of one tensor's name: its module, the number of the module's block, and the part of the LoRA."""
 
     kind: Module
     number: str
@@ -79,7 +79,7 @@ def folder_name(component: str, name: str) -> str:
 
 @lru_cache(8192)  # asked several times for each tensor of a file; the largest published one has 3320
 def read_lora_name(name: str) -> LoraTensor | None:
-    """What a tensor of a LoRA is; None when the name means no known module or nothing this version applies."""
+    """The meaning of a LoRA tensor's name; None for a name of no known module or part."""
     match = _SUFFIX.fullmatch(name)
     if match is None:
         return None
@@ -93,7 +93,7 @@ def read_lora_name(name: str) -> LoraTensor | None:
 
 @cache
 def modules() -> tuple[Module, ...]:
-    """All rows; one for each component and published path."""
+    """All rows, one for each component and published path."""
     data = json.loads(Path(__file__).with_name("names.json").read_text())
     found: dict[tuple[str, str], Module] = {}
     for row in data["rows"]:
@@ -114,7 +114,7 @@ def modules() -> tuple[Module, ...]:
 
 
 def _choices(template: str, sets: Mapping[str, list[str]]) -> Iterator[tuple[str, ...]]:
-    """All words for the `{NAME}`s of a template, in order."""
+    """All combinations of words for the `{NAME}`s of a template, in order."""
     return product(*(sets[name] for name in re.findall(r"\{(\w+)\}", template) if name != "bid"))
 
 
@@ -135,7 +135,7 @@ def _folder_paths() -> Mapping[str, Mapping[str, str]]:
 
 @cache
 def _spellings() -> tuple[Mapping[str, Module], Mapping[str, Module]]:
-    """A LoRA's module by its path, and by its path as kohya and musubi-tuner write it."""
+    """Modules that LoRAs change by their paths, and by these as kohya and musubi-tuner write them."""
     dotted = {path: m for m in modules() if m.lora for path in (m.folder, m.diffusers, m.published)}
     flat = {path.replace(".", "_"): module for path, module in dotted.items()}
     # musubi-tuner's wrapper calls the transformer `model` and the picture's connector `embeddings_connector`.
@@ -145,6 +145,6 @@ def _spellings() -> tuple[Mapping[str, Module], Mapping[str, Module]]:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """A path with `{bid}` for its block, and the block's number, if it has one."""
+    """A path with `{bid}` for its block's number, and that number ("" where it has none)."""
     number = _NUMBER.search(path)
     return (_NUMBER.sub(BLOCK, path, count=1), number.group()) if number else (path, "")

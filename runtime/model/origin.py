@@ -1,5 +1,5 @@
-"""What a component's config.json says of the file it comes from: its model's version, and the Gemma that a transformer
-was trained with. A transformer makes no sense of another text encoder's states."""
+"""A component's origin in its config.json: its model's version, and the Gemma that a transformer was trained with.
+Another text encoder's states make no sense to it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,15 +7,15 @@ from typing import Any
 from ltx2.runtime.errors import MismatchError
 from ltx2.runtime.model.layout import ModelFolder
 
-MODEL_VERSION = "model_version"  # as the file's metadata spell it; files of the first release do not state it
-GEMMA_VERSION = "gemma_version"  # of a transformer the text encoder's it was trained with, of a text encoder its own
+MODEL_VERSION = "model_version"  # a key of files' metadata; files of the first release lack it
+GEMMA_VERSION = "gemma_version"  # a text encoder's own; of a transformer, that of the text encoder it was trained with
 ORIGIN_KEYS = frozenset({MODEL_VERSION, GEMMA_VERSION})
 TUNED_SINCE = (2, 4)  # models from this version on are trained with a Gemma of their own
 
 
 def model_version(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The leading whole numbers of the version that a component states, `2.3.rc1` is (2, 3); empty, so before all
-    others, where it states none."""
+    """The leading whole numbers of a component's version: `2.3.rc1` is (2, 3). Empty, so before all others, where it
+    has none."""
     numbers: list[int] = []
     for part in str(config.get(MODEL_VERSION, "")).replace("-", ".").split("."):
         if not part.isdecimal():
@@ -27,9 +27,9 @@ def model_version(config: Mapping[str, Any]) -> tuple[int, ...]:
 def check_gemma(
     transformer: Mapping[str, Any], text_encoder: Mapping[str, Any], names: tuple[str, str] | None = None
 ) -> str | None:
-    """Whether a transformer was trained with this text encoder, from their config.json; errors call the two by `names`.
+    """Check by their config.json that a transformer was trained with this text encoder; errors call the two by `names`.
 
-    A warning where neither says. Raises MismatchError, which names both versions, where they contradict each other.
+    Returns a warning where neither tells. Raises MismatchError, which names both versions, where they do not match.
     """
     wanted, given = transformer.get(GEMMA_VERSION), text_encoder.get(GEMMA_VERSION)
     kind = str(text_encoder.get("model_type"))
@@ -51,5 +51,5 @@ def check_gemma(
 
 
 def check_text_encoder(folder: ModelFolder) -> str | None:
-    """`check_gemma` for a model folder that has both. Raises also what `ModelFolder.config` raises."""
+    """`check_gemma` of a model folder that has both. Raises also what `ModelFolder.config` raises."""
     return check_gemma(folder.config("transformer"), folder.config("text_encoder"))
