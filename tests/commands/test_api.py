@@ -217,6 +217,21 @@ class TestGenerate:
         assert np.abs(frames.astype(int) - clip.frames).mean() < 8
         assert json.loads((tmp_path / "kite.json").read_text()) == json.loads(json.dumps(clip.record))
 
+    def test_what_is_there_is_replaced_only_when_asked(self, clip: ltx2.Clip, tmp_path: Path) -> None:
+        """As on the command line, a file in the record's place too."""
+        path, record = tmp_path / "kite.mp4", tmp_path / "kite.json"
+        for taken in (path, record):
+            taken.write_text("mine")
+            with pytest.raises(InputError, match=f"{taken.name} is already there.*overwrite=True"):
+                clip.save(path)
+            assert taken.read_text() == "mine" and list(tmp_path.iterdir()) == [taken]
+            taken.unlink()
+        path.write_text("mine"), record.write_text("mine")
+        clip.save(path, overwrite=True)
+        assert "mine" not in record.read_text() and read_video(path)[0].shape == clip.frames.shape
+        with pytest.raises(InputError, match=r"kite\.mp4 is already there"):
+            clip.save(path)
+
     def test_save_elsewhere(self, clip: ltx2.Clip, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="does not exist"):
             clip.save(tmp_path / "gone" / "kite.mp4")

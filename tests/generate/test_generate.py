@@ -146,6 +146,12 @@ class TestSidecar:
         done = generate(PROMPT, "--steps", "3", "--cfg", "3")
         assert done.code == 0 and "not guided: --steps, --cfg without effect" in " ".join(done.err.split())
 
+    @pytest.mark.parametrize("block", ["-1", "6", "0,99"])
+    def test_a_block_that_is_not_there_is_named_with_the_range(self, generate: Here, block: str) -> None:
+        said = f"there is no block {block.split(',')[-1]} for --stg-blocks"
+        done = generate("x", "--pipeline", "one-stage", f"--stg-blocks={block}", "--dry-run")
+        done.failed(1, said, "the transformer has blocks 0 to 5", "use 5")
+
     def test_its_place_is_checked_before_any_work(self, generate: Here, tmp_path: Path) -> None:
         (tmp_path / "clip.json").mkdir()
         done = generate(PROMPT)

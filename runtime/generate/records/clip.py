@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.events import Event
+from ltx2.runtime.generate.records.places import check_free
 from ltx2.runtime.generate.records.sidecar import settings_of, sidecar_path, write_sidecar
 from ltx2.runtime.media.video import AudioTrack, video_writer, write_wav
 from ltx2.runtime.sampling.latents import Sizes
@@ -51,10 +52,12 @@ class Clip:
         seed: int | None = self.record["request"]["seed"]
         return seed
 
-    def save(self, path: str | Path) -> Path:
-        """Write the clip, as mp4, mov or gif by its suffix, and the sidecar JSON beside it; both replace what was
-        there. Returns the clip's path."""
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the clip, as mp4, mov or gif by its suffix, and the sidecar JSON beside it. Returns the clip's path.
+        Raises InputError where one of them is there already, unless with `overwrite`."""
         video = Path(path)
+        if not overwrite:
+            check_free(video, "overwrite=True")
         self._write(video)
         write_sidecar(sidecar_path(video), self.record)
         if self.state is not None:

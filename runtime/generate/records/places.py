@@ -18,7 +18,8 @@ from ltx2.runtime.media.formats import FORMATS, check_crf, format_of
 from ltx2.runtime.media.video import check_target
 
 LATENTS = ".safetensors"
-FREE = "choose another name, or replace it with --force"
+FREE = "choose another name, or replace it with {}"
+FORCE = "--force"
 
 
 def state_path(clip: Path) -> Path:
@@ -37,7 +38,7 @@ def check_places(request: Request) -> None:
             check_crf(clip, request.crf or 0)
         check_output(sidecar)
         if not request.force:
-            _check_free(clip, sidecar)
+            check_free(clip)
     for path in _written(request):
         check_output(path)
     made = (request.output, request.save_latents, request.save_embeddings)
@@ -69,17 +70,20 @@ def _check_latents(path: Path, force: bool) -> None:
     if path.suffix != LATENTS:
         raise InputError(f"cannot write {path}", "latents become latents", f"use {path.with_suffix(LATENTS)}")
     if path.exists() and not force:
-        raise InputError(f"{path} is already there", "no file is replaced unasked", FREE)
+        raise InputError(f"{path} is already there", "no file is replaced unasked", FREE.format(FORCE))
 
 
-def _check_free(clip: Path, sidecar: Path) -> None:
+def check_free(clip: Path, force: str = FORCE) -> None:
+    """Raises InputError where a clip is there, or a file in its record's place that is not one of such a clip; `force`:
+    what would replace it."""
+    sidecar, fix = sidecar_path(clip), FREE.format(force)
     if clip.exists():
-        raise InputError(f"{clip} is already there", "a clip is never replaced unasked", FREE)
+        raise InputError(f"{clip} is already there", "a clip is never replaced unasked", fix)
     if sidecar.exists() and not is_sidecar(sidecar):
-        raise InputError(f"{sidecar} is already there", f"it would become the record of {clip.name}", FREE)
+        raise InputError(f"{sidecar} is already there", f"it would become the record of {clip.name}", fix)
     others = [clip.with_suffix(suffix) for suffix in (*FORMATS, ".wav") if suffix != clip.suffix]
     if sidecar.exists() and (other := next((path for path in others if path.exists()), None)) is not None:
-        raise InputError(f"{sidecar} is already there", f"it is the record of {other.name}", FREE)
+        raise InputError(f"{sidecar} is already there", f"it is the record of {other.name}", fix)
 
 
 def _needs(job: Job) -> Iterator[tuple[Path, int]]:
