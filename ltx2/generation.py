@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
-from ltx2.runtime.errors import InputError, UsageError, reason
+from ltx2.runtime.errors import InputError, UsageError, of, reason
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.options.prompts import OUTPUT, read_clips
@@ -145,14 +145,20 @@ def _requests(
     drawn, from which they count on."""
     state = state_path(Path("clip.mp4") if target is None or wanted.several else target)  # raises for what is no name
     clips = wanted.clips(given, earlier.request if earlier else None)
-    found = []
-    for options in clips:
+
+    def request_of(options: Options) -> Request:
         # What needs a state or an output is checked before they are named.
         options = {OUTPUT: target, "state": state, **options}
         request = Request.again(earlier.request, options) if earlier else Request.from_options(options)
         if earlier is not None:
             earlier.check_inputs(request, given)
-        found.append(request)
+        return request
+
+    request_of(given)  # what is wrong with these is no line's
+    found = []
+    for options in clips:
+        with of(options.get("name")):
+            found.append(request_of(options))
     known = not wanted.several and found[0].resume and state.exists()
     without = [number for number, request in enumerate(found) if request.seed is None and request.noise is None]
     if not without or known or not draws:

@@ -159,7 +159,7 @@ class DoesNotFitError(Ltx2Error):
 
 
 @contextmanager
-def of(name: str) -> Iterator[None]:
+def of(name: str | None) -> Iterator[None]:
     """An expected failure inside the block says whose it is, if it has a name."""
     try:
         yield

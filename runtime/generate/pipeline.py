@@ -188,14 +188,16 @@ class Pipeline:
                 leading, *_ = self.machines.everyone(None if started.length is None else asdict(started.length))
                 length = None if leading is None else Duration(**leading)
             request = self._seeded(request)
-            with self.machines.all_or_none(), of(f"clip {number}" if len(requests) > 1 else ""):
+            if len(requests) > 1 and request.name is None:
+                request = replace(request, name=f"clip {number}")
+            with self.machines.all_or_none(), of(request.name):
                 jobs.append(Job(self.folder, request, until, length))
         return jobs
 
     def _check(self, jobs: Sequence[Job], whole: Container[str] = ()) -> dict[str, nn.Module]:
         built = dict[str, nn.Module]()
-        for number, job in enumerate(jobs, 1):
-            with of(f"clip {number}" if len(jobs) > 1 else ""):
+        for job in jobs:
+            with of(job.request.name):
                 names = (name for name in components(phases(job)) if name not in built and name not in whole)
                 built |= job.check(list(names))
         return built
@@ -203,7 +205,7 @@ class Pipeline:
     def _places(self, jobs: Sequence[Job]) -> None:
         if not self.machines.leads:
             return
-        for number, job in enumerate(jobs, 1):
-            with of(f"clip {number}" if len(jobs) > 1 else ""):
+        for job in jobs:
+            with of(job.request.name):
                 check_places(job.request)
         check_space(jobs)

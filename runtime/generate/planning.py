@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
-from ltx2.runtime.errors import DoesNotFitError
+from ltx2.runtime.errors import DoesNotFitError, of
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.decode import DecodeVideo
 from ltx2.runtime.generate.phases.order import merged, phases
@@ -91,7 +91,8 @@ class MemoryPlan:
     def check(self) -> None:
         """Raises DoesNotFitError, which names the nearest settings that fit."""
         if not self.fits:
-            raise _refusal(self)
+            with of(self.job.request.name):
+                raise _refusal(self)
 
     def warnings(self) -> Iterator[str]:
         """What staying within the limit costs."""

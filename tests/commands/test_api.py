@@ -136,8 +136,8 @@ def every_subclass(kind: type[object]) -> Iterator[type[object]]:
 
 class TestSameAsTheCommandLine:
     def test_generate(self) -> None:
-        # a target, its state beside it, a screen, `ltx2 upscale`
-        elsewhere = {"output", "state", "progress", "upscale"}
+        # a target, its state beside it, a line of the file, a screen, `ltx2 upscale`
+        elsewhere = {"output", "state", "name", "progress", "upscale"}
         assert options("generate") == ROWS.keys() - elsewhere
 
     @pytest.mark.parametrize("name", ["convert", "quantize", "plan"])

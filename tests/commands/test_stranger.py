@@ -61,8 +61,8 @@ def test_a_pipeline_is_short(demo_model: Path) -> None:
 
 
 def test_an_advised_quality_is_one_in_range(here: Here) -> None:
-    here("generate", "x", "--crf", "99").failed(1, "between 0 and 51", "use 19, the default")
-    here("generate", "x", "--image-crf", "99").failed(1, "between 0 and 51", "use 18 or 33")
+    here("generate", "x", "--crf", "99").failed(2, "between 0 and 51", "use 19, the default")
+    here("generate", "x", "--image-crf", "99").failed(2, "between 0 and 51", "use 18 or 33")
 
 
 @pytest.fixture

@@ -195,14 +195,26 @@ REFUSED = {
     "an unknown option": ('a\n{"prompt": "b", "guidance": 3}', [], 1, ["line 2 of", "'guidance'", "cfg"]),
     "an option of the whole run": ('{"prompt": "b", "low_memory": true}', [], 1, ["line 1 of", "the whole run's"]),
     "a wrong value": ('a\n{"prompt": "b", "width": "wide"}', [], 2, ["line 2 of", "--width 'wide'"]),
-    "a wrong size": ('a\n{"prompt": "b", "width": 100}', [], 1, ["clip 2", "width 100", "64 or 128"]),
+    "a wrong size": ('a\n{"prompt": "b", "width": 100}', [], 1, ["line 2 of prompts: width 100", "64 or 128"]),
+    "what does not go together": ('a\n{"prompt": "b", "keep": "audio"}', [], 2, ["line 2 of prompts: --keep has no"]),
+    "a place that is not there": (
+        'a\n{"prompt": "b", "output": "no/b.mp4"}',
+        [],
+        1,
+        ["line 2 of prompts: ", "no/b.mp4"],
+    ),
     "one name": ('{"prompt": "a", "output": "x.mp4"}\n{"prompt": "b", "output": "x.mp4"}', [], 1, ["x.mp4", "once"]),
     "one file of latents": ("a\nb", ["--save-latents", "l"], 1, ["more than once"]),
     "no line": ("\n \n", [], 1, ["holds no prompt"]),
     "a prompt beside them": ("a", ["b"], 2, ["PROMPT and --prompts do not go together"]),
     "two numbers of clips": ("a", ["--count", "2", "--seed", "1", "--seed", "2"], 2, ["--count and several --seed"]),
     "which clips go on": ("a", ["--resume"], 2, ["needs --seed"]),
-    "too large": ('a\n{"prompt": "b", "frames": 800001}', ["--memory-limit", "4"], 3, ["do not fit in memory"]),
+    "too large": (
+        'a\n{"prompt": "b", "frames": 800001}',
+        ["--memory-limit", "4"],
+        3,
+        ["line 2 of prompts: 800001 frames"],
+    ),
 }
 
 
@@ -210,6 +222,7 @@ def test_what_is_wrong_with_all_clips_is_no_line_s(here: Here, tmp_path: Path) -
     (tmp_path / "p").write_text("a")
     done = here("generate", "--prompts", tmp_path / "p", "--crf", "99")
     done.failed(2, "error: --crf 99 is not valid")
+    here("generate", "--prompts", tmp_path / "p", "--keep", "audio").failed(2, "error: --keep has no effect without")
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -31,8 +31,9 @@ def _read(path: Path, given: Mapping[str, Any], known: Set[str], prompted: bool 
     Request(**given)  # what is wrong with these is no line's
     clips = []
     for number, line in _lines(path):
-        with of(f"line {number} of {path}"):
-            options = {**given, **(_options(line, known) if line.startswith("{") else {"prompt": line})}
+        with of(name := f"line {number} of {path}"):
+            own = _options(line, known) if line.startswith("{") else {"prompt": line}
+            options = {**given, "name": name, **own}
             request = Request(**options)  # raises for a value that is not valid
             if not prompted:
                 request.check_prompt()

@@ -239,6 +239,7 @@ class Options:
         example="19, the default, or less for a better picture",
     )
     no_metadata: Flag = Flag("Write no settings into the mp4 or mov file.")
+    name: Text = Text("What failures call the clip, among others.", recorded=False, command=False)
     output: File = File("The clip's file that frames go to as they are decoded.", recorded=False, command=False)
     state: File = File("The file that a run is continued from.", recorded=False, command=False)
     progress: Watcher = Watcher("Called with every event of the run.", recorded=False, command=False)
