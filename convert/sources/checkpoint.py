@@ -24,6 +24,7 @@ from ltx2.runtime.model.layout import CONFIG, MANIFEST
 from ltx2.runtime.model.lorafile import ADAPTER_NAMES
 
 DIFFUSERS_INDEX = "model_index.json"
+USE = "use the model folder with ltx2 generate, or shrink it with ltx2 quantize"
 # Some tensor's name contains the pattern, and the configuration has the key, if one is named: the file is of this kind.
 # First match wins.
 KINDS = (
@@ -69,8 +70,10 @@ def open_sources(paths: Iterable[Path]) -> list[Source]:
     this version does not convert, InputError when a path cannot be a source.
     """
     paths = list(paths)
-    for path in filter(Path.is_dir, paths):
-        _check_folder(path)
+    for path in paths:
+        if path.is_dir():
+            _check_folder(path)
+        _check_part(path)
     beside = [path for path in paths if path.is_dir() and not _weights(path) and holds_text_files(path)]
     sources: list[Source] = []
     for path in paths:
@@ -132,10 +135,9 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _check_folder(path: Path) -> None:
-    """Refuse a model folder, ours or diffusers', and one network of it; a text encoder is one wherever it stands."""
+    """Refuse a model folder, ours or diffusers', and one network of diffusers'."""
     if (path / MANIFEST).is_file():
-        fix = "use it with ltx2 generate, or shrink it with ltx2 quantize"
-        raise InputError(f"{path} is already a model folder", f"it has an {MANIFEST}", fix)
+        raise InputError(f"{path} is already a model folder", f"it has an {MANIFEST}", USE)
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     if (path / DIFFUSERS_INDEX).is_file() or "_diffusers_version" in config:
         raise UnsupportedError(
@@ -143,9 +145,14 @@ def _check_folder(path: Path) -> None:
             "its tensors have other names; ltx2 converts the checkpoints as Lightricks publishes them",
             "name the .safetensors file as Lightricks publishes it",
         )
-    if (path.parent / MANIFEST).is_file() and path.name != "text_encoder":
-        why = f"{path.parent} is the model folder, converted already"
-        raise InputError(f"{path} holds one network of a model", why, f"name {path.parent}")
+
+
+def _check_part(path: Path) -> None:
+    """Refuse one network of our model folder, and a file of it; a text encoder is one wherever it stands."""
+    part = (path if path.is_dir() else path.parent).absolute()
+    model = next((folder for folder in part.parents[:2] if (folder / MANIFEST).is_file()), None)
+    if model is not None and (part / CONFIG).is_file() and part.name != "text_encoder":
+        raise InputError(f"{path} is one network of a model", f"{model} is the model folder, converted already", USE)
 
 
 def _open(path: Path) -> TensorFile:

@@ -1,6 +1,8 @@
 """Sources: recognised by content, completed by options, or refused with the reason and the remedy."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +167,23 @@ class TestSources:
         with pytest.raises(InputError, match="already a model folder"):
             open_sources([tmp_path])
 
-    def test_one_network_of_a_model_folder(self, tmp_path: Path) -> None:
-        (tmp_path / "transformer").mkdir()
-        for path in (tmp_path / "ltx2.json", tmp_path / "transformer" / "config.json"):
+    @pytest.mark.parametrize("named", ["", "model.safetensors"])
+    @pytest.mark.parametrize("part", ["transformer", "video_vae", "loras/style"])
+    def test_one_network_of_a_model_folder(self, tmp_path: Path, part: str, named: str) -> None:
+        """Or a file of it, from wherever it is named."""
+        (tmp_path / part).mkdir(parents=True)
+        published.write_sparse(tmp_path / part / "model.safetensors", SHARD, {"format": "mlx"})
+        for path in (tmp_path / "ltx2.json", tmp_path / part / "config.json"):
             path.write_text("{}")
-        with pytest.raises(InputError, match=f"one network of a model: {tmp_path} is the model folder"):
-            open_sources([tmp_path / "transformer"])
+        with pytest.raises(InputError, match=f"one network of a model: {tmp_path} is the model folder.*ltx2 quantize"):
+            open_sources([tmp_path / part / named])
+        with contextlib.chdir(tmp_path / part), pytest.raises(InputError, match="one network of a model"):
+            open_sources([Path(named)])
+
+    def test_a_file_that_only_lies_in_a_model_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "ltx2.json").write_text("{}")
+        (tmp_path / "mine").mkdir()
+        assert [source.kind for source in open_sources([Path(shutil.copy(UPSCALER, tmp_path / "mine"))])]
 
     def test_one_network_laid_out_for_diffusers(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"_class_name": "X", "_diffusers_version": "0.37.0"}')
