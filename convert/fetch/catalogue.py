@@ -1,5 +1,5 @@
-"""What is published where (releases/*.json): files with their repositories, sizes and licences, and the bundles of them
-that one model needs. Downloading asks the hub for sizes; those here serve lists and dry runs without a network."""
+"""The published files (releases/*.json) with their repositories, sizes and licences, and the bundles that one model
+needs. Downloading asks the hub for sizes; those here serve lists and dry runs without a network."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ HUB = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file: its path in the repository and its size; `exact` says whether that is the published one."""
+    """One file: its path in the repository and its size, which is an estimate unless `exact`."""
 
     path: str
     bytes: int
@@ -26,11 +26,8 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Published:
-    """One thing to download and convert by its name: a file, or a folder of files that belong together.
-
-    `folder` is its place below the weights folder, `licence` the page where terms are read and accepted, `terms` their
-    name, `bits` what most of its weights take.
-    """
+    """A file, or a folder of files that belong together, to download and convert by its name. `folder` is its place in
+    the weights folder, `licence` the page with the terms, `terms` their name, `bits` the width of most weights."""
 
     name: str
     release: str
@@ -57,13 +54,13 @@ class Published:
         return f"{HUB}/{self.repository}"
 
     def source(self, weights: Path) -> Path:
-        """What `convert` is given, once it lies in the weights folder."""
+        """Its path in the weights folder, for `convert`."""
         return weights / self.folder if self.is_folder else weights / self.folder / self.files[0].path
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """All that one model needs. `generates`: this version makes clips with it; others it converts only."""
+    """All files that one model needs. `generates`: this version makes clips with it, and does not only convert it."""
 
     name: str
     release: str
@@ -78,16 +75,14 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All published things and bundles, by name."""
+    """All published files and bundles, by name."""
 
     published: Mapping[str, Published]
     bundles: Mapping[str, Bundle]
 
     def choose(self, names: Iterable[str]) -> tuple[Published, ...]:
-        """What the names stand for: things, with or without `.safetensors`, and bundles; each once.
-
-        Raises InputError for an unknown name.
-        """
+        """The files of some names (of files, with or without `.safetensors`, or bundles), each once. Raises InputError
+        for an unknown name."""
         chosen: dict[str, Published] = {}
         for name in names:
             for member in self.bundles[name].names if name in self.bundles else (name,):
@@ -109,15 +104,15 @@ class Catalogue:
         raise InputError(f"{name} is no model", why, f"name one of {', '.join(self.bundles)}")
 
     def size(self, name: str) -> int:
-        """Bytes of a thing or bundle, as far as known without the hub."""
+        """Bytes of a file or bundle, as far as known without the hub."""
         return sum(published.bytes for published in self.choose([name]))
 
     def gated(self, name: str) -> bool:
-        """Whether a thing, or one of a bundle, needs a login and an accepted licence."""
+        """Whether a file, or one of a bundle, needs a login and an accepted licence."""
         return any(published.gated for published in self.choose([name]))
 
     def to_dict(self) -> dict[str, Any]:
-        """As `ltx2 download --list --json` prints it."""
+        """For `ltx2 download --list --json`."""
         return {
             "bundles": [
                 {
@@ -147,7 +142,7 @@ class Catalogue:
 
 @cache
 def catalogue() -> Catalogue:
-    """The catalogue of all releases this version knows."""
+    """All releases that this version knows."""
     published: dict[str, Published] = {}
     bundles: dict[str, Bundle] = {}
     for path in sorted((Path(__file__).parent.parent / "names" / "releases").glob("*.json")):
@@ -160,7 +155,7 @@ def catalogue() -> Catalogue:
 
 
 def _published(release: str, data: Mapping[str, Any]) -> Iterable[Published]:
-    """The things of one repository. Where it has a `name`, it is one thing with all its files."""
+    """The files of one repository; one that has a `name` is a folder of all its files."""
     common = (data["repository"], data["folder"])
     access = (data["licence"], data["terms"], data["gated"])
     if "name" in data:

@@ -1,4 +1,4 @@
-"""A bundle before it is downloaded: its sources, as the headers that come with ltx2 describe them."""
+"""The sources of a bundle before it is downloaded, from the headers that come with ltx2."""
 
 from dataclasses import replace
 from functools import cache
@@ -10,15 +10,12 @@ from ltx2.convert.names.release import recognise_releases
 from ltx2.convert.sources.checkpoint import described_source
 from ltx2.convert.sources.source import GEMMA, Source, read_json
 
-NO_BLOCKS = range(1 << 16)  # to leave out
+ALL_BLOCKS = range(1 << 16)
 
 
 def bundle_sources(bundle: Bundle, skip: range = NONE) -> tuple[Source, ...]:
-    """What `convert` would be given, without the transformer blocks whose number is in `skip`. Bundles with the same
-    headers share sources, but for LoRAs, which are called as they are published.
-
-    Raises InputError for a bundle with a file whose header is not at hand.
-    """
+    """The sources to convert, without the transformer blocks whose number is in `skip`. Bundles with the same headers
+    share sources; LoRAs alone keep their published names. Raises InputError where a file's header is not at hand."""
     return tuple(_source(published, skip) for published in catalogue().choose([bundle.name]))
 
 
@@ -32,8 +29,8 @@ def _source(published: Published, skip: range) -> Source:
 
 
 def block_count(bundle: Bundle) -> int:
-    """Blocks of its transformer, from the configuration in its header. Raises as `bundle_sources`."""
-    sources = bundle_sources(bundle, NO_BLOCKS)
+    """The number of its transformer's blocks, from the configuration in a header. Raises as `bundle_sources`."""
+    sources = bundle_sources(bundle, skip=ALL_BLOCKS)
     return next(int(source.config["transformer"]["num_layers"]) for source in sources if "transformer" in source.config)
 
 

@@ -1,5 +1,5 @@
-"""Published files into the weights folder: asked for at the hub, weighed against the free space, fetched in pieces that
-a cut does not cost, checked against the hub's hashes. What is here and whole is not fetched, nor read again."""
+"""Download published files into the weights folder: ask the hub, check the free space, fetch in pieces so that an
+interrupted download resumes, check the hub's hashes. Complete files are neither fetched nor read again."""
 
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -18,14 +18,14 @@ from ltx2.runtime.events import BytesDone, Downloaded, DownloadPlanned, Event, F
 from ltx2.runtime.files.atomic import PARTIAL, beside
 from ltx2.runtime.files.paths import check_folder, check_room, free_bytes, write_failure
 
-QUESTIONS = 8  # asked at once
-MORE_BITS, LEAST_BITS = 3, 8
+QUESTIONS = 8  # to the hub at once
+MORE_BITS, LEAST_BITS = 3, 8  # per quantized weight, for scales and for layers that keep more bits
 
 
 @dataclass(frozen=True)
 class Options:
-    """`model` is where the files will be converted to, with `bits` if quantized: there must be room for it, too. A dry
-    run ends with its plan."""
+    """`model`: the folder that the files will be converted to, with `bits` if quantized; there must be room for it too.
+    A dry run ends with its plan."""
 
     model: Path | None = None
     bits: int | None = None
@@ -34,10 +34,10 @@ class Options:
 
 
 def download(chosen: Sequence[Published], weights: Path, options: Options | None = None) -> Iterator[Event]:
-    """Bring files into the weights folder; the last event is Downloaded, or DownloadPlanned of a dry run.
+    """Download files into the weights folder; the last event is Downloaded, or DownloadPlanned of a dry run.
 
-    Raises DownloadError when the hub refuses, lacks or damages a file or is not reached, DoesNotFitError when the disk
-    is too small, InputError when the folder cannot be written or other files are in the way.
+    Raises DownloadError when the hub is not reached, refuses or lacks a file or sends a damaged one, DoesNotFitError
+    when the disk is too small, InputError when the folder cannot be written or other files are in the way.
     """
     started = time.monotonic()
     options = options or Options()
@@ -61,7 +61,7 @@ def download(chosen: Sequence[Published], weights: Path, options: Options | None
 def _ask_all(
     chosen: Sequence[Published], weights: Path, records: Records, dry_run: bool
 ) -> Generator[Event, None, list[Wanted]]:
-    """What the hub has. Where it is not reached, files known to be whole will do; a dry run is content with less."""
+    """The files on the hub. Where it is not reached, files known to be complete are enough, for a dry run any."""
     questions = [(p, file, weights / p.folder / file.path) for p in chosen for file in p.files]
     try:
         with ThreadPoolExecutor(QUESTIONS) as pool:
@@ -79,7 +79,7 @@ def _ask_all(
 
 
 def _missing(wanted: Sequence[Wanted], records: Records) -> Generator[Event, None, list[Wanted]]:
-    """The files to fetch. What is here without our record must have the published size, at least."""
+    """The files to fetch. Raises InputError for a file here that we have no record of and that has another size."""
     missing = []
     for file in wanted:
         known = records.find(file.target)
@@ -88,7 +88,7 @@ def _missing(wanted: Sequence[Wanted], records: Records) -> Generator[Event, Non
         elif known and file.etag not in ("", known.etag):
             yield Warned(f"{file.target} has changed on the hub since it was downloaded; it is fetched again")
             missing.append(file)
-        elif not known and file.etag and not _has_size(file.target, file.size):
+        elif not known and file.etag and not (file.target.is_file() and file.target.stat().st_size == file.size):
             raise _another_file(file, f"its size is not the published {file.size} bytes")
     return missing
 
@@ -99,9 +99,8 @@ def _plan(wanted: Sequence[Wanted], missing: Sequence[Wanted], weights: Path, op
 
 
 def _converted(wanted: Sequence[Wanted], options: Options) -> int:
-    """Bytes that the converted model will add, at most: 16-bit weights keep theirs; scales, and layers that keep more
-    bits, cost less than MORE_BITS per weight, or LEAST_BITS with the weights'. Converting knows it exactly, and checks
-    again."""
+    """Bytes that the converted model will add, at most: `bits` and MORE_BITS per quantized weight, at least LEAST_BITS,
+    and never more than published. Converting knows it exactly, and checks again."""
     if options.model is None or options.model.exists():
         return 0
     width = max(options.bits + MORE_BITS, LEAST_BITS) if options.bits else 16
@@ -111,7 +110,7 @@ def _converted(wanted: Sequence[Wanted], options: Options) -> int:
 
 
 def _check_unknown(present: Sequence[Wanted], records: Records) -> Iterator[Event]:
-    """Read the files that something else brought, once."""
+    """Hash the files that we have no record of. Raises InputError for another hash than the published one."""
     for file in present:
         if records.find(file.target) is None:
             hashing = Hashing(file.target, file.size, file.etag)
@@ -140,13 +139,9 @@ def _part(file: Wanted) -> PartFile:
 
 def _found(file: Wanted, fetched: bool, records: Records) -> FetchedFile:
     known = records.find(file.target)
-    assert known is not None, "all files are here and were checked"
+    assert known is not None, "every file was checked"
     return FetchedFile(str(file.target), file.size, known.sha256, fetched)
 
 
 def _another_file(file: Wanted, why: str) -> InputError:
     return InputError(f"{file.target} is another file than the published one", why, "move it away, then run this again")
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size

@@ -1,5 +1,5 @@
-"""The Hugging Face Hub: what it has, and its bytes. The only user of huggingface_hub, which finds endpoint, token and
-timeouts where its own commands do. Its downloader is not used: it begins a cut file anew and checks no hashes."""
+"""The Hugging Face Hub: facts about its files, and their bytes. Endpoint, token and timeouts are those of
+huggingface_hub; its downloader is not used, since it begins an interrupted file anew and checks no hashes."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from ltx2.convert.fetch.partfile import Span
 from ltx2.convert.fetch.transfer import BrokenConnectionError
 from ltx2.runtime.errors import DownloadError
 
-RETRIED = (408, 425, 429, 500, 502, 503, 504)  # answers that another try may change
+RETRIED = (408, 425, 429, 500, 502, 503, 504)  # statuses that another try may change
 PARTIAL_CONTENT = 206
 ETAG_LENGTHS = (40, 64)  # git's hash, sha256
 # The base of all errors of the HTTP library: httpx, or httpx2 since huggingface_hub 2.
@@ -27,7 +27,7 @@ HTTPError: Any = HfHubHTTPError.__bases__[0]
 
 @dataclass(frozen=True)
 class Wanted:
-    """One file as the hub has it now, and its place here. An empty `etag`: the hub was not reached."""
+    """A file as it is on the hub now, and its path here. An empty `etag`: the hub was not reached."""
 
     published: Published
     path: str
@@ -46,12 +46,12 @@ class MissingError(DownloadError):
 
 
 def has_token() -> bool:
-    """Whether a login is stored here; whether it is valid the hub would know."""
+    """Whether a login is stored here; only the hub knows whether it is valid."""
     return get_token() is not None
 
 
 def ask(published: Published, file: HubFile, target: Path) -> Wanted:
-    """Size and hash of the newest version of a file; its content is then read from that very version."""
+    """Size, hash and address of the newest version of a file."""
     with _explained(published, file.path):
         where = hf_hub_url(published.repository, file.path)
         found = get_hf_file_metadata(where, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, library_name="ltx2")
@@ -63,7 +63,7 @@ def ask(published: Published, file: HubFile, target: Path) -> Wanted:
 
 
 def read(file: Wanted, span: Span) -> Iterator[bytes]:
-    """The bytes [start, stop) of a file. Raises BrokenConnectionError where another try may help."""
+    """Bytes [start, stop) of a file, in parts. Raises BrokenConnectionError where another try may help."""
     start, stop = span
     headers = build_hf_headers(library_name="ltx2", library_version=__version__)
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -79,7 +79,7 @@ def read(file: Wanted, span: Span) -> Iterator[bytes]:
 
 
 def _first_byte(file: Wanted, response: Any) -> int:
-    """Where the answer's bytes begin: at the start of the file, if the server ignores ranges."""
+    """The position in the file of the answer's first byte: 0 if the server ignores ranges."""
     sent, begin = response.headers.get("Content-Length"), 0
     if response.status_code == PARTIAL_CONTENT:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
@@ -92,7 +92,7 @@ def _first_byte(file: Wanted, response: Any) -> int:
 
 @contextmanager
 def _explained(published: Published, path: str, again: bool = False) -> Iterator[None]:
-    """Turn the library's errors into ours; with `again`, those that may pass into BrokenConnectionError."""
+    """Turn the library's errors into ours; with `again`, temporary ones into BrokenConnectionError."""
     try:
         yield
     except HfHubHTTPError as error:
@@ -108,6 +108,7 @@ def _explained(published: Published, path: str, again: bool = False) -> Iterator
 
 
 def _refusal(published: Published, path: str, status: int) -> DownloadError:
+    """The error for an HTTP status."""
     repository, page = published.repository, published.page
     if status in (401, 403):
         login = "log in with `hf auth login` (or set HF_TOKEN)"

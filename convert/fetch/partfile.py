@@ -1,5 +1,5 @@
-"""Files that arrive in pieces: `X.partial` grows beside its final name X, and `X.partial.done` says which bytes it
-holds, so that a cut download goes on where it stopped, whatever the order. And the record of files found whole."""
+"""Files that arrive in pieces: `X.partial` grows beside its final name X, and `X.partial.done` lists the bytes that it
+holds, so that an interrupted download resumes. And the record of complete files."""
 
 import hashlib
 import json
@@ -20,20 +20,18 @@ Span = tuple[int, int]  # [start, stop) in bytes
 
 
 class PartFile:
-    """A file of known size and etag on its way to `target`; use as a context manager.
-
-    Opening it raises InputError while another process fetches it. What an other version left is dropped.
-    """
+    """A file of known size and etag on its way to `target`; use as a context manager. Leftovers of another version are
+    discarded. Raises InputError while another process fetches it."""
 
     def __init__(self, target: Path, size: int, etag: str) -> None:
         self.target, self.size, self.etag = target, size, etag
         self.path, self.journal = beside(target, PARTIAL), beside(target, f"{PARTIAL}.done")
-        self.locked = False  # no other process can open it, once it is open; not so where the file system has no locks
+        self.locked = False  # once open: whether other processes are kept out; not where the file system has no locks
         self._write_lock = threading.Lock()
         self._spans: list[Span] = []
 
     def held(self) -> int:
-        """Bytes that are on disk already. Looks only; the file need not be open."""
+        """Bytes that are on disk already; the file need not be open."""
         return sum(stop - start for start, stop in self._read_journal())
 
     def __enter__(self) -> "PartFile":
@@ -57,7 +55,7 @@ class PartFile:
         self._log.close()
 
     def missing(self, longest: int) -> Iterator[Span]:
-        """What is still to be fetched, in pieces of at most `longest` bytes."""
+        """The missing spans, in pieces of at most `longest` bytes."""
         position = 0
         for start, stop in [*self._spans, (self.size, self.size)]:
             while position < start:
@@ -67,26 +65,26 @@ class PartFile:
             position = max(position, stop)
 
     def write(self, start: int, data: bytes) -> None:
-        """Put bytes at their place."""
+        """Write bytes at their place."""
         view = memoryview(data)
         while view:
             written = os.pwrite(self._data, view, start)
             start, view = start + written, view[written:]
 
     def note(self, start: int, stop: int) -> None:
-        """Remember that these bytes are there."""
+        """Record that the bytes [start, stop) are there."""
         with self._write_lock:
             if start < stop:
                 self._append(f"{start} {stop}")
 
     def publish(self) -> None:
-        """Give it its name."""
+        """Sync the file and give it its name."""
         flush(self._data)
         self.path.replace(self.target)
         self.journal.unlink()
 
     def discard(self) -> None:
-        """Remove what was fetched."""
+        """Remove the fetched bytes."""
         self.path.unlink(missing_ok=True)
         self.journal.unlink(missing_ok=True)
 
@@ -98,7 +96,7 @@ class PartFile:
         return {"size": self.size, "etag": self.etag}
 
     def _read_journal(self) -> list[Span]:
-        """The bytes that the journal lists, as spans in order that do not touch; none if it is another version's."""
+        """The journal's bytes as sorted, disjoint spans; none if it is another version's."""
         if not self.path.is_file() or not self.journal.is_file():
             return []
         head, *lines = self.journal.read_text(encoding="utf-8").split("\n")[:-1] or [""]
@@ -113,11 +111,8 @@ class PartFile:
 
 
 class Hashing:
-    """Reads a file when iterated, block by block, each time saying how many bytes that was. Afterwards `sha256` is the
-    file's, or None if it is not the one of this size and etag.
-
-    The hub's etag of a large file is its sha256, that of a small one git's hash of it.
-    """
+    """Reads a file when iterated, yielding the size of every block. Afterwards `sha256` is the file's, or None where
+    size or etag differ. The hub's etag of a large file is its sha256, that of a small one git's hash of it."""
 
     def __init__(self, path: Path, size: int, etag: str) -> None:
         self._path, self._size, self._etag = path, size, etag
@@ -136,7 +131,7 @@ class Hashing:
 
 @dataclass(frozen=True)
 class Verified:
-    """A file found whole: what identifies its state on disk, and its hashes."""
+    """A complete file: its state on disk, and its hashes."""
 
     size: int
     mtime_ns: int
@@ -145,7 +140,7 @@ class Verified:
 
 
 class Records:
-    """Which files below the weights folder were found whole, so that they need not be read again."""
+    """The complete files in the weights folder, which need not be read again."""
 
     def __init__(self, weights: Path) -> None:
         self._weights = weights
@@ -153,7 +148,7 @@ class Records:
         self._files = self._read()
 
     def find(self, path: Path) -> Verified | None:
-        """What is known of a file, if it has not changed since."""
+        """The record of a file that has not changed since, else None."""
         known = self._files.get(str(path.relative_to(self._weights)))
         if known is None or not path.is_file():
             return None
@@ -161,7 +156,7 @@ class Records:
         return known if (state.st_size, state.st_mtime_ns) == (known.size, known.mtime_ns) else None
 
     def add(self, path: Path, etag: str, sha256: str) -> None:
-        """Remember a file that was just found whole."""
+        """Record a file that was just found complete."""
         state = path.stat()
         with self._lock:
             known = Verified(state.st_size, state.st_mtime_ns, etag, sha256)
@@ -170,7 +165,7 @@ class Records:
             write_text(self._weights / RECORD, json.dumps(data, indent=1) + "\n")
 
     def _read(self) -> Mapping[str, Verified]:
-        """A damaged record counts as none: files are then read again."""
+        """Empty where the record is damaged: files are then read again."""
         try:
             data = json.loads((self._weights / RECORD).read_text(encoding="utf-8"))
             return {name: Verified(**facts) for name, facts in data.items()}

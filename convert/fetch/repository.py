@@ -1,4 +1,4 @@
-"""Model folders that others have published: a repository on the hub that holds an ltx2.json is fetched as it lists."""
+"""Model folders that others have published: repositories on the hub with an ltx2.json, which lists their files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +12,13 @@ from ltx2.runtime.files.paths import is_base_name
 from ltx2.runtime.files.tensors import FileRecord
 from ltx2.runtime.model.layout import MANIFEST, Manifest, ModelFolder
 
-MANIFEST_BYTES = 4 << 20  # the longest that is read
+MANIFEST_BYTES = 4 << 20  # the largest that is read
 
 
 def choose(names: Sequence[str]) -> tuple[Published, ...]:
-    """What names of the catalogue stand for, and the model folders that OWNER/NAME stand for; each once. Asks the hub
-    for the latter.
+    """The catalogue's files of some names, and the model folders of OWNER/NAME, which the hub is asked for; each once.
 
-    Raises InputError for an unknown name, DownloadError for a repository that is none or cannot be read.
+    Raises InputError for an unknown name, DownloadError for a repository that is no model folder or cannot be read.
     """
     chosen: dict[str, Published] = {}
     for name in names:
@@ -35,8 +34,8 @@ def is_repository(name: str) -> bool:
 
 
 def check_whole(chosen: Sequence[Published], weights: Path, done: Downloaded) -> None:
-    """Compare model folders that were fetched with their own ltx2.json. Raises DownloadError for a file that was
-    changed after its folder was written; the card may be."""
+    """Compare fetched model folders with their own ltx2.json. Raises DownloadError for a file that was changed after
+    its folder was written; only the card may be."""
     hashes = {Path(file.path): file.sha256 for file in done.files}
     for published in (published for published in chosen if is_repository(published.name)):
         folder = published.source(weights)

@@ -1,9 +1,9 @@
-"""Fetching files over several connections at once, piece by piece. What has arrived is kept whatever happens; a file
-gets its name only when it is whole and its hash is right. Where bytes come from is the caller's matter."""
+"""Fetch files over several connections at once, piece by piece. Bytes that have arrived are kept whatever happens; a
+file gets its name when it is complete and its hash is right. The caller provides the bytes."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ Read = Callable[[PartFile, Span], Iterator[bytes]]
 
 @dataclass(frozen=True)
 class Pacing:
-    """How to fetch: connections at once, bytes per request, and how often a broken one is tried again without getting
-    any further, first after `pause` seconds, then after twice as long each time."""
+    """How to fetch: connections at once, bytes per request, and attempts that get no further before giving up, the
+    second after `pause` seconds, each next one after twice as long."""
 
     connections: int = 8
     piece_bytes: int = 32 << 20
@@ -28,19 +28,19 @@ class Pacing:
 
 
 class BrokenConnectionError(Exception):
-    """The connection failed in a way that another try may mend."""
+    """The connection failed; another try may succeed."""
 
 
-class _Stopped(Exception):  # noqa: N818 - no failure: another thread's failure or Ctrl-C ends this one
+class _Stopped(Exception):  # noqa: N818 (no failure of its own: another thread's, or Ctrl-C, ends this one)
     pass
 
 
 def fetch(
     parts: Sequence[PartFile], read: Read, finished: Callable[[PartFile, str], None], pacing: Pacing
 ) -> Iterator[BytesDone | Warned]:
-    """Fetch all parts; `read` yields the bytes of a span, `finished` is told of every whole file and its sha256.
+    """Fetch all parts; `read` yields the bytes of a span, `finished` gets every complete file and its sha256.
 
-    Raises DownloadError when the connection stays broken or a file is damaged, and whatever `read` raises.
+    Raises DownloadError when the connection stays broken or a file is damaged, and what `read` raises.
     """
     with ExitStack() as stack:
         for part in parts:
@@ -54,20 +54,16 @@ def fetch(
             while pending:
                 yield work.progress()
                 done, pending = wait(pending, INTERVAL_SECONDS, FIRST_EXCEPTION)
-                _raise_first(done)
+                for future in done:
+                    future.result()  # raises
             yield work.progress()
         finally:
             work.stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def _raise_first(done: set[Future[None]]) -> None:
-    for future in done:
-        future.result()
-
-
 class _Work:
-    """What the threads share."""
+    """The state that the threads share."""
 
     def __init__(
         self, parts: Sequence[PartFile], read: Read, finished: Callable[[PartFile, str], None], pacing: Pacing
@@ -75,7 +71,7 @@ class _Work:
         self.stop = threading.Event()
         self._parts, self._read, self._finished, self._pacing = parts, read, finished, pacing
         self._lock = threading.Lock()
-        # An empty span stands for a file whose bytes are all there, but which has not been checked.
+        # An empty span stands for a file that has all its bytes and is still to be checked.
         self._spans = {part.target: list(part.missing(pacing.piece_bytes)) or [(0, 0)] for part in parts}
         self._open = {target: len(spans) for target, spans in self._spans.items()}
         self._total = sum(part.size for part in parts)
@@ -83,18 +79,18 @@ class _Work:
         self._fetched, self._checked = self._total - missing, 0
 
     def pieces(self) -> Iterator[tuple[PartFile, Span]]:
-        """All there is to do, file by file."""
+        """All pieces, file by file."""
         return ((part, span) for part in self._parts for span in self._spans[part.target])
 
     def progress(self) -> BytesDone:
-        """Where the work stands: what is fetched, and when all is, what is checked."""
+        """The bytes fetched so far; once all are, the bytes checked."""
         name = next((part.target.name for part in self._parts if self._open[part.target]), "")
         if self._fetched < self._total:
             return BytesDone(name, self._fetched, self._total)
         return BytesDone(f"checking {name}".rstrip(), self._checked, self._total)
 
     def piece(self, part: PartFile, span: Span) -> None:
-        """Fetch one piece; with a file's last one, check the file and give it its name."""
+        """Fetch one piece; after a file's last one, check the file and give it its name."""
         try:
             self._fetch(part, span)
             with self._lock:

@@ -1,9 +1,8 @@
-"""The headers of published files (headers/*.json): what a file holds, without its data. With them
-plans are made before anything is downloaded.
+"""The headers of published files (headers/*.json), for plans before a download.
 
-A header file maps published file names to their sizes (null: unknown) and says how many bytes of data they hold.
-Tensors are [dtype, *shape] by name; `{0-47}` and `{to_k,to_q}` in a name stand for each of these. `like` takes the
-tensors of other header files over, with a prefix, and the first one's metadata; `without` leaves some of these out, and
+A header file maps published file names to their sizes (null: unknown) and has the number of bytes of their data.
+Tensors are [dtype, *shape] by name; `{0-47}` and `{to_k,to_q}` in a name stand for each of these. `like` takes over the
+tensors of other header files, with a prefix, and the first one's metadata; `without` leaves some of them out, and
 `quantized` stores some of their layers in another format. `<N characters>` in the metadata stands for N characters."""
 
 import json
@@ -25,15 +24,15 @@ BLOCK = re.compile(r"(?:^|\.)transformer_blocks\.(\d+)\.")
 NONE = range(0)
 # ComfyUI's mark beside int8 codes, as it writes it.
 INT8_MARK = b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}'
-# Line ends and quotes in the licence text, by its length: escaped in JSON, so they count twice in the file's size.
+# Line ends and quotes in the licence text by its length: JSON escapes them, so they count twice in the file's size.
 ESCAPED = {21426: 420, 21427: 420, 34561: 622, 34562: 623}
 Spec = tuple[str, tuple[int, ...]]
 Tensors = dict[str, Spec]
 
 
 def expand(pattern: str, skip: range = NONE) -> Iterator[str]:
-    """All names that a pattern stands for: `{a,b}` is each of its parts, `{0-3}` each of these numbers. Transformer
-    blocks whose number is in `skip` are left out."""
+    """All names of a pattern: `{a,b}` is each of its parts, `{0-3}` each of these numbers. Transformer blocks whose
+    number is in `skip` are left out."""
     match = BRACES.search(pattern)
     if match is None:
         if not (skip and (block := BLOCK.search(pattern)) and int(block[1]) in skip):
@@ -49,13 +48,13 @@ def expand(pattern: str, skip: range = NONE) -> Iterator[str]:
 
 
 def read_header(name: str, skip: range = NONE) -> tuple[dict[str, int | None], dict[str, str], Tensors]:
-    """Published file names with their sizes, metadata and tensors of one header file, without the transformer blocks
+    """One header file: published file names with their sizes, metadata, and tensors, without the transformer blocks
     whose number is in `skip`."""
     return header_data(name)["files"], _metadata(name), dict(_tensors(name, skip))
 
 
 def header_of(file: str) -> str:
-    """The header file of a published one. Raises InputError where there is none."""
+    """The name of a published file's header file. Raises InputError where there is none."""
     if file not in _names():
         raise InputError(f"{file} is not known before it is downloaded", "its header is not at hand", "download it")
     return _names()[file]
@@ -70,7 +69,7 @@ class DescribedFile(TensorFile):
 
 
 def described_file(header: str, skip: range = NONE) -> TensorFile:
-    """A published file as far as its header says."""
+    """A published file as its header describes it."""
     _, metadata, tensors = read_header(header, skip)
     infos, end = {}, 0
     for name, (dtype, shape) in tensors.items():
@@ -81,13 +80,13 @@ def described_file(header: str, skip: range = NONE) -> TensorFile:
 
 @cache
 def _names() -> Mapping[str, str]:
-    """The header file of each published one."""
+    """Published file -> name of its header file."""
     return {file: path.stem for path in HEADERS.glob("*.json") for file in header_data(path.stem).get("files", ())}
 
 
 @cache
 def header_data(name: str) -> dict[str, Any]:
-    """A header file as it is written."""
+    """A header file's content."""
     data: dict[str, Any] = json.loads((HEADERS / f"{name}.json").read_text())
     return data
 
@@ -124,7 +123,7 @@ def _tensors(name: str, skip: range) -> Tensors:
 
 
 def quantized_layer(layer: str, kind: str, shape: tuple[int, ...]) -> Tensors:
-    """The tensors of a linear layer of this shape as the quantized files store it."""
+    """The tensors of a linear layer (outputs, inputs) in the published quantized files."""
     rows, columns = shape
     scalar: Spec = ("F32", ())
     specs: dict[str, Tensors] = {
@@ -141,6 +140,7 @@ def quantized_layer(layer: str, kind: str, shape: tuple[int, ...]) -> Tensors:
 
 
 def _text(key: str, value: Any) -> str:
+    """A value of a file's metadata."""
     if not isinstance(value, str):
         return json.dumps(value, separators=(",", ":") if key == "gemma_config" else None)
     match = re.fullmatch(r"<(\d+) characters>", value)

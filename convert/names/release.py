@@ -1,5 +1,5 @@
-"""Published releases as data (releases/*.json): how one is recognised from a file's content, and what it reads text
-with. A new release adds a data file."""
+"""Published releases as data (releases/*.json): the signs in a file that tell its release, and the text encoder that it
+needs. A new release adds a data file."""
 
 import json
 import re
@@ -15,11 +15,9 @@ from ltx2.runtime.files.tensors import TensorFile
 
 @dataclass(frozen=True)
 class Sign:
-    """Evidence in a file's header; all that is given must hold.
-
-    `tensor`: a pattern found in some tensor name; `absent`: one found in none; `metadata`: a pattern found in the
-    value of a key, and `config`: the value of a key of the file's own configuration (null: there is no such key).
-    """
+    """Evidence in a file's header; all given parts must hold. `tensor`: a pattern that some tensor name matches;
+    `absent`: one that none matches; `metadata`: patterns of values by key; `config`: values by key of the file's own
+    configuration (null: there is no such key)."""
 
     tensor: str = ""
     absent: str = ""
@@ -27,7 +25,7 @@ class Sign:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def seen_in(self, names: str, metadata: Mapping[str, str], config: Mapping[str, Any]) -> bool:
-        """Whether a file carries this sign; `names` are its tensors' names, one per line."""
+        """Whether a file has this sign; `names`: its tensors' names, one per line."""
         return (
             all(_holds(pattern, metadata.get(key)) for key, pattern in self.metadata.items())
             and all(config.get(key) == value for key, value in self.config.items())
@@ -44,7 +42,7 @@ def _holds(pattern: str | None, value: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Release:
-    """One published version: its name, its human title, the text encoder it needs, and the signs that give it away."""
+    """One published version: its name, its title for people, the text encoder that it needs, and its signs."""
 
     name: str
     title: str
@@ -54,7 +52,7 @@ class Release:
 
 @cache
 def releases() -> tuple[Release, ...]:
-    """All releases this version knows, oldest first."""
+    """All releases that this version knows, oldest first."""
     found = []
     for path in sorted((Path(__file__).parent / "releases").glob("*.json")):
         data = json.loads(path.read_text())
@@ -64,11 +62,8 @@ def releases() -> tuple[Release, ...]:
 
 
 def recognise_releases(file: TensorFile, config: Mapping[str, Any]) -> tuple[Release, ...]:
-    """The releases whose signs a file carries: one; several that share the very file (a temporal upscaler, Gemma 3);
-    none when nothing tells (some LoRAs).
-
-    Raises CheckpointError when the signs contradict each other.
-    """
+    """The releases whose signs a file has: one; several that share the file (a temporal upscaler, Gemma 3); or none
+    (some LoRAs). Raises CheckpointError when the signs contradict each other."""
     names = "\n".join(file.tensors)
     seen = {r.name: [sign for sign in r.signs if sign.seen_in(names, file.metadata, config)] for r in releases()}
     found = tuple(release for release in releases() if seen[release.name])

@@ -1,8 +1,8 @@
-"""Names and axes as data: which component a source's tensor belongs to, its key there, and how its axes turn.
+"""Names and axes as data: the component of a source's tensor, its key there, and the permutation of its axes.
 
 Keys are the published names without the component's prefix, except where the table of names has others
-(runtime/model/names.json); convolution kernels get MLX's channels-last layout. What is dropped is dropped by a row that
-gives the reason."""
+(runtime/model/names.json); convolution kernels get MLX's channels-last layout. A row that drops tensors has the reason.
+"""
 
 import re
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ UNUSED_CONSTANT = "a constant buffer that no network uses"
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors whose name begins with `prefix` go to `component`, or are dropped; `keep` stands for the prefix in their
-    key. An `asset` holds the bytes of a file, which is called `keep`."""
+    """Tensors whose name begins with `prefix` go to `component`, or are dropped for the reason `dropped`; `keep`
+    replaces the prefix in their key. An `asset` holds the bytes of a file named `keep`."""
 
     prefix: str
     component: str = ""
@@ -34,7 +34,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a tensor goes; `dropped` holds the reason when it goes nowhere. An `asset` becomes the file `key`."""
+    """A tensor's component and key there; `dropped` is the reason where it has none. An `asset` becomes the file
+    `key`."""
 
     component: str
     key: str
@@ -60,7 +61,7 @@ _UNUSED_STATISTICS = tuple(
     for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
 )
 _VAE_PARTS = ("encoder.", "decoder.", _STATISTICS)  # in a file of its own
-# What stands at the top of a transformer that is published without its prefix.
+# The first parts of names in a transformer that is published without its prefix.
 _ROOTS = sorted(
     {f"{module.published.split('.')[0]}." for module in modules() if module.component == "transformer"}
     | {"scale_shift_table", "audio_scale_shift_table", "keyframes_abs_pos_embedding"}
@@ -149,7 +150,7 @@ FLOAT32_TABLES = re.compile(r"(.+\.)?(audio_)?(prompt_)?scale_shift_table(_\w+)?
 
 
 def target(kind: str, name: str) -> Target | None:
-    """Where a tensor of a source of this kind goes; None when no rule knows it."""
+    """The target of a tensor in a source of this kind; None when no rule knows it."""
     if kind == "lora":
         found = read_lora_name(name)
         return Target(found.kind.component, f"{found.path}.{found.part}") if found else None
@@ -166,19 +167,18 @@ def target(kind: str, name: str) -> Target | None:
 
 @cache
 def _rules(kind: str) -> tuple[Mapping[str, Rule], tuple[Rule, ...]]:
-    """The rules for whole names, and those for prefixes in order."""
+    """The rules for whole names by name, and those for prefixes in order."""
     whole = {rule.prefix: rule for rule in reversed(RULES[kind]) if rule.exact or rule.asset}
     return whole, tuple(rule for rule in RULES[kind] if rule.prefix not in whole)
 
 
 def prefixed(name: str) -> str:
-    """A tensor of a transformer's file, with the prefix that names have in a checkpoint as published; others as they
-    are."""
+    """A tensor's name with the published prefix of the transformer, where it belongs to that; else unchanged."""
     return f"{_TRANSFORMER}{name}" if name in _BARE or name.startswith(_BARE_PREFIXES) else name
 
 
 def axes(component: str, key: str, rank: int) -> tuple[int, ...] | None:
-    """The permutation that turns this tensor into MLX's layout; None when it stays."""
+    """The permutation of a tensor's axes into MLX's layout; None when they stay."""
     for row in TRANSPOSES:
         if row.component == component and len(row.axes) == rank and re.fullmatch(row.pattern, key):
             return row.axes
