@@ -13,7 +13,7 @@ from ltx2.convert.output.pieces import values_of
 from ltx2.convert.plan.entries import Move, Plan, packed_key, packed_layers, parameters
 from ltx2.convert.tensors.keep import Keep
 from ltx2.quant.choose.fitted import Fit
-from ltx2.quant.codes.gptq import output_loss, stored_values
+from ltx2.quant.codes.gptq import mean_change, output_loss, stored_values
 from ltx2.quant.codes.pack import Loss, Packed, unpack
 from ltx2.quant.plan.step import Quantize, packings
 from ltx2.runtime.events import BytesDone, Event
@@ -181,7 +181,7 @@ def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
         values = stored_values(rows, form)
         change = unpack(packed, form, multiplier.value if multiplier else 1.0) - values
         if feedback is not None:
-            loss += output_loss(values, change, feedback)
+            loss += output_loss(values, change, mean_change(change, feedback), feedback)
         else:
             loss += Loss(_squares(change, errors), _squares(values, norms))
         start += len(rows)

@@ -6,11 +6,13 @@ the additions of a sum, one value after the other. Every operation is one that I
 and added in one expression, so a compiler that fuses the two (CUDA, Metal, ARM) changes nothing."""
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 from ltx2.runtime.files.tensors import Array
 
 Values = Any  # an array of numpy or of MLX
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 ROUND = float(3 << 22)  # adding and taking it away rounds to the nearest integer, half to even, below 2**22
 EXPONENT = 0x7F800000  # of a float32
@@ -83,9 +85,27 @@ class Arithmetic(ABC):
     def array(self, values: Array) -> Values:
         """A numpy array as one of these."""
 
+    def compiled(self, function: Function) -> Function:
+        """A function of arrays, compiled where that pays."""
+        return function
+
     @abstractmethod
-    def evaluate(self, *values: Values) -> None:
-        """Compute them now, so that no more work than that is queued."""
+    def begin(self, *values: Values) -> None:
+        """Begin to compute them."""
+
+    @abstractmethod
+    def finish(self, *values: Values) -> None:
+        """Return when they are computed, so that no more work than that is queued."""
+
+    @abstractmethod
+    def less_outer(self, values: Values, place: int, factors: Values, errors: Values) -> Values:
+        """Values (columns, rows), those after column `place` less factors (columns, 1) times errors (1, rows); factors
+        are 0 up to there. May be in the values' own place."""
+
+    @abstractmethod
+    def less_product(self, values: Values, factors: Values, errors: Values) -> Values:
+        """Values (columns, rows) less the product of factors (changed, columns), turned, with errors (changed, rows).
+        May be in the values' own place."""
 
     @abstractmethod
     def group_sums(self, values: Values) -> Values:
@@ -107,6 +127,10 @@ class Arithmetic(ABC):
         """With codes q and remainders r: the sums of r, q, q r, q q."""
 
     @abstractmethod
+    def affine_rest(self, values: Values, scale: Values, bias: Values, top: float) -> Values:
+        """What rounding to codes takes away, in units of the scale (group size, groups)."""
+
+    @abstractmethod
     def affine_drift(self, values: Values, scale: Values, bias: Values, top: float, means: Values) -> Values:
         """Sums of what rounding to codes takes away, each times its mean, in units of the scale (groups,)."""
 
@@ -118,6 +142,10 @@ class Arithmetic(ABC):
     def grid_errors(self, values: Values, scale: Values, grid: Grid, *weights: Values) -> Values:
         """Summed squares of what rounding to a grid changes, in units of the scale, for several scales
         (fits, groups)."""
+
+    @abstractmethod
+    def grid_rest(self, values: Values, scale: Values, grid: Grid) -> Values:
+        """What rounding to a grid takes away, in units of the scale (group size, groups)."""
 
     @abstractmethod
     def grid_drift(self, values: Values, scale: Values, grid: Grid, means: Values) -> Values:

@@ -8,45 +8,57 @@ group such columns: then most of the others are left.
 Rows do not depend on each other, so codes do not depend on how many there are at a time, but for the order in which a
 machine's matrix product adds up."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from ltx2.quant.codes.arithmetic import Values
+from ltx2.quant.codes.arithmetic import Arithmetic, Values
 from ltx2.quant.codes.correlations import Feedback
 from ltx2.quant.codes.pack import Loss, Packed, check_form, dtype_of, search_of, unpack, what_is_wrong
-from ltx2.quant.codes.search import Search
+from ltx2.quant.codes.search import Fit, Search
 from ltx2.runtime.files.tensors import Array, to_float32
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.hadamard import rotated_rows
 
+FEW_VALUES = 1 << 23  # of a tensor whose loss is computed at a time
+
 
 class Chosen(NamedTuple):
-    """Scales, biases and errors of a search (groups, rows), and codes (width, rows), uint32."""
+    """Scales, biases and errors of a search, (rows,) for a group, and its codes as they are stored (rows, words)."""
 
     scale: Values
     bias: Values
     error: Values
-    codes: Values
+    words: Values
 
 
 def pack_in_turn(rows: Array, form: Form, feedback: Feedback, multiplier: float = 1.0) -> tuple[Packed, Loss]:
     """As `pack`, with codes chosen by GPTQ. Where the form is rotated, so are the inputs that `feedback` is of."""
     check_form(rows.shape[1], form, multiplier)
-    on, dtype, values = feedback.on, dtype_of(rows), stored_values(rows, form)
-    columns = on.block(values, values.shape[1], 1 / multiplier)  # (width, rows)
-    search = search_of(columns, form, (), dtype, on)
+    on, dtype = feedback.on, dtype_of(rows)
+    columns = on.block(stored_values(rows, form), rows.shape[1], 1 / multiplier)  # (width, rows)
+    columns = columns[on.array(feedback.order)]
     with np.errstate(all="ignore"):  # what is not finite shows in the errors
-        scale, bias, error, codes = choose_codes(search, feedback, form.group_size)
-        scale, bias, error = (np.ascontiguousarray(on.numpy(part).T) for part in (scale, bias, error))
+        scale, bias, error, words = choose_codes(columns, form, dtype, feedback)
     if np.isnan(error).any():
         raise ValueError(what_is_wrong(rows))
-    words = on.numpy(on.words(_by_group(codes, form.group_size), form.bits)).reshape(len(rows), -1)
-    packed = Packed(words, *search.stored(scale, bias))
-    change = values - unpack(packed, form, multiplier)
-    drift = None if feedback.mean is None else (change @ feedback.mean.astype(np.float64)).astype(np.float32)
-    return packed._replace(drift=drift), output_loss(values, change, feedback)
+    scales = search_of(columns[:0], form, (), dtype, on).stored(scale, bias)
+    packed, loss, drift = Packed(words.reshape(len(rows), -1), *scales), Loss(), []
+    for part in _few_rows(rows):
+        values = stored_values(rows[part], form)
+        change = values - unpack(Packed(*(p[part] for p in packed if p is not None)), form, multiplier)
+        drift.append(mean_change(change, feedback))
+        loss += output_loss(values, change, drift[-1], feedback)
+    return packed if feedback.mean is None else packed._replace(drift=np.concatenate(drift, dtype=np.float32)), loss
+
+
+def _few_rows(rows: Array) -> Iterator[slice]:
+    count, width = rows.shape
+    step = max(1, FEW_VALUES // width)
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def stored_values(rows: Array, form: Form) -> Array:
@@ -55,45 +67,63 @@ def stored_values(rows: Array, form: Form) -> Array:
     return rotated_rows(values, form.rotation) if form.rotation else values
 
 
-def output_loss(values: Array, change: Array, feedback: Feedback) -> Loss:
-    """What changing a weight's values (rows, width) costs in its output, but for its mean where that is made up for."""
-    mean = 0.0 if feedback.mean is None else np.square(values @ feedback.mean, dtype=np.float64).sum()
-    return Loss(feedback.squares(change), feedback.squares(values) + float(mean))
+def mean_change(change: Array, feedback: Feedback) -> Array:
+    """What changing a weight's values (rows, width) changes in its mean output, (rows,) float64, as far as that is made
+    up for."""
+    return np.zeros(len(change)) if feedback.mean is None else change @ feedback.mean.astype(np.float64)
 
 
-def choose_codes(search: Search, feedback: Feedback, group_size: int) -> Chosen:
-    """For the columns (width, rows) that are the search's values. Errors are not numbers where a value is none, or too
-    large for what scales can express."""
-    on, upper, counts = feedback.on, feedback.upper, feedback.counts
-    rest, groups = search.values[on.array(feedback.order)], []
-    for start in range(0, len(feedback.order), group_size):
-        stop = start + group_size
-        weights = on.xp.broadcast_to(counts[start:stop, None], (group_size, rest.shape[1]))
-        group = replace(search, values=rest[:group_size], weights=(weights,))
-        chosen, errors = _round_group(group, upper[start:stop, start:stop])
-        rest = rest[group_size:] - upper[start:stop, stop:].T @ errors
-        on.evaluate(rest, *chosen)
-        groups.append(chosen)
-    place = np.argsort(feedback.order)
-    turn = on.array(place[::group_size] // group_size)
-    scale, bias, error, codes = (on.xp.concatenate(parts) for parts in zip(*groups, strict=True))
-    return Chosen(scale[turn], bias[turn], error[turn], codes[on.array(place)])
+def output_loss(values: Array, change: Array, made_up: Array, feedback: Feedback) -> Loss:
+    """What changing a weight's values (rows, width) costs in its output, less `made_up`, which is their
+    `mean_change`."""
+    return Loss(max(0.0, feedback.squares(change) - float(np.square(made_up).sum())), feedback.squares(values))
 
 
-def _round_group(group: Search, upper: Values) -> tuple[Chosen, Values]:
-    """What is chosen, and the columns' errors (columns, rows) in units of `upper`'s diagonal."""
-    xp, fit, rest = group.on.xp, group.best(), group.values
-    ones, codes, errors = xp.ones_like(rest[:1]), [], []
-    for index in range(len(rest)):
-        column, rest = replace(group, values=rest[:1], weights=()), rest[1:]
-        codes.append(xp.array(column.codes(fit)))
-        errors.append(column.drift(fit, ones)[None] / upper[index, index])
-        rest = rest - upper[index, index + 1 :, None] * errors[-1]
-    scale, bias, error = (part[None] for part in fit)
-    return Chosen(scale, bias, error, xp.concatenate(codes)), xp.concatenate(errors)
+def choose_codes(columns: Values, form: Form, dtype: str, feedback: Feedback) -> Chosen:
+    """For columns (width, rows) in the order of their turns, which are changed; of numpy, (rows, groups) and
+    (rows, groups, words). Errors are not numbers where a value is none, or too large for what scales can express."""
+    on, size, counts = feedback.on, form.group_size, feedback.counts
+    groups, round_group = feedback.order.reshape(-1, size), _rounding(type(feedback.on), form, dtype)
+    chosen: list[Chosen] = []
+    for turn, group in enumerate(groups):
+        start, stop = turn * size, (turn + 1) * size
+        factors = on.array(feedback.upper[start:stop, start:])
+        turns = on.array(np.argsort(group))
+        errors, *found = round_group(columns[:size], factors[:, :size], on.array(counts[start:stop]), turns)
+        columns = on.less_product(columns[size:], factors[:, size:], errors)
+        on.begin(columns, *found)
+        if chosen:
+            on.finish(*chosen[-1])  # one behind: the device is not idle while this is put together
+        chosen.append(Chosen(*found))
+    place = on.array(np.argsort(groups[:, 0] // size))
+    parts = (on.numpy(on.xp.stack(parts)[place]) for parts in zip(*chosen, strict=True))
+    return Chosen(*(np.ascontiguousarray(np.moveaxis(part, 0, 1)) for part in parts))
 
 
-def _by_group(codes: Values, group_size: int) -> Values:
-    """Codes (width, rows) as a block of groups (group size, rows * groups of a row)."""
-    groups = codes.reshape(-1, group_size, codes.shape[1])
-    return groups.transpose(1, 2, 0).reshape(group_size, -1)
+@cache
+def _rounding(kind: type[Arithmetic], form: Form, dtype: str) -> Callable[..., tuple[Values, ...]]:
+    """A function of a group's columns (columns, rows), which it changes, their part of `Feedback.upper`, how much
+    errors of each count, and the columns' turns as they are stored. It returns their errors, in units of that part's
+    diagonal, and what is chosen."""
+    on = kind()
+
+    def rounded(columns: Values, upper: Values, counts: Values, turns: Values) -> tuple[Values, ...]:
+        weights = on.xp.broadcast_to(counts[:, None], columns.shape)
+        fit = search_of(columns, form, (weights,), dtype, on).best()
+        diagonal = on.xp.diagonal(upper)[:, None]
+        group = search_of(columns, form, (), dtype, on)
+        group = replace(group, values=_in_turn(group, fit, upper, diagonal))
+        words = on.words(group.codes(fit)[turns], form.bits)
+        return group.rest(fit) / diagonal, *fit, words
+
+    return on.compiled(rounded)
+
+
+def _in_turn(group: Search, fit: Fit, upper: Values, diagonal: Values) -> Values:
+    """The group's values, each as it is when it is rounded."""
+    values, later = group.values, group.on.xp.triu(upper, 1).T
+    for index in range(len(values) - 1):
+        one = slice(index, index + 1)
+        error = replace(group, values=values[one]).rest(fit) / diagonal[one]
+        values = group.on.less_outer(values, index, later[:, one], error)
+    return values

@@ -7,7 +7,7 @@ from threading import local
 import numpy as np
 
 from ltx2.convert.tensors.steps import from_float32
-from ltx2.quant.codes.arithmetic import EXPONENT, ROUND, Arithmetic, Grid
+from ltx2.quant.codes.arithmetic import EXPONENT, ROUND, Arithmetic, Grid, Values
 from ltx2.runtime.files.tensors import Array, to_float32
 
 F32, I32, U32 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.uint32)
@@ -15,7 +15,7 @@ _kept = local()
 
 
 class OnCpu(Arithmetic):
-    """Runs in the calling thread; results of `block`, `tiled` and codes are valid until the thread's next."""
+    """Runs in the calling thread; results of `block`, `tiled`, codes and rests are valid until the thread's next."""
 
     xp = np
 
@@ -48,14 +48,27 @@ class OnCpu(Arithmetic):
     def contiguous(self, values: Array) -> Array:
         return np.ascontiguousarray(values)
 
-    def numpy(self, values: Array) -> Array:
-        return values
+    def numpy(self, values: Values) -> Array:
+        return np.asarray(values)
 
-    def array(self, values: Array) -> Array:
-        return values
+    def array(self, values: Values) -> Array:
+        return np.asarray(values)
 
-    def evaluate(self, *values: Array) -> None:
+    def begin(self, *values: Array) -> None:
         pass
+
+    def finish(self, *values: Array) -> None:
+        pass
+
+    def less_outer(self, values: Array, place: int, factors: Array, errors: Array) -> Array:
+        later = values[place + 1 :]
+        products = np.multiply(factors[place + 1 :], errors, out=_buffer("u", later.shape))
+        np.subtract(later, products, out=later)
+        return values
+
+    def less_product(self, values: Array, factors: Array, errors: Array) -> Array:
+        products = np.matmul(factors.T, errors, out=_buffer("products", values.shape))
+        return np.subtract(values, products, out=values)
 
     def group_sums(self, values: Array) -> Array:
         if values.shape[1] == 1:  # which numpy would take for a contiguous axis, and sum in pairs
@@ -99,9 +112,12 @@ class OnCpu(Arithmetic):
         qr = self.group_sums(np.multiply(q, r, out=r))
         return *sums, qr, self.group_sums(np.multiply(q, wq, out=buffer))
 
-    def affine_drift(self, values: Array, scale: Array, bias: Array, top: float, means: Array) -> Array:
+    def affine_rest(self, values: Array, scale: Array, bias: Array, top: float) -> Array:
         t, q = self._steps(values, scale, bias, top)
-        np.subtract(t, q, out=t)
+        return np.subtract(t, q, out=t)
+
+    def affine_drift(self, values: Array, scale: Array, bias: Array, top: float, means: Array) -> Array:
+        t = self.affine_rest(values, scale, bias, top)
         return self.group_sums(np.multiply(t, means, out=t))
 
     def affine_codes(self, values: Array, scale: Array, bias: Array, top: float) -> Array:
@@ -115,9 +131,12 @@ class OnCpu(Arithmetic):
             errors[place] = self._squares(np.multiply(t, t, out=t), *weights)
         return errors
 
-    def grid_drift(self, values: Array, scale: Array, grid: Grid, means: Array) -> Array:
+    def grid_rest(self, values: Array, scale: Array, grid: Grid) -> Array:
         t, q = self._nearest(values, scale, grid)
-        np.negative(np.subtract(t, q, out=t), out=t, where=values < 0)
+        return np.negative(np.subtract(t, q, out=t), out=t, where=values < 0)
+
+    def grid_drift(self, values: Array, scale: Array, grid: Grid, means: Array) -> Array:
+        t = self.grid_rest(values, scale, grid)
         return self.group_sums(np.multiply(t, means, out=t))
 
     def grid_codes(self, values: Array, scale: Array, grid: Grid) -> Array:

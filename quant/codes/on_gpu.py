@@ -1,15 +1,12 @@
 """The searches' arithmetic in MLX. On GPUs functions are compiled, which saves trips to memory."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
-from ltx2.quant.codes.arithmetic import EXPONENT, ROUND, Arithmetic, Grid
+from ltx2.quant.codes.arithmetic import EXPONENT, ROUND, Arithmetic, Function, Grid, Values
 from ltx2.runtime.files.tensors import Array
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 ADDED = 8  # values added at once: a kernel has a limited number of arguments
 KINDS = {"uint32": mx.uint32, "int32": mx.int32, "float32": mx.float32}
@@ -60,13 +57,25 @@ class OnGpu(Arithmetic):
         return mx.contiguous(values)
 
     def numpy(self, values: mx.array) -> Array:
-        return np.array(values)
+        return np.asarray(values)
 
-    def array(self, values: Array) -> mx.array:
-        return mx.array(values)
+    def array(self, values: Values) -> mx.array:
+        return values if isinstance(values, mx.array) else mx.array(values)
 
-    def evaluate(self, *values: mx.array) -> None:
+    def compiled(self, function: Function) -> Function:
+        return compiled(function)
+
+    def begin(self, *values: mx.array) -> None:
+        mx.async_eval(values)
+
+    def finish(self, *values: mx.array) -> None:
         mx.eval(values)
+
+    def less_outer(self, values: mx.array, place: int, factors: mx.array, errors: mx.array) -> mx.array:
+        return values - factors * errors
+
+    def less_product(self, values: mx.array, factors: mx.array, errors: mx.array) -> mx.array:
+        return mx.addmm(values, factors.T, errors, alpha=-1)
 
     def group_sums(self, values: mx.array) -> mx.array:
         total, *rest = mx.split(values, range(ADDED, len(values), ADDED))
@@ -90,6 +99,9 @@ class OnGpu(Arithmetic):
         r, q, qr, qq = (self.group_sums(a) for a in _affine_moments(values, scale, bias, top, *weights))
         return r, q, qr, qq
 
+    def affine_rest(self, values: mx.array, scale: mx.array, bias: mx.array, top: float) -> mx.array:
+        return _affine_rest(values, scale, bias, top)
+
     def affine_drift(self, values: mx.array, scale: mx.array, bias: mx.array, top: float, means: mx.array) -> mx.array:
         return self.group_sums(_affine_drift(values, scale, bias, top, means))
 
@@ -99,6 +111,9 @@ class OnGpu(Arithmetic):
     def grid_errors(self, values: mx.array, scale: mx.array, grid: Grid, *weights: mx.array) -> mx.array:
         values, *weights = (a[:, None] for a in (values, *weights))  # type: ignore[assignment]
         return self.group_sums(_grid_errors(values, scale, grid, *weights))
+
+    def grid_rest(self, values: mx.array, scale: mx.array, grid: Grid) -> mx.array:
+        return _grid_rest(values, scale, grid)
 
     def grid_drift(self, values: mx.array, scale: mx.array, grid: Grid, means: mx.array) -> mx.array:
         return self.group_sums(_grid_drift(values, scale, grid, means))
@@ -143,9 +158,14 @@ def _affine_moments(
 
 
 @compiled
-def _affine_drift(values: mx.array, scale: mx.array, bias: mx.array, top: float, means: mx.array) -> mx.array:
+def _affine_rest(values: mx.array, scale: mx.array, bias: mx.array, top: float) -> mx.array:
     steps, codes = _steps(values, scale, bias, top)
-    return (steps - codes) * means
+    return steps - codes
+
+
+@compiled
+def _affine_drift(values: mx.array, scale: mx.array, bias: mx.array, top: float, means: mx.array) -> mx.array:
+    return _affine_rest(values, scale, bias, top) * means
 
 
 @compiled
@@ -168,10 +188,15 @@ def _grid_errors(values: mx.array, scale: mx.array, grid: Grid, *weights: mx.arr
 
 
 @compiled
-def _grid_drift(values: mx.array, scale: mx.array, grid: Grid, means: mx.array) -> mx.array:
+def _grid_rest(values: mx.array, scale: mx.array, grid: Grid) -> mx.array:
     steps, nearest = _nearest(values, scale, grid)
     change = steps - nearest
-    return mx.where(values < 0, -change, change) * means
+    return mx.where(values < 0, -change, change)
+
+
+@compiled
+def _grid_drift(values: mx.array, scale: mx.array, grid: Grid, means: mx.array) -> mx.array:
+    return _grid_rest(values, scale, grid) * means
 
 
 @compiled

@@ -50,6 +50,10 @@ class Search(ABC):
         """A fit's scales, and its biases where the mode has them, as they are stored (groups,)."""
 
     @abstractmethod
+    def rest(self, fit: Fit) -> Values:
+        """What the codes lose of the values, a block like these."""
+
+    @abstractmethod
     def drift(self, fit: Fit, means: Values) -> Values:
         """What the groups' products with `means`, a block like the values, lose (groups,)."""
 

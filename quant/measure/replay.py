@@ -16,7 +16,7 @@ import numpy as np
 
 from ltx2.convert.output.pieces import values_of
 from ltx2.convert.plan.entries import Move, Plan, decoded, kept_layers
-from ltx2.quant.codes.correlations import Correlations, Feedback, make_feedback
+from ltx2.quant.codes.correlations import PANEL, Correlations, Feedback, make_feedback
 from ltx2.quant.codes.on_cpu import OnCpu
 from ltx2.quant.codes.on_gpu import OnGpu, is_gpu
 from ltx2.quant.measure.recording import Call, Stream, given
@@ -158,10 +158,11 @@ class _Sums:
     def __init__(self, prompts: int) -> None:
         self._prompts = prompts
         self.twin: dict[str, str] = {}
-        self._products: dict[str, mx.array] = {}
+        self._products: dict[str, list[mx.array]] = {}  # in panels, so that adding takes little more memory
         self._totals: dict[str, mx.array] = {}
         self._tokens: dict[str, int] = {}
         self._latest: tuple[str, mx.array] | None = None
+        self._correlations: dict[str, Correlations] = {}
 
     def see(self, path: str, _: LinearLayer, x: mx.array) -> None:
         """Count the inputs x (..., width) of a layer."""
@@ -173,16 +174,25 @@ class _Sums:
             self._add(path, x.reshape(-1, x.shape[-1]))
 
     def _add(self, path: str, rows: mx.array) -> None:
+        spans = [slice(start, start + PANEL) for start in range(0, rows.shape[1], PANEL)]
+        products = self._products.setdefault(path, [mx.zeros(()) for _ in spans])
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS].astype(mx.float32)
-            self._products[path] = self._products.get(path, 0) + part.T @ part
             self._totals[path] = self._totals.get(path, 0) + part.sum(axis=0)
-            mx.eval(self._products[path], self._totals[path])
+            for place, span in enumerate(spans):
+                products[place] = mx.addmm(products[place], part[:, span].T, part)
+                mx.async_eval(products[place])  # the device may free the one before
+            mx.eval(self._totals[path], products)
         self._tokens[path] = self._tokens.get(path, 0) + len(rows)
 
     def correlations(self, path: str) -> Correlations:
         """Of a layer's inputs."""
         path = self.twin[path]
-        tokens = self._tokens[path]
-        products, mean = (np.array(sums[path]) / tokens for sums in (self._products, self._totals))
-        return Correlations(products, mean, tokens, self._prompts)
+        if path not in self._correlations:
+            products, tokens = self._products.pop(path), self._tokens[path]
+            for place, panel in enumerate(products):
+                products[place] = panel / tokens
+                mx.eval(products[place])
+            mean = np.array(self._totals[path]) / np.float32(tokens)
+            self._correlations[path] = Correlations(products, mean, tokens, self._prompts)
+        return self._correlations[path]
