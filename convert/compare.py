@@ -9,11 +9,11 @@ from math import prod
 import numpy as np
 
 from ltx2.convert.output.files import stream_order
-from ltx2.convert.output.pieces import Parts, Rows, in_order, rows_of
+from ltx2.convert.output.pieces import Rows, in_order, rows_of
 from ltx2.convert.plan.entries import Layer, Move, Plan, decoded, kept_layers, packed_key
 from ltx2.convert.plan.make import Options, make_plan
 from ltx2.convert.sources.source import VARIANTS, Source
-from ltx2.convert.tensors.steps import Cast
+from ltx2.convert.tensors.steps import Cast, Parts
 from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.files.ranges import RangeReader
@@ -168,7 +168,7 @@ class _Check:
     def memory(self) -> int:
         return 2 * self.piece.memory
 
-    def prepare(self) -> Parts:
+    def prepare(self) -> Callable[[], Parts]:
         """What should be stored; see `Rows.prepare`."""
         return self.piece.prepare(self.piece.read())
 
@@ -209,7 +209,7 @@ class _Comparison:
         done, total = 0, sum(check.piece.stored for check in self._checks)
         with closing(in_order(_Check.prepare, self._checks)) as results:
             for check, prepared in zip(self._checks, results, strict=True):
-                for place, wrong in check.run(prepared()):
+                for place, wrong in check.run(prepared()()):
                     place.wrong += wrong
                 done += check.piece.stored
                 yield BytesDone("comparing with the sources", done, total)

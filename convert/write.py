@@ -251,7 +251,8 @@ def _fingerprint(plan: Plan, files: list[PlannedFile]) -> str:
     facts = [
         __version__, plan.release, plan.variant, dict(plan.sizes), plan_json(plan),
         [(f.path, f.size, f.content.hex() if isinstance(f, TextFile) else "") for f in files],
-        [(str(path), *state) for path, state in _states(plan).items()], PIECE_BYTES,
+        [(str(path), *state) for path, state in _states(plan).items()],
+        [PIECE_BYTES, *sorted({m.packing.piece_bytes for n in plan.components for m in plan.moves(n) if m.packing})],
         [asdict(s) for s in plan.sources if isinstance(s, FileRecord)],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

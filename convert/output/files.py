@@ -16,10 +16,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ltx2.convert.output.pieces import Parts, Piece, Rows, bytes_of, rows_of
+from ltx2.convert.output.pieces import Piece, Rows, bytes_of, rows_of
 from ltx2.convert.plan.entries import Asset, Move, Plan, parameters
 from ltx2.convert.sources.components import ComponentPlan
-from ltx2.convert.tensors.steps import Spec
+from ltx2.convert.tensors.steps import Parts, Spec
 from ltx2.runtime.files.ranges import Bytes, RangeReader
 from ltx2.runtime.files.tensors import file_header, raw_bytes
 from ltx2.runtime.model.layout import CONFIG, FORMAT_METADATA, INDEX
@@ -62,9 +62,9 @@ class PlannedFile(ABC):
         """A place in the file before which all bytes stand when the pieces before this one are written."""
         return 0
 
-    def prepare(self, piece: Piece, raw: Bytes) -> Blocks:
+    def prepare(self, piece: Piece, raw: Bytes) -> Callable[[], Blocks]:
         """What to write where, made of a piece and its bytes; see `Rows.prepare`."""
-        return tuple
+        return lambda: tuple
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class CopiedFile(PlannedFile):
     def begin(self, piece: Piece) -> int:
         return piece.start - self.start
 
-    def prepare(self, piece: Piece, raw: Bytes) -> Blocks:
-        return lambda: ((piece.start - self.start, raw.data),)
+    def prepare(self, piece: Piece, raw: Bytes) -> Callable[[], Blocks]:
+        return lambda: lambda: ((piece.start - self.start, raw.data),)
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,10 @@ class WeightFile(PlannedFile):
         assert isinstance(piece, Rows)
         return self._begins[piece.move.key]
 
-    def prepare(self, piece: Piece, raw: Bytes) -> Blocks:
+    def prepare(self, piece: Piece, raw: Bytes) -> Callable[[], Blocks]:
         assert isinstance(piece, Rows)
-        return partial(self._blocks, piece, piece.prepare(raw))
+        prepared = piece.prepare(raw)
+        return lambda: partial(self._blocks, piece, prepared())
 
     def _blocks(self, piece: Rows, parts: Parts) -> tuple[Block, ...]:
         blocks = tuple((self._place(key, piece.row), raw_bytes(part)) for key, part in parts().items())

@@ -5,7 +5,7 @@ does not depend on any file's size."""
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from ltx2.convert.plan.entries import Move, packed_key
-from ltx2.convert.tensors.steps import Spec
+from ltx2.convert.tensors.steps import Parts, Spec
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.files.ranges import Bytes, RangeReader
 from ltx2.runtime.files.tensors import Array
@@ -31,7 +31,6 @@ class Sized(Protocol):
     def memory(self) -> int: ...
 
 
-Parts = Callable[[], Mapping[str, Array]]
 Item = TypeVar("Item", bound=Sized)
 Result = TypeVar("Result")
 
@@ -73,9 +72,10 @@ class Rows(Piece):
         rows = max(1, self.move.spec.shape[0] if self.move.spec.shape else 1)
         return self.move.spec.nbytes * self.count // rows
 
-    def prepare(self, raw: Bytes) -> Parts:
+    def prepare(self, raw: Bytes) -> Callable[[], Parts]:
         """What becomes of the rows: rows of every tensor that is stored, by its name. Any thread may call this; the
-        main thread calls the result, which is at once there but for packing that must not run elsewhere.
+        main thread calls the result, which begins with packing that must not run elsewhere, and what that returns,
+        which waits for it.
 
         Raises NumericsError, which names the tensor, and what packing raises.
         """
@@ -83,17 +83,17 @@ class Rows(Piece):
         rows = move.file.typed(move.tensor.name, raw, (self.count, *shape[1:]) if shape else ())
         values = np.asarray(self._transformed(rows), order="C")
         if move.packing is not None and move.packing.main_thread:
-            return partial(self._parts, values)
-        parts = self._parts(values)
-        return lambda: parts
+            return partial(self._begin, values)
+        begun = self._begin(values)
+        return lambda: begun
 
-    def _parts(self, values: Array) -> dict[str, Array]:
+    def _begin(self, values: Array) -> Parts:
         move = self.move
         if move.packing is None:
-            return {move.key: values}
+            return lambda: {move.key: values}
         constants = {} if self.row else move.packing.constants()
-        parts = {**move.packing.rows(values, move.spec, self.row), **constants}
-        return {packed_key(move.key, part): value for part, value in parts.items()}
+        begun = move.packing.begin(values, move.spec, self.row)
+        return lambda: {packed_key(move.key, part): value for part, value in {**begun(), **constants}.items()}
 
     def _transformed(self, rows: Array) -> Array:
         spec = Spec(self.move.tensor.shape, self.move.tensor.dtype)
@@ -135,13 +135,13 @@ def rows_at(move: Move, row: int, count: int) -> Array:
     assert tensor.shape and not any(step.whole for step in move.steps), "rows are made of rows"
     start, end = (tensor.start + tensor.nbytes * n // tensor.shape[0] for n in (row, row + count))
     piece = Rows(move.file.reader, start, end, end - start, plain, row, count)
-    return piece.prepare(piece.read())()[move.key]
+    return piece.prepare(piece.read())()()[move.key]
 
 
 def values_of(move: Move) -> Iterator[Array]:
     """A tensor as it is before it is packed, in pieces of rows."""
     for piece in rows_of(replace(move, packing=None)):
-        yield from piece.prepare(piece.read())().values()
+        yield from piece.prepare(piece.read())()().values()
 
 
 def in_order(

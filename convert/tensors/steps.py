@@ -4,7 +4,7 @@ A step works on some rows (axis 0) at a time, so a tensor of any size passes thr
 arrays; BF16 and FP8 as their integer codes (see runtime/tensorfile.py)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.files.tensors import FLOATS, Array, f32_to_bf16, item_bytes, tensor_bytes, to_float32
 from ltx2.runtime.model.forms import Form
+
+Parts = Callable[[], Mapping[str, Array]]  # waits for what was begun; values by name
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,11 @@ class Packing(ABC):
     @abstractmethod
     def rows(self, rows: Array, spec: Spec, start: int) -> Mapping[str, Array]:
         """The rows of every output for some rows of a tensor of this spec, the first of which is row `start`."""
+
+    def begin(self, rows: Array, spec: Spec, start: int) -> Parts:
+        """Begin with what `rows` returns; the result waits for it."""
+        parts = self.rows(rows, spec, start)
+        return lambda: parts
 
 
 def from_float32(values: Array, dtype: str) -> Array:

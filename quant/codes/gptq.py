@@ -96,8 +96,8 @@ def choose_codes(columns: Values, form: Form, dtype: str, feedback: Feedback) ->
             on.finish(*chosen[-1])  # one behind: the device is not idle while this is put together
         chosen.append(Chosen(*found))
     place = on.array(np.argsort(groups[:, 0] // size))
-    parts = (on.numpy(on.xp.stack(parts)[place]) for parts in zip(*chosen, strict=True))
-    return Chosen(*(np.ascontiguousarray(np.moveaxis(part, 0, 1)) for part in parts))
+    stacked = (on.numpy(on.xp.stack(parts)[place]) for parts in zip(*chosen, strict=True))
+    return Chosen(*(np.ascontiguousarray(np.moveaxis(part, 0, 1)) for part in stacked))
 
 
 @cache

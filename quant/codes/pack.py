@@ -4,10 +4,10 @@ Rows are packed in blocks, so memory does not depend on the tensor, and every gr
 the bytes of the whole. Given what a layer's inputs are like, errors count as they do in the layer's output."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import sqrt
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, Array, to_float32
 from ltx2.runtime.model.forms import Form
 
 # Values of a block: so many that a CPU's threads do not wait for the interpreter, and that a GPU is busy.
-CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 22
+CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 23
 MAX_THREADS = 8
 
 
@@ -58,6 +58,9 @@ class Loss:
         return sqrt(self.error / self.norm) if self.norm else 0.0
 
 
+Begun = Callable[[], tuple[Packed, Loss]]  # waits for what was begun
+
+
 def pack(rows: Array, form: Form, inputs: Inputs | None = None, multiplier: float = 1.0) -> tuple[Packed, Loss]:
     """Quantize rows (rows, width) of BF16 (as uint16 codes), float16 or float32.
 
@@ -65,18 +68,26 @@ def pack(rows: Array, form: Form, inputs: Inputs | None = None, multiplier: floa
     serves nvfp4: `output_multiplier` of the whole tensor's largest value. Raises ValueError when a value is NaN or
     infinite, or too large for what scales can express.
     """
+    return begin_packing(rows, form, inputs, multiplier)()
+
+
+def begin_packing(rows: Array, form: Form, inputs: Inputs | None = None, multiplier: float = 1.0) -> Begun:
+    """Begin what `pack` does. Until it is waited for a GPU works on the first block, threads work on all."""
     check_form(rows.shape[1], form, multiplier)
     columns = None if inputs is None else inputs.columns(rows.shape[1])
-    packed, gpu = _empty(rows, form, columns), is_gpu()
+    gpu = is_gpu()
+    begin = partial(_begin_block, form=form, columns=columns, multiplier=multiplier, on=OnGpu() if gpu else OnCpu())
+    blocks = _blocks(rows, GPU_BLOCK if gpu else CPU_BLOCK)
+    begun: Iterable[Begun] = _one_ahead(begin, blocks) if gpu else _in_threads(begin, blocks)
+    return lambda: _joined([finish() for finish in begun])
 
-    def work(span: slice) -> Loss:
-        parts, loss = _pack_block(rows[span], form, columns, multiplier, OnGpu() if gpu else OnCpu())
-        for whole, part in zip(packed, parts, strict=True):
-            if whole is not None:
-                whole[span] = part
-        return loss
 
-    return packed, sum(_in_threads(work, _spans(rows, GPU_BLOCK if gpu else CPU_BLOCK)), Loss())
+def _joined(blocks: Sequence[tuple[Packed, Loss]]) -> tuple[Packed, Loss]:
+    if len(blocks) == 1:
+        return blocks[0]
+    parts = zip(*(packed for packed, _ in blocks), strict=True)
+    packed = Packed(*(None if part[0] is None else np.concatenate(part) for part in parts))
+    return packed, sum((loss for _, loss in blocks), Loss())
 
 
 def unpack(packed: Packed, form: Form, multiplier: float = 1.0) -> Array:
@@ -97,24 +108,13 @@ def check_form(width: int, form: Form, multiplier: float) -> None:
         raise ValueError(f"{form.mode} has no output multiplier")
 
 
-def _empty(rows: Array, form: Form, columns: Columns | None) -> Packed:
-    count, width = rows.shape
-    shape = (count, width // form.group_size)
-    codes, biased = np.empty((count, width * form.bits // 32), np.uint32), form.biased
-    scales, biases = (np.empty(shape, rows.dtype if biased else np.uint8) for _ in range(2))
-    drift = np.empty(count, np.float32) if columns and columns.means is not None else None
-    return Packed(codes, scales, biases if biased else None, drift)
-
-
-def _spans(rows: Array, values: int) -> list[slice]:
+def _blocks(rows: Array, values: int) -> list[Array]:
     count, width = rows.shape
     step = max(1, values // width)
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    return [rows[start : start + step] for start in range(0, count, step)]
 
 
-def _pack_block(
-    rows: Array, form: Form, columns: Columns | None, multiplier: float, on: Arithmetic
-) -> tuple[Packed, Loss]:
+def _begin_block(rows: Array, form: Form, columns: Columns | None, multiplier: float, on: Arithmetic) -> Begun:
     def tiled(counts: Array | None) -> tuple[Values, ...]:
         return () if counts is None else (on.tiled(counts, len(rows), form.group_size),)
 
@@ -123,16 +123,21 @@ def _pack_block(
     search = search_of(block, form, tiled(errors_count), dtype_of(rows), on)
     with np.errstate(all="ignore"):  # what is not finite shows in the errors
         fit = search.best()
-        scale, bias, errors = (on.numpy(part) for part in fit)
+        words = on.words(search.codes(fit), form.bits)
+        norms = search.norms(*tiled(values_count))  # the search's own weights are not valid any more
+        drifts = () if means is None else (search.drift(fit, *tiled(means)),)
+    on.begin(*fit, words, norms, *drifts)
+
+    def finish() -> tuple[Packed, Loss]:
+        scale, bias, errors, codes, sizes, *drift = (on.numpy(part) for part in (*fit, words, norms, *drifts))
         if np.isnan(errors).any():
             raise ValueError(what_is_wrong(rows))
-        codes = on.numpy(on.words(search.codes(fit), form.bits))
-        norms = on.numpy(search.norms(*tiled(values_count)))  # the search's own weights are not valid any more
-        drift = on.numpy(search.drift(fit, *tiled(means))) if means is not None else None
-    loss = Loss(_total(errors) * multiplier**2, _total(norms) * multiplier**2)
-    scales, *biases = (part.reshape(len(rows), -1) for part in search.stored(scale, bias))
-    drift = _row_sums(drift, len(rows)) * np.float32(multiplier) if drift is not None else None
-    return Packed(codes.reshape(len(rows), -1), scales, biases[0] if biases else None, drift), loss
+        loss = Loss(_total(errors) * multiplier**2, _total(sizes) * multiplier**2)
+        scales, *biases = (part.reshape(len(rows), -1) for part in search.stored(scale, bias))
+        made_up = _row_sums(drift[0], len(rows)) * np.float32(multiplier) if drift else None
+        return Packed(codes.reshape(len(rows), -1), scales, biases[0] if biases else None, made_up), loss
+
+    return finish
 
 
 def search_of(block: Values, form: Form, weights: tuple[Values, ...], dtype: str, on: Arithmetic) -> Search:
@@ -169,10 +174,28 @@ def _total(values: Array) -> float:
     return float(values.sum(dtype=np.float64))
 
 
-def _in_threads(work: Callable[[slice], Loss], spans: Sequence[slice]) -> Iterable[Loss]:
-    """numpy's loops release the interpreter's lock. MLX works in one thread: functions that it compiled in another one
-    abort the process when that ends."""
-    return map(work, spans) if is_gpu() or len(spans) == 1 else _workers().map(work, spans)
+def _one_ahead(begin: Callable[[Array], Begun], blocks: Sequence[Array]) -> Iterator[Begun]:
+    """Each of the blocks, begun before the one before it is waited for, the first one now. In this thread: functions
+    that MLX compiled in another one abort the process when that ends."""
+    first = begin(blocks[0])
+
+    def each(begun: Begun) -> Iterator[Begun]:
+        for block in blocks[1:]:
+            following = begin(block)
+            yield begun
+            begun = following
+        yield begun
+
+    return each(first)
+
+
+def _in_threads(begin: Callable[[Array], Begun], blocks: Sequence[Array]) -> list[Begun]:
+    """All of the blocks, begun now: numpy's loops release the interpreter's lock."""
+    return [_workers().submit(_at_once, begin, block).result for block in blocks]
+
+
+def _at_once(begin: Callable[[Array], Begun], block: Array) -> tuple[Packed, Loss]:
+    return begin(block)()
 
 
 @cache

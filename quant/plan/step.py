@@ -1,6 +1,7 @@
 """Quantization as the last step of a plan entry."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from threading import Lock
@@ -9,14 +10,14 @@ import numpy as np
 
 from ltx2.convert.output.pieces import values_of
 from ltx2.convert.plan.entries import Move, packed_layers
-from ltx2.convert.tensors.steps import Packing, Spec, from_float32
+from ltx2.convert.tensors.steps import Packing, Parts, Spec, from_float32
 from ltx2.quant.codes.correlations import Feedback
 from ltx2.quant.codes.gptq import pack_in_turn
 from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.codes.methods import GPTQ, SEARCH
 from ltx2.quant.codes.minifloat import output_multiplier
 from ltx2.quant.codes.on_gpu import is_gpu
-from ltx2.quant.codes.pack import Loss, pack
+from ltx2.quant.codes.pack import GPU_BLOCK, Loss, Packed, begin_packing
 from ltx2.quant.measure.replay import Replay
 from ltx2.quant.measure.statistics import Statistics
 from ltx2.runtime.errors import CheckpointError
@@ -145,7 +146,9 @@ class Quantize(Packing):
 
     @property
     def piece_bytes(self) -> int:
-        return WHOLE if self.method == GPTQ and is_gpu() else 0
+        if not is_gpu():
+            return 0
+        return WHOLE if self.method == GPTQ else GPU_BLOCK * 2  # of 16 bits
 
     def absorbed(self) -> Mapping[str, Spec]:
         return {BIAS: self.known.bias.spec} if self.known and self.known.bias else {}
@@ -165,18 +168,35 @@ class Quantize(Packing):
         return parts if self.multiplier is None else parts | {MULTIPLIER: Spec((), "F32")}
 
     def rows(self, rows: Array, spec: Spec, start: int) -> Mapping[str, Array]:
-        """Raises CheckpointError when a value is not finite or cannot be represented."""
+        """Raises as `begin`."""
+        return self.begin(rows, spec, start)()
+
+    def begin(self, rows: Array, spec: Spec, start: int) -> Parts:
+        """Raises CheckpointError, now or when it is waited for, when a value is not finite or cannot be represented."""
         multiplier = 1.0 if self.multiplier is None else self.multiplier.value
-        try:
+        with self._named_errors():
             if self.known and (feedback := self.known.feedback(self.form)):
-                packed, loss = pack_in_turn(rows, self.form, feedback, multiplier)
-            else:
-                packed, loss = pack(rows, self.form, self.known.inputs() if self.known else None, multiplier)
+                found = pack_in_turn(rows, self.form, feedback, multiplier)
+                return lambda: self._counted(*found, start)
+            begun = begin_packing(rows, self.form, self.known.inputs() if self.known else None, multiplier)
+
+        def finish() -> Mapping[str, Array]:
+            with self._named_errors():
+                return self._counted(*begun(), start)
+
+        return finish
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
         except ValueError as error:
-            raise CheckpointError(
-                f"{self.name} cannot be quantized", str(error), "use the checkpoint as published"
-            ) from error
-        self.tally.add(len(rows), loss)
+            what, fix = f"{self.name} cannot be quantized", "use the checkpoint as published"
+            raise CheckpointError(what, str(error), fix) from error
+
+    def _counted(self, packed: Packed, loss: Loss, start: int) -> Mapping[str, Array]:
+        """The parts, from row `start` on."""
+        self.tally.add(len(packed.codes), loss)
         parts = {"weight": packed.codes, "scales": packed.scales}
         if packed.biases is not None:
             parts["biases"] = packed.biases

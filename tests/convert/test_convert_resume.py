@@ -21,6 +21,7 @@ from ltx2.convert.output.journal import JOURNAL
 from ltx2.convert.plan.entries import Plan
 from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.quant.apply import Settings, quantize
+from ltx2.quant.plan import step
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.events import BytesDone, Event, Written
 from tests.support import published
@@ -75,7 +76,7 @@ def deadly(name, nth):
         return call(*args, **options)
     setattr(os, name, wrapped)
 
-stream.MARK_BYTES = MARK_BYTES
+stream.MARK_BYTES = stream.MOST_BYTES = MARK_BYTES
 folder, model, points = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 plan = demo_plan()
 for point in points:
@@ -99,6 +100,30 @@ def killed(folder: Path, model: str, points: Sequence[str]) -> None:
     command = [sys.executable, "-c", KILLED, str(folder), model, *points]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert dict(line.split() for line in done.stdout.splitlines()) == dict.fromkeys(points, str(-signal.SIGKILL))
+
+
+def test_a_slow_disk_is_not_waited_for_at_once(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written while a portion goes to the disk belongs to the next one, up to a limit."""
+    monkeypatch.setattr(stream, "MARK_BYTES", MARK_BYTES)
+    monkeypatch.setattr(stream, "MOST_BYTES", 4 * MARK_BYTES)
+    ready, waited = threading.Event(), list[int]()
+    sync, finish = stream.Writer._sync, stream.Writer.finish
+
+    def slow(self: stream.Writer, *portion: Any) -> None:
+        ready.wait()
+        sync(self, *portion)
+
+    def finishing(self: stream.Writer) -> None:
+        if not all(task.done() for task in self._tasks):
+            waited.append(self._unsynced)
+            ready.set()
+        finish(self)
+
+    monkeypatch.setattr(stream.Writer, "_sync", slow)
+    monkeypatch.setattr(stream.Writer, "finish", finishing)
+    run(demo_plan(), tmp_path / "out", SMALL_SHARDS)
+    assert 4 * MARK_BYTES <= waited[0] < 5 * MARK_BYTES
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 class TestKilled:
@@ -231,6 +256,17 @@ class TestInterrupted:
         before = lines(tmp_path / "out.partial")
         next(iter(write_plan(plan_of(copy), tmp_path / "out", SMALL_SHARDS)))
         assert lines(tmp_path / "out.partial")[0] != before[0]
+
+    def test_other_pieces_start_anew(self, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A GPU takes larger ones, and a mark counts pieces."""
+        begun = list[dict[str, Any]]()
+        for gpu in (False, True):
+            monkeypatch.setattr(step, "is_gpu", lambda gpu=gpu: gpu)
+            running = quantize(demo_model, tmp_path / "q", Settings())
+            next(event for event in running if isinstance(event, BytesDone))
+            running.close()  # type: ignore[attr-defined]
+            begun.append(lines(tmp_path / "q.partial")[0])
+        assert begun[0] != begun[1]
 
     def test_half_a_journal_line(self, whole: Path, tmp_path: Path) -> None:
         partial = self.interrupted(tmp_path / "out", variant="distilled")

@@ -209,9 +209,13 @@ class TestSameBytes:
             values = stored(weights(kind, 8, 256), dtype)
             multiplier = multiplier_of(form, as_float32(values))
             ours, loss = pack(values, form, counts, multiplier)
-            monkeypatch.setattr(packing, "OnCpu", OnGpu)
+            monkeypatch.setattr(packing, "is_gpu", lambda: True)
             theirs, other = pack(values, form, counts, multiplier)
+            monkeypatch.setattr(packing, "GPU_BLOCK", 3 * 256)  # each begun before the one before it is waited for
+            in_blocks, _ = pack(values, form, counts, multiplier)
             monkeypatch.undo()
+            for a, b in zip(ours, in_blocks, strict=True):
+                np.testing.assert_array_equal(a, b)
             for a, b in zip(ours, theirs, strict=True):
                 np.testing.assert_array_equal(a, b)  # None is None
             assert (loss.error, loss.norm) == (other.error, other.norm)
