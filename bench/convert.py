@@ -53,7 +53,8 @@ class Run:
 
 
 def run(folder: Path, blocks: int, rounds: int, names: Sequence[str], show: Callable[[Row], None]) -> Row:
-    """Measure the cases in `folder`, each in turns with `cp`; passes each row to `show` and returns the receipt."""
+    """Measure the cases of these names (all if empty) in `folder`, each in turns with `cp`; `show` gets each row.
+    Returns the receipt."""
     rows = []
     chosen = [case for case in CASES if case.name in names or not names]
     for bits in sorted({case.bits for case in chosen}):
@@ -76,7 +77,7 @@ def run(folder: Path, blocks: int, rounds: int, names: Sequence[str], show: Call
 
 
 def measure(case: Case, source: Path, rounds: int) -> Row:
-    """One case and `cp` of its source in turns, each first every second time."""
+    """One case and `cp` of its source in turns; they swap order every round."""
     runs: dict[str, list[Run]] = {"cp": [], "convert": []}
     out, copy = source.with_name("model"), source.with_name("copy")
     convert = [sys.executable, "-m", "ltx2", "convert", str(source), "-o", str(out), "--quiet", *case.options]

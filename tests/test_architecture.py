@@ -58,7 +58,7 @@ USERS = {
     **{name: set[str]() for name in ("torch", "diffusers", "transformers", "mlx_lm")},
 }
 PRINTERS = {
-    "ltx2/cli.py", "ltx2/console.py", "ltx2/render.py", "bench/speed/table.py",
+    "ltx2/cli.py", "ltx2/console.py", "ltx2/render.py",
     "bench/convert.py", "bench/quality/demo_quality.py",  # python -m
 }  # fmt: skip
 WITHOUT_MLX = ("convert/names", "convert/tensors", "runtime/model", "runtime/files", "quant/recipes")

@@ -1,1 +1,1 @@
-"""Whether every kernel that the runtime uses computes right on this machine."""
+"""Checks that every kernel of the runtime computes right on this machine."""

@@ -1,7 +1,5 @@
-"""The kernels that the runtime uses, on small inputs that reach what has gone wrong before (more than 32,768 rows), and
-what NumPy makes of the same inputs in float32.
-
-Inputs have values that 16-bit floats have too: what differs is the kernels' arithmetic."""
+"""The kernels that the runtime uses, on small inputs that include known faults (more than 32,768 rows), and the results
+of NumPy in float32. Inputs are exact in 16-bit floats too, so only the kernels' arithmetic differs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,8 +27,8 @@ Compute = Callable[[Mapping[str, mx.array]], mx.array]
 
 @dataclass(frozen=True)
 class Check:
-    """One kernel: what it computes of its inputs, and what is right. `group` is for people. `wide`: the runtime uses it
-    in float32 whatever the weights."""
+    """One kernel: its inputs, its computation, and the expected result. `group` is a title for people. `wide`: the
+    runtime uses it in float32 whatever the weights."""
 
     group: str
     name: str
@@ -41,7 +39,7 @@ class Check:
 
 
 def checks() -> Iterator[Check]:
-    """All of them; inputs are made when a check is run."""
+    """All checks; inputs are made when a check runs."""
     yield from _products()
     yield from _attention()
     yield from _convolutions()
@@ -50,10 +48,14 @@ def checks() -> Iterator[Check]:
 
 @cache
 def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Array:
-    """Normal values (shape) float32, rounded to what bfloat16 has."""
+    """Normal values of this shape, float32 that bfloat16 holds exactly."""
     values = scale * np.random.default_rng([seed, *shape]).standard_normal(shape)
-    bits = values.astype(np.float32).view(np.uint32)
-    return (bits & np.uint32(0xFFFF0000)).view(np.float32)
+    return _rounded(values.astype(np.float32))
+
+
+def _rounded(values: Array) -> Array:
+    """float32 of any shape, cut to bfloat16's bits."""
+    return np.array((values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))
 
 
 def _products() -> Iterator[Check]:
@@ -85,7 +87,7 @@ def _products() -> Iterator[Check]:
 
 
 def _packed_inputs(form: Form) -> Inputs:
-    """Codes are packed and unpacked on the CPU, in float32."""
+    """x (ROWS, WIDTH) and a weight (OUTPUTS, WIDTH), packed and unpacked on the CPU in float32."""
     weight = mx.array(draw(OUTPUTS, WIDTH, scale=WIDTH**-0.5))
     sizes = (form.group_size, form.bits, form.mode)
     codes, *scales = mx.quantize(weight, *sizes, stream=mx.cpu)
@@ -99,16 +101,12 @@ def _packed_inputs(form: Form) -> Inputs:
 
 
 def _fp8_inputs() -> Inputs:
-    """Codes as published: their scales are all 1."""
+    """x (ROWS, WIDTH) and published FP8 codes (OUTPUTS, WIDTH), whose scales are all 1."""
     codes = np.random.default_rng(0).integers(32, 64, (OUTPUTS, WIDTH), np.uint8)
     codes[:, ::2] |= np.uint8(128)
     scales = np.full((OUTPUTS, WIDTH // 32), UNIT, np.uint8)
     values = reference.fp8({"codes": codes})
     return {"x": draw(ROWS, WIDTH), "codes": codes.view(np.uint32), "values": values, "scales": scales}
-
-
-def _rounded(values: Array) -> Array:
-    return np.array((values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))
 
 
 def _packed_product(form: Form, name: str, given: Mapping[str, mx.array], plain: bool = False) -> mx.array:

@@ -1,4 +1,4 @@
-"""Kernels on this machine's device against float32 on the CPU: a figure and a verdict each."""
+"""Kernels on this machine's device against float32 on the CPU: an error and a verdict each."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ LIMITS = {mx.bfloat16: 2e-2, mx.float32: 5e-3}
 
 @dataclass(frozen=True)
 class Checked:
-    """A kernel's relative L2 error (None: it failed, as `said`), and the largest that is right."""
+    """A kernel's relative L2 error (None: it failed, with the message `said`), and the largest that counts as right."""
 
     group: str
     name: str
@@ -36,8 +36,7 @@ class Checked:
 
 
 def check_kernels() -> Iterator[Checked]:
-    """Every kernel, in the float type that it is used in: 16 bits on a GPU. A CPU computes those slowly and coarsely,
-    and is not used so."""
+    """Every kernel, in the float type that the runtime uses: 16 bits on a GPU, float32 on a CPU."""
     for check in checks():
         dtype = mx.float32 if check.wide or uses_cpu() else mx.bfloat16
         yield _checked(check, dtype)
@@ -49,7 +48,7 @@ def _checked(check: Check, dtype: mx.Dtype) -> Checked:
     try:
         made = check.compute({key: _array(value, dtype) for key, value in inputs.items() if key != "values"})
         found = np.array(made.astype(mx.float32))
-    except RuntimeError as error:  # of a kernel that cannot be compiled, or that the system has ended
+    except RuntimeError as error:  # the kernel does not compile, or the system has ended it
         return Checked(check.group, check.name, name, None, LIMITS[dtype], str(error).splitlines()[0])
     return Checked(check.group, check.name, name, relative(found, check.expected(inputs)), LIMITS[dtype])
 
@@ -60,7 +59,7 @@ def _array(value: Array, dtype: mx.Dtype) -> mx.array:
 
 
 def relative(found: Array, expected: Array) -> float | None:
-    """Relative L2 distance; None for values that are not finite, or another shape."""
+    """Relative L2 distance of two arrays of any shape; None where values are not finite or shapes differ."""
     if found.shape != expected.shape or not np.isfinite(found).all():
         return None
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

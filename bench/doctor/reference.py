@@ -1,4 +1,4 @@
-"""What kernels should compute, in NumPy and float32: written down as the formulas are, for small inputs."""
+"""The kernels' formulas in NumPy and float32, for small inputs."""
 
 from collections.abc import Mapping
 from itertools import product
@@ -11,12 +11,12 @@ from ltx2.runtime.model.hadamard import hadamard
 
 
 def rotated(x: Array, size: int, kind: str) -> Array:
-    """x (rows, width), every block of `size` values times a Hadamard matrix."""
+    """x (rows, width) with every block of `size` values times a Hadamard matrix."""
     return (x.reshape(len(x), -1, size) @ hadamard(size, kind)).reshape(x.shape)
 
 
 def attention(given: Mapping[str, Array]) -> Array:
-    """softmax(q k^T / sqrt(width) + mask) v, of (1, heads, tokens, width); a mask of truth values says what is seen."""
+    """softmax(q k^T / sqrt(width) + mask) v of (1, heads, tokens, width); a boolean mask is True for visible keys."""
     q, k, v, mask = given["q"], given["k"], given["v"], given.get("mask")
     scores = q @ k.swapaxes(-1, -2) * np.float32(q.shape[-1] ** -0.5)
     if mask is not None:
@@ -25,7 +25,7 @@ def attention(given: Mapping[str, Array]) -> Array:
 
 
 def neighbourhood(kernel: tuple[int, int, int], heads: int, given: Mapping[str, Array]) -> Array:
-    """Attention of every position (T, H, W, C) to the window around it, which is shifted to lie in the clip."""
+    """Attention of every position of q (T, H, W, C) to the window around it, shifted to lie inside the clip."""
     q, k, v = given["q"], given["k"], given["v"]
     out = np.empty_like(q)
     for place in np.ndindex(*q.shape[:3]):
@@ -38,13 +38,14 @@ def neighbourhood(kernel: tuple[int, int, int], heads: int, given: Mapping[str, 
 
 
 def _softmax(scores: Array) -> Array:
+    """Of any shape, over the last axis."""
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.asarray(weights / weights.sum(axis=-1, keepdims=True), np.float32)
 
 
 def convolution(given: Mapping[str, Array], padding: int, dilation: int = 1, groups: int = 1) -> Array:
-    """x (batch, sides..., inputs) with weight (outputs, taps..., inputs / groups), as a sum over the taps. `groups`:
-    1, or as many as inputs."""
+    """x (batch, sides..., inputs) with weight (outputs, taps..., inputs / groups) as a sum over the taps: (batch,
+    sides..., outputs). `groups`: 1, or as many as inputs."""
     x, weight = given["x"], given["weight"]
     taps = weight.shape[1:-1]
     x = np.pad(x, [(0, 0), *[(padding, padding)] * len(taps), (0, 0)])
@@ -59,7 +60,7 @@ def convolution(given: Mapping[str, Array], padding: int, dilation: int = 1, gro
 
 
 def rms_norm(x: Array) -> Array:
-    """x (..., width) over the root of its mean square."""
+    """x (..., width) divided by the root of its mean square."""
     return np.asarray(x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(1e-6)))
 
 
@@ -72,14 +73,14 @@ def group_norm(groups: int, given: Mapping[str, Array]) -> Array:
 
 
 def rope(given: Mapping[str, Array]) -> Array:
-    """The halves of every head of x (1, tokens, heads, width), rotated by angles (1, tokens, heads, width / 2)."""
+    """x (1, tokens, heads, width) with the halves of every head rotated by angles (1, tokens, heads, width / 2)."""
     first, second = np.split(given["x"], 2, axis=-1)
     cos, sin = np.cos(given["angles"]), np.sin(given["angles"])
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def language_rope(given: Mapping[str, Array]) -> Array:
-    """Of x (1, heads, tokens, width) at positions 0, 1, ..., frequencies 10000^(-2i / width)."""
+    """x (1, heads, tokens, width) rotated at positions 0, 1, ... with frequencies 10000^(-2i / width)."""
     x = given["x"]
     frequencies = 10000.0 ** (-2 * np.arange(x.shape[-1] // 2) / x.shape[-1])
     angles = (np.arange(x.shape[2])[:, None] * frequencies).astype(np.float32)
@@ -87,7 +88,7 @@ def language_rope(given: Mapping[str, Array]) -> Array:
 
 
 def fp8(given: Mapping[str, Array]) -> Array:
-    """The values of E4M3 codes."""
+    """The values of E4M3 codes of any shape, float32."""
     codes = given["codes"].astype(np.int32)
     exponent, mantissa = codes >> 3 & 15, codes & 7
     values = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
@@ -95,5 +96,5 @@ def fp8(given: Mapping[str, Array]) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """The tanh approximation."""
+    """The tanh approximation, of any shape."""
     return np.asarray(0.5 * x * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + 0.044715 * x**3))), np.float32)

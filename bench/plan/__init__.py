@@ -1,1 +1,1 @@
-"""Will it run, before anything is downloaded: memory, streaming and disk of every published model in every preset."""
+"""Plans before a download: memory, streaming and disk of every published model in every preset."""

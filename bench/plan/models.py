@@ -1,8 +1,8 @@
-"""What is planned: a published bundle, of which only headers are known, or a model folder; as it is or quantized.
+"""The models to plan: a published bundle, known by its headers alone, or a model folder; as it is or quantized.
 
-A published transformer's blocks but the first and the last few are alike, in their headers and for the recipes. So a
-bundle is planned with few of them, and with one more. What it takes with all of them follows: every such block adds the
-same to every figure."""
+All blocks of a published transformer but the first and the last few are alike, in headers and recipes. So a bundle is
+planned with a few of them and with one more; every further block adds the same to every figure. Planning with all of
+them would take three times as long."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -33,16 +33,16 @@ from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import Sizes
 
-FIRST, LAST = 1, 6  # blocks that a recipe may treat as others than those between them
-ONE_MORE = FIRST + 1  # is left out of the smaller folder
+FIRST, LAST = 1, 6  # blocks at either end that recipes may treat differently
+ONE_MORE = FIRST + 1  # the block that the smaller folder lacks
 PROMPT = "a prompt of usual length"
 T = TypeVar("T")
 
 
 class Planned(ABC):
     """A model that may be used as it is (`settings` None) or quantized. `bits`: of most of its weights; `download`:
-    bytes to fetch; `source`: bytes of what it would be quantized from, where that is on this disk; `sizes`: of clips
-    that it was made for, where they are not its release's."""
+    bytes to fetch; `source`: bytes of the folder to quantize, where that is on this disk; `sizes`: default sizes of
+    clips, where they differ from its release's."""
 
     name: str
     purpose: str
@@ -59,19 +59,15 @@ class Planned(ABC):
 
     @abstractmethod
     def memory(self, settings: Settings | None, request: Request) -> MemoryPlan:
-        """What generating takes. Raises as `size`, and what `Job` raises."""
+        """The memory that generating takes. Raises as `size`, and what `Job` raises."""
 
 
 class PlannedBundle(Planned):
-    """A bundle that need not be here."""
+    """A published bundle, from its headers."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.name, self.purpose, self.release, self.variant = (
-            bundle.name,
-            bundle.purpose,
-            bundle.release,
-            bundle.variant,
-        )
+        self.name, self.purpose = bundle.name, bundle.purpose
+        self.release, self.variant = bundle.release, bundle.variant
         alike = range(FIRST, block_count(bundle) - LAST)
         sources, self._repeated = bundle_sources(bundle, alike[2:]), len(alike) - 1
         self._networks = tuple(source for source in sources if source.kind != "lora")
@@ -102,7 +98,7 @@ class PlannedBundle(Planned):
 
 
 class PlannedFolder(Planned):
-    """A model folder, which may be made smaller."""
+    """A model folder on this disk."""
 
     def __init__(self, folder: ModelFolder) -> None:
         manifest = folder.manifest
@@ -132,7 +128,7 @@ class PlannedFolder(Planned):
 
 
 class _FolderJob(Job):
-    """A job of a folder that is still to be quantized, with the tokenizer of the one that is there."""
+    """A job of a folder that is still to be quantized, with the tokenizer of its source."""
 
     def __init__(self, folder: ModelFolder, request: Request, origin: ModelFolder) -> None:
         super().__init__(folder, request)
@@ -145,7 +141,7 @@ class _FolderJob(Job):
 
 
 class _BundleJob(Job):
-    """A job of a described folder, whose LoRAs are described too: by name."""
+    """A job of a described folder and described LoRAs, by name."""
 
     def __init__(self, folder: ModelFolder, request: Request, loras: Mapping[str, Lora]) -> None:
         super().__init__(folder, request)
@@ -158,8 +154,8 @@ class _BundleJob(Job):
 
 
 class _BundleNeeds(Needs):
-    """What a bundle's phases take with all blocks: `more` is a job with one block more than `job`, and there are
-    `repeated` of these."""
+    """The needs of a bundle's phases with all blocks: `more` is a job with one block more than `job`, and the bundle
+    has `repeated` such blocks."""
 
     def __init__(self, job: Job, more: Job, repeated: int) -> None:
         super().__init__(job)
@@ -176,14 +172,14 @@ class _BundleNeeds(Needs):
         )
 
     def _with_all(self, fewer: Need, more: Need) -> Need:
-        """From what a phase takes without and with one block."""
+        """A phase's need with all blocks, from those without and with one block."""
         repeated = [more.blocks[ONE_MORE]] * self._repeated
         blocks = (*more.blocks[:ONE_MORE], *repeated, *more.blocks[ONE_MORE + 1 :])
         return replace(_grown(fewer, more, self._repeated), blocks=blocks)
 
 
 def _grown(fewer: T, more: T, repeated: int) -> T:
-    """Numbers, and those in a dataclass, with the difference added for every repeated block."""
+    """A number, or a dataclass with numbers, extrapolated: the difference counts once per repeated block."""
     if isinstance(fewer, int) and isinstance(more, int):
         return cast(T, fewer + repeated * (more - fewer))
     if is_dataclass(fewer) and not isinstance(fewer, type):
@@ -194,7 +190,7 @@ def _grown(fewer: T, more: T, repeated: int) -> T:
 
 @cache
 def _networks(sources: tuple[Source, ...], settings: Settings | None, fewer: bool) -> DescribedFolder:
-    """Of described sources, whatever their variant; `fewer`: with one block less."""
+    """The folder of described sources, for any variant; `fewer`: with one block less."""
     if fewer:
         return _without_one(_networks(sources, settings, fewer=False))
     plan = _plan(sources)
@@ -220,7 +216,7 @@ def _part(sources: tuple[Source, ...], component: str) -> Plan:
 
 
 def _packed(sources: tuple[Source, ...], component: str, settings: Settings) -> DescribedFolder:
-    """One component quantized; planned once for all recipes that want the same of it."""
+    """One component quantized; recipes that treat it alike share the plan."""
     plan = _part(sources, component)
     key = sources, component, frozenset(recipe_forms(plan, settings)[component].items())
     if key not in _known:
@@ -250,7 +246,7 @@ def _component(entry: Entry) -> str:
 
 
 def _without_one(folder: DescribedFolder) -> DescribedFolder:
-    """Without one of the transformer's blocks, and what LoRAs change in it."""
+    """The folder without one of the transformer's blocks and LoRAs' changes of it."""
     changed = {name: file for name, file in folder.files.items() if name == TRANSFORMER or is_lora(name)}
     return replace(folder, files={**folder.files, **{name: _shorter(file) for name, file in changed.items()}})
 

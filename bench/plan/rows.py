@@ -1,4 +1,4 @@
-"""Whether models run on a machine, as they are and in every preset, and what that takes."""
+"""Whether models run on a machine, as they are and in every preset, and the memory and disk that they take."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,15 +21,15 @@ from ltx2.runtime.model.layout import MANIFEST, ModelFolder
 RESIDENT, STREAMED, NOT = "resident", "streamed", "does not run"
 AS_IS = 16  # bits of weights that are not quantized
 PRESETS = ("q8", "q6", "q4", "q4-small", "q3")  # from the best to the smallest
-ENOUGH = PRESETS[:4]  # what is better read from disk in every step than replaced by less
+ENOUGH = PRESETS[:4]  # better streamed than replaced by fewer bits
 GB = 10**9
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model in one preset. `read`: bytes in every step of the hungriest stage; `peak`: of memory, and the least where
-    it does not run; `size`: of the model folder; the others are bytes on disk while fetching, while converting, and
-    after, without the files that it was made from. `command` makes the folder."""
+    """A model in one preset. In bytes: `read` from disk in every step of the largest stage; `peak` of memory, the least
+    possible where it does not run; `size` of the model folder; on disk while downloading, while converting, and after
+    without the sources. `command` makes the folder."""
 
     preset: str
     runs: str
@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ModelRows:
-    """All rows of a model."""
+    """A model and its rows."""
 
     name: str
     purpose: str
@@ -56,7 +56,7 @@ class ModelRows:
 
     @property
     def best(self) -> Row | None:
-        """The row to take: the most bits that stay in memory; else the least to read, of what has enough bits."""
+        """The best row: the most bits that stay in memory; else the least to read, of rows with enough bits."""
         able = [row for row in self.rows if row.runs != NOT]
         enough = [row for row in able if row.preset not in PRESETS or row.preset in ENOUGH]
         resident = [row for row in enough if row.runs == RESIDENT]
@@ -67,8 +67,8 @@ class ModelRows:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked, and all rows. `memory_gb` is of the Mac that was named, None for this computer; `limit`: bytes
-    that a generation may take there; `free`: of this disk."""
+    """The rows of all models, and the machine. `memory_gb`: of another Mac, None for this computer; `limit`: bytes that
+    a generation may take there; `free`: bytes on this disk."""
 
     memory_gb: float | None
     limit: int
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def recommended(self) -> tuple[ModelRows, Row] | None:
-        """The model and its row: resident before streamed, distilled before dev, the newest release."""
+        """The recommended row and its model."""
         found = [(model, row) for model in self.models for row in model.rows if row.recommended]
         return found[0] if found else None
 
@@ -94,12 +94,10 @@ def plan_models(
     bits: int | None = None,
     sizes: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Plan bundles by name and model folders by path; all bundles without names. `memory`: GB of another Mac; `bits`:
+    """Plan bundles by name and model folders by path; without names all bundles. `memory`: GB of another Mac; `bits`:
     only these (16: as it is); `sizes`: width, height and frames of the clip.
 
-    Raises InputError for an unknown name or sizes that are not valid, UsageError for bits that are not, or a Mac that
-    does not exist.
-    """
+    Raises InputError for an unknown name or invalid sizes, UsageError for invalid bits or a Mac that does not exist."""
     if bits not in (None, AS_IS, *BITS):
         raise UsageError(f"--bits {bits} is not possible", "weights have 2, 3, 4, 5, 6, 8 or 16 bits", "use --bits 4")
     if memory is not None and not 0 < memory <= MOST_GB:
@@ -135,7 +133,7 @@ def _presets(bits: int | None) -> dict[str, Settings | None]:
 
 
 def _rows(model: Planned, presets: Mapping[str, Settings | None], limit: int, sizes: Mapping[str, Any]) -> ModelRows:
-    """Presets that do not fit the model are left out."""
+    """The model's rows, without presets that do not fit it."""
     defaults = {"frames": _usual(model)["frames"]}
     options = {"prompt": PROMPT, "output": "clip.mp4", "memory_limit": limit / GB}
     request = Request.from_options(defaults | dict(sizes) | options)
@@ -150,7 +148,7 @@ def _rows(model: Planned, presets: Mapping[str, Settings | None], limit: int, si
 
 
 def _usual(model: Planned) -> dict[str, Any]:
-    """What a clip of the model is, where nothing else is asked."""
+    """The default options of a clip of the model."""
     return {**load_preset(model.release).defaults, **model.sizes}
 
 
@@ -164,7 +162,7 @@ def _row(model: Planned, preset: str, settings: Settings | None, request: Reques
 
 
 def _command(model: Planned, settings: Settings | None, preset: str) -> str:
-    """What makes the folder, empty where it is there."""
+    """The command that makes the folder; empty where it exists."""
     how = "" if settings is None else f" --recipe {preset}" if settings.recipe else f" --bits {settings.bits}"
     if model.download:
         return f"ltx2 download {model.name} --convert{how}"
@@ -172,7 +170,8 @@ def _command(model: Planned, settings: Settings | None, preset: str) -> str:
 
 
 def _marked(models: Sequence[ModelRows]) -> tuple[ModelRows, ...]:
-    """With the recommended row marked."""
+    """With the recommended row marked: resident before streamed, distilled before dev, 16 bits before fewer, the newest
+    release."""
     able = [model for model in models if model.best is not None]
     if not able:
         return tuple(models)

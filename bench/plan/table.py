@@ -6,8 +6,8 @@ from ltx2.bench.plan.rows import Plan, Row
 
 
 def tables(plan: Plan, overview: bool) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Whether models run: an overview of all, then every number of those that were asked for, or of the recommended
-    one. `*` marks the recommended row."""
+    """Titles, columns and rows: an overview of all models (`overview`) with the details of the recommended one, or the
+    details of all. `*` marks the recommended row."""
     clip = plan.clip
     about = f"a clip of {clip['frames']} frames of {clip['width']}x{clip['height']}"
     whose = "this computer" if plan.memory_gb is None else f"a Mac of {plan.memory_gb:g} GB"
@@ -49,7 +49,7 @@ def _sizes(row: Row) -> list[str]:
 
 
 def advice(plan: Plan) -> str:
-    """What to do."""
+    """The recommendation, its disk space and its command."""
     best = plan.recommended
     if best is None:
         return "nothing of this runs there: try a smaller --width, --height or --frames"

@@ -1,4 +1,4 @@
-"""The demo model's receipt as a picture: what every bit buys, ours beside mx.quantize, and what the clips look like."""
+"""A plot of the demo model's receipt: errors by bits, ours beside mx.quantize, and frames of the clips."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +23,8 @@ PANELS: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
 
 
 def plot_demo(path: Path, receipt: Row, strips: Mapping[str, Sequence[Array]]) -> None:
-    """Draw the receipt of demo_quality, and frames of the clips that every model made of some prompts.
-
-    Raises InputError or UnsupportedError when it cannot be written.
-    """
+    """Draw the receipt of demo_quality; `strips` are frames (F, H, W, 3) of every model's clips of some prompts. Raises
+    InputError or UnsupportedError when it cannot be written."""
     reference, *models = receipt["models"]
     heights = 6.5, 0.51 * len(strips) + 0.2
     with drawing(path, (12, sum(heights))) as figure:
@@ -51,7 +49,7 @@ def _title(receipt: Row) -> str:
 
 
 def _draw_series(axis: "Axes", models: Sequence[Row], value: Callable[[Row], float | None]) -> None:
-    """A line per way of quantizing, from few bits to many."""
+    """A line per series, from few bits to many."""
     for index, name in enumerate(dict.fromkeys(model["series"] for model in models)):
         points = [(packed_bits(m), found) for m in models if m["series"] == name and (found := value(m)) is not None]
         places, values = zip(*sorted(points), strict=True) if points else ((), ())

@@ -1,5 +1,5 @@
-"""Pictures of receipts, drawn with matplotlib, which is an optional part of the installation: the only module that
-imports it. `with drawing(path, (width, height)) as figure:` draws and writes a file."""
+"""Plots of receipts, drawn with matplotlib, an optional dependency. `with drawing(path, (width, height)) as figure:`
+draws and writes a file."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg")
 GAP, WHITE = 4, 255  # pixels between frames
 INK, FAINT = "#333333", "#dddddd"
-COLOURS = ("#2a6f97", "#d1783c", "#5a8f5a", "#8a5a9e", "#8c8c8c")  # of series, in this order
+COLOURS = ("#2a6f97", "#d1783c", "#5a8f5a", "#8a5a9e", "#8c8c8c")  # of the first, second, ... series
 STYLE = {
     "font.size": 8, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.titleweight": "bold",
     "axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
@@ -31,8 +31,8 @@ STYLE = {
 
 
 def check_plot(path: Path) -> None:
-    """What would prevent writing a plot, before the work starts. Raises InputError for a file that cannot be written
-    or whose name says no format, UnsupportedError where matplotlib is not installed."""
+    """Check before the work starts that a plot can be written. Raises InputError where the file cannot be, or where its
+    name tells no format, UnsupportedError where matplotlib is not installed."""
     if path.suffix not in FORMATS:
         raise InputError(f"cannot plot into {path}", "its name ends in no known format", f"use {' or '.join(FORMATS)}")
     check_output(path)
@@ -41,7 +41,7 @@ def check_plot(path: Path) -> None:
 
 @contextmanager
 def drawing(path: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
-    """An empty figure to draw on; it is written when the block ends. Raises what `check_plot` raises."""
+    """An empty figure to draw on, written when the block ends. Raises as `check_plot`."""
     check_plot(path)
     from matplotlib.figure import Figure
 
@@ -53,7 +53,7 @@ def drawing(path: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
 
 
 def log_scale(axis: "Axes") -> None:
-    """Values upwards by their logarithm, with plain numbers at 1, 2 and 5."""
+    """A logarithmic y axis, with plain numbers at 1, 2 and 5."""
     axis.set_yscale("log", subs=[2, 5])
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")

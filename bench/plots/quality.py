@@ -1,5 +1,5 @@
-"""The receipt of a comparison as a picture: every layer's error by block and kind, the velocity's by step, and frames
-of both clips one above the other."""
+"""A plot of a comparison's receipt: every layer's error by block and kind, the velocity's by step, and frames of both
+clips."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,14 @@ Row = Mapping[str, Any]
 Maps = Mapping[str, Mapping[str, Mapping[int, float]]]  # component -> kind of layer -> block -> relative error
 Strips = Sequence[tuple[Array, Array]]
 AMPLIFIED = 8  # times the difference between two frames
-MANY_STEPS = 14  # whose noise levels cannot all be written
-PROMPT_LENGTH = 120  # characters that are shown of one
-MOST_STRIPS = 4  # prompts whose clips are shown
+MANY_STEPS = 14  # the most noise levels on the axis
+PROMPT_LENGTH = 120  # the most characters of one
+MOST_STRIPS = 4  # the most prompts whose clips are shown
 
 
 def plot_quality(path: Path, receipt: Row, strips: Strips) -> None:
-    """Draw a receipt of `ltx2 bench --quality`, and frames of the clips (reference, model) of some prompts.
-
-    Raises InputError or UnsupportedError when it cannot be written.
-    """
+    """Draw a receipt of `ltx2 bench --quality`, and frames (F, H, W, 3) of the clips (reference, model) of some
+    prompts. Raises InputError or UnsupportedError when it cannot be written."""
     maps, shown = error_maps(receipt["layers"]), strips[:MOST_STRIPS]
     heights = max(4.0, 0.15 * sum(len(kinds) + 4 for kinds in maps.values())), 2.6 * len(shown)
     with drawing(path, (12, sum(heights) + 0.4)) as figure:
@@ -44,7 +42,7 @@ def plot_quality(path: Path, receipt: Row, strips: Strips) -> None:
 
 
 def error_maps(layers: Sequence[Row]) -> Maps:
-    """Layers of no block have block -1."""
+    """Layers outside of blocks have block -1."""
     maps: dict[str, dict[str, dict[int, float]]] = {}
     for row in layers:
         kind, block = _kind(row["layer"])
@@ -71,7 +69,7 @@ def _title(receipt: Row) -> str:
 
 
 def _draw_maps(figure: "SubFigure", maps: Maps) -> None:
-    """A map per component, all in one scale."""
+    """A map per component, all on one scale."""
     if not maps:
         return
     errors = [100 * e for kinds in maps.values() for blocks in kinds.values() for e in blocks.values() if e > 0]
@@ -89,7 +87,7 @@ def _draw_maps(figure: "SubFigure", maps: Maps) -> None:
 
 
 def _draw_map(axis: "Axes", kinds: Mapping[str, Mapping[int, float]], scale: Mapping[str, Any]) -> Any:
-    """Kinds down, blocks across; first those of no block."""
+    """Kinds down, blocks across, layers outside of blocks first."""
     blocks = sorted({block for found in kinds.values() for block in found})
     values = 100 * np.array([[found.get(block, np.nan) for block in blocks] for found in kinds.values()])
     image = axis.imshow(values, aspect="auto", cmap="YlOrRd", interpolation="nearest", **scale)
@@ -119,7 +117,7 @@ def _draw_steps(axis: "Axes", steps: Sequence[Row]) -> None:
 
 
 def _draw_forms(axis: "Axes", layers: Sequence[Row]) -> None:
-    """A dot per layer over the bits it is stored in."""
+    """A dot per layer over its form."""
     forms = sorted({(row["mode"], row["bits"]) for row in layers}, key=lambda form: (form[1], form[0]))
     for component, colour in zip(dict.fromkeys(row["component"] for row in layers), COLOURS, strict=False):
         rows = [row for row in layers if row["component"] == component]
@@ -137,7 +135,7 @@ def _draw_forms(axis: "Axes", layers: Sequence[Row]) -> None:
 
 
 def _draw_strips(figure: "SubFigure", strips: Strips, clips: Sequence[Row]) -> None:
-    """Per prompt: the reference's frames, below them the model's, and what differs."""
+    """Per prompt: the reference's frames, the model's, and their difference."""
     axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
     for axis, (reference, model), clip in zip(axes, strips, clips, strict=False):
         change = np.abs(model.astype(int) - reference)

@@ -1,4 +1,4 @@
-"""The receipt of a benchmark as a picture: for every case the time of its phases, and memory over the last run."""
+"""A plot of a benchmark's receipt: for every case the time of its phases, and memory over the last run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 GB = 1e9
 LOADING, COMPUTING, MLX, PROCESS = COLOURS[4], COLOURS[0], COLOURS[0], COLOURS[1]
-NARROW = 0.08  # of the time axis: no room for the name of a phase
+NARROW = 0.08  # share of the time axis that is too narrow for a phase's name
 
 
 def plot_receipt(path: Path, receipt: Row) -> None:
@@ -51,7 +51,7 @@ def _draw_times(axis: "Axes", case: Row) -> None:
 
 
 def _draw_memory(axis: "Axes", memory: Row) -> None:
-    """What MLX and the process held, over the phases."""
+    """Memory of MLX and of the process over the phases."""
     for name, series, colour in (("MLX", "mlx_bytes", MLX), ("process", "process_bytes", PROCESS)):
         axis.plot(memory["seconds"], [count / GB for count in memory[series]], color=colour, label=name, linewidth=1.2)
     phases = memory["phases"]

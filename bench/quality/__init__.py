@@ -1,1 +1,1 @@
-"""What quantizing costs: a quantized model against its original."""
+"""The cost of quantizing: a quantized model against its original."""

@@ -1,5 +1,5 @@
-"""The embedded demo model in every form that is compared (demo_models.json): made by the commands that users have, and
-once more with mx.quantize's codes in place of ours."""
+"""The embedded demo model in every form to compare (demo_models.json): made by users' commands, and again with the
+codes of mx.quantize in place of ours."""
 
 import json
 import shutil
@@ -22,18 +22,18 @@ from ltx2.runtime.files.tensors import Array, FileRecord, open_tensorfile, write
 from ltx2.runtime.model.layout import FORMAT_METADATA, MANIFEST, ModelFolder
 from ltx2.runtime.networks.load import load_weights
 
-SIZE = {"width": 192, "height": 128, "frames": 25}  # what the model was trained for
+SIZE = {"width": 192, "height": 128, "frames": 25}  # the model was trained for this
 REFERENCE = "bf16"
-MOST_PROMPTS = 256  # that models may be compared on
+MOST_PROMPTS = 256  # to compare models on
 CALIBRATION_PROMPTS, CALIBRATION_SEED = 16, 1
-FIRST_SEED = 1000  # of the noise that models are calibrated with; those that are compared begin with 0
+FIRST_SEED = 1000  # of the noise for calibrating; seeds for comparing begin with 0
 PARTS = ("weight", "scales", "biases")  # of a packed layer
 
 
 @dataclass(frozen=True)
 class DemoModel:
-    """One form of the demo model: quantized with the given arguments, or filled with stock codes like another one.
-    `shown`: some of its frames are in the picture."""
+    """One form of the demo model: quantized with these arguments, or a `stock` model's copy with codes of mx.quantize.
+    `shown`: the plot has some of its frames."""
 
     name: str
     series: str
@@ -43,7 +43,7 @@ class DemoModel:
 
 
 def demo_models(names: Collection[str] = ()) -> list[DemoModel]:
-    """All that are compared, or those of the given names and what they are made from."""
+    """All models, or those of the given names and the ones that they are made from."""
     models = [DemoModel(**{**row, "quantize": tuple(row.get("quantize", ()))}) for row in _data()["models"]]
     wanted = {*names, *(model.stock for model in models if model.name in names)}
     return [model for model in models if model.name in wanted or not names]
@@ -75,7 +75,7 @@ def make_models(folder: Path, models: Sequence[DemoModel]) -> dict[str, Path]:
 
 
 def _calibrate(model: Path, stats: Path, arguments: Sequence[str]) -> None:
-    """On other prompts than those that models are compared on."""
+    """On other prompts than those for comparing."""
     compared = {prompt.text for prompt in random_prompts(MOST_PROMPTS)}
     others = [prompt.text for prompt in random_prompts(MOST_PROMPTS, CALIBRATION_SEED) if prompt.text not in compared]
     prompts = stats.with_name("calibration.txt")
@@ -89,8 +89,8 @@ def _ltx2(*arguments: object) -> None:
 
 
 def fill_with_stock(packed: Path, source: Path, out: Path) -> None:
-    """A copy of a quantized folder with the codes, scales and biases that mx.quantize makes of the source's weights, in
-    the same bits and groups. Raises ModelFolderError for modes without biases, whose codes mx.quantize shares."""
+    """Copy a quantized folder with codes, scales and biases that mx.quantize makes of the source's weights, in the same
+    bits and groups. Raises ModelFolderError for modes without biases, whose codes mx.quantize shares."""
     if out.exists():
         shutil.rmtree(out)
     shutil.copytree(packed, out)
@@ -119,7 +119,7 @@ def _fill(folder: ModelFolder, component: str, weights: Mapping[str, mx.array]) 
 
 
 def _stored(values: mx.array) -> Array:
-    """As files hold it: 16-bit floats as their codes."""
+    """An array of any shape as files hold it: 16-bit floats as their codes."""
     return np.array(values.view(mx.uint16) if values.dtype == mx.bfloat16 else values)
 
 

@@ -1,4 +1,4 @@
-"""Prompts of the demo model's grammar, each with what its clip must show."""
+"""Prompts in the demo model's grammar, each with the attributes of its clip."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ SOUNDS = {name: f"with a {name} tone" for name in ("low", "middle", "high")} | {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and, as `classify` names them, the attributes it asks for."""
+    """A prompt and the attributes that it asks for, as `classify` names them."""
 
     text: str
     want: Mapping[str, str]

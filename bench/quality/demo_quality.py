@@ -71,7 +71,7 @@ def measure_prompt(paths: Paths, number: int, prompt: Prompt) -> dict[str, Resul
     return results
 
 
-Measured = Iterator[tuple[str, Clip, Row]]  # a model's name, its clip, how far it is from the reference's
+Measured = Iterator[tuple[str, Clip, Row]]  # a model's name, its clip, the distances from the reference's
 
 
 def _compared(paths: Paths, prompt: Prompt, case: Case) -> Measured:
@@ -113,7 +113,7 @@ def _union(found: Iterable[Mapping[str, Collection[str]]]) -> dict[str, set[str]
 
 
 def _end(work: Generator[Event, None, Value]) -> Value:
-    """What a generator of events returns."""
+    """The return value of a generator of events."""
     while True:
         try:
             next(work)
@@ -154,7 +154,7 @@ def _model_row(path: Path, model: DemoModel, prompts: Sequence[Prompt], results:
 
 
 def _median(values: Iterable[float | None]) -> float | None:
-    """None, of two clips without any difference, is more than any number of decibels."""
+    """None, the decibels of two equal clips, counts as infinite."""
     middle = median(inf if value is None else value for value in values)
     return float(f"{middle:.6g}") if isfinite(middle) else None
 

@@ -1,4 +1,4 @@
-"""How far two results are apart: as numbers, as pictures, as sounds. numpy only."""
+"""Distances of two results: numbers, pictures, sounds. numpy only."""
 
 from dataclasses import dataclass
 from math import inf, log10, sqrt
@@ -9,12 +9,12 @@ from ltx2.runtime.files.tensors import Array
 
 WHITE = 255  # the largest value of a picture
 WINDOW, HOP = 2048, 512  # samples: 85 ms every 21 ms at 24 kHz
-FLOOR = 1e-10  # power, of a sine at full scale: what is below -100 dB is silence
+FLOOR = 1e-10  # share of a full-scale sine's power that counts as silence: -100 dB
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Sums over the values of a reference and of what is held against it; those of several pairs add up."""
+    """Sums over the values of a reference and of another array; those of several pairs add up."""
 
     error: float = 0.0  # of squares of other - reference
     reference: float = 0.0  # of squares
@@ -23,7 +23,7 @@ class Difference:
 
     @classmethod
     def between(cls, reference: Array, other: Array) -> "Difference":
-        """Of two arrays of one shape."""
+        """Of two arrays of any common shape. Raises ValueError where sizes differ."""
         a, b = (np.asarray(values, np.float64).reshape(-1) for values in (reference, other))
         if a.shape != b.shape:
             raise ValueError(f"{a.size} values cannot be compared with {b.size}")
@@ -47,15 +47,15 @@ class Difference:
 
     @property
     def cosine(self) -> float:
-        """Of the angle between the two; 1 where both are zero."""
+        """Cosine of the angle between the two; 1 where both are zero."""
         if not self.reference or not self.other:
             return 1.0 if self.reference == self.other else 0.0
         return self.product / sqrt(self.reference * self.other)
 
 
 def psnr(reference: Array, frames: Array) -> float:
-    """Peak signal-to-noise ratio in dB of frames, uint8 (F, H, W, 3): 10 log10(255^2 / mean squared error), the mean
-    over all values of the clip; infinite where nothing differs."""
+    """Peak signal-to-noise ratio in dB of frames, uint8 (F, H, W, 3): 10 log10(255^2 / mean squared error) over all
+    values of the clip; infinite where nothing differs. Raises ValueError where shapes differ."""
     if reference.shape != frames.shape:
         raise ValueError(f"frames {reference.shape} cannot be compared with {frames.shape}")
     pairs = zip(reference, frames, strict=True)  # one by one: a long clip has gigabytes
@@ -64,12 +64,11 @@ def psnr(reference: Array, frames: Array) -> float:
 
 
 def log_spectral_distance(reference: Array, sound: Array) -> float:
-    """Distance in dB of two sounds, (channels, samples), full scale 1: the mean over frames (and channels) of the root
+    """Distance in dB of two sounds, (channels, samples), full scale 1: the mean over frames and channels of the root
     mean square over frequencies of 10 log10 P - 10 log10 P', with the power spectra P and P' of frames of WINDOW
-    samples under a Hann window. Powers below FLOOR count as FLOOR.
+    samples under a Hann window. Powers below FLOOR count as FLOOR. Raises ValueError where shapes differ.
 
-    Gray and Markel, Distance Measures for Speech Processing, IEEE Trans. ASSP 24 (1976).
-    """
+    Gray and Markel, Distance Measures for Speech Processing, IEEE Trans. ASSP 24 (1976)."""
     if reference.shape != sound.shape:
         raise ValueError(f"sounds {reference.shape} cannot be compared with {sound.shape}")
     distances = [

@@ -1,5 +1,5 @@
-"""What quantizing (or anything else) has cost a model, against the model it was made from: layer by layer and step by
-step on the reference's own inputs, then as latents, pictures and sound of the same prompts and noise."""
+"""The cost of quantizing (or anything else) to a model, against the model that it was made from: layer by layer and
+step by step on the reference's inputs, then as latents, pictures and sound of the same prompts and noise."""
 
 import json
 import shlex
@@ -41,24 +41,25 @@ from ltx2.runtime.generate.phases.order import components, phases
 from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.model.layout import ModelFolder
 
-FORMS = ("quantization", "quantization_config")  # of a configuration: how weights are stored, not what they are for
+FORMS = ("quantization", "quantization_config")  # keys of a configuration about the storage of weights
 PARTS = ("weight", "scales", "biases", "weight_scale")  # of a packed layer
-STRIP = 5  # frames that are kept of a clip, to be looked at
-WORST = 10  # layers of the table
-SAME = 1e9  # dB, stands for infinitely many where medians are taken
+STRIP = 5  # frames of a clip to keep for looking at
+WORST = 10  # layers in the table
+SAME = 1e9  # dB, stands for infinity in medians
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Compared(Benched):
-    """Last event of a comparison: the receipt, and of every prompt some frames (STRIP, H, W, 3) of both clips."""
+    """Last event of a comparison: the receipt, and for every prompt frames (STRIP, H, W, 3) of both clips, the
+    reference's first."""
 
     strips: tuple[tuple[Array, Array], ...]
 
 
 @dataclass
 class Quality:
-    """What comparing the clips of several prompts has found."""
+    """Sums over the compared clips of several prompts."""
 
     layers: dict[Layer, Difference] = field(default_factory=lambda: defaultdict(Difference))
     velocity: dict[StepKey, Differences] = field(default_factory=dict)
@@ -68,7 +69,7 @@ class Quality:
     request: Row = field(default_factory=dict)
 
     def add(self, recording: Recording, comparison: Comparison) -> None:
-        """Count the clips of one more prompt."""
+        """Add the clips of one more prompt."""
         for layer, difference in comparison.layers.items():
             self.layers[layer] += difference
         for step, streams in comparison.velocity.items():
@@ -87,9 +88,9 @@ def run_quality(
 ) -> Iterator[Event]:
     """Compare two model folders on some prompts; the last event is Compared.
 
-    `options` are those of `generate` without the prompt; the first prompt has their seed, every next one a seed more.
-    Both models compute in `dtype`, or each in that of its weights. Packed weights are unpacked to multiply: what is
-    compared are weights, not kernels. Raises InputError for folders that are not of one architecture, and what a
+    `options` are those of `generate` without the prompt; the first prompt has their seed, the next ones the following
+    seeds. Both models compute in `dtype`, or each in that of its weights. Packed weights are unpacked to multiply, so
+    that weights are compared, not kernels. Raises InputError for folders of different architectures, and what a
     generation raises.
     """
     folders = ModelFolder.open(model), ModelFolder.open(reference)
@@ -106,7 +107,8 @@ def run_quality(
 def _compare_on(
     prompt: str, which: str, folders: tuple[ModelFolder, ModelFolder], case: Case, measured: Quality
 ) -> Generator[Event, None, tuple[Array, Array]]:
-    """Count one prompt's clips; returns frames of both. What was recorded is gone before the next prompt's is."""
+    """Add one prompt's clips; returns frames (STRIP, H, W, 3) of both. The recording is freed before the next
+    prompt's."""
     model, reference = folders
     yield Section(f"reference, {which}", _command(reference.path, prompt, case))
     recording = yield from record(reference.path, prompt, case, packed_layers(model))
@@ -117,12 +119,12 @@ def _compare_on(
 
 
 def built_in_prompts() -> tuple[str, ...]:
-    """What models are compared on where nothing else is said."""
+    """The default prompts to compare models on."""
     return tuple(json.loads((resources.files(__package__) / "prompts.json").read_text())["prompts"])
 
 
 def check_comparable(model: ModelFolder, reference: ModelFolder, case: Case) -> None:
-    """Raises InputError for folders that are not one release, variant and architecture."""
+    """Raises InputError for folders of different releases, variants or architectures."""
 
     def refuse(what: str, ours: object, theirs: object) -> InputError:
         return InputError(
@@ -144,18 +146,18 @@ def check_comparable(model: ModelFolder, reference: ModelFolder, case: Case) -> 
 
 
 def _architecture(folder: ModelFolder, component: str) -> dict[str, Any]:
-    """The component's class and configuration, without the form in which weights are stored."""
+    """The component's class and configuration, without the storage of weights."""
     config = {key: value for key, value in folder.config(component).items() if key not in FORMS}
     return {"class": folder.record(component).cls, **config}
 
 
 def strip(frames: Array) -> Array:
-    """Some frames from the first to the last."""
+    """At most STRIP frames of (F, H, W, 3), from the first to the last."""
     return frames[np.linspace(0, len(frames) - 1, min(STRIP, len(frames))).round().astype(int)]
 
 
 def clip_row(recording: Recording, comparison: Comparison) -> Row:
-    """How far the clips of one prompt are apart, each model having made its own."""
+    """The distances of one prompt's two clips, which each model made on its own."""
     ours, theirs = comparison.clip, recording.clip
     distance = None
     if ours.audio is not None and theirs.audio is not None:
@@ -171,7 +173,7 @@ def clip_row(recording: Recording, comparison: Comparison) -> Row:
 
 
 def _command(model: Path, prompt: str, case: Case) -> str:
-    """What makes the same clip."""
+    """The command that makes the same clip."""
     words = ["ltx2", "generate", prompt, "-m", str(model), "-o", "clip.mp4"]
     for name, value in case.options.items():
         option = f"--{name.replace('_', '-')}"
@@ -180,7 +182,7 @@ def _command(model: Path, prompt: str, case: Case) -> str:
 
 
 def make_receipt(folders: tuple[ModelFolder, ModelFolder], measured: Quality) -> Row:
-    """The receipt of comparing the first folder with the second."""
+    """The receipt of the first folder compared with the second."""
     model, reference = folders
     receipt = {
         "kind": "quality",
@@ -200,7 +202,7 @@ def make_receipt(folders: tuple[ModelFolder, ModelFolder], measured: Quality) ->
 
 
 def model_facts(folder: ModelFolder) -> Row:
-    """What tells a model folder from others, and the size of its tensors: of all, and of the packed layers."""
+    """The identity of a model folder, and the size of its tensors: of all, and of the packed layers."""
     manifest, components = folder.manifest, inspect(folder.path)["components"]
     sizes = {name: (part["bytes"], part["parameters"]) for name, part in components.items()}
     return {
@@ -218,7 +220,7 @@ def _size(size: int, weights: int) -> Row:
 
 
 def _packed_size(folder: ModelFolder, component: str) -> Row:
-    """Of the weights that are stored as codes, with their scales and biases."""
+    """The size of the packed weights, with their scales and biases; empty where there are none."""
     quantization = folder.quantization(component)
     tensors = {name: tensor for file in folder.tensor_files(component) for name, tensor in file.tensors.items()}
     layers = packed_layers(folder).get(component, set())
@@ -229,7 +231,7 @@ def _packed_size(folder: ModelFolder, component: str) -> Row:
 
 
 def _layer_rows(model: ModelFolder, layers: Mapping[Layer, Difference]) -> list[Row]:
-    """In the order in which they work."""
+    """A row per layer, in the order of computation."""
     quantizations = {component: model.quantization(component) for component, _ in layers}
     rows = []
     for (component, layer), difference in layers.items():
@@ -247,7 +249,7 @@ def _step_row(key: StepKey, streams: Differences) -> Row:
 
 
 def _summary(clips: Sequence[Row], velocity: Differences) -> Row:
-    """Of all steps together, and the median clip."""
+    """All steps together, and the median clip."""
     ratios = [SAME if clip["psnr_db"] is None else clip["psnr_db"] for clip in clips]
     distances = [d for clip in clips if (d := clip["log_spectral_distance_db"]) is not None]
     return {
@@ -263,7 +265,7 @@ def _digits(value: float) -> float:
 
 
 def tables(receipt: Row) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, columns and rows for people: size, what was lost in all, every step, and the layers that lose most."""
+    """Titles, columns and rows for people: sizes, the loss in all, every step, and the layers that lose most."""
     yield _size_table(receipt)
     yield _summary_table(receipt)
     columns = ["step", "noise", "video error", "cosine", "audio error", "cosine"]
@@ -276,7 +278,7 @@ def tables(receipt: Row) -> Iterator[tuple[str, list[str], list[list[str]]]]:
 
 
 def _size_table(receipt: Row) -> tuple[str, list[str], list[list[str]]]:
-    """Of the components that are stored in another way, and of all."""
+    """The sizes of the components that differ, and of all together."""
     ours, theirs = (receipt[name] for name in ("model", "reference"))
     pairs = [(name, part, theirs["components"].get(name)) for name, part in ours["components"].items()]
     pairs = [*(pair for pair in pairs if pair[1] != pair[2]), ("all", ours, theirs)]

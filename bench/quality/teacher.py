@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ltx2.bench.quality.metrics import Array, Difference
+from ltx2.bench.quality.metrics import Difference
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.networks import Observe
 from ltx2.runtime.generate.observe import watch
@@ -31,8 +31,8 @@ from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.guidance import TEXT
 from ltx2.runtime.streams import Streams
 
-# Components that have packed layers, which of a layer's calls (every n-th) are kept, and how many inputs of one: a
-# transformer is called once a step, the others once a clip. A published model's take 0.6 GB.
+# Components with packed layers: every n-th call of a layer is kept, and so many inputs of it. A transformer is called
+# once a step, the others once a clip. A published model's inputs take 0.6 GB.
 KEPT = {"text_encoder": (1, 16), "connectors": (1, 16), "transformer": (3, 5)}
 STREAMS = ("video", "audio")
 
@@ -43,8 +43,8 @@ Differences = dict[str, Difference]  # of both streams
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: options of `generate` without the prompt, and the dtype that both models compute in (None:
-    each in that of its weights)."""
+    """Options of `generate` without the prompt, and the dtype that both models compute in (None: each in that of its
+    weights)."""
 
     options: Mapping[str, Any]
     dtype: mx.Dtype | None = None
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some inputs (rows, width) of a layer, and its outputs without the bias."""
+    """Some inputs (rows, width) of a layer, its outputs without the bias (rows, outputs), and the bias (outputs,)."""
 
     inputs: mx.array
     products: mx.array
@@ -61,8 +61,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Step:
-    """A call of the transformer that leaves nothing out: tokens (1, tokens, channels) of each stream with their noise
-    levels, and the velocities that it returned, shaped as these."""
+    """A call of the transformer without skips: tokens (1, tokens, channels) of each stream with their noise levels, and
+    the returned velocities of the same shape."""
 
     tokens: Streams[mx.array]
     levels: Streams[Levels]
@@ -82,8 +82,8 @@ class Recording:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the other model's run for one prompt is from the reference's: every layer on the reference's inputs,
-    every step on its tokens, the text on its own, and the clip it made on its own."""
+    """The other model's run for one prompt against the reference's: every layer on the reference's inputs, every step
+    on its tokens; text, latents and clip as the model made them on its own."""
 
     layers: Mapping[Layer, Difference]
     velocity: Mapping[StepKey, Differences]
@@ -93,7 +93,7 @@ class Comparison:
 
 
 def packed_layers(folder: ModelFolder) -> dict[str, set[str]]:
-    """Paths of the layers that are stored as codes, by component."""
+    """Paths of the packed layers, by component."""
     found: dict[str, set[str]] = {}
     for component in KEPT:
         names = {name for file in folder.tensor_files(component) for name in file.tensors}
@@ -105,14 +105,14 @@ def packed_layers(folder: ModelFolder) -> dict[str, set[str]]:
 def record(
     model: Path, prompt: str, case: Case, layers: Mapping[str, Collection[str]]
 ) -> Generator[Event, None, Recording]:
-    """Make the clip with the reference; returns its run. `layers`: those whose inputs are kept, by component."""
+    """Make the clip with the reference; returns its run. `layers`: the layers whose inputs to keep, by component."""
     recorder = _Recorder(layers, case.dtype)
     contexts, clip = yield from _generated(model, prompt, case, recorder)
     return Recording(prompt, recorder.rows, recorder.stages, contexts, clip)
 
 
 def compare(model: Path, recording: Recording, case: Case) -> Generator[Event, None, Comparison]:
-    """Make the clip with the other model, after giving it the reference's inputs; returns how far they are apart."""
+    """Give the other model the reference's inputs, then let it make the clip; returns the comparison."""
     pupil = _Pupil(recording, case.dtype)
     contexts, clip = yield from _generated(model, recording.prompt, case, pupil)
     text = {name: _difference(getattr(recording.contexts, name), getattr(contexts, name)) for name in STREAMS}
@@ -121,7 +121,7 @@ def compare(model: Path, recording: Recording, case: Case) -> Generator[Event, N
 
 
 def make(model: Path, prompt: str, case: Case) -> Generator[Event, None, Clip]:
-    """Make the clip alone, computed as those that are compared; returns it."""
+    """Make a clip without comparing it; returns it."""
     _, clip = yield from _generated(model, prompt, case, lambda _, network: _cast(network, case.dtype))
     return clip
 
@@ -129,7 +129,7 @@ def make(model: Path, prompt: str, case: Case) -> Generator[Event, None, Clip]:
 def _generated(
     model: Path, prompt: str, case: Case, observe: Observe
 ) -> Generator[Event, None, tuple[Streams[mx.array], Clip]]:
-    """Run the pipeline; returns what it made of the text, and the clip."""
+    """Run the pipeline; returns the text's contexts (1, tokens, width), and the clip."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "contexts.safetensors"
         pipeline = Pipeline(model, observe)
@@ -170,7 +170,7 @@ class _Recorder:
         kept = self.rows.setdefault(key, [])
         inputs, bias = _some_rows(x, KEPT[key[0]][1], len(kept)), layer.get("bias")
         kept.append(Rows(inputs, _product(layer, inputs, bias), bias))
-        mx.eval(inputs, kept[-1].products)  # or the whole input would stay in memory
+        mx.eval(inputs, kept[-1].products)  # else the whole input would stay in memory
 
     def _call(self, transformer: Transformer, inputs: Streams[StreamInput], skips: Skips) -> Streams[mx.array]:
         velocities = transformer.velocities(inputs, skips)
@@ -203,12 +203,13 @@ class _Pupil:
 
     def _see(self, component: str, path: str, layer: LinearLayer, _: mx.array) -> None:
         rows = self._recording.rows.get(key := (component, path))
-        if rows and key not in self.layers:  # measured when it is first called: then its weights are there
+        if rows and key not in self.layers:  # at its first call, when its weights are loaded
             pairs = ((row.products, _product(layer, row.inputs, row.bias)) for row in rows)
             self.layers[key] = sum((_difference(*pair) for pair in pairs), Difference())
 
     def _taught(self, transformer: Transformer, inputs: Streams[StreamInput], skips: Skips) -> Streams[mx.array]:
-        """The stage's first call, when the network is ready; before it, the velocities at the reference's steps."""
+        """The stage's first call; before it the network, now ready, computes the velocities at the reference's
+        steps."""
         transformer.around = None
         steps = self._recording.stages[self._stage]
         self._stage += 1
@@ -222,7 +223,7 @@ class _Pupil:
 
 
 def _given(step: Step, texts: Streams[Text], name: str, stream: StreamInput) -> StreamInput:
-    """What the transformer is called with at the reference's step, otherwise as in this call."""
+    """A stream's input at the reference's step, otherwise as in this call."""
     return replace(stream, tokens=step.tokens.get(name), levels=step.levels.get(name), text=texts.get(name))
 
 
@@ -232,7 +233,7 @@ def _cast(network: nn.Module, dtype: mx.Dtype | None) -> None:
 
 
 def _some_rows(x: mx.array, count: int, call: int) -> mx.array:
-    """Up to `count` rows (rows, width) of a layer's input, evenly spaced, other ones in each call."""
+    """Up to `count` rows (rows, width) of a layer's input (..., width), evenly spaced, different ones in each call."""
     rows = x.reshape(-1, x.shape[-1])
     total = rows.shape[0]
     step = max(1, total // count)
@@ -240,14 +241,12 @@ def _some_rows(x: mx.array, count: int, call: int) -> mx.array:
 
 
 def _product(layer: LinearLayer, inputs: mx.array, bias: mx.array | None) -> mx.array:
-    """The layer's output less the given bias, in float32: 16 bits would round as coarsely as codes of 8 bits do."""
+    """The layer's output (rows, outputs) without the bias, in float32: 16 bits would round as coarsely as 8-bit
+    codes."""
     y = layer.multiply(inputs.astype(mx.float32))
     return y if bias is None else y - bias.astype(mx.float32)
 
 
 def _difference(reference: mx.array, other: mx.array) -> Difference:
-    return Difference.between(_numbers(reference), _numbers(other))
-
-
-def _numbers(values: mx.array) -> Array:
-    return np.array(values.astype(mx.float32))
+    """Of two arrays of any common shape."""
+    return Difference.between(*(np.array(values.astype(mx.float32)) for values in (reference, other)))

@@ -1,5 +1,5 @@
-"""A LoRA without a published file: random factors of any rank on all layers of a model's transformer. What a step takes
-with one does not depend on its values."""
+"""A LoRA without a published file: random factors of any rank on all layers of a model's transformer. A step's time
+does not depend on their values."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from ltx2.runtime.model.layout import CONFIG, TRANSFORMER, ModelFolder
 from ltx2.runtime.model.names import DOWN, UP
 from ltx2.runtime.networks.load import build_component, parameter_shapes
 
-SIZE = 1e-3  # of values: a change that leaves the network's outputs finite
+SIZE = 1e-3  # of values: small enough to leave the network's outputs finite
 
 
 def random_lora(folder: ModelFolder, rank: int, parent: Path) -> Path:
-    """Written as a converted loras/<name> folder in `parent`, in bf16, unless it is there already; its path."""
+    """Write a converted loras/<name> folder in bf16 into `parent`, unless it is there already; returns its path."""
     shapes = parameter_shapes(build_component(folder, TRANSFORMER, {}))
     layers = {
         name.removesuffix(".weight"): shape

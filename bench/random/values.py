@@ -1,7 +1,7 @@
 """Random tensors in place of trained ones: weights that keep activations near one, so that results stay finite.
 
-Values come from a pool that is repeated: a copy costs no more than reading would, and a GPU works no less on them.
-Zeros would flatter it: a processor that flips fewer bits takes less power and runs faster."""
+Values come from a pool that is repeated: a copy costs no more than reading would. Zeros would flatter a processor: it
+takes less power and runs faster when it flips fewer bits."""
 
 from collections.abc import Callable
 from math import log2, prod
@@ -13,15 +13,15 @@ from ltx2.runtime.model.forms import Form, Quantization
 
 POOL = 1_048_583  # a prime, so that no two rows of a matrix are alike
 ALL_BITS, NO_NAN = 0xFFFFFFFF, 0xBFBFBFBF  # the latter of four E4M3 codes
-RMS = {"mxfp4": 2.93, "nvfp4": 2.93, "mxfp8": 0.62}  # root mean square of the codes that are drawn
-# Exponents of scales: E8M0 is nothing else, E4M3 has three bits behind it.
+RMS = {"mxfp4": 2.93, "nvfp4": 2.93, "mxfp8": 0.62}  # root mean square of the drawn codes
+# The exponent of a scale of 1, and the bits behind exponents: E8M0 has none, E4M3 three.
 EXPONENTS = {"mxfp4": (127, 0), "mxfp8": (127, 0), "nvfp4": (7, 3)}
 MULTIPLIER = 1 / 64
 Shape = tuple[int, ...]
 
 
 class RandomValues:
-    """The tensors of one component; `quantization`: how its layers are packed."""
+    """The tensors of one component whose layers are packed as `quantization` has it."""
 
     def __init__(self, quantization: Quantization) -> None:
         self._quantization = quantization

@@ -1,4 +1,4 @@
-"""What a benchmark runs: every case of a suite with every model, a folder or random weights of published shapes."""
+"""The cases of a benchmark: every task of a suite with every model, a folder or random weights of published shapes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,15 +16,16 @@ UNPACKED = 16
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """A published model by its name, at these bits (16: as published; none: the suite's, else as published), packed as
-    `settings` say otherwise."""
+    """A published model by its name, at these bits (16: as published; none: the suite's, else as published), packed by
+    `settings`."""
 
     name: str
     bits: tuple[int, ...] = ()
     settings: Settings = field(default_factory=Settings)
 
     def folders(self, usual: Sequence[int]) -> Iterator[ModelFolder]:
-        """One per width. Raises InputError for a form that does not exist, and what `random_folder` raises."""
+        """One folder for each bits; `usual`: the suite's. Raises InputError for a form that does not exist, and what
+        `random_folder` raises."""
         packed = self.settings != Settings()
         for bits in self.bits or ((None,) if packed else usual or (UNPACKED,)):
             if bits == UNPACKED and packed and len(self.bits) == 1:
@@ -34,7 +35,7 @@ class RandomWeights:
 
 
 def bench_cases(models: Sequence[Path], random: RandomWeights | None, suite: Suite) -> list[Case]:
-    """Raises ModelFolderError for what is no model folder, InputError for a suite of random weights without them."""
+    """Raises ModelFolderError for a path that is no model folder, InputError for a suite that needs random weights."""
     if suite.bits and random is None:
         why = "it names bits, and a model folder has its own"
         fix = f"use --random NAME, or --suite parts and several model folders instead of --suite {suite.name}"

@@ -1,5 +1,5 @@
-"""What this machine reaches at best, measured: floating-point operations per second of a large matrix product, and
-bytes per second of a copy. Speed is told as a share of these, so that it means something on a machine nobody knows."""
+"""The measured ceilings of this machine: floating-point operations per second of a large matrix product, and bytes per
+second of a copy. Speed as a share of these means something on any machine."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from functools import partial
 
 import mlx.core as mx
 
-ENOUGH_SECONDS = 0.02  # of one call: larger ones are not faster
+ENOUGH_SECONDS = 0.02  # of one call: larger sizes are not faster
 CALLS = 3
 SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of square matrices
 MEGABYTES = (16, 64, 256)
@@ -16,7 +16,7 @@ MEGABYTES = (16, 64, 256)
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Of one dtype, which is MLX's name of it."""
+    """Ceilings of one dtype, by MLX's name."""
 
     dtype: str
     matmul_flops_per_second: float
@@ -24,11 +24,11 @@ class Ceilings:
 
 
 def measure_ceilings(dtype: mx.Dtype) -> Ceilings:
-    """Takes about a second. Sizes grow until one call takes long enough to be measured."""
+    """Takes about a second. Sizes grow until one call takes ENOUGH_SECONDS."""
     return Ceilings(str(dtype).rpartition(".")[2], _fastest(_products(dtype)), _fastest(_copies(dtype)))
 
 
-Work = tuple[int, Callable[[], mx.array]]  # what one call counts, and the call
+Work = tuple[int, Callable[[], mx.array]]  # operations or bytes of a call, and the call
 
 
 def _products(dtype: mx.Dtype) -> Iterator[Work]:

@@ -1,8 +1,8 @@
-"""Two receipts of the same cases: what became faster, what slower, and what is noise.
+"""Two receipts of the same cases: what became faster or slower, and what is noise.
 
-The rule: a median of several runs is known to within half of its spread, (slowest - fastest) / median, either way. Two
-medians differ if they are further apart than both halves together, and by more than 1 %: from one session to the next a
-machine is the same to no less. With a single run on either side the noise is not known, and nothing is judged."""
+The rule: a median of several runs is known to within half of its spread, (slowest - fastest) / median. Two medians
+differ if they are further apart than both halves together and than 1 %, the least noise from one session to the next.
+With a single run on either side the noise is not known, and there is no verdict."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ from ltx2.runtime.files.jsonfile import read_object
 
 LEAST_NOISE = 0.01
 VERSIONS = ("mlx", "ltx2")
-# Facts of a machine that change its speed, beside those, which are what is compared.
+# Facts of a machine that change its speed, beside versions.
 MACHINE = ("chip", "device", "cores", "gpu_cores", "memory_bytes", "system", "power", "power_mode")
 TOTAL = "in all"
 STAGE = "stage"  # phases of alike steps
@@ -23,7 +23,8 @@ STAGE = "stage"  # phases of alike steps
 
 @dataclass(frozen=True)
 class Verdict:
-    """One phase of one case, or all of it. `change` and `noise` are shares of the old median; noise None: not known."""
+    """One phase of one case, or the whole case. `change` and `noise` are shares of the old median; noise None: not
+    known."""
 
     case: str
     phase: str
@@ -50,11 +51,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Verdicts of all cases that both receipts have, and what a reader should know before believing them."""
+    """Verdicts of all cases that both receipts have, and warnings about differences between the machines."""
 
     verdicts: tuple[Verdict, ...]
     warnings: tuple[str, ...]
-    older: Mapping[str, Any]  # when the old receipt was made, and by which versions
+    older: Mapping[str, Any]  # date and versions of the old receipt
 
     def to_dict(self) -> dict[str, Any]:
         verdicts = [verdict.to_dict() for verdict in self.verdicts]
@@ -75,7 +76,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
 
 
 def check_comparable(old: Mapping[str, Any], cases: Iterable[Mapping[str, Any]]) -> None:
-    """`cases` are as `identity` tells them. Raises InputError when the receipt has none of them."""
+    """`cases`: as `identity` returns them. Raises InputError when the receipt has none of them."""
     if not {_key(case) for case in old["cases"]} & {_key(case) for case in cases}:
         why = f"the old one is of {old['cases'][0]['name']}"
         raise InputError("the receipts are of different cases", why, "measure the same model, weights, part and sizes")
@@ -106,7 +107,7 @@ def _verdicts(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Verdic
 
 
 def _timings(phase: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """A phase's times by what they are of: the whole, and a denoise step."""
+    """A phase's times: of the whole, and of a denoise step."""
     timings = {phase["name"]: phase["seconds"]}
     return timings | ({f"{phase['name']}, a step": phase["step_seconds"]} if phase["name"].startswith(STAGE) else {})
 

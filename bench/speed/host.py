@@ -1,5 +1,5 @@
-"""Facts about the machine that decide its speed, beside those that every clip records: GPU cores, and its power. A Mac
-on its battery, or in low power mode, is another machine."""
+"""Facts that decide a machine's speed, beside those that every clip records: GPU cores and power. A Mac on battery, or
+in low power mode, is another machine."""
 
 import os
 import re
@@ -15,8 +15,8 @@ MODES = {"0": "automatic", "1": "low", "2": "high"}
 
 
 def host_facts() -> dict[str, Any]:
-    """As `machine_facts`, and `gpu_cores`, `power` ("AC Power", "Battery Power"), `power_mode` ("automatic", "low",
-    "high"); None is not known."""
+    """`machine_facts`, and `gpu_cores`, `power` ("AC Power", "Battery Power"), `power_mode` ("automatic", "low",
+    "high"), each None where it is not known."""
     facts: dict[str, Any] = {"gpu_cores": None, "power": None, "power_mode": None}
     if sys.platform == "darwin":
         facts["gpu_cores"] = gpu_cores(_output("/usr/sbin/ioreg", "-l", "-r", "-d", "1", "-c", "AGXAccelerator"))
@@ -26,13 +26,13 @@ def host_facts() -> dict[str, Any]:
 
 
 def mlx_environment() -> dict[str, str]:
-    """The environment variables that change how MLX works; not which machines there are, and where."""
+    """The environment variables that change how MLX works, without those that name machines."""
     places = {RANK, "MLX_WORLD_SIZE", *BACKENDS}
     return {n: value for n, value in sorted(os.environ.items()) if n.startswith("MLX_") and n not in places}
 
 
 def gpu_cores(registry: str) -> int | None:
-    """From what `ioreg` says of the accelerator."""
+    """From `ioreg`'s entry of the accelerator."""
     found = re.search(r'"gpu-core-count"\s*=\s*(\d+)', registry)
     return int(found[1]) if found else None
 
@@ -50,7 +50,7 @@ def power_mode(settings: str) -> str | None:
 
 
 def _output(*command: str) -> str:
-    """What a program of the system prints; nothing where it is missing or fails."""
+    """The output of a system program; empty where it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Several machines in a receipt: what their link reaches, and which part of a phase's work the busiest of them has."""
+"""Several machines in a receipt: the speed of their link, and the busiest machine's share of a phase's work."""
 
 import time
 from dataclasses import dataclass, replace
@@ -13,14 +13,14 @@ from ltx2.runtime.generate.phases.together import splits, tile_count
 from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.sampling.guidance import passes
 
-SMALL, LARGE = 256, 64 << 20  # bytes of an exchange: one that only takes its latency, one that the link decides
+SMALL, LARGE = 256, 64 << 20  # bytes of an exchange that latency decides, and of one that bandwidth decides
 CALLS = 5
 
 
 @dataclass(frozen=True)
 class Link:
-    """Of one exchange, all machines with all: seconds where there is hardly anything to send, and bytes per second that
-    a machine sends where there is much."""
+    """An exchange of all machines with all: seconds of a small one, and bytes per second that a machine sends in a
+    large one."""
 
     machines: int
     latency_seconds: float
@@ -28,7 +28,7 @@ class Link:
 
 
 def measure_link(machines: Machines) -> Link | None:
-    """None where there is one machine. Takes about a second over 10 Gbit/s."""
+    """None on one machine. Takes about a second over 10 Gbit/s."""
     if not machines.several:
         return None
     return Link(machines.size, _seconds(machines, SMALL), LARGE * (machines.size - 1) / _seconds(machines, LARGE))
@@ -36,7 +36,7 @@ def measure_link(machines: Machines) -> Link | None:
 
 def _seconds(machines: Machines, size: int) -> float:
     x, times = mx.zeros((size,), mx.uint8), []
-    machines.stack(x)  # all have begun
+    machines.stack(x)  # waits until all machines are here
     for _ in range(CALLS):
         began = time.perf_counter()
         machines.stack(x)
@@ -45,8 +45,8 @@ def _seconds(machines: Machines, size: int) -> float:
 
 
 def busiest(plan: MemoryPlan, machines: Machines) -> dict[str, float]:
-    """Of every shared phase, by its name, the share of its operations that the busiest machine computes. Where
-    tokens are shared, every machine computes the sound, and the keys and values of the text."""
+    """The busiest machine's share of operations, by name of every shared phase. Where tokens are shared, every machine
+    computes the sound, and the keys and values of the text."""
     job, size, found = plan.job, machines.size, dict[str, float]()
     for phase, split in splits(job, machines, plan.tiling).items():
         if split == GUIDANCE:

@@ -1,4 +1,4 @@
-"""A benchmark's receipt (JSON): what was measured on which machine, and what every phase took; and its tables."""
+"""A benchmark's receipt (JSON): the machine, the cases and every phase's time and memory; and its tables."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from ltx2.runtime.model.layout import ModelFolder
 
 @dataclass(frozen=True)
 class PhaseRun:
-    """One phase of one run; the most memory the process held in it, and the bytes read from disks, where known."""
+    """One phase of one run, the process's peak memory, and the bytes read from disks, where known."""
 
     done: PhaseDone
     process_bytes: int
@@ -34,8 +34,8 @@ class PhaseRun:
 
 @dataclass(frozen=True)
 class CaseRuns:
-    """A case and its measured runs. `trace` is the last one's memory, `products` how each form of packed weights was
-    multiplied, by rows; `shares` of a phase's work that the busiest of several machines has."""
+    """A case and its measured runs. `trace`: memory over the last run; `products`: the chosen product of each form of
+    packed weights, by rows; `shares`: of a phase's work that the busiest of several machines has."""
 
     name: str
     task: Task
@@ -50,7 +50,7 @@ class CaseRuns:
 def circumstances(
     schedule: Schedule, suite: str | None, ceilings: Sequence[Ceilings], link: Link | None = None
 ) -> dict[str, Any]:
-    """What a receipt says beside its cases. `link`: of several machines."""
+    """A receipt without its cases. `link`: of several machines."""
     return {
         "kind": "bench",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -66,7 +66,7 @@ def circumstances(
 
 
 def identity(task: Task, job: Job) -> dict[str, Any]:
-    """What decides how long a case takes, but for the machine and the program."""
+    """The facts that decide a case's time, beside the machine and the program."""
     request = job.request.recorded()
     options = {name: request[name] for name in COSTS} | ({"lora_rank": task.lora_rank} if task.lora_rank else {})
     return {"part": task.part, "options": options, "model": _model(job.folder)}
@@ -98,7 +98,7 @@ def _model(folder: ModelFolder) -> dict[str, Any]:
 
 
 def _forms(folder: ModelFolder, component: str) -> dict[str, int]:
-    """How many layers are packed in which form."""
+    """The number of layers packed in each form."""
     quantization = folder.quantization(component)
     counts: Counter[str] = Counter()
     for file in folder.tensor_files(component):
@@ -134,7 +134,7 @@ def _phase(runs: Sequence[PhaseRun], case: CaseRuns, work: Mapping[str, PhaseWor
 
 
 def _exchanged(done: Sequence[PhaseDone], share: float | None) -> dict[str, Any]:
-    """Of a phase on several machines: bytes that the leading one has sent, and seconds of its exchanges, with its
+    """Of a phase on several machines: bytes that the leading one sent, and seconds of its exchanges, which include
     waiting for others."""
     if not any(phase.sent_bytes for phase in done):
         return {}
@@ -148,12 +148,12 @@ def _exchanged(done: Sequence[PhaseDone], share: float | None) -> dict[str, Any]
 
 
 def _usual_steps(phase: PhaseDone) -> list[float]:
-    """Without the one in which single evaluations are timed, which takes longer for it."""
+    """Without the step whose evaluations are timed one by one, which slows it."""
     return [seconds for step, seconds in enumerate(phase.step_seconds) if step != SAMPLED]
 
 
 def _shares(work: PhaseWork, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
-    """Of what the machine reaches at best, while the phase computes: loading is not counted."""
+    """Operations, bytes, and their shares of the machine's ceilings while the phase computes, without loading."""
     return {
         "flops": work.flops,
         "bytes": work.bytes,
@@ -164,11 +164,12 @@ def _shares(work: PhaseWork, seconds: float, ceilings: Ceilings) -> dict[str, An
 
 Table = tuple[str, list[str], list[list[str]]]
 COLUMNS = ["phase", "seconds", "s/step", "peak GB", "plan GB"]
+PEAKS = ("mlx_peak_bytes", "planned_bytes")  # the last two of them
 MORE_COLUMNS = ["load s", "steps", "eval s", "matmul", "copy", "process GB", "read GB"]
 
 
 def tables(receipt: Mapping[str, Any], verbose: bool = False) -> list[Table]:
-    """For people: title, columns and rows of every case; with `verbose` all that is measured."""
+    """Title, columns and rows of every case, for people; with `verbose` all that was measured."""
     machine = receipt["machine"]
     where = f"on {machine['device']}, mlx {machine['mlx']}"
     best = " or ".join(
@@ -183,16 +184,10 @@ def tables(receipt: Mapping[str, Any], verbose: bool = False) -> list[Table]:
 
 
 def _rows(case: Mapping[str, Any], verbose: bool) -> list[list[str]]:
-    total = ["total", _seconds(case["total_seconds"]), "", *(_highest(case, key) for key in PEAKS)]
+    peaks = [_gigabytes(max(phase[key] for phase in case["phases"])) for key in PEAKS]
+    total = ["total", _seconds(case["total_seconds"]), "", *peaks]
     rows = [*(_row(phase, verbose) for phase in case["phases"]), total]
     return [row + [""] * (len(rows[0]) - len(row)) for row in rows]
-
-
-PEAKS = ("mlx_peak_bytes", "planned_bytes")
-
-
-def _highest(case: Mapping[str, Any], key: str) -> str:
-    return _gigabytes(max(phase[key] for phase in case["phases"]))
 
 
 def _row(phase: Mapping[str, Any], verbose: bool) -> list[str]:
@@ -216,7 +211,7 @@ def _row(phase: Mapping[str, Any], verbose: bool) -> list[str]:
 
 
 def _seconds(timing: Mapping[str, float]) -> str:
-    """The median, and half of what the slowest run took longer than the fastest."""
+    """The median, and half of the range from the fastest run to the slowest."""
     return f"{timing['median']:.2f} ± {(timing['slowest'] - timing['fastest']) / 2:.2f}"
 
 

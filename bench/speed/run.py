@@ -1,8 +1,8 @@
-"""Benchmark model folders, or random weights, through the same pipeline that generates: warm-up not counted, repeated,
-every phase timed.
+"""Benchmark model folders, or random weights, in the pipeline that generates: runs are repeated after a warm-up, and
+every phase is timed.
 
-All cases run once, then all once more the other way round, and so on: what the machine does in between (it warms up, it
-does something else for a while) falls on all cases alike."""
+All cases run once, then all again in reverse order, and so on, so that changes of the machine (it warms up, another
+program runs for a while) affect all cases alike."""
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ PROMPT = "a red square moves left on a white background with a low tone"
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a part of a generation with a model."""
+    """A part of a generation with a model."""
 
     model: ModelFolder
     task: Task = field(default_factory=Task)
@@ -50,8 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Benched(Event):
-    """The receipt, as it is written to a file, of all that was measured so far; the last event of a benchmark has all
-    of it."""
+    """The receipt of all measurements so far; the last event of a benchmark has the whole one."""
 
     receipt: dict[str, Any]
 
@@ -63,13 +62,12 @@ def run_bench(
     old: Mapping[str, Any] | None = None,
     machines: Machines = ALONE,
 ) -> Iterator[Event]:
-    """The events of every run, and Benched after every measured round. `old`: a receipt to compare with. What does not
-    fit is left out with a warning. Several `machines` run it together: the leading one measures, and the last event of
-    the others is Followed.
+    """The events of every run, and Benched after every measured round. `old`: a receipt to compare with. A case that
+    does not fit is left out with a warning. Several `machines` run it together: the leading one measures, and the last
+    event of the others is Followed.
 
-    Raises before anything is read or made DoesNotFitError where no case fits, InputError where `old` has none of them;
-    and what the pipeline raises.
-    """
+    Before any work raises DoesNotFitError where no case fits, InputError where `old` has none of the cases; later what
+    the pipeline raises."""
     with TemporaryDirectory() as folder:
         subjects = yield from _fitting(cases, Path(folder), machines)
         if old is not None:
@@ -88,7 +86,7 @@ def run_bench(
 
 
 def _round(subjects: Sequence["_Subject"], schedule: Schedule, number: int) -> Iterator[Event]:
-    """All cases once, every second time the other way round."""
+    """All cases once, in reverse order every second time."""
     for subject in subjects if number % 2 == 0 else reversed(subjects):
         if schedule.cooldown:
             yield Noted(f"resting for {schedule.cooldown:g} s")
@@ -98,7 +96,7 @@ def _round(subjects: Sequence["_Subject"], schedule: Schedule, number: int) -> I
 
 
 def _fitting(cases: Sequence[Case], folder: Path, machines: Machines) -> Generator[Event, None, list["_Subject"]]:
-    """The cases that fit in the memory of all machines, ready to run."""
+    """The cases that fit in memory on all machines, ready to run."""
     fitting, refused = [], list[tuple[str, Ltx2Error]]()
     for number, case in enumerate(cases):
         subject = _Subject(case, folder / f"{number}.safetensors", machines)
@@ -123,10 +121,10 @@ def _fitting(cases: Sequence[Case], folder: Path, machines: Machines) -> Generat
 
 
 class _Subject:
-    """A case, ready to run, and what its runs have given."""
+    """A case, ready to run, and the results of its runs."""
 
     def __init__(self, case: Case, file: Path, machines: Machines) -> None:
-        """Reads headers. `file`: for what a part of a generation starts from."""
+        """Reads headers. `file`: for the values that a part of a generation starts from."""
         self._case, self._machines = case, machines
         self._pipeline = Pipeline(case.model, machines=machines)
         options = with_fixed_length(case.model, dict(case.task.options))
@@ -158,13 +156,13 @@ class _Subject:
 
     @property
     def dtype(self) -> str:
-        """What the networks compute in, as the folder spells it."""
+        """The dtype that the networks compute in, as safetensors spells it."""
         dtype = self._case.model.record(self.plan.job.coder).dtype
         return dtype if dtype in FLOATS.values() else "BF16"
 
     @property
     def skips_reading(self) -> bool:
-        """Whether the plan reads weights in every step that are in no file."""
+        """Whether the plan streams weights that are in no file."""
         return isinstance(self._case.model, RandomFolder) and any(phase.read for phase in self.plan.phases)
 
     def run(self, counted: bool) -> Iterator[Event]:
@@ -185,7 +183,7 @@ class _Subject:
             self._trace = trace.to_dict()
 
     def result(self, ceilings: Ceilings) -> CaseRuns:
-        """What the receipt is made from."""
+        """The case's part of the receipt."""
         task, products = self._case.task, self._pipeline.products
         by_rows = {form: dict(choice.by_rows) for form, choice in products.items()}
         shares = busiest(self.plan, self._machines)
@@ -193,8 +191,8 @@ class _Subject:
 
 
 def _start(job: Job, part: str, options: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The options of a generation that begins with this part: from values in `file` that are random, since times do not
-    depend on them."""
+    """The options of a generation that begins with this part, from random values in `file`: times do not depend on
+    them."""
     if part == "denoise":
         widths = job.transformer_config.context_dims
         contexts = widths.map(lambda width: _normal((1, job.preset.text_tokens, width)))

@@ -1,4 +1,4 @@
-"""Medians, spreads and receipts: one form for every measurement."""
+"""Medians, spreads and receipt files of all measurements."""
 
 import json
 import statistics

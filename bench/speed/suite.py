@@ -1,7 +1,7 @@
-"""What a benchmark measures, as data: suites/*.json, or a user's file.
+"""Suites of a benchmark as data: suites/*.json, or a user's file.
 
-A suite is a list of cases (a part of the generation, and options of `generate` that change what it costs), how often
-each is run, and, where weights are random, at which bits."""
+A suite is a list of cases (a part of the generation, and options of `generate` that change its cost), the number of
+runs of each, and the bits of random weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from ltx2.runtime.generate.options.table import COSTS
 
 FOLDER = Path(__file__).parent / "suites"
 DEFAULT = "quick"
-# Part of a generation -> what of it runs.
+# Part of a generation -> its phases.
 PARTS: Mapping[str, str] = {
     "clip": "everything",
     "text": "text encoder and connectors",
@@ -25,7 +25,7 @@ PARTS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often a case runs: measured, and before that not measured; and seconds of rest before every run."""
+    """A case's measured runs, its warm-up runs before them, and seconds of rest before every run."""
 
     repeat: int = 3
     warmup: int = 1
@@ -43,7 +43,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Task:
-    """One case: a part of a generation with these options, and a LoRA of random values on all layers, of this rank."""
+    """One case: a part of a generation with these options, and a LoRA of this rank with random values on all layers (0:
+    none)."""
 
     part: str = "clip"
     options: tuple[tuple[str, Any], ...] = ()
@@ -52,7 +53,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named suite. `bits` are for random weights; none: as they were chosen."""
+    """A named suite. `bits`: of random weights; empty: as they were chosen."""
 
     name: str
     tasks: tuple[Task, ...]
@@ -60,7 +61,7 @@ class Suite:
     bits: tuple[int, ...] = ()
 
     def changed(self, part: str | None, options: Mapping[str, Any], schedule: Mapping[str, Any]) -> "Suite":
-        """With a user's choice in place of its own; None is none. Cases that became the same are one."""
+        """With a user's choices in place of its own; None is no choice. Equal cases become one."""
         given = {name: value for name, value in options.items() if value is not None}
         tasks = [
             replace(task, part=part or task.part, options=tuple((dict(task.options) | given).items()))
@@ -76,7 +77,7 @@ def suite_names() -> list[str]:
 
 
 def load_suite(name: str = DEFAULT) -> Suite:
-    """A suite by its name or file. Raises InputError when there is none or it is malformed."""
+    """A suite by its name or file. Raises InputError where it does not exist or is malformed."""
     path = FOLDER / f"{name}.json" if name in suite_names() else Path(name)
     try:
         return _read(path.stem, read_object(path))

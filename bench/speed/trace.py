@@ -1,4 +1,4 @@
-"""Memory over time: what MLX and the process hold, sampled by a thread while phases run."""
+"""Memory of MLX and of the process over time, sampled by a thread while phases run."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ Sample = tuple[float, int, int]  # seconds since the start, bytes MLX holds, byt
 
 
 class MemoryTrace:
-    """Samples as long as the context is open. A long run has coarser samples: each then holds the most of several."""
+    """Samples while the context is open. A long run has coarser samples: each then is the maximum of several."""
 
     def __init__(self) -> None:
         self._samples: list[Sample] = []
@@ -39,20 +39,20 @@ class MemoryTrace:
         self._thread.join()
 
     def begin(self, phase: str) -> None:
-        """A phase starts: `end` tells the most that the process holds from here on."""
+        """A phase starts."""
         self._name, self._began = phase, time.perf_counter() - self._start
         with self._lock:
             self._peak = memory_now()
 
     def end(self) -> int:
-        """The phase is over; the most memory the process held in it, of what was sampled."""
+        """The phase is over; returns the process's peak memory in it, as sampled."""
         self._phases.append((self._name, round(self._began, 3), round(time.perf_counter() - self._start, 3)))
         with self._lock:
             self._peak = max(self._peak, memory_now())
             return self._peak
 
     def to_dict(self) -> dict[str, Any]:
-        """For a receipt: columns of the samples, and when each phase ran."""
+        """For a receipt: the samples as columns, and start and stop of each phase."""
         seconds, mlx, process = zip(*self._samples, strict=True)
         phases = [{"name": name, "start": start, "stop": stop} for name, start, stop in self._phases]
         return {"seconds": list(seconds), "mlx_bytes": list(mlx), "process_bytes": list(process), "phases": phases}
@@ -76,5 +76,5 @@ class MemoryTrace:
 
 
 def _most(samples: list[Sample]) -> Sample:
-    """One sample in place of several: the time of the first, the most of each."""
+    """One sample in place of several: the time of the first, and maxima."""
     return samples[0][0], max(s[1] for s in samples), max(s[2] for s in samples)

@@ -17,7 +17,6 @@ from ltx2.bench.speed.compare import compare, read_receipt, table
 from ltx2.bench.speed.receipt import tables
 from ltx2.bench.speed.run import Benched, Case, run_bench
 from ltx2.bench.speed.suite import PARTS, Schedule, Suite, Task, load_suite, suite_names
-from ltx2.bench.speed.table import markdown, tables_in
 from ltx2.bench.speed.trace import MemoryTrace
 from ltx2.runtime.errors import DoesNotFitError, InputError
 from ltx2.runtime.events import Event, Noted, PhaseDone, Warned
@@ -292,22 +291,6 @@ class TestVerdicts:
             read_receipt(path)
         with pytest.raises(InputError, match="no such file"):
             read_receipt(tmp_path / "none.json")
-
-
-class TestTable:
-    def test_of_receipts(self, parts: tuple[list[Event], Receipt]) -> None:
-        _, denoise, decode = parts[1]["cases"]
-        made = markdown([{"cases": [denoise]}, {"cases": [decode]}]).splitlines()
-        assert made[0].split(" | ")[1:] == ["f32, denoise", "f32, decode, no upscale |"]
-        step = denoise["phases"][0]["step_seconds"]["median"]
-        peak = denoise["phases"][0]["mlx_peak_bytes"] / 1e9
-        assert made[2] == f"| stage1, one step | {1000 * step:.0f} ms, {peak:.1f} GB | |"
-        assert len(made) == 2 + len(denoise["phases"]) + len(decode["phases"])
-
-    def test_in_a_text(self, parts: tuple[list[Event], Receipt], tmp_path: Path) -> None:
-        made = markdown([parts[1]])
-        text = f"before\n\n<!-- bench table: a.json b.json -->\n{made}\n<!-- end of table -->\n\nafter"
-        assert list(tables_in(text)) == [(["a.json", "b.json"], made)] and list(tables_in("| a |")) == []
 
 
 class TestMachine:

@@ -16,7 +16,6 @@ from ltx2 import api
 from ltx2.bench.plan.rows import RESIDENT, STREAMED, plan_models
 from ltx2.bench.plots.demo import packed_bits
 from ltx2.bench.speed.compare import read_receipt
-from ltx2.bench.speed.table import markdown, tables_in
 from ltx2.commands.group import cli
 from ltx2.convert.fetch.catalogue import catalogue
 from ltx2.convert.plan.entries import Plan
@@ -26,6 +25,7 @@ from ltx2.runtime.generate.options.preset import load_preset, pipeline_row
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.model.layout import COMPONENTS
 from tests.support import published
+from tests.support.bench_table import markdown, tables_in
 from tests.support.official import plan_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -257,7 +257,7 @@ class TestSizes:
 class TestMeasured:
     @pytest.mark.parametrize("page", PAGES)
     def test_generated_tables(self, page: str) -> None:
-        """Those between marks are what `python -m ltx2.bench.speed.table` prints."""
+        """Those between marks follow from the receipts that they name."""
         found = list(tables_in(TEXTS[page]))
         assert found or page != "performance"
         for receipts, shown in found:

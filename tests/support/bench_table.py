@@ -1,16 +1,11 @@
-"""The table of speed in docs/performance.md; `python -m ltx2.bench.speed.table RECEIPT.json ...` prints it.
+"""The tables of speed in docs/performance.md, made from receipts: a row is a phase, a column a case. Of denoising one
+step, of other phases the computing without loading; and the most memory that MLX held."""
 
-A row is a phase, a column a case: of denoising one step, of the other phases what they compute, without loading; and
-the most memory that MLX held. A test holds what a text has of it between two marks (`MARKS`) to its receipts."""
-
-import argparse
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ltx2.bench.speed.compare import STAGE, read_receipt
+from ltx2.bench.speed.compare import STAGE
 
 MARKS = re.compile(r"<!-- bench table: (?P<paths>[^>]+?) -->\n(?P<table>.*?)\n<!-- end of table -->", re.DOTALL)
 Case = Mapping[str, Any]
@@ -51,13 +46,3 @@ def _cell(phase: Mapping[str, Any]) -> str:
 
 def _time(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("receipts", nargs="+", type=Path)
-    sys.stdout.write(markdown([read_receipt(path) for path in parser.parse_args().receipts]) + "\n")
-
-
-if __name__ == "__main__":
-    main()
