@@ -16,7 +16,7 @@ from ltx2.convert.tensors.gguf import GgufFile
 from ltx2.convert.tensors.keep import Dequantize, Keep, KeepBlockScales
 from ltx2.convert.tensors.scales import dropped_beside_codes, find_codes
 from ltx2.convert.tensors.steps import Cast, Reshape, Spec, Step, Transpose
-from ltx2.runtime.errors import CheckpointError, InputError, reason
+from ltx2.runtime.errors import CheckpointError, InputError, UsageError, reason
 from ltx2.runtime.files.jsonfile import parse_object
 from ltx2.runtime.files.tensors import FLOATS, TensorFile, TensorInfo
 from ltx2.runtime.model.forms import Quantization
@@ -232,11 +232,11 @@ def _claim(owners: Owners, entries: Iterable[Entry], source: Source) -> None:
 
 def _check_options(options: Options) -> None:
     if options.variant not in (None, *VARIANTS):
-        raise InputError(
+        raise UsageError(
             f"there is no variant {options.variant!r}", "a model is dev or distilled", "use --variant dev|distilled"
         )
     if options.dtype not in (None, *FLOATS):
-        raise InputError(
+        raise UsageError(
             f"there is no float type {options.dtype!r}", f"weights are {', '.join(FLOATS)}", "use --dtype bf16|f16|f32"
         )
     for name in options.only:

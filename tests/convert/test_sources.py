@@ -13,7 +13,7 @@ from ltx2.convert.names.release import releases
 from ltx2.convert.plan.check import check_plan
 from ltx2.convert.sources.checkpoint import open_sources
 from ltx2.convert.sources.source import variant_in_name
-from ltx2.runtime.errors import CheckpointError, ConfigError, InputError, UnsupportedError
+from ltx2.runtime.errors import CheckpointError, ConfigError, InputError, UnsupportedError, UsageError
 from tests.support import published
 from tests.support.official import DEMO, GEMMA, MONOLITH, UPSCALER, plan_of
 
@@ -41,9 +41,13 @@ class TestVariant:
 
 
 class TestOptions:
-    @pytest.mark.parametrize("options", [{"variant": "turbo"}, {"dtype": "int4"}, {"only": ("vae",)}], ids=str)
-    def test_unknown_values(self, options: dict[str, Any]) -> None:
-        with pytest.raises(InputError):
+    @pytest.mark.parametrize(
+        ("options", "error"),
+        [({"variant": "turbo"}, UsageError), ({"dtype": "int4"}, UsageError), ({"only": ("vae",)}, InputError)],
+        ids=str,
+    )
+    def test_unknown_values(self, options: dict[str, Any], error: type[InputError]) -> None:
+        with pytest.raises(error):
             plan_of(*DEMO, **{"variant": "dev", **options})
 
     def test_only_what_no_source_holds(self) -> None:
