@@ -61,8 +61,7 @@ def plan_conversion(
     fuse: Iterable[FuseLora] = (),
 ) -> Plan:
     """What `convert` would do, from headers alone; writing checks that it fills whole networks."""
-    paths = [sources] if isinstance(sources, str | PathLike) else sources
-    plan = make_plan(open_sources([Path(path) for path in paths]), Options(variant, dtype, tuple(only)))
+    plan = make_plan(open_sources(_paths(sources)), Options(variant, dtype, tuple(only)))
     return fused(plan, [_use(lora) for lora in fuse], dtype)
 
 
@@ -105,7 +104,7 @@ def convert(
     if delete_sources and only:
         why = "what --only leaves out would be lost"
         raise UsageError("delete_sources and only do not go together", why, "leave out one of them")
-    given = [Path(path) for path in ([sources] if isinstance(sources, str | PathLike) else sources)]
+    given = _paths(sources)
     plan = plan_conversion(given, variant=variant, dtype=dtype, only=only, fuse=fuse)
     if delete_sources:
         check_deletion(plan)
@@ -215,7 +214,7 @@ def bench(
     settings = Settings(group_size=group_size, recipe=recipe, mode=mode or AFFINE)
     if random is None and (bits or settings != Settings()):
         raise UsageError("nothing is random", "bits, mode, group_size and recipe are of random weights", "give random")
-    paths = [Path(path) for path in ([models] if isinstance(models, str | PathLike) else models)]
+    paths = _paths(models)
     if random is None and not paths:
         raise UsageError("nothing is measured", "there is no model", "name a model folder, or give random")
     weights = None if random is None else RandomWeights(random, tuple(bits), settings)
@@ -239,9 +238,8 @@ def verify(
     from ltx2.quant.measure.statistics import Statistics
     from ltx2.quant.plan.replan import repack
 
-    paths = [sources] if isinstance(sources, str | PathLike) else sources
     statistics = None if stats is None else Statistics.open(Path(stats))
-    events = check_folder(Path(model), [Path(path) for path in paths], partial(repack, statistics=statistics))
+    events = check_folder(Path(model), _paths(sources), partial(repack, statistics=statistics))
     return next(event.to_dict() for event in watched(events, progress) if isinstance(event, Verified))
 
 
@@ -254,6 +252,10 @@ def inspect(path: StrPath) -> dict[str, Any]:
 
 def _path(path: StrPath | None) -> Path | None:
     return None if path is None else Path(path)
+
+
+def _paths(paths: Sources) -> list[Path]:
+    return [Path(path) for path in ([paths] if isinstance(paths, str | PathLike) else paths)]
 
 
 # Importing packages has bound their names; the public ones are the functions'. `from ltx2.convert import …` works on.

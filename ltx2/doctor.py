@@ -25,10 +25,10 @@ from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.records.clip import Sampled
 from ltx2.runtime.machine.facts import available_memory, machine_facts
 from ltx2.runtime.media.ffmpeg import ffmpeg_program
+from ltx2.runtime.units import gb
 
 GOLDEN = Path(__file__).parent / "demo" / "golden"  # what Lightricks' own modules made of this noise
 LIMIT = 2e-2  # of latents: eleven steps add up what one product rounds
-GB = 10**9
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,16 @@ class Diagnosed(Event):
     def told(self) -> dict[str, str]:
         """The facts, for people."""
         facts = self.machine
-        sizes = {name: f"{facts[name] / GB:.1f} GB" for name in ("memory_bytes", "limit_bytes", "disk_free_bytes")}
         return {
             "system": f"{facts['system']}, Python {facts['python']}",
             "chip": f"{facts['chip']}, {facts['cores']} cores",
             "device": facts["device"],
-            "memory": sizes["memory_bytes"],
-            "a generation may take": sizes["limit_bytes"],
+            "memory": gb(facts["memory_bytes"]),
+            "a generation may take": gb(facts["limit_bytes"]),
             "mlx": ", ".join(f"{name} {version}" for name, version in facts["mlx_packages"].items()),
             "ltx2": facts["ltx2"],
             "ffmpeg": facts["ffmpeg"] or "not found",
-            "free disk here": sizes["disk_free_bytes"],
+            "free disk here": gb(facts["disk_free_bytes"]),
             "Hugging Face login": "a token is stored"
             if facts["hub_login"]
             else "none (for gated files: hf auth login)",

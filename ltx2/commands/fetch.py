@@ -36,9 +36,8 @@ def download(
     """Fetch published files from the Hugging Face Hub.
 
     NAME is a file or a bundle of all that one model needs, such as ltx-2-distilled; OWNER/NAME is a model folder that
-    somebody has published. Files that are there already are
-    not fetched again; run the same command again to continue after an interruption. Gated files need a login:
-    `hf auth login`.
+    somebody has published. Files that are there already are not fetched again; run the same command again to continue
+    after an interruption. Gated files need a login: `hf auth login`.
     """
     from ltx2.convert.fetch.catalogue import catalogue
     from ltx2.convert.fetch.download import Options

@@ -2,7 +2,6 @@
 in a stage is its conditioning (sampling/conditioning.py)."""
 
 import shlex
-from abc import ABC
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -47,8 +46,8 @@ ENCODING = Tiling(768, 768, 64, 80, 24)  # Lightricks' tiles for clips
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A source clip: a media file, or a latents file that stands for one."""
+class SourceClip:
+    """A clip that is given: a media file, or a latents file that stands for one."""
 
     path: Path
     sizes: Sizes
@@ -56,7 +55,7 @@ class Clip:
     sound: bool
 
     @classmethod
-    def open(cls, path: Path, scales: Scales, fps: float | None) -> "Clip":
+    def open(cls, path: Path, scales: Scales, fps: float | None) -> "SourceClip":
         """Reads headers, and counts a media file's frames. `fps` replaces that of a latents file. Raises InputError
         for what is neither."""
         if path.suffix == ".safetensors":
@@ -129,7 +128,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Given(ABC):
+class Given:
     """One thing that is given, and what it does in the stages."""
 
     conditioning: Conditioning
@@ -151,11 +150,6 @@ class Given(ABC):
     def audio(self, vae: AudioAutoencoder, place: Place) -> mx.array | None:
         """What is encoded of it for a stage's sound, normalised latents."""
         return None
-
-
-@dataclass(frozen=True)
-class GivenNothing(Given):
-    """Tokens that are made along: slots."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +203,7 @@ class GivenReference(Given):
 class GivenClip(Given):
     """A source clip whose streams are kept, all or in part."""
 
-    clip: Clip
+    clip: SourceClip
     streams: tuple[str, ...] = ("video", "audio")
     before: int = 0  # frames that are made before the clip's
 
@@ -280,7 +274,7 @@ class Setting:
     """What is known of a clip when its given things are gathered: the request, the source clip, and geometry."""
 
     request: Request
-    clip: Clip | None
+    clip: SourceClip | None
     sizes: Sizes
     scales: Scales
     factors: tuple[int, int]  # of IC-LoRAs: downscale, and every so many frames
@@ -304,7 +298,7 @@ def gather(at: Setting) -> tuple[Given, ...]:
     found += _kept(at)
     found += [GivenPicture(Keyframe(p.frame, p.strength), Path(p.path), crf) for p, appended in pictures if appended]
     if slots := request.keyframe_slots:
-        found.append(GivenNothing(Slots(slot_frames(slots, frames))))
+        found.append(Given(Slots(slot_frames(slots, frames))))  # made along
     return (*found, *_references(at))
 
 

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.given import Clip, Given, Setting, gather, sound_track
+from ltx2.runtime.generate.given import Given, Setting, SourceClip, gather, sound_track
 from ltx2.runtime.generate.options.choices import (
     asked_length,
     chosen_pipeline,
@@ -66,7 +66,7 @@ class Job:
         self.folder = folder
         self.until = until
         self.asked = request
-        self.clip: Clip | None = None  # the source, where a clip is given
+        self.clip: SourceClip | None = None  # where one is given
         self.preset = preset_of(folder.manifest)
         self.row = pipeline_row(chosen_pipeline(folder, request)) if samples(request) else None
         first = self.preset.distilled_sampler if self.row is not None and self.row.name == DISTILLED else "euler"
@@ -85,7 +85,7 @@ class Job:
             assert video is not None, "a latents file has a picture"
             request = request.for_latents(video.shape, self.scales)
         if request.source is not None:
-            self.clip = Clip.open(Path(request.source), self.scales, request.fps)
+            self.clip = SourceClip.open(Path(request.source), self.scales, request.fps)
             self.clip.check(self.scales, self.video_config.smallest_side)
             request = replace(request, **asdict(grown(self.clip.sizes, request, self.scales)))
             if request.upscale is not None and self.clip.latents:
@@ -150,11 +150,6 @@ class Job:
         last = len(self.stages)
         return last if self.row is None or self.request.keyframe else min(self.row.sound, last)
 
-    @property
-    def steps(self) -> int:
-        """Denoise steps of all stages."""
-        return sum(self.course(number).steps for number in self.numbers)
-
     @cached_property
     def transformer_config(self) -> TransformerConfig:
         return TransformerConfig.from_dict(self.folder.config(TRANSFORMER))
@@ -183,9 +178,9 @@ class Job:
         """The latents of a stage."""
         return self.grid(self.stages[number - 1].downscale, sizes)
 
-    def course(self, number: int, sizes: Sizes | None = None) -> Course:
+    def course(self, number: int) -> Course:
         """How stage `number` is sampled."""
-        row, grid = self.stages[number - 1], self.stage_grid(number, sizes)
+        row, grid = self.stages[number - 1], self.stage_grid(number)
         sampler = SAMPLERS[row.sampler or "euler"]
         schedule = row.schedule if row.schedule.fixed else replace(row.schedule, steps=self.request.steps or 1)
         guidance = self._guidance() if row.guided else Streams(NEUTRAL, NEUTRAL)

@@ -9,7 +9,7 @@ import pytest
 from ltx2.runtime.errors import InputError, UsageError
 from ltx2.runtime.generate.options.kinds import Choice, Number, Whole
 from ltx2.runtime.generate.options.request import Request
-from ltx2.runtime.generate.options.table import CLASHES, ROWS, TABLE, Options, check_usage, repeated
+from ltx2.runtime.generate.options.table import CLASHES, ROWS, Options, check_usage, repeated
 from ltx2.runtime.generate.options.values import Lora, Picture, Sound, Span
 from tests.support.command import Here
 
@@ -74,8 +74,8 @@ class TestWrongUsage:
             check_usage({other: "something", option: value})
         error = caught.value
         assert (error.exit_code, error.kind) == (2, "usage")
-        assert TABLE[option].flag in error.what and TABLE[other].flag in error.what
-        assert TABLE[option].flag in error.fix and TABLE[other].flag in error.fix
+        assert ROWS[option].flag in error.what and ROWS[other].flag in error.what
+        assert ROWS[option].flag in error.fix and ROWS[other].flag in error.fix
 
     @pytest.mark.parametrize("given", RIGHT)
     def test_what_goes_together(self, given: dict[str, Any]) -> None:
@@ -85,13 +85,13 @@ class TestWrongUsage:
     def test_what_lacks_another(self, option: str, needed: str) -> None:
         with pytest.raises(UsageError) as caught:
             check_usage({option: "something"})
-        assert TABLE[option].flag in caught.value.what and TABLE[needed].flag in caught.value.what
+        assert ROWS[option].flag in caught.value.what and ROWS[needed].flag in caught.value.what
 
     def test_the_tables_names_exist(self) -> None:
         for clash in CLASHES:
-            assert {clash.option, *clash.others} <= TABLE.keys()
-        for row in TABLE.values():
-            assert {*row.replaces, *row.sets, *([row.needs] if row.needs else [])} <= TABLE.keys()
+            assert {clash.option, *clash.others} <= ROWS.keys()
+        for row in ROWS.values():
+            assert {*row.replaces, *row.sets, *([row.needs] if row.needs else [])} <= ROWS.keys()
 
     def test_in_python(self) -> None:
         with pytest.raises(UsageError, match="resume has no effect without state"):
@@ -146,7 +146,7 @@ class TestTable:
         assert (Options.width, Options.matmul, Options.no_audio, Options.lora) == (None, "auto", False, ())
 
     def test_every_row_is_explained(self) -> None:
-        for row in TABLE.values():
+        for row in ROWS.values():
             assert row.help.endswith(".") and row.help[0].isupper(), row.name
 
 

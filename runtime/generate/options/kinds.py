@@ -43,7 +43,6 @@ class Option(ABC, Generic[Given, Value]):
     recorded: bool = True  # in the sidecar
     repeated: bool = True  # by --from
     command: bool = True  # on the command line under this name
-    exposed: bool = True  # its feature works
     replaces: tuple[str, ...] = ()  # options that it leaves nothing to do
     sets: tuple[str, ...] = ()  # options whose values come with it
     needs: str = ""  # the option without which it has no effect

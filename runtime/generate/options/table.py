@@ -245,8 +245,7 @@ class Options:
     progress: Watcher = Watcher("Called with every event of the run.", recorded=False, command=False)
 
 
-TABLE: Mapping[str, Option[Any, Any]] = {n: row for n, row in vars(Options).items() if isinstance(row, Option)}
-ROWS = {name: row for name, row in TABLE.items() if row.exposed}
+ROWS: Mapping[str, Option[Any, Any]] = {n: row for n, row in vars(Options).items() if isinstance(row, Option)}
 # What benchmarks take: options that change time or memory.
 COSTS = tuple(name for name, row in ROWS.items() if row.costs)
 
@@ -268,7 +267,7 @@ class Clash:
 
     def error(self, given: Mapping[str, Any], other: str) -> UsageError:
         """Of one of them."""
-        flag, beside = TABLE[self.option].flag, TABLE[other].flag
+        flag, beside = ROWS[self.option].flag, ROWS[other].flag
         spelt = f"{flag} {given[self.option]}" if self.values else flag
         return UsageError(f"{spelt} and {beside} do not go together", self.why, f"leave out {beside} or {flag}")
 
@@ -338,9 +337,9 @@ def check_usage(given: Mapping[str, Any]) -> None:
 def check_needs(given: Mapping[str, Any]) -> None:
     """Raises UsageError for an option that lacks another."""
     for name in given:
-        if (needed := TABLE[name].needs) and needed not in given:
-            flag, row = TABLE[name].flag, TABLE[needed]
-            what, why = f"{flag} has no effect without {row.flag}", TABLE[name].help.rstrip(".")
+        if (needed := ROWS[name].needs) and needed not in given:
+            flag, row = ROWS[name].flag, ROWS[needed]
+            what, why = f"{flag} has no effect without {row.flag}", ROWS[name].help.rstrip(".")
             fix = f"add {row.flag}{'' if row.command else f'={row.metavar}'}, or leave out {flag}"
             raise UsageError(what, f"what it is for: {why}", fix)
 
@@ -355,8 +354,8 @@ def repeated(earlier: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     for clash in CLASHES:
         for other in clash.of(given):
             raise clash.error(given, other)
-    dropped = {name for file in given for name in (*TABLE[file].replaces, *TABLE[file].sets)}
-    dropped |= {row.name for row in TABLE.values() if any(n in given and TABLE[n].decides for n in row.replaces)}
+    dropped = {name for file in given for name in (*ROWS[file].replaces, *ROWS[file].sets)}
+    dropped |= {row.name for row in ROWS.values() if any(n in given and ROWS[n].decides for n in row.replaces)}
     leading = {clash.option for clash in CLASHES}
     for clash in CLASHES:
         for other in clash.of({**earlier, **given}):
@@ -367,6 +366,6 @@ def repeated(earlier: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
             elif other in given and clash.option not in dropped:
                 raise clash.error(earlier, other)
     kept = {name: value for name, value in earlier.items() if name not in dropped} | dict(given)
-    kept = {name: value for name, value in kept.items() if name in given or TABLE[name].needs in ("", *kept)}
+    kept = {name: value for name, value in kept.items() if name in given or ROWS[name].needs in ("", *kept)}
     check_needs(kept)
     return kept
