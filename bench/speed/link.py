@@ -8,9 +8,9 @@ import mlx.core as mx
 
 from ltx2.runtime.distributed.machines import Machines
 from ltx2.runtime.distributed.split import GUIDANCE, SEQUENCE, TILES
-from ltx2.runtime.generate.phases.flops import denoise_step
 from ltx2.runtime.generate.phases.together import splits, tile_count
 from ltx2.runtime.generate.planning import MemoryPlan
+from ltx2.runtime.memory.flops import denoise_step
 from ltx2.runtime.sampling.guidance import passes
 
 SMALL, LARGE = 256, 64 << 20  # bytes of an exchange that latency decides, and of one that bandwidth decides

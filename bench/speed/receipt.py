@@ -16,9 +16,10 @@ from ltx2.bench.speed.suite import Schedule, Task
 from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options.table import COSTS
-from ltx2.runtime.generate.phases.flops import PhaseWork, count
+from ltx2.runtime.generate.phases.order import count
 from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.machine.bounded import ceiling as eval_ceiling
+from ltx2.runtime.memory.flops import PhaseWork
 from ltx2.runtime.memory.meter import SAMPLED
 from ltx2.runtime.model.layout import ModelFolder
 

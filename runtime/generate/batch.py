@@ -13,8 +13,7 @@ from ltx2.runtime.events import Event, PhaseStarted, PlannedPhase, Warned, WorkP
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.networks import Networks
 from ltx2.runtime.generate.phases.base import Phase, Prompts
-from ltx2.runtime.generate.phases.flops import count
-from ltx2.runtime.generate.phases.order import merged
+from ltx2.runtime.generate.phases.order import count, merged
 from ltx2.runtime.generate.phases.text import EncodeText
 from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.generate.records.clip import Saved

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import ltx2
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import StepDone
-from ltx2.runtime.generate.phases.flops import count
+from ltx2.runtime.generate.phases.order import count
 from ltx2.runtime.generate.records.clip import Generated
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes

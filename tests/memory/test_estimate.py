@@ -14,7 +14,7 @@ import mlx.nn as nn
 import pytest
 
 from ltx2.bench.random.model import random_folder
-from ltx2.runtime.errors import DoesNotFitError
+from ltx2.runtime.errors import DoesNotFitError, UsageError
 from ltx2.runtime.events import PhaseDone, StepDone
 from ltx2.runtime.generate import job
 from ltx2.runtime.generate.pipeline import Pipeline
@@ -250,7 +250,7 @@ class TestLimit:
 
     @pytest.mark.parametrize("limit", [0, -1, float("inf"), float("nan")])
     def test_limits_that_are_none(self, model: Callable[[int], Pipeline], limit: float) -> None:
-        with pytest.raises(Exception, match="memory limit"):
+        with pytest.raises(UsageError, match="--memory-limit"):
             model(4).plan(PROMPT, memory_limit=limit)
 
 

@@ -13,9 +13,10 @@ import pytest
 from ltx2.bench.random.model import random_folder
 from ltx2.bench.speed.run import PROMPT
 from ltx2.runtime.events import PhaseStarted
-from ltx2.runtime.generate.phases.flops import (
+from ltx2.runtime.generate.phases.order import count
+from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.memory.flops import (
     connect,
-    count,
     decode_diffusion,
     decode_still,
     decode_video,
@@ -27,7 +28,6 @@ from ltx2.runtime.generate.phases.flops import (
     predict_length,
     vocode,
 )
-from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.audio import bandwidth
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder

@@ -12,8 +12,8 @@ import pytest
 from mlx.utils import tree_map
 
 from ltx2.runtime.errors import ConfigError, UnsupportedError
-from ltx2.runtime.generate.phases.flops import upscale
 from ltx2.runtime.memory import activations, cpu
+from ltx2.runtime.memory.flops import upscale
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
 from ltx2.runtime.networks.upsampler import LatentUpsampler, UpsamplerConfig, build

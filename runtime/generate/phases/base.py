@@ -13,6 +13,7 @@ from ltx2.runtime.events import Event
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.networks import Networks
 from ltx2.runtime.media.video import AudioTrack
+from ltx2.runtime.memory.flops import PhaseWork
 from ltx2.runtime.memory.meter import Phase as Meter
 from ltx2.runtime.memory.plan import Headers, Need, PhasePlan
 from ltx2.runtime.networks.video_vae.tiles import Tiling
@@ -98,6 +99,10 @@ class Phase(ABC):
     @abstractmethod
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         """What the phase takes of memory, for these sizes in place of the job's."""
+
+    @abstractmethod
+    def work(self, headers: Headers) -> PhaseWork:
+        """What the whole phase computes, and moves at least."""
 
     @abstractmethod
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:

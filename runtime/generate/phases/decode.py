@@ -14,8 +14,9 @@ from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.media.source import read_frames
 from ltx2.runtime.media.video import AudioTrack, encoding_memory
 from ltx2.runtime.memory import activations as network
-from ltx2.runtime.memory import cpu
+from ltx2.runtime.memory import cpu, flops
 from ltx2.runtime.memory.activations import Activations
+from ltx2.runtime.memory.flops import PhaseWork, Work
 from ltx2.runtime.memory.plan import Headers, Need, on_cpu, uses_cpu
 from ltx2.runtime.model.layout import DIFFUSION_VAE, VIDEO_VAE
 from ltx2.runtime.networks.audio.bandwidth import vocoder_config
@@ -48,6 +49,10 @@ class DecodeSound(Phase):
         used = used.beside(*map(on_cpu, cpu.decode_audio(config, frames)))
         return Need(self.name, headers.weights(self.name, "decoder."), used)
 
+    def work(self, headers: Headers) -> PhaseWork:
+        work = flops.decode_audio(self.job.audio_config, self.job.grid().audio_frames)
+        return work.moving(network.FLOAT32, headers.weights(self.name, "decoder."))
+
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         vae = tools.networks.load(self.name, AudioAutoencoder)
         read_weights(vae.decoder)
@@ -71,6 +76,11 @@ class Vocode(Phase):
         used = network.vocode(config, frames)
         used = used.beside(on_cpu(cpu.vocode(config, used.largest)))
         return Need(self.name, headers.weights(self.name), used)
+
+    def work(self, headers: Headers) -> PhaseWork:
+        mel_frames = (self.job.grid().audio_frames - 1) * self.job.audio_config.temporal_scale + 1
+        work = flops.vocode(vocoder_config(headers.config(self.name)), mel_frames)
+        return work.moving(network.FLOAT32, headers.weights(self.name))
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         vocoder = tools.networks.load(self.name, Vocoder)
@@ -109,6 +119,10 @@ class DecodeVideo(Phase):
         used = self._activations(latents, tiling, headers.itemsize(self.name))
         return Need(self.name, headers.weights(self.name, "decoder."), used, frames_memory(self.job, sizes))
 
+    def work(self, headers: Headers) -> PhaseWork:
+        work = self._counted(self.job.grid(sizes=self.job.output()).size)
+        return work.moving(headers.itemsize(self.name), headers.weights(self.name, "decoder."))
+
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         assert made.latents.video is not None, "a clip without a picture has no such phase"
         splice, frames_of = Splice(self.job), self._loaded(tools)
@@ -126,6 +140,9 @@ class DecodeVideo(Phase):
     def _activations(self, latents: Size, tiling: Tiling | None, width: int) -> Activations:
         used = network.decode_video(self._config, Tiles(latents, tiling, self._config), width, uses_cpu(), BEHIND)
         return used.beside(on_cpu(cpu.decode_video(self._config, width)))
+
+    def _counted(self, latents: Size) -> Work:
+        return flops.decode_video(self._config, latents)
 
     def _loaded(self, tools: Tools) -> Callable[[mx.array], Iterator[Pictures]]:
         """What makes groups of frames of latents (1, C, F, H, W)."""
@@ -157,6 +174,9 @@ class DiffuseVideo(DecodeVideo):
         used = network.decode_diffusion(self._config, latents, tiling, width, steps)
         return used.beside(on_cpu(cpu.decode_diffusion(self._config, latents, tiling, width)))
 
+    def _counted(self, latents: Size) -> Work:
+        return flops.decode_diffusion(self._config, latents, self._config.decoder.default_num_inference_steps)
+
     def _loaded(self, tools: Tools) -> Callable[[mx.array], Iterator[Pictures]]:
         vae = tools.networks.load(self.name, DiffusionAutoencoder)
         read_weights(vae.decoder)
@@ -185,6 +205,9 @@ class CopyVideo(Phase):
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         return Need(self.name, 0, Activations(0, 0, 0), frames_memory(self.job, sizes))
+
+    def work(self, headers: Headers) -> PhaseWork:
+        return PhaseWork(0, 0)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         yield tools.meter.loaded()

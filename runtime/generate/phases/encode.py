@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from ltx2.runtime.events import Event
-from ltx2.runtime.generate.given import ENCODING, Given, GivenClip, GivenReference
+from ltx2.runtime.generate.given import ENCODING, Given, GivenClip, GivenPicture, GivenReference
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.base import Made, Phase, Tools
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.memory import activations as network
-from ltx2.runtime.memory import cpu
+from ltx2.runtime.memory import cpu, flops
+from ltx2.runtime.memory.flops import PhaseWork, Work
 from ltx2.runtime.memory.plan import Headers, Need, on_cpu, uses_cpu
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.load import read_weights
@@ -37,6 +38,9 @@ class EncodeVideo(Phase):
         used = used.beside(on_cpu(cpu.encode_video(config, itemsize)))
         return Need(self.name, headers.weights(self.job.coder, "encoder."), used)
 
+    def work(self, headers: Headers) -> PhaseWork:
+        return self._counted().moving(headers.itemsize(self.job.coder), headers.weights(self.job.coder, "encoder."))
+
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         vae = tools.networks.load(self.job.coder, VideoCoder)
         read_weights(vae.encoder)
@@ -49,6 +53,16 @@ class EncodeVideo(Phase):
         """Frames, height and width of what is encoded, at most."""
         clips = any(isinstance(given, GivenClip | GivenReference) for given in self.job.given)
         return sizes.frames if clips else 1, sizes.height, sizes.width
+
+    def _counted(self) -> Work:
+        """A clip or reference counts at its stage's size."""
+        scale, work = self.job.scales.spatial, Work()
+        for _, number, given in places(self.job):
+            if given.encodes_video:
+                grid = self.job.stage_grid(number)
+                frames = 1 if isinstance(given, GivenPicture) else self.job.sizes.frames
+                work += flops.encode_video(self.job.video_config, (frames, scale * grid.height, scale * grid.width))
+        return work
 
     def encoded(self, vae: VideoCoder, made: Made) -> Iterator[mx.array]:
         """Latents, one after the other as they are made."""
@@ -70,6 +84,9 @@ class EncodeSource(EncodeVideo):
         factor = self.job.sizes.height // self.job.clip.sizes.height
         return sizes.frames, sizes.height // factor, sizes.width // factor
 
+    def _counted(self) -> Work:
+        return flops.encode_video(self.job.video_config, self.clip(self.job.sizes))
+
     def encoded(self, vae: VideoCoder, made: Made) -> Iterator[mx.array]:
         assert self.job.clip is not None, "a clip is enlarged"
         latents = self.job.clip.video(vae)
@@ -88,6 +105,11 @@ class EncodeSound(Phase):
         config = self.job.audio_config
         used = network.encode_audio(config, round(sizes.frames / sizes.fps * config.sampling_rate))
         return Need(self.name, headers.weights(self.components[0], "encoder."), used)
+
+    def work(self, headers: Headers) -> PhaseWork:
+        config, sizes = self.job.audio_config, self.job.sizes
+        work = flops.encode_audio(config, round(sizes.frames / sizes.fps * config.sampling_rate))
+        return work.moving(network.FLOAT32, headers.weights(self.components[0], "encoder."))
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         vae = tools.networks.load("audio_vae", AudioAutoencoder)

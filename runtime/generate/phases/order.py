@@ -12,6 +12,8 @@ from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVi
 from ltx2.runtime.generate.phases.encode import EncodeSound, EncodeSource, EncodeVideo
 from ltx2.runtime.generate.phases.sample import Denoise, Upscale
 from ltx2.runtime.generate.phases.text import Connect, EncodeText, PredictLength
+from ltx2.runtime.memory.flops import PhaseWork
+from ltx2.runtime.memory.plan import Headers
 from ltx2.runtime.model.layout import DIFFUSION_VAE, VIDEO_VAE
 
 
@@ -43,6 +45,12 @@ def phases(job: Job) -> list[Phase]:
             decode = {None: CopyVideo, VIDEO_VAE: DecodeVideo, DIFFUSION_VAE: DiffuseVideo}
             found.append(decode[job.decoder](job))
     return found
+
+
+def count(job: Job) -> dict[str, PhaseWork]:
+    """The work of every phase of a job by its name. Reads headers."""
+    headers = Headers(job.folder)
+    return {phase.name: phase.work(headers) for phase in phases(job)}
 
 
 def merged(orders: Sequence[Sequence[str]]) -> list[str]:

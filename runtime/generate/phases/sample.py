@@ -1,5 +1,6 @@
 """Noise to latents, and latents to larger ones."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ from ltx2.runtime.generate.phases.preview import Preview, preview_memory, previe
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.layers.lora import attach
 from ltx2.runtime.memory import activations as network
-from ltx2.runtime.memory import cpu
+from ltx2.runtime.memory import cpu, flops
+from ltx2.runtime.memory.flops import PhaseWork
 from ltx2.runtime.memory.plan import CODES, Headers, Need, on_cpu
 from ltx2.runtime.memory.streaming import block_of, streamed
 from ltx2.runtime.model.layout import TRANSFORMER
@@ -29,6 +31,7 @@ from ltx2.runtime.sampling.guidance import passes
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.streams import Streams
 
+TEXT_KEYS = re.compile(r"attn2\.to_[kv]\.")  # layers of the transformer that see the text alone
 SLOW = 0.1  # warn if a stage spends more than this share of its time waiting for the disk
 
 
@@ -58,6 +61,11 @@ class Upscale(Phase):
         used = network.upscale(config, self.job.grid(self.downscale, sizes), itemsize)
         used = used.beside(on_cpu(cpu.upscale(config, used.largest, itemsize)))
         return Need(self.name, headers.weights(self.upscaler), used)
+
+    def work(self, headers: Headers) -> PhaseWork:
+        config = UpsamplerConfig.from_dict(headers.config(self.upscaler))
+        work = flops.upscale(config, self.job.grid(self.downscale))
+        return work.moving(headers.itemsize(self.upscaler), headers.weights(self.upscaler))
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         statistics = load_statistics(self.job.folder, self.job.coder, self.job.video_config.latent_channels)
@@ -144,6 +152,20 @@ class Denoise(Phase):
             used = used.or_then(preview_memory(decoder, grid, itemsize))
         keys = len(self.kept) * network.text_keys(config, grid, text, width)
         return Need(self.name, weights, used, blocks=headers.blocks, text=keys, factors=plain)
+
+    def work(self, headers: Headers) -> PhaseWork:
+        job, config = self.job, TransformerConfig.from_dict(headers.config(TRANSFORMER))
+        grid, text, calls = job.stage_grid(self.number), job.preset.text_tokens, job.calls(self.number)
+        work = flops.denoise_step(config, grid, text, self.appended()) * calls + flops.project_text(config, text)
+        moved = calls * headers.weights(TRANSFORMER)
+        if repeated := self.repeated:
+            keys = sum(t.nbytes for name, t in headers.tensors(TRANSFORMER).items() if TEXT_KEYS.search(name))
+            work, moved = work + flops.text_keys(config, grid, text) * -repeated, moved - repeated * keys
+        if job.request.preview is not None:
+            decoder, steps = VideoVAEConfig.from_dict(headers.config("video_vae")), job.course(self.number).steps
+            work += flops.decode_still(decoder, (grid.height, grid.width)) * steps
+            moved += preview_weights(decoder, headers.itemsize("video_vae")) * steps
+        return work.moving(headers.itemsize(TRANSFORMER), moved)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         course = self.job.course(self.number)

@@ -10,7 +10,8 @@ from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.base import Made, Phase, Texts, Tools
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.memory import activations as network
-from ltx2.runtime.memory import cpu
+from ltx2.runtime.memory import cpu, flops
+from ltx2.runtime.memory.flops import PhaseWork, Work
 from ltx2.runtime.memory.plan import Headers, Need, on_cpu
 from ltx2.runtime.model.layout import DURATION_HEAD
 from ltx2.runtime.networks.load import read_weights
@@ -18,10 +19,13 @@ from ltx2.runtime.networks.text.config import ConnectorsConfig, gemma_config
 from ltx2.runtime.networks.text.connectors import EmbeddingsConnectors
 from ltx2.runtime.networks.text.duration_head import DurationHead, DurationHeadConfig
 from ltx2.runtime.networks.text.gemma import TextEncoder
+from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.guidance import TEXT
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.streams import Streams
+
+EMBEDDING = "model.embed_tokens."  # of which only the prompt's rows are read
 
 
 class EncodeText(Phase):
@@ -36,6 +40,12 @@ class EncodeText(Phase):
         config = gemma_config(headers.config(self.name))
         used = network.text_encoder(config, layer, embedding, _tokens(self.job), headers.itemsize(self.name))
         return Need(self.name, max(embedding, layer), used)
+
+    def work(self, headers: Headers) -> PhaseWork:
+        config = gemma_config(headers.config(self.name))
+        work = sum((flops.encode_text(config, _length(tokens)) for tokens in self.job.tokens.values()), Work())
+        moved = headers.weights(self.name) - headers.weights(self.name, EMBEDDING)
+        return work.moving(headers.itemsize(self.name), moved)
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         for tokens in self.job.tokens.values():
@@ -70,6 +80,11 @@ class Connect(Phase):
         used = used.beside(on_cpu(cpu.connectors(config, length, width)))
         return Need(self.name, headers.weights(self.name), used)
 
+    def work(self, headers: Headers) -> PhaseWork:
+        config, length = ConnectorsConfig.from_dict(headers.config(self.name)), self.job.preset.text_tokens
+        work = sum((flops.connect(config, _length(tokens), length) for tokens in self.job.tokens.values()), Work())
+        return work.moving(headers.itemsize(self.name), headers.weights(self.name))
+
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         texts, prompts = texts_of(self.job), tools.prompts
         if texts in prompts.contexts:
@@ -101,6 +116,11 @@ class PredictLength(Phase):
         config = DurationHeadConfig.from_dict(headers.config(self.name))
         return Need(self.name, headers.weights(self.name), network.predict_length(config, self.job.preset.text_tokens))
 
+    def work(self, headers: Headers) -> PhaseWork:
+        config = DurationHeadConfig.from_dict(headers.config(self.name))
+        work = flops.predict_length(config, self.job.preset.text_tokens)
+        return work.moving(network.FLOAT32, headers.weights(self.name))
+
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         head = tools.networks.load(self.name, DurationHead)
         read_weights(head)
@@ -123,7 +143,11 @@ def hidden_bytes(job: Job) -> int:
 
 def _tokens(job: Job) -> int:
     """Tokens of all prompts together, each as long as the longest."""
-    return len(job.tokens) * max(int(tokens.mask.sum()) for tokens in job.tokens.values())
+    return len(job.tokens) * max(map(_length, job.tokens.values()))
+
+
+def _length(tokens: Encoded) -> int:
+    return int(tokens.mask.sum())
 
 
 def _batch(job: Job) -> tuple[mx.array, mx.array]:

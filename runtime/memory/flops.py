@@ -1,31 +1,17 @@
-"""The arithmetic of every phase, counted from shapes: floating-point operations of linear layers, attentions and
+"""The arithmetic of every network, counted from shapes: floating-point operations of linear layers, attentions and
 convolutions (two per multiplication and addition), and the bytes that these must at least move: every weight as it is
 stored once per evaluation, and what goes in and out of each of them. Elementwise work is not counted.
 
 What a tiling of the video decoder computes twice is no work of the clip either, so that tiles cost efficiency."""
 
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ltx2.runtime.generate.given import GivenPicture
-from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.phases.base import Phase
-from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, DiffuseVideo, Vocode
-from ltx2.runtime.generate.phases.encode import EncodeSound, EncodeSource, EncodeVideo, places
-from ltx2.runtime.generate.phases.order import phases
-from ltx2.runtime.generate.phases.preview import preview_weights
-from ltx2.runtime.generate.phases.sample import Denoise, Upscale
-from ltx2.runtime.generate.phases.text import Connect, EncodeText, PredictLength
-from ltx2.runtime.memory.plan import Headers
-from ltx2.runtime.model.layout import TRANSFORMER
-from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig, vocoder_config
+from ltx2.runtime.networks.audio.bandwidth import ExtendedVocoderConfig
 from ltx2.runtime.networks.audio.config import AudioVAEConfig
 from ltx2.runtime.networks.audio.vocoder import CHANNELS, MEL_BINS, VocoderConfig
-from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig, gemma_config
+from ltx2.runtime.networks.text.config import ConnectorsConfig, GemmaConfig
 from ltx2.runtime.networks.text.duration_head import DurationHeadConfig
-from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.modulation import FREQUENCIES
 from ltx2.runtime.networks.upsampler import UpsamplerConfig
@@ -35,10 +21,6 @@ from ltx2.runtime.networks.video_vae.diffusion_config import Stage as Neighbourh
 from ltx2.runtime.networks.video_vae.diffusion_decoder import ROWS, TIMESTEP_WIDTH
 from ltx2.runtime.networks.video_vae.encode import VideoConfig
 from ltx2.runtime.sampling.latents import Grid
-
-FLOAT32 = 4
-EMBEDDING = "model.embed_tokens."  # of which only the prompt's rows are read
-TEXT_KEYS = re.compile(r"attn2\.to_[kv]\.")  # layers of the transformer that see the text alone
 
 
 @dataclass(frozen=True)
@@ -54,6 +36,10 @@ class Work:
     def __mul__(self, times: int) -> "Work":
         return Work(times * self.flops, times * self.values)
 
+    def moving(self, itemsize: int, weights: int) -> "PhaseWork":
+        """With values of so many bytes, and so many bytes of weights."""
+        return PhaseWork(self.flops, self.values * itemsize + weights)
+
 
 @dataclass(frozen=True)
 class PhaseWork:
@@ -61,124 +47,6 @@ class PhaseWork:
 
     flops: int
     bytes: int
-
-
-def count(job: Job) -> dict[str, PhaseWork]:
-    """The work of every phase of a job by its name. Reads headers."""
-    headers = Headers(job.folder)
-    return {phase.name: COUNTS[type(phase)](phase, headers) for phase in phases(job)}
-
-
-def _encode_text(phase: Phase, headers: Headers) -> PhaseWork:
-    weights = headers.weights("text_encoder") - headers.weights("text_encoder", EMBEDDING)
-    config = gemma_config(headers.config("text_encoder"))
-    work = sum((encode_text(config, _length(tokens)) for tokens in phase.job.tokens.values()), Work())
-    return _moving(work, headers.itemsize("text_encoder"), weights)
-
-
-def _connect(phase: Phase, headers: Headers) -> PhaseWork:
-    config, length = ConnectorsConfig.from_dict(headers.config("connectors")), phase.job.preset.text_tokens
-    work = sum((connect(config, _length(tokens), length) for tokens in phase.job.tokens.values()), Work())
-    return _moving(work, headers.itemsize("connectors"), headers.weights("connectors"))
-
-
-def _encode_video(phase: Phase, headers: Headers) -> PhaseWork:
-    """A clip or reference counts at its stage's size."""
-    job, scale, work = phase.job, phase.job.scales.spatial, Work()
-    for _, number, given in places(job):
-        if given.encodes_video:
-            grid, frames = job.stage_grid(number), 1 if isinstance(given, GivenPicture) else job.sizes.frames
-            work += encode_video(job.video_config, (frames, scale * grid.height, scale * grid.width))
-    return _moving(work, headers.itemsize(job.coder), headers.weights(job.coder, "encoder."))
-
-
-def _encode_source(phase: Phase, headers: Headers) -> PhaseWork:
-    assert isinstance(phase, EncodeSource), "as COUNTS says"
-    work = encode_video(phase.job.video_config, phase.clip(phase.job.sizes))
-    return _moving(work, headers.itemsize(phase.job.coder), headers.weights(phase.job.coder, "encoder."))
-
-
-def _encode_sound(phase: Phase, headers: Headers) -> PhaseWork:
-    config, sizes = phase.job.audio_config, phase.job.sizes
-    work = encode_audio(config, round(sizes.frames / sizes.fps * config.sampling_rate))
-    return _moving(work, FLOAT32, headers.weights("audio_vae", "encoder."))
-
-
-def _predict_length(phase: Phase, headers: Headers) -> PhaseWork:
-    work = predict_length(DurationHeadConfig.from_dict(headers.config(phase.name)), phase.job.preset.text_tokens)
-    return _moving(work, FLOAT32, headers.weights(phase.name))
-
-
-def _upscale(phase: Phase, headers: Headers) -> PhaseWork:
-    assert isinstance(phase, Upscale), "as COUNTS says"
-    config = UpsamplerConfig.from_dict(headers.config(phase.upscaler))
-    work = upscale(config, phase.job.grid(phase.downscale))
-    return _moving(work, headers.itemsize(phase.upscaler), headers.weights(phase.upscaler))
-
-
-def _denoise(phase: Phase, headers: Headers) -> PhaseWork:
-    assert isinstance(phase, Denoise), "as COUNTS says"
-    job, config = phase.job, TransformerConfig.from_dict(headers.config(TRANSFORMER))
-    grid, text, calls = job.stage_grid(phase.number), job.preset.text_tokens, job.calls(phase.number)
-    work = denoise_step(config, grid, text, phase.appended()) * calls + project_text(config, text)
-    repeated, moved = phase.repeated, calls * headers.weights(TRANSFORMER)
-    if repeated:
-        work += text_keys(config, grid, text) * -repeated
-        moved -= repeated * sum(t.nbytes for name, t in headers.tensors(TRANSFORMER).items() if TEXT_KEYS.search(name))
-    if job.request.preview is not None:
-        decoder, steps = VideoVAEConfig.from_dict(headers.config("video_vae")), job.course(phase.number).steps
-        work += decode_still(decoder, (grid.height, grid.width)) * steps
-        moved += preview_weights(decoder, headers.itemsize("video_vae")) * steps
-    return _moving(work, headers.itemsize(TRANSFORMER), moved)
-
-
-def _decode_sound(phase: Phase, headers: Headers) -> PhaseWork:
-    work = decode_audio(phase.job.audio_config, phase.job.grid().audio_frames)
-    return _moving(work, FLOAT32, headers.weights("audio_vae", "decoder."))
-
-
-def _vocode(phase: Phase, headers: Headers) -> PhaseWork:
-    mel_frames = (phase.job.grid().audio_frames - 1) * phase.job.audio_config.temporal_scale + 1
-    work = vocode(vocoder_config(headers.config("vocoder")), mel_frames)
-    return _moving(work, FLOAT32, headers.weights("vocoder"))
-
-
-def _decode_video(phase: Phase, headers: Headers) -> PhaseWork:
-    config = VideoVAEConfig.from_dict(headers.config(phase.name))
-    work = decode_video(config, phase.job.grid(sizes=phase.job.output()).size)
-    return _moving(work, headers.itemsize(phase.name), headers.weights(phase.name, "decoder."))
-
-
-def _diffuse_video(phase: Phase, headers: Headers) -> PhaseWork:
-    config = DiffusionVAEConfig.from_dict(headers.config(phase.name))
-    steps = config.decoder.default_num_inference_steps
-    work = decode_diffusion(config, phase.job.grid(sizes=phase.job.output()).size, steps)
-    return _moving(work, headers.itemsize(phase.name), headers.weights(phase.name, "decoder."))
-
-
-COUNTS: Mapping[type[Phase], Callable[[Phase, Headers], PhaseWork]] = {
-    EncodeText: _encode_text,
-    Connect: _connect,
-    EncodeVideo: _encode_video,
-    EncodeSource: _encode_source,
-    EncodeSound: _encode_sound,
-    PredictLength: _predict_length,
-    Upscale: _upscale,
-    Denoise: _denoise,
-    DecodeSound: _decode_sound,
-    Vocode: _vocode,
-    DecodeVideo: _decode_video,
-    CopyVideo: lambda *_: PhaseWork(0, 0),
-    DiffuseVideo: _diffuse_video,
-}
-
-
-def _length(tokens: Encoded) -> int:
-    return int(tokens.mask.sum())
-
-
-def _moving(work: Work, itemsize: int, weights: int) -> PhaseWork:
-    return PhaseWork(work.flops, work.values * itemsize + weights)
 
 
 # Operations
