@@ -78,7 +78,7 @@ def test_other_names(name: str, error: type[Exception], said: str) -> None:
     ],
 )  # fmt: skip
 def test_named_like_a_folder(settings: Settings, name: str) -> None:
-    assert random_model._kind(settings) == name
+    assert random_folder(NAME, settings).path.name == f"{NAME}-{name}"
 
 
 def test_a_bundle_is_its_model() -> None:

@@ -6,17 +6,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ltx2.runtime.errors import CheckpointError, UnsupportedError
 from ltx2.runtime.files.tensors import (
     NUMPY_DTYPES,
+    Array,
     bf16_to_f32,
     f32_to_bf16,
+    file_header,
     open_tensorfile,
-)
+    tensor_bytes,
+    write_tensorfile,
+)  # fmt: skip
 
 
 def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
@@ -123,6 +129,63 @@ class TestReading:
                 open_tensorfile(path)
 
 
+class TestWriting:
+    def tensors(self) -> dict[str, tuple[str, Array]]:
+        rng = np.random.default_rng(0)
+        return {
+            "w": ("F32", rng.standard_normal((5, 3)).astype(np.float32)),
+            "h": ("BF16", rng.integers(0, 65536, (4, 2)).astype(np.uint16)),
+            "s": ("F32", np.array(3.5, np.float32)),
+            "e": ("F32", np.zeros((0, 4), np.float32)),
+            "t": ("F32", np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)),
+        }
+
+    def test_the_library_reads_it_back(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.safetensors"
+        write_tensorfile(path, self.tensors(), {"format": "mlx"})
+        mine = open_tensorfile(path)
+        with safe_open(path, framework="numpy") as theirs:
+            assert theirs.metadata() == {"format": "mlx"}
+            assert list(mine.tensors) == list(self.tensors())  # in the order given
+            for name, (dtype, values) in self.tensors().items():
+                np.testing.assert_array_equal(mine.array(name), values)
+                assert mine.tensors[name].nbytes == tensor_bytes(dtype, values.shape)
+                if dtype == "F32":
+                    np.testing.assert_array_equal(theirs.get_tensor(name), values)
+        assert mine.tensors["w"].start % 8 == 0
+
+    def test_mlx_reads_it_back(self, tmp_path: Path) -> None:
+        values = np.linspace(-3, 3, 12, dtype=np.float32).reshape(3, 4)
+        path = tmp_path / "x.safetensors"
+        write_tensorfile(path, {"b": ("BF16", f32_to_bf16(values)), "f": ("F32", values)}, {})
+        loaded = mx.load(str(path))
+        assert isinstance(loaded, dict) and loaded["b"].dtype == mx.bfloat16
+        assert mx.array_equal(loaded["b"], mx.array(values).astype(mx.bfloat16))
+        assert mx.array_equal(loaded["f"], mx.array(values))
+
+    def test_same_tensors_same_bytes(self, tmp_path: Path) -> None:
+        for name in ("x", "y"):
+            write_tensorfile(tmp_path / name, self.tensors(), {"b": "1", "a": "2"})
+        assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+    def test_header(self) -> None:
+        header = file_header({"a": ("BF16", (2, 3)), "b": ("F32", ())}, {})
+        length = int.from_bytes(header[:8], "little")
+        assert len(header) == 8 + length and len(header) % 8 == 0
+        assert json.loads(header[8:]) == {
+            "__metadata__": {},
+            "a": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]},
+            "b": {"dtype": "F32", "shape": [], "data_offsets": [12, 16]},
+        }
+
+    def test_rows(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.safetensors"
+        write_tensorfile(path, self.tensors(), {})
+        file = open_tensorfile(path)
+        for name, start, stop in (("w", 1, 4), ("h", 0, 4), ("t", 3, 4), ("e", 0, 0), ("w", 2, 2)):
+            np.testing.assert_array_equal(file.rows(name, start, stop), file.array(name)[start:stop])
+
+
 class TestBfloat16:
     def test_every_code_survives(self) -> None:
         codes = np.arange(1 << 16, dtype=np.uint16)
@@ -158,8 +221,6 @@ class TestBfloat16:
         assert np.isnan(bf16_to_f32(code)).all()
 
     def test_agrees_with_mlx(self) -> None:
-        import mlx.core as mx
-
         bits = np.random.default_rng(0).integers(0, 1 << 32, 100_000, np.uint32)
         values = bits.view(np.float32)
         values = values[np.isfinite(values)]
