@@ -15,7 +15,6 @@ from ltx2.convert.plan.folder import DescribedFolder, described_folder
 from ltx2.convert.plan.make import Options, make_plan
 from ltx2.quant.apply import Settings, quantize_plan
 from ltx2.runtime.errors import InputError
-from ltx2.runtime.generate.options.preset import load_preset
 from ltx2.runtime.memory.blocks import Names, Weights
 from ltx2.runtime.model.forms import AFFINE
 
@@ -64,16 +63,13 @@ class _RandomBlock:
 
 
 def random_folder(name: str, settings: Settings | None = None) -> RandomFolder:
-    """The model that the catalogue has under `name` (a bundle, or its checkpoint), in 16 bits or quantized.
-
-    Raises InputError for other names, UnsupportedError for a model that cannot generate yet.
-    """
+    """The model of this name in the catalogue (a bundle, or its checkpoint), in 16 bits or quantized. Raises InputError
+    for other names."""
     known = catalogue()
     bundle = known.bundle(name)
     if any(part.bits < 16 for part in known.choose([bundle.name])):
         why = "random weights stand in for 16-bit files, and for what ltx2 makes of those"
         raise InputError(f"{name} is not of 16 bits", why, "name the 16-bit model, with --bits 8 or --mode mxfp8")
-    load_preset(bundle.release)
     sources = [source for source in bundle_sources(bundle) if source.kind != "lora"]
     plan, path = make_plan(sources, Options(variant=bundle.variant)), Path(name)
     if settings is not None:

@@ -14,13 +14,9 @@ from ltx2.runtime.generate.options.table import COSTS
 
 FOLDER = Path(__file__).parent / "suites"
 DEFAULT = "quick"
-# Part of a generation -> its phases.
-PARTS: Mapping[str, str] = {
-    "clip": "everything",
-    "text": "text encoder and connectors",
-    "denoise": "the stages, and the upscaler between them, from given embeddings",
-    "decode": "the decoders, from given latents",
-}
+# Of a generation: all of it; text encoder and connectors; the stages and the upscaler between them, from given
+# embeddings; the decoders, from given latents.
+PARTS = ("clip", "text", "denoise", "decode")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from ltx2.runtime.model.config import STORAGE_KEYS
 from ltx2.runtime.model.forms import AFFINE, Quantization
 from ltx2.runtime.model.layout import CONFIG, INDEX, ComponentRecord, Manifest, ModelFolder
 
+PROMPT_TOKENS = 100  # of a usual prompt
+
 
 def folder_plan(folder: ModelFolder) -> Plan:
     """The plan that copies a model folder as it is."""
@@ -61,14 +63,12 @@ def _is_companion(name: str) -> bool:
 
 @dataclass(frozen=True)
 class DescribedFolder(ModelFolder):
-    """A model folder that exists in memory only. `configs` and `files` (headers alone) are by component, `beside` are
-    bytes of files that are no tensors; a prompt has `prompt_tokens` tokens, whatever it says, for there is no
-    tokenizer."""
+    """A model folder in memory only. `configs` and `files` (headers alone) are by component, `beside` are bytes of
+    files that are no tensors. Without a tokenizer every prompt has PROMPT_TOKENS tokens."""
 
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     files: Mapping[str, TensorFile] = field(default_factory=dict)
     beside: int = 0
-    prompt_tokens: int = 100
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +93,7 @@ class DescribedFolder(ModelFolder):
         return [self.files[component]]
 
     def tokens(self, length: int) -> tuple[Any, Any, int] | None:
-        count = min(length, self.prompt_tokens)
+        count = min(length, PROMPT_TOKENS)
         ids, mask = np.zeros((1, length), np.int32), np.zeros((1, length), np.int32)
         ids[0, length - count :], mask[0, length - count :] = np.arange(count), 1
         return ids, mask, 0
