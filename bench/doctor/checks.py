@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2.bench.doctor import reference
-from ltx2.bench.doctor.reference import Array
+from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.layers.matmul import PRODUCTS, Codes
 from ltx2.runtime.layers.neighbourhood import Keys, Neighbourhood
 from ltx2.runtime.layers.packed import UNIT

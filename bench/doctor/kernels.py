@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ltx2.bench.doctor.checks import Check, checks
-from ltx2.bench.doctor.reference import Array
+from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.memory.plan import uses_cpu
 
 # Largest relative error. A 16-bit float rounds by up to 0.4 %; GPUs may multiply float32 with 10 bits of mantissa.

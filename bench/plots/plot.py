@@ -62,7 +62,7 @@ def log_scale(axis: "Axes") -> None:
 def draw_strips(axis: "Axes", strips: Mapping[str, Array]) -> None:
     """A row of frames, uint8 (F, H, W, 3), for every name; all rows have one shape."""
     padding = ((0, 0), (0, GAP), (0, GAP), (0, 0))
-    rows = [np.concatenate(np.pad(frames, padding, constant_values=WHITE), axis=1) for frames in strips.values()]
+    rows = [np.concatenate(list(np.pad(frames, padding, constant_values=WHITE)), axis=1) for frames in strips.values()]
     axis.imshow(np.concatenate(rows))
     axis.set_yticks([len(rows[0]) * (number + 0.5) for number in range(len(rows))], list(strips))
     axis.set_xticks([])

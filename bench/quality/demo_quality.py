@@ -24,12 +24,13 @@ from ltx2.bench.plots.plot import check_plot
 from ltx2.bench.quality.classify import classify
 from ltx2.bench.quality.demo_models import REFERENCE, SIZE, DemoModel, demo_models, make_models
 from ltx2.bench.quality.demo_prompts import Prompt, random_prompts
-from ltx2.bench.quality.metrics import Array, Difference
+from ltx2.bench.quality.metrics import Difference
 from ltx2.bench.quality.quality import clip_row, model_facts, strip
 from ltx2.bench.quality.teacher import STREAMS, Case, Comparison, Recording, compare, make, packed_layers, record
 from ltx2.bench.speed.stats import write_receipt
 from ltx2.runtime.events import Event
 from ltx2.runtime.files.paths import check_output
+from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.generate.records.clip import Clip
 from ltx2.runtime.machine.facts import machine_facts
 from ltx2.runtime.model.layout import ModelFolder

@@ -13,10 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-from ltx2.bench.quality.metrics import Array, Difference, log_spectral_distance, psnr
+from ltx2.bench.quality.metrics import Difference, log_spectral_distance, psnr
 from ltx2.bench.quality.teacher import (
     STREAMS,
     Case,
@@ -33,6 +32,7 @@ from ltx2.bench.speed.run import Benched
 from ltx2.convert.inspect import inspect
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Section
+from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options.choices import with_fixed_length
 from ltx2.runtime.generate.options.request import Request
@@ -83,18 +83,14 @@ class Quality:
             self.peaks += clip.record["phases"]
 
 
-def run_quality(
-    model: Path, reference: Path, prompts: Sequence[str], options: Mapping[str, Any], dtype: mx.Dtype | None = None
-) -> Iterator[Event]:
+def run_quality(model: Path, reference: Path, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[Event]:
     """Compare two model folders on some prompts; the last event is Compared.
 
     `options` are those of `generate` without the prompt; the first prompt has their seed, the next ones the following
-    seeds. Both models compute in `dtype`, or each in that of its weights. Packed weights are unpacked to multiply, so
-    that weights are compared, not kernels. Raises InputError for folders of different architectures, and what a
-    generation raises.
-    """
+    seeds. Packed weights are unpacked to multiply, so that weights are compared, not kernels. Raises InputError for
+    folders of different architectures, and what a generation raises."""
     folders = ModelFolder.open(model), ModelFolder.open(reference)
-    case = Case({"seed": 0, "matmul": "dequantized", **with_fixed_length(folders[1], options)}, dtype)
+    case = Case({"seed": 0, "matmul": "dequantized", **with_fixed_length(folders[1], options)})
     check_comparable(*folders, case)
     measured, strips = Quality(), []
     for number, prompt in enumerate(prompts):

@@ -186,7 +186,7 @@ def test_failing_source_passes_through_and_leaves_the_old_file(tmp_path: Path) -
 
 
 def test_ffmpeg_failure_carries_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, ".mp4", replace(MP4, options=("-preset", "no-such-preset")))  # type: ignore[arg-type]
+    monkeypatch.setitem(FORMATS, ".mp4", replace(MP4, options=("-preset", "no-such-preset")))
     endless = (movie(64, 256, 256) for _ in range(1000))  # far more than a pipe holds: the writer meets a closed one
     with pytest.raises(MediaError, match="no-such-preset"):
         write_video(tmp_path / "a.mp4", endless, fps=24)
