@@ -22,6 +22,7 @@ from ltx2.runtime.media.sound import resample
 from ltx2.runtime.media.source import count_frames, media_facts, read_frames, read_sound, unevenness
 from ltx2.runtime.media.video import AudioTrack
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
+from ltx2.runtime.networks.video_vae.config import Size
 from ltx2.runtime.networks.video_vae.encode import VideoCoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.conditioning import (
@@ -139,6 +140,10 @@ class Given:
         """Whether stage `number` has it."""
         return True
 
+    def encoded(self, place: Place) -> Size:
+        """Frames, height and width, in pixels, that are encoded for a stage's picture."""
+        return place.size
+
     def latents(self, place: Place) -> Streams[mx.array] | None:
         """What is latents already and needs no encoding."""
         return None
@@ -160,11 +165,11 @@ class GivenPicture(Given):
     crf: int
     encodes_video = True
 
+    def encoded(self, place: Place) -> Size:
+        return 1, *place.size[1:]
+
     def video(self, vae: VideoCoder, place: Place) -> mx.array:
-        scale = place.scales.spatial
-        pixels = covering(
-            compressed(read_picture(self.path), self.crf), place.grid.height * scale, place.grid.width * scale
-        )
+        pixels = covering(compressed(read_picture(self.path), self.crf), *place.size[1:])
         return vae.encode(mx.array(pixels)[None, None].transpose(0, 4, 1, 2, 3))
 
 
@@ -174,22 +179,27 @@ class GivenReference(Given):
 
     path: Path
     frames: int  # of the clip
-    height: int
-    width: int
+    downscale: int
     every: int
     encodes_video = True
 
     def in_stage(self, number: int) -> bool:
         return number == 1
 
+    def encoded(self, place: Place) -> Size:
+        frames, height, width = place.size
+        return (min(frames, self.frames) - 1) // self.every + 1, height // self.downscale, width // self.downscale
+
     def video(self, vae: VideoCoder, place: Place) -> mx.array:
+        _, height, width = self.encoded(place)
+
         def wanted() -> Iterator[Pixels]:
             at = 0
             for group in read_frames(self.path):
                 kept = [i for i in range(len(group)) if at + i < self.frames and self._keeps(at + i)]
                 at += len(group)
                 if kept:
-                    yield covering(group[kept], self.height, self.width)
+                    yield covering(group[kept], height, width)
                 if at >= self.frames:
                     return
 
@@ -213,6 +223,9 @@ class GivenClip(Given):
     @property
     def encodes_video(self) -> bool:  # type: ignore[override]
         return "video" in self.streams and not self.clip.latents
+
+    def encoded(self, place: Place) -> Size:
+        return self.clip.sizes.frames, *place.size[1:]
 
     @property
     def encodes_audio(self) -> bool:  # type: ignore[override]
@@ -349,4 +362,4 @@ def _references(at: Setting) -> Iterator[Given]:
         attention = 1.0 if request.reference_attention is None else request.reference_attention
         name = f"{REFERENCE}.{number}" if many else REFERENCE
         conditioning = Reference_(shape, downscale, every, reference.strength, attention, name)
-        yield GivenReference(conditioning, path, given, height, width, every)
+        yield GivenReference(conditioning, path, given, downscale, every)

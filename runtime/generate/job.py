@@ -129,9 +129,9 @@ class Job:
             raise InputError("this model makes no keyframe slots", why, "leave out --keyframe-slots")
         return gather(Setting(self.request, self.clip, self.sizes, self.scales, self.loras.reference_factors))
 
-    def place(self, number: int) -> Place:
+    def place(self, number: int, sizes: Sizes | None = None) -> Place:
         """Where things are given in stage `number`."""
-        return Place(number, self.stage_grid(number), self.sizes.fps, self.scales)
+        return Place(number, self.stage_grid(number, sizes), (sizes or self.sizes).fps, self.scales)
 
     def warnings(self) -> Iterator[str]:
         """What may not come out as expected."""

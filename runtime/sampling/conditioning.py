@@ -27,6 +27,12 @@ class Place:
     fps: float
     scales: Scales
 
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width in pixels."""
+        grid, scales = self.grid, self.scales
+        return (grid.frames - 1) * scales.temporal + 1, grid.height * scales.spatial, grid.width * scales.spatial
+
 
 class Conditioning(ABC):
     """One thing that is given."""

@@ -1,16 +1,18 @@
 """Given pictures, clips and sounds to latents."""
 
 from collections.abc import Iterator
+from functools import reduce
 
 import mlx.core as mx
 
 from ltx2.runtime.events import Event
-from ltx2.runtime.generate.given import ENCODING, Given, GivenClip, GivenPicture, GivenReference
+from ltx2.runtime.generate.given import ENCODING, Given
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.base import Made, Phase, Tools
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.memory import activations as network
 from ltx2.runtime.memory import cpu, flops
+from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.flops import PhaseWork, Work
 from ltx2.runtime.memory.plan import Headers, Need, on_cpu, uses_cpu
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
@@ -34,12 +36,13 @@ class EncodeVideo(Phase):
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config, itemsize = self.job.video_config, headers.itemsize(self.job.coder)
-        used = network.encode_video(config, self.clip(sizes), ENCODING, itemsize, uses_cpu())
-        used = used.beside(on_cpu(cpu.encode_video(config, itemsize)))
+        each = (network.encode_video(config, clip, ENCODING, itemsize, uses_cpu()) for clip in self.clips(sizes))
+        used = reduce(Activations.or_then, each).beside(on_cpu(cpu.encode_video(config, itemsize)))
         return Need(self.name, headers.weights(self.job.coder, "encoder."), used)
 
     def work(self, headers: Headers) -> PhaseWork:
-        return self._counted().moving(headers.itemsize(self.job.coder), headers.weights(self.job.coder, "encoder."))
+        work = sum((flops.encode_video(self.job.video_config, clip) for clip in self.clips(self.job.sizes)), Work())
+        return work.moving(headers.itemsize(self.job.coder), headers.weights(self.job.coder, "encoder."))
 
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
         vae = tools.networks.load(self.job.coder, VideoCoder)
@@ -49,20 +52,10 @@ class EncodeVideo(Phase):
             check_finite(latents, "the latents of a given picture")
             yield tools.meter.step()
 
-    def clip(self, sizes: Sizes) -> Size:
-        """Frames, height and width of what is encoded, at most."""
-        clips = any(isinstance(given, GivenClip | GivenReference) for given in self.job.given)
-        return sizes.frames if clips else 1, sizes.height, sizes.width
-
-    def _counted(self) -> Work:
-        """A clip or reference counts at its stage's size."""
-        scale, work = self.job.scales.spatial, Work()
-        for _, number, given in places(self.job):
-            if given.encodes_video:
-                grid = self.job.stage_grid(number)
-                frames = 1 if isinstance(given, GivenPicture) else self.job.sizes.frames
-                work += flops.encode_video(self.job.video_config, (frames, scale * grid.height, scale * grid.width))
-        return work
+    def clips(self, sizes: Sizes) -> list[Size]:
+        """Frames, height and width of all that is encoded."""
+        found = ((given, number) for _, number, given in places(self.job) if given.encodes_video)
+        return [given.encoded(self.job.place(number, sizes)) for given, number in found]
 
     def encoded(self, vae: VideoCoder, made: Made) -> Iterator[mx.array]:
         """Latents, one after the other as they are made."""
@@ -79,13 +72,10 @@ class EncodeSource(EncodeVideo):
 
     title = "encoding the clip"
 
-    def clip(self, sizes: Sizes) -> Size:
+    def clips(self, sizes: Sizes) -> list[Size]:
         assert self.job.clip is not None, "a clip is enlarged"
         factor = self.job.sizes.height // self.job.clip.sizes.height
-        return sizes.frames, sizes.height // factor, sizes.width // factor
-
-    def _counted(self) -> Work:
-        return flops.encode_video(self.job.video_config, self.clip(self.job.sizes))
+        return [(sizes.frames, sizes.height // factor, sizes.width // factor)]
 
     def encoded(self, vae: VideoCoder, made: Made) -> Iterator[mx.array]:
         assert self.job.clip is not None, "a clip is enlarged"
