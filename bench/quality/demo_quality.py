@@ -62,7 +62,7 @@ Results = Sequence[Mapping[str, Result]]  # by prompt and model
 
 def measure_prompt(paths: Paths, number: int, prompt: Prompt) -> dict[str, Result]:
     """Make the clips of one prompt with all models; the first COMPARED prompts' are compared."""
-    # In float32 whatever the weights' dtype: a CPU computes bf16 coarsely, and what is compared are the weights.
+    # In float32 whatever the weights' dtype: a CPU computes bf16 coarsely, and weights are compared, not kernels.
     case = Case({**SIZE, "fps": 24.0, "seed": number, "matmul": "dequantized"}, mx.float32)
     measured = _compared(paths, prompt, case) if number < COMPARED else _made(paths, prompt, case)
     results = {}

@@ -79,7 +79,7 @@ def random_folder(name: str, settings: Settings | None = None) -> RandomFolder:
 
 
 def _kind(settings: Settings) -> str:
-    """What a folder of such weights would be called: q4, mxfp8, q3-uniform, q4-small."""
+    """The usual name of a folder of such weights: q4, mxfp8, q3-uniform, q4-small."""
     bits = f"q{settings.form.bits}" if settings.mode == AFFINE else settings.mode
     if settings.recipe == Settings().recipe:
         return bits

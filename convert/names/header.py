@@ -61,7 +61,7 @@ def header_of(file: str) -> str:
 
 
 class DescribedFile(TensorFile):
-    """A file of which nothing is at hand but the header, and the marks beside int8 codes, which are all the same."""
+    """A published file's header without its data, but for the marks beside int8 codes, which are all the same."""
 
     def array(self, name: str) -> Array:
         assert name.endswith(".comfy_quant"), "the one kind of tensor that plans read"

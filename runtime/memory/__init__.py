@@ -1,1 +1,1 @@
-"""What a phase takes of memory, and keeping it within a limit."""
+"""Memory of phases: planned from shapes, measured, limited. Arithmetic, counted from shapes."""

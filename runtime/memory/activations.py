@@ -110,8 +110,8 @@ def denoise_step(
 
 
 def rotated(config: TransformerConfig, tokens: int, itemsize: int) -> int:
-    """Bytes beside the rest where layers rotate what they are given: a feed-forward network's inner values, of four
-    times the width, are there once more before its output is."""
+    """More bytes where layers rotate their inputs: a second copy of a feed-forward network's inner values, of four
+    times the width."""
     return (4 - 1) * config.video_dim * tokens * itemsize
 
 

@@ -1,8 +1,7 @@
 """The arithmetic of every network, counted from shapes: floating-point operations of linear layers, attentions and
-convolutions (two per multiplication and addition), and the bytes that these must at least move: every weight as it is
-stored once per evaluation, and what goes in and out of each of them. Elementwise work is not counted.
-
-What a tiling of the video decoder computes twice is no work of the clip either, so that tiles cost efficiency."""
+convolutions (two per multiplication and addition), and the bytes that these must move at least: every stored weight
+once per evaluation, and their inputs and outputs. Elementwise work is not counted, nor the overlaps that tiles of the
+video decoder compute twice: tiles lower efficiency."""
 
 from dataclasses import dataclass
 from math import prod
@@ -25,7 +24,7 @@ from ltx2.runtime.sampling.latents import Grid
 
 @dataclass(frozen=True)
 class Work:
-    """Operations, and values that go in and out of them beside weights."""
+    """Operations, and the values of their inputs and outputs without weights."""
 
     flops: int = 0
     values: int = 0
@@ -37,13 +36,13 @@ class Work:
         return Work(times * self.flops, times * self.values)
 
     def moving(self, itemsize: int, weights: int) -> "PhaseWork":
-        """With values of so many bytes, and so many bytes of weights."""
+        """In bytes, of values of `itemsize` and of `weights`."""
         return PhaseWork(self.flops, self.values * itemsize + weights)
 
 
 @dataclass(frozen=True)
 class PhaseWork:
-    """What a whole phase computes and moves at least."""
+    """The operations of a whole phase, and the bytes that it must move at least."""
 
     flops: int
     bytes: int
@@ -57,12 +56,12 @@ def linear(tokens: int, inputs: int, outputs: int) -> Work:
 
 
 def attention(queries: int, keys: int, width: int, key_width: int | None = None) -> Work:
-    """Softmax(Q K^T) V over all heads, `width` together; keys and values may have fewer."""
+    """Softmax(Q K^T) V over all heads, of `width` together; `key_width` where keys and values are narrower."""
     return Work(4 * queries * keys * width, 2 * queries * width + 2 * keys * (key_width or width))
 
 
 def convolution(positions: int, taps: int, inputs: int, outputs: int) -> Work:
-    """With as many positions in as out."""
+    """A convolution with as many output positions as input positions."""
     return linear(positions, taps * inputs, outputs) + Work(0, positions * inputs * (1 - taps))
 
 
@@ -70,7 +69,7 @@ def convolution(positions: int, taps: int, inputs: int, outputs: int) -> Work:
 
 
 def denoise_step(config: TransformerConfig, grid: Grid, text: int, appended: int = 0) -> Work:
-    """One call of the transformer, with so many tokens beside the picture's own."""
+    """One call of the transformer. `appended`: tokens beside the picture's own."""
     video, audio = config.video_dim, config.audio_dim
     x, y = grid.tokens + appended, grid.audio_frames
     block = _stream(video, x, text) + _stream(audio, y, text)
@@ -87,13 +86,13 @@ def denoise_step(config: TransformerConfig, grid: Grid, text: int, appended: int
 
 
 def text_keys(config: TransformerConfig, grid: Grid, text: int) -> Work:
-    """Keys and values of the text in all blocks: a part of `denoise_step`, and done once for texts that are kept."""
+    """Keys and values of the text in all blocks: a part of `denoise_step`, but done once where they are kept."""
     widths = (config.video_dim, config.audio_dim) if grid.tokens else (config.audio_dim,)
     return sum((linear(text, width, width) * 2 for width in widths), Work()) * config.num_layers
 
 
 def project_text(config: TransformerConfig, text: int) -> Work:
-    """The text's features to both streams' widths, once per stage; nothing where the connectors do that."""
+    """Projecting the text's features to both streams' widths, once per stage; nothing where the connectors do it."""
     if config.caption_proj_before_connector:
         return Work()
     widths = (config.video_dim, config.audio_dim)
@@ -146,7 +145,7 @@ def connect(config: ConnectorsConfig, tokens: int, length: int) -> Work:
 
 
 def predict_length(config: DurationHeadConfig, length: int) -> Work:
-    """Of contexts of `length` tokens, for each stream."""
+    """The duration head on contexts of `length` tokens per stream."""
     dim, hidden = config.pooler_hidden_dim, config.mlp_hidden
     work = linear(length, config.cross_attention_dim, dim) + linear(length, config.audio_cross_attention_dim, dim)
     work += linear(2 * length, dim, dim) * 2 + linear(1, dim, dim) * 2 + attention(1, 2 * length, dim)
@@ -154,7 +153,7 @@ def predict_length(config: DurationHeadConfig, length: int) -> Work:
 
 
 def upscale(config: UpsamplerConfig, grid: Grid) -> Work:
-    """`grid` is of the latents that come in."""
+    """`grid`: of the input."""
     mid, blocks, (up, down) = config.mid_channels, 2 * config.num_blocks_per_stage, config.factors
     large = prod(config.enlarged(grid.frames, grid.height, grid.width))
     ends = convolution(grid.tokens, 27, config.in_channels, mid) + convolution(large, 27, mid, config.in_channels)
@@ -172,7 +171,7 @@ def decode_video(config: VideoVAEConfig, latents: Size) -> Work:
 
 
 def decode_still(config: VideoVAEConfig, size: tuple[int, int]) -> Work:
-    """A preview, of latents with these rows and columns."""
+    """A preview of latents with these rows and columns."""
     layers = config.decoder.convolutions((1, *size), still=True)
     return sum((convolution(prod(c.size), 9, c.inputs, c.outputs) * c.times for c in layers), Work())
 
@@ -200,8 +199,7 @@ def decode_diffusion(config: DiffusionVAEConfig, latents: Size, steps: int) -> W
 
 
 def _neighbourhood(stage: NeighbourhoodStage) -> Work:
-    """One block: attention to windows, and a gated feed-forward network. Keys that are gathered and not seen are not
-    counted."""
+    """One block: attention to windows, and a gated feed-forward network, without gathered keys outside of a window."""
     count, width = stage.positions, stage.channels
     scores = Work(4 * count * prod(stage.kernel) * width, 4 * count * width)
     feed = linear(count, width, 4 * width) * 2 + linear(count, 4 * width, width)
@@ -216,7 +214,7 @@ def decode_audio(config: AudioVAEConfig, frames: int) -> Work:
         work += _residual_blocks(size, width, outputs, config.num_res_blocks + 1)
         width = outputs
         if level:
-            work += convolution(4 * size, 9, width, width)  # of its frames the first is left out afterwards
+            work += convolution(4 * size, 9, width, width)  # the first of its frames is dropped afterwards
             frames, bins = 2 * frames - 1, 2 * bins
             size = frames * bins
     return work + convolution(size, 9, width, config.out_ch)
@@ -237,13 +235,13 @@ def encode_audio(config: AudioVAEConfig, samples: int) -> Work:
 
 
 def _residual_blocks(size: int, inputs: int, outputs: int, count: int) -> Work:
-    """Two convolutions each; the first block's input is projected where it has another width."""
+    """Two convolutions each; and a projection of the first block's input where its width differs."""
     work = convolution(size, 9, inputs, outputs) + convolution(size, 9, outputs, outputs) * (2 * count - 1)
     return work + (convolution(size, 1, inputs, outputs) if inputs != outputs else Work())
 
 
 def vocode(config: VocoderConfig | ExtendedVocoderConfig, mel_frames: int) -> Work:
-    """The generators, and the spectrogram in between. What filters compute counts as elementwise."""
+    """The generators, and the spectrogram in between. Filters count as elementwise."""
     work = sum((_generate(generator, frames) for generator, frames in config.generators(mel_frames)), Work())
     if isinstance(config, ExtendedVocoderConfig):
         (_, frames), bwe = config.generators(mel_frames)[1], config.bwe

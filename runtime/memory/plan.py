@@ -155,7 +155,7 @@ class Headers:
         return max(count for count in counts if count <= UNPACKABLE)
 
     def rotates(self, component: str) -> bool:
-        """Whether layers rotate what they are given."""
+        """Whether layers rotate their inputs."""
         quantization = self.folder.quantization(component)
         return any(form and form.rotation for form in (quantization.common, *quantization.others.values()))
 

@@ -1,11 +1,11 @@
-"""The matrices that weights are rotated by, block by block of their columns, before they are rounded.
+"""The matrices that rotate weights, block by block of their columns, before rounding.
 
-A block's matrix is a Kronecker power of one of 4 x 4, orthogonal and symmetric: it is its own inverse. Its size is a
-power of four, so that its entries, of one absolute value, are powers of two, which every float type has exactly; the
-products of codes with it are exact in float32.
+A block's matrix is a Kronecker power of a 4 x 4 matrix, orthogonal and symmetric, so it is its own inverse. Its size is
+a power of four: its entries, all of one absolute value, are powers of two, which every float type has exactly, and its
+products with codes are exact in float32.
 
-Sylvester's first column only adds up, so that what all inputs share ends in one. The columns of a regular matrix all
-add up alike (ConvRot, arXiv:2512.03673; the order is that of ComfyUI's `convrot`)."""
+Sylvester's first column is constant, so it collects the inputs' common part in one value. In a regular matrix all
+columns have the same sum (ConvRot, arXiv:2512.03673; the order is that of ComfyUI's `convrot`)."""
 
 from functools import cache
 
@@ -23,7 +23,7 @@ ROTATIONS = (16, 64, 256)  # sizes of blocks
 
 @cache
 def hadamard(size: int, kind: str = SYLVESTER) -> Array:
-    """The matrix of a block."""
+    """The matrix (size, size) of a block, float32."""
     base = np.array(BASES[kind], np.float32) / 2
     matrix = base
     while len(matrix) < size:
@@ -32,5 +32,5 @@ def hadamard(size: int, kind: str = SYLVESTER) -> Array:
 
 
 def rotated_rows(values: Array, size: int, kind: str = SYLVESTER) -> Array:
-    """float32 values (..., width) with every block of `size` rotated; once more, and they are what they were."""
+    """float32 values (..., width) with every block of `size` rotated; rotating them again gives back the values."""
     return (values.reshape(-1, size) @ hadamard(size, kind)).reshape(values.shape)
