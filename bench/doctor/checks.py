@@ -110,11 +110,13 @@ def _fp8_inputs() -> Inputs:
 
 
 def _packed_product(form: Form, name: str, given: Mapping[str, mx.array], plain: bool = False) -> mx.array:
+    """(ROWS, OUTPUTS) of `_packed_inputs` by the product of this name; `plain`: all scales are 1."""
     codes = Codes(given["codes"], given["scales"], given.get("biases"), form, plain)
     return PRODUCTS[name](given["x"], codes, None)
 
 
 def _packed_expected(inputs: Inputs) -> Array:
+    """(ROWS, OUTPUTS) in float32."""
     return np.asarray(inputs["x"] @ inputs["values"].T, np.float32)
 
 

@@ -54,6 +54,7 @@ def _checked(check: Check, dtype: mx.Dtype) -> Checked:
 
 
 def _array(value: Array, dtype: mx.Dtype) -> mx.array:
+    """An array of any shape; float32 in `dtype`, other types as they are."""
     made = mx.array(value)
     return made.astype(dtype) if made.dtype == mx.float32 else made
 

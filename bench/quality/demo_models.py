@@ -104,6 +104,7 @@ def fill_with_stock(packed: Path, source: Path, out: Path) -> None:
 
 
 def _fill(folder: ModelFolder, component: str, weights: Mapping[str, mx.array]) -> None:
+    """`weights` of packed layers: (outputs, inputs)."""
     quantization = folder.quantization(component)
     for path in folder.weight_files(component):
         file = open_tensorfile(path)

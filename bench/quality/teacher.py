@@ -160,6 +160,7 @@ class _Recorder:
             network.around = self._call
 
     def _see(self, component: str, path: str, layer: LinearLayer, x: mx.array) -> None:
+        """A layer is called with x (..., width)."""
         every, _ = KEPT[component]
         if path in self._layers[component]:
             if self._calls[component, path] % every == 0:
@@ -173,6 +174,7 @@ class _Recorder:
         mx.eval(inputs, kept[-1].products)  # else the whole input would stay in memory
 
     def _call(self, transformer: Transformer, inputs: Streams[StreamInput], skips: Skips) -> Streams[mx.array]:
+        """The velocities (1, tokens, channels), which are kept if they are the prompt's without skips."""
         velocities = transformer.velocities(inputs, skips)
         text = next(inputs.values()).text
         if not self.stages[-1]:

@@ -27,7 +27,7 @@ class RandomFolder(DescribedFolder):
         return "measure fewer bits: --bits 4, or --bits 3 --recipe uniform"
 
     def arrays(self, component: str) -> dict[str, mx.array]:
-        """The component's tensors, lazy: each is made when it is first used."""
+        """The component's tensors in their shapes, lazy: each is made when it is first used."""
         return dict(self.values(component, {name: name for name in self.files[component].tensors}))
 
     def blocks(self, component: str, names: Mapping[int, Names]) -> dict[int, "_RandomBlock"]:

@@ -205,6 +205,7 @@ def _start(job: Job, part: str, options: dict[str, Any], file: Path) -> dict[str
 
 
 def _normal(shape: tuple[int, ...]) -> mx.array:
+    """Normal values of this shape, always the same."""
     return mx.random.normal(shape, key=mx.random.key(0))
 
 

@@ -125,7 +125,7 @@ def covering(frames: Array, height: int, width: int) -> Array:
 
 
 def _resized(values: Array, axis: int, size: int, start: int, count: int) -> Array:
-    """An axis (negative) stretched to `size`, and of that `count` values from `start` on."""
+    """Values (..., H, W, 3) with a negative axis stretched to `size` and cut to `count` from `start` on, float32."""
     length = values.shape[axis]
     at = (np.arange(start, start + count, dtype=np.float64) + 0.5) * (length / size) - 0.5
     at = np.clip(at, 0, None).astype(np.float32)

@@ -59,6 +59,7 @@ class Block:
             self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
     def read(self) -> mx.array:
+        """All bytes, uint8 (size,). Raises CheckpointError when they cannot be read."""
         source = _OneTensor(file_header({TENSOR: ("U8", (self.size,))}, {}), self)
         try:
             loaded = mx.load(cast(Any, source), format="safetensors")
@@ -67,6 +68,7 @@ class Block:
         return cast(dict[str, mx.array], loaded)[TENSOR]
 
     def views(self, memory: mx.array) -> Weights:
+        """The tensors, in their shapes, of bytes (size,)."""
         return [(name, _view(memory, place)) for name, place in self._places.items()]
 
     def fill(self, memory: memoryview) -> None:

@@ -123,7 +123,8 @@ class BlockStream:
         self._blocks[index].load_weights(self._files[index].views(memory), strict=True)
 
     def queued(self, index: int, results: Sequence[mx.array]) -> None:
-        """The block's work is queued: drop the block before it once the device is done with that."""
+        """The block's work is queued, with results (1, tokens, width): drop the block before it once the device is done
+        with that."""
         if self._used is not None:
             last, computed = self._used
             mx.eval(computed)

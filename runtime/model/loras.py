@@ -77,7 +77,7 @@ class Change:
         return self._values(BIAS_DELTA, 0, self.shape(BIAS_DELTA)[0])
 
     def _values(self, part: str, start: int, stop: int) -> Array:
-        """Rows [start, stop) of a part in float32."""
+        """Rows [start, stop) of a part, float32 (stop - start, ...)."""
         file, tensor = self.parts[part]
         return to_float32(file.rows(tensor.name, start, stop), tensor.dtype)
 
