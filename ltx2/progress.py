@@ -229,18 +229,26 @@ class Pace:
         self._first = 0
         self._last = 0
         self._start = 0.0
+        self._share = 0.0  # when it began
 
     def text(self, event: BytesDone) -> str:
         """As a line shows it; empty until two seconds' worth is known."""
         now = time.monotonic()
         if event.total != self._total or event.done < self._last:  # another stream begins
             self._total, self._first, self._start = event.total, event.done, now
+            self._share = _share(event)
         self._last = event.done
         seconds, done = now - self._start, event.done - self._first
-        if seconds < 2 or done <= 0:
+        share = _share(event)
+        if seconds < 2 or done <= 0 or share <= self._share:
             return ""
-        rest = (event.total - event.done) * seconds / done
+        rest = (1 - share) * seconds / (share - self._share)
         return f", {size_text(round(done / seconds))}/s, {duration_text(rest)} left"
+
+
+def _share(event: BytesDone) -> float:
+    """How much of the work is done."""
+    return event.done / max(1, event.total) if event.share is None else event.share
 
 
 def duration_text(seconds: float) -> str:

@@ -128,11 +128,13 @@ class Warned(Event):
 
 @dataclass(frozen=True)
 class BytesDone(Event):
-    """Progress of a conversion: bytes of output written so far, of the total."""
+    """Progress of a conversion: bytes of output written so far, of the total. `share`, from 0 to 1, says how much of
+    the work that is, where bytes take unequally long."""
 
     file: str
     done: int
     total: int
+    share: float | None = None
 
 
 @dataclass(frozen=True)

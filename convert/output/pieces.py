@@ -48,6 +48,11 @@ class Piece:
     def memory(self) -> int:
         return self.end - self.start
 
+    @property
+    def work(self) -> float:
+        """How long it takes: that of copying so many bytes."""
+        return float(self.end - self.start)
+
     def read(self) -> Bytes:
         return self.reader.read(self.start, self.end)
 
@@ -65,6 +70,10 @@ class Rows(Piece):
         if self.move.packing is not None and not self.move.packing.main_thread:
             return self.end - self.start + self.stored
         return self.end - self.start + (self.values if self.move.steps else 0)
+
+    @property
+    def work(self) -> float:
+        return super().work * (1.0 if self.move.packing is None else self.move.packing.effort)
 
     @property
     def values(self) -> int:

@@ -119,6 +119,11 @@ class Packing(ABC):
         return False
 
     @property
+    def effort(self) -> float:
+        """How many times as long as copying a tensor this takes, roughly."""
+        return 1.0
+
+    @property
     def piece_bytes(self) -> int:
         """Bytes that `rows` should be given at once, where that is more than usual."""
         return 0

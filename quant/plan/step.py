@@ -29,6 +29,9 @@ BIAS = "bias"  # of a layer's own bias, which is not one of a group's
 # Bytes: GPTQ goes through a layer's columns one by one, and a GPU, which waits for launches there, takes all of their
 # rows in nearly the time of some. A CPU's caches hold some.
 WHOLE = 1 << 30
+# Inputs of a layer for which GPTQ would take no longer than a search: it takes so many times as long as a layer has
+# times as many inputs, on a CPU and (calculated) on a GPU.
+GPTQ_WIDTH = 256
 SHORT = 12  # digits of a hash that tell files apart
 
 
@@ -90,6 +93,11 @@ class Known:
     bias: Move | None
     replay: Replay | None = None
 
+    @property
+    def width(self) -> int:
+        """How many inputs the layer has."""
+        return self.statistics.layers[self.component, self.layer]
+
     def inputs(self) -> Inputs:
         """Raises InputError for values that are no statistics."""
         found = self.statistics.inputs(self.component, self.layer, biased=self.bias is not None)
@@ -143,6 +151,10 @@ class Quantize(Packing):
     @property
     def main_thread(self) -> bool:
         return True  # functions that MLX compiled in another thread abort the process when it ends
+
+    @property
+    def effort(self) -> float:
+        return self.known.width / GPTQ_WIDTH if self.known and self.method == GPTQ else 1.0
 
     @property
     def piece_bytes(self) -> int:

@@ -137,6 +137,14 @@ class TestPlain:
             "2 % of 500 MB",
         ]
 
+    def test_bytes_that_take_unequally_long(self, capsys: pytest.CaptureFixture[str], late: list[float]) -> None:
+        """The first half of them in 3 s, the other half is nine tenths of the work."""
+        with Progress() as progress:
+            for done, share in ((0, 0.0), (50, 0.1)):
+                progress.show(BytesDone("transformer/model.safetensors", done * MB, 100 * MB, share))
+                late[0] += 3
+        assert lines(capsys)[-1].endswith("50 % of 100 MB, 17 MB/s, 27 s left")
+
     def test_long_times_are_minutes(self, capsys: pytest.CaptureFixture[str], late: list[float]) -> None:
         with Progress() as progress:
             for done in (0, 1):

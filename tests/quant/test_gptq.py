@@ -32,6 +32,7 @@ from ltx2.quant.plan.replan import repack
 from ltx2.quant.plan.step import Known, quantized
 from ltx2.quant.report import Report
 from ltx2.runtime.errors import ConfigError, InputError
+from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.files.tensors import bf16_to_f32, f32_to_bf16
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.layers.linear import Linear, Packed
@@ -225,6 +226,21 @@ def test_a_gpu_takes_whole_tensors(denoiser: Path, stats: Path, monkeypatch: pyt
     assert [piece.count for piece in rows_of(packed)] == [128]
     monkeypatch.setattr(step, "GPU_BLOCK", move.spec.nbytes // 4)
     assert [piece.count for piece in rows_of(quantized(move, Q4))] == [64] * 2, "a block of 16 bits is enough otherwise"
+
+
+def test_progress_counts_work(denoiser: Path, stats: Path, recipe: Path, tmp_path: Path) -> None:
+    """A layer counts by its bytes times its inputs."""
+    seen = list[Event]()
+    ltx2.quantize(denoiser, tmp_path / "q", recipe=str(recipe), stats=stats, method="gptq", progress=seen.append)
+    written = [event for event in seen if isinstance(event, BytesDone) and event.share is not None]
+    shares = [0.0, *(event.share or 0.0 for event in written)]
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
+    plan = folder_plan(ModelFolder.open(denoiser))
+    move = next(move for move in plan.moves("transformer") if move.key.endswith("0.ff.proj_out.weight"))
+    known = Known(Statistics.open(stats), "transformer", move.layer, None, new_replay(denoiser, stats))
+    (piece,) = rows_of(quantized(move, Q4, known))
+    assert piece.work == move.spec.nbytes * 512 / 256
+    assert next(rows_of(quantized(move, Q4))).work == move.spec.nbytes
 
 
 class TestReplay:
