@@ -149,16 +149,15 @@ def _requests(
     def request_of(options: Options) -> Request:
         # What needs a state or an output is checked before they are named.
         options = {OUTPUT: target, "state": state, **options}
-        request = Request.again(earlier.request, options) if earlier else Request.from_options(options)
-        if earlier is not None:
-            earlier.check_inputs(request, given)
-        return request
+        return Request.again(earlier.request, options) if earlier else Request.from_options(options)
 
     request_of(given)  # what is wrong with these is no line's
     found = []
     for options in clips:
         with of(options.get("name")):
             found.append(request_of(options))
+            if earlier is not None:
+                earlier.check_inputs(found[-1], options)
     known = not wanted.several and found[0].resume and state.exists()
     without = [number for number, request in enumerate(found) if request.seed is None and request.noise is None]
     if not without or known or not draws:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 import ltx2
@@ -223,6 +224,20 @@ def test_what_is_wrong_with_all_clips_is_no_line_s(here: Here, tmp_path: Path) -
     done = here("generate", "--prompts", tmp_path / "p", "--crf", "99")
     done.failed(2, "error: --crf 99 is not valid")
     here("generate", "--prompts", tmp_path / "p", "--keep", "audio").failed(2, "error: --keep has no effect without")
+
+
+def test_a_line_gives_anew_what_an_earlier_run_was_given(here: Here, demo_f32: Path, tmp_path: Path) -> None:
+    """A picture that is gone is asked for in the lines alone that use it."""
+    gone, there = tmp_path / "gone.png", tmp_path / "there.png"
+    Image.new("RGB", (64, 64)).save(there)
+    request = {"prompt": "x", "image": [[str(gone), 0, 1]], "width": 64, "height": 64, "frames": 9}
+    record = {"request": request, "inputs": [{"option": "image", "path": str(gone), "sha256": "0"}]}
+    (tmp_path / "x.json").write_text(json.dumps(record | {"model": {"path": str(demo_f32), "files": {}}}))
+    line = ["generate", "--from", tmp_path / "x.json", "--prompts", tmp_path / "p", "--seed", "1", "--dry-run", "-q"]
+    (tmp_path / "p").write_text(json.dumps({"prompt": "a", "image": str(there)}))
+    assert here(*line).code == 0
+    (tmp_path / "p").write_text(json.dumps({"prompt": "a", "image": str(there)}) + "\nb")
+    here(*line).failed(1, f"line 2 of {tmp_path / 'p'}: {gone} is gone")
 
 
 @pytest.mark.parametrize("name", REFUSED)
