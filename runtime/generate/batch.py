@@ -79,7 +79,7 @@ def make_all(
     for run in runs:
         run.common = common
     clips = len(runs) + len(there)
-    yield planned(runs, clips)
+    yield _planned(runs, clips)
     for event in _in_step(runs, clips, plan):
         if isinstance(event, Warned):  # what is said of one clip goes for the others
             if event.message in said:
@@ -118,7 +118,7 @@ def _in_step(runs: Sequence[OneRun], clips: int, plan: Planner) -> Iterator[Even
                     yield from go_on(index)
             if seconds := {index: event.seconds for index, event in waiting.items() if isinstance(event, Predicted)}:
                 _settle({runs[index]: seconds.get(index) for index in sorted(waiting)}, plan)
-                yield planned(runs, clips, again=True)
+                yield _planned(runs, clips, again=True)
                 for index in seconds:
                     del waiting[index]
                     yield from go_on(index)
@@ -135,7 +135,7 @@ def _settle(runs: Mapping[OneRun, float | None], plan: Planner) -> None:
             run.take(new)
 
 
-def planned(runs: Sequence[OneRun], clips: int, again: bool = False) -> WorkPlanned:
+def _planned(runs: Sequence[OneRun], clips: int, again: bool = False) -> WorkPlanned:
     """What comes, with its shares of all floating-point operations."""
     phases = [(phase, run.number) for run in runs for phase in run.phases]
     counts = {run.number: count(run.job) for run in runs}

@@ -141,7 +141,8 @@ class Run:
     @property
     def _whose(self) -> str:
         """What begins a message about this clip among others."""
-        return f"{self.name}, {Path(str(self.request.output)).name}: " if self.name else ""
+        file = "" if self.request.output is None else f", {Path(self.request.output).name}"
+        return f"{self.name}{file}: " if self.name else ""
 
     def _settled(self, seconds: float) -> Iterator[Event]:
         """The duration head's answer decides the clip's length."""

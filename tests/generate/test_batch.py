@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 import ltx2
 from ltx2.cli import run
 from ltx2.runtime.errors import DoesNotFitError, InputError, UsageError
+from ltx2.runtime.events import Noted
 from ltx2.runtime.generate.options.request import Request, check_common
 from ltx2.runtime.generate.phases.order import merged
 from ltx2.runtime.generate.pipeline import Pipeline
@@ -122,7 +123,10 @@ def test_clips_with_other_loras(demo_f32: Path, tmp_path: Path) -> None:
     usual: dict[str, Any] = {"embeddings": text, "width": 64, "height": 64, "frames": 9, "seed": 1, "no_audio": True}
     clips = [usual | {"lora": [f"{lora}:0.5"]}, usual]
     alone = [pipe.generate(**clip).frames for clip in clips]
-    made = [event.clip.frames for event in pipe.stream_all(clips) if isinstance(event, Generated)]
+    events = list(pipe.stream_all(clips))
+    made = [event.clip.frames for event in events if isinstance(event, Generated)]
+    said = [event.message for event in events if isinstance(event, Noted) and "pipeline" in event.message]
+    assert [message.split(" pipeline")[0] for message in said] == [f"clip {n} of 2: distilled" for n in (1, 2)]
     assert not np.array_equal(made[0], made[1])
     for ours, one in zip(made, alone, strict=True):
         np.testing.assert_array_equal(ours, one)
