@@ -14,7 +14,6 @@ from ltx2.convert.fetch.described import bundle_sources
 from ltx2.convert.plan.folder import DescribedFolder, described_folder
 from ltx2.convert.plan.make import Options, make_plan
 from ltx2.quant.apply import Settings, quantize_plan
-from ltx2.runtime.errors import InputError
 from ltx2.runtime.memory.blocks import Names, Weights
 from ltx2.runtime.model.forms import AFFINE
 
@@ -63,13 +62,9 @@ class _RandomBlock:
 
 
 def random_folder(name: str, settings: Settings | None = None) -> RandomFolder:
-    """The model of this name in the catalogue (a bundle, or its checkpoint), in 16 bits or quantized. Raises InputError
-    for other names."""
-    known = catalogue()
-    bundle = known.bundle(name)
-    if any(part.bits < 16 for part in known.choose([bundle.name])):
-        why = "random weights stand in for 16-bit files, and for what ltx2 makes of those"
-        raise InputError(f"{name} is not of 16 bits", why, "name the 16-bit model, with --bits 8 or --mode mxfp8")
+    """The model of this name in the catalogue (a bundle, or its checkpoint), as published or quantized. Raises
+    InputError for other names."""
+    bundle = catalogue().bundle(name)
     sources = [source for source in bundle_sources(bundle) if source.kind != "lora"]
     plan, path = make_plan(sources, Options(variant=bundle.variant)), Path(name)
     if settings is not None:

@@ -16,7 +16,8 @@ ALL_BITS, NO_NAN = 0xFFFFFFFF, 0xBFBFBFBF  # the latter of four E4M3 codes
 RMS = {"mxfp4": 2.93, "nvfp4": 2.93, "mxfp8": 0.62}  # root mean square of the drawn codes
 # The exponent of a scale of 1, and the bits behind exponents: E8M0 has none, E4M3 three.
 EXPONENTS = {"mxfp4": (127, 0), "mxfp8": (127, 0), "nvfp4": (7, 3)}
-MULTIPLIER = 1 / 64
+MULTIPLIER = 1 / 64  # of a layer's product, where it has one
+BYTES = 74  # root mean square of -128 to 127
 Shape = tuple[int, ...]
 
 
@@ -47,9 +48,9 @@ class RandomValues:
 
 def _scale(part: str, dtype: mx.Dtype, shape: Shape, form: Form) -> mx.array:
     """Scales or biases (rows, groups) of a packed layer that give its weights the deviation of others; or its
-    multiplier ()."""
-    if part == "weight_scale":
-        return mx.array(MULTIPLIER)
+    multiplier, () or (rows,)."""
+    if part == "weight_scale":  # those of int8 are all there is of scales
+        return mx.full(shape, MULTIPLIER / BYTES if form.biased else MULTIPLIER, dtype)
     deviation = (shape[1] * form.group_size) ** -0.5
     if form.biased:  # codes are evenly spread from 0 to `top`
         top = (1 << form.bits) - 1

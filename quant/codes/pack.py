@@ -86,7 +86,9 @@ def _joined(blocks: Sequence[tuple[Packed, Loss]]) -> tuple[Packed, Loss]:
     if len(blocks) == 1:
         return blocks[0]
     parts = zip(*(packed for packed, _ in blocks), strict=True)
-    packed = Packed(*(None if part[0] is None else np.concatenate(part) for part in parts))
+    codes, scales, *others = (None if part[0] is None else np.concatenate(part) for part in parts)
+    assert codes is not None and scales is not None, "a block has both"
+    packed = Packed(codes, scales, *others)
     return packed, sum((loss for _, loss in blocks), Loss())
 
 

@@ -170,7 +170,7 @@ class Pipeline:
 
     def planned_all(self, requests: Sequence[Request], until: str | None = None) -> MemoryPlan:
         """As `planned`, of what `events_all` would do, with the largest clip as its job."""
-        jobs = [job.lasting(job.auto.most) if job.waits else job for job in self._jobs(requests, until)]
+        jobs = [job.lasting(job.auto.most) if job.auto and job.waits else job for job in self._jobs(requests, until)]
         with self.machines.all_or_none():
             self._check(jobs)
             self._places(jobs)

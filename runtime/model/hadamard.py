@@ -24,7 +24,7 @@ ROTATIONS = (16, 64, 256)  # sizes of blocks
 @cache
 def hadamard(size: int, kind: str = SYLVESTER) -> Array:
     """The matrix (size, size) of a block, float32."""
-    base = np.array(BASES[kind], np.float32) / 2
+    base: Array = np.array(BASES[kind], np.float32) / 2
     matrix = base
     while len(matrix) < size:
         matrix = np.kron(matrix, base)

@@ -48,6 +48,19 @@ def test_tensors_are_those_of_a_conversion(settings: Settings | None, tmp_path: 
     assert set(made.files) == set(plan.components)
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "size"),
+    [("ltx-2-distilled-fp8", Form(8, 32, "mxfp8"), 21.6), ("ltx-2.5-distilled-nvfp4", Form(4, 16, "nvfp4"), 14.7),
+     ("ltx-2.5-distilled-int8", Form(8, 128, rotation=256, hadamard="regular"), 19.5)],
+)  # fmt: skip
+def test_published_codes(name: str, form: Form, size: float) -> None:
+    """As a conversion keeps them."""
+    made = random_folder(name)
+    assert made.quantization("transformer").of("transformer_blocks.3.attn1.to_q") == form
+    held = sum(tensor.nbytes for tensor in made.files["transformer"].tensors.values())
+    assert held == pytest.approx(size * 1e9, rel=0.01) and Pipeline(made).plan("x", memory_limit=1000).fits
+
+
 @pytest.mark.parametrize("name", ["ltx-2.3-distilled", "ltx-2.5-dev"])
 def test_newer_releases(name: str) -> None:
     """A plan of memory for a clip by either video decoder."""
@@ -60,7 +73,6 @@ def test_newer_releases(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "error", "said"),
     [
-        ("ltx-2-19b-distilled-fp8", InputError, "name the 16-bit model"),
         ("ltx-2-spatial-upscaler-x2-1.0", InputError, "is no model"),
         ("ltx-2-19b-destilled", InputError, "did you mean ltx-2-19b-distilled or"),
     ],
@@ -104,6 +116,17 @@ def test_packed_weights_are_as_large_as_others(form: Form) -> None:
         weight = weight * values.tensor("a.weight_scale", "F32", ())
     assert weight.shape == (rows, width) and mx.isfinite(weight).all().item()
     assert weight.mean().item() == pytest.approx(0, abs=0.002)
+    assert weight.std().item() * width**0.5 == pytest.approx(1, abs=0.01 if form.biased else 0.45)
+
+
+@pytest.mark.parametrize("form", [Form(8, 128), Form(8, 32, "mxfp8")], ids=["int8", "fp8"])
+def test_published_codes_are_as_large_as_other_weights(form: Form) -> None:
+    """Those that have a multiplier alone: int8 one per row, FP8 one per layer."""
+    values, (rows, width) = RandomValues(Quantization(form)), (96, 4096)
+    codes = values.tensor("a.weight", "U32", (rows, width // 4)).view(mx.uint8)
+    plain = codes.astype(mx.float32) - 128 if form.biased else mx.from_fp8(codes, dtype=mx.float32)
+    weight = plain * values.tensor("a.weight_scale", "F32", (rows, 1) if form.biased else ())
+    assert mx.isfinite(weight).all().item()
     assert weight.std().item() * width**0.5 == pytest.approx(1, abs=0.01 if form.biased else 0.45)
 
 

@@ -29,7 +29,7 @@ from tests.support import encoded
 from tests.support.encoded import PREFIX, Tensors
 from tests.support.folders import accept, contents, verified
 from tests.support.loras import random_factors, write_lora
-from tests.support.official import plan_of
+from tests.support.official import DEMO_25, plan_of
 from tests.support.parity import relative_l2
 
 Figure = Callable[..., None]
@@ -97,7 +97,7 @@ class TestCodes:
     def test_is_the_weight(self, file: Path, figure: Figure) -> None:
         """But for what rounding to int8 has lost."""
         tensors = encoded.file_tensors(file)
-        (original,) = (path for path in encoded.DEMO_25 if path.name == file.name)
+        (original,) = (path for path in DEMO_25 if path.name == file.name)
         weight = encoded.from_bf16(encoded.file_tensors(original)[f"{LAYER}.weight"][1])
         error = relative_l2(encoded.decoded(tensors, f"{LAYER}.weight"), weight)
         figure("int8 with rotated rows: error of a layer's weights", error, limit=0.01)
@@ -209,7 +209,7 @@ def test_refused_by_name(
 @pytest.mark.parametrize("said", [{"params": {"convrot": True, "convrot_groupsize": 64}}, {"convrot": True}])
 def test_other_places_of_the_rotation(tmp_path: Path, said: dict[str, Any]) -> None:
     """Under `params`, and unsaid, which is 256."""
-    tensors = {
+    tensors: Tensors = {
         "layer.weight": ("I8", np.ones((4, 512), np.int8)), "layer.weight_scale": ("F32", SCALE[:4]),
         "layer.comfy_quant": marked(json.dumps({"format": "int8_tensorwise"} | said)),
     }  # fmt: skip

@@ -142,7 +142,11 @@ def telling_25(demo_25: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(telling_25: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Three clips; that of a fixed length is the last one."""
     prompts = tmp_path_factory.mktemp("many") / "prompts"
-    clips = [{"prompt": LONG}, {"prompt": SHORT, "frames": "auto:1-9"}, {"prompt": SHORT, "frames": 25}]
+    clips: list[dict[str, Any]] = [
+        {"prompt": LONG},
+        {"prompt": SHORT, "frames": "auto:1-9"},
+        {"prompt": SHORT, "frames": 25},
+    ]
     named = [clip | {"output": name} for clip, name in zip(clips, FRAMES, strict=True)]
     prompts.write_text("\n".join(map(json.dumps, named)))
     options = [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -203,7 +207,7 @@ class TestMany:
         """The whole run is refused, before anything is sampled: the others would be made without the memory for it."""
         pipe = ltx2.load(telling_25)
         clips = [FEW | {"prompt": prompt, "width": 512, "height": 512} for prompt in (SHORT, LONG)]
-        lengths = [{"frames": "auto:1-1.2"}, {"frames": 17}]
+        lengths: list[dict[str, Any]] = [{"frames": "auto:1-1.2"}, {"frames": 17}]
         lowest = [[Request.from_options(clip | length | {"low_memory": True}) for clip in clips] for length in lengths]
         least = [max(need.least for need in pipe.planned_all(some).needs) for some in lowest]
         assert least[0] < least[1]
