@@ -8,10 +8,10 @@ Sylvester's first column is constant, so it collects the inputs' common part in 
 columns have the same sum (ConvRot, arXiv:2512.03673; the order is that of ComfyUI's `convrot`)."""
 
 from functools import cache
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ltx2.runtime.files.tensors import Array
+if TYPE_CHECKING:
+    from ltx2.runtime.files.tensors import Array
 
 SYLVESTER, REGULAR = "sylvester", "regular"
 BASES = {
@@ -22,8 +22,10 @@ ROTATIONS = (16, 64, 256)  # sizes of blocks
 
 
 @cache
-def hadamard(size: int, kind: str = SYLVESTER) -> Array:
+def hadamard(size: int, kind: str = SYLVESTER) -> "Array":
     """The matrix (size, size) of a block, float32."""
+    import numpy as np  # here: help knows the names of rotations, and is instant
+
     base: Array = np.array(BASES[kind], np.float32) / 2
     matrix = base
     while len(matrix) < size:
@@ -31,6 +33,6 @@ def hadamard(size: int, kind: str = SYLVESTER) -> Array:
     return matrix
 
 
-def rotated_rows(values: Array, size: int, kind: str = SYLVESTER) -> Array:
+def rotated_rows(values: "Array", size: int, kind: str = SYLVESTER) -> "Array":
     """float32 values (..., width) with every block of `size` rotated; rotating them again gives back the values."""
     return (values.reshape(-1, size) @ hadamard(size, kind)).reshape(values.shape)
