@@ -166,7 +166,7 @@ def component_files(plan: Plan, component: ComponentPlan, shard_bytes: int) -> l
     if component.quantization is not None:  # twice, as mlx-lm writes it
         config |= {"quantization": component.quantization, "quantization_config": component.quantization}
     files: list[PlannedFile] = [TextFile(component.name, CONFIG, _json(config))]
-    files += [_companion(component.name, path) for path in sorted(component.companions)]
+    files += [_companion(component.name, path) for path in component.companions]
     files += [TextFile(component.name, name, content) for name, content in component.made.items()]
     files += [_asset_file(asset) for asset in plan.assets(component.name)]
     moves = stream_order(plan.moves(component.name))

@@ -58,7 +58,7 @@ def _config(folder: Path) -> Mapping[str, Any] | None:
 
 
 def _companions(places: Iterable[Path]) -> tuple[Path, ...]:
-    """The tokenizer's files: all of the first place that has one, and what only others have."""
+    """The tokenizer's files, by name: all of the first place that has one, and what only others have."""
     found: dict[str, Path] = {}
     for place in places:
         here = [place / name for name in TOKENIZER_FILES if (place / name).exists() or (place / name).is_symlink()]
@@ -69,7 +69,7 @@ def _companions(places: Iterable[Path]) -> tuple[Path, ...]:
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read", reason(error), AGAIN) from error
             found.setdefault(path.name, path)
-    return tuple(found.values())
+    return tuple(found[name] for name in sorted(found))
 
 
 def _check_whole(folder: Path, files: Sequence[TensorFile], whole: bool) -> None:

@@ -26,6 +26,7 @@ from ltx2.runtime.errors import CheckpointError, InputError, ModelFolderError, N
 from ltx2.runtime.events import BytesDone, Warned, Written
 from ltx2.runtime.files.tensors import Array, bf16_to_f32, f32_to_bf16, open_tensorfile
 from ltx2.runtime.model.layout import ModelFolder
+from tests.convert.test_wrappings import sentencepiece_model
 from tests.support.folders import contents
 from tests.support.official import DEMO, GEMMA, MONOLITH, UPSCALER, Official, plan_of
 
@@ -49,6 +50,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "model"
     run(plan_of(*DEMO, variant="distilled"), out, SMALL_SHARDS)
     return out
+
+
+@pytest.fixture(scope="module")
+def spiece_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text encoder whose tokenizer is made of a SentencePiece model."""
+    source = shutil.copytree(GEMMA, tmp_path_factory.mktemp("spiece") / "gemma", ignore=shutil.ignore_patterns("*.json"))
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(GEMMA / name, source)
+    (source / "tokenizer.model").write_bytes(sentencepiece_model())
+    return ltx2.convert(source, source.with_name("model"))
 
 
 class TestSteps:
@@ -243,12 +254,16 @@ class TestFolder:
             list(write_plan(plan_of(tmp_path), tmp_path / "out"))
         assert not any(isinstance(event, Warned) for event in write_plan(plan_of(GEMMA), tmp_path / "whole"))
 
-    def test_copying_a_model_folder(self, demo_model: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("tokenizer", ["beside the weights", "in their file", "made"])
+    def test_copying_a_model_folder(
+        self, demo_model: Path, demo_25: Path, spiece_gemma: Path, tmp_path: Path, tokenizer: str
+    ) -> None:
         """What quantizing starts from: the plan of a folder reproduces it, its manifest and companions included."""
-        plan = folder_plan(ModelFolder.open(demo_model))
+        model = {"beside the weights": demo_model, "in their file": demo_25, "made": spiece_gemma}[tokenizer]
+        plan = folder_plan(ModelFolder.open(model))
         assert not any(isinstance(e, Drop) for e in plan.entries)
         run(plan, tmp_path / "copy")
-        assert contents(tmp_path / "copy") == contents(demo_model)
+        assert contents(tmp_path / "copy") == contents(model)
 
 
 class TestExistingFolders:
