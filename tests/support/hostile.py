@@ -180,7 +180,7 @@ def content(folder: Path) -> dict[str, bytes | None]:
 
 
 def harmless(done: Done) -> Done:
-    """Done, refused or wrong usage; neither a traceback nor anything that a terminal obeys. What comes next has its own time."""
+    """Done, refused or wrong usage, without a traceback or anything that a terminal obeys. Restarts the time limit."""
     signal.alarm(HANGS)
     assert done.code in (0, 1, 2) and "Traceback" not in done.err, done
     assert all(line == printable(line) for line in (done.out + done.err).split("\n")), done
