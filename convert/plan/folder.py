@@ -10,7 +10,7 @@ import numpy as np
 
 from ltx2.convert.plan.entries import Asset, Move, Plan, packed_key
 from ltx2.convert.sources.components import ComponentPlan
-from ltx2.convert.tensors.codes import BlockScales, Codes, Fp8, Int8, Nvfp4, Scale
+from ltx2.convert.tensors.codes import BlockScales, Fp8, Int8, MlxCodes, Nvfp4, Scale
 from ltx2.convert.tensors.keep import Keep
 from ltx2.runtime.files.tensors import TensorFile, TensorInfo
 from ltx2.runtime.model.config import STORAGE_KEYS
@@ -41,7 +41,7 @@ def _moves(component: str, files: list[TensorFile], quantization: Quantization) 
         yield Move(file, file.tensors[name], component, name, packing=Keep(codes) if codes else None)
 
 
-def _codes(name: str, where: Mapping[str, TensorFile], quantization: Quantization) -> Codes | None:
+def _codes(name: str, where: Mapping[str, TensorFile], quantization: Quantization) -> MlxCodes | None:
     """The codes of a layer that was kept as published: those have a `weight_scale`."""
     scale, blocks = packed_key(name, "weight_scale"), packed_key(name, "scales")
     if not name.endswith(".weight") or scale not in where:

@@ -11,7 +11,7 @@ from ltx2.convert.sources.components import ComponentPlan, component_plan
 from ltx2.convert.sources.source import VARIANTS, Source, variant_in_name
 from ltx2.convert.sources.textencoder import SENTENCEPIECE, TOKENIZER
 from ltx2.convert.sources.together import common_release
-from ltx2.convert.tensors.codes import Affine, Codes
+from ltx2.convert.tensors.codes import Affine, Codes, MlxCodes
 from ltx2.convert.tensors.gguf import GgufFile
 from ltx2.convert.tensors.keep import Dequantize, Keep, KeepBlockScales
 from ltx2.convert.tensors.scales import dropped_beside_codes, find_codes
@@ -155,9 +155,10 @@ def _coded_move(source: Source, codes: Codes, target: rules.Target, options: Opt
     """Linear layers stay codes unless the user wants a float type; what MLX cannot multiply as codes becomes BF16."""
     component, key = _place(source, target)
     shape = codes.shape(Spec(codes.tensor.shape, codes.tensor.dtype))
-    multiplied = rules.is_linear(component, key, shape) or isinstance(codes, Affine)  # MLX packs embeddings, too
-    if options.dtype is None and codes.keepable and multiplied and shape[1] % codes.form.group_size == 0:
-        return Move(codes.file, codes.tensor, component, key, packing=Keep(codes))
+    if options.dtype is None and isinstance(codes, MlxCodes):
+        multiplied = rules.is_linear(component, key, shape) or isinstance(codes, Affine)  # MLX packs embeddings, too
+        if multiplied and shape[1] % codes.form.group_size == 0:
+            return Move(codes.file, codes.tensor, component, key, packing=Keep(codes))
     steps = (*_decoded(codes, key, options), *_turned(component, key, shape))
     return Move(codes.file, codes.tensor, component, key, steps)
 

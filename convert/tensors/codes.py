@@ -1,11 +1,13 @@
-"""Weights published as codes with scales, FP8 (E4M3), MXFP8, NVFP4, int8 and MLX's own: decoded, or kept as they are in
-MLX's layout.
+"""Weights published as codes with scales: FP8 (E4M3), MXFP8, NVFP4, int8 and MLX's own. They are decoded, or kept as
+they are in MLX's layout.
 
-A weight's value is float32(code) * scale; NVFP4's is (float32(code) * block scale) * tensor scale, in this order: the
-first product is exact, the second rounds; that of MLX's affine codes is float32(code) * scale + bias. Rows of int8 may
-be rotated, and are turned back before they are scaled: that is exact. Decoding takes
-one lookup for every two codes, in a table of what becomes of each pair, rounding included. Codes that this tool has
-stored before (U32) are read as well."""
+    FP8, int8   float32(code) * scale; rotated rows of int8 are turned back first, which is exact
+    MXFP8       float32(code) * block scale
+    NVFP4       (float32(code) * block scale) * tensor scale: the first product is exact, the second rounds
+    MLX         float32(code) * scale + bias
+
+FP8 and NVFP4 are decoded by one lookup for every two codes, in a table of all pairs, rounded. Codes that stand in a
+model folder already (U32) are decoded too."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -22,13 +24,13 @@ from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.hadamard import rotated_rows
 
 TILE_ROWS, TILE_COLUMNS = 128, 4  # NVFP4 files hold the block scales in tiles of this size
-OFFSET = np.uint8(128)  # from signed to unsigned bytes: the same bits but for the first
-CACHED = 1 << 18  # bytes worked on at a time: they stay in the processor's cache
+OFFSET = np.uint8(128)  # turns signed bytes into unsigned ones and back: flips the first bit
+CACHED = 1 << 18  # bytes worked on at a time, so that they stay in the processor's cache
 DAMAGED = "download it again; if that does not help, the published file itself is damaged"
 
 
 def _e4m3() -> Array:
-    """The values of all 256 codes: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7F and 0xFF are NaN."""
+    """(256,) the values of all codes: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7F and 0xFF are NaN."""
     code = np.arange(256)
     exponent, mantissa = code >> 3 & 15, code & 7
     values = np.where(exponent, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(1.0 * mantissa, -9))
@@ -49,12 +51,12 @@ class Scale:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """() or (rows,); files also write (1,) and (rows, 1)."""
+        """() or (rows,); some files say (1,) or (rows, 1)."""
         return () if self.tensor.shape in ((), (1,), (1, 1)) else self.tensor.shape[:1]
 
     @cached_property
     def values(self) -> Array:
-        """The factors in float32. Raises CheckpointError when one is not finite."""
+        """The factors, of `shape`, float32. Raises CheckpointError when one is not finite."""
         stored = np.array(self.file.array(self.tensor.name))
         values = to_float32(stored, self.tensor.dtype).reshape(self.shape)
         if not np.isfinite(values).all():
@@ -65,7 +67,7 @@ class Scale:
 @dataclass(frozen=True)
 class BlockScales:
     """Scales of 16 values each (NVFP4: E4M3 codes) or 32 (MXFP8: E8M0, `exponents`), of `shape` (rows, columns): in
-    tiles as NVIDIA's libraries store them, or row by row as MLX reads them."""
+    tiles as NVIDIA's libraries store them, or row by row as MLX reads them. Raises CheckpointError when one is NaN."""
 
     file: TensorFile
     tensor: TensorInfo
@@ -74,19 +76,19 @@ class BlockScales:
     exponents: bool = False
 
     def rows(self, start: int, stop: int) -> Array:
-        """Some rows, in order."""
+        """Rows [start, stop) in order, (stop - start, columns)."""
         stored = self.file.array(self.tensor.name)
         if not self.tiled:
-            return self.checked(stored[start:stop])
+            return self._checked(stored[start:stop])
         first = start - start % TILE_ROWS
-        return self.checked(untiled(stored[first : stop + -stop % TILE_ROWS])[start - first : stop - first])
+        return self._checked(untiled(stored[first : stop + -stop % TILE_ROWS])[start - first : stop - first])
 
     def whole(self, stored: Array) -> Array:
-        """All rows, of the tensor as it is stored. Raises CheckpointError when one is NaN."""
-        return self.checked(untiled(stored) if self.tiled else stored)
+        """The tensor as it is stored -> all rows in order, (rows, columns)."""
+        return self._checked(untiled(stored) if self.tiled else stored)
 
-    def checked(self, scales: Array) -> Array:
-        """Rows in order without what fills the last tiles. Raises CheckpointError when one is NaN."""
+    def _checked(self, scales: Array) -> Array:
+        """Rows in order without what fills up the last tiles."""
         scales = np.ascontiguousarray(scales[: self.shape[0], : self.shape[1]])
         if (scales == 255).any() if self.exponents else _holds_nan(scales):
             raise _not_a_number(self.file, self.tensor, "block scales that are")
@@ -94,31 +96,49 @@ class BlockScales:
 
 
 def untiled(scales: Array) -> Array:
-    """Whole tiles of block scales, as they follow each other in a file, row by row.
+    """Block scales (rows, columns) in whole tiles as a file has them -> the same shape, row by row.
 
-    Tiles of 128 x 4 follow each other along the columns. In each, row 32 * a + b and column c is its value number
-    (4 * b + a) * 4 + c.
+    Tiles of 128 x 4 follow each other along the columns. Value number (4 * b + a) * 4 + c of a tile is its row
+    32 * a + b, column c.
     """
     tiles = scales.reshape(-1, scales.shape[1] // TILE_COLUMNS, 32, TILE_ROWS // 32, TILE_COLUMNS)
     return tiles.transpose(0, 3, 2, 1, 4).reshape(scales.shape)
 
 
 def tiled_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """The shape in which a file holds block scales of `shape`: in whole tiles."""
+    """The shape of block scales of `shape` filled up to whole tiles."""
     return shape[0] + -shape[0] % TILE_ROWS, shape[1] + -shape[1] % TILE_COLUMNS
 
 
 @dataclass(frozen=True)
 class Codes(ABC):
-    """The codes of one tensor and the scales that belong to them; without `scale` it is 1."""
+    """The codes of one tensor, and what belongs to them."""
 
     file: TensorFile
     tensor: TensorInfo
-    scale: Scale | None
 
     kind: ClassVar[str]
-    keepable: ClassVar[bool] = True  # MLX can multiply such codes
-    multiplied: ClassVar[bool] = True  # MLX multiplies a layer's output by `scale`; one that is missing is stored as 1
+
+    @abstractmethod
+    def shape(self, spec: Spec) -> tuple[int, ...]:
+        """The shape of the values that codes of this spec stand for."""
+
+    @abstractmethod
+    def decoded(self, rows: Array, spec: Spec, start: int, dtype: str) -> Array:
+        """Rows of codes (n, ...), the first of which is row `start`, as values, each rounded once to `dtype` (as in
+        --dtype).
+
+        Raises CheckpointError for codes and scales that are NaN, NumericsError for values beyond F16.
+        """
+
+
+@dataclass(frozen=True)
+class MlxCodes(Codes):
+    """Codes that MLX can multiply; without `scale` it is 1."""
+
+    scale: Scale | None
+
+    multiplied: ClassVar[bool] = True  # MLX multiplies a layer's output by `scale`; a missing one is stored as 1
     dtype: ClassVar[str] = "BF16"  # the float type that the layer computes in
 
     @property
@@ -132,24 +152,19 @@ class Codes(ABC):
         return None
 
     def shape(self, spec: Spec) -> tuple[int, ...]:
-        """The shape of the values that codes of this spec stand for."""
         return (*spec.shape[:-1], spec.shape[-1] * spec.itemsize * 8 // self.form.bits) if spec.shape else ()
 
     @property
     def width(self) -> int:
-        """The values of a row."""
+        """The number of values in a row."""
         return self.shape(Spec(self.tensor.shape, self.tensor.dtype))[-1]
 
     def factors(self, start: int, stop: int) -> Array:
-        """The scale: one value, or those of some rows as a column."""
+        """The scale: (), or (stop - start, 1) where rows have their own."""
         values = np.ones((), np.float32) if self.scale is None else self.scale.values
         return values[start:stop, None] if values.ndim else values
 
     def decoded(self, rows: Array, spec: Spec, start: int, dtype: str) -> Array:
-        """The values of some rows, the first of which is row `start`, rounded once to `dtype` (as in --dtype).
-
-        Raises CheckpointError for codes and scales that are NaN, NumericsError for values beyond F16.
-        """
         codes, stored = np.ascontiguousarray(rows).view(np.uint8), spec.dtype == "U32"
         factors = self.factors(start, start + (len(rows) if rows.ndim else 1))
         table = self._table(float(factors), dtype, stored) if factors.ndim == 0 and codes.size % 2 == 0 else None
@@ -161,25 +176,26 @@ class Codes(ABC):
 
     @abstractmethod
     def words(self, rows: Array) -> Array:
-        """Published rows as MLX reads them, in uint32. Raises CheckpointError for codes that are NaN."""
+        """Published rows (n, bytes) as MLX reads them, (n, words) uint32. Raises CheckpointError for NaN codes."""
 
     @staticmethod
     def _table(factor: float, dtype: str, stored: bool) -> Array | None:
-        """What becomes of pairs of codes, each pair one unsigned integer; None when some do not fit `dtype`, or where
-        values are always computed."""
+        """(n,) the values of every pair of codes as one unsigned integer; None where values are computed: always, or
+        because some do not fit `dtype`."""
         return None
 
     def _looked_up(self, codes: Array, table: Array, start: int) -> Array:
-        """The table's entries for the codes, in order."""
+        """The table's entry for every two codes, in order, of any shape."""
         raise NotImplementedError
 
     @abstractmethod
     def _unscaled(self, codes: Array, stored: bool, start: int) -> Array:
-        """The values before they are multiplied by the scale, float32; tables cache exactly their products."""
+        """Codes (n, bytes) as values before the scale, (n, values) float32; `stored`: they are in MLX's order. Tables
+        hold exactly these, scaled."""
 
 
 @dataclass(frozen=True)
-class Fp8(Codes):
+class Fp8(MlxCodes):
     """One code per byte, E4M3."""
 
     kind = "fp8"
@@ -235,7 +251,7 @@ class Mxfp8(Fp8):
 
 
 @dataclass(frozen=True)
-class Affine(Codes):
+class Affine(MlxCodes):
     """MLX's codes of a few bits, in words, with a scale and a bias for every group of a row's values."""
 
     packed: Form
@@ -268,9 +284,9 @@ class Affine(Codes):
 
 
 @dataclass(frozen=True)
-class Int8(Codes):
-    """One signed integer per byte; rows are rotated where the form says so. MLX's affine codes are the same plus 128,
-    with a bias of -128 and a scale of 1 that every group shares and no file holds."""
+class Int8(MlxCodes):
+    """One signed integer per byte; rows are rotated where the form says so. Plus 128 they are MLX's affine codes with a
+    bias of -128 and a scale of 1; all groups share these two, and no file holds them."""
 
     packed: Form
 
@@ -290,9 +306,9 @@ class Int8(Codes):
 
 
 @dataclass(frozen=True)
-class Nvfp4(Codes):
-    """Two codes (E2M1) per byte, the first of them in the high bits as published, in the low bits as MLX reads them.
-    Every 16 values of a row share a block scale."""
+class Nvfp4(MlxCodes):
+    """Two codes (E2M1) per byte; the first is in the high bits as published, in the low bits for MLX. Every 16
+    values of a row share a block scale."""
 
     tiles: BlockScales
 
@@ -334,14 +350,14 @@ class Nvfp4(Codes):
 
 @lru_cache(maxsize=8)  # of the tensors being worked on; one may take several calls
 def _fp8_table(factor: float, dtype: str) -> Array | None:
-    """For every two bytes, read as a little-endian uint16, the values of both codes."""
+    """(65536,) the values of both codes for every two bytes, read as a little-endian uint16."""
     values = _rounded(E4M3 * np.float32(factor), dtype)
     return None if values is None else _integers(np.stack([np.tile(values, 256), np.repeat(values, 256)], axis=1))
 
 
 @lru_cache(maxsize=8)
 def _nvfp4_table(factor: float, dtype: str, stored: bool) -> Array | None:
-    """For every byte of two codes, plus 256 times their block scale's code, the values of both."""
+    """(65536,) the values of both codes for every byte, plus 256 times their block scale's code."""
     first, second = np.tile(E2M1, 16), np.repeat(E2M1, 16)
     codes = np.stack([first, second] if stored else [second, first], axis=1)
     values = _rounded(E4M3[:, None, None] * codes * np.float32(factor), dtype)
@@ -349,6 +365,7 @@ def _nvfp4_table(factor: float, dtype: str, stored: bool) -> Array | None:
 
 
 def _rounded(values: Array, dtype: str) -> Array | None:
+    """float32 of any shape in `dtype`; None when some do not fit."""
     try:
         return from_float32(values, FLOATS[dtype])
     except NumericsError:
@@ -356,17 +373,18 @@ def _rounded(values: Array, dtype: str) -> Array | None:
 
 
 def _integers(pairs: Array) -> Array:
-    """(n, 2) values as n integers, which are looked up faster."""
+    """(n, 2) values as (n,) integers, which are looked up faster."""
     return np.ascontiguousarray(pairs).view(f"<u{2 * pairs.itemsize}").reshape(-1)
 
 
 def _parts(length: int, itemsize: int) -> Iterator[slice]:
+    """Slices of `length` items that stay in the processor's cache."""
     step = max(1, CACHED // itemsize)
     return (slice(start, start + step) for start in range(0, length, step))
 
 
 def _holds_nan(codes: Array) -> bool:
-    """Whether some E4M3 code is NaN."""
+    """Whether some E4M3 code, in an array of any shape, is NaN."""
     flat = codes.reshape(-1)
     return any((flat[part] & 127).max() == 127 for part in _parts(len(flat), 1))
 

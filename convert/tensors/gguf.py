@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from ltx2.convert.tensors.steps import Reshape, Spec, Step, from_float32
 from ltx2.runtime.errors import CheckpointError, UnsupportedError, reason
 from ltx2.runtime.files.paths import open_regular
 from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, Array, TensorFile, TensorInfo, to_float32
-from ltx2.runtime.model.forms import Form
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -26,6 +25,7 @@ HEADER_BYTES = 64 << 20  # the longest that is read; the tokenizer of Gemma 3 ta
 DIMENSIONS = 8
 NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9  # the other types of values
+FLAT = "keyframes_abs_pos_embedding"  # published with a first dimension of 1, which the format leaves out
 AGAIN = "download it again; an interrupted download leaves a truncated file"
 
 
@@ -33,8 +33,8 @@ AGAIN = "download it again; an interrupted download leaves a truncated file"
 class GgufFile(TensorFile):
     """A GGUF file's header. The dtype of a quantized tensor is its GGML type (`Q4_K`), its shape that of its values.
 
-    `metadata` has what is a text; `values` has everything, lists too. `own_names` are the file's names of tensors that
-    have another one here; `shifted` are those stored with 1 added."""
+    `metadata` has the texts, `values` everything, lists too. `own_names` are the file's names of tensors that have
+    another one here; `shifted` are those stored with 1 added."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
     own_names: Mapping[str, str] = field(default_factory=dict)
@@ -59,15 +59,12 @@ class GgufFile(TensorFile):
         return raw.view(np.uint8).reshape(*shape[:-1], -1)
 
     def steps(self, name: str) -> list[Step]:
-        """What makes a tensor's decoded values those that were published."""
+        """The steps from a tensor's decoded values to the published ones."""
         shape = self.values.get(f"comfy.gguf.orig_shape.{self.own_name(name)}") or self.tensors[name].shape
         found: list[Step] = [Subtract()] if name in self.shifted else []
         if name.endswith(FLAT) and len(shape) == 1:
             shape = (1, *shape)
         return found + ([Reshape(tuple(shape))] if tuple(shape) != self.tensors[name].shape else [])
-
-
-FLAT = ("keyframes_abs_pos_embedding",)  # published with a first dimension of 1, which the format leaves out
 
 
 @dataclass(frozen=True)
@@ -86,14 +83,7 @@ class Subtract(Step):
 
 @dataclass(frozen=True)
 class Blocks(Codes):
-    """Values in blocks of GGML's; they are always decoded."""
-
-    keepable: ClassVar[bool] = False
-    multiplied: ClassVar[bool] = False
-
-    @property
-    def form(self) -> Form:
-        raise NotImplementedError("blocks are always decoded")
+    """Values in GGML's blocks; MLX has no such codes."""
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -102,23 +92,18 @@ class Blocks(Codes):
     def shape(self, spec: Spec) -> tuple[int, ...]:
         return spec.shape
 
-    def words(self, rows: Array) -> Array:
-        raise NotImplementedError("blocks are always decoded")
-
     def decoded(self, rows: Array, spec: Spec, start: int, dtype: str) -> Array:
-        values = self._unscaled(rows, stored=False, start=start)
+        values = decoder(self.tensor.dtype)(np.ascontiguousarray(rows))
         if not np.isfinite(values).all():
             what = f"tensor {self.file.own_name(self.tensor.name)} of {self.file.path.name} holds values not a number"
             raise CheckpointError(what, "a scale of its blocks is none", "download it again")
         return from_float32(values, FLOATS[dtype])
 
-    def _unscaled(self, codes: Array, stored: bool, start: int) -> Array:
-        return decoder(self.tensor.dtype)(np.ascontiguousarray(codes))
-
 
 @cache
 def decoder(name: str) -> Callable[[Array], Array]:
-    """Rows of blocks -> float32. Raises UnsupportedError for a type that the package does not decode."""
+    """The function from rows of blocks (n, bytes) to float32 (n, values). Raises UnsupportedError for a type that the
+    package does not decode."""
     import gguf  # takes a second, and few need it
 
     kind = gguf.GGMLQuantizationType[name]
@@ -147,7 +132,7 @@ def is_gguf(path: Path) -> bool:
 
 def open_gguf(path: Path) -> GgufFile:
     """Read a GGUF header. Raises CheckpointError for a malformed or truncated file, UnsupportedError for one part of
-    several and for types of values that are not known."""
+    several."""
     try:
         with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             size = len(mapped)
@@ -180,7 +165,7 @@ def open_gguf(path: Path) -> GgufFile:
 
 
 class _Header:
-    """A header's bytes, read from begin to end. Raises ValueError or struct.error where they end too early."""
+    """A header's bytes, read in order. Raises ValueError or struct.error where they end too early."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.position = data, len(MAGIC)
@@ -191,9 +176,9 @@ class _Header:
         return value
 
     def checked(self, count: int) -> int:
-        """A number of things that each take a byte, at least."""
+        """The number of things that follow, each of at least one byte."""
         if count > len(self.data) - self.position:
-            raise ValueError(f"its header holds less than the {count} things that it announces")
+            raise ValueError(f"its header announces {count} things and ends before them")
         return count
 
     def text(self) -> str:
@@ -215,7 +200,7 @@ class _Header:
         return values.tolist()
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape (the format has the innermost dimension first), GGML type, place behind the header."""
+        """Name, shape (stored with the innermost dimension first), GGML type, place behind the header."""
         name, dimensions = self.text(), self.number("<I")
         if not 0 < dimensions <= DIMENSIONS:
             raise ValueError(f"tensor {name!r} is said to have {dimensions} dimensions")

@@ -1,11 +1,11 @@
-"""What happens to weights published as codes: they are decoded, or stay what they are in MLX's layout."""
+"""Steps for weights published as codes: decode them, or keep them in MLX's layout."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from ltx2.convert.tensors.codes import BlockScales, Codes
+from ltx2.convert.tensors.codes import BlockScales, Codes, MlxCodes
 from ltx2.convert.tensors.steps import Packing, Spec, Step
 from ltx2.runtime.files.tensors import FLOATS, Array
 from ltx2.runtime.model.forms import Form
@@ -34,9 +34,9 @@ class Dequantize(Step):
 
 @dataclass(frozen=True)
 class Keep(Packing):
-    """The very codes, as MLX reads them. The scale is a tensor of its own; one that is missing is stored as 1."""
+    """The very codes, as MLX reads them. The scale is a tensor of its own; a missing one is stored as 1."""
 
-    codes: Codes
+    codes: MlxCodes
 
     def __str__(self) -> str:
         return f"{self.codes.kind}_keep"
@@ -58,7 +58,7 @@ class Keep(Packing):
         return {"weight": Spec((*spec.shape[:-1], width), "U32"), **scales}
 
     def rows(self, rows: Array, spec: Spec, start: int) -> Mapping[str, Array]:
-        self.codes.factors(0, 1)  # is stored as it is, so this is where it is checked
+        self.codes.factors(0, 1)  # raises for a scale that is not finite, which is stored as it is
         return {"weight": rows if spec.dtype == "U32" else self.codes.words(rows)}
 
 

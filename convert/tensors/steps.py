@@ -1,7 +1,7 @@
-"""What happens to a tensor on its way from a source into a model folder.
+"""The steps of a tensor on its way from a source into a model folder.
 
 A step works on some rows (axis 0) at a time, so a tensor of any size passes through in chunks. Values travel as numpy
-arrays; BF16 and FP8 as their integer codes (see runtime/tensorfile.py)."""
+arrays; BF16 and FP8 as their integer codes (see NUMPY_DTYPES)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.files.tensors import FLOATS, Array, f32_to_bf16, item_bytes, tensor_bytes, to_float32
 from ltx2.runtime.model.forms import Form
 
-Parts = Callable[[], Mapping[str, Array]]  # waits for what was begun; values by name
+Parts = Callable[[], Mapping[str, Array]]  # waits for work that was begun; arrays of any shape by name
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Step(ABC):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its names in the plan; several where one step does at once what is defined as a sequence."""
+        """Its names in the plan; several where it does a sequence of steps at once."""
         return (str(self),)
 
     @property
     def whole(self) -> bool:
-        """Whether rows of the output are not made of the same rows of the input: all are needed at once."""
+        """Whether it needs all rows at once: a row of the output is not made of the same row of the input."""
         return False
 
     @abstractmethod
@@ -51,7 +51,8 @@ class Step(ABC):
 
     @abstractmethod
     def rows(self, rows: Array, spec: Spec, start: int) -> Array:
-        """What becomes of some rows, the first of which is row `start` of a tensor of this spec."""
+        """Rows (n, ...) of a tensor of this spec, the first of which is row `start`, transformed: (n, ...), in the
+        shape and dtype that `spec` says."""
 
 
 @dataclass(frozen=True)
@@ -111,21 +112,21 @@ class Reshape(Step):
 
 
 class Packing(ABC):
-    """The last step where a layer's weight becomes integers in MLX's layout, alone or with scales and biases."""
+    """The last step of a layer's weight that becomes integers in MLX's layout, alone or with scales and biases."""
 
     @property
     def main_thread(self) -> bool:
-        """Whether `rows` must be called by the main thread only."""
+        """Whether only the main thread may call `rows`."""
         return False
 
     @property
     def effort(self) -> float:
-        """How many times as long as copying a tensor this takes, roughly."""
+        """Its time in copies of the tensor, roughly."""
         return 1.0
 
     @property
     def piece_bytes(self) -> int:
-        """Bytes that `rows` should be given at once, where that is more than usual."""
+        """The bytes to give `rows` at once, where that is more than usual."""
         return 0
 
     @property
@@ -142,7 +143,7 @@ class Packing(ABC):
         return {}
 
     def constants(self) -> Mapping[str, Array]:
-        """Parts that depend on no row; the only ones of `specs` that `rows` does not make."""
+        """Parts that depend on no row, of any shape; the only ones of `specs` that `rows` does not make."""
         return {}
 
     @abstractmethod
@@ -151,16 +152,17 @@ class Packing(ABC):
 
     @abstractmethod
     def rows(self, rows: Array, spec: Spec, start: int) -> Mapping[str, Array]:
-        """The rows of every output for some rows of a tensor of this spec, the first of which is row `start`."""
+        """Rows (n, ...) of a tensor of this spec, the first of which is row `start`, as rows (n, ...) of every part."""
 
     def begin(self, rows: Array, spec: Spec, start: int) -> Parts:
-        """Begin with what `rows` returns; the result waits for it."""
+        """Begin what `rows` does; the result waits for it."""
         parts = self.rows(rows, spec, start)
         return lambda: parts
 
 
 def from_float32(values: Array, dtype: str) -> Array:
-    """float32 to a safetensors float dtype, rounding half to even. Raises NumericsError when F16 is too narrow."""
+    """float32 of any shape to a safetensors float dtype, rounding half to even. Raises NumericsError when F16 is too
+    narrow."""
     if dtype == "BF16":
         return f32_to_bf16(values)
     if dtype == "F32":
