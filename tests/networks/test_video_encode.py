@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ltx2.runtime.errors import InputError
+from ltx2.runtime.generate.given import ENCODING
 from ltx2.runtime.networks.video_vae.config import encoder_tower
-from ltx2.runtime.networks.video_vae.encode import ENCODE_TILINGS, VideoCoder
+from ltx2.runtime.networks.video_vae.encode import VideoCoder
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from tests.support.memory import peak_of
 from tests.support.parity import relative_l2
@@ -128,13 +129,13 @@ def test_tiles_follow_lightricks_rules(
 
 def test_one_tile_is_one_piece(vae: Pooling) -> None:
     pixels = clip(17, 64, 96)
-    found = vae.encode_video(groups(pixels, 3), ENCODE_TILINGS[0])
+    found = vae.encode_video(groups(pixels, 3), ENCODING)
     assert mx.array_equal(found, vae.encode(mx.array(pixels)))
 
 
 def test_an_image(vae: Pooling) -> None:
     pixels = clip(1, 64, 64)
-    assert mx.array_equal(vae.encode_video(groups(pixels, 1), ENCODE_TILINGS[0]), vae.encode(mx.array(pixels)))
+    assert mx.array_equal(vae.encode_video(groups(pixels, 1), ENCODING), vae.encode(mx.array(pixels)))
 
 
 def test_frames_are_read_when_they_are_needed(vae: Pooling) -> None:
@@ -161,9 +162,9 @@ def test_memory_does_not_grow_with_the_clips_length(vae: Pooling) -> None:
 
 def test_what_cannot_be_encoded(vae: Pooling) -> None:
     with pytest.raises(InputError, match="no frames"):
-        vae.encode_video(iter(()), ENCODE_TILINGS[0])
+        vae.encode_video(iter(()), ENCODING)
     with pytest.raises(InputError, match="multiples of 32"):
-        vae.encode_video(groups(clip(9, 64, 80), 9), ENCODE_TILINGS[0])
+        vae.encode_video(groups(clip(9, 64, 80), 9), ENCODING)
 
 
 def test_the_network_in_tiles(figure: Figure) -> None:
@@ -171,8 +172,3 @@ def test_the_network_in_tiles(figure: Figure) -> None:
     expected = dense(pixels, tiling, lambda part: np.array(network.encode(mx.array(part))))
     found = network.encode_video(groups(pixels, 4), tiling)
     figure("video_vae.encode_video, random weights, rel L2", relative_l2(found, expected), limit=1e-6)
-
-
-@pytest.mark.parametrize("tiling", ENCODE_TILINGS)
-def test_tilings_share_enough(tiling: Tiling) -> None:
-    assert tiling.overlap >= 64 and tiling.frame_overlap >= 16

@@ -1,7 +1,7 @@
 """The video VAE's configuration: the checkpoint's block lists, read into stages. The networks are built from these; the
 memory plan and the count of operations ask them for convolutions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -87,14 +87,12 @@ class Tower:
     @property
     def scale(self) -> Size:
         """Factor between both ends, over (frames, height, width)."""
-        strides = (stage.stride for stage in self.stages if stage.stride)
-        time, height, width = (prod(axis) for axis in zip((1, 1, 1), *strides, strict=True))
-        return time, height, width
+        return multiplied(stage.stride for stage in self.stages if stage.stride)
 
     def convolutions(self, size: Size, still: bool = False) -> Iterator[Convolution]:
-        """All convolutions of a clip that comes in with this size, in order. A stride over time keeps the first frame
-        single: upsampling drops one frame afterwards, downsampling doubles the first one before. `still`: of a single
-        frame that goes up, what is dropped is not computed."""
+        """All convolutions, in order, of a clip that comes in with this size. A stride over time keeps the first frame
+        single: upsampling drops one frame afterwards, downsampling doubles the first one before. `still`: a single
+        frame goes up, and the frames that would be dropped are not computed."""
         yield Convolution(self.inputs, self.width, size)
         width = self.width
         for stage in self.stages:
@@ -114,6 +112,12 @@ class Tower:
     def largest_array(self, size: Size) -> int:
         """Values of the largest array that goes into a convolution, with its border, or comes out of one."""
         return max(max(c.padded, c.outputs * prod(c.size)) for c in self.convolutions(size))
+
+
+def multiplied(strides: Iterable[Size]) -> Size:
+    """The product of strides, axis by axis."""
+    time, height, width = (prod(axis) for axis in zip((1, 1, 1), *strides, strict=True))
+    return time, height, width
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,7 @@ class VideoVAEConfig(Config):
 
     @cached_property
     def decoder(self) -> Tower:
+        """The decoder's convolutions."""
         stages: list[Stage] = []
         width = self.decoder_base_channels
         for name, params in self.decoder_blocks:  # from the pixels inwards
@@ -199,8 +204,8 @@ class VideoVAEConfig(Config):
 
 
 def encoder_tower(blocks: Blocks, width: int, latent_channels: int, patch_size: int, padding: str) -> Tower:
-    """The encoder of a block list, of `width` channels at first. The last output channel is the log-variance that all
-    latents share. Raises ConfigError or UnsupportedError for another kind of block or padding."""
+    """The encoder of a block list, beginning with `width` channels. Its last output channel is the log-variance that
+    all latents share. Raises ConfigError or UnsupportedError for another kind of block or padding."""
     stages = []
     first = width
     for name, params in blocks:

@@ -16,6 +16,7 @@ from ltx2.runtime.networks.video_vae.layers import (
     ResBlocks,
     Upsample,
     activate,
+    added,
     apply,
     depth_to_space,
     settled,
@@ -51,13 +52,13 @@ def unpatchify(x: mx.array, patch: int) -> mx.array:
 
 
 class StillDecoder(nn.Module):
-    """What `Decoder` makes of a single latent frame: un-normalised latents (1, H/32, W/32, C) to one picture
-    (1, H, W, 3), nominally in [-1, 1]. A third of the operations, and nothing is waited for.
+    """Decodes a single latent frame as `Decoder` does: un-normalised latents (1, H/32, W/32, C) to one picture
+    (1, H, W, 3), nominally in [-1, 1]. It takes a third of the operations, and waits for large arrays only.
 
-    Before and behind a clip are copies of its edge frames, so the three taps over time of every kernel see the same
-    frame: they are added up here, once. Of a frame that is doubled the first copy is dropped: it is not computed.
+    Copies of the edge frames extend a clip at both ends, so the three taps over time of every kernel see the same
+    frame: their sum is made once. The first copy of a doubled frame would be dropped, so it is not computed.
 
-    Takes the decoder's weights from it, one after the other, so that they are never all there beside the sums."""
+    Takes the decoder's weights one after the other, so that they are never all in memory beside the sums."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -79,8 +80,9 @@ class StillDecoder(nn.Module):
 
 
 class _StillConvolution(nn.Module):
-    """3x3, with the border of the 3x3x3 convolution that it is made of; of `copies` of a frame, which that one makes,
-    the last alone."""
+    """The 3x3x3 convolution `source` for a single frame: 3x3, with the same border, (1, H, W, inputs) -> (1, H, W,
+    outputs). Where `source` makes several `copies` of a frame, this one makes the last alone; `within` is the rest of
+    its stride."""
 
     def __init__(self, source: CausalConv3d, copies: int = 1, within: int = 1) -> None:
         super().__init__()
@@ -102,7 +104,7 @@ class _StillConvolution(nn.Module):
 
 @cache
 def _mirrored(length: int) -> mx.array:
-    """Places along an axis, with one more on both ends that mirrors without repeating the edge; of one, copies."""
+    """Indices along an axis (length + 2,): both ends mirror without repeating the edge; a single position is copied."""
     return mx.array([min(1, length - 1), *range(length), max(0, length - 2)])
 
 
@@ -129,8 +131,9 @@ class _StillUpsample(nn.Module):
         within = prod(self.stride)
         last = x.reshape(*x.shape[:-1], -1, self.copies, within)[..., -1, :]
         skip = self._enlarged(last.reshape(*x.shape[:-1], -1))
-        return (y.reshape(*skip.shape[:-1], -1, skip.shape[-1]) + skip[..., None, :]).reshape(y.shape)
+        return added(y, skip)
 
     def _enlarged(self, x: mx.array) -> mx.array:
+        """Depth-to-space of a picture (1, H, W, C)."""
         height, width = self.stride
         return depth_to_space(x[:, None], (1, height, width))[:, 0]

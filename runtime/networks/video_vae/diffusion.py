@@ -1,7 +1,7 @@
 """The video autoencoder with a diffusion decoder. The last two stages, which take most memory, run over the whole clip
 or over tiles of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig
 from ltx2.runtime.networks.video_vae.diffusion_decoder import DiffusionDecoder, Volume
 from ltx2.runtime.networks.video_vae.encode import VideoCoder
 from ltx2.runtime.networks.video_vae.frames import Pictures, blended, to_levels
-from ltx2.runtime.networks.video_vae.tiles import Interval, Span, Tiles, Tiling, spatial_spans
+from ltx2.runtime.networks.video_vae.tiles import Intervals, Span, Tiles, Tiling, spatial_spans
 
 
 class DiffusionAutoencoder(VideoCoder):
@@ -56,18 +56,19 @@ class DiffusionAutoencoder(VideoCoder):
                 return
 
     def _margins(self, size: Size) -> tuple[int, int]:
-        """Pixels above and to the left that small clips are extended by."""
+        """Pixels that small clips are extended by, above and to the left."""
         _, top, left = (max(0, least - side) // 2 for side, least in zip(size, self.config.smallest, strict=True))
         return top * self.spatial_scale, left * self.spatial_scale
 
     def _extended(self, latents: mx.array) -> mx.array:
-        """At least the smallest clip: edges are repeated, over time at the end, in the picture on both sides."""
+        """Latents (1, C, f, h, w), raised to the smallest clip by repeating edges: over time at the end, in the picture
+        on both sides."""
         missing = [max(0, least - side) for side, least in zip(latents.shape[2:], self.config.smallest, strict=True)]
         pads = [(0, missing[0]), *((n // 2, n - n // 2) for n in missing[1:])]
         return mx.pad(latents, [(0, 0), (0, 0), *pads], mode="edge") if any(missing) else latents
 
     def _groups(self, latents: mx.array, noise: mx.array, tiling: Tiling | None, steps: int) -> Iterator[mx.array]:
-        """Groups of frames of latents (1, C, f, h, w) from noise (F, H, W, 3)."""
+        """Groups of frames (n, H, W, 3) of latents (1, C, f, h, w), from noise (F, H, W, 3)."""
         x = self.per_channel_statistics.unnormalise(latents)[0].transpose(1, 2, 3, 0)
         cell, cells = self.config.cell, self.config.cells((x.shape[0], x.shape[1], x.shape[2]))
         tiles = Tiles(cells, tiling, cell)
@@ -94,7 +95,7 @@ class DiffusionAutoencoder(VideoCoder):
         return blended(times, rows, columns, decode)
 
     def _check_tiles(self, tiles: Tiles) -> None:
-        """No tile may be smaller than the windows in it."""
+        """Raises InputError where a tile is smaller than the windows in it."""
         least = self.config.smallest_tile
         for axis, intervals in enumerate((tiles.times, tiles.rows, tiles.columns)):
             smallest = min(stop - start for start, stop in (intervals[i] for i in intervals.ends))
@@ -109,7 +110,7 @@ class DiffusionAutoencoder(VideoCoder):
 
 
 def _cut(volume: Volume, frames: slice, rows: slice, columns: slice) -> Volume:
-    """A part of a clip in slabs."""
+    """A part of a clip, both in slabs (t, H, W, C)."""
     found, at = [], 0
     for slab in volume:
         part = slab[max(0, frames.start - at) : max(0, frames.stop - at), rows, columns]
@@ -118,7 +119,7 @@ def _cut(volume: Volume, frames: slice, rows: slice, columns: slice) -> Volume:
     return found
 
 
-def _causal_spans(tiles: Sequence[Interval], scale: int) -> list[Span]:
+def _causal_spans(tiles: Intervals, scale: int) -> list[Span]:
     """Tiles over time of cells of `scale` frames, the first of which stands for one frame."""
     spans, early = spatial_spans(tiles, scale), scale - 1
     first = replace(spans[0], target=slice(0, spans[0].target.stop - early), weights=spans[0].weights[early:])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ltx2.runtime.errors import ConfigError, UnsupportedError
 from ltx2.runtime.model.config import AS_PUBLISHED, SUPPORTED_ONLY, Config, Repeats
-from ltx2.runtime.networks.video_vae.config import Blocks, Size, Tower, encoder_tower
+from ltx2.runtime.networks.video_vae.config import Blocks, Size, Tower, encoder_tower, multiplied
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 
 # Pixels along both sides, and frames: the first ones take most memory.
@@ -54,16 +54,21 @@ class DecoderConfig(Config):
     stage_channels: tuple[int, ...]
     stage_depths: tuple[Repeats, ...]
     stage_kernels: tuple[tuple[int, int, int], ...]
-    upsamples: tuple[
-        tuple[tuple[int, int, int], int], ...
-    ]  # after every stage but the last: stride, divisor of channels
+    upsamples: tuple[tuple[tuple[int, int, int], int], ...]  # between stages: stride, divisor of channels
     stage5_kernel: tuple[int, int, int] | None = None
     timestep_scale_multiplier: float = 1.0
     default_num_inference_steps: int = 2
 
 
+class Cell(NamedTuple):
+    """Pixels and frames of one position."""
+
+    spatial_scale: int
+    temporal_scale: int
+
+
 class Stage(NamedTuple):
-    """A stage of the decoder, and the size of what it works on."""
+    """A stage of the decoder, and the size of the clip that it works on."""
 
     channels: int
     depth: int
@@ -137,10 +142,12 @@ class DiffusionVAEConfig(Config):
 
     @property
     def _scale(self) -> Size:
-        time, height, width = (
-            prod(axis) for axis in zip(*(stride for stride, _ in self.decoder.upsamples), strict=True)
-        )
-        return time, height, width
+        return multiplied(stride for stride, _ in self.decoder.upsamples)
+
+    @property
+    def _strides(self) -> list[Size]:
+        """What every stage's output is enlarged by; nothing enlarges the last one's."""
+        return [*(stride for stride, _ in self.decoder.upsamples), (1, 1, 1)]
 
     @property
     def temporal_scale(self) -> int:
@@ -154,19 +161,18 @@ class DiffusionVAEConfig(Config):
 
     @property
     def ghosts(self) -> int:
-        """Copies of the last latent that are decoded behind it and dropped, so that no window of a kept frame is
-        shifted inwards at the end of the first stages."""
+        """Copies of the last latent that are decoded after it and dropped. They keep the first stages from shifting the
+        windows of kept frames inwards at the clip's end."""
         return self.decoder.stage_kernels[0][0] // 2 * 2
 
     def stages(self, latents: Size) -> list[Stage]:
-        """All stages for a clip of so many latents (frames, height, width), no fewer than `smallest`. All but the last
-        have the copies of the last latent."""
+        """All stages for a clip of so many latents (frames, height, width), at least `smallest`. In all but the last
+        one the copies of the last latent are part of the clip."""
         d, found = self.decoder, []
         frames, height, width = map(max, latents, self.smallest)
         size = (frames + self.ghosts, height, width)
-        strides = [*(stride for stride, _ in d.upsamples), (1, 1, 1)]
         for channels, depth, kernel, (t, h, w) in zip(
-            d.stage_channels, d.stage_depths, d.stage_kernels, strides, strict=True
+            d.stage_channels, d.stage_depths, d.stage_kernels, self._strides, strict=True
         ):
             found.append(Stage(channels, depth, kernel, size))
             size = size[0] * t - (t - 1), size[1] * h, size[2] * w
@@ -175,10 +181,9 @@ class DiffusionVAEConfig(Config):
 
     @cached_property
     def smallest(self) -> Size:
-        """Latents below which some stage's kernel is larger than its clip: smaller clips are extended at the edges."""
+        """The fewest latents at which no stage's kernel is larger than its clip; smaller clips are extended."""
         frames = height = width = time = rows = columns = 1  # of latents, and positions per latent so far
-        strides = [*(stride for stride, _ in self.decoder.upsamples), (1, 1, 1)]
-        for (t, h, w), stride in zip(self.decoder.stage_kernels, strides, strict=True):
+        for (t, h, w), stride in zip(self.decoder.stage_kernels, self._strides, strict=True):
             frames = max(frames, -(-(t - 1) // time) + 1)
             height, width = max(height, -(-h // rows)), max(width, -(-w // columns))
             time, rows, columns = time * stride[0], rows * stride[1], columns * stride[2]
@@ -186,55 +191,49 @@ class DiffusionVAEConfig(Config):
 
     @property
     def smallest_tile(self) -> Size:
-        """Cells that a tile has at least along each axis, for the windows of the last two stages."""
+        """The fewest cells of a tile along each axis that hold the windows of the last two stages."""
         (outer, inner), (stride, _) = self.decoder.stage_kernels[-2:], self.decoder.upsamples[-1]
         frames = max(outer[0], -(-(inner[0] + stride[0] - 1) // stride[0]))
         height, width = (max(outer[axis], -(-inner[axis] // stride[axis])) for axis in (1, 2))
         return frames, height, width
 
     def canvas(self, latents: Size) -> tuple[int, ...]:
-        """Shape of the noise that decoding so many latents starts from: (1, 3, F, H, W) in pixels, each side raised to
-        the smallest that can be decoded."""
+        """Shape of the noise (1, 3, F, H, W) that decoding so many latents starts from, each side at least the
+        smallest that can be decoded."""
         frames, height, width = map(max, latents, self.smallest)
         space = self.spatial_scale
         return 1, 3, (frames - 1) * self.temporal_scale + 1, height * space, width * space
 
     def cells(self, latents: Size) -> Size:
-        """What tiles are cut in: positions that go into the last stage but one, without the copies' own."""
+        """The grid that tiles are cut in: the positions that go into the last stage but one, without those of the
+        copies."""
         frames, height, width = self.stages(latents)[-2].size
         return frames - self.ghosts * (self.temporal_scale // self.cell.temporal_scale), height, width
 
     @property
     def halo(self) -> tuple[int, int]:
-        """Frames and pixels that a position of the last stage sees to each side, in whole cells: what neighbouring
-        tiles must share."""
+        """How many frames and pixels a position of the last stage sees to each side, in whole cells: neighbouring tiles
+        must share that much."""
         kernel, depth, cell = self.decoder.stage_kernels[-1], self.decoder.stage_depths[-1], self.cell
         frames, pixels = depth * (kernel[0] // 2), depth * (max(kernel[1:]) // 2) * self.decoder.patch_size
         time, space = cell.temporal_scale, cell.spatial_scale
         return -(-frames // time) * time, -(-pixels // space) * space
 
     @property
-    def cell(self) -> "Cell":
+    def cell(self) -> Cell:
         """Pixels and frames of one of the `cells`, the first of which stands for one frame."""
         (time, space, _), _ = self.decoder.upsamples[-1]
         return Cell(space * self.decoder.patch_size, time)
 
 
 def diffusion_tilings(config: DiffusionVAEConfig, latents: Size) -> list[Tiling | None]:
-    """Ways to decode a clip of so many latents (frames, height, width): in one piece, then in tiles that take less and
-    less memory. Neighbours share what a position of the last stage sees."""
+    """Ways to decode a clip of so many latents (frames, height, width): in one piece (None), then in tiles that take
+    less and less memory. Neighbours share as much as a position of the last stage sees."""
     frames, pixels = config.halo
     shape = config.canvas(latents)
     found: list[Tiling | None] = [None]
     for side, length in TILES:
         tiling = Tiling(side, side, pixels, length, frames)
-        if min(side - max(shape[3:]), length - shape[2]) < 0:  # else it is the whole clip
+        if side < max(shape[3:]) or length < shape[2]:  # else it is the whole clip
             found.append(tiling)
     return found
-
-
-class Cell(NamedTuple):
-    """Pixels and frames of a position."""
-
-    spatial_scale: int
-    temporal_scale: int

@@ -1,8 +1,8 @@
 """The video decoder of the newest release: stages of neighbourhood attention bring latents to four pixels per position,
 then a small diffusion model turns noise into pixels beside them, in one step or a few.
 
-Clips are lists of slabs (frames, height, width, channels) of up to four frames, which are worked on one after the other
-and in place: memory beside the clip itself is that of a few slabs."""
+A clip is a list of slabs (frames, height, width, channels) of up to four frames. Layers replace its slabs one after the
+other, so that memory beside the clip itself is that of a few slabs."""
 
 from collections import deque
 from collections.abc import Callable
@@ -83,8 +83,8 @@ class Block(nn.Module):
         enter: Callable[[int], mx.array] | None = None,
         norms: tuple[Norm, Norm] | None = None,
     ) -> None:
-        """Work on the slabs in place. `enter` gives a slab's input where that is not the slab itself, `norms` stand for
-        the block's own. Keys and values exist for those slabs only that the next one's windows reach over."""
+        """Replaces the slabs, (t, H, W, C) each. `enter` gives a slab's input where that is not the slab itself;
+        `norms` replace the block's own. Keys and values are kept for the slabs that coming windows reach."""
         first, second = norms or (self.norm1, self.norm2)
         starts = [0, *accumulate(slab.shape[0] for slab in volume)]
         queries: dict[int, mx.array] = {}
@@ -125,7 +125,7 @@ class DiffusionBlock(Block):
         self.scale_shift_table = mx.zeros((ROWS, dim))
 
     def denoise(self, volume: Volume, grid: "Grid", context: Volume, modulation: mx.array) -> None:
-        """Work on the slabs in place; `context` has the same slabs, `modulation` (7, C) is of the noise level."""
+        """Replaces the slabs; `context` has slabs of the same shapes, `modulation` (7, C) follows the noise level."""
         table = self.scale_shift_table.astype(mx.float32) + modulation.astype(mx.float32)
 
         def steered(norm: nn.RMSNorm, scale: mx.array, shift: mx.array) -> Norm:
@@ -146,8 +146,8 @@ class Upsample(nn.Module):
         self.stride = stride
 
     def run(self, volume: Volume, *, inner: bool = False) -> Volume:
-        """Takes the slabs out of the list. A stride over time leaves the clip's first frame single, but not that of a
-        tile that begins `inner`, behind it."""
+        """Slabs (t, H, W, C) -> slabs of the new size; empties the list. A stride over time leaves the clip's first
+        frame single, but not the first one of an `inner` tile, which begins later."""
         found: Volume = []
         drop = 0 if inner else self.stride[0] - 1
         while volume:
@@ -187,8 +187,8 @@ class Modulation(nn.Module):
 
 
 class DiffusionDecoder(nn.Module):
-    """Un-normalised latents to pixels. `features` are all stages but the last two, over the whole clip; `context` is
-    the stage before the diffusion model and `denoise` that model, over the clip or a tile of it."""
+    """Un-normalised latents to pixels. `features` runs all stages but the last two over the whole clip; `context` the
+    stage before the diffusion model and `denoise` that model, over the clip or a tile of it."""
 
     def __init__(self, config: DiffusionVAEConfig) -> None:
         super().__init__()
@@ -210,7 +210,8 @@ class DiffusionDecoder(nn.Module):
         self.conv_out = Linear(last, pixels)
 
     def features(self, latents: mx.array) -> Volume:
-        """(f, h, w, C) -> slabs of what goes into the last stage but one; the last latent's copies are part of it."""
+        """Latents (f, h, w, C) -> slabs (t, H, W, C') for the last stage but one, with those of the last latent's
+        copies."""
         ghosts = mx.repeat(latents[-1:], self.config.ghosts, axis=0)
         x = self.conv_in(mx.concatenate([latents, ghosts]).astype(self.conv_in.dtype))
         volume = [x[start : start + BLOCK] for start in range(0, x.shape[0], BLOCK)]
@@ -219,11 +220,11 @@ class DiffusionDecoder(nn.Module):
         return volume
 
     def context(self, features: Volume, *, inner: bool = False) -> Volume:
-        """Slabs of a clip or a tile -> slabs of a position for 4x4 pixels. Empties the list."""
+        """Slabs of a clip or a tile -> slabs with one position for 4x4 pixels. Empties the list."""
         return self._stage(len(self.det_stages) - 1, features, inner)
 
     def _stage(self, number: int, volume: Volume, inner: bool = False) -> Volume:
-        grid = Grid.of(volume, self.config.decoder.stage_kernels[number], self.config.decoder.head_dim)
+        grid = Grid(volume, self.config.decoder.stage_kernels[number], self.config.decoder.head_dim)
         for block in self.det_stages[number]:
             block.run(volume, grid)
         return self.upsamples[number].run(volume, inner=inner)
@@ -243,7 +244,7 @@ class DiffusionDecoder(nn.Module):
         return x
 
     def _predict(self, context: Volume, x: mx.array, t: float) -> mx.array:
-        """The model's answer to pixels (F, H, W, 3) at noise level t."""
+        """What the model makes of pixels (F, H, W, 3) at noise level t, of the same shape."""
         patch, dtype = self.config.decoder.patch_size, self.conv_in_x_t.dtype
         starts = [0, *accumulate(slab.shape[0] for slab in context)]
         volume = []
@@ -251,7 +252,7 @@ class DiffusionDecoder(nn.Module):
             volume.append(self.conv_in_x_t(patchify(x[None, start:stop].astype(dtype), patch)[0]))
             evaluate(volume[-1])
         modulation = self.shared_adaln(self.t_embedder(self.config.decoder.timestep_scale_multiplier * t))
-        grid = Grid.of(volume, self.config.decoder.stage_kernels[-1], self.config.decoder.head_dim)
+        grid = Grid(volume, self.config.decoder.stage_kernels[-1], self.config.decoder.head_dim)
         for block in self.diff_blocks:
             block.denoise(volume, grid, context, modulation)
         for number, slab in enumerate(volume):
@@ -263,18 +264,14 @@ class DiffusionDecoder(nn.Module):
 class Grid:
     """What attention needs to know of a clip's size: windows, and the rotation of queries and keys by their place."""
 
-    def __init__(self, size: Size, kernel: Size, head_dim: int) -> None:
+    def __init__(self, volume: Volume, kernel: Size, head_dim: int) -> None:
+        _, height, width, _ = volume[0].shape
+        self._size = size = (sum(slab.shape[0] for slab in volume), height, width)
         self.windows = Neighbourhood(size, kernel)
-        self._size = size
         time = head_dim // 4 // 2 * 2
         time -= (head_dim - time) // 2 % 2 * 2  # pairs only
         space = (head_dim - time) // 2
         self._angles = [_angles(length, dim) for length, dim in zip(size, (time, space, space), strict=True)]
-
-    @classmethod
-    def of(cls, volume: Volume, kernel: Size, head_dim: int) -> "Grid":
-        _, height, width, _ = volume[0].shape
-        return cls((sum(slab.shape[0] for slab in volume), height, width), kernel, head_dim)
 
     def rope(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
         """Cosines and sines for frames [start, stop): (t, H, W, 1, head_dim / 2), float32."""
@@ -287,6 +284,6 @@ class Grid:
 
 
 def _angles(length: int, dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """(length, dim / 2)"""
+    """Angles (length, dim / 2) of the positions along one axis."""
     frequencies = (THETA ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
     return np.arange(length, dtype=np.float32)[:, None] * frequencies

@@ -2,11 +2,9 @@
 any length in tiles, from frames that come in groups, so that memory stays bounded."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.layers.statistics import LatentStatistics
@@ -15,53 +13,25 @@ from ltx2.runtime.model.layout import DIFFUSION_VAE, VIDEO_VAE
 from ltx2.runtime.networks.video_vae.config import Tower, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig
 from ltx2.runtime.networks.video_vae.encoder import Encoder
-from ltx2.runtime.networks.video_vae.tiles import Intervals, Tiling, Weights, spatial_spans
-
-# Lightricks' tiles for encoding, then smaller ones, each takes less memory than the last. Neighbours share at least 64
-# pixels and 16 frames.
-ENCODE_TILINGS = (
-    Tiling(768, 768, 64, 80, 24),
-    Tiling(512, 512, 64, 80, 24),
-    Tiling(512, 512, 64, 48, 16),
-    Tiling(384, 384, 64, 48, 16),
-    Tiling(256, 256, 64, 40, 16),
-)
+from ltx2.runtime.networks.video_vae.tiles import Intervals, Tiling, spatial_spans, time_weights
 
 VideoConfig = VideoVAEConfig | DiffusionVAEConfig
 # By component. Of a model that has both, the first encodes, and its statistics are used.
-VIDEO_VAES: Mapping[str, type[VideoVAEConfig] | type[DiffusionVAEConfig]] = {
-    VIDEO_VAE: VideoVAEConfig,
-    DIFFUSION_VAE: DiffusionVAEConfig,
-}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Pixels and frames per latent; the first latent stands for one frame."""
-
-    space: int
-    time: int
+VIDEO_VAES: Mapping[str, type[VideoConfig]] = {VIDEO_VAE: VideoVAEConfig, DIFFUSION_VAE: DiffusionVAEConfig}
 
 
 class VideoCoder(nn.Module):
-    """Encoder and latent statistics. Latents are (1, C, f, h, w) with f = (F - 1) / 8 + 1 for F frames."""
+    """Encoder and latent statistics. Latents are (1, C, f, h, w) with f = (F - 1) / 8 + 1 for F frames.
+
+    `spatial_scale`: pixels per latent along height and width. `temporal_scale`: frames per latent; the first latent
+    stands for one frame."""
 
     def __init__(self, tower: Tower, patch_size: int) -> None:
         super().__init__()
         self.encoder = Encoder(tower, patch_size)
         self.per_channel_statistics = LatentStatistics(tower.outputs - 1, 1, 1, 1)
-        time, space, _ = tower.scale
-        self._scale = Scale(space * patch_size, time)
-
-    @property
-    def spatial_scale(self) -> int:
-        """Pixels per latent along height and width."""
-        return self._scale.space
-
-    @property
-    def temporal_scale(self) -> int:
-        """Frames per latent; the first latent stands for one frame."""
-        return self._scale.time
+        self.temporal_scale, space, _ = tower.scale
+        self.spatial_scale = space * patch_size
 
     def encode(self, pixels: mx.array) -> mx.array:
         """(1, 3, F, H, W) in [-1, 1] -> normalised latents (1, C, f, h, w), float32, in one piece.
@@ -79,11 +49,11 @@ class VideoCoder(nn.Module):
 
     def encode_video(self, groups: Iterable[mx.array], tiling: Tiling) -> mx.array:
         """A clip that comes in groups of frames (1, 3, n, H, W) in [-1, 1] -> normalised latents (1, C, f, h, w),
-        float32. No more than a tile's frames and a group are held.
+        float32. Holds no more than a tile's frames and a group.
 
         Tiles are cut in latents; along time every tile after the first starts one latent early, with weight 0: its
         first latent stands for one frame only. Frames after the last 8k+1 are left out. Raises InputError when H or W
-        is no multiple of 32, and where there is no frame.
+        is no multiple of 32, and for a clip without frames.
         """
         clip, scale = _Clip(groups, self._dtype), self.temporal_scale
         size, overlap = tiling.frames // scale, tiling.frame_overlap // scale
@@ -94,7 +64,7 @@ class VideoCoder(nn.Module):
             last = not clip.reaches(stop * scale + 1)
             if last:
                 stop = (clip.stop - 1) // scale + 1
-            weights = _time_weights(stop - first, overlap + 1 if start else 0, 0 if last else overlap)
+            weights = time_weights(stop - first, overlap + 1 if start else 0, 0 if last else overlap)
             tile = self._encode_tiles(clip.take(first * scale, (stop - 1) * scale + 1), tiling)
             tile = tile * mx.array(weights)[:, None, None]
             latents = tile if latents is None else _added(latents, tile, first)
@@ -104,7 +74,7 @@ class VideoCoder(nn.Module):
             start = stop - overlap
 
     def _encode_tiles(self, groups: list[mx.array], tiling: Tiling) -> mx.array:
-        """Like `encode`, in tiles over space, of frames in groups (1, 3, n, H, W)."""
+        """As `encode`, in tiles over space: frames in groups (1, 3, n, H, W) -> (1, C, f, h, w)."""
         scale = self.spatial_scale
         height, width = groups[0].shape[3:]
         self._check(height, width)
@@ -141,7 +111,7 @@ class VideoCoder(nn.Module):
 
 
 class _Clip:
-    """The frames of a clip as they come, and as long as they are needed."""
+    """A clip's frames, from when they come until they are no longer needed."""
 
     def __init__(self, groups: Iterable[mx.array], dtype: mx.Dtype) -> None:
         self._coming = iter(groups)
@@ -151,7 +121,7 @@ class _Clip:
         self.stop = 0
 
     def reaches(self, stop: int) -> bool:
-        """Whether the clip has so many frames; reads on until that is known."""
+        """Whether the clip has `stop` frames; reads on until that is known."""
         while self.stop < stop and (group := next(self._coming, None)) is not None:
             self._groups.append(group.astype(self._dtype))
             evaluate(self._groups[-1])
@@ -159,8 +129,8 @@ class _Clip:
         return self.stop >= stop
 
     def take(self, start: int, stop: int) -> list[mx.array]:
-        """Frames [start, stop), in groups; those before are not needed any more. Raises InputError where there is
-        no frame."""
+        """Frames [start, stop), in groups (1, 3, n, H, W); drops those before. Raises InputError for a clip without
+        frames."""
         if not self.stop:
             raise InputError("the clip cannot be encoded", "it has no frames", "choose another file")
         while self._start + self._groups[0].shape[2] <= start:
@@ -173,16 +143,8 @@ class _Clip:
         return taken
 
 
-def _time_weights(length: int, rise: int, fall: int) -> Weights:
-    """Trapezoid over a tile's latents: from 0 up in `rise` steps, down at the end in `fall`."""
-    weights = np.ones(length, np.float32)
-    weights[:rise] = np.arange(rise, dtype=np.float32) / np.float32(max(1, rise))
-    weights[length - fall :] *= 1 - np.arange(1, fall + 1, dtype=np.float32) / np.float32(fall + 1)
-    return weights
-
-
 def _added(latents: mx.array, tile: mx.array, first: int) -> mx.array:
-    """A tile added to the latents (1, C, f, h, w) before it, from latent `first` on."""
+    """The latents (1, C, f, h, w) so far, and a tile (1, C, n, h, w) added to them from latent `first` on."""
     shared = latents.shape[2] - first
     both = latents[:, :, first:] + tile[:, :, :shared]
     return mx.concatenate([latents[:, :, :first], both, tile[:, :, shared:]], axis=2)

@@ -19,7 +19,7 @@ Spread = Callable[[Sequence[Place], Decode], Iterator[mx.array]]  # how tiles ar
 
 
 class Frames(Protocol):
-    """Frames (F, H, W, 3) that are taken by groups."""
+    """Frames (F, H, W, 3), of which groups are taken."""
 
     def __getitem__(self, frames: slice, /) -> mx.array: ...
 
@@ -40,9 +40,9 @@ def decode_frames(
 ) -> Iterator[Pictures]:
     """Decode normalised latents (1, C, f, h, w) to groups of frames (n, H, W, 3), uint8, in order.
 
-    Without `tiling` the clip is decoded in one piece. `ahead`: layers that the device may be behind the host, faster at
-    the price of their memory; the frames are the same. `spread` decodes the tiles. Raises InputError for tiles that do
-    not fit the latents' scale or are too large to decode, NumericsError for frames that are not finite.
+    Without `tiling` the clip is decoded in one piece. `ahead`: how many layers the device may lag behind the host;
+    faster, at the price of their memory, and the frames are the same. `spread` decodes the tiles. Raises InputError for
+    tiles that do not fit the latents' scale or are too large to decode, NumericsError for frames that are not finite.
     """
     return map(to_levels, decode_tiles(vae, latents, tiling, ahead, spread))
 
@@ -81,7 +81,7 @@ def _to_levels(frames: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def blended(times: list[Span], rows: list[Span], columns: list[Span], decode: Decode) -> Iterator[mx.array]:
-    """Groups of frames (n, H, W, 3), float32, in order: the weighted sum of the tiles over them. A frame is given away
+    """Groups of frames (n, H, W, 3), float32, in order: the weighted sum of the tiles over them. A frame is yielded
     before the next tile over time is decoded, unless that tile adds to it."""
     starts = [time.target.start for time in times[1:]] + [times[-1].target.stop]
     pending: mx.array | None = None
@@ -91,7 +91,7 @@ def blended(times: list[Span], rows: list[Span], columns: list[Span], decode: De
 
 
 def _decoded(decode: Decode, time: slice, rows: list[Span], columns: list[Span]) -> Frames:
-    """All frames of a tile over time, blended over space."""
+    """All frames (F, H, W, 3) of a tile over time, blended over space."""
     if len(rows) == len(columns) == 1:
         return decode(time, rows[0].source, columns[0].source)
     picture = _Picture(rows, columns)
@@ -103,13 +103,14 @@ def _decoded(decode: Decode, time: slice, rows: list[Span], columns: list[Span])
 
 class _Picture:
     """Frames as the sum of tiles, in cells: the pieces between the edges of tiles. A tile is added cell by cell, so
-    that no more than a cell is ever there twice."""
+    that memory never holds more than one cell twice."""
 
     def __init__(self, rows: list[Span], columns: list[Span]) -> None:
         self._rows, self._columns = _pieces(rows), _pieces(columns)
         self._cells: dict[tuple[int, int], mx.array] = {}
 
     def add(self, tile: mx.array, row: Span, column: Span) -> None:
+        """Add a tile's frames (F, H, W, 3), weighted."""
         for i, high in enumerate(self._rows):
             for j, wide in enumerate(self._columns):
                 if _within(high, row) and _within(wide, column):
@@ -154,19 +155,18 @@ def _within(piece: slice, span: Span) -> bool:
 def _finished(
     frames: Frames, ramp: Weights, pending: mx.array | None, final: int
 ) -> Generator[mx.array, None, mx.array]:
-    """Yield the first `final` frames in groups; return the others, to which the next tile will add."""
+    """Yield the first `final` frames in groups (n, H, W, 3), with the `pending` ones of the tile before added; return
+    the others, to which the next tile will add."""
     weights = mx.array(ramp)[:, None, None, None]
     start = 0 if pending is None else pending.shape[0]
     for group in [*_groups(0, start), *_groups(start, final)]:
-        before = pending[group] if pending is not None and group.start < start else None
-        yield _weighted(frames[group], weights[group], before)
+        if pending is not None and group.start < start:
+            yield frames[group] * weights[group] + pending[group]
+        else:
+            yield frames[group] * weights[group]
     rest = frames[final:] * weights[final:]
     evaluate(rest)
     return rest
-
-
-def _weighted(frames: mx.array, weights: mx.array, before: mx.array | None) -> mx.array:
-    return frames * weights if before is None else frames * weights + before
 
 
 def _groups(start: int, stop: int) -> list[slice]:

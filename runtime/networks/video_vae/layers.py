@@ -33,7 +33,7 @@ def activate(x: mx.array) -> mx.array:
 
 
 class CausalConv3d(nn.Module):
-    """3x3x3 convolution that keeps the size."""
+    """3x3x3 convolution that keeps the size: (1, F, H, W, inputs) -> (1, F, H, W, outputs)."""
 
     def __init__(self, in_channels: int, out_channels: int, border: Border) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class CausalConv3d(nn.Module):
         return self._frames(x, slice(0, x.shape[1]))
 
     def _frames(self, x: mx.array, part: slice) -> mx.array:
-        """Some of the result, from the frames that they depend on; beyond the clip's ends these are copies."""
+        """Frames `part` of the result, from the frames they depend on; beyond the clip's ends these are copies."""
         before, after = (2, 0) if self.border.causal else (1, 1)
         start, stop = part.start - before, part.stop + after
         before, after = max(0, -start), max(0, stop - x.shape[1])
@@ -56,7 +56,7 @@ class CausalConv3d(nn.Module):
 
 
 def _extend(x: mx.array, before: int, after: int, reflect: bool) -> mx.array:
-    """So many copies of the edge frames; with reflection, also one row and column per side."""
+    """x (1, F, H, W, C) with so many copies of its edge frames; with reflection, also one row and column per side."""
     first, last = x[:, :1], x[:, -1:]
     if not reflect:
         return mx.concatenate([first] * before + [x] + [last] * after, axis=1)
@@ -75,13 +75,13 @@ def _extend(x: mx.array, before: int, after: int, reflect: bool) -> mx.array:
 
 
 def _reflect(x: mx.array, axis: int) -> mx.array:
-    """One position more on both ends of `axis`, mirrored without repeating the edge."""
+    """x with one more position at both ends of `axis`, mirrored without repeating the edge."""
     second, last_but_one = mx.split(x, [1, 2], axis)[1], mx.split(x, [-2, -1], axis)[1]
     return mx.concatenate([second, x, last_but_one], axis)
 
 
 def settled(x: mx.array) -> mx.array:
-    """`x`, computed if it is large: what it was computed from is free then, before anything else is queued."""
+    """`x`, evaluated if it is large: that frees its inputs before anything else is queued."""
     if x.nbytes >= LARGE:
         evaluate(x)
     return x
@@ -127,6 +127,11 @@ class Downsample(nn.Module):
         return space_to_depth(self.conv(x), self.stride) + skip
 
 
+def added(y: mx.array, skip: mx.array) -> mx.array:
+    """y (..., n·C) + skip (..., C), whose whole block of channels repeats n times."""
+    return (y.reshape(*skip.shape[:-1], -1, skip.shape[-1]) + skip[..., None, :]).reshape(y.shape)
+
+
 class Upsample(nn.Module):
     """Multiply the size by a stride: convolution and depth-to-space, plus, where residual, the input's depth-to-space
     with its channels repeated to the new width."""
@@ -141,17 +146,15 @@ class Upsample(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         y = depth_to_space(self.conv(x), self.stride)
         if self.residual:
-            skip = depth_to_space(x, self.stride)
-            # The input has fewer channels than the output: its whole block of channels repeats.
-            y = (y.reshape(*skip.shape[:-1], -1, skip.shape[-1]) + skip[..., None, :]).reshape(y.shape)
+            y = added(y, depth_to_space(x, self.stride))
         if self.stride[0] > 1:
             y = y[:, 1:]  # the first latent frame stands for one frame only
         return y
 
 
 def apply(first: CausalConv3d, blocks: list[Any], x: mx.array) -> mx.array:
-    """A convolution, then residual blocks and changes of size, (1, F, H, W, C) in and out; each is evaluated, and
-    nobody but this function holds the last one's result, which is a fifth of the memory."""
+    """A convolution, then residual blocks and changes of size: (1, F, H, W, C) in and out. Each is evaluated, and only
+    this function holds the last one's result, which is a fifth of the memory."""
     layers = [layer for block in blocks for layer in (block.res_blocks if isinstance(block, ResBlocks) else [block])]
     for layer in [first, *layers]:
         x = layer(x)

@@ -2,10 +2,9 @@
 one at every pixel. Along time, every tile after the first starts one latent early: a tile's first latent yields a
 single frame, which gets weight 0."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import NamedTuple, Protocol, overload
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,7 +16,7 @@ Interval = tuple[int, int]  # start, stop
 
 
 class Tile(NamedTuple):
-    """Pixels along the longer side and frames of a tile, and what neighbours share."""
+    """Pixels along a tile's longer side, and its frames; neighbours share the overlaps."""
 
     side: int
     overlap: int
@@ -67,10 +66,9 @@ class Tiling:
 
 
 def tilings(vae: Scaled, latents: Size) -> list[Tiling | None]:
-    """Ways to decode a clip of so many latents (frames, height, width): first Lightricks' choice (768 pixels along the
-    longer side, the other in proportion, 80 frames), each takes less memory than the last. None: in one piece."""
-    found = [_tiling(vae, tile, latents) for tile in TILES]
-    return list(dict.fromkeys(found))
+    """Ways to decode a clip of so many latents (frames, height, width), each in less memory than the last; the first is
+    Lightricks' choice: 768 pixels along the longer side, the other in proportion, 80 frames. None: in one piece."""
+    return list(dict.fromkeys(_tiling(vae, tile, latents) for tile in TILES))
 
 
 def _tiling(vae: Scaled, tile: Tile, latents: Size) -> Tiling | None:
@@ -86,9 +84,9 @@ def _tiling(vae: Scaled, tile: Tile, latents: Size) -> Tiling | None:
 
 
 @dataclass(frozen=True)
-class Intervals(Sequence[Interval]):
-    """Cover `length` with intervals of `size` whose neighbours share `overlap`; the last one may be shorter. Computed
-    when asked for: a request that is refused for its size may have billions of them."""
+class Intervals:
+    """Cover `length` with intervals of `size` whose neighbours share `overlap`; the last one may be shorter. No list: a
+    request that is refused for its size may have billions of them."""
 
     length: int
     size: int
@@ -97,25 +95,22 @@ class Intervals(Sequence[Interval]):
     def __len__(self) -> int:
         return max(1, -(-(self.length - self.overlap) // (self.size - self.overlap)))
 
-    @overload
-    def __getitem__(self, index: int) -> Interval: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Interval]: ...
-    def __getitem__(self, index: int | slice) -> Interval | Sequence[Interval]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def __iter__(self) -> Iterator[Interval]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Interval:
         start = range(len(self))[index] * (self.size - self.overlap)
         return start, min(start + self.size, self.length)
 
     @property
-    def ends(self) -> Sequence[int]:
+    def ends(self) -> list[int]:
         """Indices of the first one and the last two: none is longer or shorter than all of these."""
         return sorted({0, max(0, len(self) - 2), len(self) - 1})
 
 
 @dataclass(frozen=True)
 class Span:
-    """One tile along one axis: the positions it reads, those it makes, and their weights."""
+    """One tile along one axis: the latents it reads, the pixels or frames it makes, and their weights."""
 
     source: slice
     target: slice
@@ -124,8 +119,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A clip of so many latents (frames, height, width), cut as `tiling` says (None: one piece). Along every axis these
-    are the latents [start, stop) of each tile. Raises InputError where the tiling does not fit the scale."""
+    """A clip of so many latents (frames, height, width), cut as `tiling` says (None: one piece): along every axis the
+    latents [start, stop) of each tile. Raises InputError where the tiling does not fit the scale."""
 
     latents: Size
     tiling: Tiling | None
@@ -142,30 +137,29 @@ class Tiles:
                 "round them up",
             )
 
-    @cached_property
+    @property
     def times(self) -> Intervals:
-        if self.tiling is None:
-            return Intervals(self.latents[0], self.latents[0], 0)
-        size, overlap = self.tiling.frames, self.tiling.frame_overlap
-        return Intervals(self.latents[0], size // self.vae.temporal_scale, overlap // self.vae.temporal_scale)
+        return self._along(0)
 
-    @cached_property
+    @property
     def rows(self) -> Intervals:
-        return self._sides(self.latents[1], self.tiling.height if self.tiling else None)
+        return self._along(1)
 
-    @cached_property
+    @property
     def columns(self) -> Intervals:
-        return self._sides(self.latents[2], self.tiling.width if self.tiling else None)
+        return self._along(2)
 
-    def _sides(self, length: int, side: int | None) -> Intervals:
-        if side is None or self.tiling is None:
+    def _along(self, axis: int) -> Intervals:
+        length, t = self.latents[axis], self.tiling
+        if t is None:
             return Intervals(length, length, 0)
-        space = self.vae.spatial_scale
-        return Intervals(length, side // space, self.tiling.overlap // space)
+        size, overlap = ((t.frames, t.frame_overlap), (t.height, t.overlap), (t.width, t.overlap))[axis]
+        scale = self.vae.spatial_scale if axis else self.vae.temporal_scale
+        return Intervals(length, size // scale, overlap // scale)
 
 
-def spatial_spans(tiles: Sequence[Interval], scale: int) -> list[Span]:
-    """Tiles over an axis, `scale` positions made per latent."""
+def spatial_spans(tiles: Intervals, scale: int) -> list[Span]:
+    """Tiles over rows or columns, `scale` pixels per latent."""
     spans = []
     for i, (start, stop) in enumerate(tiles):
         weights = np.ones((stop - start) * scale, np.float32)
@@ -184,20 +178,24 @@ def _ramp(length: int) -> Weights:
     return np.arange(1, length + 1, dtype=np.float32) / np.float32(length + 1)
 
 
-def temporal_spans(tiles: Sequence[Interval], scale: int) -> list[Span]:
+def temporal_spans(tiles: Intervals, scale: int) -> list[Span]:
     """Tiles over time: latents [a, b) cover frames [a * scale, (b - 1) * scale + 1)."""
     spans = []
     for i, (start, stop) in enumerate(tiles):
         first = max(0, start - 1)
-        weights = np.ones((stop - first - 1) * scale + 1, np.float32)
-        if i > 0:
-            rise = (tiles[i - 1][1] - start) * scale + 1
-            weights[:rise] = np.arange(rise, dtype=np.float32) / np.float32(rise)
-        if i + 1 < len(tiles):
-            fall = (stop - tiles[i + 1][0]) * scale
-            weights[weights.size - fall :] *= 1 - np.arange(1, fall + 1, dtype=np.float32) / np.float32(fall + 1)
+        rise = (tiles[i - 1][1] - start) * scale + 1 if i > 0 else 0
+        fall = (stop - tiles[i + 1][0]) * scale if i + 1 < len(tiles) else 0
+        weights = time_weights((stop - first - 1) * scale + 1, rise, fall)
         spans.append(Span(slice(first, stop), slice(first * scale, (stop - 1) * scale + 1), weights))
     return _normalised(spans)
+
+
+def time_weights(length: int, rise: int, fall: int) -> Weights:
+    """Trapezoid over a tile's frames or latents, (length,): from 0 up in `rise` steps, down at the end in `fall`."""
+    weights = np.ones(length, np.float32)
+    weights[:rise] = np.arange(rise, dtype=np.float32) / np.float32(max(1, rise))
+    weights[length - fall :] *= 1 - np.arange(1, fall + 1, dtype=np.float32) / np.float32(fall + 1)
+    return weights
 
 
 def _normalised(spans: list[Span]) -> list[Span]:
