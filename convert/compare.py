@@ -1,7 +1,7 @@
-"""The values of a model folder against the checkpoints it was made from: the conversion is repeated as a stream and
-compared with what is stored, in the memory that converting takes."""
+"""Compares the values of a model folder with the checkpoints it was made from: repeats the conversion as a stream, in
+the memory that converting takes, and compares it with what is stored."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,16 +13,14 @@ from ltx2.convert.output.pieces import Rows, in_order, rows_of
 from ltx2.convert.plan.entries import Layer, Move, Plan, decoded, kept_layers, packed_key
 from ltx2.convert.plan.make import Options, make_plan
 from ltx2.convert.sources.source import VARIANTS, Source
-from ltx2.convert.tensors.steps import Cast, Parts
+from ltx2.convert.tensors.steps import SPELLINGS, Cast, Parts
 from ltx2.runtime.errors import UnsupportedError
 from ltx2.runtime.events import BytesDone, Event
-from ltx2.runtime.files.ranges import RangeReader
-from ltx2.runtime.files.tensors import FLOATS, Array, TensorFile
+from ltx2.runtime.files.tensors import Array, TensorFile, TensorInfo
 from ltx2.runtime.model.layout import ModelFolder, is_lora
 
 # Packs the layers of a plan as the folder's layers are packed; quantization supplies it.
 Repack = Callable[[Plan, ModelFolder], Plan]
-SPELLINGS = {dtype: option for option, dtype in FLOATS.items()}
 Stored = dict[str, TensorFile]  # tensor name -> its file
 
 
@@ -43,30 +41,25 @@ def compare_values(
     differences = [
         f"{source.path.name} holds nothing of this model"
         for source in sources
-        if not any(isinstance(e, Move) and e.file in source.files and e.component in components for e in plan.entries)
+        if not any(move.file in source.files and move.component in components for move in plan.all_moves)
     ]
     stored = {name: {t: f for f in model.tensor_files(name) for t in f.tensors} for name in components}
     assets = list(_asset_differences(plan, model))
-    plan = decoded(plan, _decoded_alike(plan, model, stored))
-    plan = _packed_alike(replace(plan, entries=tuple(_cast_alike(plan, stored))), model, stored, repack)
-    moves = [e for e in plan.entries if isinstance(e, Move)]
-    comparison = _Comparison()
-    for move in stream_order(moves):
-        comparison.add(move, stored[move.component])
-    yield from comparison.run()
-    differences += comparison.differences()
-    filled = {move.component for move in moves}
-    left = [f"{name}: tensor {key} is not in the sources" for name in sorted(filled) for key in sorted(stored[name])]
-    return comparison.equal(), differences + left + _strength_differences(plan, model, filled) + assets
+    given = _given_dtypes(plan, stored)
+    plan = decoded(plan, _decoded_alike(plan, model, stored, given))
+    plan = _packed_alike(replace(plan, entries=tuple(_cast_alike(plan, stored, given))), model, stored, repack)
+    equal, wrong = yield from _compare(stream_order(plan.all_moves), stored)
+    filled = sorted({move.component for move in plan.all_moves})
+    left = [f"{name}: tensor {key} is not in the sources" for name in filled for key in sorted(stored[name])]
+    return equal, differences + wrong + left + _strength_differences(plan, model, filled) + assets
 
 
-def _strength_differences(plan: Plan, model: ModelFolder, filled: set[str]) -> list[str]:
+def _strength_differences(plan: Plan, model: ModelFolder, filled: Sequence[str]) -> list[str]:
     """LoRAs whose config.json is not what their source says: its alpha tensors are values too."""
-    loras = [name for name in sorted(filled) if is_lora(name)]
     return [
         f"{name}: config.json does not say what the source says"
-        for name in loras
-        if model.config(name) != plan.components[name].config
+        for name in filled
+        if is_lora(name) and model.config(name) != plan.components[name].config
     ]
 
 
@@ -80,18 +73,20 @@ def _asset_differences(plan: Plan, model: ModelFolder) -> Iterator[str]:
 
 
 def _given_dtypes(plan: Plan, stored: dict[str, Stored]) -> dict[str, str]:
-    """The float type that --dtype gave a component: that of a stored tensor which is another in the source."""
+    """Component -> the float type that --dtype gave it: that of a stored tensor that has another one in the source."""
     return {
         move.component: dtype
-        for move in plan.entries
-        if isinstance(move, Move) and move.packing is None and move.component in stored
+        for move in plan.all_moves
+        if move.packing is None and move.component in stored
         if (dtype := _stored_dtype(stored[move.component], move.key)) != move.spec.dtype and dtype in SPELLINGS
     }
 
 
-def _decoded_alike(plan: Plan, model: ModelFolder, stored: dict[str, Stored]) -> dict[Layer, str]:
+def _decoded_alike(
+    plan: Plan, model: ModelFolder, stored: dict[str, Stored], given: Mapping[str, str]
+) -> dict[Layer, str]:
     """The layers of codes that the folder holds decoded, or quantized further, and in which float type."""
-    layers, given = {}, _given_dtypes(plan, stored)
+    layers = {}
     for (component, layer), keep in kept_layers(plan).items():
         dtype = _stored_dtype(stored.get(component, {}), f"{layer}.weight")
         if dtype in SPELLINGS:
@@ -101,16 +96,15 @@ def _decoded_alike(plan: Plan, model: ModelFolder, stored: dict[str, Stored]) ->
     return layers
 
 
-def _cast_alike(plan: Plan, stored: dict[str, Stored]) -> Iterator[Move]:
+def _cast_alike(plan: Plan, stored: dict[str, Stored], given: Mapping[str, str]) -> Iterator[Move]:
     """The moves into components of the folder, with the float type that is stored (--dtype is not recorded)."""
-    given = _given_dtypes(plan, stored)
-    for move in plan.entries:
-        if not isinstance(move, Move) or move.component not in stored:
+    for move in plan.all_moves:
+        if move.component not in stored:
             continue
         dtype = _stored_dtype(stored[move.component], move.key)
         if dtype not in SPELLINGS and move.packing is None:  # packed, with scales that are no floats
             dtype = given.get(move.component, dtype) if move.key.endswith(".weight") else dtype
-        casts = dtype != move.spec.dtype and dtype in SPELLINGS and move.spec.dtype in FLOATS.values()
+        casts = dtype != move.spec.dtype and {dtype, move.spec.dtype} <= SPELLINGS.keys()
         yield replace(move, steps=(*move.steps, Cast(SPELLINGS[dtype]))) if casts else move
 
 
@@ -124,7 +118,7 @@ def _packed_alike(plan: Plan, model: ModelFolder, stored: dict[str, Stored], rep
     kept = kept_layers(plan)
     quantized = [
         component
-        for component in sorted({entry.component for entry in plan.entries if isinstance(entry, Move)})
+        for component in sorted({move.component for move in plan.all_moves})
         if any(n.endswith(".scales") and (component, n.removesuffix(".scales")) not in kept for n in stored[component])
     ]
     if not quantized:
@@ -140,26 +134,24 @@ def _packed_alike(plan: Plan, model: ModelFolder, stored: dict[str, Stored], rep
 
 @dataclass
 class _Place:
-    """Where a tensor is stored, and how many of its values are not what they should be."""
+    """Where a tensor is stored, and how many of its values differ from the source."""
 
     component: str
-    key: str
-    values: int
-    reader: RangeReader
-    start: int
-    row_bytes: int
+    file: TensorFile
+    tensor: TensorInfo
     wrong: int = 0
 
-    def unequal(self, row: int, expected: Array) -> int:
-        """Number of values from a row on whose bits differ (NaN equals itself)."""
-        start, bits = self.start + row * self.row_bytes, np.dtype(f"u{expected.itemsize}")
-        stored = self.reader.read(start, start + expected.nbytes).view(bits)
-        return int(np.count_nonzero(stored != np.ascontiguousarray(expected).reshape(-1).view(bits)))
+    def count(self, row: int, expected: Array) -> None:
+        """Compare the rows (n, ...) from `row` on, bit by bit: NaN equals itself."""
+        rows, bits = self.tensor.shape[0] if self.tensor.shape else 1, np.dtype(f"u{expected.itemsize}")
+        start = self.tensor.start + row * (self.tensor.nbytes // max(1, rows))
+        stored = self.file.reader.read(start, start + expected.nbytes).view(bits)
+        self.wrong += int(np.count_nonzero(stored != np.ascontiguousarray(expected).reshape(-1).view(bits)))
 
 
 @dataclass(frozen=True)
 class _Check:
-    """A piece of a source, and the places of what becomes of it by name."""
+    """A piece of a source, and the places of the tensors that it becomes, by name."""
 
     piece: Rows
     places: Mapping[str, _Place]
@@ -169,58 +161,49 @@ class _Check:
         return 2 * self.piece.memory
 
     def prepare(self) -> Callable[[], Parts]:
-        """What should be stored; see `Rows.prepare`."""
+        """The values that should be stored; called as `Rows.prepare`."""
         return self.piece.prepare(self.piece.read())
 
-    def run(self, parts: Mapping[str, Array]) -> list[tuple[_Place, int]]:
-        """For every place how many values differ, of those made from the piece."""
-        row = self.piece.row
-        return [(place, place.unequal(row, parts[key])) for key, place in self.places.items() if key in parts]
+
+def _compare(moves: Iterable[Move], stored: dict[str, Stored]) -> Generator[Event, None, tuple[int, list[str]]]:
+    """Compare everything that tensors become, with progress events, and take it from `stored`. Returns how many tensors
+    are equal, and the differences."""
+    places: list[_Place] = []
+    checks: list[_Check] = []
+    differences: list[str] = []
+    for move in moves:
+        found, wrong = _places(move, stored[move.component])
+        places += found.values()
+        checks += [_Check(piece, found) for piece in rows_of(move)]
+        differences += wrong
+    done, total = 0, sum(check.piece.stored for check in checks)
+    with closing(in_order(_Check.prepare, checks)) as results:
+        for check, prepared in zip(checks, results, strict=True):
+            for key, values in prepared()().items():
+                if key in check.places:
+                    check.places[key].count(check.piece.row, values)
+            done += check.piece.stored
+            yield BytesDone("comparing with the sources", done, total)
+    differences += [
+        f"{place.component}: {place.wrong} of {prod(place.tensor.shape)} values of tensor {place.tensor.name} differ "
+        "from the source"
+        for place in places
+        if place.wrong
+    ]
+    return sum(not place.wrong for place in places), differences
 
 
-class _Comparison:
-    """What is compared, and what is found to differ."""
-
-    def __init__(self) -> None:
-        self._misfits: list[str] = []
-        self._places: list[_Place] = []
-        self._checks: list[_Check] = []
-
-    def add(self, move: Move, stored: Stored) -> None:
-        """Compare all that becomes of one tensor, and take it from `stored`."""
-        places = {}
-        for key, spec in move.stored().items():
-            file = stored.pop(key, None)
-            if file is None:
-                self._misfits.append(f"{move.component}: tensor {key} is not stored")
-                continue
-            info = file.tensors[key]
-            if (info.shape, info.dtype) != (spec.shape, spec.dtype):
-                wanted = f"{spec.dtype} {list(spec.shape)}"
-                self._misfits.append(f"{move.component}: tensor {key} is {info.dtype} {list(info.shape)}, not {wanted}")
-                continue
-            row_bytes = info.nbytes // max(1, spec.shape[0]) if spec.shape else 0
-            places[key] = _Place(move.component, key, prod(spec.shape), file.reader, info.start, row_bytes)
-        self._places += places.values()
-        self._checks += [_Check(piece, places) for piece in rows_of(move)]
-
-    def run(self) -> Iterator[Event]:
-        """Compare everything, with progress events."""
-        done, total = 0, sum(check.piece.stored for check in self._checks)
-        with closing(in_order(_Check.prepare, self._checks)) as results:
-            for check, prepared in zip(self._checks, results, strict=True):
-                for place, wrong in check.run(prepared()()):
-                    place.wrong += wrong
-                done += check.piece.stored
-                yield BytesDone("comparing with the sources", done, total)
-
-    def equal(self) -> int:
-        """Number of tensors without a difference."""
-        return sum(not place.wrong for place in self._places)
-
-    def differences(self) -> list[str]:
-        """What differs."""
-        wrong = [place for place in self._places if place.wrong]
-        return self._misfits + [
-            f"{p.component}: {p.wrong} of {p.values} values of tensor {p.key} differ from the source" for p in wrong
-        ]
+def _places(move: Move, stored: Stored) -> tuple[dict[str, _Place], list[str]]:
+    """Where everything is stored that one tensor becomes, by name, and what is missing or misshapen."""
+    places, differences = {}, []
+    for key, spec in move.stored().items():
+        file = stored.pop(key, None)
+        tensor = file.tensors[key] if file else None
+        if file is None or tensor is None:
+            differences.append(f"{move.component}: tensor {key} is not stored")
+        elif (tensor.shape, tensor.dtype) != (spec.shape, spec.dtype):
+            is_, wanted = (f"{each.dtype} {list(each.shape)}" for each in (tensor, spec))
+            differences.append(f"{move.component}: tensor {key} is {is_}, not {wanted}")
+        else:
+            places[key] = _Place(move.component, file, tensor)
+    return places, differences

@@ -1,4 +1,4 @@
-"""Execute a plan: stream every tensor into a new model folder.
+"""Executes a plan: streams every tensor into a new model folder.
 
 The folder grows under `<name>.partial` and takes its name when complete, so a killed run leaves nothing under the
 final name and the same command continues it. Peak memory does not depend on the size of the files."""
@@ -16,7 +16,7 @@ from ltx2 import __version__
 from ltx2.convert.card import write_card
 from ltx2.convert.output.files import PlannedFile, TextFile, component_files, main_dtype
 from ltx2.convert.output.hashing import SourceHashes
-from ltx2.convert.output.journal import JOURNAL, Partial, is_empty_folder, open_partial
+from ltx2.convert.output.journal import JOURNAL, Partial, file_size, is_empty_folder, open_partial
 from ltx2.convert.output.pieces import PIECE_BYTES
 from ltx2.convert.output.stream import missing_bytes, stream
 from ltx2.convert.plan.check import check_plan, check_tokenizer, incomplete_parts, missing_of_model
@@ -45,7 +45,7 @@ RESERVE_BYTES = 16 << 20  # for folders, journal and manifest
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How to write: the largest weight file in GB (10^9 bytes), and whether a finished model may be replaced."""
+    """The largest size of a weight file in GB (10^9 bytes), and whether a finished model may be replaced."""
 
     shard_gb: float = SHARD_GB
     force: bool = False
@@ -92,7 +92,7 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
 
 
 def _warnings(plan: Plan) -> Iterator[Event]:
-    """What is not wrong, and will be missed later."""
+    """Of parts that generating will miss, and losses that nothing undoes."""
     text_encoder = plan.components.get("text_encoder")
     if text_encoder is not None:
         transformer = plan.components.get("transformer")
@@ -141,32 +141,24 @@ def _already_there(
 def _difference(plan: Plan, files: list[PlannedFile], folder: ModelFolder) -> Generator[Event, None, str]:
     """What tells the folder from the plan, or an empty text. Sources are hashed only when all else is equal."""
     have = folder.manifest
-    stored = {f"{name}/{f.name}": f for name, record in have.components.items() for f in record.files}
-    if stored.keys() != {f.path for f in files}:
+    records = {f"{name}/{f.name}": f for name, record in have.components.items() for f in record.files}
+    if records.keys() != {f.path for f in files}:
         return "it has other files"
     for file in files:
-        path = folder.path / file.path
-        if stored[file.path].size != file.size or not path.is_file() or path.stat().st_size != file.size:
+        path, record = folder.path / file.path, records[file.path]
+        if record.size != file.size or file_size(path) != file.size:
             return f"{file.path} is another one or damaged"
-        if isinstance(file, TextFile) and stored[file.path].sha256 != hashlib.sha256(file.content).hexdigest():
+        if isinstance(file, TextFile) and record.sha256 != hashlib.sha256(file.content).hexdigest():
             return f"{file.path} is another one"
-    return (yield from _manifest_difference(plan, files, have))
-
-
-def _manifest_difference(plan: Plan, files: list[PlannedFile], have: Manifest) -> Generator[Event, None, str]:
-    records = {f"{name}/{f.name}": f for name, record in have.components.items() for f in record.files}
     if _manifest(plan, files, records, have.sources) != replace(have, card=None):
         return "it was made with other options or another version of ltx2"
-    if [(s.name, s.size) for s in _named(plan)] != [(s.name, s.size) for s in have.sources]:
+    named = [(s.name, s.size) if isinstance(s, FileRecord) else (s.path.name, s.size) for s in plan.sources]
+    if named != [(s.name, s.size) for s in have.sources]:
         return "it was made from other sources"
     with SourceHashes(plan.sources, {}) as hashes:
         yield from hashes.wait()
         list(hashes.collect())
         return "" if hashes.records() == have.sources else "it was made from other sources"
-
-
-def _named(plan: Plan) -> list[FileRecord]:
-    return [s if isinstance(s, FileRecord) else FileRecord(s.path.name, s.size, "") for s in plan.sources]
 
 
 def _fill(plan: Plan, files: list[PlannedFile], partial: Partial) -> Iterator[Event]:
@@ -199,7 +191,7 @@ def _manifest(
 
 
 def _publish(partial: Partial, out: Path, force: bool) -> None:
-    """Give the finished folder its name; a model that is replaced disappears only then."""
+    """Give the finished folder its name; only then remove the model that it replaces."""
     old = beside(out, ".replaced")
     if out.exists():
         if not (force or is_empty_folder(out)):
@@ -218,15 +210,15 @@ def _remove_model(folder: Path) -> None:
 
 
 def unfinished(out: Path) -> Path:
-    """Where a model folder grows until it takes its name."""
+    """The path at which a model folder grows until it is complete."""
     return beside(out, PARTIAL)
 
 
 def check_target(out: Path, size: int) -> None:
-    """Whether a folder of `size` bytes can be written to `out`, asked before anything is.
+    """Check before any work that a folder of `size` bytes can be written to `out`.
 
-    Raises InputError for links and for places that cannot be written, DoesNotFitError for a disk that is too small;
-    one that holds a part already is asked again, for the rest.
+    Raises InputError for links and for places that cannot be written, DoesNotFitError for a disk that is too small,
+    unless a part is there already: writing checks the room for the rest.
     """
     if out.is_symlink():
         raise InputError(f"{out} is a link", f"it points to {out.readlink()}", "name the folder itself with -o")

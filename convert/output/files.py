@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from math import prod
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ltx2.convert.output.pieces import Piece, Rows, bytes_of, rows_of
@@ -34,7 +33,7 @@ Stored = TypeVar("Stored", Move, Asset, Move | Asset)
 
 @dataclass(frozen=True)
 class PlannedFile(ABC):
-    """One file of the model folder: a header that is known, then what is made of pieces of the sources."""
+    """One file of the model folder: a header that is known, then data made of pieces of the sources."""
 
     component: str
     name: str
@@ -55,15 +54,15 @@ class PlannedFile(ABC):
         return b""
 
     def pieces(self) -> Iterator[tuple[Move | Asset | None, Piece]]:
-        """The pieces in order, each with the plan's entry that it is a part of."""
+        """The pieces in order, each with the plan's entry that it belongs to."""
         return iter(())
 
     def begin(self, piece: Piece) -> int:
-        """A place in the file before which all bytes stand when the pieces before this one are written."""
+        """The place in the file up to which all bytes stand once the pieces before this one are written."""
         return 0
 
     def prepare(self, piece: Piece, raw: Bytes) -> Callable[[], Blocks]:
-        """What to write where, made of a piece and its bytes; see `Rows.prepare`."""
+        """The blocks to write, made of a piece and its bytes (n,); called as `Rows.prepare`."""
         return lambda: tuple
 
 
@@ -84,7 +83,7 @@ class TextFile(PlannedFile):
 
 @dataclass(frozen=True)
 class CopiedFile(PlannedFile):
-    """A source's bytes [start, end) taken over as they are: a file beside it, or one inside it (tokenizer)."""
+    """Bytes [start, end) of a file as they are: a whole file beside a source, or a tensor that is one (tokenizer)."""
 
     reader: RangeReader
     start: int
@@ -132,17 +131,13 @@ class WeightFile(PlannedFile):
             place += spec.nbytes
         return places
 
-    @cached_property
-    def _begins(self) -> dict[str, int]:
-        return {move.key: min(self._places[key] for key in move.stored()) for move in self.moves}
-
     def pieces(self) -> Iterator[tuple[Move | Asset | None, Piece]]:
         for move in self.moves:
             yield from ((move, rows) for rows in rows_of(move))
 
     def begin(self, piece: Piece) -> int:
         assert isinstance(piece, Rows)
-        return self._begins[piece.move.key]
+        return self._places[next(iter(piece.move.stored()))]
 
     def prepare(self, piece: Piece, raw: Bytes) -> Callable[[], Blocks]:
         assert isinstance(piece, Rows)
@@ -166,22 +161,21 @@ def component_files(plan: Plan, component: ComponentPlan, shard_bytes: int) -> l
     if component.quantization is not None:  # twice, as mlx-lm writes it
         config |= {"quantization": component.quantization, "quantization_config": component.quantization}
     files: list[PlannedFile] = [TextFile(component.name, CONFIG, _json(config))]
-    files += [_companion(component.name, path) for path in component.companions]
+    files += [CopiedFile(component.name, p.name, RangeReader(p), 0, p.stat().st_size) for p in component.companions]
     files += [TextFile(component.name, name, content) for name, content in component.made.items()]
-    files += [_asset_file(asset) for asset in plan.assets(component.name)]
+    files += [
+        CopiedFile(component.name, asset.name, asset.file.reader, asset.tensor.start, asset.tensor.end, asset)
+        for asset in plan.assets(component.name)
+    ]
     moves = stream_order(plan.moves(component.name))
     shards = list(_shards(moves, shard_bytes))
-    weights = [
-        WeightFile(component.name, shard_name(n, len(shards)), tuple(shard)) for n, shard in enumerate(shards, 1)
-    ]
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [WEIGHTS]
+    weights = [WeightFile(component.name, name, tuple(shard)) for name, shard in zip(names, shards, strict=True)]
     if len(weights) > 1:
         files.append(TextFile(component.name, INDEX, _index(moves, weights)))
     return files + weights
-
-
-def shard_name(number: int, count: int) -> str:
-    """The file name of one of `count` shards."""
-    return WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def main_dtype(moves: Iterable[Move]) -> str:
@@ -194,10 +188,10 @@ def main_dtype(moves: Iterable[Move]) -> str:
 
 
 def stream_order(entries: Iterable[Stored]) -> list[Stored]:
-    """The order of entries by their place in the sources, in which a block's tensors stand where its largest stands.
+    """Entries by their place in the sources; a block's tensors stand together, where its largest one stands.
 
-    (Files are sorted by dtype first, so a block's small float32 tables are far from its weights.) Of a block in two
-    files it is the second that counts: the end of the first can wait. The order of what is in this order is the same.
+    (Files are sorted by dtype first, so a block's small float32 tables are far from its weights.) A block in two files
+    stands where it does in the second: the end of the first can wait. Ordering twice changes nothing.
     """
     files: dict[int, int] = {}
     blocks: dict[tuple[str, str], list[tuple[tuple[int, int], Stored]]] = {}
@@ -215,22 +209,15 @@ def stream_order(entries: Iterable[Stored]) -> list[Stored]:
 
 
 def _block(entry: Move | Asset) -> str:
-    """What a tensor belongs to: the first part of its name that ends with a number, else itself."""
-    name = entry.key if isinstance(entry, Move) else entry.name
-    match = re.match(r".*?\d{1,9}(?=\.)", name) if isinstance(entry, Move) else None
-    return match[0] if match else name
-
-
-def _companion(component: str, path: Path) -> CopiedFile:
-    return CopiedFile(component, path.name, RangeReader(path), 0, path.stat().st_size)
-
-
-def _asset_file(asset: Asset) -> CopiedFile:
-    return CopiedFile(asset.component, asset.name, asset.file.reader, asset.tensor.start, asset.tensor.end, asset)
+    """The block of a tensor: its name up to the first part that ends with a number, else all of it."""
+    if isinstance(entry, Asset):
+        return entry.name
+    match = re.match(r".*?\d{1,9}(?=\.)", entry.key)
+    return match[0] if match else entry.key
 
 
 def _shards(moves: list[Move], limit: int) -> Iterator[list[Move]]:
-    """Greedy files of at most `limit` bytes that end between blocks; a block larger than a file is cut."""
+    """Files of at most `limit` bytes that end between blocks, each filled up; a block larger than a file is cut."""
     shard: list[Move] = []
     size = 0
     for _, block in groupby(moves, _block):

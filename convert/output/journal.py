@@ -24,8 +24,8 @@ JOURNAL = "journal.jsonl"
 
 @dataclass
 class Partial:
-    """An open unfinished folder; `files` by path inside the folder, `sources` by the source's path. The first `pieces`
-    pieces of the conversion stand in finished and unfinished files. `locked` unless the file system has no locks."""
+    """An open unfinished folder: finished `files` by path inside the folder, hashed `sources` by the source's path. The
+    first `pieces` pieces of the conversion stand in files. `locked` unless the file system has no locks."""
 
     path: Path
     _journal: BinaryIO
@@ -49,6 +49,19 @@ class Partial:
         """Record how many pieces are on the disk."""
         self.pieces = pieces
         self._append({"pieces": pieces})
+
+    def take(self, line: dict[str, Any]) -> None:
+        """Take over what a line of the journal says. Raises ValueError, LookupError or TypeError for another line."""
+        if "pieces" in line:
+            pieces = line["pieces"]
+            if type(pieces) is not int or pieces < 0:
+                raise ValueError(f"{pieces!r} is no number of pieces")
+            self.pieces = pieces
+            return
+        path, record = Path(line["source"] if "source" in line else line["file"]), file_record(line)
+        if path.name != record.name:
+            raise ValueError(f"{path} is not called {record.name}")
+        (self.sources if "source" in line else self.files)[str(path)] = record
 
     def unfinished(self, path: str) -> Path:
         """Where a file stands until it is finished."""
@@ -93,15 +106,13 @@ def open_partial(path: Path, fingerprint: str) -> Iterator[Partial]:
         )
     path.mkdir(parents=True, exist_ok=True)
     with journal.open("a+b") as f:
-        locked = hold(f, path)
-        lines, size = _read(f)
-        partial = Partial(path, f, locked)
-        if lines[:1] == [{"fingerprint": fingerprint}]:
-            f.truncate(size)  # a crash may have left half a line at its end
-            _restore(partial, lines[1:])
+        partial = Partial(path, f, hold(f, path))
+        size = _read(f, partial, fingerprint)
+        f.truncate(size)  # a crash may have left half a line at its end
+        if size:
+            partial.files = {n: file for n, file in partial.files.items() if file_size(path / n) == file.size}
         else:
             _clear(path)
-            f.truncate(0)
             partial._append({"fingerprint": fingerprint})
             sync_folder(path)
         yield partial
@@ -112,53 +123,24 @@ def is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _read(f: BinaryIO) -> tuple[list[dict[str, Any]], int]:
-    """The journal's lines up to the first incomplete one, which a crash may leave, and their size in bytes."""
+def _read(f: BinaryIO, partial: Partial, fingerprint: str) -> int:
+    """Take over the journal's lines up to the first incomplete one, which a crash may leave; returns their size in
+    bytes, 0 for the journal of another conversion."""
     f.seek(0)
-    lines: list[dict[str, Any]] = []
     size = 0
     try:
         for text in f:
             line = parse_object(text.decode())
-            if lines and "pieces" in line:
-                _marked(line)
-            elif lines:
-                _recorded(line)
             if not text.endswith(b"\n"):
                 break
-            lines.append(line)
+            if size:
+                partial.take(line)
+            elif line != {"fingerprint": fingerprint}:
+                break
             size += len(text)
     except (ValueError, LookupError, TypeError):
-        return lines, size
-    return lines, size
-
-
-def _marked(line: dict[str, Any]) -> int:
-    """A mark's number of pieces. Raises ValueError for another line."""
-    pieces = line["pieces"]
-    if type(pieces) is not int or pieces < 0:
-        raise ValueError(f"{pieces!r} is no number of pieces")
-    return pieces
-
-
-def _recorded(line: dict[str, Any]) -> tuple[str, FileRecord]:
-    """A line's path and record. Raises ValueError, LookupError or TypeError for another line."""
-    path, record = Path(line["source"] if "source" in line else line["file"]), file_record(line)
-    if path.name != record.name:
-        raise ValueError(f"{path} is not called {record.name}")
-    return str(path), record
-
-
-def _restore(partial: Partial, lines: list[dict[str, Any]]) -> None:
-    for line in lines:
-        if "pieces" in line:
-            partial.pieces = _marked(line)
-            continue
-        path, record = _recorded(line)
-        if "source" in line:
-            partial.sources[path] = record
-        elif file_size(partial.path / path) == record.size:
-            partial.files[path] = record
+        pass  # the line was not written to its end
+    return size
 
 
 def file_size(path: Path) -> int:

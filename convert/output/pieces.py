@@ -17,7 +17,7 @@ from ltx2.convert.plan.entries import Move, packed_key
 from ltx2.convert.tensors.steps import Parts, Spec
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.files.ranges import Bytes, RangeReader
-from ltx2.runtime.files.tensors import Array
+from ltx2.runtime.files.tensors import Array, TensorInfo
 
 PIECE_BYTES = 8 << 20  # on the larger side, before or after the steps; larger ones are not faster
 WINDOW_BYTES = 48 << 20  # worked on ahead of where they are needed
@@ -25,7 +25,7 @@ THREADS = min(4, os.cpu_count() or 1)
 
 
 class Sized(Protocol):
-    """What takes memory while it is worked on."""
+    """Something that takes memory, in bytes, while it is worked on."""
 
     @property
     def memory(self) -> int: ...
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes [start, end) of a source, of which `stored` bytes are made. Here they stay as they are."""
+    """Bytes [start, end) of a source, which become `stored` bytes. Here they stay as they are."""
 
     reader: RangeReader
     start: int
@@ -50,7 +50,7 @@ class Piece:
 
     @property
     def work(self) -> float:
-        """How long it takes: that of copying so many bytes."""
+        """Its time, in bytes that are copied meanwhile."""
         return float(self.end - self.start)
 
     def read(self) -> Bytes:
@@ -59,7 +59,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rows(Piece):
-    """The rows of one tensor from row `row` on; all of them for a step that works on nothing less."""
+    """`count` rows of one tensor from row `row` on; all of them for a step that needs all at once."""
 
     move: Move
     row: int
@@ -82,11 +82,10 @@ class Rows(Piece):
         return self.move.spec.nbytes * self.count // rows
 
     def prepare(self, raw: Bytes) -> Callable[[], Parts]:
-        """What becomes of the rows: rows of every tensor that is stored, by its name. Any thread may call this; the
-        main thread calls the result, which begins with packing that must not run elsewhere, and what that returns,
-        which waits for it.
+        """The rows of every stored tensor, by its name, made of the piece's bytes (n,).
 
-        Raises NumericsError, which names the tensor, and what packing raises.
+        Any thread may call this. The main thread calls the result, which begins packing that must run there, and then
+        what that returns, which waits for it. Raises NumericsError, which names the tensor, and what packing raises.
         """
         move, shape = self.move, self.move.tensor.shape
         rows = move.file.typed(move.tensor.name, raw, (self.count, *shape[1:]) if shape else ())
@@ -125,30 +124,35 @@ def bytes_of(reader: RangeReader, start: int, end: int) -> Iterator[Piece]:
 def rows_of(move: Move) -> Iterator[Rows]:
     """A tensor in pieces."""
     tensor, count = move.tensor, move.tensor.shape[0] if move.tensor.shape else 1
-    whole = not tensor.shape or any(step.whole for step in move.steps)
     specs, constant = move.stored(), move.packing.constants() if move.packing else {}
     constants = sum(specs[packed_key(move.key, part)].nbytes for part in constant)
     stored = sum(spec.nbytes for spec in specs.values()) - constants
     size = PIECE_BYTES if move.packing is None else max(PIECE_BYTES, move.packing.piece_bytes)
-    step = count if whole else max(1, size * count // max(1, stored, tensor.nbytes))
-    for row in range(0, count, max(1, step)):
-        rows = min(step, count - row)
-        start, end = (tensor.start + tensor.nbytes * n // count for n in (row, row + rows))
-        size = stored * rows // count + (0 if row else constants)
-        yield Rows(move.file.reader, start, end, size, move, row, rows)
+    whole = not tensor.shape or any(step.whole for step in move.steps)
+    most = max(1, count if whole else size * count // max(1, stored, tensor.nbytes))
+    for row in range(0, count, most):
+        rows = min(most, count - row)
+        made = stored * rows // count + (0 if row else constants)
+        yield Rows(move.file.reader, *_range(tensor, row, rows), made, move, row, rows)
+
+
+def _range(tensor: TensorInfo, row: int, count: int) -> tuple[int, int]:
+    """The place of some rows in the tensor's file; a scalar has one."""
+    size = tensor.nbytes // (tensor.shape[0] if tensor.shape else 1)
+    return tensor.start + size * row, tensor.start + size * (row + count)
 
 
 def rows_at(move: Move, row: int, count: int) -> Array:
-    """Some rows of a tensor as it is before it is packed, without reading the others."""
+    """Rows [row, row + count) of a tensor as it is before it is packed, (count, ...), without reading the others."""
     plain, tensor = replace(move, packing=None), move.tensor
     assert tensor.shape and not any(step.whole for step in move.steps), "rows are made of rows"
-    start, end = (tensor.start + tensor.nbytes * n // tensor.shape[0] for n in (row, row + count))
+    start, end = _range(tensor, row, count)
     piece = Rows(move.file.reader, start, end, end - start, plain, row, count)
     return piece.prepare(piece.read())()()[move.key]
 
 
 def values_of(move: Move) -> Iterator[Array]:
-    """A tensor as it is before it is packed, in pieces of rows."""
+    """A tensor as it is before it is packed, in pieces of rows (n, ...)."""
     for piece in rows_of(replace(move, packing=None)):
         yield from piece.prepare(piece.read())()().values()
 
@@ -156,8 +160,8 @@ def values_of(move: Move) -> Iterator[Array]:
 def in_order(
     work: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS, window: int = WINDOW_BYTES
 ) -> Generator[Result, None, None]:
-    """`map`, in threads: results in the items' order, computed while those before are used. Items that take about
-    `window` bytes are under way at a time. Closing the iterator stops the threads."""
+    """`map`, in threads: results in the items' order, computed while earlier ones are used. About `window` bytes are
+    under way at a time. Closing the iterator stops the threads."""
     pool = ThreadPoolExecutor(threads)
     running: deque[tuple[int, Future[Result]]] = deque()
     held = 0

@@ -1,10 +1,10 @@
-"""The data's way into the unfinished folder: pieces are read and transformed a few ahead, hashed and written in order,
-and brought to the disk behind, all at the same time.
+"""Streams data into the unfinished folder: some pieces are read and transformed ahead, others hashed and written in
+order, those before them synced to the disk, all at the same time.
 
-Every byte has its place in a file that has its full size from the start. So a run that was killed continues where its
-last mark stands, in the middle of any number of files."""
+Every file has its full size from the start, and every byte its place. So a run that was killed continues at its last
+mark, in the middle of any number of files."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -22,9 +22,9 @@ from ltx2.runtime.files.atomic import sync_folder
 from ltx2.runtime.files.ranges import Bytes, RangeReader, RangeWriter
 from ltx2.runtime.files.tensors import FileRecord
 
-# Bytes, read or written, between two marks. While one portion goes to the disk the next one is written; it grows while
-# the disk is not ready, but no further than to MOST_BYTES that are written. So a killed run loses at most two of these,
-# and what is under way. Portions that are always of 256 MB were 8 % slower.
+# Bytes, read or written, between two marks. While one portion is synced the next one is written; it grows while the
+# disk is busy, to at most MOST_BYTES written. So a killed run loses at most two portions, and the pieces under way.
+# Portions of always 256 MB were 8 % slower.
 MARK_BYTES = 64 << 20
 MOST_BYTES = 256 << 20
 WRITE_WINDOW = 24 << 20  # bytes that wait to be hashed and written
@@ -44,17 +44,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A job's bytes, and what is to be made of them: the main thread calls that to begin, and its result to finish."""
-
-    job: Job
-    raw: Bytes
-    prepared: Callable[[], Blocks]
-
-
-@dataclass(frozen=True)
 class Made:
-    """A job's bytes, and what is to be written where."""
+    """A job's bytes, and the blocks to write."""
 
     job: Job
     raw: Bytes
@@ -109,13 +100,12 @@ def stream(
 
 def missing_bytes(files: Sequence[PlannedFile], partial: Partial) -> int:
     """How much more of the disk the files will take."""
-    missing = [file for file in files if file.path not in partial.files]
-    return sum(max(0, file.size - _allocated(partial, file)) for file in missing)
-
-
-def _allocated(partial: Partial, file: PlannedFile) -> int:
-    path = partial.unfinished(file.path)
-    return path.stat().st_blocks * 512 if path.is_file() else 0
+    needed = 0
+    for file in files:
+        if file.path not in partial.files:
+            path = partial.unfinished(file.path)
+            needed += max(0, file.size - (path.stat().st_blocks * 512 if path.is_file() else 0))
+    return needed
 
 
 def _first_missing(jobs: Sequence[Job], partial: Partial) -> int:
@@ -132,19 +122,19 @@ def _first_missing(jobs: Sequence[Job], partial: Partial) -> int:
     return first
 
 
-def _load(job: Job) -> Loaded:
+def _load(job: Job) -> tuple[Job, Bytes, Callable[[], Blocks]]:
     raw = job.piece.read()
-    return Loaded(job, raw, job.file.prepare(job.piece, raw))
+    return job, raw, job.file.prepare(job.piece, raw)
 
 
-def _made(loaded: Iterable[Loaded]) -> Iterator[Made]:
-    """One is begun before the one before it is finished, so that a device is not idle meanwhile."""
-    begun: list[tuple[Job, Bytes, Blocks]] = []
-    for each in loaded:
-        begun.append((each.job, each.raw, each.prepared()))
-        del each  # what it was made of is not kept
+def _made(loaded: Iterable[tuple[Job, Bytes, Callable[[], Blocks]]]) -> Iterator[Made]:
+    """Every piece is begun before the one before it is finished, so that a device is not idle meanwhile."""
+    begun: deque[tuple[Job, Bytes, Blocks]] = deque()
+    for job, raw, prepared in loaded:
+        begun.append((job, raw, prepared()))
+        del job, raw, prepared  # nothing is kept of what is done
         if len(begun) > 1:
-            yield _finished(*begun.pop(0))
+            yield _finished(*begun.popleft())
     yield from (_finished(*one) for one in begun)
 
 

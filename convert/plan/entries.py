@@ -1,7 +1,7 @@
-"""The plan: for every tensor of every source, where it goes and what happens to it, or why it is dropped.
+"""The plan: for every tensor of every source its place and its steps, or why it is dropped.
 
-Made from headers alone, without MLX (make.py, folder.py). Converting, the dry run, quantizing and verifying all work
-from the same plan."""
+It is made from headers alone, without MLX (make.py, folder.py). Converting, the dry run, quantizing and verifying all
+work from the same plan."""
 
 import re
 from collections import Counter
@@ -55,7 +55,7 @@ class Move:
         return {self.key: self.values} | {packed_key(self.key, part): spec for part, spec in beside.items()}
 
     def stored(self) -> dict[str, Spec]:
-        """Name, shape and dtype of every tensor this one becomes."""
+        """Name, shape and dtype of every tensor that this one becomes."""
         if self.packing is None:
             return {self.key: self.spec}
         return {packed_key(self.key, part): spec for part, spec in self.packing.specs(self.spec).items()}
@@ -106,16 +106,20 @@ class Plan:
     sources: tuple[TensorFile | FileRecord, ...] = field(default=())
     sizes: Mapping[str, float] = field(default_factory=dict)
 
+    @cached_property
+    def all_moves(self) -> tuple[Move, ...]:
+        """The tensors that are stored, in the sources' order."""
+        return tuple(entry for entry in self.entries if isinstance(entry, Move))
+
     def moves(self, component: str) -> list[Move]:
-        """The component's tensors, in the sources' order."""
+        """Those of one component."""
         return list(self._moves.get(component, ()))
 
     @cached_property
     def _moves(self) -> Mapping[str, Sequence[Move]]:
         found: dict[str, list[Move]] = {}
-        for entry in self.entries:
-            if isinstance(entry, Move):
-                found.setdefault(entry.component, []).append(entry)
+        for move in self.all_moves:
+            found.setdefault(move.component, []).append(move)
         return found
 
     def assets(self, component: str) -> list[Asset]:
@@ -179,7 +183,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
 
 
 def _target_json(entry: Move | Merge | Asset) -> dict[str, Any]:
-    """Where a tensor ends up; one that is merged, where the other one does."""
+    """The target of a tensor; for a merged one, that of the tensor that uses it up."""
     if isinstance(entry, Merge):
         return _target_json(entry.into)
     if isinstance(entry, Asset):
@@ -199,27 +203,23 @@ def _target_json(entry: Move | Merge | Asset) -> dict[str, Any]:
 
 def kept_layers(plan: Plan) -> dict[Layer, Keep]:
     """The layers that stay as they were published."""
-    moves = (entry for entry in plan.entries if isinstance(entry, Move))
-    return {(move.component, move.layer): move.packing for move in moves if isinstance(move.packing, Keep)}
+    return {(move.component, move.layer): move.packing for move in plan.all_moves if isinstance(move.packing, Keep)}
 
 
 def decoded(plan: Plan, layers: Mapping[Layer, str]) -> Plan:
     """The plan with some of its kept layers decoded to a float type, as --dtype spells it."""
     weights = {
-        (move.component, move.layer): replace(
-            move, steps=(Dequantize(move.packing.codes, layers[move.component, move.layer]),), packing=None
-        )
-        for move in plan.entries
-        if isinstance(move, Move) and isinstance(move.packing, Keep) and (move.component, move.layer) in layers
+        layer: replace(move, steps=(Dequantize(move.packing.codes, layers[layer]),), packing=None)
+        for move in plan.all_moves
+        if isinstance(move.packing, Keep) and (layer := (move.component, move.layer)) in layers
     }
     return replace(plan, entries=tuple(_decoded(entry, weights) for entry in plan.entries))
 
 
 def _decoded(entry: Entry, weights: Mapping[Layer, Move]) -> Entry:
-    weight = weights.get((entry.component, entry.layer)) if isinstance(entry, Move) else None
-    if weight is None or not isinstance(entry, Move):
+    """The entry where these layers' weights are decoded: their scales are used up."""
+    if not isinstance(entry, Move) or (weight := weights.get((entry.component, entry.layer))) is None:
         return entry
     if entry.key == weight.key:
         return weight
-    scale = entry.key.rpartition(".")[2] in SCALE_PARTS
-    return Merge(entry.file, entry.tensor, weight) if scale else entry
+    return Merge(entry.file, entry.tensor, weight) if entry.key.rpartition(".")[2] in SCALE_PARTS else entry

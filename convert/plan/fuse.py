@@ -8,13 +8,11 @@ from pathlib import Path
 
 from ltx2.convert.plan.entries import Entry, Move, Plan, decoded, kept_layers, parameters
 from ltx2.convert.tensors.keep import Dequantize
-from ltx2.convert.tensors.steps import Cast, Spec, Step, from_float32
+from ltx2.convert.tensors.steps import SPELLINGS, Cast, Spec, Step, from_float32
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import FLOATS, Array, TensorFile, to_float32
 from ltx2.runtime.model.layout import TRANSFORMER, Fused
 from ltx2.runtime.model.loras import Change, Lora, LoraUse
-
-SPELLINGS = {dtype: option for option, dtype in FLOATS.items()}
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Fuse(Step):
         return Spec(spec.shape, FLOATS[self.dtype])
 
     def rows(self, rows: Array, spec: Spec, start: int) -> Array:
-        """Rows (n, inputs) of the weight, or a part (n,) of the bias."""
+        """Rows (n, inputs) of the weight, or a part (n,) of the bias, changed; the same shape."""
         total, stop = to_float32(rows, spec.dtype).copy(), start + len(rows)
         for strength, change in self.changes:
             total += strength * (change.bias()[start:stop] if self.bias else change.rows(start, stop))

@@ -170,7 +170,7 @@ def _rotation(weight: str, file: TensorFile, mark: TensorInfo) -> int:
     size = said["convrot_groupsize"]
     if type(size) is not int or size not in ROTATIONS:
         raise _other_codes(weight, f"int8 codes rotated in blocks of {size!r}")
-    return size
+    return int(size)
 
 
 def _affine(name: str, tensors: Tensors, quantization: Quantization) -> Found:

@@ -13,6 +13,7 @@ from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.files.tensors import FLOATS, Array, f32_to_bf16, item_bytes, tensor_bytes, to_float32
 from ltx2.runtime.model.forms import Form
 
+SPELLINGS = {dtype: option for option, dtype in FLOATS.items()}  # of float types: in safetensors -> in --dtype
 Parts = Callable[[], Mapping[str, Array]]  # waits for work that was begun; arrays of any shape by name
 
 
