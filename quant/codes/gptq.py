@@ -90,7 +90,9 @@ def choose_codes(columns: Values, form: Form, dtype: str, feedback: Feedback) ->
         factors = on.array(feedback.upper[start:stop, start:])
         turns = on.array(np.argsort(group))
         errors, *found = round_group(columns[:size], factors[:, :size], on.array(counts[start:stop]), turns)
-        columns = on.less_product(columns[size:], factors[:, size:], errors)
+        columns = columns[size:]
+        if len(columns):  # after the last group there are none, and CUDA ends a process that multiplies nothing
+            columns = on.less_product(columns, factors[:, size:], errors)
         on.begin(columns, *found)
         if chosen:
             on.finish(*chosen[-1])  # one behind: the device is not idle while this is put together

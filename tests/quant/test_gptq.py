@@ -102,6 +102,18 @@ class TestCodes:
         assert (parts.codes == whole.codes[:3]).mean() > 0.99
         assert (gpu.codes == whole.codes).mean() > 0.99
 
+    def test_a_gpu_is_never_given_nothing(self, known: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+        """CUDA ends the process for a product of no rows."""
+        multiply = mx.addmm
+
+        def guarded(added: mx.array, *factors: mx.array, **options: float) -> mx.array:
+            assert all(array.size for array in (added, *factors))
+            return multiply(added, *factors, **options)
+
+        monkeypatch.setattr(mx, "addmm", guarded)
+        rows, inputs = f32_to_bf16(known.weights[:8, :192]), correlations(known.calibration[:, :192])
+        pack_in_turn(rows, Q4, make_feedback(inputs, Q4, True, OnGpu()))
+
     def test_inputs_that_do_not_correlate(self) -> None:
         """Then no column can do anything for another: codes are those of the search."""
         rows = f32_to_bf16(np.random.default_rng(0).standard_normal((32, 256), np.float32))
