@@ -25,7 +25,7 @@ from ltx2.runtime.generate.options.preset import load_preset, pipeline_row
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.model.layout import COMPONENTS
 from tests.support import published
-from tests.support.bench_table import markdown, tables_in
+from tests.support.bench_table import MADE, tables_in
 from tests.support.official import plan_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -260,8 +260,8 @@ class TestMeasured:
         """Those between marks follow from the receipts that they name."""
         found = list(tables_in(TEXTS[page]))
         assert found or page != "performance"
-        for receipts, shown in found:
-            assert shown == markdown([read_receipt(ROOT / receipt) for receipt in receipts]), receipts
+        for kind, receipts, shown in found:
+            assert shown == MADE[kind]([read_receipt(ROOT / receipt) for receipt in receipts]), receipts
 
     def test_what_was_measured(self) -> None:
         data = receipt()

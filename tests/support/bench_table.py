@@ -1,5 +1,6 @@
-"""The tables of speed in docs/performance.md, made from receipts: a row is a phase, a column a case. Of denoising one
-step, of other phases the computing without loading; and the most memory that MLX held."""
+"""The tables of speed in README and docs/performance.md, made from receipts. A bench table has a row for a phase and a
+column for a case: of denoising one step, of other phases the computing without loading; and the most memory that MLX
+held. A clip table has a row for a case."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +8,9 @@ from typing import Any
 
 from ltx2.bench.speed.compare import STAGE
 
-MARKS = re.compile(r"<!-- bench table: (?P<paths>[^>]+?) -->\n(?P<table>.*?)\n<!-- end of table -->", re.DOTALL)
+MARKS = re.compile(
+    r"<!-- (?P<kind>bench|clip) table: (?P<paths>[^>]+?) -->\n(?P<table>.*?)\n<!-- end of table -->", re.DOTALL
+)
 Case = Mapping[str, Any]
 
 
@@ -22,10 +25,25 @@ def markdown(receipts: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in (head, ["---"] * len(head), *rows))
 
 
-def tables_in(text: str) -> Iterator[tuple[list[str], str]]:
-    """Paths of the receipts and the table, of every marked one."""
+def clips(receipts: Sequence[Mapping[str, Any]]) -> str:
+    """One table of all cases of some receipts: seconds of a whole clip, and of a step of each stage, and memory."""
+    rows = [["model", "a clip", "a step of stage 1", "of stage 2", "memory"], ["---"] * 5]
+    for case in (case for receipt in receipts for case in receipt["cases"]):
+        phases = {phase["name"]: phase for phase in case["phases"]}
+        steps = [_time(phases[stage]["step_seconds"]["median"]) for stage in ("stage1", "stage2")]
+        peak = max(phase["mlx_peak_bytes"] for phase in phases.values())
+        seconds = case["total_seconds"]["median"]
+        rows.append([case["name"].partition(", ")[0], f"{seconds:.1f} s", *steps, f"{peak / 1e9:.1f} GB"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+MADE = {"bench": markdown, "clip": clips}
+
+
+def tables_in(text: str) -> Iterator[tuple[str, list[str], str]]:
+    """Kind, paths of the receipts and the table, of every marked one."""
     for found in MARKS.finditer(text):
-        yield found["paths"].split(), found["table"]
+        yield found["kind"], found["paths"].split(), found["table"]
 
 
 def _row_name(phase: str) -> str:
