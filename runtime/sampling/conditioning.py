@@ -1,8 +1,9 @@
 """What a clip is given beside its text, as changes of a stage's states: which tokens are kept, and which are appended.
-Facts: MODEL.md §8, §15.1 and §15.2. No file: latents come encoded; None in their place stands for zeros, so that
-shapes are known before anything is encoded."""
+Facts: MODEL.md §8, §15.1 and §15.2. Latents come encoded; None stands for zeros, so that shapes are known before
+anything is encoded."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -10,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.layers.rope import Positions
-from ltx2.runtime.sampling.latents import Grid, Scales, Segment, causal_edges
+from ltx2.runtime.sampling.latents import Grid, Scales, Segment, causal_edges, spread_positions
 from ltx2.runtime.sampling.state import StreamState
 from ltx2.runtime.streams import Streams
 
@@ -39,7 +40,7 @@ class Conditioning(ABC):
 
     @abstractmethod
     def apply(self, states: States, place: Place, encoded: Streams[mx.array]) -> States:
-        """The states with it. `encoded` are normalised latents, shaped as the stage's grid unless a class says
+        """The stage's states with it. `encoded`: normalised latents, shaped as the stage's grid unless a class says
         otherwise."""
 
     def appends(self, place: Place) -> int:
@@ -54,7 +55,7 @@ class FirstFrame(Conditioning):
     strength: float = 1.0
 
     def apply(self, states: States, place: Place, encoded: Streams[mx.array]) -> States:
-        state, count = states.get("video"), place.grid.height * place.grid.width
+        state, count = states.get("video"), place.grid.frame_tokens
         mask = np.ones(state.own, np.float32) if state.mask is None else state.mask.copy()
         mask[:count] = 1 - self.strength
         clean = state.clean
@@ -78,12 +79,12 @@ class Keyframe(Conditioning):
         return replace(states, video=state)
 
     def appends(self, place: Place) -> int:
-        return Segment(KEYFRAMES, _single_frames(place, 1)).tokens
+        return place.grid.frame_tokens
 
 
 @dataclass(frozen=True)
 class Slots(Conditioning):
-    """More single frames, made along in stage 1 and dropped after it."""
+    """More single frames, which stage 1 makes along; they are dropped after it."""
 
     frames: tuple[int, ...]
 
@@ -95,15 +96,15 @@ class Slots(Conditioning):
         return replace(states, video=state.appended(segment, None, positions, 1.0, marked=True))
 
     def appends(self, place: Place) -> int:
-        return 0 if place.number > 1 else Segment(SLOTS, _single_frames(place, len(self.frames))).tokens
+        return 0 if place.number > 1 else len(self.frames) * place.grid.frame_tokens
 
 
 @dataclass(frozen=True)
 class Reference(Conditioning):
     """A control or source video for an IC-LoRA, (1, C, f, h, w) of its own size: appended in stage 1.
 
-    Its sides are the stage's divided by `downscale`, of its frames every `every`-th is there. `attention` (0 to 1): how
-    much picture and reference see of each other; `name` is that of its noise.
+    Its sides are the stage's divided by `downscale`, and it has every `every`-th frame. `attention` (0 to 1): how much
+    picture and reference see of each other; `name`: of its noise.
     """
 
     shape: tuple[int, int, int]  # latent frames, rows, columns
@@ -130,18 +131,17 @@ class Reference(Conditioning):
         return 0 if place.number > 1 else prod(self.shape)
 
     def positions(self, place: Place) -> Positions:
-        """(3, tokens): as of a clip with `every` times fewer frames and smaller sides, spread over the stage."""
+        """(3, tokens): those of a clip with `every` times fewer frames and smaller sides, spread over the stage."""
         frames, height, width = self.shape
         edges = causal_edges(frames, place.scales.temporal) / np.float32(place.fps / self.every)
         if self.every != 1:
             edges = np.maximum(edges - np.float32((self.every - 1) / place.fps), 0)
-        scale = place.scales.spatial * self.downscale
-        return _spread((edges[:-1] + edges[1:]) / 2, height, width, scale)
+        return spread_positions((edges[:-1] + edges[1:]) / 2, height, width, place.scales.spatial * self.downscale)
 
 
 @dataclass(frozen=True)
 class Kept(Conditioning):
-    """The source's streams, kept but for the seconds from `start` to `end`; without latents a stream is made whole.
+    """The source's streams, kept except for the seconds from `start` to `end`; a stream without latents is made whole.
     Streams in `frozen` are kept as they are."""
 
     start: float
@@ -165,7 +165,7 @@ class Kept(Conditioning):
 
 @dataclass(frozen=True)
 class Frozen(Conditioning):
-    """A given stream, to which the other one is made."""
+    """A given stream; the other one is made to fit it."""
 
     stream: str
 
@@ -175,7 +175,7 @@ class Frozen(Conditioning):
 
 
 def frozen(state: StreamState, latents: mx.array | None) -> StreamState:
-    """The stream kept as these latents."""
+    """The stream, kept whole; `latents` are shaped as its own segment, None: what it has."""
     clean = state.clean if latents is None else state.segments[0].to_tokens(latents.astype(mx.float32))
     return replace(state, clean=clean, frozen=True)
 
@@ -185,31 +185,27 @@ def slot_frames(count: int, frames: int) -> tuple[int, ...]:
     return tuple(round(i * (frames - 1) / (count + 1)) for i in range(1, count + 1))
 
 
-def frame_positions(place: Place, frames: tuple[int, ...] | list[int]) -> Positions:
+def frame_positions(place: Place, frames: Sequence[int]) -> Positions:
     """(3, tokens) of single pixel frames: each spans [frame, frame + 1) / fps."""
     times = (np.array(frames, np.float32) + 0.5) / np.float32(place.fps)
-    return _spread(times, place.grid.height, place.grid.width, place.scales.spatial)
+    return spread_positions(times, place.grid.height, place.grid.width, place.scales.spatial)
 
 
 def token_bounds(stream: str, place: Place) -> np.ndarray:
-    """Where the latents of a stream begin and end, in seconds: one number more than there are latents along time."""
+    """Where the latents of a stream begin and end, in seconds: (latents along time + 1,)."""
     if stream == "audio":
         return causal_edges(place.grid.audio_frames, place.scales.audio_temporal) * np.float32(place.scales.audio_hop)
     return causal_edges(place.grid.frames, place.scales.temporal) / np.float32(place.fps)
 
 
 def _single_frames(place: Place, count: int) -> tuple[int, ...]:
+    """The shape of `count` single latent frames."""
     return (1, place.grid.channels, count, place.grid.height, place.grid.width)
 
 
-def _spread(times: np.ndarray, height: int, width: int, scale: float) -> Positions:
-    rows, columns = ((np.arange(n, dtype=np.float32) + 0.5) * scale for n in (height, width))
-    return np.stack(np.meshgrid(times, rows, columns, indexing="ij")).reshape(3, -1).astype(np.float32)
-
-
 def _seen(state: StreamState, more: int, attention: float) -> np.ndarray:
-    """How much each token sees of each, (tokens, tokens): appended pictures do not see a reference, the clip's own
-    tokens see `attention` of it; what was there before stays as it was."""
+    """How much each token sees of each, (tokens, tokens), with `more` tokens of a reference: the clip's own tokens see
+    `attention` of it, appended pictures see none; among the earlier tokens nothing changes."""
     before, own = state.tokens, state.own
     seen = np.zeros((before + more, before + more), np.float32)
     seen[:before, :before] = 1 if state.attention is None else np.exp(np.array(state.attention[0, 0]))

@@ -1,5 +1,5 @@
 """The only sampling loop. It yields after every step, so that progress, previews, checkpoints and cancelling belong to
-whoever drives it. It knows nothing of prompts, files or progress bars."""
+its caller. It knows nothing of prompts, files or progress bars."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Course:
         return len(self.sigmas) - 1
 
     def noise_name(self, purpose: str, segment: str) -> str:
-        """What a draw is called in a noise file."""
+        """The name of a draw in a noise file."""
         if purpose == ANCESTRAL:
             return f"{ANCESTRAL}.{segment}"
         return f"stage{self.number}.{purpose}.{segment}" if purpose else f"stage{self.number}.{segment}"
@@ -61,9 +61,8 @@ class Step(NamedTuple):
 
 
 class Denoiser:
-    """A stage's transformer, with text projected and rotary tables made once. `contexts`: by name, (1, tokens, width)
-    of both streams. `keep`: contexts whose keys and values stay as long as they are the same (`Text`). Wrap a call
-    to watch it or to replay it."""
+    """A stage's transformer, with text projected and rotary tables made once. `contexts` by name: (1, tokens, width) of
+    both streams. `keep`: names of contexts whose keys and values stay as long as they are the same (`Text`)."""
 
     def __init__(
         self,
@@ -91,12 +90,13 @@ class Denoiser:
         return StreamInput(tokens, state.levels(sigma), text, ropes, state.marked, state.attention)
 
     def run(self, x: Tokens, sigma: float, calls: Mapping[str, Pass]) -> dict[str, Tokens]:
-        """x0s of several calls by name, one after the other: together they would take more memory and no less time."""
+        """x0s of several calls by name, one call after the other: a batch of them would take more memory and no less
+        time."""
         return {name: self(x, sigma, call) for name, call in calls.items()}
 
 
 def begin(course: Course, states: Streams[StreamState], noise: Noise) -> Step:
-    """A stage before its first step."""
+    """The stage before its first step."""
     sigma = course.sigmas[0]
 
     def draw(segment: Segment) -> mx.array:
@@ -107,39 +107,40 @@ def begin(course: Course, states: Streams[StreamState], noise: Noise) -> Step:
 
 
 def denoise(denoiser: Denoiser, course: Course, noise: Noise, after: Step) -> Iterator[Step]:
-    """The steps of a stage that are left `after` one."""
-    states, guidance = denoiser.states, course.guidance
-    frozen = states.map(lambda state: state.frozen)
+    """The steps of a stage that are left after step `after`."""
     x, x0 = after.x, after.x0
-
-    for number, span in enumerate(pairwise(course.sigmas)):
-        if number < after.number:
-            continue
-        last = x0
-
-        def predict(x: Tokens, sigma: float, again: bool, number: int = number, last: Tokens = last) -> Tokens:
-            turn = 0 if again else number
-            return _guided(course, states, denoiser.run(x, sigma, passes(guidance, frozen, turn)), last, turn)
-
-        def drawn(purpose: str, name: str, number: int = number) -> mx.array:
-            state = states.get(name)
-
-            def draw(segment: Segment) -> mx.array:
-                return noise(course.noise_name(purpose, segment.name), segment.shape, row=number)
-
-            if purpose == ANCESTRAL:
-                return mx.concatenate(state.drawn(draw), axis=1)
-            return state.drawn_standardised(draw)
-
-        x, x0 = course.sampler.step(x, span, Tools(states, predict, drawn))
+    for number, span in list(enumerate(pairwise(course.sigmas)))[after.number :]:
+        x, x0 = course.sampler.step(x, span, _tools(denoiser, course, noise, number, x0))
         evaluate(*x.values())
         yield Step(number + 1, x, x0)
+
+
+def _tools(denoiser: Denoiser, course: Course, noise: Noise, number: int, last: Tokens) -> Tools:
+    """What step `number` (from 0) works with; `last`: the x0s of the step before."""
+    states = denoiser.states
+    frozen = states.map(lambda state: state.frozen)
+
+    def predict(x: Tokens, sigma: float, again: bool) -> Tokens:
+        turn = 0 if again else number  # a second prediction skips no guidance
+        calls = passes(course.guidance, frozen, turn)
+        return _guided(course, states, denoiser.run(x, sigma, calls), last, turn)
+
+    def drawn(purpose: str, name: str) -> mx.array:
+        def draw(segment: Segment) -> mx.array:
+            return noise(course.noise_name(purpose, segment.name), segment.shape, row=number)
+
+        state = states.get(name)
+        if purpose == ANCESTRAL:
+            return mx.concatenate(state.drawn(draw), axis=1)
+        return state.drawn_standardised(draw)
+
+    return Tools(states, predict, drawn)
 
 
 def _guided(
     course: Course, states: Streams[StreamState], predicted: Mapping[str, Tokens], last: Tokens, number: int
 ) -> Tokens:
-    """Guided and pinned x0s; a stream that is not guided in step `number` keeps its last one."""
+    """Guided and pinned x0s; a stream whose guidance skips step `number` keeps its last one."""
 
     def one(name: str, state: StreamState) -> mx.array:
         rule: Guidance = course.guidance.get(name)

@@ -1,6 +1,6 @@
 """Guidance: several predictions of one step, combined. In x0 space and float32 (MODEL.md §4, §15.1, §15.2)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,17 +32,21 @@ class Guidance:
     skip: int = 0
 
     @property
+    def _scales(self) -> dict[str, float]:
+        """The weight of every pass beside the text's that counts."""
+        scales = {NEGATIVE: self.cfg - 1, PERTURBED: self.stg, APART: self.modality - 1}
+        return {name: scale for name, scale in scales.items() if abs(scale) > CLOSE}
+
+    @property
     def wanted(self) -> frozenset[str]:
         """Names of the passes beside the text's."""
-        scales = {NEGATIVE: self.cfg - 1, PERTURBED: self.stg, APART: self.modality - 1}
-        return frozenset(name for name, scale in scales.items() if abs(scale) > CLOSE)
+        return frozenset(self._scales)
 
     def combined(self, x0: Mapping[str, mx.array]) -> mx.array:
         """The guided prediction of x0s by pass, each (1, tokens, channels): c + (cfg - 1)(c - negative) + stg (c -
         perturbed) + (modality - 1)(c - apart), then rescaled by unbiased deviations over the whole tensor."""
         text = x0[TEXT]
-        scales = ((NEGATIVE, self.cfg - 1), (PERTURBED, self.stg), (APART, self.modality - 1))
-        terms = [scale * (text - x0[name]) for name, scale in scales if name in self.wanted]
+        terms = [scale * (text - x0[name]) for name, scale in self._scales.items()]
         if not terms:
             return text
         guided = sum(terms, start=text)
@@ -64,9 +68,6 @@ class Pass(NamedTuple):
 
     contexts: Streams[str]
     skips: Skips = NOTHING
-
-
-Run = Callable[[Mapping[str, Pass]], Mapping[str, Streams[mx.array]]]  # passes by name -> x0s by name
 
 
 def passes(guidance: Streams[Guidance], frozen: Streams[bool], step: int = 0) -> dict[str, Pass]:

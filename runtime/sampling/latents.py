@@ -32,7 +32,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of a stream's tokens by the name that its noise has. `shape` is that of its latents, (1, C, F, H, W) or
+    """A run of a stream's tokens, by the name of its noise. `shape` is that of its latents, (1, C, F, H, W) or
     (1, A, T, 16). `noisy`: some of its tokens start with noise in them.
 
     Tokens and latents are row-contiguous. A matrix product of a transposed view may be summed in another order (by
@@ -47,8 +47,8 @@ class Segment:
         return prod(self.shape[2:5]) if len(self.shape) == 5 else self.shape[2]
 
     def to_tokens(self, latents: mx.array) -> mx.array:
-        """Latents shaped `shape` -> (1, tokens, channels): frame by frame, row by row; of a sound
-        channel-major."""
+        """Latents shaped `shape` -> (1, tokens, channels): a picture's frame by frame and row by row; of a sound the
+        features are channel-major."""
         if len(self.shape) == 5:
             return mx.contiguous(latents.transpose(0, 2, 3, 4, 1).flatten(1, 3))
         return mx.contiguous(latents.transpose(0, 2, 1, 3).flatten(2))
@@ -86,9 +86,14 @@ class Grid:
         return self.frames, self.height, self.width
 
     @property
+    def frame_tokens(self) -> int:
+        """Of one latent frame of the video."""
+        return self.height * self.width
+
+    @property
     def tokens(self) -> int:
         """Of the video."""
-        return self.frames * self.height * self.width
+        return self.frames * self.frame_tokens
 
     @property
     def segments(self) -> Streams[Segment]:
@@ -97,7 +102,7 @@ class Grid:
 
 
 def as_numpy(latents: Streams[mx.array]) -> dict[str, np.ndarray]:
-    """Contiguous, as the safetensors library needs them."""
+    """Latents by stream, contiguous: the safetensors library needs them so."""
     return {name: np.array(value, order="C") for name, value in latents.items()}
 
 
@@ -108,10 +113,14 @@ def audio_latent_count(frames: int, fps: float, scales: Scales) -> int:
 
 def video_positions(grid: Grid, fps: float, scales: Scales) -> Positions:
     """(3, tokens): midpoints of every token's span in seconds, pixel rows and pixel columns."""
-    time = _causal_midpoints(grid.frames, scales.temporal) / np.float32(fps)
-    rows = (np.arange(grid.height, dtype=np.float32) + 0.5) * scales.spatial
-    columns = (np.arange(grid.width, dtype=np.float32) + 0.5) * scales.spatial
-    return np.stack(np.meshgrid(time, rows, columns, indexing="ij")).reshape(3, -1).astype(np.float32)
+    times = _causal_midpoints(grid.frames, scales.temporal) / np.float32(fps)
+    return spread_positions(times, grid.height, grid.width, scales.spatial)
+
+
+def spread_positions(times: np.ndarray, height: int, width: int, scale: int) -> Positions:
+    """(3, tokens) of pictures at `times` (frames,), in seconds: `height` x `width` tokens of `scale` pixels each."""
+    rows, columns = ((np.arange(n, dtype=np.float32) + 0.5) * scale for n in (height, width))
+    return np.stack(np.meshgrid(times, rows, columns, indexing="ij")).reshape(3, -1).astype(np.float32)
 
 
 def audio_positions(grid: Grid, scales: Scales) -> Positions:
@@ -121,7 +130,7 @@ def audio_positions(grid: Grid, scales: Scales) -> Positions:
 
 
 def causal_edges(count: int, factor: int) -> np.ndarray:
-    """Where latents begin and end in source frames (count + 1,): the first spans one frame, the others `factor`."""
+    """Where latents begin and end, in source frames: (count + 1,). The first spans one frame, the others `factor`."""
     return np.maximum(np.arange(count + 1, dtype=np.float32) * factor - (factor - 1), 0)
 
 
@@ -132,7 +141,7 @@ def _causal_midpoints(count: int, factor: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a complete request makes: pixels, frames, rate."""
+    """A clip's width and height in pixels, frames, and frames per second."""
 
     width: int
     height: int
@@ -140,8 +149,8 @@ class Sizes:
     fps: float
 
     def check(self, scales: Scales, downscale: int, smallest: int) -> None:
-        """`downscale`: the largest of a stage. `smallest`: pixels of the shortest side that can be decoded. Raises
-        InputError naming both nearest valid values."""
+        """Raises InputError, with both nearest valid values, for sizes that cannot be made. `downscale`: a stage's
+        largest. `smallest`: pixels of the shortest side that can be decoded."""
         multiple = scales.spatial * downscale
         smallest = -(-smallest // multiple) * multiple
         for name, value in (("width", self.width), ("height", self.height)):
@@ -155,7 +164,7 @@ class Sizes:
             raise InputError(f"fps {self.fps:g} is not valid", "it must be between 1 and 240", "use 24, 25 or 30")
 
     def fitting(self, scales: Scales, downscale: int, smallest: int) -> "Sizes":
-        """The nearest that pass `check`, at the same rate: the nearest sides, no more frames."""
+        """The nearest sizes that pass `check`, at the same rate: the nearest sides, no more frames."""
         multiple = scales.spatial * downscale
         smallest = -(-smallest // multiple) * multiple
         width, height = (

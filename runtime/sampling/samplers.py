@@ -2,9 +2,10 @@
 difference of near-equal numbers (MODEL.md §3.4, §15.1)."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -14,13 +15,14 @@ from ltx2.runtime.streams import Streams
 ANCESTRAL, SUBSTEP, STEP = "ancestral", "substep", "step"  # what noise is drawn for, as its file names it
 LAST = 0.0011  # the level that res_2s ends at, before a last prediction
 BONG_BELOW, BONG_ABOVE = 0.5, 0.03  # of the step in log sigma, of sigma
+ETA = 0.5  # share of the noise that res_2s replaces
 Tokens = Streams[mx.array]  # (1, tokens, channels) each
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a step works with. `predict(x, sigma, again)` gives guided, pinned x0s; `again` says that the step has been
-    guided once already. `draw(purpose, stream)` gives a stream's raw noise by segment, as the state asks for it."""
+    """What a step works with. `predict(x, sigma, again)` gives guided, pinned x0s; `again`: it is not the step's first
+    prediction. `noise(purpose, stream)` gives a stream's noise, (1, tokens, channels)."""
 
     states: Streams[StreamState]
     predict: Callable[[Tokens, float, bool], Tokens]
@@ -29,8 +31,8 @@ class Tools:
     def each(
         self, step: Callable[[str, mx.array, mx.array], mx.array], x: Tokens, x0: Tokens, noised: bool = False
     ) -> Tokens:
-        """`step(stream, x, x0)` of all streams that are made; frozen ones stay. After new noise given tokens are pinned
-        again."""
+        """`step(stream, x, x0)` of all streams that are made; frozen ones keep their x. `noised`: the step added noise,
+        so given tokens are pinned again."""
 
         def one(name: str, pair: tuple[tuple[mx.array, mx.array], StreamState]) -> mx.array:
             (before, predicted), state = pair
@@ -42,39 +44,27 @@ class Tools:
         return x.zip(x0).zip(self.states).named(one)
 
 
-class Sampler(Protocol):
+class Sampler(ABC):
     """How a step is made."""
 
-    @property
-    def predictions(self) -> int:
-        """Of x0, in a step."""
-
-    @property
-    def draws(self) -> tuple[str, ...]:
-        """Purposes of the noise that a step adds."""
+    predictions: ClassVar[int] = 1  # of x0, in a step
+    draws: ClassVar[tuple[str, ...]] = ()  # purposes of the noise that a step adds
 
     def sigmas(self, schedule: Sequence[float]) -> tuple[float, ...]:
         """The noise levels to go through, for a schedule that ends with 0."""
+        return tuple(schedule)
 
     def rows(self, sigmas: Sequence[float]) -> int:
-        """Steps that draw noise."""
+        """Steps that draw noise; the last one never does."""
+        return len(sigmas) - 2 if self.draws else 0
 
+    @abstractmethod
     def step(self, x: Tokens, span: tuple[float, float], tools: Tools) -> tuple[Tokens, Tokens]:
         """From noise level span[0] to span[1]: the tokens there, and the (first) x0 that was predicted."""
 
 
-@dataclass(frozen=True)
-class Euler:
+class Euler(Sampler):
     """A straight line towards x0."""
-
-    predictions = 1
-    draws = ()
-
-    def sigmas(self, schedule: Sequence[float]) -> tuple[float, ...]:
-        return tuple(schedule)
-
-    def rows(self, sigmas: Sequence[float]) -> int:
-        return 0
 
     def step(self, x: Tokens, span: tuple[float, float], tools: Tools) -> tuple[Tokens, Tokens]:
         sigma, following = span
@@ -83,18 +73,10 @@ class Euler:
         return tools.each(lambda _, before, predicted: predicted + (before - predicted) * ratio, x, x0), x0
 
 
-@dataclass(frozen=True)
-class Ancestral:
+class Ancestral(Sampler):
     """Euler to a lower level, then noise up to the wanted one; eta 1."""
 
-    predictions = 1
     draws = (ANCESTRAL,)
-
-    def sigmas(self, schedule: Sequence[float]) -> tuple[float, ...]:
-        return tuple(schedule)
-
-    def rows(self, sigmas: Sequence[float]) -> int:
-        return len(sigmas) - 2  # the last step draws none
 
     def step(self, x: Tokens, span: tuple[float, float], tools: Tools) -> tuple[Tokens, Tokens]:
         sigma, following = span
@@ -112,19 +94,14 @@ class Ancestral:
         return tools.each(one, x, x0, noised=True), x0
 
 
-@dataclass(frozen=True)
-class Res2s:
-    """A second-order exponential integrator with noise at the midpoint and at the end of every step (eta 0.5)."""
+class Res2s(Sampler):
+    """A second-order exponential integrator with noise at the midpoint and at the end of every step."""
 
     predictions = 2
     draws = (SUBSTEP, STEP)
-    eta: float = 0.5
 
     def sigmas(self, schedule: Sequence[float]) -> tuple[float, ...]:
         return (*schedule[:-1], LAST, 0.0)
-
-    def rows(self, sigmas: Sequence[float]) -> int:
-        return len(sigmas) - 2
 
     def step(self, x: Tokens, span: tuple[float, float], tools: Tools) -> tuple[Tokens, Tokens]:
         sigma, following = span
@@ -138,31 +115,31 @@ class Res2s:
         weight1 = _phi1(-h) - weight2
 
         def to_middle(name: str, anchor: mx.array, x0: mx.array) -> mx.array:
-            return self._noised(anchor + half * (x0 - anchor), anchor, (sigma, middle), tools.noise(SUBSTEP, name))
+            return _noised(anchor + half * (x0 - anchor), anchor, (sigma, middle), tools.noise(SUBSTEP, name))
 
         between = tools.each(to_middle, x, first, noised=True)
         anchors = x
         if h < BONG_BELOW and sigma > BONG_ABOVE:
             # The fixed point of anchor = between - half * (x0 - anchor), which Lightricks iterates 100 times.
-            refined = between.zip(first).map(lambda pair: (pair[0] - half * pair[1]) / (1 - half))
-            anchors = refined.zip(x).zip(tools.states).map(lambda p: p[0][1] if p[1].frozen else p[0][0])
+            anchors = tools.each(lambda _, between, x0: (between - half * x0) / (1 - half), between, first)
         second = tools.predict(between, middle, True)
 
         def to_end(name: str, anchor: mx.array, x0s: mx.array) -> mx.array:
             step = anchor + h * (weight1 * (x0s[0] - anchor) + weight2 * (x0s[1] - anchor))
-            return self._noised(step, anchor, span, tools.noise(STEP, name))
+            return _noised(step, anchor, span, tools.noise(STEP, name))
 
         both = first.zip(second).map(lambda pair: mx.stack(list(pair)))
         return tools.each(to_end, anchors, both, noised=True), first
 
-    def _noised(self, y: mx.array, anchor: mx.array, span: tuple[float, float], noise: mx.array) -> mx.array:
-        """y at the level span[1], some of its noise replaced by new one; `anchor` is at span[0]."""
-        sigma, level = span
-        up = min(self.eta * level, 0.9999 * level)
-        kept = math.sqrt(level**2 - up**2)
-        alpha = (1 - level) + kept
-        slope = (anchor - y) / (sigma - level)
-        return alpha * ((anchor - sigma * slope) + kept / alpha * slope) + up * noise
+
+def _noised(y: mx.array, anchor: mx.array, span: tuple[float, float], noise: mx.array) -> mx.array:
+    """y at the level span[1] with some of its noise replaced; `anchor` is at span[0]. All (1, tokens, channels)."""
+    sigma, level = span
+    up = ETA * level
+    kept = math.sqrt(level**2 - up**2)
+    alpha = (1 - level) + kept
+    slope = (anchor - y) / (sigma - level)
+    return alpha * ((anchor - sigma * slope) + kept / alpha * slope) + up * noise
 
 
 def _phi1(z: float) -> float:

@@ -1,7 +1,8 @@
 """One stream of one stage, in tokens: what it starts from, which of its tokens are made and which are given."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -15,14 +16,14 @@ from ltx2.runtime.streams import Streams
 
 @dataclass(frozen=True)
 class StreamState:
-    """One stream of one stage. Its own tokens come first, those that conditionings append behind them.
+    """One stream of one stage: its own tokens, then those that conditionings append.
 
-    `start` and `clean` are (1, tokens, channels) float32: what the sampler starts from (zeros in a first stage), and
-    what pinned tokens are. `mask` (tokens,) is each token's share of noise: 1 made, 0 pinned, 1 - strength between;
-    None: all are made. `positions` (axes, tokens): seconds, pixel rows and pixel columns; of a sound seconds.
-    `marked` (1, tokens, 1) is 1 for tokens that are one single frame. `attention` (1, 1, tokens, tokens) is added to
-    the scores of self-attention. A `frozen` stream is kept whole, at noise level 0 towards the text and the other
-    stream.
+    `start` and `clean` are (1, tokens, channels) float32: the latents that the sampler starts from (zeros in a first
+    stage), and the values of pinned tokens. `mask` (tokens,) is each token's share of noise: 1 made, 0 pinned,
+    1 - strength between; None: all are made. `positions` (axes, tokens): seconds, pixel rows and pixel columns; seconds
+    alone for a sound. `marked` (1, tokens, 1) is 1 for tokens that are one single frame. `attention` (1, 1, tokens,
+    tokens) is added to the scores of self-attention. A `frozen` stream is kept whole, at noise level 0 towards the text
+    and the other stream.
     """
 
     segments: tuple[Segment, ...]
@@ -33,18 +34,10 @@ class StreamState:
     marked: mx.array | None = None
     attention: mx.array | None = None
     frozen: bool = False
-    _levels: tuple[mx.array, mx.array, mx.array] | None = field(default=None, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.mask is not None:
-            shares, index = np.unique(self.mask.astype(np.float32), return_inverse=True)
-            column = mx.array(self.mask.astype(np.float32))[None, :, None]
-            levels = (mx.array(shares), mx.array(index.reshape(-1).astype(np.int32)), column)
-            object.__setattr__(self, "_levels", levels)
 
     @classmethod
     def begin(cls, segment: Segment, start: mx.array | None, positions: Positions) -> "StreamState":
-        """All tokens are made; `start` are latents shaped as the segment, None is zeros."""
+        """A stream whose tokens are all made, from latents `start` shaped as the segment; None is zeros."""
         latents = mx.zeros(segment.shape) if start is None else start
         tokens = segment.to_tokens(latents.astype(mx.float32))
         return cls((segment,), tokens, tokens, positions)
@@ -58,16 +51,25 @@ class StreamState:
     def tokens(self) -> int:
         return self.clean.shape[1]
 
+    @cached_property
+    def _levels(self) -> tuple[mx.array, mx.array, mx.array] | None:
+        """The distinct shares of noise (n,), every token's index into them (tokens,), and its share (1, tokens, 1)."""
+        if self.mask is None:
+            return None
+        mask = self.mask.astype(np.float32)
+        shares, index = np.unique(mask, return_inverse=True)
+        return mx.array(shares), mx.array(index.reshape(-1).astype(np.int32)), mx.array(mask)[None, :, None]
+
     def pinning(self, clean: mx.array, mask: np.ndarray) -> "StreamState":
-        """With other own tokens given: `clean` (1, own, channels), `mask` (own,)."""
-        assert self.tokens == self.own, "given in the order of the options: own tokens before appended ones"
+        """The state with own tokens given: `clean` (1, own, channels), `mask` (own,)."""
+        assert self.tokens == self.own, "options come in an order that pins own tokens before any are appended"
         return replace(self, clean=clean, mask=mask)
 
     def appended(
         self, segment: Segment, clean: mx.array | None, positions: Positions, share: float, *, marked: bool = False
     ) -> "StreamState":
-        """With more tokens: latents `clean` shaped as the segment, None is zeros, with a `share` of noise; `marked`:
-        they are single frames. Segments of one name become one."""
+        """The state with more tokens: latents `clean` shaped as the segment (None is zeros), with a `share` of noise;
+        `marked`: they are single frames. Segments of one name become one."""
         shape = (1, segment.tokens, self.clean.shape[2])
         tokens = mx.zeros(shape) if clean is None else segment.to_tokens(clean.astype(mx.float32))
         made = np.ones(self.tokens, np.float32) if self.mask is None else self.mask
@@ -92,7 +94,7 @@ class StreamState:
         return Levels(shares * sigma, index, sigma)
 
     def denoised(self, x: mx.array, velocity: mx.array, sigma: float) -> mx.array:
-        """x0 = x - level * velocity, (1, tokens, channels) float32, by each token's own noise level."""
+        """x0 = x - level * velocity, all (1, tokens, channels), in float32, by each token's own noise level."""
         if self.frozen:
             return self.clean
         if self._levels is None:
@@ -100,7 +102,7 @@ class StreamState:
         return x - (self._levels[2] * sigma) * velocity.astype(mx.float32)
 
     def pinned(self, x: mx.array) -> mx.array:
-        """x (1, tokens, channels) with given tokens at their given values."""
+        """x (1, tokens, channels) with pinned tokens at their given values."""
         if self.frozen:
             return self.clean
         if self._levels is None:
@@ -109,25 +111,25 @@ class StreamState:
         return x * column + self.clean * (1 - column)
 
     def noisy(self, sigma: float, draw: Callable[[Segment], mx.array]) -> mx.array:
-        """The tokens (1, tokens, channels) that a stage starts from at its first noise level; `draw` gives a segment's
-        noise, shaped as its latents."""
+        """The tokens (1, tokens, channels) that a stage starts from at its first noise level, `sigma`; `draw` gives a
+        segment's noise, shaped as its latents."""
         if self.frozen:
             return self.clean
         noise = mx.concatenate(self.drawn(draw), axis=1)
         return self.pinned(sigma * noise + (1 - sigma) * self.start)
 
     def drawn(self, draw: Callable[[Segment], mx.array]) -> list[mx.array]:
-        """Noise of every segment, (1, its tokens, channels); zeros where none of its tokens has any."""
+        """Noise of every segment, (1, its tokens, channels); zeros where no token of it has any."""
         return [
             s.to_tokens(draw(s)) if s.noisy else mx.zeros((1, s.tokens, self.clean.shape[2])) for s in self.segments
         ]
 
     def drawn_standardised(self, draw: Callable[[Segment], mx.array]) -> mx.array:
-        """Noise (1, tokens, channels) of mean 0 and deviation 1 over all tokens, appended ones too."""
+        """Noise (1, tokens, channels) of mean 0 and deviation 1 over all tokens, the appended ones included."""
         return mx.concatenate(standardised([s.to_tokens(draw(s)) for s in self.segments]), axis=1)
 
     def latents(self, tokens: mx.array) -> mx.array:
-        """The own tokens of (1, tokens, channels), as latents."""
+        """The own ones of (1, tokens, channels), as latents shaped as the segment."""
         return self.segments[0].from_tokens(tokens[:, : self.own])
 
 
