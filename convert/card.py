@@ -1,5 +1,5 @@
-"""The model card: README.md of a model folder, as the Hugging Face Hub reads it. What was made of what, under which
-terms, how to use it, and what quantizing has cost. Same folder, same bytes."""
+"""The model card: README.md of a model folder, as the Hugging Face Hub reads it. Its sources, terms and use, and what
+quantizing has cost. Same folder, same bytes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ ABOUT = 0.01  # share by which a size that is not known exactly may differ
 
 @dataclass(frozen=True)
 class Quality:
-    """What quantizing one component has cost: average bits of a weight, the number of its packed layers, and the median
-    and the largest of their relative errors, of the "weights" or of the layers' "output"."""
+    """The cost of quantizing one component: average bits of a weight, the number of packed layers, the median and the
+    largest of their relative errors, of the "weights" or of the layers' "output"."""
 
     bits_per_weight: float
     layers: int

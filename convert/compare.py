@@ -202,8 +202,8 @@ def _places(move: Move, stored: Stored) -> tuple[dict[str, _Place], list[str]]:
         if file is None or tensor is None:
             differences.append(f"{move.component}: tensor {key} is not stored")
         elif (tensor.shape, tensor.dtype) != (spec.shape, spec.dtype):
-            is_, wanted = (f"{each.dtype} {list(each.shape)}" for each in (tensor, spec))
-            differences.append(f"{move.component}: tensor {key} is {is_}, not {wanted}")
+            wanted = f"{spec.dtype} {list(spec.shape)}"
+            differences.append(f"{move.component}: tensor {key} is {tensor.dtype} {list(tensor.shape)}, not {wanted}")
         else:
             places[key] = _Place(move.component, file, tensor)
     return places, differences

@@ -1,4 +1,4 @@
-"""Removing sources whose model folder is complete: only what was given, and only once the folder was read again."""
+"""Removes sources whose model folder is complete: only what was given, and only after the folder was verified."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class SourcesDeleted(Event):
 
 
 def removable(plan: Plan, given: Iterable[Path]) -> list[Path]:
-    """The plan's sources, and what of their folders went into the model with them (configuration, tokenizer, index), as
-    far as it lies in what was `given` and is no link."""
+    """The plan's sources and the files beside them that went into the model (configuration, tokenizer, index), as far
+    as they lie in what was `given` and are no links."""
     roots = [path.absolute() for path in given]
     found = [source.path for source in plan.sources if isinstance(source, TensorFile)]
     found += [path for component in plan.components.values() for path in component.companions]

@@ -1,4 +1,4 @@
-"""What a published file, a folder of them, or a model folder contains. Reads headers only."""
+"""Describes the content of a published file, a folder of them, or a model folder, by headers only."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -57,10 +57,10 @@ class Summary:
 def inspect(path: Path) -> dict[str, Any]:
     """Describe `path`: `kind` is `model`, `folder` (with `files`), or a kind of source.
 
-    A source has `releases` (those it may belong to) and `release` (where it is one), `variant` (as far as its name says
-    it), `storage`, `components`, `metadata`; a model folder has its manifest's facts. Both say whether this version
-    can `convert` and `generate`; a source that cannot be converted says the `reason`, a model folder what is `missing`
-    for a clip from a prompt. Raises CheckpointError for what is neither.
+    A source has `releases` (those it may belong to) and `release` (where it is one), `variant` (where its name says
+    it), `storage`, `components`, `metadata`; a model folder has its manifest's facts. Both say whether this version can
+    `convert` and `generate`, and why not: a source in `reason`, a model folder in `missing`. Raises CheckpointError for
+    anything else.
     """
     if (path / MANIFEST).is_file():
         return _model(ModelFolder.open(path))
@@ -112,7 +112,7 @@ def _source(source: Source) -> dict[str, Any]:
 
 
 def _refusal(source: Source) -> str | None:
-    """Why converting this source would be refused."""
+    """The reason why converting this source would be refused; None where it would not."""
     try:
         check_source(source)
         plan = make_plan([source], Options(VARIANTS[0]))
@@ -124,10 +124,10 @@ def _refusal(source: Source) -> str | None:
 
 
 def _components(source: Source) -> dict[str, Summary]:
-    """Scales and what else is stored beside codes are no parameters, nor is a tokenizer."""
+    """A summary of each component. Tensors beside codes, such as scales, are no parameters, nor is a tokenizer."""
     try:
         coded = find_codes(source.files, packed_by_mlx(source))
-    except Ltx2Error:  # said as the reason for not converting
+    except Ltx2Error:  # the reason for not converting
         coded = CodedTensors()
     summaries: dict[str, Summary] = {}
     for file in source.files:

@@ -1,4 +1,4 @@
-"""What ltx2 has made and is no source: clips and sounds with the settings they were made with, the records beside them,
+"""Files that ltx2 has made and that are no sources: clips and sounds with their settings, the records beside them,
 receipts of benchmarks, and the files of a model folder."""
 
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from ltx2.runtime.generate.records.sidecar import is_sidecar, sidecar_path
 from ltx2.runtime.media.source import count_packets, media_facts, read_comment
 from ltx2.runtime.model.layout import MANIFEST, ModelFolder
 
-MADE = ("request", "model")  # of a record: how it was asked for, and of which model
+MADE = ("request", "model")  # keys of a record: the options, and the model that made it
 RECEIPT = ("suite", "created", "machine")
 
 
 def result(path: Path) -> dict[str, Any]:
-    """`kind` and facts of a media file, a record or a receipt; empty for all others. Raises InputError for a media file
-    that cannot be read."""
+    """`kind` and facts of a media file, a record or a receipt; empty for other files. Raises InputError for a media
+    file that cannot be read."""
     foreign = (foreign_kind(path) or ("",))[0]
     if foreign in ("is a video", "is a sound"):
         return _media(path) | _settings(path)
@@ -43,7 +43,7 @@ def _media(path: Path) -> dict[str, Any]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Those in a clip, else those in the record beside it; empty where there are none, or others'."""
+    """The settings in a clip, else those in the record beside it; empty where neither has any of ours."""
     try:
         return _made(parse_object(read_comment(path)))
     except (ValueError, MediaError):

@@ -1,4 +1,4 @@
-"""Whether a model folder holds what it claims: every file, hash, tensor and shape; given the sources, every value.
+"""Verifies a model folder: every file, hash, tensor and shape; given the sources, every value.
 
 All differences are collected before the verdict."""
 
@@ -27,8 +27,8 @@ LISTED = 20  # differences named in the error
 
 @dataclass(frozen=True)
 class Verified(Event):
-    """Last event of a verification, what was found right: components, files and their bytes, tensors, and how many of
-    those equal the sources. `card`: README.md is "as written", "edited", or there is "none"; all three are right."""
+    """Last event of a verification: components, files and their bytes, tensors, and how many of those equal the
+    sources. `card`: README.md is "as written", "edited", or there is "none"; all three are right."""
 
     components: tuple[str, ...]
     files: int

@@ -1,4 +1,4 @@
-"""A plan against the networks it fills: every parameter once, with the right shape, and nothing else."""
+"""Compares a plan with the networks it fills: every parameter once, in the right shape, and nothing else."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,19 +27,25 @@ def check_plan(plan: Plan) -> None:
     check_projection(plan)
     _check_text_width(plan, planned)
     for name, component in plan.components.items():
-        _check_files(plan, name)
+        files = [path.name for path in component.companions] + [asset.name for asset in plan.assets(name)]
+        _check_once(name, "files", files)
         if is_lora(name):
             _check_lora(name, planned)
         else:
             build = partial(build_network, component.cls, component.config)
-            _refuse(name, network_differences(component.cls, component.config, planned[name], build))
+            if wrong := network_differences(component.cls, component.config, planned[name], build):
+                raise CheckpointError(
+                    f"the source does not fit its {name}",
+                    "; ".join(_listed(kind, keys) for kind, keys in wrong.items()),
+                    "use the checkpoint as published, complete and unchanged",
+                )
 
 
 def network_differences(
     class_name: str, config: Mapping[str, Any], stored: Shapes, build: Callable[[], nn.Module]
 ) -> dict[str, list[str]]:
     """Kind of difference -> the tensors concerned, between the `stored` tensors and those of the network that `build`
-    makes. None for a network without a part that comes in another file: it cannot be built.
+    makes. Empty for a network without a part that comes in another file: it cannot be built.
 
     Raises ConfigError or UnsupportedError when the configuration is not one this version computes.
     """
@@ -63,7 +69,7 @@ def check_tokenizer(plan: Plan) -> None:
 
 
 def check_projection(plan: Plan) -> None:
-    """Raises CheckpointError for connectors of one projection that come without it: its width is not known."""
+    """Raises CheckpointError for connectors of one projection that come without it, so that its width is not known."""
     connectors = plan.components.get("connectors")
     if connectors is None or connectors.config.get("caption_proj_before_connector", len(connectors.config) == 1):
         return
@@ -76,22 +82,22 @@ def check_projection(plan: Plan) -> None:
 
 
 def incomplete_parts(plan: Plan) -> Iterator[str]:
-    """What a component lacks that comes in another file, which is not among the sources."""
+    """The parts of components that come in other files, which are not among the sources."""
     for name, component in plan.components.items():
         missing = _missing_parts(component.cls, component.config, parameters(plan.moves(name)))
         yield from (f"{name}: {part}" for part in missing)
 
 
 def missing_of_model(plan: Plan) -> list[str]:
-    """What a transformer with its decoder lacks to generate from a prompt; nothing where only parts are wanted."""
+    """The networks that a transformer with its decoder lacks to generate from a prompt; none for parts of a model."""
     have = plan.components
     whole = TRANSFORMER in have and (VIDEO_VAE in have or DIFFUSION_VAE in have)
     return missing_networks(have) if whole else []
 
 
 def _missing_parts(class_name: str, config: Mapping[str, Any], stored: Iterable[str]) -> list[str]:
-    """Connectors whose streams have projections of their own may come in two files: with the transformer, and with the
-    text encoder, whose file says nothing of the other part."""
+    """The parts that connectors lack: those with a projection for each stream may come in two files, with the
+    transformer and with the text encoder, whose file says nothing of the other part."""
     if class_name != "EmbeddingsConnectors" or not config.get("caption_proj_before_connector", len(config) == 1):
         return []
     have = {name.partition(".")[0] for name in stored}
@@ -103,25 +109,16 @@ def planned_shapes(plan: Plan, component: str) -> Shapes:
     """Shape of every parameter the component gets, before packing. Raises CheckpointError when two tensors get one
     name."""
     moves = plan.moves(component)
-    keys = Counter(move.key for move in moves)
-    twice = [key for key, count in keys.items() if count > 1]
-    if twice:
-        raise CheckpointError(
-            f"two source tensors become {component}/{twice[0]}",
-            f"{len(twice)} tensors would be stored twice",
-            "use the checkpoint as published",
-        )
+    _check_once(component, "tensors", [move.key for move in moves])
     return {key: spec.shape for key, spec in parameters(moves).items()}
 
 
-def _check_files(plan: Plan, component: str) -> None:
-    copied = [path.name for path in plan.components[component].companions]
-    names = Counter([*copied, *(asset.name for asset in plan.assets(component))])
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
+def _check_once(component: str, kind: str, names: Iterable[str]) -> None:
+    """Raises CheckpointError for a name that occurs twice."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise CheckpointError(
-            f"two sources become {component}/{twice[0]}",
-            f"{len(twice)} files would be written twice",
+            f"two source {kind} become {component}/{twice[0]}",
+            f"{len(twice)} {kind} would be stored twice",
             "use the checkpoint as published",
         )
 
@@ -151,15 +148,6 @@ def _check_text_width(plan: Plan, planned: Mapping[str, Shapes]) -> None:
             "the text encoder does not fit the checkpoint",
             f"its {layers} layers of width {embedding[-1]} give {given} features, the connectors read {wanted}",
             "use the text encoder that the release was trained with",
-        )
-
-
-def _refuse(component: str, wrong: Mapping[str, list[str]]) -> None:
-    if wrong:
-        raise CheckpointError(
-            f"the source does not fit its {component}",
-            "; ".join(_listed(kind, keys) for kind, keys in wrong.items()),
-            "use the checkpoint as published, complete and unchanged",
         )
 
 

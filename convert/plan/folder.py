@@ -1,5 +1,5 @@
-"""A model folder as a plan: the same tensors where they are; what quantizing starts from. And a plan as the folder
-that it would make: headers and configurations without files."""
+"""A model folder as a plan that copies it, which quantizing starts from; and a plan as the folder that it would make:
+headers and configurations without files."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -42,7 +42,7 @@ def _moves(component: str, files: list[TensorFile], quantization: Quantization) 
 
 
 def _codes(name: str, where: Mapping[str, TensorFile], quantization: Quantization) -> MlxCodes | None:
-    """The codes of a layer that was kept as published: those have a `weight_scale`."""
+    """The codes of a layer that was kept as published, which has a `weight_scale`; None for another tensor."""
     scale, blocks = packed_key(name, "weight_scale"), packed_key(name, "scales")
     if not name.endswith(".weight") or scale not in where:
         return None

@@ -1,4 +1,4 @@
-"""How sources become a plan: every tensor's way by its name (names/rules.py) and by what its codes need."""
+"""Makes the plan of sources: every tensor's place by its name (names/rules.py), its steps by its codes."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,7 +68,8 @@ def make_plan(sources: Sequence[Source], options: Options | None = None) -> Plan
 
 
 def _sizes(owners: Owners) -> dict[str, float]:
-    """Of the clips that the transformer was made for, where its file says so. Raises CheckpointError for other text."""
+    """The sizes of clips that the transformer was made for, where its file states them. Raises CheckpointError for
+    other text."""
     for source in dict.fromkeys(owners.get("transformer", {}).values()):
         for text in (file.metadata[SIZES] for file in source.files if SIZES in file.metadata):
             try:
@@ -80,7 +81,7 @@ def _sizes(owners: Owners) -> dict[str, float]:
 
 
 def _without_doubles(planned: list[tuple[Source, list[Entry]]]) -> Iterator[tuple[Source, list[Entry]]]:
-    """A GGUF of a transformer often holds the connectors too, and people add the file that holds them unquantized."""
+    """Drop the connectors of a transformer's GGUF where another source has them unquantized, as people add them."""
     connectors = [e for _, found in planned for e in found if isinstance(e, Move) and e.component == "connectors"]
     exact = {entry.key for entry in connectors if not isinstance(entry.file, GgufFile)}
     doubles = {id(entry) for entry in connectors if isinstance(entry.file, GgufFile) and entry.key in exact}
@@ -97,7 +98,7 @@ def _check_gemma(components: Mapping[str, ComponentPlan], owners: Owners) -> Non
 
 
 def packed_by_mlx(source: Source) -> Quantization:
-    """How MLX has packed a text encoder's layers, where it has. Raises CheckpointError for what it cannot have said."""
+    """How MLX has packed a text encoder's layers, where it has. Raises CheckpointError for other text."""
     try:
         return Quantization.from_config(source.config.get("quantization"))
     except (ValueError, TypeError, AttributeError) as error:
@@ -115,8 +116,8 @@ def _entries(source: Source, options: Options) -> Iterator[Entry]:
             owner, part = coded.scales.get(name, (name, ""))  # a scale goes where what it scales goes
             owner = strengths.get(name, owner)
             target = rules.target(source.kind, owner)
-            if reason := dropped_beside_codes(name):
-                yield Drop(file, tensor, reason)
+            if useless := dropped_beside_codes(name):
+                yield Drop(file, tensor, useless)
             elif target is None:
                 unknown.append(name)
             elif target.dropped:
@@ -164,7 +165,7 @@ def _coded_move(source: Source, codes: Codes, target: rules.Target, options: Opt
 
 
 def _decoded(codes: Codes, key: str, options: Options) -> list[Step]:
-    """Decoding, with one rounding after all that follows from the file's format."""
+    """Decoding and what the file's format needs after it, with one rounding at the end."""
     dtype = "f32" if rules.FLOAT32_TABLES.fullmatch(key) else options.dtype or "bf16"
     if restored := _restored(codes.file, codes.tensor.name):
         return [Dequantize(codes, "f32"), *restored, *([] if dtype == "f32" else [Cast(dtype)])]
@@ -176,7 +177,7 @@ def _restored(file: TensorFile, name: str) -> list[Step]:
 
 
 def _scale_entry(weight: Move, file: TensorFile, tensor: TensorInfo, part: str) -> Move | Merge:
-    """A scale of kept codes is stored beside them; otherwise decoding has used it up."""
+    """A scale of kept codes is stored beside them; decoding uses it up."""
     if not isinstance(weight.packing, Keep):
         return Merge(file, tensor, weight)
     codes = weight.packing.codes

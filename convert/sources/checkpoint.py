@@ -1,8 +1,8 @@
-"""Sources, opened and recognised by their content, never by their name alone: a file by its tensors, a folder by those
-of its files."""
+"""Opens sources and recognises them by their content, never by their name alone: a file by its tensors, a folder by its
+files."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ STORAGES = (
     ("MLX-quantized", "U32", r"\.scales$"),
     ("DoRA", "", r"\.dora_scale$|\.lora_magnitude_vector"),
 )
-BYTES = "U8"  # of tokenizers and other things that are no weights
-# Or refused by a tensor's name (tensors/scales.py).
+BYTES = "U8"  # the dtype of tokenizers and other files in tensors
+# Converted, or refused by a tensor's name (tensors/scales.py).
 CONVERTED_STORAGES = ("NVFP4", "int8", "MXFP8", "FP8 (E4M3)", "FP8 (E5M2)")
 # What is not converted: why, and what to use instead.
 REFUSED_STORAGES = {
@@ -89,8 +89,8 @@ def open_sources(paths: Iterable[Path]) -> list[Source]:
 
 
 def recognise(path: Path, beside: Iterable[Path] = ()) -> list[Source]:
-    """The sources that a file is, or that a folder holds, whether this version converts them or not. `kind` is empty
-    for a foreign file. `beside` may hold a text encoder's configuration and tokenizer.
+    """The sources in a file or a folder, whether this version converts them or not. `kind` is empty for a foreign file.
+    `beside` may hold a text encoder's configuration and tokenizer.
 
     Raises as `open_sources`.
     """
@@ -98,8 +98,9 @@ def recognise(path: Path, beside: Iterable[Path] = ()) -> list[Source]:
         _check_folder(path)
         why = "it has no .safetensors or .gguf files"
         raise CheckpointError(f"{path} holds no checkpoint", why, "name a file or its folder")
-    files = [_open(file) for file in (_weights(path) if path.is_dir() else [path])]
-    kinds = {file.path: _kind(file, _config(file)) for file in files}
+    paths = _weights(path) if path.is_dir() else [path]
+    files = [read_gguf(file) if is_gguf(file) else open_tensorfile(file) for file in paths]
+    kinds = {file.path: _kind(file) for file in files}
     language = [file for file in files if kinds[file.path] == GEMMA]
     shards = [file for file in language if not isinstance(file, GgufFile)]  # a GGUF is a whole model
     found = [text_encoder(path, shards, beside)] if shards else []
@@ -108,8 +109,8 @@ def recognise(path: Path, beside: Iterable[Path] = ()) -> list[Source]:
 
 
 def described_source(file: TensorFile) -> Source:
-    """The source that a file of this header is; the file itself is not read."""
-    return _recognised(file, _kind(file, _config(file)))
+    """The source of a file's header alone; the file itself is not read."""
+    return _recognised(file, _kind(file))
 
 
 def check_source(source: Source) -> None:
@@ -148,17 +149,11 @@ def _check_folder(path: Path) -> None:
 
 
 def _check_part(path: Path) -> None:
-    """Refuse one network of our model folder, and a file of it; a text encoder is one wherever it stands."""
+    """Refuse one network of our model folder, and a file of it; a text encoder is a source wherever it stands."""
     part = (path if path.is_dir() else path.parent).absolute()
     model = next((folder for folder in part.parents[:2] if (folder / MANIFEST).is_file()), None)
     if model is not None and (part / CONFIG).is_file() and part.name != "text_encoder":
         raise InputError(f"{path} is one network of a model", f"{model} is the model folder, converted already", USE)
-
-
-def _open(path: Path) -> TensorFile:
-    if is_gguf(path):
-        return read_gguf(path)
-    return open_tensorfile(path)
 
 
 def _config(file: TensorFile) -> dict[str, Any]:
@@ -170,8 +165,8 @@ def _config(file: TensorFile) -> dict[str, Any]:
         raise CheckpointError(f"{file.path.name} has an unreadable configuration", reason(error), AGAIN) from error
 
 
-def _kind(file: TensorFile, config: Mapping[str, Any]) -> str:
-    names = "\n".join(file.tensors)
+def _kind(file: TensorFile) -> str:
+    config, names = _config(file), "\n".join(file.tensors)
     found = (kind for pattern, key, kind in KINDS if (not key or key in config) and re.search(pattern, names, re.M))
     kind = next(found, "")
     spatial, temporal = bool(config.get("spatial_upsample")), bool(config.get("temporal_upsample"))
@@ -191,7 +186,7 @@ def _recognised(file: TensorFile, kind: str) -> Source:
 
 
 def _check_storage(file: TensorFile, kind: str) -> None:
-    """Refuse by name weights in a form that cannot be kept and not be unpacked without loss."""
+    """Refuse by name weights that can neither be kept nor decoded exactly."""
     if isinstance(file, GgufFile):
         return  # what cannot be decoded was refused when it was opened
     name = special_storage(file)

@@ -1,5 +1,4 @@
-"""The components of a model folder: their network class and their config.json, taken from a source's own
-configuration."""
+"""The components of a model folder: network class and config.json, from a source's own configuration."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -59,14 +58,14 @@ class ComponentPlan:
 
 
 def component_plan(name: str, sources: Sequence[Source], others: Sequence[Source] = ()) -> ComponentPlan:
-    """How `sources` fill the component together; its configuration may stand in `others`. Raises CheckpointError when
+    """The component that `sources` fill together; its configuration may stand in `others`. Raises CheckpointError when
     all lack it."""
     plan = _plan(name, sources, others)
     return replace(plan, config=dict(plan.config) | _origin(name, sources))
 
 
 def _origin(name: str, sources: Sequence[Source]) -> dict[str, str]:
-    """What the files' metadata say of the model's version and, in the transformer's, of its text encoder's."""
+    """The model's version and, for the transformer, its text encoder's, as the files' metadata state them."""
     found: dict[str, str] = {}
     for file in (file for source in sources for file in source.files if not is_lora(name)):
         if version := file.metadata.get(MODEL_VERSION):
@@ -102,7 +101,8 @@ def _plan(name: str, sources: Sequence[Source], others: Sequence[Source]) -> Com
 
 
 def _tokenizer(source: Source) -> dict[str, bytes]:
-    """The tokenizer's files, where there is only a SentencePiece model: beside the weights, or in the file."""
+    """The tokenizer's files where the source has only a SentencePiece model, beside the weights or in the file; else
+    none."""
     names = {path.name for path in source.companions} | {name for file in source.files for name in file.tensors}
     if {TOKENIZER, "tokenizer_json"} & names:
         return {}

@@ -1,5 +1,5 @@
-"""Gemma's configuration, in the spelling of any transformers release, as that of its language model alone: what our own
-encoder, transformers and mlx-lm all read."""
+"""The configuration of Gemma's language model alone, as our own encoder, transformers and mlx-lm read it, from the
+spelling of any transformers release."""
 
 from collections.abc import Mapping
 from typing import Any

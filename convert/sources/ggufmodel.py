@@ -1,4 +1,4 @@
-"""What stands in GGUF files beside values: names of a language model's tensors, its configuration and tokenizer.
+"""GGUF files beside their values: names of a language model's tensors, its configuration and tokenizer.
 
 Lightricks' networks keep their names there. llama.cpp renames Gemma 3's tensors, adds 1 to the weights of its norms,
 and writes its configuration and the pieces of its tokenizer into the header."""
@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ltx2.convert.sources.sentencepiece import USER_DEFINED, Piece, tokenizer_of
+from ltx2.convert.sources.sentencepiece import SPACE, USER_DEFINED, Piece, tokenizer_of
 from ltx2.convert.tensors.gguf import GgufFile, decoder, open_gguf
 from ltx2.runtime.errors import CheckpointError, UnsupportedError, reason
-from ltx2.runtime.files.tensors import NUMPY_DTYPES
 
 GEMMA_ARCHITECTURE = "gemma3"
 # llama.cpp's names -> those of a language model alone.
@@ -34,7 +33,7 @@ NAMES: Mapping[str, str] = {
     "ffn_down": "mlp.down_proj",
 }
 NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.weight")
-# Keys of a Gemma's header, after the architecture -> of a config.json. What is not there has Gemma 3's usual value.
+# Keys of a Gemma's header, after the architecture -> of a config.json. Missing ones have Gemma 3's usual values.
 KEYS: Mapping[str, str] = {
     "context_length": "max_position_embeddings",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
@@ -43,7 +42,7 @@ KEYS: Mapping[str, str] = {
     "rope.freq_base": "rope_theta",
     "rope.freq_base_swa": "rope_local_base_freq",
 }
-# Header of a tokenizer: the ids of its special tokens.
+# Special tokens -> their names in the header of a tokenizer.
 SPECIAL = {"unk": "unknown", "bos": "bos", "eos": "eos", "pad": "padding"}
 TOWERS = ("clip", "mmproj")  # architectures of vision towers, which stand in files of their own
 
@@ -76,7 +75,7 @@ def _renamed(name: str) -> str:
 
 
 def header_config(file: GgufFile) -> dict[str, Any]:
-    """What a Gemma's header says of its configuration, as a config.json says it; shapes say the rest."""
+    """The part of a Gemma's config.json that its header states; shapes state the rest."""
     given = {key.removeprefix(f"{GEMMA_ARCHITECTURE}."): value for key, value in file.values.items()}
     config: dict[str, Any] = {}
     for theirs, ours in KEYS.items():
@@ -84,14 +83,16 @@ def header_config(file: GgufFile) -> dict[str, Any]:
             config[ours] = float(f"{value:.7g}") if isinstance(value, float) else value  # stored in float32
     if given.get("rope.scaling.type") == "linear" and "rope.scaling.factor" in given:
         config["rope_scaling"] = {"factor": given["rope.scaling.factor"], "rope_type": "linear"}
-    numbers = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    ids = {ours: file.values.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in numbers.items()}
-    return config | {ours: number for ours, number in ids.items() if number is not None}
+    for ours, theirs in SPECIAL.items():
+        number = file.values.get(f"tokenizer.ggml.{theirs}_token_id")
+        if ours != "unk" and number is not None:
+            config[f"{ours}_token_id"] = number
+    return config
 
 
 def header_tokenizer(file: GgufFile) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json of a Gemma; nothing where the header has none. Raises CheckpointError
-    for pieces that cannot be used."""
+    """tokenizer.json and tokenizer_config.json of a Gemma; empty where the header has no tokenizer. Raises
+    CheckpointError for pieces that cannot be used."""
     tokens, scores, kinds = (file.values.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type"))
     if tokens is None:
         return {}
@@ -109,13 +110,12 @@ def header_tokenizer(file: GgufFile) -> dict[str, bytes]:
 
 
 def _piece(text: str, score: float, kind: int) -> Piece:
-    """llama.cpp writes the spaces in pieces of a user's as spaces; SentencePiece has its own sign for them."""
-    return (text.replace(" ", "\u2581") if kind == USER_DEFINED else text), score, kind
+    """llama.cpp writes spaces in user-defined pieces as spaces, SentencePiece with a sign of its own."""
+    return (text.replace(" ", SPACE) if kind == USER_DEFINED else text), score, kind
 
 
 def loss(file: GgufFile) -> str:
-    """What its quantization has cost before, for people; empty for one that is not quantized."""
-    types = [dtype for dtype in file.block_types if dtype not in NUMPY_DTYPES]
-    if not types:
+    """A warning of what quantizing the file has cost; empty where it is not quantized."""
+    if not file.block_types:
         return ""
-    return f"{file.path.name} is quantized already: {', '.join(types)}; what that lost is not in it any more"
+    return f"{file.path.name} is quantized already: {', '.join(file.block_types)}; what that lost stays lost"

@@ -1,12 +1,12 @@
-"""Tensor files that ltx2 writes for other purposes, and that people take for a checkpoint: told from their tensors, so
-that the error names what they are."""
+"""Tensor files that ltx2 writes for other purposes and that people take for a checkpoint: errors name them by their
+tensors."""
 
 import re
 
 from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.tensors import TensorFile
 
-# By a key of their metadata or their tensors' names: what they are, and what for.
+# A key of the metadata, or the pattern of all tensors' names; what the file holds, and the option that takes it.
 OURS = (
     ("run", "", "state", "generate --resume"),
     ("about", "", "statistics", "quantize --stats"),
@@ -17,7 +17,7 @@ OURS = (
 
 
 def our_kind(file: TensorFile) -> tuple[str, str] | None:
-    """What a tensor file of ltx2's own is, and the option that takes it."""
+    """The kind of a tensor file of ltx2's own, and the option that takes it; None for another file."""
     for key, pattern, kind, option in OURS:
         named = bool(pattern and file.tensors) and all(re.fullmatch(pattern, name) for name in file.tensors)
         if (key and key in file.metadata) or named:

@@ -12,12 +12,14 @@ from ltx2.runtime.errors import CheckpointError, reason
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of pieces
 BPE = 2  # type of model
+IDS = {"unk": 40, "bos": 41, "eos": 42, "pad": 43}  # fields of the trainer's settings
 SPACE = "\u2581"
-Field = tuple[int, Any]
+Piece = tuple[str, float, int]  # text, score, type
 
 
 def tokenizer_files(model: bytes, name: str) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json. Raises CheckpointError for what is no byte-pair model."""
+    """tokenizer.json and tokenizer_config.json of a model's bytes. Raises CheckpointError unless it is a byte-pair
+    model."""
     try:
         fields = list(_fields(model))
         pieces = [_piece(dict(_fields(value))) for number, value in fields if number == 1]
@@ -31,18 +33,12 @@ def tokenizer_files(model: bytes, name: str) -> dict[str, bytes]:
     return tokenizer_of(pieces, tokens)
 
 
-def tokenizer_of(pieces: list["Piece"], tokens: dict[str, str]) -> dict[str, bytes]:
-    """The same two files, of pieces in the order of their ids, and the special tokens by name (unk, bos, eos, pad)."""
+def tokenizer_of(pieces: list[Piece], tokens: dict[str, str]) -> dict[str, bytes]:
+    """The same two files, made of pieces in the order of their ids and the special tokens by name (unk, bos, eos,
+    pad)."""
     config = {f"{name}_token": token for name, token in tokens.items()} | {"add_bos_token": True}
-    data = (_tokenizer(pieces, tokens), config)
-    return {
-        name: json.dumps(value, ensure_ascii=False).encode()
-        for name, value in zip(("tokenizer.json", "tokenizer_config.json"), data, strict=True)
-    }
-
-
-IDS = {"unk": 40, "bos": 41, "eos": 42, "pad": 43}  # fields of the trainer's settings
-Piece = tuple[str, float, int]  # text, score, type
+    files = {"tokenizer.json": _tokenizer(pieces, tokens), "tokenizer_config.json": config}
+    return {name: json.dumps(content, ensure_ascii=False).encode() for name, content in files.items()}
 
 
 def _tokenizer(pieces: list[Piece], tokens: dict[str, str]) -> dict[str, Any]:
@@ -86,7 +82,7 @@ def _tokenizer(pieces: list[Piece], tokens: dict[str, str]) -> dict[str, Any]:
 
 
 def _merges(pieces: list[Piece], vocab: dict[str, int]) -> list[list[str]]:
-    """Every way to make a piece of two others; what has the higher score is merged first."""
+    """Every way to make a piece of two others, the pieces of higher scores first."""
     found: list[tuple[float, int, int]] = []
     for text, score, kind in pieces:
         if kind in (NORMAL, USER_DEFINED):
@@ -100,8 +96,8 @@ def _piece(fields: dict[int, Any]) -> Piece:
     return fields[1].decode(), struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0, fields.get(3, NORMAL)
 
 
-def _fields(data: bytes) -> Iterator[Field]:
-    """Number and value of every field of a message. Raises ValueError for what is none."""
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of every field of a message. Raises ValueError for anything else."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)

@@ -1,4 +1,4 @@
-"""A source: one published file, or the files of a text encoder, and what is known of it."""
+"""A source: one published file, or the files of a text encoder."""
 
 import re
 from collections.abc import Mapping

@@ -27,8 +27,8 @@ SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
 
 def text_encoder(path: Path, files: Sequence[TensorFile], beside: Iterable[Path]) -> Source:
-    """The source of a language model's files, which stand in the folder `path` or are the one file `path`; `beside`
-    are folders that may hold its configuration and tokenizer.
+    """The source of a language model's files, all those in the folder `path` or the one file `path`. Folders `beside`
+    may hold its configuration and tokenizer.
 
     Raises CheckpointError when a part is missing or malformed, UnsupportedError for another model.
     """
@@ -73,8 +73,8 @@ def _companions(places: Iterable[Path]) -> tuple[Path, ...]:
 
 
 def _check_whole(folder: Path, files: Sequence[TensorFile], whole: bool) -> None:
-    """Raises CheckpointError that names a missing shard, and for an index that does not fit. `whole`: the files are all
-    in the folder; else its index may be of others."""
+    """Raises CheckpointError that names a missing shard, and for an index that does not fit. Unless `whole`, the folder
+    holds other files too, and its index may be theirs."""
     index = folder / INDEX
     here = {file.path.name for file in files}
     where: dict[str, str] = {}

@@ -1,5 +1,5 @@
-"""Language models by name, from their configuration or sizes (textmodels.json): a wrong text encoder is refused with
-what it is and what is needed."""
+"""Names language models by their configuration or sizes (textmodels.json), so that the error for a wrong text encoder
+says which it is and which is needed."""
 
 import json
 import re
@@ -22,8 +22,8 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True)
 class TextModel:
-    """A published language model: `types` as its configuration spells them, width and number of layers where they
-    tell it from others of its family, and whether a release reads text with it."""
+    """A published language model: `types` as its configuration spells them, width and number of layers where these tell
+    it from others of its family; `usable` where a release reads text with it."""
 
     title: str
     types: tuple[str, ...]
@@ -45,8 +45,8 @@ def text_models() -> tuple[TextModel, ...]:
 
 
 def check_text_model(path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
-    """Raises UnsupportedError when this is no text encoder of any release: by its config.json, if it has one, else by
-    its tensors."""
+    """Raises UnsupportedError for the text encoder of no release, by its config.json or, without one, by its
+    tensors."""
     if any(map(T5_LAYER.fullmatch, tensors)):
         raise _refused(f"{path.name} holds T5")
     kind, language = config.get("model_type"), config.get("text_config") or config  # of a model that sees
@@ -71,7 +71,7 @@ def text_kind(tensors: Tensors) -> str | None:
 
 
 def shape_config(tensors: Tensors) -> dict[str, int]:
-    """What a language model's shapes say of its configuration, as a config.json says it."""
+    """The part of a language model's config.json that its shapes tell."""
     first: dict[str, tuple[int, ...]] = {}
     layers = 0
     for name, tensor in tensors.items():

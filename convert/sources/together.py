@@ -1,4 +1,4 @@
-"""Whether sources belong to one model."""
+"""Checks that sources belong to one model."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,8 @@ from ltx2.runtime.errors import CheckpointError
 
 
 def common_release(sources: Sequence[Source]) -> str | None:
-    """The name of the one release all sources belong to; None when they leave it open.
-
-    Raises CheckpointError naming two that cannot go together.
-    """
+    """The name of the one release that all sources belong to; None when they leave it open. Raises CheckpointError
+    naming two that cannot go together."""
     fitting = list(releases())
     limited: list[Source] = []
     for source in sources:
@@ -34,11 +32,9 @@ def _different(sources: Sequence[Source]) -> CheckpointError:
 
 
 def _contradiction(sources: Sequence[Source]) -> list[Source]:
-    """The first source that has no release in common with the last, and the last; all, where every two have one."""
+    """The first source without a release in common with the last, and the last; all where each has one with it."""
     *others, last = sources
-    against = next((source for source in others if not _names(source) & _names(last)), None)
-    return list(sources) if against is None else [against, last]
-
-
-def _names(source: Source) -> set[str]:
-    return {release.name for release in source.releases}
+    for source in others:
+        if not any(release in last.releases for release in source.releases):
+            return [source, last]
+    return list(sources)
