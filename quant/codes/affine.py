@@ -91,11 +91,8 @@ class AffineSearch(Search):
         scale, _ = self._rounded(fit.scale + fit.scale * slope, fit.bias)
         return scale, fit.bias + (fit.scale * mean_r + (fit.scale - scale) * mean_q)
 
-    def rest(self, fit: Fit) -> Values:
-        return fit.scale * self.on.affine_rest(self.values, fit.scale, fit.bias, self.top)
-
-    def drift(self, fit: Fit, means: Values) -> Values:
-        return fit.scale * self.on.affine_drift(self.values, fit.scale, fit.bias, self.top, means)
+    def change(self, fit: Fit) -> Values:
+        return self.on.affine_rest(self.values, fit.scale, fit.bias, self.top)
 
     def codes(self, fit: Fit) -> Values:
         return self.on.affine_codes(self.values, fit.scale, fit.bias, self.top)

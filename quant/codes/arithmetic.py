@@ -131,10 +131,6 @@ class Arithmetic(ABC):
         """What rounding to codes takes away, in units of the scale (group size, groups)."""
 
     @abstractmethod
-    def affine_drift(self, values: Values, scale: Values, bias: Values, top: float, means: Values) -> Values:
-        """Sums of what rounding to codes takes away, each times its mean, in units of the scale (groups,)."""
-
-    @abstractmethod
     def affine_codes(self, values: Values, scale: Values, bias: Values, top: float) -> Values:
         """The codes, uint32."""
 
@@ -146,10 +142,6 @@ class Arithmetic(ABC):
     @abstractmethod
     def grid_rest(self, values: Values, scale: Values, grid: Grid) -> Values:
         """What rounding to a grid takes away, in units of the scale (group size, groups)."""
-
-    @abstractmethod
-    def grid_drift(self, values: Values, scale: Values, grid: Grid, means: Values) -> Values:
-        """Sums of what rounding to a grid takes away, each times its mean, in units of the scale (groups,)."""
 
     @abstractmethod
     def grid_codes(self, values: Values, scale: Values, grid: Grid) -> Values:

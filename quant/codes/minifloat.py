@@ -75,11 +75,8 @@ class MinifloatSearch(Search):
         normal = self.on.view(self.on.cast(codes + E4M3.bias, "uint32") << E4M3.shift, "float32")
         return self.on.xp.where(codes < 1 << E4M3.mantissa, self.on.cast(codes, "float32") * E4M3.step, normal)
 
-    def rest(self, fit: Fit) -> Values:
-        return fit.scale * self.on.grid_rest(self.values, fit.scale, self.grid)
-
-    def drift(self, fit: Fit, means: Values) -> Values:
-        return fit.scale * self.on.grid_drift(self.values, fit.scale, self.grid, means)
+    def change(self, fit: Fit) -> Values:
+        return self.on.grid_rest(self.values, fit.scale, self.grid)
 
     def codes(self, fit: Fit) -> Values:
         return self.on.grid_codes(self.values, fit.scale, self.grid)

@@ -116,10 +116,6 @@ class OnCpu(Arithmetic):
         t, q = self._steps(values, scale, bias, top)
         return np.subtract(t, q, out=t)
 
-    def affine_drift(self, values: Array, scale: Array, bias: Array, top: float, means: Array) -> Array:
-        t = self.affine_rest(values, scale, bias, top)
-        return self.group_sums(np.multiply(t, means, out=t))
-
     def affine_codes(self, values: Array, scale: Array, bias: Array, top: float) -> Array:
         return _integers(self._steps(values, scale, bias, top)[1])
 
@@ -134,10 +130,6 @@ class OnCpu(Arithmetic):
     def grid_rest(self, values: Array, scale: Array, grid: Grid) -> Array:
         t, q = self._nearest(values, scale, grid)
         return np.negative(np.subtract(t, q, out=t), out=t, where=values < 0)
-
-    def grid_drift(self, values: Array, scale: Array, grid: Grid, means: Array) -> Array:
-        t = self.grid_rest(values, scale, grid)
-        return self.group_sums(np.multiply(t, means, out=t))
 
     def grid_codes(self, values: Array, scale: Array, grid: Grid) -> Array:
         t, sizes = self._nearest(values, scale, grid)

@@ -102,9 +102,6 @@ class OnGpu(Arithmetic):
     def affine_rest(self, values: mx.array, scale: mx.array, bias: mx.array, top: float) -> mx.array:
         return _affine_rest(values, scale, bias, top)
 
-    def affine_drift(self, values: mx.array, scale: mx.array, bias: mx.array, top: float, means: mx.array) -> mx.array:
-        return self.group_sums(_affine_drift(values, scale, bias, top, means))
-
     def affine_codes(self, values: mx.array, scale: mx.array, bias: mx.array, top: float) -> mx.array:
         return _affine_codes(values, scale, bias, top)
 
@@ -114,9 +111,6 @@ class OnGpu(Arithmetic):
 
     def grid_rest(self, values: mx.array, scale: mx.array, grid: Grid) -> mx.array:
         return _grid_rest(values, scale, grid)
-
-    def grid_drift(self, values: mx.array, scale: mx.array, grid: Grid, means: mx.array) -> mx.array:
-        return self.group_sums(_grid_drift(values, scale, grid, means))
 
     def grid_codes(self, values: mx.array, scale: mx.array, grid: Grid) -> mx.array:
         return _grid_codes(values, scale, grid)
@@ -164,11 +158,6 @@ def _affine_rest(values: mx.array, scale: mx.array, bias: mx.array, top: float) 
 
 
 @compiled
-def _affine_drift(values: mx.array, scale: mx.array, bias: mx.array, top: float, means: mx.array) -> mx.array:
-    return _affine_rest(values, scale, bias, top) * means
-
-
-@compiled
 def _affine_codes(values: mx.array, scale: mx.array, bias: mx.array, top: float) -> mx.array:
     return _steps(values, scale, bias, top)[1].astype(mx.uint32)
 
@@ -192,11 +181,6 @@ def _grid_rest(values: mx.array, scale: mx.array, grid: Grid) -> mx.array:
     steps, nearest = _nearest(values, scale, grid)
     change = steps - nearest
     return mx.where(values < 0, -change, change)
-
-
-@compiled
-def _grid_drift(values: mx.array, scale: mx.array, grid: Grid, means: mx.array) -> mx.array:
-    return _grid_rest(values, scale, grid) * means
 
 
 @compiled

@@ -126,7 +126,7 @@ def _begin_block(rows: Array, form: Form, columns: Columns | None, multiplier: f
     with np.errstate(all="ignore"):  # what is not finite shows in the errors
         fit = search.best()
         words = on.words(search.codes(fit), form.bits)
-        norms = search.norms(*tiled(values_count))  # the search's own weights are not valid any more
+        norms = on.squares(block, *tiled(values_count))  # the search's own weights are not valid any more
         drifts = () if means is None else (search.drift(fit, *tiled(means)),)
     on.begin(*fit, words, norms, *drifts)
 

@@ -50,16 +50,16 @@ class Search(ABC):
         """A fit's scales, and its biases where the mode has them, as they are stored (groups,)."""
 
     @abstractmethod
+    def change(self, fit: Fit) -> Values:
+        """What the codes lose of the values, in units of the scale (group size, groups)."""
+
     def rest(self, fit: Fit) -> Values:
-        """What the codes lose of the values, a block like these."""
+        """What the codes lose of the values (group size, groups)."""
+        return fit.scale * self.change(fit)
 
-    @abstractmethod
     def drift(self, fit: Fit, means: Values) -> Values:
-        """What the groups' products with `means`, a block like the values, lose (groups,)."""
-
-    def norms(self, *weights: Values) -> Values:
-        """Summed squares of the groups, weighted where there are weights."""
-        return self.on.squares(self.values, *weights)
+        """What the groups' products with `means` (group size, groups) lose (groups,)."""
+        return fit.scale * self.on.group_sums(self.change(fit) * means)
 
 
 def squared(values: Values) -> Values:
