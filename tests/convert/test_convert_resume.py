@@ -45,6 +45,13 @@ def run(plan: Plan, out: Path, options: WriteOptions | None = None) -> list[Byte
     return [event for event in events if isinstance(event, BytesDone) and "checksums" not in event.file]
 
 
+@pytest.fixture
+def small_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks for the demo model; one at least is on the disk when two portions are written."""
+    monkeypatch.setattr(stream, "MARK_BYTES", MARK_BYTES)
+    monkeypatch.setattr(stream, "MOST_BYTES", MARK_BYTES)
+
+
 def lines(partial: Path) -> list[dict[str, Any]]:
     """The journal."""
     return [json.loads(line) for line in (partial / JOURNAL).read_text().splitlines()]
@@ -128,9 +135,8 @@ def test_a_slow_disk_is_not_waited_for_at_once(whole: Path, tmp_path: Path, monk
 
 class TestKilled:
     @pytest.mark.parametrize("points", [POINTS, pytest.param(MORE_POINTS, marks=pytest.mark.thorough)], ids=len)
-    def test_converting(self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: list[str]) -> None:
+    def test_converting(self, whole: Path, tmp_path: Path, small_marks: None, points: list[str]) -> None:
         """Nothing stands under the final name, what is marked is not done again, and the bytes are those of one run."""
-        monkeypatch.setattr(stream, "MARK_BYTES", MARK_BYTES)
         killed(tmp_path, "", points)
         before = {path: path.read_bytes() for path in (*DEMO[:2], *GEMMA.iterdir())}
         for point in points:
@@ -144,9 +150,8 @@ class TestKilled:
             assert {name: (out / name).stat().st_ino for name in inodes} == inodes, point
         assert before == {path: path.read_bytes() for path in before}
 
-    def test_little_is_done_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_little_is_done_again(self, tmp_path: Path, small_marks: None) -> None:
         """At most two portions between marks, and what was under way."""
-        monkeypatch.setattr(stream, "MARK_BYTES", MARK_BYTES)
         killed(tmp_path, "", ["pwrite:1000"])
         plan = demo_plan()
         *_, mark = [line["pieces"] for line in lines(tmp_path / "pwrite:1000.partial") if "pieces" in line]
@@ -177,11 +182,8 @@ class TestKilled:
         ],
         ids=len,
     )
-    def test_quantizing(
-        self, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: tuple[str, ...]
-    ) -> None:
+    def test_quantizing(self, demo_model: Path, tmp_path: Path, small_marks: None, points: tuple[str, ...]) -> None:
         """In the middle of layers too; the report says of every layer what one run says."""
-        monkeypatch.setattr(stream, "MARK_BYTES", MARK_BYTES)
         killed(tmp_path, str(demo_model), points)
         expected = list(quantize(demo_model, tmp_path / "q", Settings(), SMALL_SHARDS))
         for point in points:
@@ -229,8 +231,7 @@ class TestInterrupted:
         assert contents(out) | about_all == expected | about_all
         return events
 
-    def test_what_is_done_is_kept(self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(stream, "MARK_BYTES", MARK_BYTES)
+    def test_what_is_done_is_kept(self, whole: Path, tmp_path: Path, small_marks: None) -> None:
         partial = self.interrupted(tmp_path / "out", variant="distilled")
         kept = sum((partial / line["file"]).stat().st_size for line in lines(partial) if "file" in line)
         assert kept > 10**6
@@ -275,10 +276,7 @@ class TestInterrupted:
         self.interrupted(tmp_path / "out", 100, variant="distilled")
         self.finish(whole, tmp_path / "out")
 
-    def test_finished_file_that_shrank_is_written_again(
-        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(stream, "MARK_BYTES", MARK_BYTES)
+    def test_finished_file_that_shrank_is_written_again(self, whole: Path, tmp_path: Path, small_marks: None) -> None:
         partial = self.interrupted(tmp_path / "out", variant="distilled")
         finished = next(line["file"] for line in lines(partial) if line.get("file", "").endswith(".safetensors"))
         os.truncate(partial / finished, 10)
@@ -286,10 +284,9 @@ class TestInterrupted:
 
     @pytest.mark.parametrize("damage", ["gone", "short"])
     def test_a_file_of_marked_pieces_is_missing(
-        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+        self, whole: Path, tmp_path: Path, small_marks: None, damage: str
     ) -> None:
         """Its pieces are written again, and the mark is taken back before that."""
-        monkeypatch.setattr(stream, "MARK_BYTES", MARK_BYTES)
         partial = self.interrupted(tmp_path / "out", variant="distilled")
         *_, mark = [line["pieces"] for line in lines(partial) if "pieces" in line]
         begun = max(partial.rglob("*.safetensors.partial"), key=lambda path: path.stat().st_mtime_ns)
