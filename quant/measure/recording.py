@@ -118,7 +118,7 @@ def _stream(file: TensorFile, name: str, text: mx.array) -> Stream:
     tokens, timesteps, sigma, positions = (_array(file, f"{name}.{part}") for part in PARTS)
     found = (f"{name}.{part}" for part in OPTIONAL)
     index, marked = (_array(file, part) if part in file.tensors else None for part in found)
-    return Stream(tokens, Levels(timesteps[0], index, sigma), text, np.array(positions), marked)
+    return Stream(tokens, Levels(timesteps[0], index, float(sigma)), text, np.array(positions), marked)
 
 
 def _tensor(values: mx.array) -> tuple[str, Array]:

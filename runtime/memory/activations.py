@@ -95,7 +95,7 @@ def denoise_step(
     and per token the residual stream, its normalised copy and the feed-forward network's four-fold width. `unpacked`:
     bytes of the largest packed weight once unpacked, where layers unpack theirs to multiply. `appended`: tokens beside
     the picture's own."""
-    video, audio, tokens = config.video_dim, config.audio_dim, grid.tokens + appended
+    video, audio, tokens = config.video.dim, config.audio.dim, grid.tokens + appended
     tables = FLOAT32 * ((video + audio) * tokens + 2 * audio * grid.audio_frames)
     channels = config.in_channels * tokens + config.audio_in_channels * grid.audio_frames
     text = text_tokens * (video + audio + sum(config.context_dims.values())) * itemsize
@@ -112,7 +112,7 @@ def denoise_step(
 def rotated(config: TransformerConfig, tokens: int, itemsize: int) -> int:
     """More bytes where layers rotate their inputs: a second copy of a feed-forward network's inner values, of four
     times the width."""
-    return (4 - 1) * config.video_dim * tokens * itemsize
+    return (4 - 1) * config.video.dim * tokens * itemsize
 
 
 def seen(tokens: int, itemsize: int) -> int:
@@ -122,7 +122,7 @@ def seen(tokens: int, itemsize: int) -> int:
 
 def text_keys(config: TransformerConfig, grid: Grid, text_tokens: int, itemsize: int) -> int:
     """Bytes of the keys and values of one text in all blocks."""
-    widths = config.audio_dim + (config.video_dim if grid.tokens else 0)
+    widths = config.audio.dim + (config.video.dim if grid.tokens else 0)
     return 2 * config.num_layers * text_tokens * widths * itemsize
 
 

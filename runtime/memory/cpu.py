@@ -30,15 +30,15 @@ def denoise_step(config: TransformerConfig, grid: Grid, text_tokens: int, itemsi
     """Keys and values of the text by heads; and the scores of the largest attention, as far as they exceed what the
     feed-forward network takes. `appended`: tokens beside the picture's own."""
     tokens = grid.tokens + appended
-    copies = 2 * text_tokens * (config.video_dim + config.audio_dim) * itemsize
+    copies = 2 * text_tokens * (config.video.dim + config.audio.dim) * itemsize
     scores = config.num_attention_heads * tokens * max(tokens, text_tokens) * itemsize
-    return copies + max(0, scores - 40 * config.video_dim * tokens * itemsize)
+    return copies + max(0, scores - 40 * config.video.dim * tokens * itemsize)
 
 
 def held_late(config: TransformerConfig, grid: Grid, itemsize: int, appended: int = 0) -> int:
     """Of the arrays that a GPU only queues, those that a denoise step on a CPU holds even where every operation is
     waited for; fitted to the demo model with 48 to 768 tokens."""
-    return 26 * config.video_dim * (grid.tokens + appended) * itemsize
+    return 26 * config.video.dim * (grid.tokens + appended) * itemsize
 
 
 def upscale(config: UpsamplerConfig, unit: int, itemsize: int) -> int:

@@ -70,7 +70,7 @@ def convolution(positions: int, taps: int, inputs: int, outputs: int) -> Work:
 
 def denoise_step(config: TransformerConfig, grid: Grid, text: int, appended: int = 0) -> Work:
     """One call of the transformer. `appended`: tokens beside the picture's own."""
-    video, audio = config.video_dim, config.audio_dim
+    video, audio = config.video.dim, config.audio.dim
     x, y = grid.tokens + appended, grid.audio_frames
     block = _stream(video, x, text) + _stream(audio, y, text)
     block += _cross(x, video, y, audio, audio) + _cross(y, audio, x, video, audio)
@@ -87,7 +87,7 @@ def denoise_step(config: TransformerConfig, grid: Grid, text: int, appended: int
 
 def text_keys(config: TransformerConfig, grid: Grid, text: int) -> Work:
     """Keys and values of the text in all blocks: a part of `denoise_step`, but done once where they are kept."""
-    widths = (config.video_dim, config.audio_dim) if grid.tokens else (config.audio_dim,)
+    widths = (config.video.dim, config.audio.dim) if grid.tokens else (config.audio.dim,)
     return sum((linear(text, width, width) * 2 for width in widths), Work()) * config.num_layers
 
 
@@ -95,7 +95,7 @@ def project_text(config: TransformerConfig, text: int) -> Work:
     """Projecting the text's features to both streams' widths, once per stage; nothing where the connectors do it."""
     if config.caption_proj_before_connector:
         return Work()
-    widths = (config.video_dim, config.audio_dim)
+    widths = (config.video.dim, config.audio.dim)
     return sum((linear(text, config.caption_channels, w) + linear(text, w, w) for w in widths), Work())
 
 

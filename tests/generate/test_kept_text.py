@@ -132,7 +132,7 @@ def test_given_up_before_anything_else(demo_f32: Path, monkeypatch: pytest.Monke
     """A byte less than it takes: no text is kept, and nothing else changes."""
     free = Pipeline(demo_f32).plan(PROMPT, **ONE).phase("stage1")
     config = Pipeline(demo_f32).plan(PROMPT, **ONE).job.transformer_config
-    assert free.text == 2 * config.num_layers * 128 * (config.video_dim + config.audio_dim) * mx.float32.size
+    assert free.text == 2 * config.num_layers * 128 * (config.video.dim + config.audio.dim) * mx.float32.size
     enough, short = (Pipeline(demo_f32).plan(PROMPT, memory_limit=size / 1e9, **ONE).phase("stage1")
                      for size in (free.total + 1, free.total - 2))  # fmt: skip
     assert enough.text == free.text and short.text == 0
@@ -146,4 +146,4 @@ def test_of_several_texts(demo_f32: Path) -> None:
     assert kept(job) == (TEXT, NEGATIVE)
     config, grid = job.transformer_config, job.stage_grid(1)
     both, sound = text_keys(config, grid, 7, 2), text_keys(config, Grid(8, 1, 0, 0, 8, 9), 7, 2)
-    assert both * config.audio_dim == sound * (config.video_dim + config.audio_dim)
+    assert both * config.audio.dim == sound * (config.video.dim + config.audio.dim)

@@ -14,6 +14,7 @@ from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
 from ltx2.runtime.networks.text.gemma import TextEncoder
+from tests.support.calls import states_of
 
 
 class Two(nn.Module):
@@ -68,7 +69,7 @@ def test_weights_are_released_layer_by_layer(demo_f32: Path) -> None:
     encoder = load_network(ModelFolder.open(demo_f32), "text_encoder", TextEncoder)
     watch(encoder, lambda path, layer, x: None)
     first = weakref.ref(encoder.model.layers[0].mlp.up_proj)
-    states = encoder.hidden_states(mx.array([[1, 2, 3]]), mx.array([[1, 1, 1]]), release=True)
+    states = states_of(encoder, mx.array([[1, 2, 3]]), mx.array([[1, 1, 1]]), release=True)
     next(states)
     assert first() is not None
     next(states)

@@ -42,6 +42,7 @@ from ltx2.runtime.networks.video_vae.diffusion import build as build_diffusion
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from tests.networks.test_diffusion_decoder import SHORT
 from tests.networks.test_vocoder import EXTENDED
+from tests.support.calls import states_of
 from tests.support.media import noise_frames, write_frames
 
 SIZES: dict[str, Any] = {"width": 128, "height": 64, "frames": 9}
@@ -156,7 +157,7 @@ def test_the_text_of_other_releases(model_25: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         meter.install(patch)
         meter.phase = "text_encoder"
-        states = list(encoder.hidden_states(ids, mx.ones_like(ids)))
+        states = list(states_of(encoder, ids, mx.ones_like(ids)))
         meter.phase = "connectors"
         contexts = connectors(states, mask)
         meter.phase = "duration_head"

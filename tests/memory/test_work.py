@@ -23,6 +23,7 @@ from ltx2.runtime.networks.video_vae.layers import Border, CausalConv3d
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.sampling.latents import Grid
 from ltx2.runtime.streams import Streams
+from tests.support.calls import states_of
 from tests.support.sampling import sampled
 
 PUBLISHED, TEXT_TOKENS = random_folder("ltx-2-distilled"), 1024
@@ -285,7 +286,7 @@ class TestPublishedSizes:
     def test_text_encoder(self, bounded: Callable[[str], None]) -> None:
         """One layer of each kind, of a prompt that is as long as they get."""
         ids = mx.ones((1, TEXT_TOKENS), mx.int32)
-        for _ in network("text_encoder", num_hidden_layers=6).hidden_states(ids, mx.ones_like(ids)):
+        for _ in states_of(network("text_encoder", num_hidden_layers=6), ids, mx.ones_like(ids)):
             pass
         bounded("text encoder")
 

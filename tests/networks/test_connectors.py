@@ -25,6 +25,7 @@ from ltx2.runtime.networks.text.gemma import TextEncoder
 from ltx2.runtime.networks.text.tokenizer import Encoded, Tokenizer
 from ltx2.runtime.streams import Streams
 from tests.support import published
+from tests.support.calls import states_of
 from tests.support.golden import PROMPTS, PROMPTS_25, golden, golden_25
 from tests.support.memory import settled, waiting
 from tests.support.official import MONOLITH, Official, Split
@@ -148,7 +149,7 @@ def golden_contexts(model: Path, prompt: str) -> tuple[Encoded, Streams[mx.array
     connectors.set_dtype(mx.float32), encoder.set_dtype(mx.float32)
     encoded = Tokenizer.load(folder.component_path("text_encoder")).encode(prompt, 1024)
     ids, mask = mx.array(encoded.ids), mx.array(encoded.mask)
-    return encoded, connectors(encoder.hidden_states(ids, mask, release=True), mask)
+    return encoded, connectors(states_of(encoder, ids, mask, release=True), mask)
 
 
 @pytest.mark.parametrize("name", PROMPTS)

@@ -18,6 +18,7 @@ from ltx2.runtime.networks.text.config import Gemma4Config, Heads, Rotation, gem
 from ltx2.runtime.networks.text.gemma import TextEncoder
 from tests.networks.test_text_encoder import left_padded, run
 from tests.support import published
+from tests.support.calls import states_of
 from tests.support.golden import golden_25
 from tests.support.official import Split, plan_of, random_values
 from tests.support.parity import relative_l2, require
@@ -106,7 +107,7 @@ def test_golden_hidden_states(demo_25: Path, figure: Figure) -> None:
 def test_bf16_is_not_promoted(model_25: Path) -> None:
     encoder = load_network(ModelFolder.open(model_25), "text_encoder", TextEncoder)
     encoder.set_dtype(mx.bfloat16)
-    states = encoder.hidden_states(*map(mx.array, left_padded(8, 8, 480)))
+    states = states_of(encoder, *map(mx.array, left_padded(8, 8, 480)))
     assert {state.dtype for state in states} == {mx.bfloat16}
 
 

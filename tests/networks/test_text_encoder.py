@@ -21,6 +21,7 @@ from ltx2.runtime.networks.text.config import Gemma3Config
 from ltx2.runtime.networks.text.gemma import TextEncoder, attention_masks
 from ltx2.runtime.networks.text.tokenizer import Tokenizer
 from tests.support import published
+from tests.support.calls import states_of
 from tests.support.golden import golden
 from tests.support.memory import peak_of
 from tests.support.official import Official, random_values
@@ -47,7 +48,7 @@ def left_padded(tokens: int, length: int, vocabulary: int, seed: int = 0) -> tup
 
 
 def run(encoder: TextEncoder, ids: Array, mask: Array, release: bool = False) -> list[Array]:
-    states = encoder.hidden_states(mx.array(ids), mx.array(mask), release=release)
+    states = states_of(encoder, mx.array(ids), mx.array(mask), release=release)
     return [np.array(state.astype(mx.float32)) for state in states]
 
 
@@ -166,7 +167,7 @@ def test_float16_weights_are_computed_with_in_float32(encoder: TextEncoder) -> N
     for layer in encoder.model.layers:
         layer.post_feedforward_layernorm.weight = mx.full((64,), 3e4)
     encoder.set_dtype(mx.float16)
-    states = list(encoder.hidden_states(*map(mx.array, left_padded(8, 8, 480))))
+    states = list(states_of(encoder, *map(mx.array, left_padded(8, 8, 480))))
     assert {state.dtype for state in states} == {mx.float32}
     assert float(mx.abs(states[-2]).max()) > 65504
     assert all(bool(mx.isfinite(state).all()) for state in states)
@@ -174,7 +175,7 @@ def test_float16_weights_are_computed_with_in_float32(encoder: TextEncoder) -> N
 
 def test_bf16_is_not_promoted(encoder: TextEncoder) -> None:
     encoder.set_dtype(mx.bfloat16)
-    states = encoder.hidden_states(*map(mx.array, left_padded(8, 8, 480)))
+    states = states_of(encoder, *map(mx.array, left_padded(8, 8, 480)))
     assert {state.dtype for state in states} == {mx.bfloat16}
 
 

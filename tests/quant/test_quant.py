@@ -34,8 +34,10 @@ from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.layers.linear import Packed
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, load_weights
+from ltx2.runtime.networks.text.gemma import TextEncoder
 from ltx2.runtime.networks.transformer.model import Transformer
 from tests.support import published
+from tests.support.calls import states_of
 from tests.support.folders import accept, contents, verified
 from tests.support.golden import golden, golden_velocity
 from tests.support.official import DEMO, GEMMA, MONOLITH, Official, plan_of
@@ -387,8 +389,8 @@ class TestFolder:
         assert isinstance(theirs.model.embed_tokens, nn.QuantizedEmbedding) and theirs.model.embed_tokens.bits == 8
         assert theirs.model.layers[0].mlp.up_proj.bits == 6 == config["quantization"]["bits"]
         ids = mx.array([[2, 17, 300, 4]])
-        ours = load_network(ModelFolder.open(tmp_path / "q"), "text_encoder", nn.Module)
-        *_, last = ours.hidden_states(ids, mx.ones_like(ids))
+        ours = load_network(ModelFolder.open(tmp_path / "q"), "text_encoder", TextEncoder)
+        *_, last = states_of(ours, ids, mx.ones_like(ids))
         error = relative_l2(np.array(last), np.array(theirs.model(ids)))
         figure("6-bit text encoder, last hidden state, rel L2 vs mlx-lm", error, limit=1e-4)
 

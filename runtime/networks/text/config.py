@@ -32,7 +32,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class GemmaConfig(Config):
-    """What all of Gemma's language models state. Every layer sees the whole text before a token, or a window of it."""
+    """The keys that all of Gemma's language models have. A layer sees the whole text before a token, or a window."""
 
     vocab_size: int
     hidden_size: int
@@ -59,11 +59,11 @@ class GemmaConfig(Config):
         return Heads(self.num_attention_heads, self.head_dim)
 
     def key_heads(self, layer: int) -> Heads:
-        """Of keys and of values."""
+        """Heads of keys and of values."""
         return Heads(self.num_key_value_heads, self.head_dim)
 
     def shares_values(self, layer: int) -> bool:
-        """Whether the layer's values are its keys before their norm, so that it has no projection of its own."""
+        """Whether the layer's values are its keys before their norm, so that values have no projection."""
         return False
 
 
@@ -113,7 +113,7 @@ class Gemma3Config(GemmaConfig):
 
 
 class Rotation(NamedTuple):
-    """Rotary embedding of one kind of layer: of each head's pairs of dimensions the first `share` rotate."""
+    """Rotary embedding of one kind of layer: the first `share` of each head's pairs of dimensions rotate."""
 
     theta: float
     share: float
@@ -132,7 +132,7 @@ class Gemma4Config(GemmaConfig):
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **GemmaConfig.FIXED,
         "model_type": ("gemma4_text",),
-        # What other members of the family have: experts, inputs per layer, layers that share keys.
+        # Other members of the family have experts, inputs per layer, layers that share keys.
         "enable_moe_block": (False,),
         "hidden_size_per_layer_input": (0, None),
         "num_kv_shared_layers": (0,),
@@ -145,7 +145,8 @@ class Gemma4Config(GemmaConfig):
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for layers that are described wrongly, UnsupportedError for another rotary embedding."""
+        """Raises ConfigError for `layer_types` that do not describe the layers, UnsupportedError for another rotary
+        embedding."""
         kinds = self.layer_types
         if not isinstance(kinds, tuple) or len(kinds) != self.num_hidden_layers or set(kinds) - {FULL, SLIDING}:
             raise ConfigError(
@@ -192,11 +193,11 @@ class Gemma4Config(GemmaConfig):
 
 def gemma_config(data: Mapping[str, Any]) -> GemmaConfig:
     """The text encoder's configuration from its config.json. Raises what `Config.from_dict` raises."""
-    kinds: tuple[type[GemmaConfig], ...] = (Gemma3Config, Gemma4Config)
-    return next((k for k in kinds if data.get("model_type") in k.FIXED["model_type"]), Gemma3Config).from_dict(data)
+    newer = data.get("model_type") in Gemma4Config.FIXED["model_type"]
+    return Gemma4Config.from_dict(data) if newer else Gemma3Config.from_dict(data)
 
 
-# Of a release whose features are normalised per token and projected for each stream by itself: stated together.
+# Stated together by releases that normalise features per token and project them for each stream by itself.
 PER_TOKEN = {
     "caption_proj_before_connector": True,
     "caption_projection_first_linear": False,
@@ -234,8 +235,8 @@ class ConnectorsConfig(Config):
     }
     IGNORED: ClassVar[frozenset[str]] = frozenset({"connector_learnable_registers_std"})  # initialisation
 
-    # What of a `transformer` section concerns the connectors; by prefix, so that keys of later releases are judged
-    # by this class instead of being left behind.
+    # The keys of a `transformer` section that are the connectors'. Prefixes, so that this class also judges the keys of
+    # later releases.
     SECTION_KEYS: ClassVar[frozenset[str]] = frozenset(
         {"norm_eps", "positional_embedding_theta", "rope_type", "frequencies_precision"}
     )
@@ -243,7 +244,7 @@ class ConnectorsConfig(Config):
 
     @classmethod
     def select(cls, transformer: Mapping[str, Any]) -> dict[str, Any]:
-        """The connectors' part of a checkpoint's `transformer` section: config.json but for the projection's width."""
+        """The connectors' part of a checkpoint's `transformer` section: config.json without the projection's width."""
         return {
             key: value
             for key, value in transformer.items()
@@ -251,8 +252,8 @@ class ConnectorsConfig(Config):
         }
 
     def __post_init__(self) -> None:
-        """Raises UnsupportedError for another projection of the text than the two that were published, ConfigError
-        when the widths contradict each other."""
+        """Raises UnsupportedError for a projection of the text that was never published, ConfigError when the widths
+        contradict each other."""
         given = {key: getattr(self, key) for key in PER_TOKEN}
         normed = self.text_encoder_norm_type in (("PER_TOKEN_RMS", None) if self.per_token else (None,))
         if (given != PER_TOKEN and set(given.values()) != {None}) or not normed:
@@ -274,8 +275,8 @@ class ConnectorsConfig(Config):
 
     @property
     def per_token(self) -> bool:
-        """Whether every token's states are normalised by themselves, and projected for each stream by itself; else
-        they are normalised per prompt, and both streams are given the same features."""
+        """Whether each token's states are normalised by themselves and projected for each stream by itself; else they
+        are normalised per prompt, and both streams get the same features."""
         return self.caption_proj_before_connector is True
 
     @property

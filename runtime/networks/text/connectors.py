@@ -1,5 +1,5 @@
-"""From the text encoder's hidden states to what the transformer attends to: all layers' states are normalised and
-projected together, then one small bidirectional transformer per stream mixes them with learned registers.
+"""From the text encoder's hidden states to the transformer's contexts: all layers' states are normalised and projected
+together, then one small bidirectional transformer per stream mixes them with learned registers.
 
 Two ways to normalise and project were published (`ConnectorsConfig.per_token`)."""
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from ltx2.runtime.errors import ModelFolderError
 from ltx2.runtime.layers.attention import Attention, FeedForward
-from ltx2.runtime.layers.linear import Linear
+from ltx2.runtime.layers.linear import Linear, LinearLayer
 from ltx2.runtime.layers.rope import Rope, rope_tables
 from ltx2.runtime.machine.bounded import divided, evaluate
 from ltx2.runtime.networks.text.config import ConnectorsConfig, Heads
@@ -34,8 +34,8 @@ def normalized(state: mx.array, valid: mx.array) -> mx.array:
 
 
 def normalized_per_token(state: mx.array, valid: mx.array) -> mx.array:
-    """One layer's hidden states (batch, tokens, dim) in float32, each token's divided by its root mean square; what is
-    not `valid` (batch, tokens) becomes 0."""
+    """One layer's hidden states (batch, tokens, dim) in float32, each token's divided by its root mean square; tokens
+    that are not `valid` (batch, tokens) become 0."""
     return mx.where(valid[..., None], mx.fast.rms_norm(state.astype(mx.float32), None, EPS), 0)
 
 
@@ -86,7 +86,7 @@ class Connector(nn.Module):
         return mx.fast.rms_norm(x, None, self.config.norm_eps)
 
     def _rope(self, length: int) -> Rope:
-        """Positions are plain indices here, without the midpoints the transformer uses."""
+        """Rotary tables of plain indices, without the midpoints that the transformer uses."""
         positions = np.arange(length, dtype=np.float32)[None]
         reach, theta = self.config.connector_positional_embedding_max_pos, self.config.positional_embedding_theta
         return rope_tables(positions, reach, self.heads.width, self.heads.count, theta)
@@ -110,18 +110,20 @@ class TextProjection(nn.Module):
         the audio's, evaluated."""
         config = self.config
         if not config.per_token:
-            features = self._projected(self.aggregate_embed, states, config.caption_channels, 1.0)
+            features = _projected(self.aggregate_embed, states)
             return features, features
         return (
-            self._projected(self.video_aggregate_embed, states, config.video.width, config.feature_scale(config.video)),
-            self._projected(self.audio_aggregate_embed, states, config.audio.width, config.feature_scale(config.audio)),
+            _projected(self.video_aggregate_embed, states, config.feature_scale(config.video)),
+            _projected(self.audio_aggregate_embed, states, config.feature_scale(config.audio)),
         )
 
-    def _projected(self, linear: nn.Module, states: mx.array, outputs: int, scale: float) -> mx.array:
-        flops = 2 * states.size * outputs
-        features = divided(lambda x: linear(x if scale == 1 else x * scale), states, axis=1, flops=flops)
-        evaluate(features)
-        return features
+
+def _projected(linear: LinearLayer, states: mx.array, scale: float = 1.0) -> mx.array:
+    """states (batch, tokens, inputs), multiplied by `scale`, through a layer: (batch, tokens, outputs), evaluated."""
+    flops = 2 * states.size * linear.weight.shape[0]
+    features = divided(lambda x: linear(x if scale == 1 else x * scale), states, axis=1, flops=flops)
+    evaluate(features)
+    return features
 
 
 class EmbeddingsConnectors(nn.Module):
@@ -135,12 +137,12 @@ class EmbeddingsConnectors(nn.Module):
         self.audio_connector = Connector(config, config.audio)
 
     def __call__(self, hidden_states: Iterable[mx.array], mask: mx.array) -> Streams[mx.array]:
-        """What each stream attends to, (batch, T, its width).
+        """The contexts (batch, T, its width) that each stream attends to.
 
-        `hidden_states` are the text encoder's, first to last, (batch, T', dim) each: the last T' of the T columns of
-        `mask` (1 = token, 0 = padding), where the columns before are padding. T is a multiple of the number of
+        `hidden_states` are the text encoder's, first to last, (batch, T', dim) each: they belong to the last T' of the
+        T columns of `mask` (1 = token, 0 = padding); the columns before are padding. T is a multiple of the number of
         registers. States are consumed one by one and kept in the weights' dtype only. Raises ModelFolderError when
-        they are not what the projection was made for.
+        their number or width is not the projection's.
         """
         states, valid = self._stacked(hidden_states, mask)
         video, audio = self.text_projection(states)
@@ -151,8 +153,8 @@ class EmbeddingsConnectors(nn.Module):
         return Streams(video, audio)
 
     def _stacked(self, hidden_states: Iterable[mx.array], mask: mx.array) -> tuple[mx.array, mx.array]:
-        """All states of a token side by side (batch, T', their width together), normalised, feature by feature and
-        layer by layer within; and which tokens are text (batch, T')."""
+        """A token's normalised states side by side (batch, T', their width together), ordered (feature, layer); and
+        which tokens are text (batch, T')."""
         dtype = self.video_connector.learnable_registers.dtype  # never quantized
         normalize = normalized_per_token if self.config.per_token else normalized
         layers: list[mx.array] = []

@@ -1,5 +1,5 @@
-"""The duration head: how long the clip that a prompt describes should be, from what the connectors make of the prompt.
-One learned query looks at all tokens of both streams; two linear layers turn what it sees into a logarithm of seconds.
+"""The duration head: how long the clip that a prompt describes should be, from the connectors' contexts. One learned
+query attends to all tokens of both streams; two linear layers turn the result into a logarithm of seconds.
 
 Computed in float32 whatever the weights: the result is rounded to frames."""
 
@@ -18,12 +18,12 @@ from ltx2.runtime.machine.bounded import evaluate
 from ltx2.runtime.model.config import AS_PUBLISHED, Config
 from ltx2.runtime.streams import Streams
 
-MOST = 50.0  # of the logarithm: its power is a number, and longer than any clip
+MOST = 50.0  # of the logarithm: exp of it is still finite, and longer than any clip
 
 
 @dataclass(frozen=True)
 class DurationHeadConfig(Config):
-    """Widths of what it reads, as the transformer's section of the file states them, and its own."""
+    """The widths of both streams' contexts, from the transformer's section of the file, and the head's own."""
 
     cross_attention_dim: int
     audio_cross_attention_dim: int
@@ -63,7 +63,7 @@ class CrossAttention(nn.Module):
 
 
 class AttentionPooler(nn.Module):
-    """What one learned query sees of all tokens."""
+    """One learned query attends to all tokens."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -92,9 +92,9 @@ class DurationHead(nn.Module):
         self.mlp_out = Linear(config.mlp_hidden, 1)
 
     def seconds(self, contexts: Streams[mx.array]) -> float:
-        """Of one prompt's contexts, (1, tokens, dim) as the connectors make them, of both streams or one of them.
+        """The clip's length, from one prompt's contexts (1, tokens, dim) of both streams or one of them.
 
-        Raises NumericsError where they are not finite.
+        Raises NumericsError where it is not finite.
         """
         projections = Streams(self.video_input_proj, self.audio_input_proj)
         embeddings = Streams(self.video_modality_emb, self.audio_modality_emb)
@@ -111,7 +111,7 @@ class DurationHead(nn.Module):
 
 @dataclass(frozen=True)
 class Duration:
-    """A predicted length. `clamped`: the `seconds` were outside of what was allowed, or of what is possible."""
+    """A predicted length. `clamped`: the `seconds` were outside of the bounds."""
 
     seconds: float
     frames: int
@@ -121,8 +121,8 @@ class Duration:
 def duration(seconds: float, fps: float, least: float = 1.0, most: float = 20.0, step: int = 8) -> Duration:
     """The clip's number of frames, `step` * k + 1, for a predicted length and between `least` and `most` seconds.
 
-    seconds * fps is rounded half to even, clamped between the bounds in frames, then taken down to the grid, or up
-    where that is below the lower bound and the next one is not above the upper.
+    seconds * fps is rounded half to even, clamped to the bounds in frames, then rounded down to the grid, or up where
+    that is below the lower bound and the next number is not above the upper one.
     """
     low, high = round(least * fps), round(most * fps)
     wanted = round(seconds * fps)

@@ -1,5 +1,5 @@
-"""Gemma's language models as text encoders: token ids to the hidden states of every layer. What the generations of the
-family share; gemma3.py and gemma4.py add what differs.
+"""Gemma's language models as text encoders: token ids to the hidden states of every layer. This file has what the
+generations of the family share; gemma3.py and gemma4.py add what differs.
 
 Notable: layers are evaluated one by one, which bounds each GPU command and lets a run release every layer's weights
 after use; padding that all rows share is never computed; the names are mlx-lm's, which can load the same folder."""
@@ -30,8 +30,8 @@ class Masks(NamedTuple):
 def attention_masks(valid: mx.array, window: int) -> Masks:
     """`valid` (batch, tokens) marks the tokens that are not padding.
 
-    A query sees itself and what comes before it, `window` tokens in all where the window applies. Padding as a query
-    sees itself, so that its rows stay finite; as a key it is seen by no other token.
+    A query sees itself and the tokens before it, `window` in all where the window applies. Padding sees itself, so that
+    its rows stay finite; no other token sees it.
     """
     tokens = mx.arange(valid.shape[1])
     distance = tokens[:, None] - tokens[None, :]
@@ -75,7 +75,7 @@ class Attention(nn.Module, ABC):
         """Queries or keys (batch, heads, tokens, head_dim) with their positions, the first being 0."""
 
     def attended(self, x: mx.array) -> mx.array:
-        """What is attended to, from projected values (batch, heads, tokens, head_dim)."""
+        """The values to attend to, from projected ones, both (batch, heads, tokens, head_dim)."""
         return x
 
 
@@ -140,24 +140,20 @@ class TextEncoder(nn.Module):
         self.config = config
         self.model = LanguageModel(config, layers, norm)
 
-    def hidden_states(self, ids: mx.array, mask: mx.array, *, release: bool = False) -> Iterator[mx.array]:
-        """The embeddings and each layer's output, the last one after the final norm: `num_hidden_layers + 1` arrays
-        (batch, T', dim), evaluated one by one as they are asked for.
-
-        `ids` and `mask` (1 = token, 0 = padding) are (batch, T). T' <= T: leading columns that are padding in every
-        row are left out, since positions are relative and padding is never seen. What remains of padding holds
-        finite, meaningless values. `release` as for `states_of`.
-        """
-        return (state for (state,) in self.states_of([(ids, mask)], release=release))
-
     def states_of(
         self, batches: Sequence[tuple[mx.array, mx.array]], *, release: bool = False
     ) -> Iterator[list[mx.array]]:
-        """As `hidden_states`, of several batches (ids, mask), each by itself, through one layer after the other.
+        """The hidden states of several batches (ids, mask), each by itself: the embeddings, then every layer's output,
+        the last one after the final norm. `num_hidden_layers + 1` lists of one (batch, T', dim) per batch, each
+        evaluated when it is asked for.
 
-        With `release` each layer's weights are dropped once they have been used. Loaded weights are read from disk at
-        first use, so the encoder then needs the memory of its largest layer (or embedding) only, and serves this one
-        call: give it all prompts.
+        `ids` and `mask` (1 = token, 0 = padding) are (batch, T). T' <= T: columns before the first token of any row are
+        left out, since positions are relative and no token sees padding. The padding that remains has finite,
+        meaningless values.
+
+        With `release` each layer's weights are dropped after use. Loaded weights are read from disk at first use, so
+        the encoder then takes the memory of its largest layer (or embedding) only, and serves this one call: give it
+        all prompts.
         """
         model = self.model
         if "weight" not in model.embed_tokens:
@@ -183,8 +179,8 @@ def _evaluated(x: mx.array) -> mx.array:
 
 
 def _done(states: Sequence[mx.array], module: nn.Module, release: bool) -> list[mx.array]:
-    """A copy of the list, after which `module` is not needed any more."""
+    """A copy of the list of states; with `release`, drops the weights of `module`."""
     if release:
         module.clear()  # a Module is the dict of its parameters and children
-        mx.synchronize()  # a device lets go of arrays a little later: the next layer would be read beside this one
+        mx.synchronize()  # a device frees arrays a little later: the next layer would be read beside this one
     return list(states)

@@ -21,8 +21,8 @@ class Attention(gemma.Attention):
         self.rotation = config.rotation(layer)
 
     def rotated(self, x: mx.array) -> mx.array:
-        """Pair i, of dimensions i and i + head_dim / 2, turns once per 2 pi theta^(2i / head_dim) tokens; pairs behind
-        the rotation's share do not turn (`rope_type` "proportional" of transformers)."""
+        """As the base class says. Pair i, of dimensions i and i + head_dim / 2, turns once per 2 pi theta^(2i /
+        head_dim) tokens; pairs after the rotation's share do not turn (`rope_type` "proportional" of transformers)."""
         pairs = self.head_dim // 2
         lengths = np.full(pairs, np.inf)
         turning = np.arange(int(self.rotation.share * pairs))
@@ -40,6 +40,7 @@ class Layer(gemma.Layer):
         self.layer_scalar = mx.ones((1,))
 
     def __call__(self, x: mx.array, masks: gemma.Masks) -> mx.array:
+        """x (batch, tokens, dim) -> the same shape."""
         x = super().__call__(x, masks)
         return x * self.layer_scalar.astype(x.dtype)
 

@@ -40,7 +40,7 @@ class Tokenizer:
 
         Raises ModelFolderError when they are missing or unusable.
         """
-        import tokenizers  # here: what encodes no prompt works without it
+        import tokenizers  # here: only prompts need it
 
         path = folder / TOKENIZER
         try:
@@ -51,7 +51,10 @@ class Tokenizer:
         # A file saved after use may hold the length it was last used with.
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json(folder / TOKENIZER_CONFIG)
+        try:
+            config = read_object(folder / TOKENIZER_CONFIG)
+        except (OSError, ValueError) as error:
+            raise _unreadable(folder / TOKENIZER_CONFIG, error) from error
         bos = _token_id(backend, config, "bos_token")
         pad = _token_id(backend, config, "pad_token", "eos_token")
         return cls(backend, bos, pad)
@@ -67,13 +70,6 @@ class Tokenizer:
         ids[0, length - len(kept) :] = kept
         mask[0, length - len(kept) :] = 1
         return Encoded(ids, mask, len(tokens) - len(kept))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path)
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> ModelFolderError:

@@ -19,7 +19,7 @@ SELF, FEED, TEXT = 0, 3, 6
 
 @dataclass(frozen=True)
 class StreamContext:
-    """What one stream brings to every block of one call. `n` is the number of its distinct noise levels."""
+    """One stream's part of a call, the same for every block. `n` is the number of its distinct noise levels."""
 
     stream: StreamConfig
     text: Text
@@ -32,7 +32,7 @@ class StreamContext:
     index: mx.array | None = None  # (1, tokens, 1) which level each token has; None: all have the first
     attention: mx.array | None = None  # (1, 1, tokens, tokens) added to self-attention's scores
     passing: frozenset[int] = frozenset()  # blocks whose self-attention passes its values through
-    idle: bool = False  # stays as it is, and is attended to
+    idle: bool = False  # no block updates it; the other stream attends to it
 
 
 class Side:
@@ -48,9 +48,11 @@ class Side:
         return self._block[self.context.stream.prefix + name]
 
     def _modulated(self, x: mx.array, part: int) -> mx.array:
+        """x (1, tokens, dim) normalised, scaled and shifted for a part."""
         return rms_modulate(x, self._rows.scale(part + 1), self._rows[part], self._eps, self.context.index)
 
     def _add(self, x: mx.array, update: mx.array, part: int) -> mx.array:
+        """x (1, tokens, dim) with a part's update, through its gate."""
         return gated_add(x, update, self._rows[part + 2], self.context.index)
 
     def attend(self, x: mx.array, number: int) -> mx.array:
@@ -83,7 +85,7 @@ class Side:
         return a2v, v2a
 
     def receive(self, x: mx.array, queries: mx.array, keys: mx.array, other: "Side") -> mx.array:
-        """x (1, tokens, dim) and what its `queries` find in the other stream's `keys`, both modulated."""
+        """x (1, tokens, dim) with what its `queries` find in the other stream's `keys`, both modulated."""
         context = self.context
         if context.idle or context.cross_gate is None:
             return x
@@ -116,7 +118,7 @@ class TransformerBlock(nn.Module):
             self[f"scale_shift_table_a2v_ca_{stream.name}"] = mx.zeros((5, dim))
 
     def __call__(self, x: Streams[mx.array], contexts: Streams[StreamContext], number: int = 0) -> Streams[mx.array]:
-        """The streams that are there, each (1, tokens, dim), updated by what is block `number` of the transformer."""
+        """The streams that are there, each (1, tokens, dim), updated by this block, the transformer's `number`-th."""
         sides = contexts.map(lambda context: Side(self, context))
         x = sides.map(lambda side, x: side.attend(x, number), x)
         self._hand_over(x)
@@ -125,17 +127,17 @@ class TransformerBlock(nn.Module):
         return sides.map(Side.feed, x)
 
     def _hand_over(self, x: Streams[mx.array]) -> None:
-        """What is computed so far goes to the device where a whole block is too much at once."""
+        """Hand the work so far to the device where a whole block is too much at once."""
         first = next(x.values())  # the video, or the audio alone
         if too_large(4 * first.size * (6 * first.shape[2] + first.shape[1])):  # self-attention and feed-forward network
             queue(*x.values())
 
     def _exchange(self, x: Streams[mx.array], sides: Streams[Side]) -> Streams[mx.array]:
         """Cross-attention in both directions, each from the streams as they were before either update."""
-        video, audio = sides.zip(x).video, sides.zip(x).audio
-        if video is None or audio is None:
+        both = sides.zip(x)
+        if both.video is None or both.audio is None:
             return x
-        (video_side, seen), (audio_side, heard) = video, audio
+        (video_side, seen), (audio_side, heard) = both.video, both.audio
         (seen_a2v, seen_v2a), (heard_a2v, heard_v2a) = video_side.offers(seen), audio_side.offers(heard)
         return Streams(
             video_side.receive(seen, seen_a2v, heard_a2v, audio_side),

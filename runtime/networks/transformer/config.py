@@ -21,8 +21,8 @@ class StreamConfig:
     head_dim: int
     in_channels: int
     out_channels: int
-    text_dim: int  # of what the blocks attend to
-    context_dim: int  # of what `Transformer.project` makes that of
+    text_dim: int  # of the text as the blocks attend to it
+    context_dim: int  # of the text that `Transformer.project` is given
     ff_bias: bool
     max_positions: tuple[float, ...]  # seconds, pixel rows, pixel columns; seconds
 
@@ -112,19 +112,21 @@ class TransformerConfig(Config):
     @property
     def video(self) -> StreamConfig:
         return StreamConfig(
-            "video", "", "audio_to_video_attn", "av_ca_a2v_gate_adaln_single",
-            self.num_attention_heads, self.attention_head_dim, self.in_channels, self.out_channels,
-            self.cross_attention_dim, self._context_dim(self.cross_attention_dim), self.ff_bias,
-            self.positional_embedding_max_pos,
+            name="video", prefix="", incoming="audio_to_video_attn", gate="av_ca_a2v_gate_adaln_single",
+            heads=self.num_attention_heads, head_dim=self.attention_head_dim,
+            in_channels=self.in_channels, out_channels=self.out_channels,
+            text_dim=self.cross_attention_dim, context_dim=self._context_dim(self.cross_attention_dim),
+            ff_bias=self.ff_bias, max_positions=self.positional_embedding_max_pos,
         )  # fmt: skip
 
     @property
     def audio(self) -> StreamConfig:
         return StreamConfig(
-            "audio", "audio_", "video_to_audio_attn", "av_ca_v2a_gate_adaln_single",
-            self.audio_num_attention_heads, self.audio_attention_head_dim, self.audio_in_channels,
-            self.audio_out_channels, self.audio_cross_attention_dim,
-            self._context_dim(self.audio_cross_attention_dim), True, self.audio_positional_embedding_max_pos,
+            name="audio", prefix="audio_", incoming="video_to_audio_attn", gate="av_ca_v2a_gate_adaln_single",
+            heads=self.audio_num_attention_heads, head_dim=self.audio_attention_head_dim,
+            in_channels=self.audio_in_channels, out_channels=self.audio_out_channels,
+            text_dim=self.audio_cross_attention_dim, context_dim=self._context_dim(self.audio_cross_attention_dim),
+            ff_bias=True, max_positions=self.audio_positional_embedding_max_pos,
         )  # fmt: skip
 
     @property
@@ -136,21 +138,13 @@ class TransformerConfig(Config):
         return text_dim if self.caption_proj_before_connector else self.caption_channels
 
     @property
-    def video_dim(self) -> int:
-        return self.video.dim
-
-    @property
-    def audio_dim(self) -> int:
-        return self.audio.dim
-
-    @property
     def modulation_rows(self) -> int:
-        """Vectors per noise level in a block: shift, scale and gate of what a stream does by itself."""
+        """Vectors per noise level in a block: shift, scale and gate of all but the cross-attention of streams."""
         return 9 if self.cross_attention_adaln else 6
 
     @property
     def modulates_text(self) -> bool:
-        """Whether the noise level modulates the text, so that its keys and values are others in every step."""
+        """Whether the noise level modulates the text, so that its keys and values change with every step."""
         return self.cross_attention_adaln and self.use_prompt_adaln_single
 
     @property

@@ -3,7 +3,6 @@ out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
 
 import mlx.core as mx
 
@@ -18,7 +17,7 @@ class Levels:
 
     values: mx.array  # (n,) float32: the distinct levels, 1 is pure noise
     index: mx.array | None = None  # (tokens,) int32 into `values`; None: all tokens have values[0]
-    sigma: float | mx.array = 0.0  # towards the text and in the other stream's gate; 0 for a stream that is kept
+    sigma: float = 0.0  # towards the text and in the other stream's gate; 0 for a stream that is kept
 
 
 @dataclass(frozen=True)
@@ -27,34 +26,31 @@ class Ropes:
 
     own: Rope  # of self-attention
     cross: Rope  # of cross-attention between the streams: time only
-    positions: Positions  # (axes, tokens) that they are of
+    positions: Positions  # (axes, tokens) of the tokens
 
 
 class Text:
     """A stream's text as the blocks attend to it: `tokens` (1, text tokens, dim), and the `context` (1, text tokens,
     width) that they are projected from.
 
-    Where it is `kept` for several calls, so are a block's keys and values of it, as long as the next call's would be
-    the same. That is for ever where no noise level modulates the text, else over the calls of one noise level (the
-    passes of a guided step). It must not outlive the weights. All blocks together keep 2 * text tokens * dim values
-    each."""
+    A text that is `kept` also keeps every block's keys and values for later calls, as long as those would make the
+    same: for ever where no noise level modulates the text, else over the calls of one noise level (the passes of a
+    guided step). It must not outlive the weights. Each block keeps 2 * text tokens * dim values."""
 
     def __init__(self, tokens: mx.array, context: mx.array, kept: bool = False) -> None:
         self.tokens, self.context, self.kept = tokens, context, kept
         self._level: float | None = None
         self._keys: dict[int, Keys] = {}
 
-    def at(self, level: float | mx.array | None) -> "Text":
-        """For a call at the noise level that modulates the text; None: none does."""
-        if self.kept and isinstance(level, mx.array):
-            level = cast(float, level.item())  # waits for the device; samplers give numbers
-        if self.kept and level != self._level:
+    def at(self, level: float | None) -> "Text":
+        """The text for a call at the noise level that modulates it; None: none does."""
+        if level != self._level:
             self._keys.clear()
-            self._level = cast(float | None, level)
+            self._level = level
         return self
 
     def keys(self, block: int, make: Callable[[mx.array], Keys]) -> Keys:
-        """A block's, made of the tokens if they are not there."""
+        """A block's keys and values; `make` makes missing ones of the tokens."""
         if not self.kept:
             return make(self.tokens)
         if block not in self._keys:
@@ -64,7 +60,7 @@ class Text:
 
 @dataclass(frozen=True)
 class StreamInput:
-    """One stream at one call."""
+    """One stream's input of one call."""
 
     tokens: mx.array  # (1, tokens, channels)
     levels: Levels

@@ -1,7 +1,7 @@
 """The audio-video diffusion transformer: predicts the velocity of video and audio tokens at given noise levels.
 
-Notable: two streams of different width joined by cross-attention in every block; per-token noise levels; text reaches
-the blocks through small projections; positions are seconds and pixels, not indices."""
+Notable: cross-attention in every block joins two streams of different width; every token may have its own noise level;
+text reaches the blocks through small projections; positions are seconds and pixels, not indices."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +30,7 @@ class CaptionProjection(nn.Module):
         self.linear_2 = Linear(dim, dim)
 
     def __call__(self, text: mx.array) -> mx.array:
+        """(1, text tokens, text_dim) -> (1, text tokens, dim)"""
         return self.linear_2(gelu_tanh(self.linear_1(text)))
 
 
@@ -44,8 +45,8 @@ class Supply(Protocol):
 
 
 class Transformer(nn.Module):
-    """AVTransformer3DModel. Attribute names are the checkpoint's. `around`, if there is one, is called in its place; it
-    gets the velocities by `velocities`."""
+    """AVTransformer3DModel. Attribute names are the checkpoint's. A hook `around` is called in place of the network;
+    it calls `velocities`."""
 
     around: "Callable[[Transformer, Streams[StreamInput], Skips], Streams[mx.array]] | None" = None
 
@@ -66,10 +67,10 @@ class Transformer(nn.Module):
             self[f"{prefix}scale_shift_table"] = mx.zeros((2, dim))
             self[f"{prefix}proj_out"] = Linear(dim, stream.out_channels)
         if config.use_keyframes_abs_pos_embedding:
-            self.keyframes_abs_pos_embedding = mx.zeros((1, config.video_dim))
+            self.keyframes_abs_pos_embedding = mx.zeros((1, config.video.dim))
         self.transformer_blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
         self.supply: Supply | None = None
-        self.loras: frozenset[tuple[Path, float]] = frozenset()  # that act on its layers, with their strengths
+        self.loras: frozenset[tuple[Path, float]] = frozenset()  # those on its layers, with their strengths
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -145,12 +146,13 @@ class Transformer(nn.Module):
             gate,
             index=None if levels.index is None or levels.values.size == 1 else levels.index[None, :, None],
             attention=None if own.attention is None else own.attention.astype(self.dtype),
-            passing=dict(skips.values.items()).get(stream.name, frozenset()),
-            idle=dict(skips.idle.items()).get(stream.name, False),
+            passing=getattr(skips.values, stream.name) or frozenset(),
+            idle=bool(getattr(skips.idle, stream.name)),
         )
 
     def _prompt_modulation(self, stream: StreamConfig, levels: Levels) -> mx.array | None:
-        """What the noise level adds to the blocks' own tables for the text, (1, 1, 2, text_dim); None: no tables."""
+        """The noise level's part of the text's shift and scale, (1, 1, 2, text_dim); None: blocks have no tables for
+        it."""
         if not self.config.cross_attention_adaln:
             return None
         if not self.config.modulates_text:
@@ -160,13 +162,15 @@ class Transformer(nn.Module):
         return modulation
 
     def _embed(self, stream: StreamConfig, given: StreamInput) -> mx.array:
+        """Tokens at the stream's width: (1, tokens, channels) -> (1, tokens, dim)."""
         x: mx.array = self[f"{stream.prefix}patchify_proj"](given.tokens.astype(self.dtype))
         if stream.name == "video" and given.marked is not None and self.config.use_keyframes_abs_pos_embedding:
             x = mx.where(given.marked > 0, x + self.keyframes_abs_pos_embedding.astype(x.dtype), x)
         return x
 
     def _velocity(self, x: mx.array, context: StreamContext) -> mx.array:
-        """Of LayerNorm(x) * (1 + scale) + shift, with (shift, scale) = table + embedded noise level."""
+        """x (1, tokens, dim) -> (1, tokens, channels), projected from LayerNorm(x) * (1 + scale) + shift with
+        (shift, scale) = table + embedded noise level."""
         prefix = context.stream.prefix
         rows = Rows(self[f"{prefix}scale_shift_table"], context.embedded[:, :, None])
         x = mx.fast.layer_norm(x, None, None, self.config.norm_eps)
@@ -178,7 +182,7 @@ class Transformer(nn.Module):
 
 def _sigma(levels: Levels) -> mx.array:
     """(1, 1) float32"""
-    return mx.array(levels.sigma, mx.float32).reshape(1, 1)
+    return mx.array([[levels.sigma]], mx.float32)
 
 
 def build(config: Mapping[str, Any]) -> Transformer:

@@ -27,14 +27,9 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = Linear(dim, dim)
 
     def __call__(self, timesteps: mx.array) -> mx.array:
+        """(1, n) -> (1, n, dim)"""
         x = sinusoidal_embedding(timesteps).astype(self.linear_1.bias.dtype)
         return self.linear_2(nn.silu(self.linear_1(x)))
-
-
-class _Embedding(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.timestep_embedder = TimestepEmbedder(dim)
 
 
 class AdaLayerNormSingle(nn.Module):
@@ -43,7 +38,8 @@ class AdaLayerNormSingle(nn.Module):
     def __init__(self, dim: int, rows: int) -> None:
         super().__init__()
         self.rows = rows
-        self.emb = _Embedding(dim)
+        self.emb = nn.Module()
+        self.emb.timestep_embedder = TimestepEmbedder(dim)
         self.linear = Linear(dim, rows * dim)
 
     def __call__(self, timesteps: mx.array) -> tuple[mx.array, mx.array]:
@@ -54,10 +50,10 @@ class AdaLayerNormSingle(nn.Module):
 
 
 class Rows:
-    """A block's table with the modulation of one call: a vector of width `dim` per row and noise level."""
+    """A block's table added to the modulation of one call: a vector of width `dim` per row and noise level."""
 
     def __init__(self, table: mx.array, modulation: mx.array) -> None:
-        """table (rows, dim, float32), modulation (1, n, rows, dim) of n noise levels."""
+        """table (rows, dim) in float32, modulation (1, n, rows, dim) of n noise levels."""
         rows, scales = _added(table, modulation)
         self._rows, self._scales = (mx.split(values, table.shape[0], axis=2) for values in (rows, scales))
 
@@ -72,8 +68,8 @@ class Rows:
 
 @mx.compile
 def _added(table: mx.array, modulation: mx.array) -> tuple[mx.array, mx.array]:
-    """table + modulation, and 1 more than that, both (1, n, rows, dim): summed in float32 and cast back to the stream's
-    dtype, since a float32 table must not promote a bf16 stream."""
+    """table (rows, dim) + modulation (1, n, rows, dim), and 1 more than that: summed in float32 and cast back to the
+    stream's dtype, since a float32 table must not promote a bf16 stream."""
     total = (table + modulation.astype(mx.float32)).astype(modulation.dtype)
     return total, 1 + total
 
@@ -126,7 +122,8 @@ def _vectors(values: mx.array) -> list[mx.array]:
 
 
 def _chosen(vectors: list[mx.array], index: mx.array) -> mx.array:
-    """Every token's own of a few (1, 1, dim), inside a fused kernel: gathered, they would be as large as the stream."""
+    """Every token's own one of a few vectors (1, 1, dim), as the stream (1, tokens, dim); in a fused kernel this takes
+    no memory, gathered it would take as much as the stream."""
     first, *others = vectors
     for number, vector in enumerate(others, start=1):
         first = mx.where(index == number, vector, first)
