@@ -55,7 +55,7 @@ def compare_values(
 
 
 def _strength_differences(plan: Plan, model: ModelFolder, filled: Sequence[str]) -> list[str]:
-    """LoRAs whose config.json is not what their source says: its alpha tensors are values too."""
+    """LoRAs whose config.json differs from their source, whose alpha tensors are values too."""
     return [
         f"{name}: config.json does not say what the source says"
         for name in filled
@@ -73,7 +73,7 @@ def _asset_differences(plan: Plan, model: ModelFolder) -> Iterator[str]:
 
 
 def _given_dtypes(plan: Plan, stored: dict[str, Stored]) -> dict[str, str]:
-    """Component -> the float type that --dtype gave it: that of a stored tensor that has another one in the source."""
+    """Component -> the float type that --dtype gave it, known by a tensor stored in another type than the source's."""
     return {
         move.component: dtype
         for move in plan.all_moves
@@ -109,7 +109,7 @@ def _cast_alike(plan: Plan, stored: dict[str, Stored], given: Mapping[str, str])
 
 
 def _stored_dtype(stored: Stored, key: str) -> str:
-    """The dtype of a tensor; of a packed weight that of its scales, which in affine mode keep its float type."""
+    """The dtype of a tensor; for a packed weight its scales', which in affine mode keep its float type."""
     names = (packed_key(key, "scales"), key) if key.endswith(".weight") else (key,)
     return next((stored[name].tensors[name].dtype for name in names if name in stored), "")
 
@@ -194,7 +194,7 @@ def _compare(moves: Iterable[Move], stored: dict[str, Stored]) -> Generator[Even
 
 
 def _places(move: Move, stored: Stored) -> tuple[dict[str, _Place], list[str]]:
-    """Where everything is stored that one tensor becomes, by name, and what is missing or misshapen."""
+    """The places of all tensors that one becomes, by name, and differences: missing and misshapen ones."""
     places, differences = {}, []
     for key, spec in move.stored().items():
         file = stored.pop(key, None)

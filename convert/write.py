@@ -82,7 +82,7 @@ def write_plan(plan: Plan, out: Path, options: WriteOptions | None = None) -> It
             try:
                 yield from _fill(plan, files, partial)
             except (CheckpointError, NumericsError) as error:
-                if not isinstance(error.__cause__, OSError):  # a disk may recover; what a source holds stays as it is
+                if not isinstance(error.__cause__, OSError):  # a disk may recover, a damaged source does not
                     partial.remove()
                 raise
             _publish(partial, out, options.force)
@@ -162,7 +162,7 @@ def _difference(plan: Plan, files: list[PlannedFile], folder: ModelFolder) -> Ge
 
 
 def _fill(plan: Plan, files: list[PlannedFile], partial: Partial) -> Iterator[Event]:
-    """Write what is missing, card and manifest last. Raises CheckpointError for a source that has changed meanwhile."""
+    """Write all missing files, card and manifest last. Raises CheckpointError for a source that changed meanwhile."""
     before = _states(plan)
     sources = yield from stream(plan, files, partial)
     for path, state in _states(plan).items():

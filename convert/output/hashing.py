@@ -13,14 +13,14 @@ from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.files.ranges import Bytes, RangeReader
 from ltx2.runtime.files.tensors import FileRecord, TensorFile
 
-FAR = 64 << 20  # bytes; a hash that is further behind catches up by itself
-BLOCK_BYTES = 2 << 20  # read at a time to catch up; several files may at once
+FAR = 64 << 20  # bytes; nobody waits for a hash that is further behind
+BLOCK_BYTES = 2 << 20  # read at a time to catch up; several files may do so at once
 POLL_SECONDS = 1.0
 
 
 class StreamingHash:
-    """The hash of one file, computed in a thread. Blocks may come in any order and may have gaps between them: what
-    follows on what is hashed is taken at once, all else is read from the file when it is its turn."""
+    """The hash of one file, computed in a thread. Blocks may come in any order, with gaps: a block that continues the
+    hashed bytes is taken at once, all others are read from the file when it is their turn."""
 
     def __init__(self, reader: RangeReader) -> None:
         self.position = 0
@@ -32,7 +32,7 @@ class StreamingHash:
     def feed(self, start: int, block: memoryview, ready: int) -> None:
         """Take a block that stands at `start`; all bytes before `ready` stand in the file.
 
-        Waits for the block before it, unless that was far away. Raises what hashing that one has raised.
+        Waits for the block before it, unless that was far away, and raises that one's errors.
         """
         if self._task is not None:
             if self._behind and not self._task.done():

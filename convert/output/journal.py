@@ -50,8 +50,8 @@ class Partial:
         self.pieces = pieces
         self._append({"pieces": pieces})
 
-    def take(self, line: dict[str, Any]) -> None:
-        """Take over what a line of the journal says. Raises ValueError, LookupError or TypeError for another line."""
+    def apply(self, line: dict[str, Any]) -> None:
+        """Apply a line of the journal. Raises ValueError, LookupError or TypeError for a malformed one."""
         if "pieces" in line:
             pieces = line["pieces"]
             if type(pieces) is not int or pieces < 0:
@@ -124,8 +124,8 @@ def is_empty_folder(path: Path) -> bool:
 
 
 def _read(f: BinaryIO, partial: Partial, fingerprint: str) -> int:
-    """Take over the journal's lines up to the first incomplete one, which a crash may leave; returns their size in
-    bytes, 0 for the journal of another conversion."""
+    """Apply the journal's lines up to the first incomplete one, which a crash may leave; returns their size in bytes, 0
+    for the journal of another conversion."""
     f.seek(0)
     size = 0
     try:
@@ -134,7 +134,7 @@ def _read(f: BinaryIO, partial: Partial, fingerprint: str) -> int:
             if not text.endswith(b"\n"):
                 break
             if size:
-                partial.take(line)
+                partial.apply(line)
             elif line != {"fingerprint": fingerprint}:
                 break
             size += len(text)

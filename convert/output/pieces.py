@@ -169,7 +169,7 @@ def in_order(
         for item in items:
             running.append((item.memory, pool.submit(work, item)))
             held += item.memory
-            del item  # what is done is not kept
+            del item  # else memory holds one item more
             while running and (held > window or running[0][1].done()):
                 memory, future = running.popleft()
                 held -= memory

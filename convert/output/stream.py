@@ -68,7 +68,7 @@ def make_jobs(plan: Plan, files: Sequence[PlannedFile]) -> list[Job]:
 def stream(
     plan: Plan, files: Sequence[PlannedFile], partial: Partial
 ) -> Generator[Event, None, tuple[FileRecord, ...]]:
-    """Write what is missing of `files`, with progress events; returns the records of the sources.
+    """Write the missing pieces of `files`, with progress events; returns the records of the sources.
 
     Raises CheckpointError for a source that cannot be read, OSError when writing fails, and what `Rows.prepare` raises.
     """
@@ -132,7 +132,7 @@ def _made(loaded: Iterable[tuple[Job, Bytes, Callable[[], Blocks]]]) -> Iterator
     begun: deque[tuple[Job, Bytes, Blocks]] = deque()
     for job, raw, prepared in loaded:
         begun.append((job, raw, prepared()))
-        del job, raw, prepared  # nothing is kept of what is done
+        del job, raw, prepared  # else memory holds one piece more
         if len(begun) > 1:
             yield _finished(*begun.popleft())
     yield from (_finished(*one) for one in begun)
@@ -148,7 +148,7 @@ def _record(hashes: SourceHashes, partial: Partial) -> None:
 
 
 class Target:
-    """One file under its temporary name; its hash follows what is written."""
+    """One file under its temporary name, hashed as it is written."""
 
     def __init__(self, partial: Partial, file: PlannedFile) -> None:
         self.file, self._partial = file, partial
@@ -164,7 +164,7 @@ class Target:
             self._writer.write(start, block)
 
     def sync(self) -> None:
-        """Return when everything written so far is on the disk, and let go of what is hashed as well."""
+        """Wait until everything written so far is on the disk; drop hashed bytes from the page cache."""
         hashed = self._hash.position
         self._writer.sync()
         self._writer.forget(hashed)

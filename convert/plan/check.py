@@ -44,8 +44,8 @@ def check_plan(plan: Plan) -> None:
 def network_differences(
     class_name: str, config: Mapping[str, Any], stored: Shapes, build: Callable[[], nn.Module]
 ) -> dict[str, list[str]]:
-    """Kind of difference -> the tensors concerned, between the `stored` tensors and those of the network that `build`
-    makes. Empty for a network without a part that comes in another file: it cannot be built.
+    """Kind of difference -> names, between the `stored` tensors and the parameters of the network that `build` makes.
+    Empty for a network without a part that comes in another file: it cannot be built.
 
     Raises ConfigError or UnsupportedError when the configuration is not one this version computes.
     """

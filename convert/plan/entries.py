@@ -17,7 +17,7 @@ from ltx2.convert.tensors.steps import Packing, Spec, Step
 from ltx2.runtime.files.tensors import FileRecord, TensorFile, TensorInfo
 from ltx2.runtime.model.forms import Form
 
-SCALE_PARTS = ("scales", "biases", "weight_scale")  # last name parts of what is stored beside a weight kept as codes
+SCALE_PARTS = ("scales", "biases", "weight_scale")  # last name parts of tensors beside a weight kept as codes
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def _is_companion(name: str) -> bool:
 
 @dataclass(frozen=True)
 class DescribedFolder(ModelFolder):
-    """A model folder in memory only. `configs` and `files` (headers alone) are by component, `beside` are bytes of
-    files that are no tensors. Without a tokenizer every prompt has PROMPT_TOKENS tokens."""
+    """A model folder in memory only: `configs` and `files` (headers alone) by component, and the bytes of files
+    `beside` tensors. Without a tokenizer every prompt has PROMPT_TOKENS tokens."""
 
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     files: Mapping[str, TensorFile] = field(default_factory=dict)
@@ -72,11 +72,11 @@ class DescribedFolder(ModelFolder):
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors and of what is beside them."""
+        """Bytes of all tensors and of the files beside them."""
         return self.beside + sum(file.size for file in self.files.values())
 
     def joined(self, other: "DescribedFolder") -> "DescribedFolder":
-        """With the components of another one, in place of those of the same name."""
+        """With the components of another folder too, which replace those of the same name."""
         components = {**self.manifest.components, **other.manifest.components}
         return replace(
             self,

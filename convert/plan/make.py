@@ -31,7 +31,7 @@ Owners = dict[str, dict[str, Source]]  # component -> its tensors and files -> t
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose: dev or distilled, a float type for all weights, and the components to convert."""
+    """The user's choices: dev or distilled, a float type for all weights, and the components to convert."""
 
     variant: str | None = None
     dtype: str | None = None
@@ -113,7 +113,7 @@ def _entries(source: Source, options: Options) -> Iterator[Entry]:
     for file in source.files:
         strengths = alphas(file) if source.kind == "lora" else {}
         for name, tensor in file.tensors.items():
-            owner, part = coded.scales.get(name, (name, ""))  # a scale goes where what it scales goes
+            owner, part = coded.scales.get(name, (name, ""))  # a scale goes with its weight
             owner = strengths.get(name, owner)
             target = rules.target(source.kind, owner)
             if useless := dropped_beside_codes(name):

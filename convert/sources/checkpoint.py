@@ -53,7 +53,7 @@ STORAGES = (
 BYTES = "U8"  # the dtype of tokenizers and other files in tensors
 # Converted, or refused by a tensor's name (tensors/scales.py).
 CONVERTED_STORAGES = ("NVFP4", "int8", "MXFP8", "FP8 (E4M3)", "FP8 (E5M2)")
-# What is not converted: why, and what to use instead.
+# Storage that is not converted -> why, and the alternative.
 REFUSED_STORAGES = {
     "MLX-quantized": ("another tool has quantized it for MLX, under names of its own", "use the file as published"),
     "": (
@@ -157,7 +157,7 @@ def _check_part(path: Path) -> None:
 
 
 def _config(file: TensorFile) -> dict[str, Any]:
-    """The file's own configuration; empty where there is none (LoRAs, Gemma shards)."""
+    """The file's own configuration; empty for files without one (LoRAs, Gemma shards)."""
     try:
         embedded = (parse_object(file.metadata.get(key, "{}")) for key in ("config", "gemma_config"))
         return next(filter(None, embedded), {})

@@ -72,7 +72,7 @@ def _language_model(source: Mapping[str, Any]) -> Mapping[str, Any]:
         return dict(source["text_config"])
     if kind == "gemma3_text":
         return source
-    raise _refused(f"its model_type is {kind!r}, and that of a Gemma is needed")
+    raise _refused(f"its model_type is {kind!r}, not a Gemma's")
 
 
 def _rope(parameters: Any) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def holds_text_files(folder: Path) -> bool:
 
 
 def _config(folder: Path) -> Mapping[str, Any] | None:
-    """A language model's config.json; None where there is none, or one of something else."""
+    """The folder's config.json if it is a language model's, else None."""
     path = folder / CONFIG
     config = read_json(path) if path.is_symlink() or path.exists() else {}
     return config if isinstance(config.get("model_type"), str) else None

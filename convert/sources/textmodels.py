@@ -39,7 +39,7 @@ class TextModel:
 
 @cache
 def text_models() -> tuple[TextModel, ...]:
-    """All models known by name; of a family, those of a known size first."""
+    """All models known by name; in a family, models of a known size come first."""
     rows = json.loads(Path(__file__).with_name("textmodels.json").read_text())
     return tuple(TextModel(**row | {"types": tuple(row["types"])}) for row in rows)
 

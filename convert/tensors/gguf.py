@@ -31,7 +31,7 @@ AGAIN = "download it again; an interrupted download leaves a truncated file"
 
 @dataclass(frozen=True)
 class GgufFile(TensorFile):
-    """A GGUF file's header. The dtype of a quantized tensor is its GGML type (`Q4_K`), its shape that of its values.
+    """A GGUF file's header. A quantized tensor has its GGML type as dtype (`Q4_K`), and the shape of its values.
 
     `metadata` has the texts, `values` everything, lists too. `own_names` are the file's names of tensors that have
     another one here; `shifted` are those stored with 1 added."""
@@ -96,7 +96,7 @@ class Blocks(Codes):
         values = decoder(self.tensor.dtype)(np.ascontiguousarray(rows))
         if not np.isfinite(values).all():
             what = f"tensor {self.file.own_name(self.tensor.name)} of {self.file.path.name} holds values not a number"
-            raise CheckpointError(what, "a scale of its blocks is none", "download it again")
+            raise CheckpointError(what, "a scale of its blocks is not a number", "download it again")
         return from_float32(values, FLOATS[dtype])
 
 

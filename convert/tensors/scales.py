@@ -42,8 +42,8 @@ Tensors = Mapping[str, Stored]  # a source's, by name
 
 @dataclass(frozen=True)
 class CodedTensors:
-    """A source's `codes` by the name of their tensor. `scales`: name of a scale -> name of what it scales, and the
-    scale's own last name part in a model folder."""
+    """A source's `codes` by the name of their tensor. `scales`: name of a scale -> name of its weight, and the scale's
+    own last name part in a model folder."""
 
     codes: Mapping[str, Codes] = field(default_factory=dict)
     scales: Mapping[str, tuple[str, str]] = field(default_factory=dict)
