@@ -2,15 +2,13 @@
 `progress` with typed events (ltx2.events)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import ltx2
 import ltx2.bench
-from ltx2.convert.delete import check_deletion
-from ltx2.convert.delete import delete_sources as removal
+from ltx2.convert import delete
 from ltx2.convert.plan.entries import Plan
 from ltx2.convert.plan.fuse import fuse as fused
 from ltx2.convert.plan.make import Options, make_plan
@@ -104,24 +102,43 @@ def convert(
     if delete_sources and only:
         why = "what --only leaves out would be lost"
         raise UsageError("delete_sources and only do not go together", why, "leave out one of them")
+    how = {"bits": bits, "mode": mode, "group_size": group_size, "recipe": recipe}
+    settings = packing(**how, fit=fit, stats=_path(stats), method=method)
     given = _paths(sources)
     plan = plan_conversion(given, variant=variant, dtype=dtype, only=only, fuse=fuse)
     if delete_sources:
-        check_deletion(plan)
-    chosen = Settings(bits, group_size, recipe, (), mode or AFFINE, _path(stats), fit, method or SEARCH)
-    settings = None if all(value is None for value in (bits, mode, recipe, fit)) else chosen
-    if settings is None and chosen != Settings():
-        why = "group_size, stats and method have no effect without bits, recipe or fit"
-        raise InputError("nothing is quantized", why, "give bits=4")
-    events = conversion(plan, Path(out), settings, WriteOptions(shard_size, force))
-    for _ in watched(chain(events, removal(plan, given, Path(out)) if delete_sources else ()), progress):
+        delete.check_deletion(plan)
+    written = WriteOptions(shard_size, force)
+    for _ in watched(conversion(plan, Path(out), settings, written, given if delete_sources else ()), progress):
         pass
     return Path(out)
 
 
-def conversion(plan: Plan, out: Path, settings: Settings | None, options: WriteOptions) -> Iterator[Event]:
-    """The events of writing a plan, quantized when there are settings."""
-    return write_plan(plan, out, options) if settings is None else write_quantized(plan, out, settings, options)
+def packing(**options: Any) -> Settings | None:
+    """How a conversion quantizes, by those of `convert`'s options that are not None; None if it does not. Raises
+    InputError for what is not possible, before any file is read."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.keys().isdisjoint(("bits", "mode", "recipe", "fit")):
+        if given:
+            why = "group_size, stats and method have no effect without bits, recipe or fit"
+            raise InputError("nothing is quantized", why, "give bits=4")
+        return None
+    settings = Settings(**given)
+    settings.check()
+    return settings
+
+
+def conversion(
+    plan: Plan, out: Path, settings: Settings | None, options: WriteOptions, deleted: Sequence[Path] = ()
+) -> Iterator[Event]:
+    """Write a plan, quantized if there are settings; then verify the folder and remove the sources given in
+    `deleted`."""
+    if settings is None:
+        yield from write_plan(plan, out, options)
+    else:
+        yield from write_quantized(plan, out, settings, options)
+    if deleted:
+        yield from delete.delete_sources(plan, deleted, out)
 
 
 def calibrate(
@@ -206,22 +223,12 @@ def bench(
     """Measure time and memory of model folders, phase by phase, in turns; returns the receipt, as `ltx2 bench --json`
     prints it. `random`: a published model with random weights, of `bits`, `mode`, `group_size` and `recipe`; `compare`:
     an earlier receipt; `options` are those of `generate`."""
-    from ltx2.bench.speed.cases import RandomWeights, bench_cases
-    from ltx2.bench.speed.compare import read_receipt
-    from ltx2.bench.speed.run import Benched, run_bench
-    from ltx2.bench.speed.suite import load_suite
+    from ltx2.bench.speed.cases import bench_models
+    from ltx2.bench.speed.run import Benched
 
-    settings = Settings(group_size=group_size, recipe=recipe, mode=mode or AFFINE)
-    if random is None and (bits or settings != Settings()):
-        raise UsageError("nothing is random", "bits, mode, group_size and recipe are of random weights", "give random")
-    paths = _paths(models)
-    if random is None and not paths:
-        raise UsageError("nothing is measured", "there is no model", "name a model folder, or give random")
-    weights = None if random is None else RandomWeights(random, tuple(bits), settings)
-    schedule = {"repeat": repeat, "warmup": warmup, "cooldown": cooldown}
-    chosen = load_suite(suite).changed(part, options, schedule)
-    old = None if compare is None else read_receipt(Path(compare))
-    events = run_bench(bench_cases(paths, weights, chosen), chosen.schedule, chosen.name, old)
+    weights = {"random": random, "bits": bits, "mode": mode, "group_size": group_size, "recipe": recipe}
+    runs = {"suite": suite, "part": part, "repeat": repeat, "warmup": warmup, "cooldown": cooldown}
+    events = bench_models(_paths(models), {**options, **weights, **runs, "compare": _path(compare)})
     *_, receipt = (event.receipt for event in watched(events, progress) if isinstance(event, Benched))
     return receipt
 

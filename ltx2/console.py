@@ -52,9 +52,9 @@ class Output:
         (last,) = deque(self._shown(events), maxlen=1)
         return last
 
-    def follow_all(self, events: "Iterable[Event]", kind: type[Kind]) -> list[Kind]:
-        """Show events as they come; returns all of a kind."""
-        return [event for event in self._shown(events) if isinstance(event, kind)]
+    def follow_all(self, events: "Iterable[Event]", *kinds: type[Kind]) -> list[Kind]:
+        """Show events as they come; returns all of some kinds."""
+        return [event for event in self._shown(events) if isinstance(event, kinds)]
 
     def _shown(self, events: "Iterable[Event]") -> "Iterator[Event]":
         from ltx2.progress import Progress

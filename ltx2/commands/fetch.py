@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ltx2.commands.shared import PATH, follow_deletion, follow_model
+from ltx2.commands.shared import PATH, follow_model
 from ltx2.console import Dependent, Output, common
 
 if TYPE_CHECKING:
     from ltx2.convert.fetch.catalogue import Published
     from ltx2.convert.fetch.download import Options
-    from ltx2.quant.apply import Settings
     from ltx2.runtime.events import Event
 
 with_convert = partial(click.option, cls=Dependent, needs=("converted",))
@@ -53,9 +52,13 @@ def download(
         raise click.UsageError(f"Name a file or a bundle: {', '.join(known.bundles)}. --list shows all.")
     if converted and (len(names) != 1 or names[0] not in known.bundles):
         raise click.UsageError("--convert takes one bundle, which has all that a model needs.")
-    chosen, settings = choose(names), _settings(options["bits"], options["recipe"])
+    chosen, model, settings = choose(names), None, None
+    if converted:
+        from ltx2.api import packing
+
+        model = options["model"] or weights / _name(names[0], options["bits"], options["recipe"])
+        settings = packing(bits=options["bits"], recipe=options["recipe"])
     bits = settings.form.bits if settings else None
-    model = (options["model"] or weights / _name(names[0], options["bits"], options["recipe"])) if converted else None
     if model is not None and options["delete_sources"] and _is_done(model, [p.source(weights) for p in chosen]):
         output.result({"model": str(model), "reused": True}, f"{model} is already there, and its sources are removed")
         return
@@ -65,12 +68,10 @@ def download(
         from ltx2.convert.write import WriteOptions
 
         sources, variant = [p.source(weights) for p in chosen], known.bundles[names[0]].variant
-        plan = plan_conversion(sources, variant=variant)
-        fetched["converted"], model_text = follow_model(output, conversion(plan, model, settings, WriteOptions()))
-        if options["delete_sources"]:
-            deleted, said = follow_deletion(output, plan, sources, model)
-            fetched, model_text = fetched | deleted, f"{model_text}\n{said}"
-        text += f"\n{model_text}"
+        plan, deleted = plan_conversion(sources, variant=variant), sources if options["delete_sources"] else ()
+        made, model_text = follow_model(output, conversion(plan, model, settings, WriteOptions(), deleted))
+        removed = {"deleted": made.pop("deleted")} if deleted else {}
+        fetched, text = {**fetched, "converted": made, **removed}, f"{text}\n{model_text}"
     output.result(fetched, text)
 
 
@@ -84,17 +85,6 @@ def _checked(chosen: "Sequence[Published]", weights: Path, options: "Options") -
         if isinstance(event, Downloaded):
             check_whole(chosen, weights, event)
         yield event
-
-
-def _settings(bits: int | None, recipe: str | None) -> "Settings | None":
-    """How to quantize, if at all. Raises InputError for what is not possible, before anything is fetched."""
-    if bits is None and recipe is None:
-        return None
-    from ltx2.quant.apply import Settings
-
-    settings = Settings(bits, recipe=recipe)
-    settings.check()
-    return settings
 
 
 def _name(bundle: str, bits: int | None, recipe: str | None) -> str:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from ltx2.runtime.events import Event
 
-RANDOM_ONLY = ("bits", "mode", "group_size", "recipe")
 when_timing = partial(click.option, cls=Dependent, unless=("compared",))
 with_random = partial(click.option, cls=Dependent, needs=("random",))
 with_quality = partial(click.option, cls=Dependent, needs=("compared",))
@@ -105,23 +104,18 @@ def _time(
     output: Output, models: tuple[Path, ...], files: Files, options: dict[str, Any], verbose: bool = False
 ) -> None:
     from ltx2.bench.plots.receipt import plot_receipt
-    from ltx2.bench.speed.cases import bench_cases
-    from ltx2.bench.speed.compare import read_receipt, table
+    from ltx2.bench.speed.cases import bench_models
+    from ltx2.bench.speed.compare import table
     from ltx2.bench.speed.receipt import tables
-    from ltx2.bench.speed.run import Benched, run_bench
+    from ltx2.bench.speed.run import Benched
     from ltx2.bench.speed.stats import write_receipt
-    from ltx2.bench.speed.suite import DEFAULT, load_suite
     from ltx2.runtime.distributed.machines import join
 
     machines = join(os.environ, end_at_once)
-    old = read_receipt(options.pop("compare")) if "compare" in options else None
-    random = _random(options)
-    schedule = {name: options.pop(name, None) for name in ("repeat", "warmup", "cooldown")}
-    suite = load_suite(options.pop("suite", DEFAULT)).changed(options.pop("part", None), options, schedule)
     out, plot = files
 
     def events() -> "Iterator[Event]":
-        for event in run_bench(bench_cases(models, random, suite), suite.schedule, suite.name, old, machines):
+        for event in bench_models(models, options, machines):
             if isinstance(event, Benched) and out is not None:
                 write_receipt(out, event.receipt)  # after every round: what is interrupted leaves what it measured
             yield event
@@ -132,16 +126,6 @@ def _time(
     assert isinstance(done, Benched), "a benchmark ends with its receipt"
     if plot is not None:
         plot_receipt(plot, done.receipt)
-    output.tables([*tables(done.receipt, verbose), *([] if old is None else [table(done.receipt["comparison"])])])
+    compared = [table(done.receipt["comparison"])] if "comparison" in done.receipt else []
+    output.tables([*tables(done.receipt, verbose), *compared])
     output.result(done.receipt)
-
-
-def _random(options: dict[str, Any]) -> Any:
-    """The random weights that are asked for, or None."""
-    from ltx2.bench.speed.cases import RandomWeights
-    from ltx2.quant.apply import Settings
-
-    given = {name: options.pop(name) for name in RANDOM_ONLY if name in options}
-    if "random" not in options:
-        return None
-    return RandomWeights(options.pop("random"), given.pop("bits", ()), Settings(**given))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ltx2.commands.shared import PATH, Gigabytes, follow_deletion, follow_fit, follow_model, generate_options
+from ltx2.commands.shared import PATH, Gigabytes, follow_fit, follow_model, generate_options
 from ltx2.console import Dependent, Output, common
 from ltx2.quant.codes.methods import METHODS, SEARCH
 from ltx2.runtime.errors import Ltx2Error
@@ -47,21 +47,16 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
     SOURCES are recognised by content: an LTX-2 checkpoint, upscalers, LoRAs, a Gemma folder. Run the same command
     again to continue after an interruption.
     """
-    from ltx2.api import conversion, plan_conversion
+    from ltx2.api import conversion, packing, plan_conversion
     from ltx2.convert.delete import check_deletion, removable
     from ltx2.convert.plan.check import check_plan
     from ltx2.convert.plan.entries import plan_json
     from ltx2.convert.write import WriteOptions
-    from ltx2.quant.apply import Settings, quantize_plan
+    from ltx2.quant.apply import quantize_plan
     from ltx2.render import plan_summary
 
     written, deletes = WriteOptions(options.pop("shard_size"), options.pop("force")), options.pop("delete_sources")
-    packing = {name: options.pop(name) for name in (*PACKS, "group_size", "stats", "method")}
-    packed = any(packing[name] is not None for name in PACKS)
-    usual = {"mode": packing["mode"] or AFFINE, "method": packing["method"] or SEARCH}
-    settings = Settings(**packing | usual) if packed else None
-    if settings is not None:
-        settings.check()  # before any file is read: it may be wrong usage
+    settings = packing(**{name: options.pop(name) for name in (*PACKS, "group_size", "stats", "method")})
     plan = plan_conversion(sources, **options)
     if deletes:
         check_deletion(plan)
@@ -81,11 +76,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
             lines.append(f"then {len(files)} files of the sources are removed, which frees {freed / 1e9:.2f} GB")
         output.result(plan_json(plan) | more, "\n".join(lines))
         return
-    made, text = follow_model(output, conversion(plan, target, settings, written))
-    if deletes:
-        deleted, said = follow_deletion(output, plan, sources, target)
-        made, text = made | deleted, f"{text}\n{said}"
-    output.result(made, text)
+    output.result(*follow_model(output, conversion(plan, target, settings, written, sources if deletes else ())))
 
 
 @click.command()

@@ -96,45 +96,35 @@ def _reader(row: Option[Any, Any]) -> Callable[[str], str]:
 
 
 def follow_model(output: Output, events: "Iterable[Event]", report: Path | None = None) -> tuple[dict[str, Any], str]:
-    """Follow a conversion or quantization; the finished folder, as data and for people."""
+    """Follow a conversion or quantization, and the removal of its sources if that comes next; the finished folder, as
+    data and for people."""
+    from ltx2.convert.delete import SourcesDeleted
     from ltx2.quant.report import Quantized
     from ltx2.runtime.events import Written
     from ltx2.runtime.files.atomic import write_text
 
-    quantized: dict[str, Any] = {}
-    fits: list[Fit] = []
-
-    def watched() -> "Iterable[Event]":
-        for event in events:
-            if isinstance(event, Quantized):
-                quantized.update(event.report.to_dict())
-                fits.extend([event.report.fit] if event.report.fit else [])
-            yield event
-
-    done = output.follow(watched())
-    assert isinstance(done, Written), "a conversion ends with its folder"
-    if report is not None:
-        write_text(report, json.dumps(quantized, indent=2) + "\n")
+    seen = output.follow_all(events, Quantized, Written, SourcesDeleted)
+    (done,) = (event for event in seen if isinstance(event, Written))
+    quantized = next((event.report for event in seen if isinstance(event, Quantized)), None)
+    deleted = next((event for event in seen if isinstance(event, SourcesDeleted)), None)
     size = f"{done.bytes / 1e9:.2f} GB"
-    text = f"{done.path} is already there ({size})" if done.reused else f"{done.path}  ({size}, {done.seconds:.1f} s)"
-    if quantized:
-        total = quantized["totals"]["all"]
-        text += f"\n{total['bits_per_weight']:.2f} bits per weight, {total['bytes_before'] / 1e9:.2f} GB before"
-    for fit in fits:
-        output.tables([fit.table()])
-        text = "\n".join([text, *fit.reasons()])
+    lines = [
+        f"{done.path} is already there ({size})" if done.reused else f"{done.path}  ({size}, {done.seconds:.1f} s)"
+    ]
     data = {"model": done.path, "bytes": done.bytes, "seconds": round(done.seconds, 3), "reused": done.reused}
-    return data | ({"report": quantized} if quantized else {}), text
-
-
-def follow_deletion(output: Output, plan: "Plan", given: "Iterable[Path]", model: Path) -> tuple[dict[str, Any], str]:
-    """Verify a finished model folder and remove its sources; what was freed, as data and for people."""
-    from ltx2.convert.delete import SourcesDeleted, delete_sources
-
-    done = output.follow(delete_sources(plan, given, model))
-    assert isinstance(done, SourcesDeleted), "a deletion ends with what it removed"
-    deleted = {"deleted": {"files": list(done.files), "bytes": done.bytes}}
-    return deleted, f"{len(done.files)} files of the sources removed, {done.bytes / 1e9:.2f} GB freed"
+    if quantized is not None:
+        data["report"] = quantized.to_dict()
+        total = quantized.total
+        lines.append(f"{total.bits_per_weight:.2f} bits per weight, {total.bytes_before / 1e9:.2f} GB before")
+        if report is not None:
+            write_text(report, json.dumps(data["report"], indent=2) + "\n")
+        if (fit := quantized.fit) is not None:
+            output.tables([fit.table()])
+            lines += fit.reasons()
+    if deleted is not None:
+        data["deleted"] = {"files": list(deleted.files), "bytes": deleted.bytes}
+        lines.append(f"{len(deleted.files)} files of the sources removed, {deleted.bytes / 1e9:.2f} GB freed")
+    return data, "\n".join(lines)
 
 
 def follow_fit(output: Output, plan: "Plan", settings: "Settings") -> "Fit":
