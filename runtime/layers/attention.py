@@ -9,11 +9,11 @@ import mlx.nn as nn
 
 from ltx2.runtime.layers.linear import Linear
 from ltx2.runtime.layers.rope import Rope, apply_rope
-from ltx2.runtime.machine.bounded import divided, in_parts, too_large
+from ltx2.runtime.machine.bounded import divided, in_parts
 
 
 class Keys(NamedTuple):
-    """What queries are compared with, and what they find there: both (batch, heads, tokens, head_dim)."""
+    """Keys and values to attend to, both (batch, heads, tokens, head_dim)."""
 
     keys: mx.array
     values: mx.array
@@ -21,8 +21,8 @@ class Keys(NamedTuple):
 
 class Attention(nn.Module):
     """Self- or cross-attention of inner width `heads * head_dim`; queries and keys are normalised over the whole
-    inner width before they are rotated. `gated`: every head's result is scaled by 2 * sigmoid of a number that the
-    query's token gives. `gathered`, if there is one, makes the keys and values of all tokens of those of this machine's
+    inner width before they are rotated. `gated`: every head's result is scaled by 2 * sigmoid of a projection of the
+    query's token. A hook `gathered` turns this machine's keys and values into those of all tokens
     (runtime/distributed/sequence.py)."""
 
     gathered: Callable[[Keys], Keys] | None = None
@@ -51,11 +51,11 @@ class Attention(nn.Module):
         context_rope: Rope | None = None,
         mask: mx.array | None = None,
     ) -> mx.array:
-        """x (batch, tokens, query_dim) -> the same shape; context: (batch, keys, context_dim), or what `keys_of` made
-        of it, x itself if None.
+        """x (batch, tokens, query_dim) -> the same shape. `context`: (batch, keys, context_dim), or the `keys_of` it;
+        None: x itself.
 
-        `rope` rotates the queries and, where no `context_rope` is given for them, the keys of self-attention. `mask`
-        (batch or 1, heads or 1, tokens or 1, keys), in x's dtype, is added to the scores.
+        `rope` rotates the queries, and the keys of self-attention; `context_rope` those of a context. `mask` (batch or
+        1, heads or 1, tokens or 1, keys), in x's dtype, is added to the scores.
         """
         q = self._heads(self.q_norm(self.to_q(x)), rope)
         if context is None:
@@ -67,17 +67,15 @@ class Attention(nn.Module):
             rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
             return mx.fast.scaled_dot_product_attention(q[:, :, part], k, v, scale=self.scale, mask=rows)
 
-        flops = 4 * q.size * k.shape[2]
-        out = in_parts(attend, q.shape[2], 2, flops) if too_large(flops) else attend(slice(None))
-        return self._out(x, out)
+        return self._out(x, in_parts(attend, q.shape[2], axis=2, flops=4 * q.size * k.shape[2]))
 
     def keys_of(self, context: mx.array, rope: Rope | None = None) -> Keys:
-        """Of the context (batch, keys, context_dim), for calls with the same context to come."""
+        """Keys and values of a context (batch, keys, context_dim), which several calls may share."""
         return Keys(self._heads(self.k_norm(self.to_k(context)), rope), self._heads(self.to_v(context), None))
 
     def passed(self, x: mx.array) -> mx.array:
-        """The values of self-attention in place of its result: what skipping it means (STG); x (batch, tokens,
-        query_dim) -> the same shape."""
+        """x (batch, tokens, query_dim) -> the same shape, with the values of self-attention in place of its result, as
+        STG skips it."""
         return self._out(x, self._heads(self.to_v(x), None))
 
     def _out(self, x: mx.array, heads: mx.array) -> mx.array:
@@ -94,7 +92,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (tanh approximation), Linear, four times as wide inside."""
+    """Linear, GELU (tanh approximation), Linear; four times as wide inside."""
 
     def __init__(self, dim: int, bias: bool = True) -> None:
         super().__init__()
@@ -102,14 +100,15 @@ class FeedForward(nn.Module):
         self.proj_out = Linear(4 * dim, dim, bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return divided(self._feed, x, axis=1, flops=8 * x.size * x.shape[-1])
-
-    def _feed(self, x: mx.array) -> mx.array:
-        return self.proj_out(gelu_tanh(self.proj_in(x)))
+        """x (batch, tokens, dim) -> the same shape."""
+        return divided(
+            lambda part: self.proj_out(gelu_tanh(self.proj_in(part))), x, axis=1, flops=8 * x.size * x.shape[-1]
+        )
 
 
 @mx.compile  # not shapeless: that takes a strided kernel, 3x slower
 def gelu_tanh(x: mx.array) -> mx.array:
-    """GELU by its tanh approximation, in float32 inside one fused kernel (x*x*x because a power is 8x slower)."""
+    """GELU of x (any shape) by its tanh approximation, in float32 inside one fused kernel (x*x*x: a power is 8x
+    slower)."""
     y = x.astype(mx.float32)
     return (0.5 * y * (1 + mx.tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Values that cannot become a picture or sound are an error where they arise, before more time is spent on them."""
+"""Values that cannot become a picture or sound are an error where they arise, before they cost more time."""
 
 import mlx.core as mx
 

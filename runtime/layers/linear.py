@@ -1,10 +1,9 @@
-"""The linear layers of all networks, plain and packed: what they multiply with is theirs, what is done around them is
-not. A hook sees every call, and low-rank factors (a LoRA's) act beside the weight; neither is a parameter of the
-network.
+"""The linear layers of all networks, plain and packed. A hook sees every call, and low-rank factors (a LoRA's) act
+beside the weight; neither is a parameter of the network.
 
 `Packed` holds its weight in any form that MLX multiplies (runtime/model/forms.py). Beside MLX's own names (`weight`,
-`scales`, `biases`, `bias`) it may have a `weight_scale`, one value or one per row, that its product is multiplied by:
-so weights published as FP8, NVFP4 or int8 run as the very codes they were published in."""
+`scales`, `biases`, `bias`) it may have a `weight_scale`, one value or one per row, that multiplies the product: so
+weights published as FP8, NVFP4 or int8 run in the very codes that were published."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -21,14 +20,13 @@ from ltx2.runtime.model.forms import Form
 class LinearLayer(nn.Module):
     """A linear layer: x (..., inputs) -> (..., outputs), in x's dtype.
 
-    `around`, if there is one, is called in its place, with the layer and x; it gets the layer's output by `multiply`.
-    `factors`, if there are some, act beside its weight."""
+    A hook `around` is called in its place, with the layer and x; it calls `multiply`."""
 
     around: "Callable[[LinearLayer, mx.array], mx.array] | None" = None
 
     @property
     def factors(self) -> Factors | None:
-        """What acts beside the weight."""
+        """The factors that act beside the weight, if any."""
         return cast(Factors | None, self.get("_factors"))
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -39,7 +37,7 @@ class LinearLayer(nn.Module):
         self._factors = Factors(down.astype(self.dtype), up.astype(self.dtype))
 
     def release(self) -> None:
-        """Nothing acts beside the weight any more."""
+        """Drop the factors."""
         self.pop("_factors", None)
 
     @property
@@ -49,7 +47,7 @@ class LinearLayer(nn.Module):
 
     @abstractmethod
     def multiply(self, x: mx.array) -> mx.array:
-        """x (..., inputs) with the layer's weight, factors and bias: (..., outputs); whatever is `around`."""
+        """x (..., inputs) -> (..., outputs) by the layer's weight, factors and bias, without the hook."""
 
 
 class Linear(LinearLayer, nn.Linear):
@@ -65,21 +63,21 @@ class Linear(LinearLayer, nn.Linear):
         return summed_linear(x, self.weight, self.get("bias"), self.factors)
 
     def settle(self) -> None:
-        """Add the factors to the weight for good: the same bits as beside it, and no more work in any call."""
+        """Add the factors to the weight for good: the same bits as beside it, without their work in every call."""
         if self.factors is not None:
-            mx.eval(self.weight)  # reading is no part of what the device is given
+            mx.eval(self.weight)  # so that the device does not wait for the disk
             self.weight = added(self.weight, self.factors)
             mx.eval(self.weight)
             self.release()
 
 
 class Packed(LinearLayer):
-    """x @ W^T * weight_scale + bias, with W (outputs, inputs) in packed form; W is that of rotated inputs where the
-    form says so."""
+    """x @ W^T * weight_scale + bias, with W (outputs, inputs) in packed form; where the form says so, W multiplies
+    rotated inputs."""
 
     def __init__(self, inputs: int, outputs: int, form: Form, shared: tuple[mx.array, ...] = ()) -> None:
-        """Without `bias` and `weight_scale`; a layer that has them gets them as attributes. `shared` scales and biases
-        (outputs, inputs / group size) are no parameters; without them `scales` and `biases` are."""
+        """A layer without `bias` and `weight_scale`, which are set as attributes. `shared`: scales and biases (outputs,
+        inputs / group size) that are no parameters, in place of its own `scales` and `biases`."""
         super().__init__()
         self.weight = mx.zeros((outputs, inputs * form.bits // 32), mx.uint32)
         groups = (outputs, inputs // form.group_size)
@@ -96,7 +94,7 @@ class Packed(LinearLayer):
         return next((array.dtype for array in floats if array is not None), mx.bfloat16)
 
     def take(self, down: mx.array, up: mx.array) -> None:
-        """The factors of the codes, which inputs are rotated for and whose product is scaled."""
+        """As the base class says, for codes: they multiply rotated inputs, and their product is scaled."""
         if self.form.rotation:
             down = rotated(down, self.form.rotation, self.form.hadamard)
         dtype = self.dtype
@@ -117,6 +115,7 @@ class Packed(LinearLayer):
         return y.astype(x.dtype)
 
     def _codes_product(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
+        """x (..., inputs) with codes and factors, before `weight_scale`: (..., outputs)."""
         scales = self._shared[0] if self._shared else self.scales
         biases = self._shared[1] if len(self._shared) > 1 else self.get("biases")
         codes = Codes(self.weight, scales, biases, self.form, plain=bool(self._shared))
@@ -125,11 +124,11 @@ class Packed(LinearLayer):
 
 @mx.compile
 def _scaled(y: mx.array, scale: mx.array) -> mx.array:
-    """y * scale in float32, in y's dtype."""
+    """y (..., outputs) * scale (outputs,) or (), in float32, cast to y's dtype."""
     return (y.astype(mx.float32) * scale).astype(y.dtype)
 
 
 @mx.compile
 def _scaled_biased(y: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
-    """y * scale + bias in float32, in y's dtype."""
+    """As `_scaled`, plus bias (outputs,)."""
     return (y.astype(mx.float32) * scale + bias.astype(mx.float32)).astype(y.dtype)

@@ -1,6 +1,5 @@
-"""LoRAs in a loaded network. Factors act beside a weight that is packed, or is read in every step, and what is stored
-stays what it was. To a plain weight that stays in memory they are added: then they cost no step anything, and take no
-memory.
+"""LoRAs in a loaded network. Their factors act beside a weight that is packed, or is read in every step. They are added
+to a plain weight that stays in memory: then they take neither time in a step nor memory.
 
 Beside a weight they are not cheap where tokens are few: of rank 384, as the distilled LoRA's, they take a fifth of the
 operations of a layer 4096 wide."""
@@ -23,11 +22,12 @@ def attach(
     prefix: str = "",
     settles: Callable[[str], bool] = lambda path: False,
 ) -> int:
-    """Let changes, each with its strength, act on the linear layers whose path in `changes` is `prefix` and that in the
-    network, in place of factors that do; returns how many layers have some. Factors are in memory when this returns.
+    """Let changes, each with its strength, act on a network's linear layers, in place of earlier ones (no changes:
+    none act any more). A layer's key in `changes` is `prefix` and its path in the network. Returns how many layers have
+    some; their factors are in memory then.
 
     A layer's factors become one pair in its float type; strengths and scales are multiplied into `up`, in float32.
-    Plain layers whose path `settles` have them added to their weights for good.
+    Plain layers whose path `settles` get them added to their weights for good.
     """
     files: dict[Path, dict[str, mx.array]] = {}
 
@@ -35,14 +35,14 @@ def attach(
         file, tensor = change.parts[part]
         if tensor.name not in files.get(file.path, {}):
             files[file.path] = cast(dict[str, mx.array], mx.load(str(file.path)))
-        return files[file.path].pop(tensor.name)  # what is read and used is held no longer
+        return files[file.path].pop(tensor.name)  # so that it is freed after use
 
     count = 0
     for path, layer in network.named_modules():
         if isinstance(layer, LinearLayer):
             found = changes.get(f"{prefix}{path}", ())
             read = [(values(change, DOWN), values(change, UP), strength * change.scale) for strength, change in found]
-            mx.eval([pair[:2] for pair in read])  # reading is no part of what the device is given
+            mx.eval([pair[:2] for pair in read])  # so that the device does not wait for the disk
             layer.release()
             if read:
                 layer.take(*_joined(read))
@@ -53,12 +53,8 @@ def attach(
     return count
 
 
-def detach(network: nn.Module) -> None:
-    """The network's layers are again as they were."""
-    attach(network, {})
-
-
 def _joined(pairs: Sequence[tuple[mx.array, mx.array, float]]) -> tuple[mx.array, mx.array]:
-    """Of down (rank, inputs), up (outputs, rank) and scale: down and up of their products' sum, float32."""
+    """Several changes of one layer as one: from down (rank, inputs), up (outputs, rank) and scale of each to down and
+    up of the sum of their products, float32."""
     downs = [down.astype(mx.float32) for down, _, _ in pairs]
     return mx.concatenate(downs), mx.concatenate([up.astype(mx.float32) * scale for _, up, scale in pairs], axis=1)

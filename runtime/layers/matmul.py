@@ -1,7 +1,7 @@
 """How to multiply with packed weights: by MLX's kernel for them, or by unpacking them first and multiplying as usual.
 
-Few rows favour the first, many the second, and where they cross is the machine's: the two are up to five times apart,
-either way. So it is measured, once per machine and form of weights, and kept in a file."""
+Few rows favour the first, many the second, by up to a factor of five either way; where they cross depends on the
+machine. So it is measured, once per machine and form of weights, and kept in a file."""
 
 import json
 import math
@@ -20,14 +20,14 @@ from ltx2.runtime.files.atomic import write_text
 from ltx2.runtime.model.forms import Form
 
 AUTO = "auto"
-ROWS = (128, 1024, 4096)  # measured: a sound's or a prompt's tokens, a text's, a picture's
+ROWS = (128, 1024, 4096)  # that are measured: tokens of a sound or a prompt, of a text, of a picture
 SIDE = 4096  # of the weights that are measured
 REPETITIONS = 5
 FILE = Path(".cache") / "ltx2" / "products.json"  # under the user's home
 
 
 class Factors(NamedTuple):
-    """What is added to a weight, as a product: up (outputs, rank) @ down (rank, inputs)."""
+    """A change of a weight, as a product: up (outputs, rank) @ down (rank, inputs)."""
 
     down: mx.array
     up: mx.array
@@ -56,16 +56,7 @@ class Product(Protocol):
 def packed(x: mx.array, codes: Codes, bias: mx.array | None = None, factors: Factors | None = None) -> mx.array:
     """x (..., inputs) @ (W + factors)^T + bias by MLX's kernel for packed weights."""
     weight, scales, biases, form, _ = codes
-    product = mx.quantized_matmul(
-        x,
-        weight,
-        scales=scales,
-        biases=biases,
-        transpose=True,
-        group_size=form.group_size,
-        bits=form.bits,
-        mode=form.mode,
-    )
+    product = mx.quantized_matmul(x, weight, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode)
     product = product if bias is None else product + bias
     return product if factors is None else _beside(product, x, factors)
 
@@ -78,8 +69,8 @@ def dequantized(x: mx.array, codes: Codes, bias: mx.array | None = None, factors
 
 
 def widened(x: mx.array, codes: Codes, bias: mx.array | None = None, factors: Factors | None = None) -> mx.array:
-    """x (..., inputs) @ (W + factors)^T + bias, with W unpacked by one fused elementwise kernel, where the form allows
-    it."""
+    """x (..., inputs) @ (W + factors)^T + bias, with W unpacked by one fused elementwise kernel where its form has
+    one."""
     weight, scales, biases, form, plain = codes
     if plain and biases is None and form.bits == 8:
         return _fp8_linear(x, weight, bias, factors)
@@ -88,17 +79,17 @@ def widened(x: mx.array, codes: Codes, bias: mx.array | None = None, factors: Fa
     return (_nibble_linear if form.bits == 4 else _byte_linear)(x, weight, scales, biases, bias, factors)
 
 
-THIN = 3  # an estimate; docs/performance.md has what came of it on one GPU
+THIN = 3  # an estimate; docs/performance.md has the result on one GPU
 
 
 def sums(rows: int, outputs: int, inputs: int) -> bool:
-    """Whether adding factors to a weight of this shape first, (W + up @ down) x, takes less time than W x + up @ (down
-    x) with so many rows of x. The first takes outputs * inputs operations per unit of rank, the second rows * (outputs
-    + inputs), in products so thin that their operations count THIN times."""
+    """Whether it is faster to add factors to a weight of this shape first, (W + up @ down) x, than to compute
+    W x + up @ (down x), with so many rows of x. The first takes outputs * inputs operations per unit of rank, the
+    second rows * (outputs + inputs), in products so thin that their operations count THIN times."""
     return outputs * inputs < THIN * rows * (outputs + inputs)
 
 
-# Whole layers are compiled: called 1300 times a step, each operation from Python would cost more than it takes.
+# Whole layers are compiled: in 1300 calls a step, starting every operation from Python would cost more than the work.
 
 
 @mx.compile
@@ -153,6 +144,7 @@ def _unpacked(codes: mx.array, scales: mx.array, biases: mx.array, dtype: mx.Dty
 
 
 def _linear(x: mx.array, weight: mx.array, bias: mx.array | None, factors: Factors | None) -> mx.array:
+    """x (..., inputs) @ (weight (outputs, inputs) + factors)^T + bias"""
     if factors is not None and sums(x.size // x.shape[-1], *weight.shape):
         weight, factors = added(weight, factors), None
     y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
@@ -181,7 +173,7 @@ PRODUCTS: Mapping[str, Product] = {"packed": packed, "dequantized": dequantized,
 
 @dataclass(frozen=True)
 class Choice:
-    """The product for each number of rows (batch x tokens): that of the nearest measured number, or of all."""
+    """Names of products by measured number of rows (batch x tokens); the nearest number counts."""
 
     by_rows: tuple[tuple[int, str], ...] = ((1, "packed"),)
 
@@ -193,9 +185,9 @@ class Choice:
 
 
 def choose(form: Form, dtype: mx.Dtype, wanted: str) -> Choice:
-    """The products of a form: the one that is wanted, or (`auto`) the fastest on this machine for each number of
-    rows. On a CPU, which is for tests, always the same, for the same bits in every run: there MLX's own kernel for
-    packed weights is slow, and coarse in 16 bits."""
+    """The products of a form: the `wanted` one, or (`auto`) the fastest on this machine for each number of rows. A CPU,
+    which is for tests, always takes the same one, for the same bits in every run: MLX's own kernel for packed weights
+    is slow there, and coarse in 16 bits."""
     if wanted != AUTO:
         return Choice(((1, wanted),))
     if _on_cpu():
@@ -215,7 +207,7 @@ Kept = dict[str, dict[str, dict[str, float]]]  # machine and form -> rows -> pro
 
 
 def _times(form: Form, dtype: mx.Dtype, rows: int) -> dict[str, float]:
-    """Seconds of every product, the fastest of some: what disturbs a measurement only makes it slower."""
+    """Seconds of every product, the least of several: disturbances only make a measurement slower."""
     codes, x = _example(form, dtype), mx.ones((1, rows, SIDE), dtype)
     mx.eval(x, *(part for part in codes[:3] if part is not None))
     times = dict.fromkeys(PRODUCTS, math.inf)
@@ -228,7 +220,7 @@ def _times(form: Form, dtype: mx.Dtype, rows: int) -> dict[str, float]:
 
 
 def _example(form: Form, dtype: mx.Dtype) -> Codes:
-    """Weights of ones or so: times do not depend on the values."""
+    """A packed weight (SIDE, SIDE) of any values: times do not depend on them."""
     words = mx.full((SIDE, SIDE * form.bits // 32), 0x11111111, mx.uint32)
     shape = (SIDE, SIDE // form.group_size)
     if form.biased:
@@ -249,7 +241,7 @@ def _known(times: Mapping[str, float]) -> dict[str, float]:
 
 
 def _write(kept: Kept) -> None:
-    """What cannot be kept is measured again the next time."""
+    """Keep the times in the file; where that fails, the next run measures again."""
     try:
         path = Path.home() / FILE
         path.parent.mkdir(parents=True, exist_ok=True)

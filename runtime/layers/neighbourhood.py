@@ -55,20 +55,21 @@ class Neighbourhood:
         return self._blocks(2)
 
     def _blocks(self, axis: int) -> Windows:
-        """The last block is moved inwards where blocks do not divide the axis: some queries are then done twice."""
+        """Where blocks do not divide the axis, the last one is moved inwards, and some queries are computed twice."""
         length = self.size[axis]
         block = min(BLOCK, length)
         starts = [min(start, length - block) for start in range(0, length, block)]
         return windows(length, self.kernel[axis], starts, block)
 
     def frames(self, start: int, stop: int) -> slice:
-        """Frames that the keys of queries in frames [start, stop) are in."""
+        """The frames of the keys of queries in frames [start, stop)."""
         keys = windows(self.size[0], self.kernel[0], [start], stop - start).keys[0]
         return slice(int(keys[0]), int(keys[-1]) + 1)
 
     def attend(self, q: mx.array, keys: "Keys", start: int, heads: int) -> Iterator[mx.array]:
-        """Queries (t, H, W, C) of the frames from `start` on -> what they attend to, rows after rows (t, rows, W, C).
-        C is heads by width of a head; queries are scaled already. `keys` reach over `frames(start, start + t)`."""
+        """Attention of queries (t, H, W, C), of the frames from `start` on, in parts (t, rows, W, C) of consecutive
+        rows. C is heads by width of a head; queries are scaled already. `keys` reach over `frames(start, start + t)`.
+        """
         times = windows(self.size[0], self.kernel[0], [start], q.shape[0])
         times = times._replace(keys=times.keys - keys.start)
         box = prod(axis.keys.shape[1] for axis in (times, self._rows, self._columns))
@@ -81,7 +82,7 @@ class Neighbourhood:
     def _attend(
         self, q: mx.array, keys: "Keys", axes: tuple[Windows, Windows, Windows], heads: int, first: int
     ) -> mx.array:
-        """Of some rows of blocks, `first` being the number of the first one."""
+        """Attention of some rows of blocks, from number `first` on: (t, rows, W, C)."""
         times, rows, columns = axes
         (t, _, width, channels), (_, r, _), (_, c, _) = q.shape, rows.seen.shape, columns.seen.shape
         low, high = int(rows.keys.min()), int(rows.keys.max()) + 1
@@ -113,8 +114,8 @@ class Keys(NamedTuple):
 
 
 def _index(axes: tuple[Places, Places, Places], sides: tuple[int, int]) -> mx.array:
-    """Places in a flat clip of so many rows and columns: positions along each axis (blocks, n), of one block over time
-    -> (blocks of rows * blocks of columns, frames * rows * columns)."""
+    """Places in a flat clip of so many rows and columns, from positions along each axis, (blocks, n); one block over
+    time: (blocks of rows * blocks of columns, frames * rows * columns)."""
     times, rows, columns = (mx.array(axis.astype(np.int32)) for axis in axes)
     flat = times[:, None, :, None, None] * (sides[0] * sides[1])
     flat = flat + rows[:, None, None, :, None] * sides[1] + columns[None, :, None, None, :]

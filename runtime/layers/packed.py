@@ -1,4 +1,4 @@
-"""Networks with packed layers: which layers are packed, as the files say, and how they multiply on this machine."""
+"""Networks with packed layers: the files say which layers are packed, the machine how they multiply."""
 
 from collections.abc import Mapping
 from math import prod
@@ -15,7 +15,7 @@ from ltx2.runtime.model.forms import Form, Quantization
 
 Shared = dict[tuple[str, tuple[int, int]], tuple[mx.array, ...]]
 UNPACKABLE = 1 << 28  # values of a weight: a larger one, unpacked, would be as large as a network
-UNIT = 127  # of the mx formats, whose scales are powers of two: 1
+UNIT = 127  # the code of scale 1 in the mx formats, whose scales are powers of two
 SIGNED = -128  # the bias of signed bytes: MLX's codes are unsigned
 
 
@@ -42,14 +42,8 @@ def quantize_like(network: nn.Module, quantization: Quantization, stored: Mappin
     network.update_modules(leaves)
 
 
-def _packed(
-    path: str,
-    linear: Linear,
-    form: Form,
-    stored: Mapping[str, tuple[int, ...]],
-    shared: Shared,
-) -> Packed:
-    """With the parameters that the files have; a scale of an impossible shape is left for strict loading to find."""
+def _packed(path: str, linear: Linear, form: Form, stored: Mapping[str, tuple[int, ...]], shared: Shared) -> Packed:
+    """The layer with the parameters that the files have; strict loading finds a scale of an impossible shape."""
     outputs, inputs = linear.weight.shape
     if form.rotation and inputs % form.rotation:
         what = f"the inputs of {path} cannot be rotated in blocks of {form.rotation}"
@@ -67,15 +61,16 @@ def _packed(
 
 
 def _constant(form: Form, groups: tuple[int, int]) -> tuple[mx.array, ...]:
-    """The scales and biases of bytes that are values but for a layer's `weight_scale`: FP8, and signed integers."""
+    """Scales and biases (`groups` each) of bytes that hold values, apart from a layer's `weight_scale`: FP8 and signed
+    integers."""
     if form.biased:
         return mx.ones(groups, mx.bfloat16), mx.full(groups, SIGNED, mx.bfloat16)
     return (mx.full(groups, UNIT, mx.uint8),)
 
 
 def choose_products(network: nn.Module, wanted: str) -> dict[str, Choice]:
-    """Let a network's packed layers multiply in the fastest way on this machine, or in the `wanted` one; returns what
-    was chosen for each form of weights."""
+    """Let a network's packed layers multiply in the fastest way on this machine, or in the `wanted` one. Returns the
+    choice for each form of weights."""
     chosen: dict[str, Choice] = {}
     for module in network.modules():
         if isinstance(module, Packed):

@@ -1,8 +1,8 @@
-"""Rotated inputs: a linear layer's weights are easier to round when no few of them are large, and a layer does not
+"""Rotated inputs: weights round better when no single one is much larger than the rest, and a linear layer does not
 change when its inputs and its weights are rotated alike: x W^T = (x Q) (W Q)^T.
 
-Q is block-diagonal (runtime/model/hadamard.py); what is rounded at run time are the products' sums alone. (QuaRot,
-arXiv:2404.00456, rotates by one matrix as wide as the layer.)"""
+Q is block-diagonal (runtime/model/hadamard.py) and exact in 16 bits: at run time only the sums of products are rounded.
+(QuaRot, arXiv:2404.00456, rotates by one matrix as wide as the layer.)"""
 
 from functools import cache
 

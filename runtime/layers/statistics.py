@@ -7,9 +7,9 @@ import mlx.nn as nn
 
 
 class LatentStatistics(nn.Module):
-    """One mean and deviation per feature of a token. `shape` lays the features out beside latents without their batch
-    axis: (C, 1, 1, 1) for video, (channels, 1, frequencies) for audio. Computes in float32, returns the latents' type.
-    """
+    """One mean and deviation per feature of a token. `shape` lays the features out along the axes of latents, without
+    the batch: (C, 1, 1, 1) for video, (channels, 1, frequencies) for audio. Computes in float32, returns the latents'
+    dtype."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class LatentStatistics(nn.Module):
         self._shape = shape
 
     def normalise(self, latents: mx.array) -> mx.array:
-        """As a VAE's encoder makes them -> zero mean and unit deviation."""
+        """Latents (batch, ...) as a VAE's encoder makes them -> the same shape, of zero mean and unit deviation."""
         mean, std = self._tables()
         return ((latents.astype(mx.float32) - mean) / std).astype(latents.dtype)
 

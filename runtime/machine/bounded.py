@@ -1,9 +1,9 @@
 """Work in bounded pieces: how long each evaluation takes, and where a large operation is cut into parts.
 
-macOS ends a GPU command that runs for seconds, because the display waits behind it. A command is what MLX submits at
-once: it closes one after 40 or 50 operations, or when their arrays hold as many Mi of values (device.cpp of its Metal
-backend). That bounds all but the last operation of a command, however much is evaluated at once: to 0.15 TFLOP for
-matrix products (of 4096x4096, say), to 0.7 for a convolution. The last one is not cut by MLX: who asks for it has to.
+macOS ends a GPU command that runs for seconds, because the display waits behind it. MLX closes a command after 40 or 50
+operations, or when their arrays hold as many Mi of values (device.cpp of its Metal backend). That bounds all but the
+last operation of a command, however much is evaluated at once: to 0.15 TFLOP for matrix products (of 4096x4096, say),
+to 0.7 for a convolution. MLX does not cut the last operation; the caller must.
 
 One meter serves the process, as MLX's peak memory does: phases follow one another."""
 
@@ -17,9 +17,9 @@ from functools import cache
 import mlx.core as mx
 
 SECONDS = 0.5  # of one operation, at the speed of a matrix product
-SLOWER = 4  # than a matrix product: what convolutions and attention are taken to be at most
+SLOWER = 4  # convolutions and attention are at most so many times slower than a matrix product
 SMALL = 2.0**40  # floating-point operations that the slowest GPU does in that time: an M1's, with 2.3 TFLOP/s
-SIDE = 2048  # of the matrices that are multiplied to find out
+SIDE = 2048  # of the matrices that measure the speed
 AHEAD = 1 << 28  # bytes of an evaluation's results: larger ones are always waited for, which costs next to nothing
 
 
@@ -37,7 +37,7 @@ class Meter:
         self._queued = False
 
     def evaluate(self, *arrays: mx.array) -> None:
-        """Evaluate and wait; inside `running_ahead`, wait for earlier ones only unless the arrays are large."""
+        """Evaluate and wait; inside `running_ahead`, wait for earlier evaluations only, unless the arrays are large."""
         if self._behind and not self.waits and sum(array.nbytes for array in arrays) <= AHEAD:
             self.queue(*arrays)
             self._under_way.append(arrays)
@@ -52,7 +52,7 @@ class Meter:
         self._queued = False
 
     def queue(self, *arrays: mx.array) -> None:
-        """Hand the arrays' evaluation to the device, and wait only if that is asked for."""
+        """Hand the arrays' evaluation to the device; wait only if `waits`."""
         if self.waits:
             self.evaluate(*arrays)
         else:
@@ -61,8 +61,8 @@ class Meter:
 
     @contextmanager
     def running_ahead(self, evaluations: int) -> Iterator[None]:
-        """So many evaluations may be under way while the host prepares the next one, at the price of the memory that
-        their results take, none of which is larger than `AHEAD`; 0: none. At the end of the block all are done."""
+        """Let so many evaluations be under way while the host prepares the next one. Their results take memory, at most
+        `AHEAD` each; 0: none. At the end of the block all are done."""
         before, self._behind = self._behind, evaluations
         try:
             yield
@@ -77,17 +77,17 @@ evaluate, queue, running_ahead = meter.evaluate, meter.queue, meter.running_ahea
 
 
 def divided(function: Callable[[mx.array], mx.array], x: mx.array, axis: int, flops: float) -> mx.array:
-    """function(x), of which every position along `axis` depends on its own of `x` alone: at once or, where its largest
-    operation has too many `flops` for this machine, in parts."""
-    if not too_large(flops):
-        return function(x)
+    """function(x), whose positions along `axis` depend on the same position of `x` alone: in parts where its largest
+    operation has too many `flops` for this machine."""
     before = (slice(None),) * axis
     return in_parts(lambda part: function(x[(*before, part)]), x.shape[axis], axis, flops)
 
 
 def in_parts(compute: Callable[[slice], mx.array], length: int, axis: int, flops: float) -> mx.array:
-    """What `compute` makes of the parts of an axis, joined; each is evaluated by itself, and as large as this machine
-    should be given, where all of them have so many `flops`."""
+    """What `compute` makes of an axis of this length: at once or, where that has too many `flops` for this machine, in
+    parts that are as large as it should be given, each evaluated by itself, then joined."""
+    if not too_large(flops):
+        return compute(slice(0, length))
     step = max(1, int(length * limit() / flops))
     pieces = []
     for start in range(0, length, step):
@@ -109,14 +109,14 @@ def limit() -> float:
 
 
 def ceiling() -> float | None:
-    """Seconds that one operation takes at most on this machine, as they are cut here. None where nothing is."""
+    """The most seconds that one operation takes on this machine. None where operations are not cut."""
     return None if limit() == math.inf else SLOWER * limit() / speed()
 
 
 @cache
 def speed() -> float:
-    """Floating-point operations per second of a matrix product in 16 bits, rounded down to a power of two: noise shall
-    not decide how a machine cuts."""
+    """Floating-point operations per second of a matrix product in 16 bits, rounded down to a power of two: noise does
+    not change where operations are cut."""
     x = mx.ones((SIDE, SIDE), mx.bfloat16)
     mx.eval(x @ x)  # compiles
     times = []

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ltx2.runtime.machine.bounded import evaluate, in_parts, too_large
+from ltx2.runtime.machine.bounded import evaluate, in_parts
 from ltx2.runtime.networks.video_vae.config import Size, Stage
 
 NORM_EPS = 1e-8
@@ -43,9 +43,7 @@ class CausalConv3d(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         flops = 2 * self.conv.weight.size * prod(x.shape[:4])
-        if too_large(flops):
-            return in_parts(lambda part: self._frames(x, part), x.shape[1], axis=1, flops=flops)
-        return self._frames(x, slice(0, x.shape[1]))
+        return in_parts(lambda part: self._frames(x, part), x.shape[1], axis=1, flops=flops)
 
     def _frames(self, x: mx.array, part: slice) -> mx.array:
         """Frames `part` of the result, from the frames they depend on; beyond the clip's ends these are copies."""
