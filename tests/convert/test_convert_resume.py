@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import namedtuple
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from tests.support.official import DEMO, GEMMA, MONOLITH, UPSCALER, plan_of
 ROOT = Path(__file__).parent.parent.parent
 SMALL_SHARDS = WriteOptions(shard_gb=0.001)
 MARK_BYTES = 1 << 20  # for the demo model
-Usage = namedtuple("Usage", "total used free")
 
 
 def demo_plan() -> Plan:

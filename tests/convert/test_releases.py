@@ -10,17 +10,13 @@ import pytest
 
 import ltx2
 from ltx2.convert.inspect import inspect
-from ltx2.convert.output.files import component_files
 from ltx2.convert.plan.check import check_plan
 from ltx2.convert.write import write_plan
-from ltx2.quant.plan.replan import repack
 from ltx2.runtime.errors import UnsupportedError, VerificationError
 from ltx2.runtime.events import Warned
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.model.layout import ModelFolder
-from tests.support import published
-from tests.support.command import Here
-from tests.support.folders import accept, rewrite, verified
+from tests.support.folders import accept, verified
 from tests.support.official import DEMO_25, LORA_25, Official, Split, plan_of
 from tests.support.parity import relative_l2, require
 
@@ -41,13 +37,7 @@ class TestSplitFiles:
             "vocoder",
         )  # fmt: skip
         assert report.compared == report.tensors
-        assert ModelFolder.open(model_25).manifest.release == "2.5"
-
-    def test_predicted_sizes(self, official_25: Split, model_25: Path) -> None:
-        plan = plan_of(*official_25.sources, variant="distilled")
-        files = [f for c in plan.components.values() for f in component_files(plan, c, 5 * 10**9)]
-        assert {f.path: f.size for f in files} == {f.path: (model_25 / f.path).stat().st_size for f in files}
-        assert len(files) == len([p for p in model_25.glob("*/*") if p.is_file()])
+        assert (inspect(model_25)["release"], inspect(model_25)["generate"]) == ("2.5", True)
 
     def test_tokenizer(self, official_25: Split, tmp_path: Path) -> None:
         source = official_25.path("gemma4")
@@ -83,23 +73,6 @@ class TestMonolith:
         assert warnings == ["generating from a prompt also needs text_encoder, which no source has"]
         assert ModelFolder.open(out).manifest.release == "2.3"
 
-    def test_quantized(self, official_23: Official, tmp_path: Path) -> None:
-        options: dict[str, Any] = {"only": ["transformer"], "bits": 4, "recipe": "uniform"}
-        out = ltx2.convert(official_23.monolith, tmp_path / "out", **options)
-        assert inspect(out)["components"]["transformer"]["quantization"]["bits"] == 4
-        assert verified(out, [official_23.monolith], repack).compared > 200
-
-    def test_missing_tensor_in_a_folder(self, official_23: Official, tmp_path: Path) -> None:
-        out = ltx2.convert(official_23.monolith, tmp_path / "out", only=["vocoder"])
-        rewrite(out / "vocoder" / "model.safetensors", {"mel_stft.mel_basis": None})
-        accept(out)
-        with pytest.raises(VerificationError, match=r"vocoder: tensor mel_stft\.mel_basis is missing"):
-            verified(out)
-
-    def test_all_sources(self, model_23: Path, official_23: Official) -> None:
-        assert ModelFolder.open(model_23).manifest.release == "2.3"
-        assert verified(model_23, official_23.sources).compared > 1000
-
 
 def test_the_configuration_decides_the_structure() -> None:
     """The demo model's sound has as few channels on its second level as on its first."""
@@ -132,53 +105,6 @@ class TestGenerate:
         done = here("generate", "a kite", "-m", newer, "-o", newer / "clip.mp4", "--json")
         assert done.code == 1 and json.loads(done.out)["error"]["kind"] == "unsupported"
         assert not list(newer.glob("clip*"))
-
-
-class TestInspect:
-    def test_model(self, model_25: Path, demo_model: Path) -> None:
-        assert (inspect(model_25)["release"], inspect(model_25)["generate"]) == ("2.5", True)
-        assert inspect(demo_model)["generate"] is True
-
-    @pytest.mark.parametrize(
-        ("name", "expected"),
-        [
-            ("ltx-2-19b-fp8", ("checkpoint", "2.0", "dev", "FP8 (E4M3)", True, True)),
-            ("ltx-2.3-22b", ("checkpoint", "2.3", "dev", None, True, True)),
-            ("ltx-2.5-22b-transformer-nvfp4", ("checkpoint", "2.5", "distilled", "NVFP4", True, True)),
-            ("ltx-2.5-22b-transformer-int8", ("checkpoint", "2.5", "dev", "int8", True, True)),
-            ("ltx-2.5-latent-temporal-upscaler-x2-bf16-1.0", ("temporal_upscaler", None, None, None, True, True)),
-            ("ltx-2.5-video-vae-bf16", ("diffusion_vae", "2.5", None, None, True, True)),
-            ("ltx-2.5-duration-head-bf16", ("checkpoint", "2.5", None, None, True, True)),
-            (published.LORA, ("lora", "2.0", None, None, True, True)),
-            ("gemma4-12b-with-proj-ltx-2.5-bf16", ("text_encoder", "2.5", None, None, True, True)),
-            ("gemma4-12b-with-proj-ltx-2.5-int8", ("text_encoder", "2.5", None, "int8", True, True)),
-        ],
-    )
-    def test_published(self, name: str, expected: tuple[object, ...], tmp_path: Path) -> None:
-        found = inspect(published.write_published(tmp_path, name)[0])
-        assert tuple(found[k] for k in ("kind", "release", "variant", "storage", "convert", "generate")) == expected
-        assert found["reason"] is None
-
-    def test_parts_of_a_model(self, small_model: Path, here: Here) -> None:
-        """Which no clip can be made with alone."""
-        found = inspect(small_model)
-        assert found["generate"] is False
-        assert found["missing"] == ["transformer", "text_encoder", "audio_vae", "video_vae"]
-        assert "also needs transformer, text_encoder, audio_vae, video_vae" in here("inspect", small_model).out
-
-    def test_distilled_generates(self, tmp_path: Path) -> None:
-        _, distilled = published.write_published(tmp_path, published.MONOLITH)
-        assert inspect(distilled)["generate"] is True
-
-    def test_releases(self, tmp_path: Path) -> None:
-        assert inspect(published.write_gemma(tmp_path / "gemma"))["releases"] == ["2.0", "2.3"]
-
-    def test_parameters_do_not_depend_on_the_storage(self, tmp_path: Path) -> None:
-        names = ("ltx-2-19b", "ltx-2-19b-fp8", "ltx-2-19b-fp4")
-        found = [inspect(published.write_published(tmp_path, name)[0])["components"] for name in names]
-        assert {part["transformer"]["parameters"] for part in found} == {18_876_174_592}
-        plain, *smaller = (part["transformer"]["bytes"] for part in found)
-        assert all(size < plain / 1.7 for size in smaller)
 
 
 def test_text_encoder_is_what_mlx_lm_loads(official_25: Split, model_25: Path, figure: Any) -> None:
