@@ -33,7 +33,7 @@ from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.generate.records.clip import Clip
 from ltx2.runtime.machine.facts import machine_facts
-from ltx2.runtime.model.layout import ModelFolder
+from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 
 PROMPTS = 64
 COMPARED = 12  # of them: models are compared layer by layer and step by step, which takes four times as long as a clip
@@ -41,7 +41,6 @@ ATTRIBUTES = ("colour", "shape", "motion", "tone", "background")
 FOLLOWED = ATTRIBUTES[:4]  # a clip that shows these follows its prompt
 MEASURES = ("psnr_db", "log_spectral_distance_db", "layers")  # of a clip; of both streams:
 PAIRS = ("contexts", "velocity", "cosine", "latents")
-TRANSFORMER = "transformer"
 STRIPS = 3  # prompts whose clips are shown
 Row = dict[str, Any]
 Paths = Mapping[str, Path]  # folders of the models by name, the reference's among them

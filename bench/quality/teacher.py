@@ -6,7 +6,7 @@ before it makes the clip on its own. Only one network is in memory at a time."""
 
 from collections import Counter
 from collections.abc import Collection, Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2.bench.quality.metrics import Difference
+from ltx2.convert.plan.entries import Layer
+from ltx2.quant.measure.recording import Call, Stream, velocities
 from ltx2.runtime.events import Event
 from ltx2.runtime.generate.networks import Observe
 from ltx2.runtime.generate.observe import watch
@@ -26,7 +28,7 @@ from ltx2.runtime.generate.records.exchange import read_embeddings
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.transformer.config import TransformerConfig
-from ltx2.runtime.networks.transformer.inputs import Levels, Skips, StreamInput, Text
+from ltx2.runtime.networks.transformer.inputs import Skips, StreamInput
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.sampling.guidance import TEXT
 from ltx2.runtime.streams import Streams
@@ -36,7 +38,6 @@ from ltx2.runtime.streams import Streams
 KEPT = {"text_encoder": (1, 16), "connectors": (1, 16), "transformer": (3, 5)}
 STREAMS = ("video", "audio")
 
-Layer = tuple[str, str]  # component, path
 StepKey = tuple[int, int, float]  # stage, step (both from 1), noise level
 Differences = dict[str, Difference]  # of both streams
 
@@ -61,11 +62,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Step:
-    """A call of the transformer without skips: tokens (1, tokens, channels) of each stream with their noise levels, and
-    the returned velocities of the same shape."""
+    """A call of the transformer without skips, and the velocities (1, tokens, channels) that it has returned."""
 
-    tokens: Streams[mx.array]
-    levels: Streams[Levels]
+    call: Call
     velocities: Streams[mx.array]
 
 
@@ -175,15 +174,14 @@ class _Recorder:
 
     def _call(self, transformer: Transformer, inputs: Streams[StreamInput], skips: Skips) -> Streams[mx.array]:
         """The velocities (1, tokens, channels), which are kept if they are the prompt's without skips."""
-        velocities = transformer.velocities(inputs, skips)
+        returned = transformer.velocities(inputs, skips)
         text = next(inputs.values()).text
         if not self.stages[-1]:
             self._text = text  # of a guided step's calls, the first is the prompt's
         if skips.nothing and text is self._text:
-            mx.eval(*velocities.values())
-            tokens, levels = inputs.map(lambda stream: stream.tokens), inputs.map(lambda stream: stream.levels)
-            self.stages[-1].append(Step(tokens, levels, velocities))
-        return velocities
+            mx.eval(*returned.values())
+            self.stages[-1].append(Step(inputs.map(Stream.of), returned))
+        return returned
 
 
 class _Pupil:
@@ -210,23 +208,15 @@ class _Pupil:
             self.layers[key] = sum((_difference(*pair) for pair in pairs), Difference())
 
     def _taught(self, transformer: Transformer, inputs: Streams[StreamInput], skips: Skips) -> Streams[mx.array]:
-        """The stage's first call; before it the network, now ready, computes the velocities at the reference's
-        steps."""
+        """The stage's first call; before it the network, now ready, answers the reference's calls."""
         transformer.around = None
         steps = self._recording.stages[self._stage]
         self._stage += 1
-        texts = transformer.project(self._recording.contexts)
         for number, step in enumerate(steps, start=1):
-            given = inputs.named(partial(_given, step, texts))
-            pairs = step.velocities.zip(transformer(given))
-            sigma = float(next(step.levels.values()).sigma)
+            pairs = step.velocities.zip(velocities(transformer, step.call))
+            sigma = float(next(step.call.values()).levels.sigma)
             self.velocity[self._stage, number, sigma] = {name: _difference(*pair) for name, pair in pairs.items()}
         return transformer(inputs, skips)
-
-
-def _given(step: Step, texts: Streams[Text], name: str, stream: StreamInput) -> StreamInput:
-    """A stream's input at the reference's step, otherwise as in this call."""
-    return replace(stream, tokens=step.tokens.get(name), levels=step.levels.get(name), text=texts.get(name))
 
 
 def _cast(network: nn.Module, dtype: mx.Dtype | None) -> None:

@@ -24,13 +24,13 @@ from ltx2.quant.recipes.recipe import Recipe
 from ltx2.runtime.errors import DoesNotFitError
 from ltx2.runtime.events import Event, PhaseStarted, StepDone
 from ltx2.runtime.model.layout import TRANSFORMER
+from ltx2.runtime.units import GB
 
 CANDIDATES = (3, 4, 5, 6, 8)  # bits; a layer may also stay as it is
 USUAL = 4
 HALVED = 8  # bits of the smallest codes that are quantized further
 PHASE = "choosing bits"
 SAMPLE_BYTES = 16 << 20  # about what packing a layer's sample takes
-GB = 10**9
 
 
 @dataclass(frozen=True)

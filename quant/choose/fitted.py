@@ -10,8 +10,8 @@ from typing import Any
 from ltx2.quant.choose.budget import Budget
 from ltx2.runtime.events import Event
 from ltx2.runtime.model.forms import AFFINE, Form
+from ltx2.runtime.units import GB
 
-GB = 10**9
 IN_A_BLOCK = re.compile(r"^.*?\.\d+\.")
 
 

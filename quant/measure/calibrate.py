@@ -15,11 +15,12 @@ import mlx.nn as nn
 import numpy as np
 
 from ltx2 import __version__
+from ltx2.convert.plan.entries import Layer
 from ltx2.convert.plan.folder import folder_plan
 from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.measure.recording import CallRecorder, Stream
 from ltx2.quant.measure.sensitivity import Steps, measure
-from ltx2.quant.measure.statistics import About, Layer, identity, write_statistics
+from ltx2.quant.measure.statistics import About, identity, write_statistics
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.events import Event, PromptStarted
 from ltx2.runtime.files.jsonfile import read_object

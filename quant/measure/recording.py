@@ -51,6 +51,13 @@ def given(transformer: Transformer, call: Call) -> Streams[StreamInput]:
     return call.map(again, texts.zip(ropes))
 
 
+def velocities(transformer: Transformer, call: Call) -> Streams[mx.array]:
+    """What a transformer answers to a call, (1, tokens, channels) of each stream."""
+    found = transformer(given(transformer, call))
+    mx.eval(*found.values())
+    return found
+
+
 class CallRecorder:
     """Keeps a part of a pipeline's calls."""
 

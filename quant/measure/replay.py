@@ -24,13 +24,14 @@ from ltx2.runtime.errors import InputError
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.forms import Form
+from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.transformer.block import StreamContext, TransformerBlock
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.transformer.inputs import Ropes, StreamInput, Text
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.streams import Streams
 
-COMPONENT, BLOCKS = "transformer", "transformer_blocks"
+BLOCKS = "transformer_blocks"
 LAYER = re.compile(rf"{BLOCKS}\.(\d{{1,3}})\.(.+)")
 ROWS = 2048  # of an input that are multiplied at a time
 KEPT = 2  # feedbacks that are kept: layers with the same input are packed near each other
@@ -48,10 +49,10 @@ class Replay:
     earlier block it begins anew."""
 
     def __init__(self, plan: Plan, calls: Sequence[Call]) -> None:
-        kept = [layer for layer in kept_layers(plan) if layer[0] == COMPONENT]
-        moves = decoded(plan, dict.fromkeys(kept, "bf16")).moves(COMPONENT)
+        kept = [layer for layer in kept_layers(plan) if layer[0] == TRANSFORMER]
+        moves = decoded(plan, dict.fromkeys(kept, "bf16")).moves(TRANSFORMER)
         self._weights = {move.key: move for move in moves}
-        self._config = plan.components[COMPONENT].config
+        self._config = plan.components[TRANSFORMER].config
         self._calls = calls
         self._states: list[_State] = []
         self._next = 0  # the block that the states are for
@@ -61,7 +62,7 @@ class Replay:
     @staticmethod
     def covers(component: str, layer: str) -> bool:
         """Whether a layer is one of a transformer block."""
-        return component == COMPONENT and LAYER.fullmatch(layer) is not None
+        return component == TRANSFORMER and LAYER.fullmatch(layer) is not None
 
     def feedback(self, layer: str, form: Form, biased: bool) -> Feedback:
         """For a layer that is covered, and that is to be stored so.

@@ -17,9 +17,8 @@ from typing import cast
 
 import mlx.core as mx
 
-from ltx2.convert.plan.entries import natural_order
-from ltx2.quant.measure.recording import Call, given
-from ltx2.quant.measure.statistics import Layer
+from ltx2.convert.plan.entries import Layer, natural_order
+from ltx2.quant.measure.recording import Call, velocities
 from ltx2.quant.recipes.recipe import EVERY, block_counts, block_of, load_recipe
 from ltx2.runtime.events import Event, PhaseStarted, StepDone
 from ltx2.runtime.files.jsonfile import read_object
@@ -31,7 +30,6 @@ from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.streams import Streams
 
 PHASE = "sensitivity"
-Velocities = Streams[mx.array]
 
 
 @dataclass(frozen=True)
@@ -121,13 +119,6 @@ class _Disturbance:
         return y + change * (self._error * _size(product) / _size(change)).astype(y.dtype)
 
 
-def velocities(transformer: Transformer, step: Call) -> Velocities:
-    """What a transformer returns for what one was given."""
-    found = transformer(given(transformer, step))
-    mx.eval(*found.values())
-    return found
-
-
 def _size(values: mx.array) -> mx.array:
     return mx.sqrt(mx.mean(mx.square(values.astype(mx.float32))))
 
@@ -144,7 +135,7 @@ def _groups(transformer: Transformer, bands: int) -> list[frozenset[str]]:
     return [frozenset(group) for group in groups.values()]
 
 
-def _change(clean: Velocities, changed: Velocities, method: Method) -> float:
+def _change(clean: Streams[mx.array], changed: Streams[mx.array], method: Method) -> float:
     """Squared relative change of both velocities, weighted and added."""
     total = 0.0
     for stream, (velocity, other) in clean.zip(changed).items():

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ltx2.convert.output.pieces import values_of
-from ltx2.convert.plan.entries import Move, Plan
+from ltx2.convert.plan.entries import Layer, Move, Plan
 from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.measure.recording import NAME as CALL_NAME
 from ltx2.quant.measure.recording import Call, read_calls
@@ -40,8 +40,6 @@ ABOUT = "about"
 MEAN_SQUARE, MEAN, SENSITIVITY = "mean_square", "mean", "sensitivity"
 NAME = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)\.({MEAN_SQUARE}|{MEAN}|{SENSITIVITY})")
 MAKE = "make it with ltx2 calibrate"
-
-Layer = tuple[str, str]  # component, and path in its network
 
 
 @dataclass(frozen=True)

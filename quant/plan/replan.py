@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import frexp, inf
 
-from ltx2.convert.plan.entries import Entry, Merge, Move, Plan, quantization_config
+from ltx2.convert.plan.entries import Entry, Layer, Merge, Move, Plan, quantization_config
 from ltx2.quant.codes.methods import GPTQ
 from ltx2.quant.measure.replay import Replay
 from ltx2.quant.measure.statistics import Statistics
@@ -18,7 +18,6 @@ from ltx2.runtime.model.layout import ModelFolder
 
 ALONE = "verify without sources: every byte is checked by the hashes"
 Forms = Mapping[str, Mapping[str, Form]]  # component -> path of a layer -> how it is stored
-Layer = tuple[str, str]  # component, path
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,14 @@ def packed_plan(plan: Plan, forms: Forms, given: Given) -> Plan:
         if isinstance(entry, Move) and (move := _packed(entry, forms, given, biases.get(_layer(entry)))) is not None
     }
     replanned = replace(plan, entries=tuple(_replanned(entry, packed) for entry in plan.entries))
-    components = {
-        name: replace(
-            component,
-            quantization=quantization_config(replanned.moves(name)),
-            statistics=_record(replanned, name) or component.statistics,
-            method=GPTQ if _replayed(replanned, name) else component.method,
-        )
-        for name, component in plan.components.items()
-    }
+    components = {}
+    for name, component in plan.components.items():
+        moves = replanned.moves(name)
+        found = [packing for _, packing in packings(moves).values()]
+        record = next((packing.known.statistics.record for packing in found if packing.known), component.statistics)
+        method = GPTQ if any(packing.method == GPTQ for packing in found) else component.method
+        quantization = quantization_config(moves)
+        components[name] = replace(component, quantization=quantization, statistics=record, method=method)
     return replace(replanned, components=components)
 
 
@@ -86,17 +84,6 @@ def _replanned(entry: Entry, packed: Mapping[Layer, Move]) -> Entry:
     if entry.key == weight.key:
         return weight
     return Merge(entry.file, entry.tensor, weight) if entry.key in weight.parameters() else entry
-
-
-def _record(plan: Plan, component: str) -> FileRecord | None:
-    """The statistics that its layers are packed with."""
-    known = (packing.known for _, packing in packings(plan.moves(component)).values())
-    return next((k.statistics.record for k in known if k is not None), None)
-
-
-def _replayed(plan: Plan, component: str) -> bool:
-    """Whether some layer's codes are chosen by GPTQ."""
-    return any(packing.method == GPTQ for _, packing in packings(plan.moves(component)).values())
 
 
 def repack(plan: Plan, model: ModelFolder, statistics: Statistics | None = None) -> Plan:

@@ -82,11 +82,6 @@ class Recipe:
 
     def bits(self, component: str, layers: Sequence[str], chosen: int, error: Error = unknown) -> dict[str, int]:
         """Bits of every layer of the component that is quantized; `layers` are the paths of all its layers."""
-        if error is unknown:
-            return dict(_known_bits(self, component, tuple(layers), chosen))
-        return self._bits(component, layers, chosen, error)
-
-    def _bits(self, component: str, layers: Sequence[str], chosen: int, error: Error) -> dict[str, int]:
         counts = block_counts(layers)
 
         def naming(rules: Iterable[Rule], layer: str) -> list[Rule]:
@@ -108,12 +103,6 @@ class Recipe:
             at_most=other.at_most + self.at_most,
             own_bits=self.own_bits or other.own_bits,
         )
-
-
-@cache
-def _known_bits(recipe: Recipe, component: str, layers: tuple[str, ...], chosen: int) -> dict[str, int]:
-    """Where no error is known; the same is asked more than once when a plan is made."""
-    return recipe._bits(component, layers, chosen, unknown)
 
 
 def recipe_names() -> list[str]:

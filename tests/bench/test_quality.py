@@ -164,9 +164,9 @@ class TestRecording:
         (steps,) = recording.stages
         assert len(steps) == len(SIGMAS) - 1
         for (step, after), (sigma, following) in zip(pairwise(steps), pairwise(SIGMAS[:-1]), strict=True):
-            for stream, tokens in step.tokens.items():
-                moved = np.array(tokens - (sigma - following) * step.velocities.get(stream))
-                np.testing.assert_allclose(np.array(after.tokens.get(stream)), moved, atol=1e-5)
+            for name, stream in step.call.items():
+                moved = np.array(stream.tokens - (sigma - following) * step.velocities.get(name))
+                np.testing.assert_allclose(np.array(after.call.get(name).tokens), moved, atol=1e-5)
 
     def test_rows_are_inputs_and_products(
         self, recording: Recording, demo_f32: Path, layers: dict[str, set[str]]

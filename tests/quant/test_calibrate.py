@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from ltx2 import api
+from ltx2.convert.plan.entries import Layer
 from ltx2.convert.plan.folder import folder_plan
 from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.measure import calibrate as calibrating
 from ltx2.quant.measure.calibrate import Calibrated, Recorder, built_in_prompts, calibrate
-from ltx2.quant.measure.statistics import About, Layer, Statistics, identity, write_statistics
+from ltx2.quant.measure.statistics import About, Statistics, identity, write_statistics
 from ltx2.runtime.errors import CheckpointError, InputError, NumericsError
 from ltx2.runtime.events import Event, PhaseStarted, PromptStarted
 from ltx2.runtime.files.tensors import open_tensorfile, write_tensorfile

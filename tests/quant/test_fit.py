@@ -23,8 +23,8 @@ from ltx2.quant.choose.fitted import Fit
 from ltx2.quant.choose.sample import candidates
 from ltx2.quant.codes.pack import pack, unpack
 from ltx2.quant.measure import sensitivity
-from ltx2.quant.measure.recording import Call, Stream
-from ltx2.quant.measure.sensitivity import Method, velocities
+from ltx2.quant.measure.recording import Call, Stream, velocities
+from ltx2.quant.measure.sensitivity import Method
 from ltx2.quant.measure.statistics import Statistics, write_statistics
 from ltx2.quant.recipes.recipe import Recipe, Rule, load_recipe
 from ltx2.runtime.errors import DoesNotFitError, InputError
