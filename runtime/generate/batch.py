@@ -3,71 +3,25 @@ loaded once. Where their lengths follow from their prompts, all are planned anew
 case of one."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from typing import Protocol
 
 from ltx2.runtime.events import Event, PhaseStarted, PlannedPhase, Warned, WorkPlanned
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.networks import Networks
-from ltx2.runtime.generate.phases.base import Phase, Prompts
 from ltx2.runtime.generate.phases.order import count, merged
-from ltx2.runtime.generate.phases.text import EncodeText
 from ltx2.runtime.generate.planning import MemoryPlan
 from ltx2.runtime.generate.records.clip import Saved
+from ltx2.runtime.generate.run import Common, Predicted, Run
 from ltx2.runtime.machine.process import allow_files
-from ltx2.runtime.model.layout import TRANSFORMER
 
 FILES = 6  # that a clip has open at once, at most: its names, and what ffmpeg reads
 OTHERS = 64
 Planner = Callable[[Sequence[Job]], Sequence[MemoryPlan]]
 
 
-@dataclass(frozen=True)
-class Predicted(Event):
-    """A clip's length is known, from the duration head's answer. It goes on once it is planned."""
-
-    seconds: float
-
-
-class OneRun(Protocol):
-    """One clip of them, by its number from 0. Its events stop for the others at every PhaseStarted, and where its
-    length is Predicted. `phases`: what it goes through; `resumed`: when it went on last; `seconds`: what it took
-    before."""
-
-    job: Job
-    number: int
-    memory: MemoryPlan
-    phases: list[Phase]
-    common: "Common"
-    resumed: float
-    seconds: float
-
-    def events(self) -> Generator[Event, None, None]: ...
-
-    def take(self, plan: MemoryPlan) -> None:
-        """Make its clip in place of the one so far."""
-
-
-class Common:
-    """What the clips have in common: networks, and contexts of their prompts."""
-
-    def __init__(self, runs: Sequence[OneRun], networks: Networks) -> None:
-        self.networks = networks
-        self.prompts = Prompts([run.job for run in runs if any(isinstance(phase, EncodeText) for phase in run.phases)])
-        self._left = Counter(phase.name for run in runs for phase in run.phases)
-
-    def leave(self, phase: Phase, memory: MemoryPlan) -> None:
-        """A clip is through a phase: networks that none needs now make way."""
-        self._left[phase.name] -= 1
-        kept = {TRANSFORMER} if phase.name in memory.keeps_transformer else set[str]()
-        self.networks.keep(kept | set(phase.components) if self._left[phase.name] else kept)
-
-
 def make_all(
-    runs: Sequence[OneRun], there: Sequence[Saved], networks: Networks, plan: Planner
+    runs: Sequence[Run], there: Sequence[Saved], networks: Networks, plan: Planner
 ) -> Generator[Event, None, None]:
     """The events of all clips; of those that are `there` already the last one only. `plan` makes the plans of checked
     clips, and raises for what does not fit."""
@@ -88,7 +42,7 @@ def make_all(
         yield event
 
 
-def _in_step(runs: Sequence[OneRun], clips: int, plan: Planner) -> Iterator[Event]:
+def _in_step(runs: Sequence[Run], clips: int, plan: Planner) -> Iterator[Event]:
     with ExitStack() as held:
         order = _order(runs)
         streams = [held.enter_context(closing(run.events())) for run in runs]
@@ -124,7 +78,7 @@ def _in_step(runs: Sequence[OneRun], clips: int, plan: Planner) -> Iterator[Even
                     yield from go_on(index)
 
 
-def _settle(runs: Mapping[OneRun, float | None], plan: Planner) -> None:
+def _settle(runs: Mapping[Run, float | None], plan: Planner) -> None:
     """Clips are made as long as their prompts need, by the seconds that the duration head gives those that have waited
     for it; with these, all that are left are planned."""
     plans = plan([run.job if seconds is None else run.job.lasting(seconds) for run, seconds in runs.items()])
@@ -135,7 +89,7 @@ def _settle(runs: Mapping[OneRun, float | None], plan: Planner) -> None:
             run.take(new)
 
 
-def _planned(runs: Sequence[OneRun], clips: int, again: bool = False) -> WorkPlanned:
+def _planned(runs: Sequence[Run], clips: int, again: bool = False) -> WorkPlanned:
     """What comes, with its shares of all floating-point operations."""
     phases = [(phase, run.number) for run in runs for phase in run.phases]
     counts = {run.number: count(run.job) for run in runs}
@@ -149,5 +103,5 @@ def _planned(runs: Sequence[OneRun], clips: int, again: bool = False) -> WorkPla
     return WorkPlanned(tuple(found), runs[0].memory.limit, clips, again)
 
 
-def _order(runs: Sequence[OneRun]) -> list[str]:
+def _order(runs: Sequence[Run]) -> list[str]:
     return merged([[phase.name for phase in run.phases] for run in runs])

@@ -188,7 +188,8 @@ class GivenReference(Given):
 
     def encoded(self, place: Place) -> Size:
         frames, height, width = place.size
-        return (min(frames, self.frames) - 1) // self.every + 1, height // self.downscale, width // self.downscale
+        kept = kept_frames(min(frames, self.frames), self.every)
+        return kept, height // self.downscale, width // self.downscale
 
     def video(self, vae: VideoCoder, place: Place) -> mx.array:
         _, height, width = self.encoded(place)
@@ -196,7 +197,7 @@ class GivenReference(Given):
         def wanted() -> Iterator[Pixels]:
             at = 0
             for group in read_frames(self.path):
-                kept = [i for i in range(len(group)) if at + i < self.frames and self._keeps(at + i)]
+                kept = [i for i in range(len(group)) if at + i < self.frames and keeps(at + i, self.every)]
                 at += len(group)
                 if kept:
                     yield covering(group[kept], height, width)
@@ -205,8 +206,15 @@ class GivenReference(Given):
 
         return encode_clip(vae, wanted())
 
-    def _keeps(self, frame: int) -> bool:
-        return frame == 0 or (frame - 1) % self.every == 0
+
+def keeps(frame: int, every: int) -> bool:
+    """Whether a reference's frame is used: the first one, and every `every`-th from the second on."""
+    return frame == 0 or (frame - 1) % every == 0
+
+
+def kept_frames(frames: int, every: int) -> int:
+    """The number of them."""
+    return sum(keeps(frame, every) for frame in range(frames))
 
 
 @dataclass(frozen=True)
@@ -356,9 +364,8 @@ def _references(at: Setting) -> Iterator[Given]:
         if request.no_upscale:
             height, width = 2 * height, 2 * width
         given = min(count_frames(path), at.sizes.frames)
-        kept = sum(1 for frame in range(given) if frame == 0 or (frame - 1) % every == 0)
         step, scale = at.scales.temporal, at.scales.spatial
-        shape = ((kept - 1) // step + 1, height // scale, width // scale)
+        shape = ((kept_frames(given, every) - 1) // step + 1, height // scale, width // scale)
         attention = 1.0 if request.reference_attention is None else request.reference_attention
         name = f"{REFERENCE}.{number}" if many else REFERENCE
         conditioning = Reference_(shape, downscale, every, reference.strength, attention, name)

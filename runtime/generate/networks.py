@@ -37,16 +37,16 @@ class Networks:
         loaded = self._loaded.get(component)
         if isinstance(loaded, expected):
             return loaded
-        network = make(self._folder) if make else self._load(component, expected)
+        if make:
+            network = make(self._folder)
+        else:
+            network = load_network(self._folder, component, expected, self._built.pop(component, None))
         self.products.update(choose_products(network, self._matmul))
         if self._observe is not None:
             self._observe(component, network)
         else:
             self._loaded[component] = network
         return network
-
-    def _load(self, component: str, expected: type[Network]) -> Network:
-        return load_network(self._folder, component, expected, self._built.pop(component, None))
 
     def keep(self, components: Container[str]) -> None:
         """Let go of all others."""

@@ -5,9 +5,10 @@ uses it and frees it. Whoever consumes the events decides what to show."""
 
 import json
 import time
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,13 @@ from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.distributed.split import NONE
 from ltx2.runtime.events import Event, Finishing, Noted, PhaseDone, PhaseStarted, Previewed, StepDone, Warned
 from ltx2.runtime.files.atomic import UNLOCKED, claimed
-from ltx2.runtime.generate.batch import Common, Predicted
 from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.networks import Networks
 from ltx2.runtime.generate.phases.base import Made, Phase, Prompts
 from ltx2.runtime.generate.phases.decode import CopyVideo, DecodeSound, DecodeVideo, Vocode
 from ltx2.runtime.generate.phases.order import components, phases
 from ltx2.runtime.generate.phases.sample import Denoise
-from ltx2.runtime.generate.phases.text import Connect, PredictLength
+from ltx2.runtime.generate.phases.text import Connect, EncodeText, PredictLength
 from ltx2.runtime.generate.phases.together import (
     begin_shared,
     check_same,
@@ -45,6 +45,7 @@ from ltx2.runtime.media.picture import write_picture
 from ltx2.runtime.media.video import video_writer, write_wav
 from ltx2.runtime.memory.meter import Phase as Meter
 from ltx2.runtime.memory.meter import explained
+from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import as_numpy
 from ltx2.runtime.streams import Streams
@@ -53,11 +54,33 @@ from ltx2.runtime.units import gb
 DECODES = DecodeSound | Vocode | DecodeVideo | CopyVideo
 
 
+@dataclass(frozen=True)
+class Predicted(Event):
+    """A clip's length is known, from the duration head's answer. It goes on once it is planned."""
+
+    seconds: float
+
+
+class Common:
+    """What the clips have in common: networks, and contexts of their prompts."""
+
+    def __init__(self, runs: Sequence["Run"], networks: Networks) -> None:
+        self.networks = networks
+        self.prompts = Prompts([run.job for run in runs if any(isinstance(phase, EncodeText) for phase in run.phases)])
+        self._left = Counter(phase.name for run in runs for phase in run.phases)
+
+    def leave(self, phase: Phase, memory: MemoryPlan) -> None:
+        """A clip is through a phase: networks that none needs now make way."""
+        self._left[phase.name] -= 1
+        kept = {TRANSFORMER} if phase.name in memory.keeps_transformer else set[str]()
+        self.networks.keep(kept | set(phase.components) if self._left[phase.name] else kept)
+
+
 class Run:
     """One clip: the checked job, how memory is used, and what its phases took. What its phases use of it is
     `phases.Tools`. `number` and `name` tell it from the others that are made with it."""
 
-    common: Common  # given by `batch.make_all`
+    common: Common  # with the clips that are made beside it; given by `batch.make_all`
     phases: list[Phase]  # what it does, without what an earlier run has done
     ahead: list[Phase]  # what is still to do
 
@@ -164,9 +187,9 @@ class Run:
             self._release()
             yield Sampled(self.made.contexts, self.made.latents)
             return
-        *sound, video = decoding if not self.request.no_video else (*decoding, None)
-        for phase in sound:
-            if phase is not None:
+        video = None if self.request.no_video else decoding[-1]
+        for phase in decoding:
+            if phase is not video:
                 yield from self._measured(phase)
         self.made.track = self.made.track or self.job.track()
         if self.request.output is None:
@@ -247,16 +270,16 @@ class Run:
     def _generated(self, phase: Phase | None) -> Iterator[Event]:
         """The clip in memory."""
         sizes = self.job.output()
-        frames = None if phase is None else FrameBuffer(sizes)
-        if frames is not None and phase is not None:
-            self.write = frames.write
+        frames = None
+        if phase is not None:
+            buffer = FrameBuffer(sizes)
+            self.write, frames = buffer.write, buffer.frames
             yield from self._measured(phase)
         track, state = self.made.track, self.state.path if self.state is not None else None
         samples, rate = (None, 0) if track is None else (track.samples, track.sample_rate)
         latents = as_numpy(self.made.latents)
-        pictures = None if frames is None else frames.frames
         self._release()
-        yield Generated(Clip(pictures, samples, rate, sizes.fps, latents, self._record(), state))
+        yield Generated(Clip(frames, samples, rate, sizes.fps, latents, self._record(), state))
 
     def _saved(self, phase: Phase | None, path: Path) -> Iterator[Event]:
         """The clip in its file; frames are there as they are decoded, so that no more than a tile's are in memory."""

@@ -10,7 +10,6 @@ from ltx2.runtime.generate.options.preset import (
     DISTILLED,
     HQ,
     ONE_STAGE,
-    PIPELINES,
     TWO_STAGE,
     UPSCALE,
     PipelineRow,
@@ -108,7 +107,7 @@ def defaults_of(preset: Preset, row: PipelineRow | None, request: Request, layer
     if row is None:
         return {**preset.defaults}
     defaults = {**preset.defaults, "image_crf": preset.image_crf}
-    if row.name in PIPELINES:
+    if row.name != UPSCALE:
         defaults["pipeline"] = row.name
     if row.guided:
         blocks = tuple(min(block, layers - 1) for block in preset.guided["stg_blocks"])

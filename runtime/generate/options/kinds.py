@@ -246,11 +246,10 @@ class Length(Option[SupportsIndex | str | Auto | None, int | Auto | None]):
 
 
 @dataclass(eq=False)
-class One(Option[StrPath | tuple[Any, ...] | Formed | None, Formed | None]):
-    """A file, and what is said of it: a text, or a tuple."""
+class _OfForm(Option[Given, Value], Generic[Given, Value, Formed]):
+    """Files, and what is said of each: a text, or a tuple."""
 
     form: type[Formed] = field(kw_only=True)
-    type = StrPath | tuple[Any, ...]
 
     def __post_init__(self) -> None:
         self.metavar = self.form.spelling
@@ -258,6 +257,12 @@ class One(Option[StrPath | tuple[Any, ...] | Formed | None, Formed | None]):
     @property
     def kind(self) -> str:  # type: ignore[override]
         return self.form.spelling
+
+
+class One(_OfForm[StrPath | tuple[Any, ...] | Formed | None, Formed | None, Formed]):
+    """One of them."""
+
+    type = StrPath | tuple[Any, ...]
 
     def read(self, value: Any) -> Formed:
         with of(self.flag):
@@ -274,19 +279,11 @@ class One(Option[StrPath | tuple[Any, ...] | Formed | None, Formed | None]):
 
 
 @dataclass(eq=False)
-class Several(Option[Iterable[StrPath | tuple[Any, ...] | Formed] | None, tuple[Formed, ...]]):
+class Several(_OfForm[Iterable[StrPath | tuple[Any, ...] | Formed] | None, tuple[Formed, ...], Formed]):
     """Any number of them, in order; the command line repeats the option."""
 
     default: Any = ()
-    form: type[Formed] = field(kw_only=True)
     type = Sequence[StrPath | tuple[Any, ...]]
-
-    def __post_init__(self) -> None:
-        self.metavar = self.form.spelling
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.form.spelling
 
     def read(self, value: Any) -> tuple[Formed, ...]:
         with of(self.flag):

@@ -14,7 +14,6 @@ from ltx2.runtime.sampling.schedule import Schedule
 
 DISTILLED, ONE_STAGE, TWO_STAGE, HQ = "distilled", "one-stage", "two-stage", "hq"
 UPSCALE = "upscale"  # of a clip that is there: not for generate to choose
-PIPELINES = (DISTILLED, ONE_STAGE, TWO_STAGE, HQ)
 
 
 @dataclass(frozen=True)

@@ -328,10 +328,15 @@ CLASHES = (
 
 def check_usage(given: Mapping[str, Any]) -> None:
     """Raises UsageError for options that do not go together, and for one that lacks another."""
+    check_clashes(given)
+    check_needs(given)
+
+
+def check_clashes(given: Mapping[str, Any]) -> None:
+    """Raises UsageError for options that do not go together."""
     for clash in CLASHES:
         for other in clash.of(given):
             raise clash.error(given, other)
-    check_needs(given)
 
 
 def check_needs(given: Mapping[str, Any]) -> None:
@@ -351,9 +356,7 @@ def repeated(earlier: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     Raises UsageError for new options that do not go together, or with an earlier one that says what is made, such as
     --retake; and for one that lacks another.
     """
-    for clash in CLASHES:
-        for other in clash.of(given):
-            raise clash.error(given, other)
+    check_clashes(given)
     dropped = {name for file in given for name in (*ROWS[file].replaces, *ROWS[file].sets)}
     dropped |= {row.name for row in ROWS.values() if any(n in given and ROWS[n].decides for n in row.replaces)}
     leading = {clash.option for clash in CLASHES}
