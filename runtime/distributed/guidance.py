@@ -14,23 +14,23 @@ from ltx2.runtime.streams import Streams
 
 
 class SharedPasses(Denoiser):
-    """A denoiser whose calls of one step are computed by several machines, in turn: a machine that has none in the last
-    turn waits. Arguments are the denoiser's.
+    """A denoiser that deals the calls of a step out to several machines; a machine without a call in the last turn
+    waits. Arguments are the denoiser's.
 
-    All machines go on from the same x0s. Where their GPUs round differently, their tokens differ by that, and steps
-    towards a common x0 do not let it grow."""
+    All machines go on from the same x0s. GPUs that round differently make slightly different tokens; steps towards a
+    common x0 keep that from growing."""
 
     def __init__(self, machines: Machines, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._machines = machines
 
     def run(self, x: Tokens, sigma: float, calls: Mapping[str, Pass]) -> dict[str, Tokens]:
-        """As a denoiser's; x0s of all calls, on all machines."""
+        """x0s of all calls by name, on all machines."""
         if not calls:
             return {}
         size, rank = self._machines.size, self._machines.rank
-        idle = dict(next(iter(calls.values())).skips.idle.items())
-        awake = Streams(**{name: tokens for name, tokens in x.items() if not idle.get(name, False)})
+        idle = next(iter(calls.values())).skips.idle
+        awake = Streams(**{name: tokens for name, tokens in x.items() if not getattr(idle, name)})
         own = [_flat(self(x, sigma, calls[name])) for name in islice(calls, rank, None, size)]
         turns = -(-len(calls) // size)
         own += [mx.zeros_like(_flat(awake))] * (turns - len(own))
@@ -40,12 +40,12 @@ class SharedPasses(Denoiser):
 
 
 def _flat(x: Tokens) -> mx.array:
-    """All streams' values in a row."""
+    """All streams' values in a row, (values,)."""
     return mx.concatenate([tokens.reshape(-1) for tokens in x.values()])
 
 
 def _like(values: mx.array, shapes: Tokens) -> Tokens:
-    """Inverse of `_flat`."""
+    """Inverse of `_flat`: streams shaped as `shapes` from values (values,)."""
     end, found = 0, {}
     for name, tokens in shapes.items():
         start, end = end, end + tokens.size

@@ -1,8 +1,8 @@
 """The machines that make one clip together, and the only place that calls `mx.distributed`.
 
 Every machine runs the same command; the first one (rank 0) leads: it reads the prompt and writes the files. Arrays are
-exchanged by all_gather alone, which every backend of MLX has. What is sent is computed before, and what comes is waited
-for, so that no command on a GPU waits for a network: macOS would end it.
+exchanged by all_gather alone, which every backend of MLX has. An exchange begins once its array is computed, and the
+host waits for its end: macOS would end a command on a GPU that waits for a network.
 
 Links are neither encrypted nor authenticated."""
 
@@ -23,10 +23,10 @@ from ltx2.runtime.errors import Ltx2Error, MachinesError, UnsupportedError
 from ltx2.runtime.machine.bounded import evaluate
 
 BACKENDS = {"MLX_HOSTFILE": "ring", "MLX_IBV_DEVICES": "jaccl", "NCCL_HOST_IP": "nccl"}
-LEAST = (0, 32, 4)  # of MLX: earlier ones wait for ever for a machine that is lost
-# The longest wait for an exchange: seconds, and so many times the longest that one, or the work between two, has taken.
+LEAST = (0, 32, 4)  # version of MLX: earlier ones wait for ever for a lost machine
+# The longest wait for an exchange: seconds, and so many times the longest exchange, or work between two, so far.
 PATIENCE, TIMES = 600.0, 10.0
-GRACE = 5.0  # seconds that an exchange has to end by itself after Ctrl-C
+GRACE = 5.0  # seconds for an exchange to end by itself after Ctrl-C
 AGAIN = "start the same command again with --resume, on these machines or on others"
 Late = Callable[[MachinesError], None]
 
@@ -39,12 +39,12 @@ class StoppedError(MachinesError):
 
 
 class Machines:
-    """This machine among `size`, of number `rank`. `names` are for people, by rank. Of all exchanges so far:
-    `sent_bytes` by this machine, and the `seconds` they took, with the time that it has waited for others."""
+    """This machine, number `rank` of `size`. `names` are for people, by rank. All exchanges so far sent `sent_bytes`
+    from this machine and took `seconds`, waiting for others included."""
 
     def __init__(self, group: Any = None, late: Late | None = None) -> None:
         """`group` is MLX's; None: this machine alone, which exchanges nothing. `late` ends the process: another thread
-        calls it when an exchange takes too long, since nothing else can leave one."""
+        calls it when an exchange takes too long, since nothing else can interrupt one."""
         self._group, self._late = group, late or (lambda _: None)
         self.rank: int = 0 if group is None else group.rank()
         self.size: int = 1 if group is None else group.size()
@@ -83,7 +83,7 @@ class Machines:
         return found
 
     def joined(self, x: mx.array, axis: int, total: int) -> mx.array:
-        """The whole of which every machine has its share along an axis; `total` is its length."""
+        """The whole array, from every machine's share `x` along an axis; `total` is its length there."""
         if self._group is None:
             return x
         shares = [share_of(total, rank, self.size) for rank in range(self.size)]
@@ -96,11 +96,11 @@ class Machines:
         return mx.concatenate([part[(*before, slice(length))] for part, length in parts], axis)
 
     def share(self, total: int) -> slice:
-        """This machine's part of so many things."""
+        """This machine's part of `total` things."""
         return share_of(total, self.rank, self.size)
 
     def everyone(self, value: Any) -> list[Any]:
-        """What each machine says, by rank: values that JSON knows."""
+        """Every machine's `value`, by rank; values are JSON's."""
         if self._group is None:
             return [value]
         text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -112,7 +112,7 @@ class Machines:
     def told(
         self, message: Mapping[str, Any] | None = None, tensors: Mapping[str, mx.array] | None = None
     ) -> tuple[dict[str, Any], dict[str, mx.array]]:
-        """What the leading machine tells the others, and these it, at the same place of the program."""
+        """The leading machine's message and tensors, on all machines; all call this at the same place."""
         found = tensors or {}
         forms = {name: (value.shape, str(value.dtype).rpartition(".")[2]) for name, value in found.items()}
         first = self.everyone([message, forms])[0]
@@ -123,8 +123,8 @@ class Machines:
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """What all machines do at this place, without an exchange in it: where one cannot, it raises its own error, and
-        the others a MachinesError that names it."""
+        """All machines do the work inside, or none goes on: one that cannot raises its own error, the others a
+        MachinesError that names it. No exchange may be inside."""
         failure: Ltx2Error | None = None
         try:
             yield
@@ -139,7 +139,7 @@ class Machines:
                 raise MachinesError(f"{name} cannot begin", f"{what}: {why}", f"there: {fix}")
 
     def _limit(self, worked: float) -> float:
-        """Seconds after which an exchange is given up, where the last one was `worked` seconds ago."""
+        """Seconds after which an exchange is given up; the last one was `worked` seconds ago."""
         self._longest = max(self._longest, worked)
         return PATIENCE + TIMES * self._longest
 
@@ -148,10 +148,10 @@ ALONE = Machines()
 
 
 def join(environment: Mapping[str, str], late: Late) -> Machines:
-    """The machines that this process is one of, as its environment says; this one alone where it says nothing.
+    """The machines that the environment names, or this one alone.
 
     `late`: see `Machines`. Raises MachinesError where they do not find each other, UnsupportedError for an MLX that is
-    too old for it.
+    too old.
     """
     if RANK not in environment:
         return ALONE
@@ -175,8 +175,8 @@ def join(environment: Mapping[str, str], late: Late) -> Machines:
 
 @contextmanager
 def _ending(seconds: float, late: Late, error: MachinesError) -> Iterator[None]:
-    """What is inside ends in time, or the process does: after so many seconds, or soon after Ctrl-C. Python itself
-    hears that only once MLX has returned; the number of a signal, though, is written to a socket at once."""
+    """End the process when the work inside takes longer than so many seconds, or does not end soon after Ctrl-C.
+    Python handles a signal only once MLX has returned; but its number is written to a socket at once."""
     heard, told = socket.socketpair()
     told.setblocking(False)
 
@@ -211,7 +211,7 @@ def _ending(seconds: float, late: Late, error: MachinesError) -> Iterator[None]:
 
 @contextmanager
 def _lost() -> Iterator[None]:
-    """What MLX raises where a machine is lost becomes a MachinesError."""
+    """Turn MLX's error about a lost machine into a MachinesError."""
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""A call's video tokens dealt out to machines: each computes its own, and attends to the keys and values of all, which
-are gathered where video is attended to: in self-attention, and where the sound looks at the picture.
+"""A call's video tokens dealt out to machines. Each computes its own, and attends to the keys and values of all: they
+are gathered in self-attention, and where the sound attends to the picture.
 
-The sound is small, and computed by every machine. Results are those of one machine up to rounding: kernels may sum in
+The sound is small, and every machine computes it. Results are those of one machine up to rounding: kernels may sum in
 another order for fewer rows."""
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from ltx2.runtime.streams import Streams
 
 @contextmanager
 def shared_tokens(machines: Machines, transformer: Transformer) -> Iterator[None]:
-    """Calls of the transformer inside are shared. It must have a picture, of no fewer tokens than there are
+    """Share the transformer's calls inside. They must have a picture, of at least as many tokens as there are
     machines."""
     attentions = [
         attention
@@ -52,12 +52,12 @@ def shared_tokens(machines: Machines, transformer: Transformer) -> Iterator[None
 
 
 def _gathered(machines: Machines, total: int, own: Keys) -> Keys:
-    """Of all machines' tokens, where each has its own."""
+    """The keys and values of all machines' tokens, from this one's `own`."""
     return Keys(*machines.joined(mx.stack(list(own)), 3, total))
 
 
 def _part(given: StreamInput, part: slice) -> StreamInput:
-    """Some of a stream's tokens."""
+    """The input for some of a stream's tokens."""
     index, mask = given.levels.index, given.attention
     own, cross, positions = given.ropes.own, given.ropes.cross, given.ropes.positions
     return replace(

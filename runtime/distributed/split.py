@@ -20,8 +20,8 @@ GUIDANCE, SEQUENCE, TILES, NONE = "guidance", "sequence", "tiles", "none"
 
 
 def of_stage(size: int, passes: int, tokens: int, wanted: str | None = None) -> str:
-    """How `size` machines share a stage of so many passes a step and video tokens: by its passes where each machine has
-    one, else by its tokens. `wanted` decides, where there is something to share."""
+    """How `size` machines share a stage of so many passes per step and video tokens: by passes if each machine gets
+    one, else by tokens. `wanted` decides, where there is something to share."""
     if size == 1:
         return NONE
     chosen = wanted or (GUIDANCE if passes >= size else SEQUENCE)
@@ -43,7 +43,7 @@ def shared_denoiser(
     states: Streams[StreamState],
     keep: Collection[str] = (),
 ) -> Iterator[Denoiser]:
-    """A stage's denoiser (`Denoiser` says what it takes), of this machine alone or shared as `split` says."""
+    """A stage's denoiser (see `Denoiser`), of this machine alone or shared as `split` says."""
     if split == GUIDANCE:
         yield SharedPasses(machines, transformer, contexts, states, keep)
     elif split == SEQUENCE:

@@ -10,8 +10,7 @@ from ltx2.runtime.networks.video_vae.frames import Decode, Place
 
 
 def shared_tiles(machines: Machines, places: Sequence[Place], decode: Decode) -> Iterator[mx.array]:
-    """The tiles at these places in order, (F, H, W, 3) each, on all machines. As many are in memory as there are
-    machines."""
+    """The tiles at these places in order, (F, H, W, 3) each, on all machines. Memory holds one tile per machine."""
     dtype = None
     for start in range(0, len(places), machines.size):
         turn = places[start : start + machines.size]

@@ -1,1 +1,1 @@
-"""What this computer is, what it may be given at once, and what this process takes of it."""
+"""This computer, the work it may be given at once, and what this process takes of it."""

@@ -23,8 +23,8 @@ def device_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that a generation may take: the GPU's recommended working set on a Mac, its free memory elsewhere, and
-    without a GPU the computer's."""
+    """Bytes that a generation may take: a Mac's recommended working set, another GPU's free memory, or, without a GPU,
+    the computer's free memory."""
     info = mx.device_info()
     for key in ("max_recommended_working_set_size", "free_memory"):
         if key in info:

@@ -1,4 +1,4 @@
-"""What this process takes of the computer: its memory now and at most, and the bytes it has read from disks."""
+"""This process: its memory now and at most, the bytes it has read from disks, open files, and no sleep."""
 
 import ctypes
 import os
@@ -14,11 +14,11 @@ from pathlib import Path
 RUSAGE_INFO_V4 = 4
 UUID_BYTES, FIELDS = 16, 35
 FOOTPRINT, DISK_READ, LARGEST_FOOTPRINT = 7, 16, 28
-CAFFEINATE = "/usr/bin/caffeinate"  # ends with the process that it is told to watch, however that ends
+CAFFEINATE = "/usr/bin/caffeinate"  # ends with the process that it watches, however that ends
 
 
 def memory_now() -> int:
-    """Bytes of memory this process holds: the footprint on macOS, what is resident elsewhere."""
+    """Bytes of memory this process holds: the footprint on macOS, the resident size elsewhere."""
     if sys.platform == "darwin":
         return _ledger()[FOOTPRINT]
     return _kilobytes(Path("/proc/self/status").read_text(), "VmRSS")
@@ -32,19 +32,18 @@ def process_peak_memory() -> int:
 
 
 def disk_bytes_read() -> int | None:
-    """Bytes that came from disks for this process since it began, not from memory that keeps files; None where the
-    system does not tell."""
+    """Bytes that this process has read from disks, not from cached files; None where the system does not tell."""
     if sys.platform == "darwin":
         return _ledger()[DISK_READ]
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
-    except OSError:  # not of every container
+    except OSError:  # some containers forbid it
         return None
     return int(_by_name(lines)["read_bytes"])
 
 
 def allow_files(count: int) -> None:
-    """Let this process have so many files open at once, as far as the system allows; macOS begins with 256."""
+    """Let this process open so many files at once, as far as the system allows; macOS begins with 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count:
         with suppress(ValueError, OSError):
@@ -55,8 +54,8 @@ def allow_files(count: int) -> None:
 
 @contextmanager
 def awake() -> Iterator[None]:
-    """A Mac does not fall asleep for want of input while this process works; closing its lid or choosing Sleep still
-    sends it there. Elsewhere nothing is done."""
+    """Keep an idle Mac awake while this process works; closing its lid or choosing Sleep still puts it to sleep. Does
+    nothing elsewhere."""
     keeper = None
     if sys.platform == "darwin":
         with suppress(OSError):

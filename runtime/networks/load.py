@@ -1,5 +1,5 @@
-"""From a model folder's component to an MLX module: configuration decides the class, the files decide the
-quantization, and every tensor must fit."""
+"""From a model folder's component to an MLX module: its configuration gives the class, its files the quantization, and
+every tensor must fit."""
 
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
@@ -66,7 +66,7 @@ def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def load_weights(folder: ModelFolder, component: str) -> dict[str, mx.array]:
-    """The component's tensors as lazy arrays: data are read when they are first used."""
+    """The component's tensors by name, as lazy arrays: data are read at first use."""
     if (made := folder.arrays(component)) is not None:
         return dict(made)
     weights: dict[str, mx.array] = {}
@@ -76,21 +76,21 @@ def load_weights(folder: ModelFolder, component: str) -> dict[str, mx.array]:
 
 
 def encode_prompt(folder: ModelFolder, prompt: str, length: int) -> Encoded:
-    """A prompt's tokens by the tokenizer that comes with the text encoder. Raises what `Tokenizer.load` raises."""
+    """A prompt's tokens, by the text encoder's own tokenizer. Raises what `Tokenizer.load` raises."""
     if (made := folder.tokens(length)) is not None:
         return Encoded(*made)
     return Tokenizer.load(folder.component_path("text_encoder")).encode(prompt, length)
 
 
 def build_component(folder: ModelFolder, component: str, stored: Shapes) -> nn.Module:
-    """The component's network, uninitialised; layers are quantized whose scales are among the `stored` tensors."""
+    """The component's network, uninitialised; layers with scales among the `stored` tensors are quantized."""
     network = build_network(folder.record(component).cls, folder.config(component))
     quantize_like(network, folder.quantization(component), stored)
     return network
 
 
 def check_network(folder: ModelFolder, component: str) -> nn.Module:
-    """The component's network, uninitialised. Raises from headers alone what `load_network` would raise."""
+    """The component's network, uninitialised. Reads headers alone, and raises what `load_network` would raise."""
     stored = {name: tensor.shape for file in folder.tensor_files(component) for name, tensor in file.tensors.items()}
     network = build_component(folder, component, stored)
     _check_fit(folder, component, network, stored)
@@ -98,7 +98,7 @@ def check_network(folder: ModelFolder, component: str) -> nn.Module:
 
 
 def load_network(folder: ModelFolder, component: str, expected: type[Module], built: nn.Module | None = None) -> Module:
-    """Load one component strictly, into what `check_network` has built if that is given.
+    """Load one component strictly, into a network that `check_network` has `built`, or into a new one.
 
     Raises ModelFolderError naming the first missing, extra or misshapen tensor.
     """
@@ -118,7 +118,7 @@ def load_network(folder: ModelFolder, component: str, expected: type[Module], bu
 
 
 def load_statistics(folder: ModelFolder, component: str, channels: int) -> LatentStatistics:
-    """Those of the picture's latents, without the video VAE around them."""
+    """The statistics of the picture's latents, without the video VAE around them."""
     weights, statistics = load_weights(folder, component), LatentStatistics(channels, 1, 1, 1)
     own = [(name, weights[f"per_channel_statistics.{name}"]) for name in parameter_shapes(statistics)]
     statistics.load_weights(own, strict=True)
@@ -133,8 +133,7 @@ def read_weights(network: nn.Module) -> None:
 def read_arrays(values: Iterable[mx.array]) -> None:
     """Read arrays of files from disk now, some at a time.
 
-    Otherwise the first use would read them inside GPU commands, and a command that waits for a disk is one that
-    macOS ends.
+    Otherwise their first use would read them inside GPU commands, and macOS ends a command that waits for a disk.
     """
     pending: list[mx.array] = []
     size = 0
@@ -148,7 +147,7 @@ def read_arrays(values: Iterable[mx.array]) -> None:
 
 
 def shape_differences(wanted: Shapes, given: Shapes) -> dict[str, list[str]]:
-    """Kind of difference -> the tensors concerned; empty when `given` is exactly what is wanted."""
+    """The tensors by kind of difference; empty when `given` is exactly as wanted."""
     differences = {
         "missing": sorted(wanted.keys() - given.keys()),
         "not part of the network": sorted(given.keys() - wanted.keys()),

@@ -48,13 +48,13 @@ class UpsamplerConfig(Config):
 
     @property
     def factors(self) -> tuple[int, int]:
-        """Of height and width: up, then down."""
+        """The factors of height and width: up, then down."""
         if not self.spatial_upsample:
             return 1, 1
         return RATIONAL_SCALES[self.spatial_scale] if self.rational else (2, 1)
 
     def enlarged(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """The size that latents of this size get."""
+        """The size of the latents made of latents of this size."""
         up, down = self.factors
         frames = 2 * frames - 1 if self.temporal_upsample else frames
         return frames, -(-height * up // down), -(-width * up // down)
@@ -81,7 +81,8 @@ class ResBlock(nn.Module):
 
 
 class RationalResampler(nn.Module):
-    """Resize pictures (N, H, W, C) by up/down: pixel shuffle, then a blur that keeps every `down`-th pixel."""
+    """Resize pictures, (N, H, W, C) -> (N, H * up/down, W * up/down, C): pixel shuffle, then a blur that keeps every
+    `down`-th pixel."""
 
     def __init__(self, channels: int, up: int, down: int) -> None:
         super().__init__()
@@ -122,12 +123,13 @@ class LatentUpsampler(nn.Module):
         return self.final_conv(x).transpose(0, 4, 1, 2, 3).astype(latents.dtype)
 
     def _resample(self, x: mx.array) -> mx.array:
+        """(1, f, h, w, C) -> the new size."""
         if self.config.temporal_upsample:
             spatial, _ = self.config.factors
-            # The first latent stands for one frame: of its two only the second is kept.
+            # The first latent stands for one frame: only the second of its two is kept.
             return depth_to_space(self.upsampler[0](x), (2, spatial, spatial))[:, 1:]
         pictures = []
-        for i in range(x.shape[1]):  # one at a time: on the way they are up to nine times as large
+        for i in range(x.shape[1]):  # one at a time: in between they are up to nine times as large
             picture = x[0, i : i + 1]
             if isinstance(self.upsampler, RationalResampler):
                 pictures.append(self.upsampler(picture))

@@ -1,5 +1,5 @@
-"""Vocoder with bandwidth extension: a first generator makes sound of 8 kHz bandwidth; a second one makes what is above
-it from the first one's spectrogram. Always float32, as the vocoder."""
+"""Vocoder with bandwidth extension: a first generator makes sound of 8 kHz bandwidth; a second one adds the higher
+frequencies, from that sound's spectrogram. Always float32, as the vocoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ ROLLOFF, REACH = 0.99, 6  # of the windowed sinc that the first sound is resampl
 
 @dataclass(frozen=True, kw_only=True)
 class ExtensionConfig(VocoderConfig):
-    """Section `bwe`: the second generator, and the spectrogram that it is given."""
+    """Section `bwe`: the second generator, and its spectrogram."""
 
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {**VocoderConfig.FIXED, "num_mels": (MEL_BINS,)}
 
@@ -33,7 +33,7 @@ class ExtensionConfig(VocoderConfig):
 
     @property
     def ratio(self) -> int:
-        """Samples for each of the first generator's."""
+        """Output samples per sample of the first generator."""
         return self.output_sampling_rate // self.input_sampling_rate
 
     def __post_init__(self) -> None:
@@ -57,21 +57,21 @@ class ExtendedVocoderConfig(Config):
     bwe: ExtensionConfig
 
     def generators(self, mel_frames: int) -> tuple[tuple[VocoderConfig, int], ...]:
-        """The generators that run one after the other, and the mel frames that each is given."""
+        """The generators in the order they run, each with its number of mel frames."""
         samples = self.vocoder.upsample_factor * mel_frames
         return (self.vocoder, mel_frames), (self.bwe, -(-samples // self.bwe.hop_length))
 
 
 def vocoder_config(config: Mapping[str, Any]) -> VocoderConfig | ExtendedVocoderConfig:
-    """Of a checkpoint's `vocoder` section of any release. Raises ConfigError or UnsupportedError."""
+    """The configuration of a `vocoder` section of any release. Raises ConfigError or UnsupportedError."""
     return (ExtendedVocoderConfig if "bwe" in config else VocoderConfig).from_dict(config)
 
 
 class Stft(nn.Module):
     """Magnitudes of a short-time Fourier transform: (N, samples) -> (N, frames, n_fft / 2 + 1).
 
-    Frames end at the last sample of their hop, so that none depends on a later one. The windowed sines and cosines come
-    with the checkpoint.
+    A frame ends with the last sample of its hop, so that it depends on no later one. The windowed sines and cosines
+    come with the checkpoint.
     """
 
     def __init__(self, config: ExtensionConfig) -> None:
@@ -125,10 +125,10 @@ class VocoderWithBWE(Vocoder):
 
 
 def resampled(waveform: mx.array, ratio: int) -> mx.array:
-    """(B, 2, samples) -> (B, 2, ratio * samples): a Hann-windowed sinc, edges repeated.
+    """(B, 2, samples) -> (B, 2, ratio * samples), by a Hann-windowed sinc; edges are repeated.
 
     Sample ratio * n + p is the sum over d of taps[p + ratio * d] * waveform[n + reach - d]: a transposed convolution,
-    written as one that makes the `ratio` samples from each on.
+    written as a convolution whose channels are the `ratio` samples of each n.
     """
     reach = ceil(REACH / ROLLOFF)
     time = (np.arange((2 * reach + 1) * ratio) / ratio - reach) * ROLLOFF

@@ -12,7 +12,7 @@ SECTIONS = frozenset({"model", "params", "ddconfig", "preprocessing", "audio", "
 
 @dataclass(frozen=True)
 class AudioVAEConfig(Config):
-    """Checkpoint section `audio_vae`; its nested sections, whose keys differ, are read as one."""
+    """Checkpoint section `audio_vae`; its nested sections have different keys, and are read as one."""
 
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "double_z": (True,),
@@ -24,9 +24,9 @@ class AudioVAEConfig(Config):
         "causal": (True,),
         "stereo": (True,),
     }
-    # Places attention; training; for integer samples; training.
+    # Where attention is (there is none), scaling of integer samples, training.
     IGNORED: ClassVar[frozenset[str]] = frozenset(
-        {"resolution", "dropout", "max_wav_value", "duration", "causal_padding"}
+        {"resolution", "max_wav_value", "dropout", "duration", "causal_padding"}
     )
 
     ch: int
@@ -75,7 +75,7 @@ class AudioVAEConfig(Config):
 
     @property
     def hop_seconds(self) -> float:
-        """Per mel frame."""
+        """Seconds per mel frame."""
         return self.hop_length / self.sampling_rate
 
     @property

@@ -1,5 +1,5 @@
-"""From sound to the log-mel spectrograms that the audio VAE encodes, in numpy: exact transforms on every machine, and
-some milliseconds' work."""
+"""From sound to the log-mel spectrograms that the audio VAE encodes, in numpy: transforms are exact on every machine,
+and take milliseconds."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def _filters(rate: int, size: int, bins: int, limits: tuple[float, float]) -> Ar
 
 
 def _mel(hertz: Array) -> Array:
-    """Slaney's: linear up to 1000 Hz, which is 15; then 27 steps for each factor of 6.4."""
+    """Slaney's mel scale: linear up to 1000 Hz, which is 15; then 27 steps for each factor of 6.4."""
     return np.where(hertz < 1000, 3 * hertz / 200, 15 + 27 * np.log(np.maximum(hertz, 1000) / 1000) / np.log(6.4))
 
 

@@ -18,7 +18,7 @@ NORM_EPS = 1e-6
 
 
 class CausalConv2d(nn.Module):
-    """Convolution over (time, frequency) that sees no later time; zeros outside."""
+    """Convolution over (time, frequency) that sees no later time; zeros extend its input."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class CausalConv2d(nn.Module):
 
 
 def norm_silu(x: mx.array) -> mx.array:
-    """RMS norm over channels without weights, then SiLU."""
+    """RMS norm of x (B, T, F, C) over channels, without weights, then SiLU."""
     return nn.silu(mx.fast.rms_norm(x, None, NORM_EPS))
 
 
@@ -49,7 +49,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve time (rounding up) and frequency."""
+    """Halve time (rounding up) and frequency: (B, T, F, C) -> (B, ceil(T/2), F/2, C)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double frequency; t frames become 2t-1, since the first one stands for a single frame."""
+    """(B, t, f, C) -> (B, 2t-1, 2f, C): the first frame stands for a single one."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class MidBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution unless it is the last level."""
+    """Residual blocks at one resolution, then a change of resolution, except in the last level."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class AudioAutoencoder(nn.Module):
     def encode(self, waveform: mx.array, frames: int | None = None) -> mx.array:
         """Sound (1, 1 or 2, samples) at `sampling_rate` -> normalised latents (1, A, t, frequencies), float32.
 
-        t is `config.latent_frames(samples)`, or `frames`: cut to it, or with zeros (the mean) behind. One channel
+        t is `config.latent_frames(samples)`, or `frames`: cut there, or continued by zeros (the mean). One channel
         counts as both.
         """
         mel = log_mel(np.array(waveform[0].astype(mx.float32)), self.config)
@@ -171,7 +171,7 @@ class AudioAutoencoder(nn.Module):
         return mx.pad(latents[:, :, :frames], [(0, 0), (0, 0), (0, missing), (0, 0)])
 
     def encode_mel(self, mel: mx.array) -> mx.array:
-        """Log-mel spectrogram (B, 2, T, mel bins) -> normalised latents (B, A, ceil(T/4), frequencies), the means."""
+        """Log-mel spectrogram (B, 2, T, mel bins) -> means, normalised latents (B, A, ceil(T/4), frequencies)."""
         x = self.encoder(mel.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
         return self.per_channel_statistics.normalise(x[:, : self.config.latent_channels])
 

@@ -70,15 +70,15 @@ class VocoderConfig(Config):
         return prod(self.upsample_rates)
 
     def generators(self, mel_frames: int) -> tuple[tuple["VocoderConfig", int], ...]:
-        """The generators that run one after the other, and the mel frames that each is given."""
+        """The generators in the order they run, each with its number of mel frames."""
         return ((self, mel_frames),)
 
 
 class DilatedConv(nn.Conv1d):
-    """Length-keeping convolution, computed as a plain one of the `dilation` interleaved signals that never meet.
+    """Length-keeping dilated convolution, computed as a plain one of `dilation` interleaved signals, which never mix.
 
-    The same sums on the fast path of backends that have none for dilated convolutions. On the CPU it makes the whole
-    vocoder nine times faster.
+    The same sums, on the fast path of backends that have none for dilated convolutions: on the CPU the whole vocoder is
+    nine times faster.
     """
 
     def __init__(self, channels: int, kernel: int, dilation: int) -> None:
@@ -103,7 +103,7 @@ class SnakeBeta(nn.Module):
 
 
 class Filter(nn.Module):
-    """A low-pass filter over time, the same for all channels; it comes with the checkpoint."""
+    """A low-pass filter over time for all channels; it comes with the checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,10 +116,10 @@ class Filter(nn.Module):
 
 
 class AntiAliased(nn.Module):
-    """SnakeBeta at twice the rate, (B, T, C) -> (B, T, C): what it makes above the rate's limit is filtered out.
+    """SnakeBeta at twice the rate, (B, T, C) -> (B, T, C); a filter removes the frequencies above the rate's limit.
 
-    A filter is a sum of shifted slices in one kernel, which takes less time than a convolution per channel. The even
-    and the odd samples at twice the rate are two arrays, so that no kernel has to step over any.
+    A filter is a sum of shifted slices in one kernel, which is faster than a convolution per channel. The even and the
+    odd samples at twice the rate are two arrays, so that kernels read contiguous memory.
     """
 
     def __init__(self, channels: int) -> None:
@@ -156,7 +156,7 @@ def _snake(x: mx.array, alpha: mx.array, scale: mx.array, taps: tuple[float, ...
 
 @mx.compile
 def _decimated(even: mx.array, odd: mx.array, taps: tuple[float, ...]) -> mx.array:
-    """Half the rate: even and odd samples, padded, each (B, T + 5, C) -> (B, T, C)."""
+    """At half the rate: even and odd samples, padded, each (B, T + 5, C) -> (B, T, C)."""
     parts = _shifts(odd, TAPS // 2) + _shifts(even, TAPS // 2)
     return _sum([part * tap for part, tap in zip(parts, taps[::2] + taps[1::2], strict=True)])
 
@@ -168,13 +168,13 @@ def _shifts(x: mx.array, count: int) -> list[mx.array]:
 
 
 def _sum(terms: list[mx.array]) -> mx.array:
-    """By halves: added one after the other they would be too deep for one kernel."""
+    """The sum of arrays of one shape, by halves: one after the other would be too deep for one kernel."""
     half = len(terms) // 2
     return _sum(terms[:half]) + _sum(terms[half:]) if half else terms[0]
 
 
 class ResBlock(nn.Module):
-    """Residual pairs of a dilated and a plain convolution, an activation before each."""
+    """Residual pairs of a dilated and a plain convolution, each after an activation: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...], antialiased: bool = False) -> None:
         super().__init__()
@@ -194,9 +194,10 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.ConvTranspose1d):
-    """Transposed convolution computed as a convolution whose output channels hold the `stride` samples of each frame.
+    """Transposed convolution, (B, T, C) -> (B, samples, C'), computed as a convolution whose output channels hold the
+    `stride` samples of each frame.
 
-    The same sums without the zeros that a transposed convolution inserts between frames: a `stride`-th of the work, and
+    The same sums without the zeros that a transposed convolution inserts between frames: a `stride`-th of the work, on
     the fast path of backends that have none for transposed convolutions.
     """
 
@@ -214,7 +215,7 @@ class Vocoder(nn.Module):
     """From a log-mel spectrogram to a waveform, in one generator or in two."""
 
     def sample_rate(self, mel_rate: float) -> int:
-        """Of the waveform, in Hz, where the spectrogram has `mel_rate` frames per second."""
+        """The waveform's rate in Hz, for a spectrogram of `mel_rate` frames per second."""
         raise NotImplementedError
 
     def __call__(self, mel: mx.array) -> mx.array:
@@ -258,6 +259,7 @@ class Generator(Vocoder):
         return x.transpose(0, 2, 1)
 
     def _mean_of_blocks(self, stage: int, x: mx.array) -> mx.array:
+        """The mean of a stage's residual blocks of x (B, T, C): (B, T, C)."""
         count = len(self.config.resblock_kernel_sizes)
         blocks = self.resblocks[stage * count : (stage + 1) * count]
         return sum((block(x) for block in blocks[1:]), blocks[0](x)) / count
