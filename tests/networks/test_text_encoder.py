@@ -173,12 +173,6 @@ def test_float16_weights_are_computed_with_in_float32(encoder: TextEncoder) -> N
     assert all(bool(mx.isfinite(state).all()) for state in states)
 
 
-def test_bf16_is_not_promoted(encoder: TextEncoder) -> None:
-    encoder.set_dtype(mx.bfloat16)
-    states = states_of(encoder, *map(mx.array, left_padded(8, 8, 480)))
-    assert {state.dtype for state in states} == {mx.bfloat16}
-
-
 def test_released_run_equals_a_kept_one(model: Path, encoder: TextEncoder) -> None:
     ids, mask = left_padded(12, 16, 480)
     kept = run(encoder, ids, mask)
