@@ -1,5 +1,5 @@
-"""Quantizing as a change of the plan: the same tensors, written by the same code, some of them packed. That is why
-`convert --bits` gives the bytes of convert and quantize in turn, in the same bounded memory."""
+"""Quantizing changes the plan: the same tensors, written by the same code, some of them packed. So `convert --bits`
+gives the bytes of convert and quantize in turn, in the same bounded memory."""
 
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -26,21 +26,21 @@ from ltx2.runtime.events import Event, Warned, Written
 from ltx2.runtime.model.forms import AFFINE, MODES, Form
 from ltx2.runtime.model.layout import TRANSFORMER, ModelFolder
 
-AFFINE_GROUP = 64  # what layers get that a mode has no bits for
+AFFINE_GROUP = 64  # group size of layers that become affine because the mode lacks their bits
 EMBEDDING = "embed_tokens"  # MLX's embeddings have no output multiplier
 DEFAULT_BITS = 4
-ROTATION = 64  # inputs of a block; wider ones gain some percent on synthetic layers, and nothing on the demo model
-UNROTATED = 8  # bits that lose too little for rotating to be worth its time
-BESIDE = 8  # bits of the layers beside a fitted transformer, unless its recipe has its own
+ROTATION = 64  # inputs of a block; wider ones gain a few percent on synthetic layers, nothing on the demo model
+UNROTATED = 8  # at so many bits, rotating gains too little for its time
+BESIDE = 8  # bits of the layers outside a fitted transformer, unless the recipe has its own
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose: bits of the layers that the recipe does not raise (None: the recipe's own, or what the mode
-    has), values per scale (None: 64, or what the mode has), recipe (a name or a file; None: the preset for the bits),
-    the components to quantize (none: all that the recipe names), the kind of codes, the file of statistics of the
-    layers' inputs, the memory in GB of the Mac that the transformer's bits are chosen for, in place of `bits`, and how
-    the codes of the transformer's blocks are chosen."""
+    """The user's choices: `bits` of the layers that the recipe does not raise (None: the recipe's own, else the
+    mode's); `group_size`, values per scale (None: 64, else the mode's); `recipe`, a name or a file (None: the preset
+    for the bits); `only` these components (none: all that the recipe names); `mode`, the kind of codes; `stats`, a file
+    of statistics of the layers' inputs; `fit`, in place of `bits`, the memory in GB of the Mac to choose the
+    transformer's bits for; `method`, how codes of the transformer's blocks are chosen."""
 
     bits: int | None = None
     group_size: int | None = None
@@ -53,12 +53,12 @@ class Settings:
 
     @cached_property
     def statistics(self) -> Statistics | None:
-        """The opened file. Raises InputError or CheckpointError when it is none."""
+        """The opened file. Raises InputError or CheckpointError for another file."""
         return None if self.stats is None else Statistics.open(self.stats)
 
     @cached_property
     def rules(self) -> Recipe:
-        """The recipe. Raises InputError when there is none or it is malformed."""
+        """The recipe. Raises InputError if it is missing or malformed."""
         return choose_recipe(GENERAL if self.fit and not self.recipe else self.recipe, self.bits or self._usual_bits)
 
     @property
@@ -72,7 +72,7 @@ class Settings:
         return Form(bits, self.group_size or group_size, self.mode)
 
     def check(self) -> None:
-        """Raises UsageError for a form that MLX does not have, InputError for what does not go together."""
+        """Raises UsageError for a form that MLX lacks, InputError for settings that do not go together."""
         if self.mode not in MODES:
             raise _not_possible("--mode", self.mode, MODES)
         mode = MODES[self.mode]
@@ -106,7 +106,7 @@ class Settings:
         return DEFAULT_BITS if DEFAULT_BITS in MODES[self.mode].bits else MODES[self.mode].bits[0]
 
     def form_of(self, layer: str, bits: int) -> Form:
-        """The form of a layer that the recipe gives so many bits."""
+        """The form of a layer with these bits by the recipe."""
         chosen = self.form
         if bits in MODES[chosen.mode].bits and not (chosen.multiplied and layer.endswith(EMBEDDING)):
             return Form(bits, chosen.group_size, chosen.mode)
@@ -151,21 +151,21 @@ def write_quantized(
 
 def quantize_plan(plan: Plan, settings: Settings, fit: Fit | None = None) -> Plan:
     """The plan with every layer packed that the recipe names and whose width is a multiple of the group size. A layer
-    that was published as codes stays as it is where the recipe asks for as many bits or more. With --fit in the
-    settings, `fit` is what `fitted` has returned.
+    published as codes stays as it is unless the recipe asks for fewer bits. `fit`: what `fitted` returned, for settings
+    with --fit.
 
-    Raises InputError for settings that are not possible or do not fit the plan, and for what is quantized already;
-    UnsupportedError for codes that should become smaller and cannot.
+    Raises InputError for impossible settings, settings that do not fit the plan, and a quantized model;
+    UnsupportedError for published codes that cannot become smaller.
     """
-    assert (fit is None) == (settings.fit is None), "fitting takes time, and tells how far it is"
+    assert (fit is None) == (settings.fit is None), "fitting takes time: `fitted` reports its progress"
     _check(plan, settings)
     return _quantized(plan, settings, recipe_forms(plan, settings, fit))
 
 
 def fitted(plan: Plan, settings: Settings) -> Generator[Event, None, Fit | None]:
-    """What --fit chooses, None without it. The last event, if there is any, is Fitted.
+    """Returns the choice of --fit, None without it. The last event, if any, is Fitted.
 
-    Raises as `quantize_plan`, and DoesNotFitError when the Mac is too small.
+    Raises as `quantize_plan`, and DoesNotFitError for a Mac that is too small.
     """
     _check(plan, settings)
     if settings.fit is None:
@@ -186,7 +186,7 @@ def _quantized(plan: Plan, settings: Settings, forms: Forms) -> Plan:
 
 
 def _replay(plan: Plan, settings: Settings) -> Replay:
-    """What GPTQ learns about the layers' inputs from. Raises InputError when there is nothing to learn from, or for."""
+    """The recorded calls that GPTQ learns from. Raises InputError without any, and if no layer uses GPTQ."""
     option = f"--method {settings.method}"
     if settings.statistics is None or not settings.statistics.calls:
         what = "it has not recorded" if settings.statistics else "nothing says"
@@ -199,7 +199,7 @@ def _replay(plan: Plan, settings: Settings) -> Replay:
 
 
 def _warnings(plan: Plan, quantized: Plan, settings: Settings) -> Iterator[Event]:
-    """What may be wrong about the statistics."""
+    """Warnings about the statistics."""
     if settings.statistics is None:
         return
     for message in settings.statistics.strangers(plan):
@@ -211,8 +211,8 @@ def _warnings(plan: Plan, quantized: Plan, settings: Settings) -> Iterator[Event
 
 
 def recipe_forms(plan: Plan, settings: Settings, fit: Fit | None = None) -> Forms:
-    """How the recipe, or what was fitted, wants the layers of the chosen components stored, whether their width allows
-    it or not."""
+    """The forms that the recipe or the `fit` gives layers of the chosen components, even if their width forbids
+    them."""
     form, forms = settings.form, {}
     for name in [name for name in plan.components if name in settings.only or not settings.only]:
         error = known_errors(plan, name, AFFINE_GROUP, settings.statistics)
@@ -223,7 +223,7 @@ def recipe_forms(plan: Plan, settings: Settings, fit: Fit | None = None) -> Form
 
 
 def _rotated(forms: Forms) -> Forms:
-    """With the layers rotated that gain by it."""
+    """With rotation for the layers that gain by it."""
     return {
         name: {
             layer: replace(form, rotation=ROTATION) if form.bits < UNROTATED and Replay.covers(name, layer) else form
@@ -234,11 +234,11 @@ def _rotated(forms: Forms) -> Forms:
 
 
 def _shrinking(plan: Plan, forms: Forms) -> Iterator[Layer]:
-    """The layers kept as published that get fewer bits. Raises UnsupportedError for those of 4 bits."""
+    """Layers kept as published that get fewer bits. Raises UnsupportedError for those of 4 bits."""
     for (component, layer), keep in kept_layers(plan).items():
         form = forms.get(component, {}).get(layer)
         if form is None or form.bits >= keep.form.bits or keep.codes.width % form.group_size:
-            continue  # the last: it could not be packed, and would grow
+            continue  # a width that cannot be packed: decoded, the layer would only grow
         if keep.form.bits < HALVED:
             raise UnsupportedError(
                 f"{component}.{layer} is not quantized to {form.bits} bits",
@@ -249,7 +249,7 @@ def _shrinking(plan: Plan, forms: Forms) -> Iterator[Layer]:
 
 
 def _unfit(quantized: Plan, forms: Forms) -> list[str]:
-    """Layers that the recipe names and that are not packed."""
+    """Layers that have a form and are not packed."""
     packed = {name: packed_layers(quantized.moves(name)) for name in forms}
     return [f"{name}.{layer}" for name in forms for layer in forms[name] if layer not in packed[name]]
 
@@ -277,7 +277,7 @@ def _not_possible(option: str, value: object, values: Iterable[object], beside: 
 
 
 def _is_quantized(moves: Iterable[Move]) -> bool:
-    """Whether some layer is, other than those that stay as they were published."""
+    """Whether any layer is packed, apart from those kept as published."""
     moves = list(moves)
     packed = packed_layers(moves)
     return any(m.key.endswith(".scales") and m.layer not in packed for m in moves)

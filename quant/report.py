@@ -1,4 +1,4 @@
-"""What quantizing has done: per layer its form, size and error, and the sizes before and after."""
+"""The report of quantizing: form, size and error of every layer, and the sizes before and after."""
 
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -21,16 +21,16 @@ from ltx2.runtime.files.tensors import Array, FileRecord, TensorFile
 from ltx2.runtime.model.layout import ModelFolder
 
 FEW_VALUES = 1 << 20  # read back at a time
-DIGITS = 4  # significant digits of an error; fewer than differ between the ways it is summed
+DIGITS = 4  # significant digits of an error: the same for every order of summing it up
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer, or one that stays in the codes it was published in and loses nothing. `bytes` counts codes,
-    scales and biases. `relative_error` is of the "weights", ||W' - W|| / ||W||, or where the layer's inputs x are known
-    of its "output": the ||W'x - Wx|| / ||Wx|| to expect, its mean kept by the bias, if channels do not correlate. They
-    may with the `method` "gptq", which knows how; it is None for published codes. `rotation` is the size of the blocks
-    in which inputs are rotated, or 0."""
+    """One quantized layer, or one that keeps its published codes and loses nothing. `bytes` counts codes, scales and
+    biases. `relative_error` is that of the "weights", ||W' - W|| / ||W||, or, with statistics of the layer's inputs x,
+    of its "output": the expected ||W'x - Wx|| / ||Wx||, its mean kept by the bias, for channels that do not correlate.
+    With the `method` "gptq" they may correlate; `method` is None for published codes. `rotation` is the size of the
+    blocks in which inputs are rotated, or 0."""
 
     component: str
     layer: str
@@ -67,8 +67,8 @@ class Total:
 
 @dataclass(frozen=True)
 class Report:
-    """`unfit` are layers of the recipe that stay as they are, because their width is no multiple of the group size;
-    `statistics` is the file that layers were packed with, `fit` how bits were chosen for a Mac's memory."""
+    """`unfit` are the layers of the recipe that are not packed, because their width is no multiple of the group size;
+    `statistics` is the file that layers were packed with, `fit` the choice of bits for a Mac's memory."""
 
     layers: tuple[LayerReport, ...]
     totals: Mapping[str, Total]
@@ -82,7 +82,7 @@ class Report:
         return sum(self.totals.values(), Total(0, 0, 0))
 
     def quality(self) -> dict[str, Quality]:
-        """What the model card says of every component whose layers were quantized."""
+        """For the model card: every component with quantized layers."""
         found: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             if layer.method is not None:  # else it stays as it was published
@@ -116,9 +116,8 @@ class Quantized(Event):
 def make_report(plan: Plan, folder: ModelFolder, unfit: Iterable[str] = ()) -> Generator[Event, None, Report]:
     """Returns the report on a quantized plan that was written to `folder`.
 
-    Errors are those met while packing; layers that an earlier, interrupted run wrote, or began, are read back and
-    compared, with progress events.
-    """
+    Errors were counted while packing. Layers that an earlier, interrupted run wrote or began are read back and
+    compared, with progress events."""
     layers: list[LayerReport] = []
     for name in plan.components:
         packed = packings(plan.moves(name))
@@ -167,7 +166,7 @@ def _total(moves: list[Move]) -> Total:
 
 
 def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
-    """Compare a written layer with its source. `files` holds the file of every tensor of the component."""
+    """Compare a written layer with its source. `files`: name of a tensor -> its file, for the whole component."""
     assert isinstance(move.packing, Quantize)
     form, multiplier, known = move.packing.form, move.packing.multiplier, move.packing.known
     columns = known.inputs().columns(move.spec.shape[1]) if known else None
@@ -189,7 +188,7 @@ def measured_loss(move: Move, files: Mapping[str, TensorFile]) -> Loss:
 
 
 def _few_rows(move: Move) -> Iterator[Array]:
-    """The tensor before packing, in pieces that are small also when unpacked."""
+    """The tensor before packing, in pieces (rows, width) of at most FEW_VALUES values."""
     step = max(1, FEW_VALUES // move.spec.shape[1])
     for chunk in values_of(move):
         for start in range(0, len(chunk), step):
@@ -197,4 +196,5 @@ def _few_rows(move: Move) -> Iterator[Array]:
 
 
 def _squares(values: Array, counts: Array | float) -> float:
+    """The sum of squares of values (rows, width), each times its column's count (width,)."""
     return float((np.square(values, dtype=np.float64) * counts).sum())

@@ -1,7 +1,7 @@
-"""How large a transformer may be for a Mac of so much memory, so that the usual clip can be made with it.
+"""How large a transformer may be on a Mac with a given memory, if the usual clip is to be made with it.
 
-No other network is in memory with it, and none of the others is near its size: the text encoder is read layer by
-layer, so that disks alone limit it."""
+No other network is in memory at the same time, and none is nearly as large: the text encoder is read layer by layer, so
+only the disk limits it."""
 
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -22,15 +22,15 @@ from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.encode import VIDEO_VAES
 from ltx2.runtime.sampling.latents import Grid, Scales, Sizes
 
-NEEDED = (TRANSFORMER, VIDEO_VAE, "audio_vae")  # their configurations say what a clip takes
+NEEDED = (TRANSFORMER, VIDEO_VAE, "audio_vae")  # a clip's memory follows from their configurations
 GIB = 1 << 30
 MOST_GB = 4096
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A Mac of `memory_gb` GB: bytes that its GPU gets, that a denoise step of the clip takes beside the weights, and
-    that are left free."""
+    """A Mac of `memory_gb` GB: the bytes that its GPU may use, those that a denoise step of the clip takes beside the
+    weights, and those that stay free."""
 
     memory_gb: int
     clip: str
@@ -40,7 +40,7 @@ class Budget:
 
     @property
     def weights(self) -> int:
-        """Bytes that the transformer may have."""
+        """Bytes left for the transformer."""
         return self.gpu - self.activations - self.free
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,8 +49,8 @@ class Budget:
 
 
 def mac_budget(plan: Plan, memory_gb: int) -> Budget:
-    """Of the model of a plan. Raises InputError when the plan lacks what says so, UsageError for no Mac's memory,
-    UnsupportedError for a release that does not generate yet, whose needs are not known."""
+    """The budget for a plan's model. Raises InputError if the plan lacks one of NEEDED, UsageError for an impossible
+    memory, UnsupportedError for a release that cannot generate yet, whose needs are not known."""
     if not 0 < memory_gb <= MOST_GB:
         raise UsageError(f"--fit {memory_gb} is not possible", "it is a Mac's memory in GB", "use --fit 24")
     for name in NEEDED:
@@ -64,7 +64,7 @@ def mac_budget(plan: Plan, memory_gb: int) -> Budget:
 
 
 def gpu_bytes(memory_gb: float) -> int:
-    """What the GPU of a Mac of so many GB gets."""
+    """Bytes that the GPU of a Mac with this memory may use."""
     rows = [row for row in _macs()["shares"] if row["from"] <= memory_gb]
     return int(max(rows, key=lambda row: int(row["from"]))["share"] * memory_gb * GIB)
 
@@ -75,8 +75,8 @@ def _macs() -> dict[str, Any]:
 
 
 def _activations(plan: Plan, sizes: Sizes) -> int:
-    """Of a step at full size, which takes most, at full speed, with packed weights unpacked to multiply. Tables may be
-    wider than what is computed with."""
+    """Bytes of a denoise step at full size and speed, which takes most, with packed weights unpacked for products. The
+    modulation tables may be wider than the dtype of computing."""
     config = TransformerConfig.from_dict(plan.components[TRANSFORMER].config)
     specs = [spec for move in plan.moves(TRANSFORMER) for spec in move.stored().values()]
     width = min(spec.itemsize for spec in specs if spec.dtype in FLOATS.values())

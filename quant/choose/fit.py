@@ -1,8 +1,8 @@
-"""Bits for every layer of the transformer, so that it has no more bytes than a Mac has room for, and loses little.
+"""Bits for every layer of the transformer, so that it fits a Mac's memory and loses as little as possible.
 
-What a layer loses at so many bits is the squared relative error of its output, times its sensitivity: the squared
-relative change of the velocity that comes of it. Errors are measured on some of its rows, sensitivities by `calibrate`;
-where there are none, every weight of the transformer counts alike."""
+The loss of a layer at some bits is the squared relative error of its output times its sensitivity: the squared relative
+change of the velocity per squared error. Errors are measured on some of the layer's rows, sensitivities by `calibrate`;
+without them every weight of the transformer counts the same."""
 
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -35,8 +35,8 @@ SAMPLE_BYTES = 16 << 20  # about what packing a layer's sample takes
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer and its sizes. `plain` are the bits and bytes that it has as it stands (codes, if it was published so),
-    `least` the bits that the recipe asks for."""
+    """A layer and its sizes. `plain` are its bits and bytes before packing (of codes, if it was published so), `least`
+    the bits that the recipe asks for."""
 
     layer: Candidate
     plain: tuple[int, int]
@@ -51,12 +51,12 @@ class Layer:
         return SAMPLE_BYTES
 
     def sizes(self, lowered: int) -> dict[int, int]:
-        """Bits -> bytes that packing may give it, where floors are lowered by so many sizes."""
+        """Bits -> bytes of the packed layer, with the floors lowered by so many sizes."""
         floor, (bits, _) = CANDIDATES[max(0, CANDIDATES.index(self.least) - lowered)], self.plain
         return {n: self._bytes(n) for n in CANDIDATES if floor <= n < bits and bits >= HALVED}
 
     def smallest(self, lowered: int, usual: int) -> int:
-        """Bytes that it has at least, with as many bits as are usual."""
+        """The fewest bytes of the layer at `usual` bits or more."""
         return min([self.plain[1], *(size for bits, size in self.sizes(lowered).items() if bits >= usual)])
 
     def _bytes(self, bits: int) -> int:
@@ -67,11 +67,11 @@ class Layer:
 def fit_transformer(
     plan: Plan, recipe: Recipe, group_size: int, statistics: Statistics | None, budget: Budget
 ) -> Generator[Event, None, Fit]:
-    """Choose; same plan, statistics and budget, same choice. The recipe says which layers are packed, and at how many
-    bits at least. Where there is no room for that beside 4 bits for the others, its floors are lowered, together and by
-    as little as possible: what they keep for some layers is not worth 3 bits in most.
+    """Returns the choice; the same for the same plan, statistics and budget. The recipe says which layers are packed,
+    and at how many bits at least. If that does not fit beside 4 bits for all other layers, its floors are lowered,
+    together and as little as possible: a floor for some layers is not worth 3 bits in most.
 
-    Raises DoesNotFitError when not even 3 bits everywhere fit.
+    Raises DoesNotFitError if not even 3 bits everywhere fit.
     """
     layers = list(_layers(plan, recipe, group_size, statistics))
     total = sum(spec.nbytes for move in plan.moves(TRANSFORMER) for spec in move.stored().values())
@@ -104,7 +104,7 @@ def _layers(plan: Plan, recipe: Recipe, group_size: int, statistics: Statistics 
 
 
 def _lowered(layers: Sequence[Layer], fixed: int, budget: Budget) -> int:
-    """By how many sizes floors must be lowered."""
+    """The number of sizes by which floors must be lowered."""
     for usual, lowered in product((USUAL, CANDIDATES[0]), range(len(CANDIDATES))):
         needed = fixed + sum(layer.smallest(lowered, usual) for layer in layers)
         if needed <= budget.weights:
@@ -115,14 +115,14 @@ def _lowered(layers: Sequence[Layer], fixed: int, budget: Budget) -> int:
 
 
 def _errors(layers: Sequence[Layer], lowered: int) -> Generator[Event, None, dict[str, dict[int, float]]]:
-    """Of every layer, the relative error of its output at the sizes that it may have."""
+    """Returns for every layer the relative error of its output, by bits."""
     found = {}
 
     def work(layer: Layer) -> dict[int, float]:
         return layer.layer.errors(sizes) if (sizes := layer.sizes(lowered)) else {}
 
     yield PhaseStarted(PHASE)
-    # MLX works in one thread: functions that it compiled in another one abort the process when that ends.
+    # MLX works in this thread: functions that it compiled in another thread abort the process when that ends.
     measured = map(work, layers) if is_gpu() else in_order(work, layers)
     before = monotonic()
     for number, (layer, errors) in enumerate(zip(layers, measured, strict=True), start=1):
@@ -134,8 +134,8 @@ def _errors(layers: Sequence[Layer], lowered: int) -> Generator[Event, None, dic
 
 
 def _sensitivities(layers: Sequence[Layer], statistics: Statistics | None) -> tuple[dict[str, float], bool]:
-    """By layer, and whether they were measured. A layer without one counts by its size, as the measured ones do on
-    average; without any, all weights together count as 1."""
+    """Sensitivities by layer, and whether they were measured. A layer without one gets that of its size on average over
+    the measured ones; without any, all weights together count as 1."""
     known = statistics.sensitivities if statistics else {}
     found = {la.path: known[TRANSFORMER, la.path] for la in layers if (TRANSFORMER, la.path) in known}
     sizes = {layer.path: prod(layer.layer.weight.spec.shape) for layer in layers}

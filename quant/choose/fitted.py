@@ -1,4 +1,4 @@
-"""What fitting a transformer to a Mac has chosen, and why: as data and for people."""
+"""The choice of bits for a Mac's memory and the reasons, as data and for people."""
 
 import re
 from collections import Counter, defaultdict
@@ -17,8 +17,8 @@ IN_A_BLOCK = re.compile(r"^.*?\.\d+\.")
 
 @dataclass(frozen=True)
 class Chosen:
-    """What became of one layer: its bits and bytes (unless it is `packed`, those that it has as it is), the relative
-    error to expect in its output, and how much the square of that counts."""
+    """The choice for one layer: its bits and bytes (those of its original unless `packed`), the relative error to
+    expect in its output, and how much the square of that counts."""
 
     layer: str
     bits: int
@@ -39,8 +39,9 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Fit:
-    """The choice. `bytes` are the whole transformer's; `measured`: whether sensitivities were; `lowered`: by how many
-    sizes the recipe's floors had to be lowered; beside 4 bits for all else they take `floors` bytes."""
+    """The choice. `bytes`: of the whole transformer; `measured`: whether sensitivities were measured; `lowered`: by how
+    many sizes the recipe's floors were lowered; `floors`: bytes that they would take, beside 4 bits for all other
+    layers."""
 
     budget: Budget
     layers: tuple[Chosen, ...]
@@ -51,7 +52,7 @@ class Fit:
 
     @property
     def left(self) -> int:
-        """Bytes of the budget that nothing was bought for."""
+        """Unused bytes of the budget."""
         return self.budget.weights - self.bytes
 
     @property
@@ -60,7 +61,7 @@ class Fit:
         return sqrt(sum(layer.loss for layer in self.layers))
 
     def forms(self, group_size: int) -> dict[str, Form]:
-        """How the layers are stored that do not stay as they are."""
+        """The forms of the packed layers."""
         return {layer.layer: Form(layer.bits, group_size, AFFINE) for layer in self.layers if layer.packed}
 
     def kinds(self) -> list[dict[str, Any]]:
@@ -85,7 +86,7 @@ class Fit:
         }
 
     def reasons(self) -> list[str]:
-        """Why so, in sentences."""
+        """The reasons, in sentences."""
         budget, percent = self.budget, f"{100 * self.error:.2g} %"
         lines = [
             f"a Mac of {budget.memory_gb} GB gives its GPU {_gb(budget.gpu)}: {_gb(budget.activations)} for "

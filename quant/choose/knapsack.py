@@ -1,4 +1,4 @@
-"""Sizes for many things at once: as little loss as a budget of bytes allows."""
+"""Choosing sizes of many things within a budget of bytes, with the least loss."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True)
 class Option:
-    """One of the sizes that a thing can have. Losses of different things add up."""
+    """A possible size of a thing. Losses of different things add up."""
 
     bits: int
     bytes: int
@@ -18,13 +18,12 @@ class Option:
 
 
 def allocate(options: Mapping[Name, Sequence[Option]], budget: int) -> dict[Name, Option] | None:
-    """One option for each thing; None where even the smallest do not fit.
+    """One option for each thing; None if even the smallest do not fit.
 
-    Every thing starts at its smallest option. What buys most loss per byte is bought first, until the next one does
-    not fit: the best there is but for the bytes that are left then, less than one thing's step. More bytes never make
-    the loss larger. (Only options on the lower convex hull of bytes and loss are used: whoever buys one has bought
-    those before it, for each has a better price than the next.) Things of one price are served in their order.
-    """
+    Every thing starts with its smallest option. The step that saves most loss per byte is taken first, until the next
+    one does not fit: this is optimal except for the bytes left then, fewer than one step's. A larger budget never gives
+    a larger loss. (Only options on the lower convex hull of bytes and loss are used, so every step of a thing saves
+    more per byte than its next.) Equal steps are taken in the order of things."""
     hulls = {name: hull(choices) for name, choices in options.items()}
     chosen = {name: line[0] for name, line in hulls.items()}
     left = budget - sum(option.bytes for option in chosen.values())
@@ -40,8 +39,7 @@ def allocate(options: Mapping[Name, Sequence[Option]], budget: int) -> dict[Name
 
 
 def hull(options: Sequence[Option]) -> list[Option]:
-    """Those that are worth their bytes, smallest first: each has less loss than the one before, and buys it at a worse
-    price than that one did."""
+    """The options worth their bytes, smallest first: each loses less than the one before, and saves less per byte."""
     found: list[Option] = []
     for option in sorted(options, key=lambda option: (option.bytes, option.loss)):
         if found and option.loss >= found[-1].loss:
@@ -53,5 +51,5 @@ def hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _price(smaller: Option, larger: Option) -> float:
-    """Loss that is saved per byte."""
+    """Loss saved per byte."""
     return (smaller.loss - larger.loss) / (larger.bytes - smaller.bytes)

@@ -1,4 +1,4 @@
-"""What packing would cost a layer, judged by some of its rows: enough to choose bits by, in a fraction of the time."""
+"""The error of packing a layer, measured on some of its rows: enough to choose bits by, in a fraction of the time."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from ltx2.runtime.errors import CheckpointError
 from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.model.forms import AFFINE, Form
 
-ROWS, RUNS = 64, 8  # of a tensor, in so many runs of neighbours: reading is by runs, and rows of a head are alike
-DIGITS = 4  # of an error; fewer than differ between machines, so that all choose the same
+ROWS, RUNS = 64, 8  # of a tensor, in runs of neighbours: a run is read at once, and rows of one head are alike
+DIGITS = 4  # significant digits of an error: the same on every machine, so that all choose the same
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that can be packed: its weight as it is before that, and what is known of its inputs."""
+    """A layer that can be packed: its weight before packing, and the statistics of its inputs."""
 
     path: str
     weight: Move
@@ -33,8 +33,8 @@ class Candidate:
         return Form(bits, self.group_size, AFFINE)
 
     def errors(self, bits: Iterable[int]) -> dict[int, float]:
-        """Relative error of the layer's output at so many bits; of the weights themselves where nothing is known of the
-        inputs. Raises CheckpointError when a value is not finite."""
+        """Bits -> relative error of the layer's output; without statistics that of the weights. Raises CheckpointError
+        if a value is not finite."""
         rows, inputs = _sample(self.weight), self.known.inputs() if self.known else None
         try:
             found = {n: pack(rows, self.form(n), inputs)[1].relative for n in bits}
@@ -47,7 +47,7 @@ class Candidate:
 def candidates(
     plan: Plan, component: str, paths: Iterable[str], group_size: int, statistics: Statistics | None
 ) -> dict[str, Candidate]:
-    """Those of a component's layers that can be packed, in natural order. What was published as codes is decoded."""
+    """The layers of a component that can be packed, in natural order; published codes are decoded."""
     kept = {layer: "bf16" for layer in kept_layers(plan) if layer[0] == component}
     form = Form(max(BITS), group_size, AFFINE)
     given = Given({component: statistics} if statistics else {})
@@ -57,7 +57,7 @@ def candidates(
 
 
 def known_errors(plan: Plan, component: str, group_size: int, statistics: Statistics | None) -> Error:
-    """The errors of the layers that there are statistics of."""
+    """The errors of the layers that have statistics."""
     if statistics is None:
         return unknown
     paths = [path for name, path in statistics.layers if name == component]
@@ -70,7 +70,7 @@ def known_errors(plan: Plan, component: str, group_size: int, statistics: Statis
 
 
 def _sample(weight: Move) -> Array:
-    """Up to ROWS rows that are spread over a weight."""
+    """Up to ROWS rows (rows, width), spread over a weight."""
     rows = weight.spec.shape[0]
     if rows <= ROWS:
         return rows_at(weight, 0, rows)

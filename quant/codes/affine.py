@@ -1,9 +1,9 @@
 """The search for scales and biases: value ~ scale * code + bias.
 
 Two things differ from mx.quantize, at no cost in a model's size or speed: codes are computed against scale and bias
-*as stored* (rounded to the tensor's dtype), and both are searched for the smallest squared error, from a few ranges
-and by least squares from the best of them. At 8 bits the ranges differ by parts of a step: they draw lots, and the
-luckiest rounding of a group is a twentieth better than the first."""
+*as stored* (rounded to the tensor's dtype), and a search finds the scale and bias with the smallest squared error: it
+tries a few ranges, then refines the best by least squares. At 8 bits the ranges differ by parts of a step: rounding is
+chance there, and the best of several tries is 5 % better than the first."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from ltx2.runtime.files.tensors import Array
 
 Ranges = tuple[tuple[float, float], ...]
 
-# Ranges tried, as the kept fractions of the (lower, upper) half of a group's range: chosen greedily for the error they
-# reach on other draws of the kinds of weights in tests/support/layers.py. At 4 bits, three more gain less than 0.5 %.
+# Ranges to try, as kept fractions of the (lower, upper) half of a group's range. Chosen greedily by their error on
+# other draws of the weights in tests/support/layers.py. At 4 bits, three more gain less than 0.5 %.
 RANGES: Mapping[int, Ranges] = {
     2: ((0.65, 0.65), (0.5, 0.75), (0.75, 0.55), (0.8, 0.45), (0.7, 0.75)),
     3: ((0.85, 0.85), (0.95, 0.8), (0.8, 0.95), (0.85, 0.9), (0.95, 0.95)),
@@ -27,7 +27,7 @@ RANGES: Mapping[int, Ranges] = {
         (1.002, 1.005), (0.995, 0.9965), (1.0035, 0.995)),
 }  # fmt: skip
 
-# Tried as well where values count differently: the largest of a group may be one that hardly counts.
+# Also tried where values have weights: the largest of a group may hardly count.
 WEIGHTED_RANGES: Mapping[int, Ranges] = {
     2: ((0.45, 0.6), (0.3, 0.8), (0.9, 0.3)),
     3: ((0.7, 0.8), (0.65, 0.95), (0.95, 0.65)),
@@ -64,16 +64,17 @@ class AffineSearch(Search):
         return fit._replace(error=fit.error * squared(unit))
 
     def _rounded(self, scale: Values, bias: Values) -> tuple[Values, Values]:
-        """Scale and bias as they are stored; the scale of a constant group is 1."""
+        """Scale and bias (..., groups) as stored; the scale of a constant group is 1."""
         scale, bias = (self.on.rounded(values, self.dtype) for values in (scale, bias))
         return self.on.xp.where(scale > 0, scale, 1.0), bias
 
     def _errors(self, scale: Values, bias: Values) -> Values:
+        """Summed squares of the error in units of the scale, for scales and biases (fits, groups)."""
         return self.on.affine_errors(self.values, scale, bias, self.top, *self.weights)
 
     def _refitted(self, best: Fit, unit: Values) -> Fit:
-        """Least squares: the scale and bias that suit the codes best, the codes that suit those, and so on. Errors in
-        `unit`s, which do not overflow."""
+        """Least squares in turns: the best scale and bias for the codes, then the best codes for these. Errors are
+        counted in `unit` (groups,), so that they do not overflow."""
         fit = best
         for _ in range(REFITS[self.bits]):
             scale, bias = self._rounded(*self._least_squares(fit))
@@ -82,7 +83,8 @@ class AffineSearch(Search):
         return best
 
     def _least_squares(self, fit: Fit) -> tuple[Values, Values]:
-        """With codes q and remainders r, a value is scale * (q + r) + bias: fit r by a line in q."""
+        """Scale and bias (groups,): a value is scale * (q + r) + bias with codes q and remainders r, so r is fitted by
+        a line in q."""
         r, q, qr, qq = self.on.affine_moments(self.values, fit.scale, fit.bias, self.top, *self.weights)
         count = self.on.group_sums(self.weights[0]) if self.weights else float(len(self.values))
         mean_q, mean_r = q / count, r / count

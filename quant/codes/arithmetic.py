@@ -1,9 +1,9 @@
-"""Arithmetic on blocks of groups, for which there are two implementations that give the same bits: numpy's, twice
-as fast on CPUs, and MLX's, for GPUs.
+"""Arithmetic on blocks of groups. Two implementations give the same bits: numpy's, twice as fast on CPUs, and MLX's,
+for GPUs.
 
-A block is (group size, groups): values of a group lie along axis 0, so that all work is elementwise over groups, also
-the additions of a sum, one value after the other. Every operation is one that IEEE 754 defines; no product is rounded
-and added in one expression, so a compiler that fuses the two (CUDA, Metal, ARM) changes nothing."""
+A block is (group size, groups): the values of a group lie along axis 0, so all work is elementwise over groups; sums
+add one value after the other. IEEE 754 defines every operation, and no expression multiplies and adds, so a compiler
+that fuses the two (CUDA, Metal, ARM) changes nothing."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,8 +19,8 @@ EXPONENT = 0x7F800000  # of a float32
 
 
 class Grid(NamedTuple):
-    """The values of a code: `top` is the largest; from 2**low on there are 2**mantissa values per octave, below they
-    are evenly spaced."""
+    """The values of a code. `top` is the largest; from 2**low on an octave has 2**mantissa values, below that they are
+    evenly spaced."""
 
     top: float
     mantissa: int
@@ -29,12 +29,12 @@ class Grid(NamedTuple):
 
     @property
     def shift(self) -> int:
-        """A float32's bits above this are a code, but for the exponent's bias."""
+        """The bits of a float32 above this one are the code plus `bias`."""
         return 23 - self.mantissa
 
     @property
     def bias(self) -> int:
-        """What the exponent's bias makes a float32's upper bits larger than the code."""
+        """How much larger than the code the upper bits of a float32 are, because of the exponent's bias."""
         return (126 + self.low) << self.mantissa
 
     @property
@@ -49,7 +49,7 @@ class Grid(NamedTuple):
 
 
 class Arithmetic(ABC):
-    """What the searches compute with. Weights are a tuple of one block, or of none."""
+    """The operations of the searches. `weights` are one block, or none."""
 
     xp: Any  # numpy or mlx.core, for functions that both have
 
@@ -63,27 +63,27 @@ class Arithmetic(ABC):
 
     @abstractmethod
     def rounded(self, values: Values, dtype: str) -> Values:
-        """float32 values rounded to what a safetensors dtype stores."""
+        """float32 values of any shape, rounded to a safetensors dtype."""
 
     @abstractmethod
     def view(self, values: Values, kind: str) -> Values:
-        """The same bits as `uint32` or `float32`."""
+        """The same bits, of any shape, as `uint32` or `float32`."""
 
     @abstractmethod
     def cast(self, values: Values, kind: str) -> Values:
-        """Values converted to `uint32`, `int32` or `float32`."""
+        """Values of any shape, converted to `uint32`, `int32` or `float32`."""
 
     @abstractmethod
     def contiguous(self, values: Values) -> Values:
-        """A copy in row-major order."""
+        """A copy of an array of any shape, in row-major order."""
 
     @abstractmethod
     def numpy(self, values: Values) -> Array:
-        """As a numpy array."""
+        """An array of any shape as numpy's."""
 
     @abstractmethod
     def array(self, values: Array) -> Values:
-        """A numpy array as one of these."""
+        """A numpy array of any shape as one of these."""
 
     def compiled(self, function: Function) -> Function:
         """A function of arrays, compiled where that pays."""
@@ -91,11 +91,11 @@ class Arithmetic(ABC):
 
     @abstractmethod
     def begin(self, *values: Values) -> None:
-        """Begin to compute them."""
+        """Begin to compute arrays of any shape."""
 
     @abstractmethod
     def finish(self, *values: Values) -> None:
-        """Return when they are computed, so that no more work than that is queued."""
+        """Wait for arrays of any shape, so that no more work than theirs is queued."""
 
     @abstractmethod
     def less_outer(self, values: Values, place: int, factors: Values, errors: Values) -> Values:
@@ -109,44 +109,43 @@ class Arithmetic(ABC):
 
     @abstractmethod
     def group_sums(self, values: Values) -> Values:
-        """Sums over axis 0, added one after the other."""
+        """(group size, groups) -> (groups,): sums over axis 0, added one value after the other."""
 
     @abstractmethod
     def squares(self, values: Values, *weights: Values) -> Values:
-        """Sums of the groups' squares."""
+        """(group size, groups) -> (groups,): sums of squares."""
 
     @abstractmethod
     def affine_errors(self, values: Values, scale: Values, bias: Values, top: float, *weights: Values) -> Values:
-        """Summed squares of what rounding to codes from 0 to `top` changes, in units of the scale, for several scales
+        """Summed squares of the rounding errors for codes from 0 to `top`, in units of the scale, for several scales
         and biases (fits, groups)."""
 
     @abstractmethod
     def affine_moments(
         self, values: Values, scale: Values, bias: Values, top: float, *weights: Values
     ) -> tuple[Values, Values, Values, Values]:
-        """With codes q and remainders r: the sums of r, q, q r, q q."""
+        """With codes q and remainders r: the sums of r, q, q r, q q, each (groups,)."""
 
     @abstractmethod
     def affine_rest(self, values: Values, scale: Values, bias: Values, top: float) -> Values:
-        """What rounding to codes takes away, in units of the scale (group size, groups)."""
+        """Values less what their codes stand for, in units of the scale (group size, groups)."""
 
     @abstractmethod
     def affine_codes(self, values: Values, scale: Values, bias: Values, top: float) -> Values:
-        """The codes, uint32."""
+        """The codes, uint32 (group size, groups)."""
 
     @abstractmethod
     def grid_errors(self, values: Values, scale: Values, grid: Grid, *weights: Values) -> Values:
-        """Summed squares of what rounding to a grid changes, in units of the scale, for several scales
-        (fits, groups)."""
+        """Summed squares of the rounding errors on a grid, in units of the scale, for several scales (fits, groups)."""
 
     @abstractmethod
     def grid_rest(self, values: Values, scale: Values, grid: Grid) -> Values:
-        """What rounding to a grid takes away, in units of the scale (group size, groups)."""
+        """Values less the nearest of a grid, in units of the scale (group size, groups)."""
 
     @abstractmethod
     def grid_codes(self, values: Values, scale: Values, grid: Grid) -> Values:
-        """The codes of the nearest values of the grid, uint32; bits from 0 are mantissa, exponent, sign. There is no
-        -0."""
+        """The codes of the nearest values of a grid, uint32 (group size, groups): from bit 0 mantissa, exponent, sign.
+        -0 becomes 0."""
 
     def words(self, codes: Values, bits: int) -> Values:
         """Codes (group size, groups), uint32, as MLX stores them: (groups, words), each row a stream of bits that
@@ -157,7 +156,7 @@ class Arithmetic(ABC):
         return self.contiguous((codes if bits == 32 else self._joined(codes, bits)).T)
 
     def _joined(self, codes: Values, bits: int) -> Values:
-        """The stream of codes of 17 to 31 bits, cut into words."""
+        """Codes (count, groups) of 17 to 31 bits as a stream, cut into words (words, groups)."""
         rows = 32 // (bits & -bits)  # codes after which words and codes end together
         codes = codes.reshape(-1, rows, codes.shape[1])
         words = [_word(codes, bits, 32 * index) for index in range(rows * bits // 32)]
@@ -168,7 +167,7 @@ E2M1, E4M3 = Grid(6.0, 1, 0, 8), Grid(448.0, 3, -6, 128)
 
 
 def _word(codes: Values, bits: int, start: int) -> Values:
-    """The word that begins `start` bits after the first code."""
+    """The word (parts, groups) that begins `start` bits after the first of codes (parts, codes, groups)."""
     word = codes[:, start // bits] >> (start % bits)
     for index in range(start // bits + 1, -(-(start + 32) // bits)):
         word = word | codes[:, index] << (index * bits - start)

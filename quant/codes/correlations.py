@@ -1,7 +1,7 @@
-"""How a layer's inputs go together: what GPTQ must know of them.
+"""The correlations of a layer's inputs, which GPTQ needs.
 
-A wide layer's matrices are 1 GB each. So there are never more than two: the correlations as they were measured, and one
-that is made of them panel by panel and turned into a factor of its inverse in its own place."""
+A wide layer's matrices are 1 GB each, so there are never more than two: the measured correlations, and one that is made
+from them panel by panel and replaced in place by a factor of its inverse."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.model.forms import Form
 from ltx2.runtime.model.hadamard import hadamard, rotated_rows
 
-# What is measured on few tokens is mostly chance, and tokens of one prompt are alike: the correlations between columns
-# are believed the less, the fewer there were. Chosen on other prompts' errors: on the demo model with 1 to 32 prompts,
-# on tests/support/layers.py with 1 to 6 tokens per column; twice or half as much changes the error by some percent.
+# Correlations measured on few tokens are mostly chance, and tokens of one prompt are alike: the fewer, the stronger the
+# damping. Chosen by the error on other prompts: on the demo model with 1 to 32 prompts, on tests/support/layers.py with
+# 1 to 6 tokens per column. Twice or half as much changes the error by a few percent.
 PROMPTS, TOKENS = 4.0, 2.0
 LEAST = 1e-3  # of the diagonal's mean, added to the diagonal: some inputs never vary
 LEAF = 256  # columns that are factored and inverted at once
@@ -25,8 +25,8 @@ PANEL = 512  # rows of a panel; a multiple of every rotation's size
 
 @dataclass(frozen=True)
 class Correlations:
-    """E[x x^T] (width, width), cut into `panels` of (usually PANEL) rows, and E[x] (width,) of inputs x, float32, and
-    of how many tokens and prompts they are."""
+    """Of inputs x: E[x x^T] (width, width), in `panels` of (usually PANEL) rows, and E[x] (width,), both float32; the
+    number of tokens and prompts measured."""
 
     panels: Sequence[Values]
     mean: Array
@@ -34,14 +34,14 @@ class Correlations:
     prompts: int
 
     def rows(self) -> Iterator[tuple[slice, Values]]:
-        """The panels, with the rows that they are."""
+        """The panels (rows, width), each with the range of its rows."""
         start = 0
         for panel in self.panels:
             yield slice(start, start + len(panel)), panel
             start += len(panel)
 
     def damping(self, variances: Array) -> Array:
-        """What is added to the diagonal (width,), so that correlations are believed as far as they are to be."""
+        """What is added to the diagonal, whose values are `variances` (width,), to damp correlations."""
         unit = float(variances.mean()) or 1.0  # 0 where nothing varies
         share = max(PROMPTS / self.prompts, TOKENS * len(variances) / self.tokens)
         return share * variances + np.float32(LEAST * unit)
@@ -49,11 +49,11 @@ class Correlations:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What the columns of a layer can do for each other. In the `order` in which they are rounded, the inverse of the
-    damped correlations is U^T U with U = `upper`, upper triangular. `given` is of the inputs before they are rotated,
-    in blocks of `rotation` (0: not).
+    """How later columns of a layer can make up for errors of earlier ones. In the `order` (width,) of rounding, the
+    inverse of the damped correlations is U^T U with `upper` = U (width, width), upper triangular. `given` describes the
+    inputs before their rotation in blocks of `rotation` (0: none).
 
-    With a `mean` (width,), of the rotated inputs, correlations are around it: the layer's bias makes up for the change
+    With a `mean` (width,) of the rotated inputs, correlations are around it: the layer's bias makes up for the change
     of its mean output.
     """
 
@@ -66,7 +66,7 @@ class Feedback:
 
     @property
     def counts(self) -> Array:
-        """How much an error of each column in turn counts when those after it make up for it."""
+        """How much an error of each column counts, in their order, once later columns make up for it (width,)."""
         return 1 / np.square(np.diagonal(self.upper))
 
     def squares(self, values: Array) -> float:
@@ -81,8 +81,8 @@ class Feedback:
 
 
 def make_feedback(given: Correlations, form: Form, biased: bool, on: Arithmetic) -> Feedback:
-    """For a layer that is to be stored so, and that may have a bias. Raises ValueError for correlations that no inputs
-    have."""
+    """For a layer stored in this form; `biased`: its bias makes up for the mean. Raises ValueError for correlations
+    that no inputs can have."""
     size, center = form.rotation, given.mean if biased else np.zeros_like(given.mean)
     if not np.isfinite(given.mean).all():
         raise ValueError("what was measured of its inputs is not finite")
@@ -101,28 +101,28 @@ def make_feedback(given: Correlations, form: Form, biased: bool, on: Arithmetic)
 def _centered(
     given: Correlations, center: Array, on: Arithmetic, square: bool = False
 ) -> Iterator[tuple[slice, Array]]:
-    """Panels around a center, or their `square` parts on the diagonal. On the host, since a GPU may take its products
-    from rounded factors."""
+    """Panels (rows, width) around a `center` (width,), or their `square` parts on the diagonal. On the host: a GPU may
+    round the factors of products."""
     for rows, panel in given.rows():
         columns = rows if square else slice(None)
         yield rows, on.numpy(panel[:, columns]) - np.outer(center[rows], center[columns])
 
 
 def _turned(block: Array, size: int) -> Array:
-    """Correlations of rotated inputs, of rows and columns that are whole blocks of the rotation."""
+    """Correlations (rows, columns) of the rotated inputs; both are whole blocks of the rotation's `size`."""
     if not size:
         return block
     return (hadamard(size) @ rotated_rows(block, size).reshape(-1, size, block.shape[1])).reshape(block.shape)
 
 
 def _diagonals(square: Array, size: int) -> tuple[Array, Array]:
-    """Of a part of the correlations, as it is and rotated."""
+    """The diagonals (rows,) of a part (rows, rows) of the correlations: as it is, and rotated."""
     return np.diagonal(square), np.diagonal(_turned(square, size))
 
 
 def invert_factor(matrix: Array) -> None:
-    """Put the upper triangular U with U^T U = matrix^-1 in the matrix's place. Raises ValueError where there is
-    none."""
+    """Replace a matrix (width, width) by the upper triangular U with U^T U = matrix^-1. Raises ValueError if there is
+    no U."""
     try:
         _invert_factor(matrix)
     except np.linalg.LinAlgError as error:
@@ -130,8 +130,8 @@ def invert_factor(matrix: Array) -> None:
 
 
 def _invert_factor(matrix: Array) -> None:
-    """By halves: nearly all of it is products of matrices, which are several times faster than what LAPACK does to
-    factor a matrix. What is below the diagonal is not read. Raises LinAlgError where there is no U."""
+    """By halves, so that nearly all work is products of matrices, which are several times faster than LAPACK's
+    factorization. Only the upper triangle of the matrix (size, size) is read. Raises LinAlgError if there is no U."""
     size = len(matrix)
     if size <= LEAF:  # LAPACK's lower L with L L^T = matrix, from last to first, is U^-1
         matrix[:] = np.tril(np.linalg.inv(np.linalg.cholesky(matrix[::-1, ::-1])))[::-1, ::-1]
@@ -153,14 +153,14 @@ def _invert_factor(matrix: Array) -> None:
 
 
 def _parts(size: int) -> list[slice]:
-    """Of a triangle's rows or columns: products with each part leave out nearly all of its zeros, and may take the
-    place of what they are made of."""
+    """Ranges of a triangle's rows or columns: products part by part skip nearly all zeros, and can be written over
+    their factors."""
     step = max(LEAF, -(-size // PARTS))
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def rounding_order(variances: Array, group_size: int) -> Array:
-    """Columns, group by group: the group, and within it the column, first whose inputs vary most."""
+    """The order of columns with these `variances` (width,), group by group: largest first, of groups and within one."""
     groups = variances.reshape(-1, group_size)
     within = np.argsort(-groups, axis=1, kind="stable")
     first = np.argsort(-groups.max(axis=1), kind="stable")

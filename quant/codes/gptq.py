@@ -1,12 +1,12 @@
-"""Codes chosen one column after the other, each in view of what those before it have done: GPTQ (arXiv:2210.17323).
+"""GPTQ (arXiv:2210.17323): codes are chosen column by column, and each column makes up for errors of those before it.
 
-Rounding a column errs in the layer's output. Columns that are not rounded yet are changed so that they make up for it,
-as far as the layer's inputs go together: how far is what the inverse of their correlations says. A group's scale is
-searched when its turn comes, for the values as they are then. Groups whose inputs vary most come first, and within a
-group such columns: then most of the others are left.
+Rounding a column changes the layer's output. The columns that are not rounded yet are changed to make up for it, as far
+as the layer's inputs correlate, by the inverse of their correlations. A group's scale is searched when its turn comes,
+for its values at that time. Groups whose inputs vary most come first, and within a group such columns: then most others
+are left to make up for their errors.
 
-Rows do not depend on each other, so codes do not depend on how many there are at a time, but for the order in which a
-machine's matrix product adds up."""
+Rows are independent, so codes do not depend on the number of rows at a time, except for the order of additions in a
+machine's matrix product."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,7 +27,7 @@ FEW_VALUES = 1 << 23  # of a tensor whose loss is computed at a time
 
 
 class Chosen(NamedTuple):
-    """Scales, biases and errors of a search, (rows,) for a group, and its codes as they are stored (rows, words)."""
+    """Scales, biases and errors of a search, (rows,) for a group, and its codes as stored (rows, words)."""
 
     scale: Values
     bias: Values
@@ -36,7 +36,8 @@ class Chosen(NamedTuple):
 
 
 def pack_in_turn(rows: Array, form: Form, feedback: Feedback, multiplier: float = 1.0) -> tuple[Packed, Loss]:
-    """As `pack`, with codes chosen by GPTQ. Where the form is rotated, so are the inputs that `feedback` is of."""
+    """As `pack`, of rows (rows, width), with codes chosen by GPTQ. For a rotated form `feedback` is of rotated
+    inputs."""
     check_form(rows.shape[1], form, multiplier)
     on, dtype = feedback.on, dtype_of(rows)
     columns = on.block(stored_values(rows, form), rows.shape[1], 1 / multiplier)  # (width, rows)
@@ -56,32 +57,33 @@ def pack_in_turn(rows: Array, form: Form, feedback: Feedback, multiplier: float 
 
 
 def _few_rows(rows: Array) -> Iterator[slice]:
+    """Ranges of rows (rows, width) that have at most FEW_VALUES values."""
     count, width = rows.shape
     step = max(1, FEW_VALUES // width)
     return (slice(start, start + step) for start in range(0, count, step))
 
 
 def stored_values(rows: Array, form: Form) -> Array:
-    """Rows of a weight as float32, rotated where the form is."""
+    """Rows of a weight (rows, width) as float32, rotated if the form is."""
     values = to_float32(rows, dtype_of(rows))
     return rotated_rows(values, form.rotation) if form.rotation else values
 
 
 def mean_change(change: Array, feedback: Feedback) -> Array:
-    """What changing a weight's values (rows, width) changes in its mean output, (rows,) float64, as far as that is made
-    up for."""
+    """How much a change of a weight (rows, width) changes the mean output, (rows,) float64; 0 without a bias to make up
+    for it."""
     return np.zeros(len(change)) if feedback.mean is None else change @ feedback.mean.astype(np.float64)
 
 
 def output_loss(values: Array, change: Array, made_up: Array, feedback: Feedback) -> Loss:
-    """What changing a weight's values (rows, width) costs in its output, less `made_up`, which is their
+    """The loss in the output of a weight `values` (rows, width) that gets this `change`, less `made_up`, its
     `mean_change`."""
     return Loss(max(0.0, feedback.squares(change) - float(np.square(made_up).sum())), feedback.squares(values))
 
 
 def choose_codes(columns: Values, form: Form, dtype: str, feedback: Feedback) -> Chosen:
-    """For columns (width, rows) in the order of their turns, which are changed; of numpy, (rows, groups) and
-    (rows, groups, words). Errors are not numbers where a value is none, or too large for what scales can express."""
+    """For columns (width, rows) in the order of rounding, which are overwritten. Returns numpy arrays (rows, groups)
+    and (rows, groups, words). An error is NaN where a value is not finite, or too large for a scale."""
     on, size, counts = feedback.on, form.group_size, feedback.counts
     groups, round_group = feedback.order.reshape(-1, size), _rounding(type(feedback.on), form, dtype)
     chosen: list[Chosen] = []
@@ -95,7 +97,7 @@ def choose_codes(columns: Values, form: Form, dtype: str, feedback: Feedback) ->
             columns = on.less_product(columns, factors[:, size:], errors)
         on.begin(columns, *found)
         if chosen:
-            on.finish(*chosen[-1])  # one behind: the device is not idle while this is put together
+            on.finish(*chosen[-1])  # one group behind: the device is not idle while this one is prepared
         chosen.append(Chosen(*found))
     place = on.array(np.argsort(groups[:, 0] // size))
     stacked = (on.numpy(on.xp.stack(parts)[place]) for parts in zip(*chosen, strict=True))
@@ -104,9 +106,9 @@ def choose_codes(columns: Values, form: Form, dtype: str, feedback: Feedback) ->
 
 @cache
 def _rounding(kind: type[Arithmetic], form: Form, dtype: str) -> Callable[..., tuple[Values, ...]]:
-    """A function of a group's columns (columns, rows), which it changes, their part of `Feedback.upper`, how much
-    errors of each count, and the columns' turns as they are stored. It returns their errors, in units of that part's
-    diagonal, and what is chosen."""
+    """A function of a group's columns (columns, rows), which it overwrites, their part (columns, columns) of
+    `Feedback.upper`, the weight of each column's errors (columns,), and each column's turn in stored order (columns,).
+    Returns the errors (columns, rows) in units of that part's diagonal, and the fields of Chosen."""
     on = kind()
 
     def rounded(columns: Values, upper: Values, counts: Values, turns: Values) -> tuple[Values, ...]:
@@ -122,7 +124,8 @@ def _rounding(kind: type[Arithmetic], form: Form, dtype: str) -> Callable[..., t
 
 
 def _in_turn(group: Search, fit: Fit, upper: Values, diagonal: Values) -> Values:
-    """The group's values, each as it is when it is rounded."""
+    """The group's values (columns, rows), each as it is when its turn comes; `upper` (columns, columns) and its
+    `diagonal` (columns, 1)."""
     values, later = group.values, group.on.xp.triu(upper, 1).T
     for index in range(len(values) - 1):
         one = slice(index, index + 1)

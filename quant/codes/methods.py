@@ -1,3 +1,4 @@
-"""How codes are chosen: each for itself; in turn, with the errors of those before in view; so, with inputs rotated."""
+"""How codes are chosen: each by itself; column by column, making up for earlier errors; the same with rotated
+inputs."""
 
 SEARCH, GPTQ, GPTQ_HADAMARD = METHODS = ("search", "gptq", "gptq-hadamard")

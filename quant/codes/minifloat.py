@@ -2,7 +2,7 @@
 
 Codes are E2M1 (0 to 6) or E4M3 (0 to 448). Scales are powers of two (E8M0), or E4M3, times one multiplier per tensor
 that brings them into the middle of E4M3's range: without it, most block scales of a trained network are subnormal and
-hardly differ. The few scales near the one that fits the largest value are all tried."""
+hardly differ. The search tries the few scales near the one that fits the largest value."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from ltx2.runtime.model.forms import Form
 
 AIM = 128.0  # the largest block of a tensor gets a scale of one to two times this
 
-# Scales tried around the one that just fits: of E8M0 in powers of two, of E4M3 in its steps (4 and 5 are half as much
-# again: the largest value comes to 4, below which the grid is finer than between 4 and 6).
+# Scales to try around the one that just fits: of E8M0 in powers of two, of E4M3 in its steps (4 and 5 are half as much
+# again: the largest value becomes 4, below which the grid is finer than between 4 and 6).
 OFFSETS: Mapping[str, tuple[int, ...]] = {"mxfp4": (0, 1), "mxfp8": (0, 1), "nvfp4": (0, 1, -1, 4, 5)}
-# Tried as well where values count differently: the largest of a group may be one that hardly counts.
+# Also tried where values have weights: the largest of a group may hardly count.
 WEIGHTED_OFFSETS: Mapping[str, tuple[int, ...]] = {"mxfp4": (-1,), "mxfp8": (), "nvfp4": (2, -2, 3, 6)}
 
 
@@ -52,7 +52,8 @@ class MinifloatSearch(Search):
         return fit._replace(error=xp.where(largest <= limit, fit.error * squared(unit), nan))
 
     def _scales(self, largest: Values) -> Values:
-        """The scales to try (offsets, groups), around the one that brings the largest value to the top of the grid."""
+        """The scales to try (offsets, groups), around the one that brings the `largest` value (groups,) to the top of
+        the grid."""
         mode, xp = self.form.mode, self.on.xp
         offsets = OFFSETS[mode] + (WEIGHTED_OFFSETS[mode] if self.weights else ())
         beside = xp.array(offsets, dtype=xp.int32)[:, None]
@@ -62,7 +63,7 @@ class MinifloatSearch(Search):
         return self.on.view(self.on.cast(xp.clip(exponents + beside, 1, 254), "uint32") << 23, "float32")
 
     def _e4m3_code(self, values: Values) -> Values:
-        """The code of the nearest number of E4M3, int32."""
+        """The codes of the nearest numbers of E4M3 to positive values of any shape, int32."""
         xp, sizes = self.on.xp, self.on.xp.minimum(values, E4M3.top)
         octave = self.on.view(self.on.view(sizes, "uint32") & EXPONENT, "float32")
         coarse = xp.maximum(octave, 2.0**E4M3.low) * E4M3.coarse
@@ -71,7 +72,7 @@ class MinifloatSearch(Search):
         return xp.where(nearest < 2.0**E4M3.low, self.on.cast(nearest * (1 / E4M3.step), "int32"), normal)
 
     def _e4m3(self, codes: Values) -> Values:
-        """The number that a code (int32) stands for."""
+        """The numbers that codes (int32, any shape) stand for."""
         normal = self.on.view(self.on.cast(codes + E4M3.bias, "uint32") << E4M3.shift, "float32")
         return self.on.xp.where(codes < 1 << E4M3.mantissa, self.on.cast(codes, "float32") * E4M3.step, normal)
 

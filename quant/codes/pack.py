@@ -1,7 +1,7 @@
-"""Packing weights into MLX's quantized storage, on the GPU where MLX has one; the files run on MLX's own kernels.
+"""Packing weights into MLX's quantized storage, on the GPU if MLX has one; the files run on MLX's own kernels.
 
-Rows are packed in blocks, so memory does not depend on the tensor, and every group by itself, so chunks of rows give
-the bytes of the whole. Given what a layer's inputs are like, errors count as they do in the layer's output."""
+Rows are packed in blocks, so memory does not depend on the tensor's size, and every group by itself, so chunks of rows
+give the bytes of the whole. With statistics of a layer's inputs, errors count as they do in the layer's output."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,15 +24,15 @@ from ltx2.quant.codes.search import Search
 from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, Array, to_float32
 from ltx2.runtime.model.forms import Form
 
-# Values of a block: so many that a CPU's threads do not wait for the interpreter, and that a GPU is busy.
+# Values of a block: enough that a CPU's threads do not wait for the interpreter, and that a GPU is busy.
 CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 23
 MAX_THREADS = 8
 
 
 class Packed(NamedTuple):
     """Quantized rows: `codes` uint32 (rows, width * bits / 32); `scales` and, in affine mode, `biases`
-    (rows, width / group size) in the tensor's own dtype (BF16 as uint16), or E8M0 or E4M3 scales as uint8. `drift`, of
-    inputs whose mean is known, is (W - W') E[x], float32 (rows,): what the layer's own bias must make up for."""
+    (rows, width / group size) in the tensor's own dtype (BF16 as uint16), or E8M0 or E4M3 scales as uint8. `drift`, if
+    the inputs' mean is known, is (W - W') E[x], float32 (rows,): the layer's own bias must make up for it."""
 
     codes: Array
     scales: Array
@@ -42,8 +42,8 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """Summed squares of what quantizing changed and of the values themselves, as they count in the layer's output if
-    its inputs are known; losses of parts add up."""
+    """Summed squares of the errors and of the values, weighted as in the layer's output if its inputs are known. The
+    losses of parts add up."""
 
     error: float = 0.0
     norm: float = 0.0
@@ -53,8 +53,8 @@ class Loss:
 
     @property
     def relative(self) -> float:
-        """||W' - W|| / ||W||: the relative error of W's output, for inputs whose channels do not correlate and, where
-        nothing is known of them, are of one size."""
+        """||W' - W|| / ||W||: the relative error of W's output, for inputs whose channels do not correlate and, without
+        statistics, have one size."""
         return sqrt(self.error / self.norm) if self.norm else 0.0
 
 
@@ -64,15 +64,16 @@ Begun = Callable[[], tuple[Packed, Loss]]  # waits for what was begun
 def pack(rows: Array, form: Form, inputs: Inputs | None = None, multiplier: float = 1.0) -> tuple[Packed, Loss]:
     """Quantize rows (rows, width) of BF16 (as uint16 codes), float16 or float32.
 
-    `width` is a multiple of the group size. `multiplier`, a power of two that the layer's output is multiplied with,
-    serves nvfp4: `output_multiplier` of the whole tensor's largest value. Raises ValueError when a value is NaN or
-    infinite, or too large for what scales can express.
+    `width` is a multiple of the group size. `multiplier`, a power of two that multiplies the layer's output, is for
+    nvfp4: `output_multiplier` of the whole tensor's largest value. Raises ValueError when a value is NaN, infinite, or
+    too large for a scale.
     """
     return begin_packing(rows, form, inputs, multiplier)()
 
 
 def begin_packing(rows: Array, form: Form, inputs: Inputs | None = None, multiplier: float = 1.0) -> Begun:
-    """Begin what `pack` does. Until it is waited for a GPU works on the first block, threads work on all."""
+    """Begin what `pack` does, of rows (rows, width). Until the result is asked for, a GPU works on the first block,
+    threads work on all."""
     check_form(rows.shape[1], form, multiplier)
     columns = None if inputs is None else inputs.columns(rows.shape[1])
     gpu = is_gpu()
@@ -103,7 +104,7 @@ def unpack(packed: Packed, form: Form, multiplier: float = 1.0) -> Array:
 
 
 def check_form(width: int, form: Form, multiplier: float) -> None:
-    """Raises ValueError for rows of this width that cannot be stored so."""
+    """Raises ValueError if rows of this width cannot be stored in this form."""
     if width % form.group_size:
         raise ValueError(f"width {width} is no multiple of the group size {form.group_size}")
     if multiplier != 1 and not form.multiplied:
@@ -111,12 +112,15 @@ def check_form(width: int, form: Form, multiplier: float) -> None:
 
 
 def _blocks(rows: Array, values: int) -> list[Array]:
+    """Rows (rows, width) in parts of about so many values."""
     count, width = rows.shape
     step = max(1, values // width)
     return [rows[start : start + step] for start in range(0, count, step)]
 
 
 def _begin_block(rows: Array, form: Form, columns: Columns | None, multiplier: float, on: Arithmetic) -> Begun:
+    """Begin to pack all of the rows (rows, width)."""
+
     def tiled(counts: Array | None) -> tuple[Values, ...]:
         return () if counts is None else (on.tiled(counts, len(rows), form.group_size),)
 
@@ -134,7 +138,9 @@ def _begin_block(rows: Array, form: Form, columns: Columns | None, multiplier: f
         scale, bias, errors, codes, sizes, *drift = (on.numpy(part) for part in (*fit, words, norms, *drifts))
         if np.isnan(errors).any():
             raise ValueError(what_is_wrong(rows))
-        loss = Loss(_total(errors) * multiplier**2, _total(sizes) * multiplier**2)
+        loss = Loss(
+            float(errors.sum(dtype=np.float64)) * multiplier**2, float(sizes.sum(dtype=np.float64)) * multiplier**2
+        )
         scales, *biases = (part.reshape(len(rows), -1) for part in search.stored(scale, bias))
         made_up = _row_sums(drift[0], len(rows)) * np.float32(multiplier) if drift else None
         return Packed(codes.reshape(len(rows), -1), scales, biases[0] if biases else None, made_up), loss
@@ -143,42 +149,40 @@ def _begin_block(rows: Array, form: Form, columns: Columns | None, multiplier: f
 
 
 def search_of(block: Values, form: Form, weights: tuple[Values, ...], dtype: str, on: Arithmetic) -> Search:
-    """The search for the scales of a block's groups, which are stored in `dtype` where they are floats."""
+    """The search for the scales of a block's groups (group size, groups); scales that are floats are stored in
+    `dtype`."""
     if form.biased:
         return AffineSearch(on, block, weights, form.bits, dtype)
     return MinifloatSearch(on, block, weights, form)
 
 
 def _row_sums(values: Array, rows: int) -> Array:
-    """Of the groups of every row, added one after the other in float64."""
+    """Groups' values (rows * groups,) added up by row, one after the other in float64: (rows,)."""
     columns = np.ascontiguousarray(values.reshape(rows, -1).T, np.float64)
     return np.add.accumulate(columns, axis=0)[-1].astype(np.float32)
 
 
 def dtype_of(rows: Array) -> str:
-    """The safetensors dtype of rows as they are packed."""
+    """The safetensors dtype of rows of any shape, before packing."""
     return next(name for name in FLOATS.values() if NUMPY_DTYPES[name] == rows.dtype)
 
 
 def what_is_wrong(rows: Array) -> str:
-    """Why rows cannot be packed."""
+    """Why rows (rows, width) cannot be packed."""
     if np.isfinite(to_float32(rows, dtype_of(rows))).all():
         return "its values spread too far for what a scale can express"
     return "it holds NaN or infinite values"
 
 
 def _on_device(values: Array) -> mx.array:
+    """An array of any shape; uint16 is BF16."""
     array = mx.array(values)
     return array.view(mx.bfloat16) if values.dtype == np.uint16 else array
 
 
-def _total(values: Array) -> float:
-    return float(values.sum(dtype=np.float64))
-
-
 def _one_ahead(begin: Callable[[Array], Begun], blocks: Sequence[Array]) -> Iterator[Begun]:
-    """Each of the blocks, begun before the one before it is waited for, the first one now. In this thread: functions
-    that MLX compiled in another one abort the process when that ends."""
+    """Blocks (rows, width), each begun before the last one is waited for; the first one now. In this thread: functions
+    that MLX compiled in another thread abort the process when that ends."""
     first = begin(blocks[0])
 
     def each(begun: Begun) -> Iterator[Begun]:
@@ -192,15 +196,15 @@ def _one_ahead(begin: Callable[[Array], Begun], blocks: Sequence[Array]) -> Iter
 
 
 def _in_threads(begin: Callable[[Array], Begun], blocks: Sequence[Array]) -> list[Begun]:
-    """All of the blocks, begun now: numpy's loops release the interpreter's lock."""
-    return [_workers().submit(_at_once, begin, block).result for block in blocks]
+    """All blocks (rows, width), begun now: numpy's loops release the interpreter's lock."""
 
+    def at_once(block: Array) -> tuple[Packed, Loss]:
+        return begin(block)()
 
-def _at_once(begin: Callable[[Array], Begun], block: Array) -> tuple[Packed, Loss]:
-    return begin(block)()
+    return [_workers().submit(at_once, block).result for block in blocks]
 
 
 @cache
 def _workers() -> ThreadPoolExecutor:
-    """Threads that live as long as the process: their buffers are used again."""
+    """Threads that live as long as the process, so that their buffers are used again."""
     return ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "ltx2-pack")

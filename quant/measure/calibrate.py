@@ -1,7 +1,7 @@
-"""Statistics of the inputs of a model's linear layers, taken while it works: whole prompts through text encoder,
-connectors and every denoise step, up to the latents.
+"""Measures statistics of the inputs of a model's linear layers while it generates: from the prompt through text
+encoder, connectors and every denoise step to the latents.
 
-Layers are watched, not changed. Sums are taken input by input, so memory stays what generating takes."""
+Layers are watched, not changed. Inputs are summed up one by one, so calibrating takes the memory of generating."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,13 +39,13 @@ from ltx2.runtime.streams import Streams
 
 BUILT_IN = Path(__file__).with_name("prompts.json")
 WATCHED = ("text_encoder", "connectors", "transformer")  # components with layers that are quantized
-ROWS = 1024  # of an input that are added in float32
+ROWS = 1024  # of an input, added up in float32
 
 
 @dataclass(frozen=True)
 class Calibrated(Event):
-    """Last event of a calibration: the file, how many layers it describes, and how many inputs (tokens of all steps)
-    the one that saw most has seen."""
+    """Last event of a calibration: the file, its number of layers, and the number of inputs (tokens of all steps) of
+    the layer with most."""
 
     path: str
     layers: int
@@ -60,7 +60,7 @@ class Calibrated(Event):
 
 @dataclass(frozen=True)
 class _Moments:
-    """Sums over some inputs, float64 (width,) both."""
+    """The number of some inputs; their sum and the sum of their squares, float64 (width,)."""
 
     count: int
     total: Array
@@ -83,13 +83,14 @@ class _Moments:
 
 
 def _sums(rows: mx.array) -> tuple[mx.array, mx.array]:
+    """The sums of rows (rows, width) and of their squares, float32 (width,)."""
     values = rows.astype(mx.float32)
     return values.sum(axis=0), mx.square(values).sum(axis=0)
 
 
 class Recorder:
-    """Watches networks and sums up what their linear layers are given, and shows the transformer's calls to `keepers`;
-    `observe` is a pipeline's."""
+    """Sums up the inputs of networks' linear layers, and shows the transformer's calls to `keepers`; `observe` is for a
+    Pipeline."""
 
     def __init__(self, keepers: Sequence[CallRecorder | Steps] = ()) -> None:
         self.keepers = keepers
@@ -121,11 +122,11 @@ class Recorder:
 
     @property
     def most(self) -> int:
-        """Inputs of the layer that saw most."""
+        """The number of inputs of the layer with most."""
         return max((moments.count for moments in self._moments.values()), default=0)
 
     def layers(self) -> dict[Layer, Inputs]:
-        """All layers seen. Raises NumericsError when a mean is not finite."""
+        """The statistics of all layers. Raises NumericsError if one is not finite."""
         layers = {layer: moments.inputs() for layer, moments in self._moments.items()}
         for (component, path), inputs in layers.items():
             if inputs.mean is None or not np.isfinite([inputs.mean, inputs.mean_square]).all():
@@ -142,12 +143,12 @@ def calibrate(
     gptq: bool = False,
     sensitivity: bool = False,
 ) -> Iterator[Event]:
-    """Generate each of the prompts (none: those that come with ltx2) up to its latents, and write the statistics of all
-    linear layers' inputs; for `gptq`, also a part of the denoiser's calls; with `sensitivity`, also what errors of the
-    transformer's layers change in the velocity. The last event is Calibrated; the file appears only then. `options` are
-    those of generating; the seed is the first prompt's, others count on from it.
+    """Generate the prompts (none: those that come with ltx2) up to their latents, and write the statistics of all
+    linear layers' inputs; with `gptq` also some of the transformer's calls, with `sensitivity` also the change of the
+    velocity by errors of its layers. The last event is Calibrated; the file appears only then. `options` are those of
+    generating; the seed is that of the first prompt, the next ones have the following seeds.
 
-    Raises what generating raises, and InputError when `out` cannot be written.
+    Raises what generating raises, and InputError if `out` cannot be written.
     """
     started = time.monotonic()
     check_output(out)

@@ -1,4 +1,4 @@
-"""Calls of the transformer, kept while a model works: what quantizing needs to run its blocks again, one by one."""
+"""Calls of the transformer, recorded while a model works, so that they can be made again."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from ltx2.runtime.networks.transformer.inputs import Levels, Ropes, StreamInput,
 from ltx2.runtime.networks.transformer.model import Transformer
 from ltx2.runtime.streams import Streams
 
-EVERY = 3  # calls of a stage, of which one is kept; which one changes from prompt to prompt
+EVERY = 3  # of so many calls of a stage one is kept; which one changes from prompt to prompt
 PARTS = ("tokens", "timesteps", "sigma", "positions")
 OPTIONAL = ("index", "marked")
 NAME = re.compile(rf"replay\.\d{{1,6}}\.(text|\d{{1,6}})\.(?:video|audio)(?:\.({'|'.join(PARTS + OPTIONAL)}))?")
@@ -23,8 +23,8 @@ Tensors = dict[str, tuple[str, Array]]  # name -> safetensors dtype and values
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream of a call: tokens (1, tokens, channels) with their noise levels and marks (1, tokens, 1), and what its
-    text and its tables are made of: text (1, text tokens, width), positions (axes, tokens)."""
+    """One stream of a call: tokens (1, tokens, channels) with their noise levels and marks (1, tokens, 1); text
+    (1, text tokens, width) and positions (axes, tokens), from which projected text and rotary tables are made."""
 
     tokens: mx.array
     levels: Levels
@@ -41,7 +41,7 @@ Call = Streams[Stream]  # calls with the same text share its array
 
 
 def given(transformer: Transformer, call: Call) -> Streams[StreamInput]:
-    """What gives a transformer the same call again."""
+    """The inputs that make the same call of a transformer again."""
     texts = transformer.project(call.map(lambda stream: stream.text))
     ropes = transformer.ropes(call.map(lambda stream: stream.positions))
 
@@ -66,7 +66,7 @@ class CallRecorder:
         self._prompts = self._seen = 0
 
     def next_prompt(self) -> None:
-        """What is seen from now on belongs to another prompt."""
+        """Calls from now on belong to another prompt."""
         self._prompts += 1
 
     def next_stage(self) -> None:
@@ -83,7 +83,7 @@ class CallRecorder:
         self._seen += 1
 
     def tensors(self) -> Tensors:
-        """The calls as they are written to a file."""
+        """The calls as tensors of a file."""
         tensors: Tensors = {}
         for place, (text, calls) in enumerate(self._kept):
             tensors |= {f"replay.{place}.text.{name}": _tensor(values) for name, values in text.items()}
@@ -95,6 +95,7 @@ class CallRecorder:
 
 
 def _parts(stream: Stream) -> dict[str, mx.array]:
+    """The arrays of a stream by the name of their part, in the shapes of Stream."""
     levels = stream.levels
     parts = {
         "tokens": stream.tokens,
@@ -108,7 +109,7 @@ def _parts(stream: Stream) -> dict[str, mx.array]:
 
 
 def read_calls(file: TensorFile) -> Iterator[Call]:
-    """The calls that a file of statistics holds. Raises LookupError where a part of one is missing."""
+    """The calls in a file of statistics. Raises LookupError if a part of one is missing."""
     for place in _numbers(file.tensors, r"replay\.(\d+)\.text\.\w+"):
         names = [name for name in ("video", "audio") if f"replay.{place}.text.{name}" in file.tensors]
         texts = {name: _array(file, f"replay.{place}.text.{name}") for name in names}
@@ -122,6 +123,7 @@ def _numbers(names: Mapping[str, object], pattern: str) -> list[int]:
 
 
 def _stream(file: TensorFile, name: str, text: mx.array) -> Stream:
+    """Inverse of `_parts`, with the stream's text (1, text tokens, width)."""
     tokens, timesteps, sigma, positions = (_array(file, f"{name}.{part}") for part in PARTS)
     found = (f"{name}.{part}" for part in OPTIONAL)
     index, marked = (_array(file, part) if part in file.tensors else None for part in found)
@@ -129,10 +131,12 @@ def _stream(file: TensorFile, name: str, text: mx.array) -> Stream:
 
 
 def _tensor(values: mx.array) -> tuple[str, Array]:
+    """The safetensors dtype and stored values of an array of any shape."""
     raw = values.view(mx.uint16) if values.dtype == mx.bfloat16 else values
     return DTYPES[values.dtype], np.array(raw)
 
 
 def _array(file: TensorFile, name: str) -> mx.array:
+    """Inverse of `_tensor`, of any shape."""
     values = mx.array(np.array(file.array(name)))
     return values.view(mx.bfloat16) if file.tensors[name].dtype == "BF16" else values

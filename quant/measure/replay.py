@@ -1,8 +1,8 @@
-"""A transformer's blocks run again, one after the other, on recorded calls of the denoiser: how the inputs of their
-layers go together.
+"""Runs a transformer's blocks again, one after the other, on recorded calls, and measures the correlations of their
+layers' inputs.
 
-The matrices of all layers would be larger than the model. So they are made when they are needed, a block at a time,
-from its weights as they are before packing: nothing depends on what was packed before, or where a run was interrupted.
+The matrices of all layers would be larger than the model, so they are made when they are needed, block by block, from
+the weights before packing: nothing depends on earlier packing, or on where a run was interrupted.
 """
 
 import re
@@ -33,20 +33,20 @@ from ltx2.runtime.streams import Streams
 
 BLOCKS = "transformer_blocks"
 LAYER = re.compile(rf"{BLOCKS}\.(\d{{1,3}})\.(.+)")
-ROWS = 2048  # of an input that are multiplied at a time
-KEPT = 2  # feedbacks that are kept: layers with the same input are packed near each other
+ROWS = 2048  # of an input, multiplied at a time
+KEPT = 2  # feedbacks to keep: layers with the same input are packed near each other
 
 
 class _State(NamedTuple):
-    """A call between two blocks: what the next one is given."""
+    """A call between two blocks: the inputs of the next one, x (1, tokens, width) of each stream."""
 
     x: Streams[mx.array]
     contexts: Streams[StreamContext]
 
 
 class Replay:
-    """Feedback for the layers of a plan's transformer blocks. Quick for layers in the order of their blocks; for an
-    earlier block it begins anew."""
+    """Feedback for the layers of a plan's transformer blocks. Quick for layers in the order of their blocks; an earlier
+    block makes it start from the beginning."""
 
     def __init__(self, plan: Plan, calls: Sequence[Call]) -> None:
         kept = [layer for layer in kept_layers(plan) if layer[0] == TRANSFORMER]
@@ -61,20 +61,20 @@ class Replay:
 
     @staticmethod
     def covers(component: str, layer: str) -> bool:
-        """Whether a layer is one of a transformer block."""
+        """Whether a layer belongs to a transformer block."""
         return component == TRANSFORMER and LAYER.fullmatch(layer) is not None
 
     def feedback(self, layer: str, form: Form, biased: bool) -> Feedback:
-        """For a layer that is covered, and that is to be stored so.
+        """For a layer of a block, stored in this form.
 
-        Raises InputError for calls that are not of such a transformer, ValueError for what no inputs can be.
+        Raises InputError for calls of another transformer, ValueError for correlations that no inputs can have.
         """
         match = LAYER.fullmatch(layer)
-        assert match is not None, "only such layers are covered"
+        assert match is not None, "as `covers` says"
         block, path = int(match[1]), match[2]
         if self._sums is None or self._next != block + 1:
             self._feedbacks.clear()
-            self._sums = None  # not held beside the next
+            self._sums = None  # free the last block's before the next ones are made
             self._sums = self._measured(block)
         key = (self._sums.twin[path], form.group_size, form.rotation, biased)
         if key not in self._feedbacks:
@@ -95,14 +95,14 @@ class Replay:
         return sums
 
     def _begun(self) -> list[_State]:
-        """All calls as the first block is given them."""
+        """All calls at the first block."""
         network = Transformer(TransformerConfig.from_dict({**self._config, "num_layers": 0}))
         self._load(network, {key: key for key in self._weights if not key.startswith(f"{BLOCKS}.")})
         first, texts, ropes = _FirstBlock(), dict[int, Text](), dict[tuple[Any, ...], Ropes]()
         network.transformer_blocks = cast(list[TransformerBlock], [first])
 
         def shared(stream: Stream, made: StreamInput) -> StreamInput:
-            """What several calls have in common is held once."""
+            """Holds once what several calls have in common."""
             positions = stream.positions.shape, stream.positions.tobytes()
             text = texts.setdefault(id(stream.text), made.text)
             return replace(made, text=text, ropes=ropes.setdefault(positions, made.ropes))
@@ -124,7 +124,7 @@ class Replay:
         return network
 
     def _load(self, network: nn.Module, names: dict[str, str]) -> None:
-        """`names`: of the network's parameters -> in the model."""
+        """`names`: parameter of the network -> tensor of the model."""
         network.load_weights([(name, _array(self._weights[key])) for name, key in names.items()], strict=True)
         network.eval()
 
@@ -137,13 +137,13 @@ class Replay:
 
 
 def _array(move: Move) -> mx.array:
-    """A tensor as it is before it is packed."""
+    """A tensor of any shape before packing."""
     values = mx.array(np.concatenate(list(values_of(move))))
     return values.view(mx.bfloat16) if move.spec.dtype == "BF16" else values
 
 
 class _FirstBlock:
-    """Keeps what it is given."""
+    """In place of a block: keeps its inputs."""
 
     def __init__(self) -> None:
         self.given: list[_State] = []
@@ -154,19 +154,20 @@ class _FirstBlock:
 
 
 class _Sums:
-    """Of a block's inputs: their products, by layer. `twin` is the first layer that has the same inputs."""
+    """Sums over the inputs of a block's layers, and over products of their columns. `twin`: layer -> the first layer
+    with the same inputs."""
 
     def __init__(self, prompts: int) -> None:
         self._prompts = prompts
         self.twin: dict[str, str] = {}
-        self._products: dict[str, list[mx.array]] = {}  # in panels, so that adding takes little more memory
+        self._products: dict[str, list[mx.array]] = {}  # in panels, so that adding takes little extra memory
         self._totals: dict[str, mx.array] = {}
         self._tokens: dict[str, int] = {}
         self._latest: tuple[str, mx.array] | None = None
         self._correlations: dict[str, Correlations] = {}
 
     def see(self, path: str, _: LinearLayer, x: mx.array) -> None:
-        """Count the inputs x (..., width) of a layer."""
+        """Add the inputs x (..., width) of a layer."""
         if path not in self.twin:
             same = self._latest is not None and self._latest[1] is x
             self.twin[path] = self.twin[self._latest[0]] if self._latest and same else path
@@ -175,6 +176,7 @@ class _Sums:
             self._add(path, x.reshape(-1, x.shape[-1]))
 
     def _add(self, path: str, rows: mx.array) -> None:
+        """Add rows (rows, width)."""
         spans = [slice(start, start + PANEL) for start in range(0, rows.shape[1], PANEL)]
         products = self._products.setdefault(path, [mx.zeros(()) for _ in spans])
         for start in range(0, len(rows), ROWS):

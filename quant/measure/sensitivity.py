@@ -1,9 +1,9 @@
 """How much the velocity changes where outputs of the transformer's linear layers are wrong.
 
 Layers of one kind in neighbouring blocks are tried together: their outputs get an error of known size, and the step is
-computed again from the same tokens. The error is what a random change of the weights would cause: like that of packing,
-and unlike noise, it is no other one for each token, so attention does not average it away (on the demo model, noise
-predicted up to 100 times too little, this was within a factor of 2)."""
+computed again from the same tokens. The error is that of a random change of the weights: like that of packing, and
+unlike noise, it is the same for every token, so attention does not average it away (on the demo model, noise predicted
+up to 100 times too little; this was within a factor of 2)."""
 
 import re
 import time
@@ -34,7 +34,7 @@ PHASE = "sensitivity"
 
 @dataclass(frozen=True)
 class Method:
-    """How it is measured, see sensitivity.json."""
+    """How to measure; sensitivity.json explains the numbers."""
 
     error: float
     bands: int
@@ -59,7 +59,7 @@ class Steps:
         self._stages = 0  # of a prompt, begun so far
 
     def next_prompt(self) -> None:
-        """What is seen from now on belongs to another prompt."""
+        """Calls from now on belong to another prompt."""
         self._prompts.append([])
         self._stages = 0
 
@@ -71,13 +71,13 @@ class Steps:
             self._prompts[-1].append(call)
 
     def chosen(self) -> list[Call]:
-        """As many of every prompt's as the method asks for."""
+        """As many calls of every prompt as the method asks for."""
         return [steps[n] for steps in self._prompts for n in _spread(len(steps), self.method.steps)]
 
 
 def measure(folder: ModelFolder, kept: Steps) -> Generator[Event, None, dict[Layer, float]]:
-    """Returns, by layer, the squared relative change of the velocity per squared relative error of its output: of both
-    streams together, the mean over the steps. What a group of layers causes is divided among them evenly.
+    """Returns by layer the squared relative change of the velocity per squared relative error of its output, both
+    streams together, averaged over the steps. The change by a group is divided evenly among its layers.
 
     Loads the whole transformer, and computes every step once for each group.
     """
@@ -100,7 +100,7 @@ def measure(folder: ModelFolder, kept: Steps) -> Generator[Event, None, dict[Lay
 
 
 class _Disturbance:
-    """Gives the outputs of some layers an error."""
+    """Adds an error to the outputs of some layers."""
 
     def __init__(self, error: float) -> None:
         self.paths: frozenset[str] = frozenset()
@@ -108,23 +108,25 @@ class _Disturbance:
         self._error = error
 
     def call(self, path: str, layer: LinearLayer, x: mx.array) -> mx.array:
-        """The layer's output; with what a random change of its weights would add, if it is one of `paths`."""
+        """The layer's output (..., outputs) for x (..., width); for one of `paths`, with the error of a random change
+        of its weights."""
         y = layer.multiply(x)
         if path not in self.paths:
             return y
         product = y - layer["bias"] if "bias" in layer else y
-        # The same change wherever a layer is called in parts.
+        # The same change in every call, for a layer that is called in parts.
         key = mx.random.key(zlib.crc32(f"{self.seed} {path}".encode()))
         change = x @ mx.random.normal((x.shape[-1], y.shape[-1]), x.dtype, key=key)
         return y + change * (self._error * _size(product) / _size(change)).astype(y.dtype)
 
 
 def _size(values: mx.array) -> mx.array:
+    """The root mean square of an array of any shape, a scalar."""
     return mx.sqrt(mx.mean(mx.square(values.astype(mx.float32))))
 
 
 def _groups(transformer: Transformer, bands: int) -> list[frozenset[str]]:
-    """Paths of the layers that are tried together."""
+    """Groups of layers to try together, by their paths."""
     paths = [path for path, layer in transformer.named_modules() if isinstance(layer, LinearLayer)]
     paths = sorted(load_recipe(EVERY).bits(TRANSFORMER, paths, 8), key=natural_order)
     counts, groups = block_counts(paths), defaultdict(set)
@@ -136,7 +138,7 @@ def _groups(transformer: Transformer, bands: int) -> list[frozenset[str]]:
 
 
 def _change(clean: Streams[mx.array], changed: Streams[mx.array], method: Method) -> float:
-    """Squared relative change of both velocities, weighted and added."""
+    """The weighted sum of the squared relative changes of both streams' velocities (1, tokens, channels)."""
     total = 0.0
     for stream, (velocity, other) in clean.zip(changed).items():
         relative = _size(other - velocity) / _size(velocity)

@@ -1,7 +1,7 @@
-"""What the inputs of a model's linear layers are like while it works: E[x^2] and E[x] of every channel, in a file.
+"""Files of statistics of the inputs of a model's linear layers: E[x^2] and E[x] of every channel.
 
-Such a file belongs to a model, not to one of its folders: as many bits, FP8 or a float type, the layers' inputs are the
-same. Layers are named as in the model folder."""
+A file belongs to a model, not to one of its folders: the layers' inputs are the same whether weights are quantized, FP8
+or of another float type. Layers have the names of the model folder."""
 
 import hashlib
 import json
@@ -44,8 +44,8 @@ MAKE = "make it with ltx2 calibrate"
 
 @dataclass(frozen=True)
 class About:
-    """Where statistics come from. `identities` tells the networks of one model from those of another: component ->
-    `identity`. `prompts` and `options` are what was generated."""
+    """The origin of statistics. `identities`, component -> `identity`, tells the networks of one model from those of
+    another; `prompts` and `options`: what was generated."""
 
     tool_version: str
     release: str | None
@@ -67,7 +67,7 @@ class About:
 
 @dataclass(frozen=True)
 class Statistics:
-    """An opened file of statistics; values are read when they are asked for. `record` identifies the file."""
+    """An open file of statistics; values are read when they are used. `record` identifies the file."""
 
     file: TensorFile
     record: FileRecord
@@ -75,7 +75,7 @@ class Statistics:
 
     @classmethod
     def open(cls, path: Path) -> "Statistics":
-        """Raises CheckpointError for what is no safetensors file, InputError for one that holds something else."""
+        """Raises CheckpointError for another kind of file, InputError for safetensors that are no statistics."""
         file = open_tensorfile(path)
         if file.metadata.get("format") != KIND["format"]:
             raise InputError(f"{path} holds no statistics", "it is a safetensors file of another kind", MAKE)
@@ -88,12 +88,12 @@ class Statistics:
 
     @cached_property
     def layers(self) -> dict[Layer, int]:
-        """The layers there are statistics of, and their widths."""
+        """The layers with statistics, and their widths."""
         parts = ((NAME.fullmatch(name), tensor) for name, tensor in self.file.tensors.items())
         return {(m[1], m[2]): t.shape[0] for m, t in parts if m is not None and m[3] == MEAN_SQUARE}
 
     def inputs(self, component: str, layer: str, biased: bool) -> Inputs | None:
-        """Of one layer, None where there are none. Raises InputError for values that are not what their name says."""
+        """The statistics of one layer, None if it has none. Raises InputError for impossible values."""
         if (component, layer) not in self.layers:
             return None
         mean_square, mean = (self._values(f"{component}.{layer}.{part}") for part in (MEAN_SQUARE, MEAN))
@@ -103,7 +103,7 @@ class Statistics:
 
     @cached_property
     def sensitivities(self) -> dict[Layer, float]:
-        """Squared relative change of the velocity per squared relative error of a layer's output, where measured."""
+        """By layer, if measured: squared relative change of the velocity per squared relative error of its output."""
         found = {}
         for name in self.file.tensors:
             match = NAME.fullmatch(name)
@@ -115,20 +115,21 @@ class Statistics:
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
-        """The denoiser's calls that were recorded, if any. Raises InputError where a part of one is missing."""
+        """The recorded calls of the transformer, if any. Raises InputError if a part of one is missing."""
         try:
             return tuple(read_calls(self.file))
         except LookupError as error:
             raise InputError(f"{self.file.path}: a recorded call is not whole", str(error), MAKE) from error
 
     def _values(self, name: str) -> Array:
+        """A tensor (width,) or (). Raises InputError for values that are not finite."""
         values = np.array(self.file.array(name))
         if not np.isfinite(values).all():
             raise InputError(f"{self.file.path}: {name} is not finite", "the model computed no numbers there", MAKE)
         return values
 
     def check(self, plan: Plan) -> None:
-        """Raises InputError when they are of other networks than the plan's."""
+        """Raises InputError if they belong to other networks than the plan's."""
         common = self._common(plan)
         if not common:
             theirs = ", ".join(dict.fromkeys(component for component, _ in self.layers)) or "nothing"
@@ -141,7 +142,7 @@ class Statistics:
                 raise self._misfit(f"{component}.{layer} has {ours} inputs, there it has {width}")
 
     def strangers(self, plan: Plan) -> Iterator[str]:
-        """Warnings: that they are of another model than the plan's, with the same networks."""
+        """Warns if they belong to another model with the same networks."""
         what = f"the statistics {self.file.path.name} were made with another model"
         strange = [n for n in self._common(plan) if self.about.identities.get(n) != identity(plan, n)]
         if plan.variant and (plan.release, plan.variant) != (self.about.release, self.about.variant):
@@ -159,8 +160,8 @@ class Statistics:
 
 
 def identity(plan: Plan, component: str) -> str:
-    """What tells one trained network from another, however its layers are stored: a hash of its norms' weights, which
-    nothing packs. In bfloat16, which they are published in."""
+    """Tells one trained network from another, however its layers are stored: a hash of its norms' weights, which
+    nothing packs, in bfloat16, as they are published."""
     digest = hashlib.sha256()
     moves = [m for m in plan.moves(component) if m.key.endswith(".weight") and len(m.spec.shape) == 1]
     for move in sorted(moves, key=lambda move: move.key):
@@ -177,8 +178,8 @@ def write_statistics(
     sensitivities: Mapping[Layer, float] | None = None,
     calls: Mapping[str, tuple[str, Array]] | None = None,
 ) -> None:
-    """Write a file of statistics, with the tensors of recorded `calls` if any; it appears under its name only when
-    complete. Same values, same bytes."""
+    """Write a file of statistics, with the tensors of recorded `calls` (any shapes); it appears under its name only
+    when complete. The same values give the same bytes."""
     tensors = dict(calls or {})
     for (component, layer), inputs in sorted(layers.items()):
         assert inputs.mean is not None, "both moments are known of every layer"
@@ -198,7 +199,7 @@ def _weights(plan: Plan) -> Iterator[Move]:
 
 
 def _check_tensors(tensors: Mapping[str, TensorInfo]) -> None:
-    """Raises ValueError for tensors that are no statistics."""
+    """Raises ValueError for tensors that do not belong in a file of statistics."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors.items():
         if CALL_NAME.fullmatch(name) and tensor.dtype in FLOATS.values():

@@ -1,6 +1,6 @@
-"""A plan with layers packed: by chosen forms, or again as a model folder holds them, which is what verifying compares.
+"""A plan with packed layers: in chosen forms, or in those of a model folder, for verifying it.
 
-Where the inputs of a layer are known, its bias is no tensor of its own any more: packing corrects it."""
+With statistics of a layer's inputs, its bias becomes a part of the packed weight: packing corrects it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,8 +22,8 @@ Forms = Mapping[str, Mapping[str, Form]]  # component -> path of a layer -> how 
 
 @dataclass(frozen=True)
 class Given:
-    """What is known when a plan's layers are packed: statistics by component, the multipliers of layers that were
-    packed before, and the replay of recorded calls for GPTQ."""
+    """Used for packing a plan's layers: statistics by component, multipliers of layers that were packed before, and the
+    replay of recorded calls for GPTQ."""
 
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
     multipliers: Mapping[Layer, float] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Given:
 
 
 def packed_plan(plan: Plan, forms: Forms, given: Given) -> Plan:
-    """The plan with every layer packed that has a form and whose weight can be packed in it."""
+    """The plan with every layer packed that has a form in which its weight can be packed."""
     biases = {_layer(e): e for e in plan.entries if isinstance(e, Move) and _is_bias(e)}
     packed = {
         _layer(move): move
@@ -59,7 +59,7 @@ def _is_bias(move: Move) -> bool:
 
 
 def _packed(move: Move, forms: Forms, given: Given, bias: Move | None) -> Move | None:
-    """The move with its layer's form, where that has one and the tensor is a weight that can be packed."""
+    """The move packed in its layer's form; None without a form, or if the tensor cannot be packed."""
     form, spec = forms.get(move.component, {}).get(move.layer), move.spec
     if form is None or move.packing is not None or not move.key.endswith(".weight"):
         return None
@@ -87,9 +87,9 @@ def _replanned(entry: Entry, packed: Mapping[Layer, Move]) -> Entry:
 
 
 def repack(plan: Plan, model: ModelFolder, statistics: Statistics | None = None) -> Plan:
-    """The plan with the layers packed that are packed in `model`, and as they are there.
+    """The plan with the layers packed that are packed in `model`, in the same forms.
 
-    Raises InputError unless `statistics` are those that they were packed with, and for codes chosen by GPTQ.
+    Raises InputError unless `statistics` are those that were used, and for codes chosen by GPTQ.
     """
     common = [name for name in plan.components if model.has(name)]
     for name in common:
@@ -122,7 +122,7 @@ def _stored_forms(model: ModelFolder, component: str) -> dict[str, Form]:
 
 
 def _stored_multipliers(model: ModelFolder, forms: Forms) -> dict[Layer, float]:
-    """The output multipliers of layers that this tool quantized; 1 for values that it does not write."""
+    """The output multipliers of the layers; 1 in place of values that this tool does not write."""
     found = {}
     for name, layers in forms.items():
         where = {key: file for file in model.tensor_files(name) for key in file.tensors}

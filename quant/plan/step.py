@@ -26,17 +26,16 @@ from ltx2.runtime.model.forms import Form
 
 MULTIPLIER = "weight_scale"  # the last name part of an output multiplier
 BIAS = "bias"  # of a layer's own bias, which is not one of a group's
-# Bytes: GPTQ goes through a layer's columns one by one, and a GPU, which waits for launches there, takes all of their
-# rows in nearly the time of some. A CPU's caches hold some.
+# Bytes of a piece for GPTQ on a GPU: it goes through a layer's columns one by one, and a GPU, limited by launches,
+# needs for all rows nearly the time of a few. A CPU takes as many rows as its caches hold.
 WHOLE = 1 << 30
-# Inputs of a layer for which GPTQ would take no longer than a search: it takes so many times as long as a layer has
-# times as many inputs, on a CPU and (calculated) on a GPU.
+# At this width GPTQ takes as long as a search; its time grows with the width, on a CPU and (calculated) on a GPU.
 GPTQ_WIDTH = 256
 SHORT = 12  # digits of a hash that tell files apart
 
 
 class Tally:
-    """What packing a tensor has cost so far, counted by threads that each pack some of its rows."""
+    """The rows of a tensor that were packed and their loss, counted by several threads."""
 
     def __init__(self) -> None:
         self.rows, self.loss = 0, Loss()
@@ -49,12 +48,12 @@ class Tally:
             self.loss += loss
 
     def covers(self, move: Move) -> bool:
-        """Whether that is all of the tensor: a run that continues another one packs only a part of one."""
+        """Whether all of the tensor was counted: a continued run packs only the rest of one."""
         return self.rows == move.spec.shape[0]
 
 
 class Multiplier(Mapping[str, Array]):
-    """The output multiplier of a tensor as a part of it, made when it is first used: that takes a pass over the
+    """The output multiplier of a tensor as one of its parts; computed when it is first used, by a pass over the
     tensor."""
 
     def __init__(self, make: Callable[[], float]) -> None:
@@ -84,8 +83,8 @@ class Multiplier(Mapping[str, Array]):
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a layer beside its weight: statistics of its inputs, which are read when they are used, and the
-    bias that can make up for what packing changes in its mean output. With a `replay`, codes are chosen by GPTQ."""
+    """For packing a layer: statistics of its inputs, read when they are used, and the bias that makes up for the change
+    of its mean output. With a `replay`, codes are chosen by GPTQ."""
 
     statistics: Statistics
     component: str
@@ -99,19 +98,19 @@ class Known:
         return self.statistics.layers[self.component, self.layer]
 
     def inputs(self) -> Inputs:
-        """Raises InputError for values that are no statistics."""
+        """The statistics. Raises InputError for invalid values."""
         found = self.statistics.inputs(self.component, self.layer, biased=self.bias is not None)
         assert found is not None, "this is made for layers that have statistics"
         return found
 
     def feedback(self, form: Form) -> Feedback | None:
-        """What GPTQ needs, None without it. Raises InputError for recorded calls that are not of such a model."""
+        """For GPTQ, else None. Raises InputError for recorded calls of another model."""
         if self.replay is None:
             return None
         return self.replay.feedback(self.layer, form, biased=self.bias is not None)
 
     def corrected(self, drift: Array, start: int) -> Array:
-        """The bias of the rows from `start` on, plus what these rows lose, rounded to its own dtype."""
+        """The bias (rows,) from row `start` on plus `drift` (rows,), rounded to its own dtype."""
         assert self.bias is not None, "without a bias no drift is computed"
         values = to_float32(self._bias[start : start + len(drift)], self.bias.spec.dtype)
         return from_float32(values + drift, self.bias.spec.dtype)
@@ -124,8 +123,8 @@ class Known:
 
 @dataclass(frozen=True)
 class Quantize(Packing):
-    """Codes and scales in place of a weight. `name` is the source tensor's, for errors; `multiplier` belongs to modes
-    that have one. Where the layer's inputs are known, its bias is a part of this as well."""
+    """Codes and scales in place of a weight. `name` is the source tensor's, for errors; `multiplier`: for modes that
+    have one. With statistics of the layer's inputs, its bias is one of the parts."""
 
     to: Form
     name: str
@@ -150,7 +149,7 @@ class Quantize(Packing):
 
     @property
     def main_thread(self) -> bool:
-        return True  # functions that MLX compiled in another thread abort the process when it ends
+        return True  # functions that MLX compiled in another thread abort the process when that ends
 
     @property
     def effort(self) -> float:
@@ -180,11 +179,12 @@ class Quantize(Packing):
         return parts if self.multiplier is None else parts | {MULTIPLIER: Spec((), "F32")}
 
     def rows(self, rows: Array, spec: Spec, start: int) -> Mapping[str, Array]:
-        """Raises as `begin`."""
+        """The parts of rows (rows, width), by name. Raises as `begin`."""
         return self.begin(rows, spec, start)()
 
     def begin(self, rows: Array, spec: Spec, start: int) -> Parts:
-        """Raises CheckpointError, now or when it is waited for, when a value is not finite or cannot be represented."""
+        """Begin to pack rows (rows, width). Raises CheckpointError, now or when the parts are asked for, if a value is
+        not finite or cannot be represented."""
         multiplier = 1.0 if self.multiplier is None else self.multiplier.value
         with self._named_errors():
             if self.known and (feedback := self.known.feedback(self.form)):
@@ -207,7 +207,7 @@ class Quantize(Packing):
             raise CheckpointError(what, str(error), fix) from error
 
     def _counted(self, packed: Packed, loss: Loss, start: int) -> Mapping[str, Array]:
-        """The parts, from row `start` on."""
+        """The parts (rows, ...) from row `start` on, after counting their loss."""
         self.tally.add(len(packed.codes), loss)
         parts = {"weight": packed.codes, "scales": packed.scales}
         if packed.biases is not None:
@@ -218,7 +218,7 @@ class Quantize(Packing):
 
 
 def quantized(move: Move, form: Form, known: Known | None = None, multiplier: float | None = None) -> Move:
-    """The move with its weight quantized; `multiplier` is given where the tensor was packed before."""
+    """The move with its weight quantized; `multiplier`: of a tensor that was packed before."""
     made = None
     if form.multiplied:
         made = Multiplier(lambda: output_multiplier(_largest(move)) if multiplier is None else multiplier)
@@ -226,17 +226,18 @@ def quantized(move: Move, form: Form, known: Known | None = None, multiplier: fl
 
 
 def _largest(move: Move) -> float:
-    """The largest absolute value of the tensor as it would be without packing."""
+    """The largest absolute value of the tensor before packing."""
     return max(_largest_of(rows) for rows in values_of(move))
 
 
 def _largest_of(rows: Array) -> float:
+    """Of rows (rows, width) as stored."""
     if rows.dtype == np.uint16:  # bfloat16: codes without sign are in the order of their values
         return float(bf16_to_f32((rows & np.uint16(0x7FFF)).max(initial=0, keepdims=True).reshape(1))[0])
     return float(np.abs(rows).max(initial=0))
 
 
 def packings(moves: Iterable[Move]) -> dict[str, tuple[Move, Quantize]]:
-    """The layers that are quantized among a component's tensors, in natural order."""
+    """The quantized layers among a component's tensors, in natural order."""
     layers = packed_layers(moves)
     return {layer: (m, m.packing) for layer, m in layers.items() if isinstance(m.packing, Quantize)}
