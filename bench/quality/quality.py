@@ -21,7 +21,6 @@ from ltx2.bench.quality.teacher import (
     Case,
     Comparison,
     Differences,
-    Layer,
     Recording,
     StepKey,
     compare,
@@ -30,6 +29,7 @@ from ltx2.bench.quality.teacher import (
 )
 from ltx2.bench.speed.run import Benched
 from ltx2.convert.inspect import inspect
+from ltx2.convert.plan.entries import Layer
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.events import Event, Section
 from ltx2.runtime.files.tensors import Array

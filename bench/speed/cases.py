@@ -49,7 +49,7 @@ def bench_models(models: Sequence[Path], options: Mapping[str, Any], machines: M
     if random is None and not models:
         raise UsageError("nothing is measured", "there is no model", "name a model folder, or give random")
     weights = None if random is None else RandomWeights(random, bits, settings)
-    schedule = {name: given.pop(name) for name in ("repeat", "warmup", "cooldown") if name in given}
+    schedule: dict[str, Any] = {name: given.pop(name) for name in ("repeat", "warmup", "cooldown") if name in given}
     suite = load_suite(given.pop("suite", DEFAULT)).changed(given.pop("part", None), given, schedule)
     old = None if compare is None else read_receipt(compare)
     return run_bench(bench_cases(models, weights, suite), suite.schedule, suite.name, old, machines)

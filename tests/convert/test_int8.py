@@ -163,8 +163,11 @@ def test_other_places_of_the_rotation(tmp_path: Path, said: dict[str, Any]) -> N
         "layer.comfy_quant": ("U8", np.frombuffer(json.dumps({"format": "int8_tensorwise"} | said).encode(), np.uint8)),
     }  # fmt: skip
     opened = open_tensorfile(encoded.write(tmp_path / "f.safetensors", tensors, {}))
-    found = find_codes([opened]).codes["layer.weight"].form
-    assert (found.rotation, found.hadamard) == (64 if "params" in said else 256, "regular")
+    found = find_codes([opened]).codes["layer.weight"]
+    assert isinstance(found, Int8) and (found.form.rotation, found.form.hadamard) == (
+        64 if "params" in said else 256,
+        "regular",
+    )
 
 
 class TestRun:

@@ -107,7 +107,8 @@ def test_golden_hidden_states(demo_25: Path, figure: Figure) -> None:
 def test_bf16_is_not_promoted(model_25: Path) -> None:
     encoder = load_network(ModelFolder.open(model_25), "text_encoder", TextEncoder)
     encoder.set_dtype(mx.bfloat16)
-    states = states_of(encoder, *map(mx.array, left_padded(8, 8, 480)))
+    ids, mask = map(mx.array, left_padded(8, 8, 480))
+    states = states_of(encoder, ids, mask)
     assert {state.dtype for state in states} == {mx.bfloat16}
 
 

@@ -167,7 +167,8 @@ def test_float16_weights_are_computed_with_in_float32(encoder: TextEncoder) -> N
     for layer in encoder.model.layers:
         layer.post_feedforward_layernorm.weight = mx.full((64,), 3e4)
     encoder.set_dtype(mx.float16)
-    states = list(states_of(encoder, *map(mx.array, left_padded(8, 8, 480))))
+    ids, mask = map(mx.array, left_padded(8, 8, 480))
+    states = list(states_of(encoder, ids, mask))
     assert {state.dtype for state in states} == {mx.float32}
     assert float(mx.abs(states[-2]).max()) > 65504
     assert all(bool(mx.isfinite(state).all()) for state in states)
