@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ltx2.runtime.errors import InputError, UsageError
+from ltx2.runtime.errors import UsageError
 from ltx2.runtime.generate.options.kinds import Choice, Number, Whole
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.options.table import CLASHES, ROWS, Options, check_usage, repeated
@@ -96,10 +96,6 @@ class TestWrongUsage:
     def test_in_python(self) -> None:
         with pytest.raises(UsageError, match="resume has no effect without state"):
             Request.from_options({"prompt": "x", "resume": True})
-
-    def test_it_is_an_input_error(self) -> None:
-        """Who catches those catches it."""
-        assert issubclass(UsageError, InputError)
 
 
 AGAIN: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
