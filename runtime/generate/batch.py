@@ -23,8 +23,8 @@ Planner = Callable[[Sequence[Job]], Sequence[MemoryPlan]]
 def make_all(
     runs: Sequence[Run], there: Sequence[Saved], networks: Networks, plan: Planner
 ) -> Generator[Event, None, None]:
-    """The events of all clips; of those that are `there` already the last one only. `plan` makes the plans of checked
-    clips, and raises for what does not fit."""
+    """The events of all clips; only the last one of clips that are already `there`. `plan` makes the plans of checked
+    clips, and raises DoesNotFitError."""
     yield from there
     if not runs:
         return
@@ -49,7 +49,7 @@ def _in_step(runs: Sequence[Run], clips: int, plan: Planner) -> Iterator[Event]:
         waiting = dict[int, PhaseStarted | Predicted]()
 
         def go_on(index: int) -> Iterator[Event]:
-            """To where it waits next, or to its end."""
+            """Continue a clip until it waits again, or ends."""
             run = runs[index]
             while True:
                 run.resumed = time.perf_counter()
@@ -79,8 +79,8 @@ def _in_step(runs: Sequence[Run], clips: int, plan: Planner) -> Iterator[Event]:
 
 
 def _settle(runs: Mapping[Run, float | None], plan: Planner) -> None:
-    """Clips are made as long as their prompts need, by the seconds that the duration head gives those that have waited
-    for it; with these, all that are left are planned."""
+    """Give clips the lengths that their prompts need: the seconds by the duration head, None for clips that did not
+    wait for it. All of them are planned anew."""
     plans = plan([run.job if seconds is None else run.job.lasting(seconds) for run, seconds in runs.items()])
     for (run, seconds), new in zip(runs.items(), plans, strict=True):
         if seconds is None:
@@ -90,7 +90,7 @@ def _settle(runs: Mapping[Run, float | None], plan: Planner) -> None:
 
 
 def _planned(runs: Sequence[Run], clips: int, again: bool = False) -> WorkPlanned:
-    """What comes, with its shares of all floating-point operations."""
+    """The phases to come, with their shares of all floating-point operations."""
     phases = [(phase, run.number) for run in runs for phase in run.phases]
     counts = {run.number: count(run.job) for run in runs}
     flops = [counts[number][phase.name].flops for phase, number in phases]

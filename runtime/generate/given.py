@@ -1,5 +1,5 @@
-"""What a request gives beside its text, and how it comes from files to latents: pictures, clips, sounds. What each does
-in a stage is its conditioning (sampling/conditioning.py)."""
+"""The pictures, clips and sounds of a request, and how their files become latents. Their effect in a stage is their
+conditioning (sampling/conditioning.py)."""
 
 import shlex
 from collections.abc import Callable, Iterator
@@ -101,7 +101,7 @@ class SourceClip:
             yield f"{self.path.name} ends at {ends:.2f} s: what is made anew ends there, not at {retake.end:g} s"
 
     def added(self, sizes: Sizes, extend: Extension) -> str:
-        """What is made beside it for a clip of these sizes: whole latent frames."""
+        """Says how much is made beside it for a clip of these sizes: whole latent frames."""
         more, where = sizes.frames - self.sizes.frames, "after" if extend.seconds > 0 else "before"
         return f"{more} frames ({more / sizes.fps:.2f} s) are made {where} {self.path.name}"
 
@@ -145,15 +145,15 @@ class Given:
         return place.size
 
     def latents(self, place: Place) -> Streams[mx.array] | None:
-        """What is latents already and needs no encoding."""
+        """Latents that need no encoding: (1, C, F, H, W) of the picture, (1, A, T, 16) of the sound."""
         return None
 
     def video(self, vae: VideoCoder, place: Place) -> mx.array | None:
-        """What is encoded of it for a stage's picture, normalised latents."""
+        """Normalised latents (1, C, f, h, w), encoded for a stage's picture."""
         return None
 
     def audio(self, vae: AudioAutoencoder, place: Place) -> mx.array | None:
-        """What is encoded of it for a stage's sound, normalised latents."""
+        """Normalised latents (1, A, T, 16), encoded for a stage's sound."""
         return None
 
 
@@ -292,7 +292,7 @@ def encode_clip(vae: VideoCoder, groups: Iterator[Pixels]) -> mx.array:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a clip when its given things are gathered: the request, the source clip, and geometry."""
+    """For gathering the given things of a clip: its request, source clip, and geometry."""
 
     request: Request
     clip: SourceClip | None

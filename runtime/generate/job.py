@@ -111,17 +111,17 @@ class Job:
         return self.auto is not None and self.length is None
 
     def lasting(self, seconds: float) -> "Job":
-        """As long as the clip is where the duration head answers so many seconds."""
+        """The job with the length for the duration head's answer."""
         return Job(self.folder, replace(self.asked, seed=self.request.seed), self.until, self.predicted(seconds))
 
     def predicted(self, seconds: float) -> Duration:
-        """The clip's length where the duration head answers so many seconds."""
+        """The clip's length for the duration head's answer."""
         auto, fps = self.auto or Auto(), self.asked.fps or self.preset.defaults["fps"]
         return duration(seconds, fps, auto.least, auto.most, self.scales.temporal)
 
     @cached_property
     def given(self) -> tuple[Given, ...]:
-        """What the request gives beside its text. Raises InputError for what does not go together."""
+        """The pictures, clips and sounds of the request. Raises InputError for those that do not go together."""
         if not self.stages:
             return ()
         if self.request.keyframe_slots and not self.transformer_config.use_keyframes_abs_pos_embedding:
@@ -134,7 +134,7 @@ class Job:
         return Place(number, self.stage_grid(number, sizes), (sizes or self.sizes).fps, self.scales)
 
     def warnings(self) -> Iterator[str]:
-        """What may not come out as expected."""
+        """Warnings about results that may not be as expected."""
         if self.row is not None:
             reach = self.transformer_config.video.max_positions[0]
             yield from doubts(self.folder, self.row, self.asked, self.sizes, reach)
@@ -156,11 +156,11 @@ class Job:
 
     @property
     def numbers(self) -> range:
-        """Of the stages, from 1."""
+        """The stages' numbers, from 1."""
         return range(1, len(self.stages) + 1)
 
     def output(self, sizes: Sizes | None = None) -> Sizes:
-        """Of the clip that is written, where the stages make one of these sizes (the job's)."""
+        """The sizes of the written clip if the stages make one of these `sizes` (None: the job's)."""
         sizes = sizes or self.sizes
         if not self.request.temporal_upscale:
             return sizes
@@ -187,7 +187,7 @@ class Job:
         return Course(number, sampler.sigmas(schedule.sigmas(grid.tokens)), sampler, guidance)
 
     def _guidance(self) -> Streams[Guidance]:
-        """Of both streams, as the request says; a kept one is not guided."""
+        """The request's, of both streams; a kept one is not guided."""
         guided = Streams(self._guided(""), self._guided("audio_"))
         return guided.map(lambda guidance, kept: NEUTRAL if kept else guidance, self.frozen)
 
@@ -216,7 +216,7 @@ class Job:
         return LoraUse(find_lora(lora.path, self.folder), (first, second))
 
     def _distilled_lora(self) -> LoraUse | None:
-        """What makes a dev model a distilled one, in the stages that the pipeline says."""
+        """The LoRA that makes a dev model a distilled one, in the pipeline's stages that take it."""
         assert self.row is not None, "latents are not sampled"
         lora, own = self.request.distilled_lora, self.folder.distilled_lora
         distilled = self.folder.manifest.variant == DISTILLED
@@ -244,8 +244,8 @@ class Job:
     def states(
         self, number: int, start: Streams[mx.array], encoded: Mapping[str, mx.array] | None = None
     ) -> Streams[StreamState]:
-        """The streams of stage `number` before its first step, from the latents of the stage before, with all that is
-        given; `encoded` as the Encode phases make it, None for shapes alone."""
+        """The streams of stage `number` before its first step: from the last stage's latents, (1, C, F, H, W) and
+        (1, A, T, 16), with all that is given. `encoded`: by the Encode phases; None for shapes alone."""
         states = self._own_states(number, start)
         for index, given in enumerate(self.given):
             if given.in_stage(number):
@@ -319,12 +319,13 @@ class Job:
         return {name: encode_prompt(self.folder, text, self.preset.text_tokens) for name, text in self.prompts.items()}
 
     def read_latents(self, path: str, sound: bool = True) -> Streams[mx.array]:
-        """Latents out of a file, checked against the model's channels; `sound`: with the audio's."""
+        """Latents from a file, (1, C, F, H, W) and, with `sound`, (1, A, T, 16), checked against the model's
+        channels."""
         channels = self.audio_config.latent_channels if sound else None
         return read_latents(path, self.video_config.latent_channels, channels)
 
     def read_contexts(self, path: str) -> dict[str, Streams[mx.array]]:
-        """The prompts' contexts out of a file."""
+        """The prompts' contexts from a file, (1, tokens, width) of each stream."""
         return read_embeddings(path, self.transformer_config.context_dims, (TEXT, *self.negatives))
 
     def track(self) -> AudioTrack | None:

@@ -15,9 +15,9 @@ Observe = Callable[[str, nn.Module], None]
 
 
 class Networks:
-    """Those of a model folder that are loaded. `matmul`: how packed weights are multiplied; `products`: what that was
-    for each form of them. `observe` is called with every network's component and the network before it is used; it
-    gets a new one every time. `built`: networks that are built already, and not loaded."""
+    """The loaded networks of a model folder. `matmul`: how packed weights are multiplied; `products`: the choice for
+    each of their forms. `observe` is called with a component's name and network before each use; it gets a new network
+    every time. `built`: networks that are built and not loaded yet."""
 
     def __init__(
         self, folder: ModelFolder, matmul: str, observe: Observe | None, built: Mapping[str, nn.Module]
@@ -33,7 +33,7 @@ class Networks:
     def load(
         self, component: str, expected: type[Network], make: Callable[[ModelFolder], Network] | None = None
     ) -> Network:
-        """A network that was checked to be there, or what `make` makes of its files."""
+        """A component's network, or the one that `make` makes of the folder."""
         loaded = self._loaded.get(component)
         if isinstance(loaded, expected):
             return loaded
@@ -49,5 +49,5 @@ class Networks:
         return network
 
     def keep(self, components: Container[str]) -> None:
-        """Let go of all others."""
+        """Free all others."""
         self._loaded = {name: network for name, network in self._loaded.items() if name in components}

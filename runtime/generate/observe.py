@@ -14,8 +14,8 @@ Seen = Callable[[str, LinearLayer, mx.array], None]
 
 
 def intercept(network: nn.Module, call: Call) -> None:
-    """From now on every linear layer's output is `call(path, layer, x)`, where `layer.multiply(x)` is what it would be
-    without. Packed layers count; embeddings do not. Of two calls for one network the last one is in force."""
+    """From now on every linear layer's output is `call(path, layer, x)`; `layer.multiply(x)` is its own output. Packed
+    layers are included, embeddings are not. A second call for a network replaces the first."""
     for path, layer in network.named_modules():
         if isinstance(layer, LinearLayer):
             layer.around = partial(call, path)
@@ -24,8 +24,8 @@ def intercept(network: nn.Module, call: Call) -> None:
 def watch(network: nn.Module, seen: Seen) -> None:
     """From now on `seen(path, layer, x)` is called before every linear layer; see `intercept`.
 
-    `x` (..., inputs) is what the layer is given, lazy as MLX's arrays are: who keeps a sum of it must evaluate that sum
-    there and then, or every input stays in memory until it does.
+    `x` (..., inputs) is the layer's input, lazy as MLX's arrays are: evaluate a sum of it at once, or every input stays
+    in memory until you do.
     """
 
     def call(path: str, layer: LinearLayer, x: mx.array) -> mx.array:

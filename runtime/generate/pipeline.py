@@ -90,7 +90,7 @@ class Pipeline:
         return self.events_all([request], until)
 
     def events_all(self, requests: Sequence[Request], until: str | None = None) -> Generator[Event, None, None]:
-        """As `events`, of several clips. Raises UsageError where they do not agree on what is the run's."""
+        """As `events`, of several clips. Raises UsageError if they differ in an option of the whole run."""
         _, events = self._begin(requests, until)
         watch = next((request.progress for request in requests if request.progress is not None), None)
         return watched(events, watch)
@@ -141,8 +141,8 @@ class Pipeline:
 
     @takes(Request)
     def plan(self, request: Request) -> MemoryPlan:
-        """How much memory every phase of a generation would take; reads headers only. Raises as `stream`, but not for
-        what does not fit: `MemoryPlan.check` does."""
+        """The memory of every phase of a generation; reads headers only. Raises as `stream`, except DoesNotFitError,
+        which `MemoryPlan.check` raises."""
         return self.planned(request)
 
     def duration(
@@ -165,11 +165,11 @@ class Pipeline:
         return run.job.length
 
     def planned(self, request: Request, until: str | None = None) -> MemoryPlan:
-        """As `plan`, of what `events` would do."""
+        """As `plan`, for `events`."""
         return self.planned_all([request], until)
 
     def planned_all(self, requests: Sequence[Request], until: str | None = None) -> MemoryPlan:
-        """As `planned`, of what `events_all` would do, with the largest clip as its job."""
+        """As `planned`, for `events_all`; its job is the largest clip."""
         jobs = [job.lasting(job.auto.most) if job.auto and job.waits else job for job in self._jobs(requests, until)]
         with self.machines.all_or_none():
             self._check(jobs)

@@ -1,5 +1,5 @@
-"""How much memory a generation takes, phase by phase, before anything but headers is read; in which tiles the video
-decoder stays below a limit; and, where nothing does, the nearest settings that would."""
+"""The memory of a generation, phase by phase, from headers alone; the tiles with which the video decoder stays below a
+limit; and, if nothing fits, the nearest settings that do."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +19,6 @@ from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.meter import reusable_memory
 from ltx2.runtime.memory.plan import Headers, Need, PhasePlan
 from ltx2.runtime.model.layout import TRANSFORMER
-from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.tiles import Tiling
 from ltx2.runtime.sampling.latents import Sizes
 from ltx2.runtime.units import GB, gb
@@ -43,7 +42,7 @@ class MemoryPlan:
     @cached_property
     def phases(self) -> tuple[PhasePlan, ...]:
         if self.job.request.low_memory:
-            # What the hungriest phase takes at least is taken anyway: the others may use as much.
+            # The least that the hungriest phase takes is taken anyway: the others may use as much.
             return tuple(need.within(_least(self.needs), 0) for need in self.needs)
         planned = [need.within(self.limit, reusable_memory()) for need in self.needs]
         kept = self._kept(planned)
@@ -95,7 +94,7 @@ class MemoryPlan:
                 raise _refusal(self)
 
     def warnings(self) -> Iterator[str]:
-        """What staying within the limit costs."""
+        """The price of staying within the limit."""
         reads = [f"{gb(phase.read)} in every step of {phase.name}" for phase in self.phases if phase.streamed]
         if reads:
             yield f"the transformer is not kept in memory as a whole: it is read from disk, {' and '.join(reads)}"
@@ -121,7 +120,7 @@ def _least(needs: Iterable[Need]) -> int:
 
 
 class Needs:
-    """What a job's phases take, for any sizes and limit."""
+    """The needs of a job's phases, for any sizes and limit."""
 
     def __init__(self, job: Job, machines: Machines = ALONE) -> None:
         self.job = job
@@ -151,11 +150,11 @@ class Needs:
 
     @cached_property
     def usual(self) -> int:
-        """What making the latents takes anyway: the transformer's bytes, if there is one."""
+        """Bytes that making latents takes anyway: the transformer's, if there is one."""
         return self.headers.weights(TRANSFORMER) if self.job.folder.has(TRANSFORMER) else 0
 
     def of(self, sizes: Sizes, tiling: Tiling | None) -> tuple[Need, ...]:
-        """What every phase takes, with the video decoded in these tiles."""
+        """The need of every phase, with the video decoded in these tiles."""
         needs = [phase.need(self.headers, sizes, tiling) for phase in self.phases]
         if self.machines.several and tiling is not None and isinstance(self.phases[-1], DecodeVideo):
             # Decoded tiles of all machines are there together, and this one's beside them.
@@ -189,7 +188,7 @@ def plan_all(jobs: Sequence[Job], machines: Machines = ALONE) -> list[MemoryPlan
 
 
 def _largest(name: str, plans: Sequence[MemoryPlan], waiting: int) -> Need:
-    """What a phase takes of memory at most, of several plans."""
+    """The largest need of a phase in several plans, beside the bytes of clips that are `waiting`."""
     found = [need for plan in plans for need in plan.needs if need.name == name]
     needed, queued, largest = (max(getattr(need.activations, part) for need in found) for part in ACTIVATIONS)
     used, clip = Activations(needed, queued, largest), max(need.clip for need in found) + waiting
@@ -210,19 +209,18 @@ def _waiting(jobs: Sequence[Job], name: str) -> int:
 
 
 def latent_bytes(job: Job) -> int:
-    """Of the clip's latents."""
+    """Bytes of the clip's latents."""
     grid = job.grid()
     return FLOAT * (prod(grid.video_shape) + prod(grid.audio_shape))
 
 
 def context_bytes(job: Job) -> int:
-    """Of the prompt's contexts and the negative prompt's, of both streams."""
-    config = TransformerConfig.from_dict(job.folder.config(TRANSFORMER))
-    return 2 * FLOAT * job.preset.text_tokens * (config.video.context_dim + config.audio.context_dim)
+    """Bytes of the contexts of the prompt and the negative prompt, for both streams."""
+    return 2 * FLOAT * job.preset.text_tokens * sum(job.transformer_config.context_dims.values())
 
 
 def _refusal(plan: MemoryPlan) -> DoesNotFitError:
-    """Says what is too large, and what would fit."""
+    """The error that names the hungriest phase and the nearest settings that fit."""
     job, sizes = plan.job, plan.job.sizes
     worst = max(plan.needs, key=lambda need: need.least)
     has = f"this computer has {gb(plan.limit)} for it"

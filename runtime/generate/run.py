@@ -1,7 +1,7 @@
 """One clip of a run: phase by phase, as a stream of events.
 
 Text encoder, connectors, transformer, upscaler and decoders are never in memory together: each phase loads its network,
-uses it and frees it. Whoever consumes the events decides what to show."""
+uses it and frees it. The consumer of the events decides what to show."""
 
 import json
 import time
@@ -62,7 +62,7 @@ class Predicted(Event):
 
 
 class Common:
-    """What the clips have in common: networks, and contexts of their prompts."""
+    """Shared by clips that are made together: networks, and contexts of their prompts."""
 
     def __init__(self, runs: Sequence["Run"], networks: Networks) -> None:
         self.networks = networks
@@ -70,7 +70,7 @@ class Common:
         self._left = Counter(phase.name for run in runs for phase in run.phases)
 
     def leave(self, phase: Phase, memory: MemoryPlan) -> None:
-        """A clip is through a phase: networks that none needs now make way."""
+        """A clip has finished a phase: networks that no clip needs now are freed."""
         self._left[phase.name] -= 1
         kept = {TRANSFORMER} if phase.name in memory.keeps_transformer else set[str]()
         self.networks.keep(kept | set(phase.components) if self._left[phase.name] else kept)
@@ -99,7 +99,7 @@ class Run:
             self.phases = self.ahead = self.ahead[sampled if earlier.phase is None else names.index(earlier.phase) :]
 
     def take(self, plan: MemoryPlan) -> None:
-        """What is made. Raises MachinesError where other machines would make something else."""
+        """Make the clip of this plan. Raises MachinesError if other machines would make another one."""
         self.job = job = plan.job
         self.request, self.memory, self.noise = job.request, plan, job.noise()
         self.phases = phases(job)
@@ -143,7 +143,7 @@ class Run:
             yield from self._all()
 
     def _follow(self) -> Iterator[Event]:
-        """What a machine does that does not lead: its share of shared phases."""
+        """The share of a machine that does not lead in shared phases."""
         self.write = lambda _: None
         while (following := follow(self.machines)) is not None:
             name, self.made = following
@@ -154,7 +154,7 @@ class Run:
         yield Followed()
 
     def _about(self) -> str:
-        """What will be made, and how."""
+        """Says what will be made, and how."""
         sizes, row, seed = self.job.output(), self.job.row, self.request.seed
         how = ("upscaling" if self.request.upscale else "decoding") if row is None else f"{row.name} pipeline"
         noise = f", seed {seed}" if seed is not None and self.job.draws() else ""
@@ -163,12 +163,12 @@ class Run:
 
     @property
     def _whose(self) -> str:
-        """What begins a message about this clip among others."""
+        """The beginning of a message about this clip among others."""
         file = "" if self.request.output is None else f", {Path(self.request.output).name}"
         return f"{self.name}{file}: " if self.name else ""
 
     def _settled(self, seconds: float) -> Iterator[Event]:
-        """The duration head's answer decides the clip's length."""
+        """Set the clip's length by the duration head's answer."""
         if self.machines.several:
             tell_seconds(self.machines, seconds)
         yield Predicted(seconds)
@@ -198,7 +198,7 @@ class Run:
             yield from self._saved(video, Path(self.request.output))
 
     def _sampled(self) -> Iterator[Event]:
-        """The phases up to the latents, or those that an earlier run has left of them."""
+        """The phases up to the latents, without those that an earlier run has done."""
         request = self.request
         if request.latents is not None:
             self.made.latents = self.job.read_latents(request.latents)
@@ -225,7 +225,7 @@ class Run:
             yield from write_beside(request.save_latents, write)
 
     def _measured(self, phase: Phase) -> Iterator[Event]:
-        """One phase. All clips reach it before any goes on."""
+        """One phase. All clips reach it before any continues."""
         yield PhaseStarted(phase.name, self.number)
         yield from self._done(phase)
 
@@ -282,7 +282,7 @@ class Run:
         yield Generated(Clip(frames, samples, rate, sizes.fps, latents, self._record(), state))
 
     def _saved(self, phase: Phase | None, path: Path) -> Iterator[Event]:
-        """The clip in its file; frames are there as they are decoded, so that no more than a tile's are in memory."""
+        """The clip in its file: frames are written as they are decoded, so that only those of a tile are in memory."""
         if phase is None:
             assert self.made.track is not None, "a sound is made"
             write_wav(path, self.made.track, self._claim)

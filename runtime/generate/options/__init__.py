@@ -1,1 +1,1 @@
-"""What can be asked for: the one table of options, their kinds and values, a request, and defaults as data."""
+"""The options: their one table, their kinds and values, a request, and defaults as data."""

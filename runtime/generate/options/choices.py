@@ -1,4 +1,4 @@
-"""What a request leaves open, and the model folder decides: the pipeline, its stages, other options' values, and the
+"""The choices that a request leaves to the model folder: the pipeline, its stages, values of other options, and the
 clip's length."""
 
 from collections.abc import Iterator, Mapping
@@ -24,8 +24,8 @@ from ltx2.runtime.generate.options.values import Auto
 from ltx2.runtime.model.layout import DURATION_HEAD, ModelFolder
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
-SMALLER = 3  # times than what a model was made for: so far it still does something
-# Options that say how long the clip is.
+SMALLER = 3  # times smaller than what a model was made for, it still works
+# Options that fix the clip's length.
 LENGTHS = ("video", "retake", "extend", "upscale", "latents", "noise")
 
 
@@ -49,7 +49,7 @@ def with_fixed_length(folder: ModelFolder, options: Mapping[str, Any]) -> dict[s
 
 
 def samples(request: Request) -> bool:
-    """Whether something is made from noise. What is enlarged is refined where there is a prompt."""
+    """Whether anything is made from noise: an enlarged clip only with a prompt, which refines it."""
     refined = request.prompt is not None or request.embeddings is not None
     if refined and request.upscale is not None and request.temporal_upscale:
         what = "a prompt and twice the frame rate do not go together"
@@ -58,7 +58,7 @@ def samples(request: Request) -> bool:
 
 
 def grown(sizes: Sizes, request: Request, scales: Scales) -> Sizes:
-    """What is made of the source's sizes: twice the sides, or the whole latent frames that are made beside it."""
+    """The sizes made from a source's: twice its sides, or with the whole latent frames that extend it."""
     if request.upscale is not None and not request.temporal_upscale:
         return replace(sizes, width=2 * sizes.width, height=2 * sizes.height)
     if request.extend is None:

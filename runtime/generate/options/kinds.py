@@ -1,4 +1,4 @@
-"""What a row of the table of options says, and the kinds of values that options have."""
+"""The rows of the table of options, by the kind of their values."""
 
 import hashlib
 import operator
@@ -62,7 +62,7 @@ class Option(ABC, Generic[Given, Value]):
 
     @property
     def flag(self) -> str:
-        """As the command line spells it, else as Python does."""
+        """The command line's spelling, else Python's."""
         return f"--{self.name.replace('_', '-')}" if self.command else self.name
 
     @abstractmethod
@@ -173,7 +173,7 @@ class Flag(Option[bool | None, bool]):
 
 
 class Watcher(Option[Callable[[Event], object] | None, Callable[[Event], object] | None]):
-    """What is called with every event of a run."""
+    """A function that is called with every event of a run."""
 
     kind = "a function of an event"
     type = Callable[[Event], object]
@@ -187,7 +187,7 @@ class Watcher(Option[Callable[[Event], object] | None, Callable[[Event], object]
 
 @dataclass(eq=False)
 class Choice(Option[str | None, Chosen]):
-    """One of some names. `unbuilt`: names of what others have and we have not, and why."""
+    """One of some names. `unbuilt`: names that other tools have and this one lacks, and why."""
 
     choices: tuple[str, ...] = ()
     unbuilt: Mapping[str, str] = field(default_factory=dict)
@@ -309,7 +309,7 @@ def _record(form: Form) -> list[Any]:
 
 
 def portable(path: str | Path) -> str:
-    """The absolute path; `~` stands for the home folder, whose name is nobody's business."""
+    """The absolute path, with `~` for the home folder, whose name is private."""
     absolute, home = Path(path).absolute(), Path.home()
     return str(Path("~") / absolute.relative_to(home)) if absolute.is_relative_to(home) else str(absolute)
 

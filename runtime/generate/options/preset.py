@@ -47,7 +47,7 @@ class PipelineRow:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a release's model folders are sampled with. `defaults` and `guided` (of guided pipelines) are options."""
+    """A release's settings of sampling. `defaults` and `guided` (for guided pipelines) are values of options."""
 
     release: str
     text_tokens: int

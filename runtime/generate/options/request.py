@@ -54,26 +54,26 @@ class Request(Options):
 
     @property
     def source(self) -> str | None:
-        """The clip whose sizes the request's are, or are made of."""
+        """The clip that the request's sizes follow from."""
         spans = (self.retake, self.extend)
         return self.video or self.upscale or next((form.path for form in spans if form is not None), None)
 
     def named(self) -> Iterator[tuple[str, str]]:
-        """Option and path of every file that is to be read. A LoRA's may be its name in the model folder."""
+        """Option and path of every file to read. A LoRA's path may be its name in the model folder."""
         for name, row in ROWS.items():
             if row.recorded and row.repeated and name not in self.replaced:
                 yield from ((name, path) for path in row.files(getattr(self, name)))
 
     def inputs(self) -> Iterator[tuple[str, str]]:
-        """Those of them that are there."""
+        """Those of them that exist."""
         yield from ((name, path) for name, path in self.named() if Path(path).exists())
 
     def recorded(self) -> dict[str, Any]:
-        """As the sidecar records it: files by absolute path."""
+        """The values for the sidecar: files by absolute path."""
         return {name: row.record(getattr(self, name)) for name, row in ROWS.items() if row.recorded}
 
     def identity(self) -> dict[str, Any]:
-        """What decides the latents: files count by their content, what they replace is None."""
+        """The options that decide the latents: files by their content, None for options that they replace."""
         rows = {name: row for name, row in ROWS.items() if row.decides}
         return {n: None if n in self.replaced else row.identity(getattr(self, n)) for n, row in rows.items()}
 
@@ -117,7 +117,7 @@ class Request(Options):
 
     @property
     def sizes(self) -> Sizes:
-        """Of a request that has its defaults."""
+        """The sizes of a request with its defaults."""
         width, height, frames, fps = self.width, self.height, self.frames, self.fps
         assert width is not None and height is not None, "a request has its defaults"
         assert isinstance(frames, int) and fps is not None, "a request has its defaults"

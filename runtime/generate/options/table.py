@@ -31,7 +31,7 @@ GUIDANCE = (*PICTURE_GUIDANCE, *SOUND_GUIDANCE, "stg_blocks", "skip_steps", "aud
 LED = ("negative_prompt", "steps", *GUIDANCE)
 SHOWN = ("image", "keyframe", "keyframe_slots", "reference")
 CONDITIONINGS = (*SHOWN, "image_crf", "reference_attention", "audio", "video", "retake", "keep", "extend")
-# What leads to latents, and says nothing about a part of the clip.
+# Options that matter only for making latents.
 SAMPLING = (
     "prompt", "embeddings", "save_embeddings", "pipeline", "no_upscale", "steps", "negative_prompt", "lora",
     "distilled_lora", "checkpoint_every", "resume", "preview",
@@ -50,7 +50,7 @@ def _scale(text: str) -> Number:
 
 @dataclass(frozen=True)
 class Options:
-    """What `generate` can be told. None is the preset's default."""
+    """The options of `generate`. None is the preset's default."""
 
     prompt: Text = Text("What the clip shows, and how it sounds.", decides=True, command=False, example="text in UTF-8")
     _: KW_ONLY
@@ -266,7 +266,7 @@ class Clash:
         return tuple(other for other in self.others if other in given)
 
     def error(self, given: Mapping[str, Any], other: str) -> UsageError:
-        """Of one of them."""
+        """The error for one of the others."""
         flag, beside = ROWS[self.option].flag, ROWS[other].flag
         spelt = f"{flag} {given[self.option]}" if self.values else flag
         return UsageError(f"{spelt} and {beside} do not go together", self.why, f"leave out {beside} or {flag}")

@@ -1,1 +1,1 @@
-"""What a generation consists of: each phase in one class, and the one list of them (order.py)."""
+"""The phases of a generation: one class each, and the one list of them (order.py)."""

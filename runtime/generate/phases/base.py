@@ -1,4 +1,4 @@
-"""What a phase is, and what it works with."""
+"""The interface of a phase, and its tools."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from ltx2.runtime.streams import Streams
 
 @dataclass
 class Made:
-    """What the phases of a run have made so far. `step` is the running stage's last one; `latents` are those of the
+    """The results of a run's phases so far. `step` is the running stage's last one; `latents` are those of the
     last finished stage or upscaler, (1, C, F, H, W) and (1, A, T, 16); `sound` are the clip's audio latents where a
     later stage makes others."""
 
@@ -54,7 +54,7 @@ class Prompts:
 
 
 class Tools(Protocol):
-    """What a run gives its phases: the machines and how they share the phase, a stopwatch, the phase's part of the
+    """A run, as its phases see it: the machines and how they share the phase, a stopwatch, the phase's part of the
     memory plan, networks, the prompts, noise, and where frames (F, H, W, 3) uint8 go."""
 
     machines: Machines
@@ -90,7 +90,7 @@ class Phase(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """What it does, in plain words."""
+        """Its work in plain words."""
 
     @property
     @abstractmethod
@@ -98,12 +98,12 @@ class Phase(ABC):
 
     @abstractmethod
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
-        """What the phase takes of memory, for these sizes in place of the job's."""
+        """Its memory, for these sizes in place of the job's."""
 
     @abstractmethod
     def work(self, headers: Headers) -> PhaseWork:
-        """What the whole phase computes, and moves at least."""
+        """Its operations in all, and the bytes that it moves at least."""
 
     @abstractmethod
     def run(self, tools: Tools, made: Made) -> Iterator[Event]:
-        """Do it: what it makes goes into `made`."""
+        """Do it; results go into `made`."""

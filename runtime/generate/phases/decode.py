@@ -106,11 +106,11 @@ class DecodeVideo(Phase):
     spreads = True  # its tiles over several machines
 
     def tilings(self, latents: Size) -> list[Tiling | None]:
-        """Ways to decode so many latents (frames, height, width), each takes less memory than the last."""
+        """Ways to decode latents of this size (frames, height, width), each with less memory than the last."""
         return tilings(self._config, latents)
 
     def in_one_piece(self, latents: Size) -> bool:
-        """Whether the GPU can decode so many latents at once; a quarter faster, and without seams."""
+        """Whether the GPU can decode latents of this size at once: a quarter faster, and without seams."""
         return self._config.decoder.largest_array(latents) <= MAX_ELEMENTS
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
@@ -145,7 +145,7 @@ class DecodeVideo(Phase):
         return flops.decode_video(self._config, latents)
 
     def _loaded(self, tools: Tools) -> Callable[[mx.array], Iterator[Pictures]]:
-        """What makes groups of frames of latents (1, C, F, H, W)."""
+        """A function from latents (1, C, F, H, W) to groups of frames (n, H, W, 3)."""
         vae = tools.networks.load(self.name, VideoAutoencoder)
         read_weights(vae.decoder)
         ahead, tiles = 0 if tools.plan.held_back else BEHIND, spread(tools.machines, tools.split)
@@ -230,7 +230,7 @@ class Splice:
         self._frames = (frame for group in read_frames(clip.path) for frame in group)
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
-        """The group, with the source's frames where it has some."""
+        """The group (F, H, W, 3), with the source's frames in their places."""
         if self._frames is None:
             return frames
         spliced = frames.copy()

@@ -58,7 +58,7 @@ class EncodeVideo(Phase):
         return [given.encoded(self.job.place(number, sizes)) for given, number in found]
 
     def encoded(self, vae: VideoCoder, made: Made) -> Iterator[mx.array]:
-        """Latents, one after the other as they are made."""
+        """Latents (1, C, f, h, w), one after the other as they are made."""
         for index, number, given in places(self.job):
             if given.encodes_video:
                 latents = given.video(vae, self.job.place(number))

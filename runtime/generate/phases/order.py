@@ -18,7 +18,7 @@ from ltx2.runtime.model.layout import DIFFUSION_VAE, VIDEO_VAE
 
 
 def phases(job: Job) -> list[Phase]:
-    """What a job's generation consists of, in order."""
+    """The phases of a job, in order."""
     request, found, samples = job.request, list[Phase](), job.until in (None, LATENTS)
     enlarged = job.clip if request.upscale is not None else None
     if request.latents is None:
@@ -64,5 +64,5 @@ def merged(orders: Sequence[Sequence[str]]) -> list[str]:
 
 
 def components(steps: Sequence[Phase]) -> list[str]:
-    """What phases need of the model folder, each once."""
+    """The components that phases need, each once."""
     return list(dict.fromkeys(name for phase in steps for name in phase.components))

@@ -59,7 +59,7 @@ def preview_weights(config: VideoVAEConfig, itemsize: int) -> int:
 
 
 def preview_memory(config: VideoVAEConfig, grid: Grid, itemsize: int) -> Activations:
-    """What a preview takes beside its weights, made or used."""
+    """Memory of a preview beside its weights, while it is made or used."""
     used = activations.decode_still(config, (grid.height, grid.width), itemsize, uses_cpu())
     used = used.beside(on_cpu(cpu.decode_video(config, itemsize, cpu.TAPS_2D)))
     return activations.still_weights(config, itemsize).or_then(used)

@@ -135,7 +135,7 @@ def texts_of(job: Job) -> Texts:
 
 
 def hidden_bytes(job: Job) -> int:
-    """Of all states of its prompts."""
+    """Bytes of all hidden states of a job's prompts."""
     config = gemma_config(job.folder.config(EncodeText.name))
     itemsize = Headers(job.folder).itemsize(EncodeText.name)
     return (config.num_hidden_layers + 1) * _tokens(job) * config.hidden_size * itemsize

@@ -48,14 +48,14 @@ def splits(job: Job, machines: Machines, tiling: Tiling | None) -> dict[str, str
 
 
 def tile_count(job: Job, tiling: Tiling | None) -> int:
-    """Of the video decoder."""
+    """The number of the video decoder's tiles."""
     grid = job.grid(sizes=job.output())
     tiles = Tiles((grid.frames, grid.height, grid.width), tiling, job.video_config)
     return prod(map(len, (tiles.times, tiles.rows, tiles.columns)))
 
 
 def check_same(machines: Machines, job: Job, used: Sequence[str], tiling: Tiling | None) -> None:
-    """Raises MachinesError, on all machines, where one would not do the same as the leading one; before any work.
+    """Raises MachinesError on all machines, before any work, if one would not do the same as the leading one.
     `used`: components of the model folder."""
     owner, shared = Owner.of(job, used), splits(job, machines, tiling)
     facts, latents = machine_facts(), job.request.latents
@@ -85,7 +85,7 @@ def begin_shared(machines: Machines, phase: Phase, made: Made) -> None:
 
 
 def tell_seconds(machines: Machines, seconds: float) -> None:
-    """What the duration head gives the clip on the leading machine decides for all."""
+    """The leading machine tells the others the duration head's answer, which decides for all."""
     machines.told({"phase": None, "seconds": seconds})
 
 

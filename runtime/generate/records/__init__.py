@@ -1,1 +1,1 @@
-"""What a run leaves, and where: the clip, its record, its state, and the files that it exchanges with others."""
+"""The files of a run and their places: the clip, its record, its state, and tensor files for other tools."""

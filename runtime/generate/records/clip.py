@@ -48,7 +48,7 @@ class Clip:
 
     @property
     def seed(self) -> int | None:
-        """Of its noise; None where the noise came from a file."""
+        """The seed of its noise; None if the noise came from a file."""
         seed: int | None = self.record["request"]["seed"]
         return seed
 

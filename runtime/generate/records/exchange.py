@@ -19,7 +19,7 @@ MOST_NOISE = 10**12  # its shape is compared first; a canvas for pixels is large
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as float32; the file appears under its name only when complete."""
+    """Write tensors of any shape as float32; the file appears under its name only when complete."""
     check_output(path)
     values = {name: ("F32", np.array(value.astype(mx.float32))) for name, value in tensors.items()}
     write_tensorfile(Path(path), values, metadata or {})
@@ -32,8 +32,8 @@ def _opened(path: str | Path) -> TensorFile:
 
 
 def read_tensors(path: str | Path, names: tuple[str, ...], most: int = MOST_BYTES) -> dict[str, mx.array]:
-    """The named float32 tensors. Raises InputError when one is missing, of another dtype, larger than `most` bytes, or
-    not finite."""
+    """The named float32 tensors, of any shape. Raises InputError when one is missing, of another dtype, larger than
+    `most` bytes, or not finite."""
     file, tensors = Path(path), _opened(path)
     result = {}
     for name in names:
@@ -68,7 +68,7 @@ def check_noise(path: str | Path, draws: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def read_noise(path: str | Path, name: str) -> mx.array:
-    """One draw of a noise file, with all its rows."""
+    """One draw of a noise file with all its rows, in the shape of the latents that it is for."""
     return read_tensors(path, (name,), MOST_NOISE)[name]
 
 
@@ -84,7 +84,7 @@ def read_latents(path: str | Path, channels: int, audio_channels: int | None) ->
 
 
 def write_latents(path: str | Path, latents: Streams[mx.array], fps: float) -> None:
-    """The streams that are there, and the clip's frames per second."""
+    """Write the streams that exist, (1, C, F, H, W) and (1, A, T, 16), and the clip's frames per second."""
     write_tensors(path, dict(latents.items()), {"fps": f"{fps:g}"})
 
 
@@ -102,12 +102,13 @@ def read_embeddings(
 
 
 def write_embeddings(path: str | Path, contexts: Mapping[str, Streams[mx.array]]) -> None:
-    """As `read_embeddings` reads them."""
+    """Write contexts (1, tokens, width) for `read_embeddings`."""
     write_tensors(path, context_tensors(contexts))
 
 
 def context_tensors(contexts: Mapping[str, Streams[mx.array]]) -> dict[str, mx.array]:
-    """video_context, audio_context and, of a negative prompt, negative_video_context, negative_audio_context."""
+    """video_context, audio_context and, of a negative prompt, negative_video_context, negative_audio_context; each
+    (1, tokens, width)."""
     return {_name(prompt, stream): c for prompt, streams in contexts.items() for stream, c in streams.items()}
 
 

@@ -1,4 +1,4 @@
-"""Where the files of a run go: their names, and that they can be written, made sure of before the work starts."""
+"""The places of a run's files: their names, and checks before the work starts that they can be written."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +58,7 @@ def _written(request: Request) -> list[str]:
 
 
 def check_space(jobs: Sequence[Job]) -> None:
-    """Raises InputError where two clips would be one file, DoesNotFitError where the disk has no room for all files."""
+    """Raises InputError if two clips would be one file, DoesNotFitError if the disk has no room for all files."""
     paths = Counter(Path(path).absolute() for job in jobs for path in _written(job.request))
     if twice := [path for path, count in paths.items() if count > 1]:
         raise InputError(f"{twice[0]} would be written more than once", "it is one file", "give each a name of its own")
@@ -66,7 +66,7 @@ def check_space(jobs: Sequence[Job]) -> None:
 
 
 def _check_latents(path: Path, force: bool) -> None:
-    """Of a command whose result they are."""
+    """Raises InputError for a place where latents, as a command's result, cannot be written."""
     if path.suffix != LATENTS:
         raise InputError(f"cannot write {path}", "latents become latents", f"use {path.with_suffix(LATENTS)}")
     if path.exists() and not force:
@@ -74,8 +74,8 @@ def _check_latents(path: Path, force: bool) -> None:
 
 
 def check_free(clip: Path, force: str = FORCE) -> None:
-    """Raises InputError where a clip is there, or a file in its record's place that is not one of such a clip; `force`:
-    what would replace it."""
+    """Raises InputError if a clip exists, or a file in its record's place that is not the record of such a clip;
+    `force`: the option that replaces it."""
     sidecar, fix = sidecar_path(clip), FREE.format(force)
     if clip.exists():
         raise InputError(f"{clip} is already there", "a clip is never replaced unasked", fix)

@@ -41,7 +41,7 @@ class State:
     seconds: float = 0.0
 
     def tensors(self) -> dict[str, mx.array]:
-        """What the rest of the run needs. Noise is drawn again."""
+        """The tensors that the rest of the run needs, of any shapes. Noise is drawn again."""
         found = dict(self.made.latents.items())
         if self.phase is None:
             return found
@@ -56,7 +56,7 @@ class State:
 
     @classmethod
     def from_tensors(cls, record: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> "State":
-        """Inverse of `tensors`; `record` is the metadata."""
+        """Inverse of `tensors` (any shapes); `record` is the metadata."""
         step = None
         if record["step"]:
             step = Step(record["step"], _streams(tensors, "x."), _streams(tensors, "x0."))
@@ -78,8 +78,8 @@ def _streams(tensors: Mapping[str, mx.array], prefix: str = "") -> Streams[mx.ar
 
 @dataclass(frozen=True)
 class Owner:
-    """What made a state: the options that decide its values, contents of files in their place, and the model's hashes
-    of every component in use."""
+    """The origin of a state: the options that decide its values, with the contents of files in their place, and the
+    hashes of the model's components in use."""
 
     options: Mapping[str, Any]
     model: Mapping[str, Any]
@@ -113,14 +113,14 @@ def _shown(name: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class Started:
-    """What a run whose state there is has drawn and predicted: its seed, and the clip's length."""
+    """The drawn seed and the predicted length of a run that left a state."""
 
     seed: int | None = None
     length: Duration | None = None
 
     @classmethod
     def read(cls, path: Path) -> "Started":
-        """Empty where there is no such state; reading that says what is wrong."""
+        """Empty without such a state; `StateFile.read` says what is wrong with it."""
         try:
             record = json.loads(open_tensorfile(path).metadata[RECORD])
             seed, length = record["options"]["seed"], record["length"]
@@ -171,9 +171,9 @@ class StateFile:
         write_tensors(self.path, state.tensors(), {RECORD: json.dumps(record)})
 
     def read(self) -> State | None:
-        """The state there is, None where there is no file.
+        """The state, None without a file.
 
-        Raises InputError when it is not a state, or one of another request or model.
+        Raises InputError for another kind of file, and a state of another request or model.
         """
         if not self.path.exists():
             return None

@@ -1,4 +1,4 @@
-"""What is recorded of a run beside its clip: enough to repeat it and to know what made it; written and read."""
+"""The record of a run beside its clip: enough to repeat the run, and to know what made the clip."""
 
 import json
 from collections.abc import Container, Mapping, Sequence
@@ -30,8 +30,8 @@ def sidecar_path(video: Path) -> Path:
 
 
 def make_settings(job: Job) -> dict[str, Any]:
-    """What makes the clip: a request with all its defaults, the model, the stages, the sound's origin, and every file
-    that is given."""
+    """The settings that make the clip: the request with all defaults, the model, the stages, the sound's origin, and
+    every given file."""
     manifest, request = job.folder.manifest, job.request
     sound = None if job.row is None else f"stage {job.sound_stage}"
     settings = {
@@ -87,8 +87,8 @@ def make_record(settings: Mapping[str, Any], phases: Sequence[PhaseDone], second
 
 
 def write_sidecar(path: Path, record: Mapping[str, Any], claim: Claim | None = None) -> None:
-    """To the `claim` that a run holds from its start, else to the path. Raises InputError or OSError when it cannot be
-    written."""
+    """Write it to the `claim` that a run holds from its start, else to the path. Raises InputError or OSError if it
+    cannot be written."""
     text = json.dumps(record, indent=2) + "\n"
     if claim is None:
         write_text(path, text)
@@ -114,8 +114,8 @@ def _phase(phase: PhaseDone) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What is recorded of an earlier run: the options it had, less what it saved; the files it was given, by option and
-    path, with their SHA-256; and its model folder with the hashes of every component's files."""
+    """The record of an earlier run: its options without what it saved; option, path and SHA-256 of the files that it
+    was given; its model folder, and the hashes of every component's files."""
 
     request: Mapping[str, Any]
     inputs: Sequence[tuple[str, str, str]]
