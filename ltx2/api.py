@@ -1,4 +1,4 @@
-"""The Python interface: every function is a command, its arguments the command's options. What takes long calls
+"""The Python interface: every function is a command, its arguments the command's options. Functions that take long call
 `progress` with typed events (ltx2.events)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,8 +37,8 @@ def load(model: StrPath) -> Pipeline:
 
 
 def download(names: str | Iterable[str], *, to: StrPath = "weights", progress: Watch | None = None) -> list[Path]:
-    """Fetch published files or bundles by name (`ltx2 download --list`), or model folders by OWNER/NAME, into a folder,
-    whatever is missing of them; returns what `convert` or `load` takes: files, and folders of several."""
+    """Fetch published files or bundles by name (`ltx2 download --list`), or model folders by OWNER/NAME, into a folder;
+    existing files are not fetched again. Returns the files and folders, for `convert` or `load`."""
     from ltx2.convert.fetch.download import download as fetch  # loads an HTTP library
     from ltx2.convert.fetch.repository import check_whole, choose
     from ltx2.runtime.events import Downloaded
@@ -58,7 +58,7 @@ def plan_conversion(
     only: Sequence[str] = (),
     fuse: Iterable[FuseLora] = (),
 ) -> Plan:
-    """What `convert` would do, from headers alone; writing checks that it fills whole networks."""
+    """The plan of `convert`, from headers alone; writing it checks that it fills whole networks."""
     plan = make_plan(open_sources(_paths(sources)), Options(variant, dtype, tuple(only)))
     return fused(plan, [_use(lora) for lora in fuse], dtype)
 
@@ -151,9 +151,9 @@ def calibrate(
     progress: Watch | None = None,
     **options: Any,
 ) -> Path:
-    """Measure what a model's layers are given, for `quantize` and `convert`; returns the file. Generates the prompts
-    (none: 16 that come with ltx2) up to their latents; `options` are those of `generate`. With `gptq` the
-    file serves those methods too, with `sensitivity` it says which layers matter most, for `fit`."""
+    """Measure the inputs of a model's layers, for `quantize` and `convert`; returns the file. Generates the prompts
+    (none: 16 that come with ltx2) up to their latents; `options` are those of `generate`. With `gptq` the file also
+    serves the methods of that name, with `sensitivity` it says which layers matter most, for `fit`."""
     from ltx2.quant.measure.calibrate import calibrate as calibrate_folder
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -178,10 +178,9 @@ def quantize(
     force: bool = False,
     progress: Watch | None = None,
 ) -> Report:
-    """Write a smaller copy of a model folder; returns what became of every layer. `bits` are by default the recipe's,
-    or 4 or what the mode has; the recipe is by default the preset for them (`q4`). `fit` chooses bits in place of
-    `bits`, for a Mac of so many GB of memory. `stats` is a file that `calibrate` wrote, which the `method`s "gptq" and
-    "gptq-hadamard" need."""
+    """Write a smaller copy of a model folder; returns the report on every layer. `bits` defaults to the recipe's, else
+    4 or the mode's; `recipe` to the preset for the bits (`q4`). `fit`, in place of `bits`, chooses them for a Mac with
+    so many GB of memory. `stats` is a file by `calibrate`, which the `method`s "gptq" and "gptq-hadamard" need."""
     settings = Settings(bits, group_size, recipe, tuple(only), mode, _path(stats), fit, method)
     events = quantize_folder(Path(model), Path(out), settings, WriteOptions(shard_size, force))
     return next(event.report for event in list(watched(events, progress)) if isinstance(event, Quantized))
@@ -195,8 +194,9 @@ def plan(
     height: int | None = None,
     frames: int | None = None,
 ) -> dict[str, Any]:
-    """Whether bundles (`ltx2 download --list`) and model folders run on this Mac, or on one of `memory` GB, as they are
-    and in every preset: what `ltx2 plan --json` prints, sizes in bytes. Needs no network; without names all bundles."""
+    """Whether bundles (`ltx2 download --list`) and model folders run on this Mac, or one of `memory` GB, as they are
+    and in every preset; returns the object of `ltx2 plan --json`, sizes in bytes. Needs no network; without names all
+    bundles."""
     from ltx2.bench.plan.rows import plan_models
 
     sizes = {"width": width, "height": height, "frames": frames}
@@ -220,9 +220,9 @@ def bench(
     progress: Watch | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure time and memory of model folders, phase by phase, in turns; returns the receipt, as `ltx2 bench --json`
-    prints it. `random`: a published model with random weights, of `bits`, `mode`, `group_size` and `recipe`; `compare`:
-    an earlier receipt; `options` are those of `generate`."""
+    """Measure time and memory of model folders, phase by phase, in turns; returns the receipt, the object of
+    `ltx2 bench --json`. `random`: a published model with random weights, of `bits`, `mode`, `group_size` and `recipe`;
+    `compare`: an earlier receipt; `options` are those of `generate`."""
     from ltx2.bench.speed.cases import bench_models
     from ltx2.bench.speed.run import Benched
 
@@ -236,8 +236,8 @@ def bench(
 def verify(
     model: StrPath, *, sources: Sources = (), stats: StrPath | None = None, progress: Watch | None = None
 ) -> dict[str, Any]:
-    """Check every file, hash, tensor and shape of a model folder, and with the `sources` it was converted from every
-    value; returns what was found right. Raises VerificationError that lists the differences."""
+    """Check every file, hash, tensor and shape of a model folder and, with the `sources` it was converted from, every
+    value; returns the object of `ltx2 verify --json`. Raises VerificationError with the differences."""
     from functools import partial
 
     from ltx2.convert.verify import Verified
@@ -251,7 +251,7 @@ def verify(
 
 
 def inspect(path: StrPath) -> dict[str, Any]:
-    """What a published file, a folder of them or a model folder contains, from headers alone."""
+    """The contents of a published file, a folder of them or a model folder, from headers alone."""
     from ltx2.convert.inspect import inspect as describe
 
     return describe(Path(path))

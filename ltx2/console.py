@@ -1,7 +1,7 @@
-"""What all commands share: where their results go, how failures are told, and which exit codes they have.
+"""Shared by all commands: their output, their failures and exit codes.
 
-Stdout carries the result alone, with --json exactly one JSON object; all else for people goes to stderr. Expected
-failures print what, why and how to fix it, and exit with their class's code."""
+Stdout carries the result alone, with --json exactly one JSON object; everything else goes to stderr. Expected failures
+print what, why and how to fix it, and exit with their class's code."""
 
 import json
 import os
@@ -35,13 +35,13 @@ Kind = TypeVar("Kind", bound="Event")
 
 
 def follower() -> str | None:
-    """The name of this machine where it is one of several and does not lead: it says nothing but its errors."""
+    """The name of this machine if it is one of several and does not lead: then it prints its errors alone."""
     rank = os.environ.get(RANK, "0")
     return None if rank == "0" else f"{socket.gethostname()} (rank {rank})"
 
 
 class Output:
-    """Where a command's results go: stdout, tables and text for people, or one JSON object with --json."""
+    """A command's output: tables and text for people on stdout, or one JSON object with --json."""
 
     def __init__(self, quiet: bool, as_json: bool) -> None:
         self.quiet = quiet or follower() is not None
@@ -74,19 +74,19 @@ class Output:
             self.text(text or "")
 
     def text(self, text: str) -> None:
-        """A part of the result that only people read."""
+        """A part of the result for people alone."""
         if text and not (self.quiet or self.as_json):
             click.echo("\n".join(map(printable, text.split("\n"))))
 
     def tables(self, tables: "Iterable[tuple[str, list[str], list[list[str]]]]") -> None:
-        """Tables of the result (title, columns, rows), which only people read."""
+        """Tables of the result (title, columns, rows), for people alone."""
         from ltx2.render import print_table
 
         for table in () if self.quiet or self.as_json else tables:
             print_table(*table)
 
     def failed(self, error: Ltx2Error, data: dict[str, Any]) -> NoReturn:
-        """The command has failed, and found out something all the same: `data` goes beside the error."""
+        """The command has failed, with a result: `data` goes beside the error."""
         _show_error(error.to_dict(), as_json=False)
         if self.as_json:
             click.echo(json.dumps(data | {"error": error.to_dict()}, indent=2))
@@ -126,11 +126,11 @@ def run_group(group: click.Group, args: list[str]) -> int:
         stopped = {"kind": "interrupted", "what": "interrupted", "why": "Ctrl-C", "fix": fix}
         _show_error(stopped, as_json)
         return interrupt.EXIT_INTERRUPTED
-    except BrokenPipeError:  # who read our output (head, less) has gone; what is still buffered has nowhere to go
+    except BrokenPipeError:  # the reader of our output (head, less) has gone: drop what is still buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.filename is None:  # no answer of the file system: a bug
+        if error.filename is None:  # not from the file system: a bug
             raise
         what, why = f"cannot use {error.filename}", reason(error)
         _show_error(InputError(what, why, "check the path and its permissions").to_dict(), as_json)
@@ -166,8 +166,8 @@ class InOrder(click.Group):
 
 
 class Dependent(click.Option):
-    """An option that does nothing without one of the parameters `needs`, or beside one of `unless`: giving it then is
-    wrong usage."""
+    """An option that has no effect without one of the parameters `needs`, or beside one of `unless`: then it is wrong
+    usage."""
 
     def __init__(self, *args: Any, needs: Sequence[str] = (), unless: Sequence[str] = (), **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -193,8 +193,7 @@ def alternatives(words: Sequence[str]) -> str:
 
 
 def say_how_to_continue(error: Ltx2Error | KeyboardInterrupt, added: Mapping[str, str | None]) -> NoReturn:
-    """Raise a failure that says how its work is continued: by the command that was given, with the options (and their
-    values) of `added`."""
+    """Raise a failure that says how to continue: by the same command with the options (and values) of `added`."""
     said = f"this continues: {continuation(click.get_current_context().obj, added)}"
     if isinstance(error, Ltx2Error):
         error.fix += f"; what is done is kept, {said}"
@@ -209,7 +208,7 @@ def continuation(args: Sequence[str], added: Mapping[str, str | None]) -> str:
 
 
 def end_at_once(error: Ltx2Error) -> NoReturn:
-    """End the process with this failure, from any thread: another one is stuck for ever."""
+    """End the process with this failure, from any thread: another one is stuck forever."""
     _show_error(error.to_dict(), "--json" in sys.argv)
     sys.stdout.flush()
     sys.stderr.flush()

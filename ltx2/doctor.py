@@ -1,4 +1,4 @@
-"""What this computer is, and whether it computes right: its facts, every kernel, and the embedded model."""
+"""The facts of this computer, and whether it computes right: every kernel, and the embedded model."""
 
 import subprocess
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ from ltx2.runtime.media.ffmpeg import ffmpeg_program
 from ltx2.runtime.units import gb
 
 GOLDEN = Path(__file__).parent / "demo" / "golden"  # what Lightricks' own modules made of this noise
-LIMIT = 2e-2  # of latents: eleven steps add up what one product rounds
+LIMIT = 2e-2  # of latents: the rounding of eleven steps adds up
 
 
 @dataclass(frozen=True)
 class Diagnosed(Event):
-    """All that was found; the last event."""
+    """The last event: all findings."""
 
     machine: dict[str, Any]
     kernels: tuple[Checked, ...]
@@ -41,7 +41,7 @@ class Diagnosed(Event):
 
     @property
     def error(self) -> Ltx2Error | None:
-        """What is wrong, and what to do; None if nothing is."""
+        """The failure and its fix; None if all is right."""
         wrong = [check for check in (*self.kernels, *self.latents) if not check.right]
         if wrong:
             return _failure(wrong, self.machine)
@@ -78,7 +78,7 @@ class Diagnosed(Event):
 
 
 def doctor_tables(found: Diagnosed) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """What this computer is, and the worst figure of every group of kernels: the relative error, and what it may be."""
+    """The computer's facts, and the worst relative error of every group of kernels with its limit."""
     yield "this computer", ["fact", "value"], [[name, text] for name, text in found.told().items()]
     groups: dict[str, list[Checked]] = {}
     for check in found.kernels:
@@ -104,7 +104,7 @@ def _verdict(check: Checked) -> str:
 
 
 def diagnose() -> Iterator[Event]:
-    """Find out; the last event is Diagnosed."""
+    """Run all checks; the last event is Diagnosed."""
     kernels = []
     group = ""
     for check in check_kernels():

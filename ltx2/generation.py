@@ -1,5 +1,5 @@
-"""What `generate` does around the pipeline: finds the model, counts and names the clips, repeats an earlier run's
-options, and says which command continues a run that ended early."""
+"""The work of `generate` around the pipeline: finding the model, counting and naming clips, repeating an earlier run's
+options, and the command that continues a run that ended early."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ from ltx2.runtime.generate.records.places import state_path
 from ltx2.runtime.generate.records.sidecar import Sidecar
 from ltx2.weights import find_model
 
-OUTPUTS = Path("outputs")  # clips that are given no name
+OUTPUTS = Path("outputs")  # of clips without a given name
 NAME_LENGTH = 40
 Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which clips: of a file's prompts, of each so many, or one with each of the seeds; and their name."""
+    """The clips to make: of the prompts in a file, `count` of each or one with each of the seeds; and their name."""
 
     target: Path | None = None
     prompts: Path | None = None
@@ -105,18 +105,18 @@ class Generation:
 
     @property
     def until(self) -> str | None:
-        """Where the run ends, if not with a clip."""
+        """The end of a run that makes no clip."""
         return None if self.requests[0].output is not None else LATENTS
 
     @property
     def left(self) -> bool:
-        """Whether there is a state that this run has written, or was continuing: the leading machine's."""
+        """Whether the leading machine has a state that this run wrote or was continuing."""
         continuing = self._begun and self.requests[0].resume
         now = {path: _stamp(path) for path in self._states if self.machines.leads}
         return any(now[path] is not None and (now[path] != self._found[path] or continuing) for path in now)
 
     def continuing(self) -> dict[str, str | None]:
-        """Options that a command needs to go on with this run: its name and seed, if they were not given."""
+        """The options that a command needs to continue this run: its name and seed, if they were not given."""
         first = self.requests[0]
         name = {} if first.output is None or self.several else {"-o": first.output}
         number = self._drawn if self.several else first.seed
@@ -125,11 +125,11 @@ class Generation:
         return {option: value for option, value in added.items() if option not in self._said}
 
     def plan(self) -> MemoryPlan:
-        """Of memory."""
+        """The memory plan."""
         return self.pipeline.planned_all(self.requests, self.until)
 
     def events(self) -> Iterator[Event]:
-        """Those of the pipeline."""
+        """The events of the pipeline."""
         if self._changed is not None:
             yield Warned(f"this is not the model that {self._changed} was made with, so the clip will be another one")
         with _made(self._folder):
@@ -141,8 +141,8 @@ class Generation:
 def _requests(
     earlier: Sidecar | None, given: Options, wanted: Wanted, target: Path | None, draws: bool
 ) -> tuple[list[Request], int | None]:
-    """With their seeds, unless an earlier run's is continued, or another machine `draws` them; and the one that was
-    drawn, from which they count on."""
+    """The requests with their seeds, unless an earlier run's seed is continued or another machine `draws` it; and the
+    drawn seed, from which the others count on."""
     state = state_path(Path("clip.mp4") if target is None or wanted.several else target)  # raises for what is no name
     clips = wanted.clips(given, earlier.request if earlier else None)
 
@@ -196,14 +196,14 @@ def _named(requests: Sequence[Request], target: Path | None, dry: bool) -> list[
 
 
 def _own_folder(several: bool, target: Path | None) -> Path | None:
-    """The folder of clips that have no names, or whose names are in it."""
+    """The folder of clips without names, or with names in that folder."""
     if several:
         return (target or OUTPUTS) if target is None or target.is_dir() or not target.suffix else None
     return OUTPUTS if target is None else None
 
 
 def _free_name(request: Request, dry: bool) -> Path:
-    """A name that no clip has, made of the prompt and the seed."""
+    """A free name, made of the prompt and the seed."""
     if dry:
         return next(_names(request, Path()))
     return next(path for path in _names(request, OUTPUTS) if not path.exists())
@@ -218,8 +218,7 @@ def _names(request: Request, folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _made(folder: Path | None) -> Iterator[None]:
-    """A folder is there while the block runs, and gone after it if nothing was left in it. Raises InputError where it
-    cannot be made."""
+    """Make a folder, and remove it after the block if it is empty. Raises InputError if it cannot be made."""
     if folder is None or folder.is_dir():
         yield
         return

@@ -1,7 +1,7 @@
-"""What people see of a run: one live line on a terminal, plain lines elsewhere, all on stderr.
+"""The progress of a run for people, on stderr: one live line on a terminal, plain lines elsewhere.
 
-Every line says where the whole work stands. A file or pipe is never silent for more than five seconds in the first
-minute, and from then on says once a minute where the work is."""
+Every line tells the progress of the whole work. A file or pipe gets a line at least every five seconds in the first
+minute, and then once a minute."""
 
 import threading
 import time
@@ -31,9 +31,9 @@ from ltx2.runtime.events import (
 )
 
 SILENCE_SECONDS = 4.0  # five are promised
-LATER_SECONDS = 60.0  # after as many
+LATER_SECONDS = 60.0  # the same after the first minute
 BEAT_SECONDS = 0.5
-KNOWN = 0.01  # so much of all work must be measured to tell how long the rest takes
+KNOWN = 0.01  # share of all work that must be measured before the time left is told
 
 
 class Progress:
@@ -115,7 +115,7 @@ class Progress:
         self.console.print("\n".join(map(printable, lines)), markup=False, soft_wrap=True)
 
     def _plain(self) -> None:
-        """Print the line where there is no live one, once a second at most, and later once a minute."""
+        """Print the line if there is no live one: at most once a second, later once a minute."""
         if self._live is None and time.monotonic() - self._printed > (1 if self._early else LATER_SECONDS):
             self._print(self._line)
 
@@ -132,12 +132,12 @@ class Progress:
                 self._print(self._waiting())
 
     def _waiting(self) -> str:
-        """Where the work stands, and since when."""
+        """The line, and for how long it has been the same."""
         return f"{self._line} ... {time.monotonic() - self._since:.0f} s"
 
 
 class Work:
-    """Where a run stands: its phases by their place in the plan, how long their steps take, and what is left."""
+    """The progress of a run: its phases by their place in the plan, the time of their steps, and the time left."""
 
     def __init__(self) -> None:
         self._phase = PlannedPhase("", "", 0)
@@ -146,7 +146,8 @@ class Work:
         self.plan(WorkPlanned((), 0))
 
     def plan(self, plan: WorkPlanned) -> None:
-        """What the run does. Another run begins anew: the demo and the benchmark have several."""
+        """Begin a run by this plan, or go on by it if it is made `again`. The demo and the benchmark have several
+        runs."""
         if not plan.again:
             self._seconds = []
         self._plan = plan
@@ -158,12 +159,12 @@ class Work:
 
     @property
     def _measured(self) -> list[tuple[float, float]]:
-        """Of the phases that are done: their share of all work, and seconds."""
+        """Share of all work and seconds of the finished phases."""
         return [(self._planned(name, clip).share, seconds) for name, clip, seconds in self._seconds]
 
     @property
     def _finished(self) -> float:
-        """Share of all work."""
+        """The finished phases' share of all work."""
         return sum(share for share, _ in self._measured)
 
     def started(self, event: PhaseStarted) -> str:
@@ -193,7 +194,7 @@ class Work:
         return ", ".join(parts)
 
     def done(self, event: PhaseDone) -> str:
-        """What is said of a phase that is done."""
+        """The line for a finished phase."""
         if event.name != self._phase.name:
             self.started(PhaseStarted(event.name))
         self._seconds.append((self._phase.name, self._phase.clip, sum(event.step_seconds)))
@@ -209,9 +210,9 @@ class Work:
         return f"[{self._names.index(phase.name) + 1}/{len(self._names)}] {phase.title}{clip}"
 
     def _whole(self, share: float, left: float | None, seconds: float) -> str:
-        """Of the whole run: how much is done, and how long the rest takes: what is left of the running phase (None:
-        not known), which takes so many `seconds`, and of the others what their share of all operations says, measured
-        where most of them were."""
+        """The share of the whole run that is done, and the time left: `left` of the running phase (None: not known),
+        which takes `seconds` in all, and for later phases by their share of all operations, at the pace of the phase
+        with most of them so far."""
         done = self._finished + share * self._phase.share
         text = f"{100 * done:.0f} % of {'all clips' if self._plan.clips > 1 else 'the clip'}"
         most, took = max([*self._measured, (self._phase.share, seconds)])
@@ -232,7 +233,7 @@ class Pace:
         self._share = 0.0  # when it began
 
     def text(self, event: BytesDone) -> str:
-        """As a line shows it; empty until two seconds' worth is known."""
+        """The end of a line; empty in a stream's first two seconds."""
         now = time.monotonic()
         if event.total != self._total or event.done < self._last:  # another stream begins
             self._total, self._first, self._start = event.total, event.done, now
@@ -247,7 +248,7 @@ class Pace:
 
 
 def _share(event: BytesDone) -> float:
-    """How much of the work is done."""
+    """The finished share of the work."""
     return event.done / max(1, event.total) if event.share is None else event.share
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # not at run time: a table of a clip's memory needs nothing o
 FILE_WIDTH = 120  # of tables, where there is no terminal that says its own
 GAP = 3  # columns of a table are so far apart
 WORDS = 40  # a column that is wider holds words, which may be broken between them
-NOTHING = "-"  # where a table has nothing to say
+NOTHING = "-"  # in a cell without a value
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -56,7 +56,7 @@ def _beside(widths: list[int], room: int) -> Iterator[list[int]]:
 
 
 def memory_table(plan: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of what every phase of a generation takes, of a plan as `--json` has it."""
+    """Title, columns and rows: the memory of every phase of a generation, from a plan of `--json`."""
     tiling, phases = plan["tiling"], plan["phases"]
     tiles = (
         f"video decoded in tiles of {tiling['width']}x{tiling['height']}, {tiling['frames']} frames" if tiling else ""
@@ -76,7 +76,7 @@ def memory_table(plan: Mapping[str, Any]) -> tuple[str, list[str], list[list[str
 
 
 def plan_summary(plan: "Plan") -> str:
-    """What a conversion would write, per component and in all."""
+    """The tensors and bytes of a conversion, per component and in all."""
     from ltx2.convert.plan.entries import Drop
 
     groups = {name: plan.moves(name) for name in plan.components}
@@ -89,7 +89,7 @@ def plan_summary(plan: "Plan") -> str:
 
 
 def download_lines(plan: DownloadPlanned) -> Iterator[str]:
-    """What a download will fetch, from what is there already to the room that is left."""
+    """The files of a download, those that exist already, and the free space."""
     width = max(len(file.path) for file in plan.files)
     for file in plan.files:
         state = {0: "", file.bytes: "already there"}.get(file.held, f"{_amount(file.held)} of it already there")

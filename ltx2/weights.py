@@ -72,7 +72,7 @@ def _only_one() -> Path:
 
 
 def _fix(names: Sequence[str]) -> str:
-    """How to get at a model, where there are these in `weights/`."""
+    """How to name or get a model, with these in `weights/`."""
     return f"use -m {' or -m '.join(names)}" if names else f"{MAKES} makes one, and ltx2 convert of files"
 
 

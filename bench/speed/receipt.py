@@ -135,8 +135,8 @@ def _phase(runs: Sequence[PhaseRun], case: CaseRuns, work: Mapping[str, PhaseWor
 
 
 def _exchanged(done: Sequence[PhaseDone], share: float | None) -> dict[str, Any]:
-    """Of a phase on several machines: bytes that the leading one sent, and seconds of its exchanges, which include
-    waiting for others."""
+    """For a phase on several machines: bytes that the leading one sent, and seconds of its exchanges, waiting for
+    others included."""
     if not any(phase.sent_bytes for phase in done):
         return {}
     seconds = median(phase.exchange_seconds for phase in done)

@@ -88,7 +88,7 @@ def _checked(chosen: "Sequence[Published]", weights: Path, options: "Options") -
 
 
 def _name(bundle: str, bits: int | None, recipe: str | None) -> str:
-    """Of a bundle's model folder: ltx-2-distilled, ltx-2-distilled-q4."""
+    """The name of a bundle's model folder: ltx-2-distilled, ltx-2-distilled-q4."""
     return "-".join([bundle, *([Path(recipe).stem] if recipe else []), *([f"q{bits}"] if bits else [])])
 
 

@@ -1,4 +1,4 @@
-"""What this Mac, or another one, can do."""
+"""What will run on this Mac or another one, and whether it computes right."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""What several commands have in common."""
+"""Shared by several commands."""
 
 import json
 import re
@@ -44,8 +44,8 @@ class Gigabytes(click.ParamType):  # type: ignore[type-arg]  # not generic in ol
 
 
 def generate_options(*names: str, without: Sequence[str] = ()) -> Callable[[Command], Command]:
-    """Options of `generate` on a command, as its table has them: all that a command line takes but those `without`, or
-    those `names`. What is not given is None."""
+    """Add options of `generate` to a command, by their table: those `names`, else all of the command line except
+    `without`. Options that are not given are None."""
 
     def add(command: Command) -> Command:
         every = [name for name, row in ROWS.items() if row.command and name not in without]

@@ -40,7 +40,7 @@ class Demonstrated(Event):
 
 
 def demo_sources(release: str | None = None) -> list[Path]:
-    """The files of a release's tiny model; of the first one without a name. Raises InputError where there is none."""
+    """The files of a release's tiny model, by default the first one's. Raises InputError if there is none."""
     name = next(iter(DEMOS)) if release is None else release
     if name not in DEMOS:
         what = f"there is no demo of release {name}"

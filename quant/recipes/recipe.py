@@ -1,9 +1,9 @@
-"""Which layers are quantized, and at how many bits: recipes are data (recipes/*.json, or a user's file).
+"""Recipes: which layers are quantized, and at how many bits. They are data (recipes/*.json, or a user's file).
 
-`quantize` names the layers that are touched at all. They get the recipe's `bits`, or those that were asked for; rules
-of `at_least` raise that for the layers they name, and rules of `at_most` limit how far. Layers are named by patterns
-over their path in the network, which all of the path must match. A recipe that `extends` another one has its rules too,
-and its bits unless it has its own."""
+`quantize` names the layers to quantize. They get the recipe's `bits`, or those that the user asks for; rules of
+`at_least` raise the bits of the layers they name, and rules of `at_most` limit that. A rule names layers by a pattern
+that the whole path in the network must match. A recipe that `extends` another one also has its rules, and its bits
+unless it has its own."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent
 GENERAL = "mixed"  # for bits that no preset is made for
 KEYS = {"about", "extends", "bits", "quantize", "at_least", "at_most"}
 
-# Path of a layer, bits -> relative error of its output at so many bits; None where that is not known.
+# Path of a layer, bits -> relative error of its output at these bits; None if not known.
 Error = Callable[[str, int], float | None]
 
 
@@ -37,7 +37,7 @@ class Rule:
     """Layers of `component` whose path matches `layers`; `why` is for the reader.
 
     With `first` or `last` (shares of the number of blocks, rounded up) only layers of the blocks at these ends. With
-    `error` (in `at_most` only) just layers whose output is known to have no larger relative error at these bits.
+    `error` (in `at_most` only) just layers whose relative error at these bits is known not to be larger.
     """
 
     component: str
@@ -53,7 +53,7 @@ class Rule:
         return _matches(self.layers, layer) and (not (self.first or self.last) or self._at_end(layer, counts))
 
     def allows(self, layer: str, error: Error) -> bool:
-        """Whether the layer bears so few bits."""
+        """Whether the layer's error at the rule's bits is small enough."""
         return not self.error or ((found := error(layer, self.bits)) is not None and found <= self.error)
 
     def _at_end(self, layer: str, counts: Mapping[str, int]) -> bool:
@@ -66,13 +66,13 @@ class Rule:
 
 @cache
 def _matches(pattern: str, layer: str) -> bool:
-    """Of every layer and rule, asked for by every recipe that extends another."""
+    """Cached: there are many layers and rules, and every plan asks."""
     return re.fullmatch(pattern, layer) is not None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named recipe. `own_bits` are what layers get that no rule names, where no others are asked for."""
+    """A named recipe. `own_bits`: of layers that no rule names, unless the user asks for others."""
 
     name: str
     quantize: tuple[Rule, ...]
@@ -111,16 +111,13 @@ def recipe_names() -> list[str]:
 
 
 def choose_recipe(name: str | None, bits: int) -> Recipe:
-    """The recipe of this name; without one the preset for so many bits (q4), or a general one where there is none.
-
-    Raises InputError as `load_recipe`.
-    """
+    """The recipe of this name; without a name the preset for the bits (q4), else GENERAL. Raises as `load_recipe`."""
     preset = f"q{bits}"
     return load_recipe(name or (preset if preset in recipe_names() else GENERAL))
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe by its name or file. Raises InputError when there is none or it is malformed."""
+    """A recipe by its name or file. Raises InputError if it is missing or malformed."""
     path = _path(name)
     try:
         return _read(path, ())
