@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ltx2.convert.card import write_card
-from ltx2.convert.plan.entries import Layer, Move, Plan, decoded, kept_layers, packed_layers
+from ltx2.convert.plan.entries import Layer, Plan, decoded, kept_layers, packed_layers
 from ltx2.convert.plan.folder import folder_plan
 from ltx2.convert.write import WriteOptions, write_plan
 from ltx2.quant.choose.budget import mac_budget
@@ -262,7 +262,9 @@ def _check(plan: Plan, settings: Settings) -> None:
         if name not in plan.components:
             raise InputError(f"there is no {name}", f"the model holds {', '.join(plan.components)}", "check --only")
     for name in plan.components:
-        if _is_quantized(plan.moves(name)):
+        moves = plan.moves(name)
+        published = packed_layers(moves)
+        if any(move.key.endswith(".scales") and move.layer not in published for move in moves):
             raise InputError(
                 f"the model is quantized already ({name})",
                 "quantizing twice loses more than once, and what is lost cannot be regained",
@@ -274,13 +276,6 @@ def _not_possible(option: str, value: object, values: Iterable[object], beside: 
     allowed = [str(v) for v in values]
     why = f"it is {'one of ' if len(allowed) > 1 else ''}{', '.join(allowed)}"
     return UsageError(f"{option} {value} is not possible{beside}", why, f"use {option} {'|'.join(allowed)}")
-
-
-def _is_quantized(moves: Iterable[Move]) -> bool:
-    """Whether any layer is packed, apart from those kept as published."""
-    moves = list(moves)
-    packed = packed_layers(moves)
-    return any(m.key.endswith(".scales") and m.layer not in packed for m in moves)
 
 
 def _check_effect(plan: Plan, settings: Settings) -> None:

@@ -1,13 +1,12 @@
 """Making clips."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ltx2.commands.shared import PATH, generate_options
+from ltx2.commands.shared import PATH, generate_options, given
 from ltx2.console import Output, common, continuation, end_at_once, say_how_to_continue
 from ltx2.runtime.errors import DoesNotFitError, Ltx2Error
 from ltx2.runtime.units import gb
@@ -68,7 +67,7 @@ def generate(
         end_at_once(error)
 
     wanted = Wanted(target, prompts, count, seeds)
-    generation = Generation(wanted, model, sidecar, _given(options), dry_run, join(os.environ, late))
+    generation = Generation(wanted, model, sidecar, given(options), dry_run, join(os.environ, late))
     started.append(generation)
     _make(output, generation, dry_run)
 
@@ -94,15 +93,11 @@ def upscale(
     """
     from ltx2.generation import Generation, Wanted
 
-    given = _given(options) | {"upscale": source, "temporal_upscale": not spatial}
+    asked = given(options) | {"upscale": source, "temporal_upscale": not spatial}
     clip: Path | None = target
     if source.suffix == LATENTS:
-        given, clip = given | {"save_latents": target}, None
-    _make(output, Generation(Wanted(clip), model, None, given, dry_run), dry_run)
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value not in (None, ())}
+        asked, clip = asked | {"save_latents": target}, None
+    _make(output, Generation(Wanted(clip), model, None, asked, dry_run), dry_run)
 
 
 def _make(output: Output, generation: "Generation", dry_run: bool) -> None:

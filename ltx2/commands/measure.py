@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ltx2.commands.shared import PATH, generate_options
+from ltx2.commands.shared import PATH, generate_options, given
 from ltx2.console import Dependent, Output, common, end_at_once
 from ltx2.runtime.generate.options.table import COSTS
 from ltx2.runtime.model.forms import MODES
@@ -65,13 +65,13 @@ def bench(output: Output, models: tuple[Path, ...], compared: Path | None, **opt
         from ltx2.bench.plots.plot import check_plot
 
         check_plot(plot)
-    given = {name: value for name, value in options.items() if value not in (None, ())}
+    asked = given(options)
     if compared is not None:
-        _compare(output, models, compared, (out, plot), given)
+        _compare(output, models, compared, (out, plot), asked)
         return
-    if not (models or "random" in given):
+    if not (models or "random" in asked):
         raise click.UsageError("Missing argument 'MODEL', or option '--random'.")
-    _time(output, models, (out, plot), given, verbose)
+    _time(output, models, (out, plot), asked, verbose)
 
 
 Files = tuple[Path | None, Path | None]  # of the receipt and of its picture

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ltx2.commands.shared import PATH, Gigabytes, follow_fit, follow_model, generate_options
+from ltx2.commands.shared import PATH, Gigabytes, follow_fit, follow_model, generate_options, given
 from ltx2.console import Dependent, Output, common
 from ltx2.quant.codes.methods import METHODS, SEARCH
 from ltx2.runtime.errors import Ltx2Error
@@ -147,8 +147,7 @@ def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, g
     from ltx2.runtime.generate.options.prompts import read_prompts
 
     sensitivity, texts = options.pop("sensitivity"), read_prompts(prompts) if prompts else ()
-    given = {name: value for name, value in options.items() if value is not None}
-    done = output.follow(calibrate_folder(model, target, texts, given, gptq, sensitivity))
+    done = output.follow(calibrate_folder(model, target, texts, given(options), gptq, sensitivity))
     assert isinstance(done, Calibrated), "a calibration ends with its file"
     seen = f"{done.layers} layers, {done.prompts} prompts, up to {done.inputs} inputs of a layer"
     output.result(done.to_dict(), f"{done.path}  ({seen}, {done.seconds:.1f} s)")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,11 @@ class Gigabytes(click.ParamType):  # type: ignore[type-arg]  # not generic in ol
             pass
         whole = "whole " if self._kind is int else ""
         self.fail(f"{str(value)!r} is not a {whole}number of GB, such as 24.", param, ctx)
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
 
 
 def generate_options(*names: str, without: Sequence[str] = ()) -> Callable[[Command], Command]:

@@ -10,14 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import SCRIPT
+from tests.support.stopped import listen
 
 # Python names every module that it has imported: a moment to be interrupted in.
 MOMENTS = ["click.core", "ltx2.console", "numpy", "mlx.core", "ltx2.runtime.version"]
-
-
-def listen() -> None:
-    """A shell's background job ignores Ctrl-C, and so would a process that it starts."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def interrupted(command: list[str], moment: str, folder: Path) -> tuple[int, str, str]:

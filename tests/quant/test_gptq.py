@@ -1,7 +1,6 @@
 """GPTQ and rotated inputs: what columns do for each other, from which calls, and what a folder of such codes is."""
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -44,7 +43,7 @@ from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.transformer.inputs import Levels
 from ltx2.runtime.networks.transformer.model import Transformer
 from tests.support.command import Here
-from tests.support.folders import contents, verified
+from tests.support.folders import contents, interrupt, verified
 from tests.support.layers import Layer, layer
 from tests.support.official import MONOLITH
 from tests.support.parity import relative_l2
@@ -327,11 +326,7 @@ class TestFolder:
     ) -> None:
         """What was done before is read back, and counts as it counts in the output."""
         settings = Settings(recipe=str(recipe), stats=stats, method="gptq-hadamard")
-        run = quantize(denoiser, tmp_path / "q4", settings)
-        while not list((tmp_path / "q4.partial").glob("transformer/model.safetensors")):
-            next(run)
-            time.sleep(0.01)  # files are finished by another thread
-        del run
+        interrupt(quantize(denoiser, tmp_path / "q4", settings), tmp_path / "q4", "transformer")
         again = ltx2.quantize(denoiser, tmp_path / "q4", recipe=str(recipe), stats=stats, method="gptq-hadamard")
         assert contents(tmp_path / "q4") == contents(q4[0])
         for ours, theirs in zip(again.layers, q4[1].layers, strict=True):

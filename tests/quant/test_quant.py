@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +37,7 @@ from ltx2.runtime.networks.text.gemma import TextEncoder
 from ltx2.runtime.networks.transformer.model import Transformer
 from tests.support import published
 from tests.support.calls import states_of
-from tests.support.folders import accept, contents, verified
+from tests.support.folders import accept, contents, interrupt, verified
 from tests.support.golden import golden, golden_velocity
 from tests.support.official import DEMO, GEMMA, MONOLITH, Official, plan_of
 from tests.support.parity import relative_l2, require
@@ -284,12 +283,7 @@ class TestSameBytes:
     def test_interrupted(self, demo_model: Path, q4: tuple[Path, Report], tmp_path: Path) -> None:
         """Stopped when the first packed weights are written; layers that were done keep their place in the report."""
         out = tmp_path / "q4"
-        run = quantize(demo_model, out, Settings())
-        while not list(out.with_name("q4.partial").glob("[ct]*/model.safetensors")):
-            next(run)
-            time.sleep(0.01)  # files are finished by another thread
-        del run
-        assert not out.exists()
+        interrupt(quantize(demo_model, out, Settings()), out, "[ct]*")
         events = list(quantize(demo_model, out, Settings()))
         assert contents(out) == contents(q4[0])
         again, written = events[-2:]

@@ -1,7 +1,6 @@
 """Quantizing with statistics: corrected biases, the same bytes on every way, and what a folder says of it."""
 
 import json
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from ltx2.runtime.files.tensors import bf16_to_f32, open_tensorfile
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support.command import Here
 from tests.support.encoded import demo_encoded, scaled, write
-from tests.support.folders import contents, verified
+from tests.support.folders import contents, interrupt, verified
 from tests.support.official import DEMO, MONOLITH, plan_of
 
 LAYER = "transformer_blocks.2.attn1.to_q"
@@ -106,11 +105,7 @@ class TestSameBytes:
     def test_interrupted(self, demo_model: Path, stats: Path, q4: tuple[Path, Report], tmp_path: Path) -> None:
         """Layers that were done before are read back, and counted as they count in the output."""
         out, settings = tmp_path / "q4", Settings(recipe="uniform", stats=stats)
-        run = quantize(demo_model, out, settings)
-        while not list(out.with_name("q4.partial").glob("[ct]*/model.safetensors")):
-            next(run)
-            time.sleep(0.01)  # files are finished by another thread
-        del run
+        interrupt(quantize(demo_model, out, settings), out, "[ct]*")
         events = list(quantize(demo_model, out, settings))
         assert contents(out) == contents(q4[0])
         assert any(isinstance(e, BytesDone) and "reading back" in e.file for e in events)

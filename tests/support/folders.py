@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ltx2.convert.compare import Repack
 from ltx2.convert.verify import Verified, verify
+from ltx2.runtime.events import Event
 from ltx2.runtime.files.tensors import TensorInfo, open_tensorfile, write_tensorfile
 
 
@@ -39,3 +41,11 @@ def rewrite(path: Path, change: Mapping[str, TensorInfo | None]) -> None:
     tensors = {new.name: (new.dtype, file.array(name).reshape(new.shape)) for name, new in changed.items() if new}
     write_tensorfile(path.with_name("new"), tensors, {"format": "mlx"})
     path.with_name("new").replace(path)
+
+
+def interrupt(run: Iterator[Event], out: Path, components: str) -> None:
+    """Follow the writing of a model folder `out` until the weights of a component whose name matches are there."""
+    while not list(out.with_name(f"{out.name}.partial").glob(f"{components}/model.safetensors")):
+        next(run)
+        time.sleep(0.01)  # files are finished by another thread
+    assert not out.exists()
