@@ -118,12 +118,12 @@ def packing(**options: Any) -> Settings | None:
     """How a conversion quantizes, by those of `convert`'s options that are not None; None if it does not. Raises
     InputError for what is not possible, before any file is read."""
     given = {name: value for name, value in options.items() if value is not None}
+    settings = Settings(**given)
     if given.keys().isdisjoint(("bits", "mode", "recipe", "fit")):
-        if given:
+        if settings != Settings():
             why = "group_size, stats and method have no effect without bits, recipe or fit"
             raise InputError("nothing is quantized", why, "give bits=4")
         return None
-    settings = Settings(**given)
     settings.check()
     return settings
 

@@ -19,7 +19,7 @@ when_packing = partial(click.option, cls=Dependent, needs=PACKS)
 @click.command()
 @click.argument("sources", nargs=-1, required=True, type=PATH)
 @click.option("-o", "--output", "target", type=PATH, required=True, help="Model folder to write.")
-@click.option("--variant", type=click.Choice(["dev", "distilled"]), help="Where the file name does not say it.")
+@click.option("--variant", type=click.Choice(["dev", "distilled"]), help="Variant, if the file's name does not say it.")
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Cast weights; default: as published.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Convert this component only; repeatable.")
 @click.option("--fuse", multiple=True, metavar="LORA[:S]", help="Add a LoRA to the transformer's weights; repeatable.")
@@ -28,7 +28,7 @@ when_packing = partial(click.option, cls=Dependent, needs=PACKS)
 @click.option("--recipe", metavar="NAME|FILE", help="Quantize by this recipe, see quantize: q4, for example.")
 @click.option("--fit", type=Gigabytes(int), help="Quantize for a Mac of so much memory, see quantize.")
 @when_packing("--group-size", type=int, help="Weights per scale, when quantizing: 32, 64 (default) or 128.")
-@when_packing("--stats", type=PATH, metavar="FILE", help="What calibrate wrote, when quantizing: for better codes.")
+@when_packing("--stats", type=PATH, metavar="FILE", help="Statistics by calibrate, when quantizing: for better codes.")
 @when_packing("--method", type=click.Choice(METHODS), help="How codes are chosen, when quantizing; see quantize.")
 @click.option("--shard-size", type=Gigabytes(), default=5.0, show_default=True, help="Largest weight file.")
 @click.option(
@@ -87,7 +87,7 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 @click.option("--fit", type=Gigabytes(int), help="Choose bits for a Mac of so much memory: 16, 24, 32, 48, 64.")
 @click.option("--mode", type=click.Choice(list(MODES)), default=AFFINE, show_default=True, help="Kind of codes.")
 @click.option("--group-size", type=int, help="Weights per scale: 32, 64 (default) or 128; mxfp4, mxfp8: 32; nvfp4: 16.")
-@click.option("--stats", type=PATH, metavar="FILE", help="What calibrate wrote: for better codes of the same size.")
+@click.option("--stats", type=PATH, metavar="FILE", help="Statistics by calibrate, for better codes of the same size.")
 @click.option("--method", type=click.Choice(METHODS), default=SEARCH, show_default=True, help="How codes are chosen.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="Quantize this component only; repeatable.")
 @click.option("--report", type=PATH, help="Write bits, bytes and error of every layer (JSON).")
@@ -97,20 +97,20 @@ def convert(output: Output, sources: tuple[Path, ...], target: Path, dry_run: bo
 def quantize(output: Output, model: Path, target: Path, report: Path | None, **options: Any) -> None:
     """Write a smaller copy of a model folder.
 
-    A recipe says which layers get more bits than the rest. q8, q6, q4 and q3 are made for their bits; q4-small is q4
-    with a text encoder of 6 bits, or 4 where --stats says that it bears them; "mixed" raises the same layers above any
-    --bits, "uniform" none. --bits N alone is --recipe qN, or "mixed" where there is no qN; beside --recipe it takes
-    the place of the recipe's bits.
+    A recipe gives some layers more bits than the rest. q8, q6, q4 and q3 are made for their bits; q4-small is q4 with a
+    text encoder of 6 bits, or of 4 where --stats shows small errors; "mixed" raises the same layers above any --bits,
+    "uniform" none. --bits N alone is --recipe qN, or "mixed" if there is no qN; with --recipe it replaces the recipe's
+    bits.
 
-    --fit chooses each layer's bits in the transformer, at least those of its recipe ("mixed"), such that it fits a Mac
-    of that memory with a clip of 121 frames of 768x512 and loses least. It measures what every layer would lose, on a
-    part of it, which takes minutes; what that means for the clip, if --stats has sensitivities. With --stats, errors
-    of weights count as much as the model's own inputs make them count, and biases make up for part of them.
+    --fit chooses bits for each layer of the transformer, at least those of its recipe ("mixed"), so that it fits a Mac
+    of that memory with a clip of 121 frames of 768x512 and loses least. It measures the error of every layer on a part
+    of it, which takes minutes, and weighs it by its effect on the clip if --stats has sensitivities. With --stats,
+    errors of weights count as they do for the model's own inputs, and biases make up for a part of them.
 
-    --method gptq chooses the codes of the transformer's blocks one column after the other, each so that it makes up for
-    the errors of those before. It needs a file of calibrate --gptq, the more prompts the better, and computes the steps
-    in it again, block by block. gptq-hadamard also rotates these layers' inputs, after which weights are easier to
-    round: it loses least, and every step of a clip takes a little longer.
+    --method gptq chooses the codes of the transformer's blocks column by column; each column makes up for errors of
+    those before it. It needs a file of calibrate --gptq, the more prompts the better, and computes the steps in it
+    again, block by block. gptq-hadamard also rotates the inputs of these layers, so that weights are easier to round:
+    it loses least, and every step of a clip takes a little longer.
     """
     from ltx2.convert.write import WriteOptions
     from ltx2.quant.apply import Settings
@@ -133,10 +133,10 @@ def quantize(output: Output, model: Path, target: Path, report: Path | None, **o
 @click.option("--seed", type=int, help="Of the first prompt; the others count on from it.")
 @common
 def calibrate(output: Output, model: Path, target: Path, prompts: Path | None, gptq: bool, **options: Any) -> None:
-    """Measure what a model's layers are given, for quantize --stats.
+    """Measure the inputs of a model's layers, for quantize --stats.
 
-    Generates prompts up to their latents and writes mean and mean square of every layer's inputs. One file serves all
-    folders of a model, and convert --bits.
+    Generates prompts up to their latents and writes the mean and mean square of every layer's inputs. One file serves
+    all folders of a model, and convert --bits.
 
     --sensitivity tries errors in 172 groups of the transformer's layers at 9 steps of the first stage: it takes as
     long as 1550 more of those steps, and the memory of a whole transformer. A smaller --width, --height and --frames
