@@ -118,5 +118,5 @@ class TestGenerate:
 
     def test_from_python(self, demo_f32: Path, tmp_path: Path) -> None:
         clip = ltx2.load(demo_f32).generate("a red square", width=64, height=64, frames=9, crf=40, no_upscale=True)
-        sizes = [clip.save(tmp_path / f"a{suffix}").stat().st_size for suffix in (".mp4", ".mov", ".gif")]
+        sizes = [clip.save(tmp_path / f"{kind}.{kind}").stat().st_size for kind in ("mp4", "mov", "gif")]
         assert all(sizes) and clip.record["request"]["crf"] == 40
