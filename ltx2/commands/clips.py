@@ -21,7 +21,13 @@ LATENTS = ".safetensors"
 @click.command()
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", type=PATH, help="Model folder, or its name in weights/. [default: the only one there]")
-@click.option("-o", "--output", "target", type=PATH, help="Clip: .mp4, .mov, .gif. [default: outputs/PROMPT-SEED.mp4]")
+@click.option(
+    "-o",
+    "--output",
+    "target",
+    type=PATH,
+    help="Clip: .mp4, .mov, .gif; .wav with --no-video. [default: outputs/PROMPT-SEED.mp4]",
+)
 @click.option(
     "--prompts", metavar="FILE", type=PATH, help="Make many clips: a prompt a line, or JSON lines with options."
 )
@@ -34,7 +40,7 @@ LATENTS = ".safetensors"
     help="Same seed, same clip; repeatable. Of several clips the first one's: others count on. [default: random]",
 )
 @generate_options(without=("seed",))
-@click.option("--from", "sidecar", metavar="CLIP", type=PATH, help="Repeat the run that made this .mp4 or .json.")
+@click.option("--from", "sidecar", metavar="CLIP", type=PATH, help="Repeat the run that made this clip, or its .json.")
 @click.option("--dry-run", is_flag=True, help="Show each phase's memory from headers, and whether it fits; do nothing.")
 @common
 def generate(
@@ -146,6 +152,8 @@ def _show_plans(output: Output, generation: "Generation") -> None:
     plans = machines.everyone([plan.to_dict(), [*plan.job.warnings(), *plan.warnings()]])
     for name, (data, warnings) in zip(machines.names, plans, strict=True):
         title, columns, rows = memory_table(data)
+        if plan.job.auto is not None and plan.job.length == plan.job.longest().length:
+            title += f"\nthe most frames that --frames {plan.job.auto} may choose for the prompt"
         output.tables([(f"{name}: {title}" if machines.several else title, columns, rows)])
         if not output.quiet:
             for message in warnings:

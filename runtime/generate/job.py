@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, of
 from ltx2.runtime.generate.given import Given, Setting, SourceClip, gather, sound_track
 from ltx2.runtime.generate.options.choices import (
     asked_length,
@@ -113,6 +113,17 @@ class Job:
     def lasting(self, seconds: float) -> "Job":
         """The job with the length for the duration head's answer."""
         return Job(self.folder, replace(self.asked, seed=self.request.seed), self.until, self.predicted(seconds))
+
+    def longest(self) -> "Job":
+        """The job with the most frames that the duration head may give it; made to a sound, no more than that has."""
+        assert self.auto is not None, "it waits for its length"
+        most, sound = self.auto.most, self.request.audio
+        if sound is not None:
+            with of(self.request.name):
+                track = read_sound(Path(sound.path), sound.start, most)
+            fps = self.sizes.fps
+            most = min(most, int(track.samples.shape[1] / track.sample_rate * fps) / fps)
+        return self.lasting(most)
 
     def predicted(self, seconds: float) -> Duration:
         """The clip's length for the duration head's answer."""

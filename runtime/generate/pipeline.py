@@ -170,8 +170,9 @@ class Pipeline:
 
     def planned_all(self, requests: Sequence[Request], until: str | None = None) -> MemoryPlan:
         """As `planned`, for `events_all`; its job is the largest clip."""
-        jobs = [job.lasting(job.auto.most) if job.auto and job.waits else job for job in self._jobs(requests, until)]
+        jobs = self._jobs(requests, until)
         with self.machines.all_or_none():
+            jobs = [job.longest() if job.waits else job for job in jobs]
             self._check(jobs)
             self._places(jobs)
         return max(plan_all(jobs, self.machines), key=lambda plan: plan.own)

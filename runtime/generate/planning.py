@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
@@ -97,10 +97,10 @@ class MemoryPlan:
         """The price of staying within the limit."""
         reads = [f"{gb(phase.read)} in every step of {phase.name}" for phase in self.phases if phase.streamed]
         if reads:
-            yield f"the transformer is not kept in memory as a whole: it is read from disk, {' and '.join(reads)}"
+            yield f"the transformer is not kept in memory as a whole: it is read from disk, {_and(reads)}"
         slowed = [phase.name for phase in self.phases if phase.held_back]
         if slowed:
-            yield f"the limit leaves less memory than full speed takes: {' and '.join(slowed)} will be slower"
+            yield f"the limit leaves less memory than full speed takes: {_and(slowed)} will be slower"
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`; memory in bytes."""
@@ -229,13 +229,36 @@ def _refusal(plan: MemoryPlan) -> DoesNotFitError:
     if worst.least_weights > plan.limit:
         component = "transformer" if worst.name.startswith("stage") else worst.name
         why = f"{gb(worst.least_weights)} of its weights must be there at once, and {has}"
-        return DoesNotFitError(f"`{component}` does not fit in memory", why, job.folder.how_to_shrink())
+        return DoesNotFitError(f"`{component}` does not fit in memory", why, _more_room(plan))
     what = f"{sizes.frames} frames of {sizes.width}x{sizes.height} do not fit in memory"
     why = f"{worst.name} takes {gb(worst.least)}, {gb(worst.least_weights)} of it weights, and {has}"
     if job.clip is not None:
         return DoesNotFitError(what, why, "give a shorter or smaller clip")
-    found = [] if job.request.latents else list(_smaller(plan))
-    return DoesNotFitError(what, why, f"use {', or '.join(found)}" if found else job.folder.how_to_shrink())
+    found, less = [], ""
+    if not job.request.latents:
+        found, less = list(_smaller(plan)), ", or make a clip that is both smaller and shorter"
+    return DoesNotFitError(what, why, f"use {', or '.join(found)}" if found else _more_room(plan, less))
+
+
+def _more_room(plan: MemoryPlan, less: str = "") -> str:
+    """The fix where neither fewer frames nor a smaller picture would do: smaller weights where the rest of every phase
+    fits, else more memory, or what takes `less` of it."""
+    if all(need.least - (need.least_weights if _shrinks(need) else 0) <= plan.limit for need in plan.needs):
+        return plan.job.folder.how_to_shrink()
+    least = f"{ceil(100 * _least(plan.needs) / GB) / 100:g}"
+    limited = plan.job.request.memory_limit is not None
+    return (f"use --memory-limit {least} or more" if limited else f"use a computer with {least} GB for it") + less
+
+
+def _shrinks(need: Need) -> bool:
+    """Whether the phase's weights are a network's that is quantized."""
+    return bool(need.blocks) or need.name in (EncodeText.name, Connect.name)
+
+
+def _and(parts: Sequence[str]) -> str:
+    """Parts of a sentence."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _smaller(plan: MemoryPlan) -> Iterator[str]:

@@ -17,7 +17,7 @@ import ltx2.demo
 from ltx2 import __version__
 from ltx2.commands.group import cli
 from ltx2.demo import run_demo
-from ltx2.runtime.errors import UnsupportedError
+from ltx2.runtime.errors import DoesNotFitError, UnsupportedError
 from ltx2.runtime.events import Section
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
@@ -248,18 +248,27 @@ class TestDoesNotFit:
         assert here(*args, "--json").json["error"]["kind"] == "does-not-fit"
         assert not (tmp_path / "model").exists()
 
-    def test_memory(self, generate: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_memory(self, here: Here, demo_f32: Path, tmp_path: Path) -> None:
+        """Smaller weights are what helps where all else fits; a quantized model cannot be quantized again."""
+        assert here("quantize", demo_f32, "-o", tmp_path / "q").code == 0
+        for model, fix in ((demo_f32, "ltx2 quantize"), (tmp_path / "q", "fewer --bits")):
+            plan = Pipeline(model).plan(PROMPT, width=64, height=64, frames=9, memory_limit=0.0214)
+            with pytest.raises(DoesNotFitError, match=f"not fit in memory.*{fix}"):
+                plan.check()
+
+    def test_the_computers_memory(self, generate: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         memory_of(monkeypatch, 1e-6)
-        generate(PROMPT).failed(3, "does not fit in memory", "ltx2 quantize")
+        generate(PROMPT).failed(3, "does not fit in memory", "use a computer with 0.")
         assert names(tmp_path) == []
 
-    def test_memory_for_a_quantized_model(
-        self, here: Here, demo_f32: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        """Which cannot be quantized again."""
-        assert here("quantize", demo_f32, "-o", tmp_path / "q").code == 0
-        memory_of(monkeypatch, 1e-6)
-        here("generate", PROMPT, "-m", tmp_path / "q", "-o", tmp_path / "c.mp4").failed(3, "fewer --bits")
+    @pytest.mark.parametrize("limit", ["0.000001", "0.008", "0.012"])
+    def test_what_no_smaller_weights_would_mend(self, generate: Here, limit: str) -> None:
+        """The limit that is named is enough."""
+        done = generate(PROMPT, "--memory-limit", limit)
+        done.failed(3, "not fit in memory", "fix: use --memory-limit")
+        assert "quantize" not in done.err
+        enough = done.err.split("use --memory-limit ")[1].split()[0]
+        assert generate(PROMPT, "--memory-limit", enough, "--dry-run").code == 0
 
     @pytest.mark.parametrize(
         ("size", "fix"), [(("1048576", "1048576", "9"), "--width"), (("64", "64", "100000000001"), "--frames")]

@@ -134,6 +134,9 @@ def test_a_limit_that_slows_is_explained(here: Here, demo_f32: Path) -> None:
     assert any(phase.held_back for phase in plan.phases)
     said = "the limit leaves less memory than full speed takes: "
     assert any(warning.startswith(said) for warning in plan.warnings())
+    tight = Pipeline(demo_f32).plan("a red square", width=64, height=64, frames=9, memory_limit=0.01)
+    (warning,) = (warning for warning in tight.warnings() if warning.startswith(said))
+    assert warning.count(" and ") == 1 and ", stage2" in warning
     free = Pipeline(demo_f32).plan("a red square", width=192, height=128, frames=25)
     assert not any(said in warning for warning in free.warnings())
 

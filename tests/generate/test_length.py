@@ -20,6 +20,7 @@ from ltx2.runtime.generate.options.values import Auto
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.records.clip import Generated
 from ltx2.runtime.generate.records.sidecar import sidecar_path
+from ltx2.runtime.media.video import AudioTrack, write_wav
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support.command import Here
 from tests.support.machine import memory_of
@@ -75,6 +76,24 @@ def test_the_plan_is_the_longest_clips(pipe: Pipeline) -> None:
     plan = pipe.plan(PROMPT, width=32, height=32, no_upscale=True)
     assert plan.job.sizes.frames == 473 and plan.phase("duration_head").total > 0
     assert pipe.plan(PROMPT, frames="auto:1-2", **SMALL).job.sizes.frames == 41
+
+
+@pytest.mark.parametrize(("seconds", "start", "frames"), [(5.03, 0, 113), (5.05, 0, 121), (5.05, 2, 73), (30, 0, 473)])
+def test_the_plan_is_no_longer_than_its_sound(
+    pipe: Pipeline, tmp_path: Path, seconds: float, start: float, frames: int
+) -> None:
+    sound = tmp_path / "a.wav"
+    write_wav(sound, AudioTrack(np.zeros((1, round(8000 * seconds)), np.float32), 8000))
+    size = {"width": 32, "height": 32, "no_upscale": True}
+    assert pipe.plan(PROMPT, audio=(sound, start), **size).job.sizes.frames == frames
+    with pytest.raises(InputError, match="too short"):
+        pipe.plan(PROMPT, audio=(sound, seconds - 0.5), **size)
+
+
+def test_the_plan_says_that_it_is_the_longest_clips(here: Here, demo_25: Path) -> None:
+    dry, said = ["generate", PROMPT, "-m", demo_25, "--dry-run"], "the most frames that --frames auto"
+    assert f"{said}:1-20 may choose" in here(*dry).out and f"{said}:1-3 " in here(*dry, "--frames", "auto:1-3").out
+    assert said not in here(*dry, "--frames", "9").out
 
 
 @pytest.mark.parametrize("fixing", [{"frames": 9}, {"noise": "n"}, {"latents": "l"}, {"video": "v"}])
