@@ -20,17 +20,17 @@ from ltx2.convert.plan.folder import folder_plan
 from ltx2.quant.codes.inputs import Inputs
 from ltx2.quant.measure.recording import CallRecorder, Stream
 from ltx2.quant.measure.sensitivity import Steps, measure
-from ltx2.quant.measure.statistics import About, identity, write_statistics
+from ltx2.quant.measure.statistics import KIND, About, identity, write_statistics
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.events import Event, PromptStarted
 from ltx2.runtime.files.jsonfile import read_object
-from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.observe import watch
 from ltx2.runtime.generate.options.choices import with_fixed_length
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.records.places import check_saved
 from ltx2.runtime.layers.linear import LinearLayer
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.transformer.inputs import Skips, StreamInput
@@ -148,13 +148,13 @@ def calibrate(
     velocity by errors of its layers. The last event is Calibrated; the file appears only then. `options` are those of
     generating; the seed is that of the first prompt, the next ones have the following seeds.
 
-    Raises what generating raises, and InputError if `out` cannot be written.
+    Raises what generating raises, and InputError if `out` cannot be written or is a file that is no statistics.
     """
     started = time.monotonic()
-    check_output(out)
     calls, steps = CallRecorder() if gptq else None, Steps() if sensitivity else None
     recorder, options = Recorder([keeper for keeper in (calls, steps) if keeper is not None]), dict(options or {})
     pipeline, prompts = Pipeline(model, recorder.observe), tuple(prompts) or built_in_prompts()
+    check_saved(out, KIND, pipeline.folder.path, fix="choose another name")
     seed = options.pop("seed", None) or 0
     for number, prompt in enumerate(prompts):
         yield PromptStarted(number + 1, len(prompts), prompt)

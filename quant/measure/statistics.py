@@ -24,6 +24,7 @@ from ltx2.runtime.files.jsonfile import parse_object
 from ltx2.runtime.files.ranges import sha256
 from ltx2.runtime.files.tensors import (
     FLOATS,
+    FORMAT,
     Array,
     FileRecord,
     TensorFile,
@@ -35,7 +36,7 @@ from ltx2.runtime.files.tensors import (
 )
 from ltx2.runtime.model.layout import COMPONENTS, file_record
 
-KIND = {"format": "linear input statistics"}  # tells the file from other safetensors files
+KIND = "linear input statistics"  # tells the file from other safetensors files
 ABOUT = "about"
 MEAN_SQUARE, MEAN, SENSITIVITY = "mean_square", "mean", "sensitivity"
 NAME = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)\.({MEAN_SQUARE}|{MEAN}|{SENSITIVITY})")
@@ -77,7 +78,7 @@ class Statistics:
     def open(cls, path: Path) -> "Statistics":
         """Raises CheckpointError for another kind of file, InputError for safetensors that are no statistics."""
         file = open_tensorfile(path)
-        if file.metadata.get("format") != KIND["format"]:
+        if file.metadata.get(FORMAT) != KIND:
             raise InputError(f"{path} holds no statistics", "it is a safetensors file of another kind", MAKE)
         try:
             about = About.from_json(file.metadata[ABOUT])
@@ -187,7 +188,7 @@ def write_statistics(
         tensors[f"{component}.{layer}.{MEAN}"] = "F32", inputs.mean.astype(np.float32)
     for (component, layer), value in sorted((sensitivities or {}).items()):
         tensors[f"{component}.{layer}.{SENSITIVITY}"] = "F32", np.array(value, np.float32)
-    write_tensorfile(path, tensors, KIND | {ABOUT: json.dumps(asdict(about))})
+    write_tensorfile(path, tensors, {FORMAT: KIND, ABOUT: json.dumps(asdict(about))})
 
 
 def _weights(plan: Plan) -> Iterator[Move]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ltx2.runtime.errors import CheckpointError, UnsupportedError, reason
+from ltx2.runtime.errors import CheckpointError, Ltx2Error, UnsupportedError, reason
 from ltx2.runtime.files.atomic import write_file
 from ltx2.runtime.files.foreign import foreign_kind
 from ltx2.runtime.files.paths import open_regular
@@ -34,6 +34,8 @@ ITEM_BYTES = {dtype: int(name[2:]) for dtype, name in NUMPY_DTYPES.items()}
 FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}  # float types of weights: in --dtype -> in safetensors
 # The dtypes in model folders -> their names in mlx.core.
 MLX_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "U8": "uint8"}
+SUFFIX = ".safetensors"
+FORMAT = "format"  # metadata's key: what a file of ours says that it holds
 HEADER_BYTES = 4 << 20  # the longest that is read: 80,000 tensors, in 3 s and 300 MB; published ones have 1.5 MB
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -144,6 +146,14 @@ def open_tensorfile(path: Path) -> TensorFile:
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}", reason(error), "check the path and its permissions") from error
+
+
+def is_kind(path: Path, kind: str) -> bool:
+    """Whether a file is safetensors and says that it holds this `kind` of ours."""
+    try:
+        return open_tensorfile(path).metadata.get(FORMAT) == kind
+    except (OSError, Ltx2Error):
+        return False
 
 
 def _header_length(f: BinaryIO) -> int:

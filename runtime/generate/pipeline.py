@@ -208,5 +208,5 @@ class Pipeline:
             return
         for job in jobs:
             with of(job.request.name):
-                check_places(job.request)
+                check_places(job.request, self.folder.path)
         check_space(jobs)

@@ -20,6 +20,7 @@ from tests.support.ranks import commands, ended, said
 
 SIZE = ["--width", "64", "--height", "64", "--frames", "9", "--seed", "3", "--no-metadata"]
 LARGE = ["--width", "512", "--height", "512", "--frames", "97"]
+LATENTS = "latents.safetensors"
 GUIDED = ["--pipeline", "one-stage", "--steps", "2"]
 CASE = {"part": "denoise", "pipeline": "one-stage", "steps": 1, "width": 64, "height": 64, "frames": 9}
 SUITE = {"warmup": 0, "repeat": 1, "cases": [CASE]}
@@ -70,7 +71,7 @@ def arguments(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
         for prompt in ("", "negative_")
         for name, width in widths.items()
     }
-    path = tmp_path_factory.mktemp("several") / "embeddings"
+    path = tmp_path_factory.mktemp("several") / "embeddings.safetensors"
     save_file(contexts, path)
     return ["generate", "-m", str(demo_f32), "--embeddings", str(path), *SIZE]
 
@@ -79,7 +80,7 @@ def arguments(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 def alone(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a guided clip of one machine, and its latents."""
     folder = tmp_path_factory.mktemp("alone")
-    assert run([*arguments, *GUIDED, "-q", "-o", f"{folder}/clip.mp4", "--save-latents", f"{folder}/latents"]) == 0
+    assert run([*arguments, *GUIDED, "-q", "-o", f"{folder}/clip.mp4", "--save-latents", f"{folder}/{LATENTS}"]) == 0
     return folder
 
 
@@ -107,10 +108,10 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
         [*arguments, "--cfg", "2{rank}", *GUIDED, "--json", "-o", f"{tmp_path}/never.mp4"],
         [*arguments, "--dry-run", "--json", "--split", "sequence"],
         [*arguments[: -len(SIZE)], *LARGE, "--dry-run", "-q", "--memory-limit", "1e-{rank}"],  # 1 GB, 0.1 GB
-        [*arguments, *GUIDED, "--json", "-o", f"{tmp_path}/clip.mp4", "--save-latents", f"{tmp_path}/latents"],
+        [*arguments, *GUIDED, "--json", "-o", f"{tmp_path}/clip.mp4", "--save-latents", f"{tmp_path}/{LATENTS}"],
         ["bench", arguments[2], "--suite", f"{tmp_path}/suite.json", "--json", "--out", f"{tmp_path}/bench.json"],
         [*arguments, *GUIDED, "--resume", "-o", f"{tmp_path}/later.mp4"],
-        [*chosen, "-o", f"{tmp_path}/chosen.mp4", "--save-latents", f"{tmp_path}/chosen"],
+        [*chosen, "-o", f"{tmp_path}/chosen.mp4", "--save-latents", f"{tmp_path}/chosen.safetensors"],
         ["generate", "-m", f"{tmp_path}/model{{rank}}", *arguments[3:], "-o", f"{tmp_path}/never.mp4"],
         [*arguments, *GUIDED, "-o", f"{tmp_path}/gone/never.mp4"],
     ]
@@ -139,7 +140,7 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
     made = results[3]
     assert [done.code for done in made] == [0, 0] and made[1].out == made[1].err == ""
     assert (tmp_path / "clip.mp4").read_bytes() == (alone / "clip.mp4").read_bytes()
-    assert same(tmp_path / "latents", alone / "latents") and not (tmp_path / STATE).exists()
+    assert same(tmp_path / LATENTS, alone / LATENTS) and not (tmp_path / STATE).exists()
     record = json.loads((tmp_path / "clip.json").read_text())
     assert record["machines"] == {"count": 2, "splits": {**record["machines"]["splits"], "stage1": "guidance"}}
     (stage,) = (phase for phase in record["phases"] if phase["name"] == "stage1")
@@ -165,7 +166,7 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
     lengths = results[6]
     assert [done.code for done in lengths] == [0, 0], lengths
     assert "--frames allows 1.2 to 1.4 s: " in lengths[0].err
-    assert load_file(tmp_path / "chosen")["video"].shape[2] == 5, "33 frames"
+    assert load_file(tmp_path / "chosen.safetensors")["video"].shape[2] == 5, "33 frames"
 
     lacking = results[7]
     assert [done.code for done in lacking] == [1, 1]
@@ -180,7 +181,7 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
 
 def test_a_machine_that_is_killed(alone: Path, arguments: list[str], tmp_path: Path, here: Here) -> None:
     """The others end at once, and one machine alone goes on with the same bits."""
-    line = [*arguments, *GUIDED, "-o", f"{tmp_path}/clip.mp4", "--save-latents", f"{tmp_path}/latents"]
+    line = [*arguments, *GUIDED, "-o", f"{tmp_path}/clip.mp4", "--save-latents", f"{tmp_path}/{LATENTS}"]
     first, second = commands(2, tmp_path / "said", [line], signalled(signal.SIGKILL))
     assert ended(second).code == -signal.SIGKILL and ended(first).code == 0
     done = said(tmp_path / "said", 0, 0)
@@ -188,7 +189,7 @@ def test_a_machine_that_is_killed(alone: Path, arguments: list[str], tmp_path: P
     command = shlex.split(done.err.split("this continues: ")[1])
     assert (tmp_path / STATE).exists() and not (tmp_path / "clip.mp4").exists()
     assert here(*command[1:]).code == 0
-    assert same(tmp_path / "latents", alone / "latents")
+    assert same(tmp_path / LATENTS, alone / LATENTS)
     assert (tmp_path / "clip.mp4").read_bytes() == (alone / "clip.mp4").read_bytes()
 
 

@@ -209,7 +209,7 @@ REFUSED = {
         ["line 2 of prompts: ", "no/b.mp4"],
     ),
     "one name": ('{"prompt": "a", "output": "x.mp4"}\n{"prompt": "b", "output": "x.mp4"}', [], 1, ["x.mp4", "once"]),
-    "one file of latents": ("a\nb", ["--save-latents", "l"], 1, ["more than once"]),
+    "one file of latents": ("a\nb", ["--save-latents", "l.safetensors"], 1, ["more than once"]),
     "no line": ("\n \n", [], 1, ["holds no prompt"]),
     "a prompt beside them": ("a", ["b"], 2, ["PROMPT and --prompts do not go together"]),
     "two numbers of clips": ("a", ["--count", "2", "--seed", "1", "--seed", "2"], 2, ["--count and several --seed"]),

@@ -25,6 +25,7 @@ from tests.support.official import MONOLITH
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 PROMPT = "a red square"
+LATENTS = "latents.safetensors"
 
 
 def streams(clip: Path) -> list[str]:
@@ -60,7 +61,7 @@ class Made:
 def made(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Seed 3, 30 frames a second."""
     folder = tmp_path_factory.mktemp("made")
-    made = Made(folder / "clip.mp4", folder / "latents", folder / "embeddings")
+    made = Made(folder / "clip.mp4", folder / LATENTS, folder / "embeddings.safetensors")
     args = ["generate", PROMPT, "-m", demo_f32, "-o", made.clip, "--seed", "3", "--fps", "30", *SIZE]
     args += ["--no-metadata", "--save-latents", made.latents, "--save-embeddings", made.embeddings]
     assert run([str(arg) for arg in args]) == 0
@@ -78,8 +79,8 @@ class TestRepeating:
 
     def test_options_take_precedence(self, here: Here, made: Made, tmp_path: Path) -> None:
         args = ["generate", "a green star", "--from", made.sidecar, "-o", tmp_path / "2.mp4", "--seed", "4"]
-        assert here(*args, "--save-latents", tmp_path / "latents").code == 0
-        assert not same(made.latents, tmp_path / "latents")
+        assert here(*args, "--save-latents", tmp_path / LATENTS).code == 0
+        assert not same(made.latents, tmp_path / LATENTS)
         request = json.loads((tmp_path / "2.json").read_text())["request"]
         assert (request["prompt"], request["seed"], request["fps"]) == ("a green star", 4, 30.0)
 
@@ -123,9 +124,10 @@ class TestRepeating:
 
     def test_seeds(self, generate: Here, made: Made, tmp_path: Path) -> None:
         for seed in ("3", "4"):
-            place = ("--save-latents", tmp_path / seed)
+            place = ("--save-latents", tmp_path / f"{seed}.safetensors")
             generate("--embeddings", made.embeddings, "--fps", "30", "--seed", seed, *place, to=f"{seed}.mp4")
-        assert same(made.latents, tmp_path / "3") and not same(made.latents, tmp_path / "4")
+        third, fourth = (tmp_path / f"{seed}.safetensors" for seed in (3, 4))
+        assert same(made.latents, third) and not same(made.latents, fourth)
 
 
 class TestSidecar:
@@ -188,9 +190,9 @@ class TestLatents:
 
     def test_are_the_ones_the_sampler_ended_with(self, demo_f32: Path, made: Made, tmp_path: Path) -> None:
         """No two sides alike, so that a wrong order of axes shows."""
-        options: dict[str, Any] = {"width": 192, "height": 128, "frames": 17, "save_latents": tmp_path / "latents"}
+        options: dict[str, Any] = {"width": 192, "height": 128, "frames": 17, "save_latents": tmp_path / LATENTS}
         clip = ltx2.load(demo_f32).generate(embeddings=made.embeddings, no_audio=True, **options)
-        saved = load_file(tmp_path / "latents")
+        saved = load_file(tmp_path / LATENTS)
         assert {name: value.shape for name, value in saved.items()} == {
             "video": (1, 32, 3, 4, 6),
             "audio": (1, 2, 18, 16),
@@ -222,10 +224,10 @@ class TestMemory:
 
         def peaks(latents: int) -> tuple[int, int]:
             shapes = {"video": (1, 32, latents, 2, 2), "audio": (1, 2, 8 * latents, 16)}
-            save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "latents")
+            save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, tmp_path / LATENTS)
             tracemalloc.start()
             options: dict[str, Any] = {"no_audio": True, "low_memory": True, "output": tmp_path / "clip.mp4"}
-            *_, last = ltx2.load(demo_f32).stream(latents=tmp_path / "latents", force=True, **options)
+            *_, last = ltx2.load(demo_f32).stream(latents=tmp_path / LATENTS, force=True, **options)
             _, most = tracemalloc.get_traced_memory()
             tracemalloc.stop()
             assert isinstance(last, Saved)
@@ -245,8 +247,8 @@ class TestEmbeddings:
         (model / "text_encoder" / "model.safetensors").unlink()
         args = ["generate", "-m", model, "-o", tmp_path / "2.mp4", "--seed", "3", "--fps", "30", *SIZE]
         here(*args, PROMPT).failed(1, "text_encoder", "is missing")
-        done = here(*args, "--embeddings", made.embeddings, "--save-latents", tmp_path / "latents")
-        assert done.code == 0 and same(made.latents, tmp_path / "latents")
+        done = here(*args, "--embeddings", made.embeddings, "--save-latents", tmp_path / LATENTS)
+        assert done.code == 0 and same(made.latents, tmp_path / LATENTS)
         assert phases(tmp_path / "2.json")[0] == "stage1"
 
     def test_format(self, made: Made) -> None:
@@ -284,9 +286,10 @@ class TestNoise:
 
         def latents(name: str, seed: int, changes: dict[str, Any]) -> Path:
             save_noise(tmp_path / "noise", changes)
-            args = ["--noise", tmp_path / "noise", "--seed", str(seed), "--save-latents", tmp_path / name]
+            saved = tmp_path / f"{name}.safetensors"
+            args = ["--noise", tmp_path / "noise", "--seed", str(seed), "--save-latents", saved]
             assert generate("--embeddings", made.embeddings, "--no-audio", "--force", *args).code == 0
-            return tmp_path / name
+            return saved
 
         first = latents("first", 1, {})
         assert same(first, latents("second", 2, {}))
@@ -322,9 +325,9 @@ def test_a_prompt_that_is_too_long_is_said_to_be(generate: Here, monkeypatch: py
 class TestWithout:
     def test_sound(self, here: Here, made: Made, tmp_path: Path) -> None:
         """The picture stays the same: the sound is still sampled with it."""
-        args = ["generate", "--from", made.sidecar, "-o", tmp_path / "2.mp4", "--save-latents", tmp_path / "latents"]
+        args = ["generate", "--from", made.sidecar, "-o", tmp_path / "2.mp4", "--save-latents", tmp_path / LATENTS]
         assert here(*args, "--no-audio").code == 0
-        assert same(made.latents, tmp_path / "latents")
+        assert same(made.latents, tmp_path / LATENTS)
         assert (streams(made.clip), streams(tmp_path / "2.mp4")) == (["Video", "Audio"], ["Video"])
         assert not {"audio_vae", "vocoder"} & set(phases(tmp_path / "2.json"))
         np.testing.assert_array_equal(read_video(made.clip)[0], read_video(tmp_path / "2.mp4")[0])

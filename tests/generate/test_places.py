@@ -8,7 +8,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save
 
 import ltx2
 from ltx2.runtime.errors import InputError
@@ -74,7 +76,7 @@ class TestUnasked:
         for given in ({"video": clip}, {"upscale": clip}, {"retake": (clip, 0, 1)}):
             request = Request.from_options({"prompt": PROMPT, "output": clip, "force": True} | given)
             with pytest.raises(InputError, match="would be lost"):
-                check_places(request)
+                check_places(request, tmp_path / "model")
 
     def test_in_python(self, demo_f32: Path, tmp_path: Path) -> None:
         pipe, clip = ltx2.load(demo_f32), tmp_path / "clip.mp4"
@@ -101,6 +103,36 @@ class TestUnasked:
         assert names(tmp_path) == ["clip.gif", "clip.json"]
 
 
+@pytest.mark.parametrize("option", ["--save-latents", "--save-embeddings"])
+class TestTensors:
+    def test_replace_only_their_kind_unasked(self, generate: Here, tmp_path: Path, option: str) -> None:
+        """Not noise, nor the other kind, nor what only has the suffix."""
+        file = tmp_path / "mine.safetensors"
+        other = {"format": "embeddings" if option == "--save-latents" else "latents"}
+        for content in (b"notes", save({"a": np.zeros(1)}), save({"a": np.zeros(1)}, other)):
+            file.write_bytes(content)
+            generate(PROMPT, option, file).failed(1, "mine.safetensors is already there", "--force")
+            assert file.read_bytes() == content and names(tmp_path) == ["mine.safetensors"]
+        assert generate(PROMPT, option, file, "--force").code == 0
+        assert generate(PROMPT, option, file, to="2.mp4").code == 0
+        assert file.read_bytes() != content and "a" not in load_file(file)
+
+    @pytest.mark.parametrize("name", ["mine.png", "mine", "mine.safetensors.txt"])
+    def test_have_their_suffix(self, generate: Here, tmp_path: Path, option: str, name: str) -> None:
+        generate(PROMPT, option, tmp_path / name, "--force").failed(
+            2, f"cannot write {tmp_path / name}", ".safetensors"
+        )
+        assert names(tmp_path) == []
+
+    def test_go_nowhere_into_the_model(self, demo_f32: Path, tmp_path: Path, option: str) -> None:
+        (tmp_path / "link").symlink_to(demo_f32)
+        folders = (demo_f32, demo_f32 / "vocoder", tmp_path / "link" / "transformer", demo_f32 / "loras" / "..")
+        for path in (folder / name for folder in folders for name in ("model.safetensors", "new.safetensors")):
+            named = {option[2:].replace("-", "_"): path}
+            with pytest.raises(InputError, match=r"only read|does not exist"):
+                ltx2.load(demo_f32).stream(PROMPT, force=True, **named, **SIZE)
+
+
 class TestRoom:
     @pytest.mark.parametrize("free", [0, 8000])
     def test_a_disk_that_is_too_small(
@@ -120,9 +152,9 @@ class TestRoom:
         for writer in ("write_latents", "write_sidecar"):
             monkeypatch.setattr(f"ltx2.runtime.generate.run.{writer}", full)
         monkeypatch.setattr("ltx2.runtime.generate.records.resume.write_tensors", full)
-        done = generate(PROMPT, "--save-latents", tmp_path / "latents")
+        done = generate(PROMPT, "--save-latents", tmp_path / "latents.safetensors")
         assert done.code == 0 and names(tmp_path) == ["clip.mp4"]
-        for name in ("clip.unfinished.safetensors", "latents", "clip.json"):
+        for name in ("clip.unfinished.safetensors", "latents.safetensors", "clip.json"):
             assert any(name in line and "the disk is full" in line for line in done.err.splitlines()), name
 
 

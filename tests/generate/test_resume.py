@@ -26,6 +26,7 @@ from tests.support.programs import ffmpeg_that
 from tests.support.stopped import stop
 
 PROMPT = "a red square"
+LATENTS, EMBEDDINGS = "latents.safetensors", "embeddings.safetensors"
 STATE = "clip.unfinished.safetensors"
 Stopped = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -35,7 +36,7 @@ def whole(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the clip of a run that nothing stopped, its latents and its prompt's embeddings."""
     folder = tmp_path_factory.mktemp("whole")
     args = ["generate", PROMPT, "-m", demo_f32, "-o", folder / "clip.mp4", *SIZE, *SEED, "--no-metadata"]
-    args += ["--save-embeddings", folder / "embeddings", "--save-latents", folder / "latents"]
+    args += ["--save-embeddings", folder / EMBEDDINGS, "--save-latents", folder / LATENTS]
     assert run([str(arg) for arg in args]) == 0
     assert not (folder / STATE).exists()
     return folder
@@ -43,7 +44,7 @@ def whole(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments_for(folder: Path, whole: Path, model: Path) -> list[str]:
     """Of a run in another folder that ends with the whole one's clip."""
-    files = ["-o", folder / "clip.mp4", "--embeddings", whole / "embeddings", "--save-latents", folder / "latents"]
+    files = ["-o", folder / "clip.mp4", "--embeddings", whole / EMBEDDINGS, "--save-latents", folder / LATENTS]
     return [str(arg) for arg in ["generate", "-m", model, *files, *SIZE, *SEED, "--no-metadata"]]
 
 
@@ -95,9 +96,9 @@ class TestKilled:
         assert (record["phase"], record["step"]) == left
         ended = here(*arguments, "--resume")
         assert ended.code == 0 and "warning" not in ended.err, ended
-        assert same(tmp_path / "latents", whole / "latents")
+        assert same(tmp_path / LATENTS, whole / LATENTS)
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.json", "clip.mp4", "latents"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.json", "clip.mp4", LATENTS]
 
     def test_text_is_encoded_once(self, here: Here, demo_f32: Path, whole: Path, tmp_path: Path) -> None:
         """From a prompt; the record of the run has the phases of both processes."""
@@ -116,7 +117,7 @@ class TestKilled:
         assert not (tmp_path / STATE).exists()
         ended = here(*arguments, "--resume")
         assert ended.code == 0 and f"warning: there is no {STATE} to continue" in ended.err
-        assert same(tmp_path / "latents", whole / "latents")
+        assert same(tmp_path / LATENTS, whole / LATENTS)
 
 
 # Guided runs, and the phase and step that they are killed at.
@@ -144,7 +145,7 @@ def test_a_guided_run_goes_on_with_the_same_bits(here: Here, demo_dev: Path, tmp
     def files(run: str) -> list[str]:
         folder = tmp_path / run
         folder.mkdir(exist_ok=True)
-        return [str(arg) for arg in [*args, "-o", folder / "clip.mp4", "--save-latents", folder / "latents"]]
+        return [str(arg) for arg in [*args, "-o", folder / "clip.mp4", "--save-latents", folder / LATENTS]]
 
     assert here(*files("whole")).code == 0
     assert stop(files("killed"), signal.SIGKILL, phase, step).returncode == -signal.SIGKILL
@@ -152,7 +153,7 @@ def test_a_guided_run_goes_on_with_the_same_bits(here: Here, demo_dev: Path, tmp
     assert (record["phase"], record["step"]) == (phase, step)
     ended = here(*files("killed"), "--resume")
     assert ended.code == 0 and "to continue" not in ended.err, ended
-    assert same(tmp_path / "killed" / "latents", tmp_path / "whole" / "latents")
+    assert same(tmp_path / "killed" / LATENTS, tmp_path / "whole" / LATENTS)
 
 
 class TestInterrupted:
@@ -162,11 +163,11 @@ class TestInterrupted:
     ) -> None:
         ended = stopped(signal.SIGINT, *where)
         assert ended.returncode == 130 and "Traceback" not in ended.stderr
-        assert {path.name for path in tmp_path.iterdir()} <= {STATE, "latents"}
+        assert {path.name for path in tmp_path.iterdir()} <= {STATE, LATENTS}
         (command,) = (line for line in ended.stderr.splitlines() if "this continues: " in line)
         _, *args = shlex.split(command.partition("this continues: ")[2])
         assert here(*args).code == 0
-        assert same(tmp_path / "latents", whole / "latents")
+        assert same(tmp_path / LATENTS, whole / LATENTS)
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
 
     def test_long_spellings_are_not_said_again(self, arguments: list[str], tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ class TestFailed:
             ffmpeg_that(patch, tmp_path, "has no space left")
             ended = here(*arguments)
             ended.failed(1, "cannot write", "clip.mp4", "why: the disk is full\n", "this continues: ltx2 generate")
-        assert sorted(path.name for path in tmp_path.iterdir()) == [STATE, "ffmpeg", "latents"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [STATE, "ffmpeg", LATENTS]
         by_hand = ["-m", demo_f32, "--latents", tmp_path / STATE, "-o", tmp_path / "by-hand.mp4", "--no-metadata"]
         assert here("generate", *by_hand).code == 0
         assert (tmp_path / "by-hand.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
@@ -228,7 +229,7 @@ class TestFailed:
             failed = here(*arguments, "--json")
         error = failed.json["error"]
         assert failed.code == 1 and error["kind"] == "device" and "this continues: ltx2 generate" in error["fix"]
-        assert sorted(path.name for path in tmp_path.iterdir()) == [STATE, "latents"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [STATE, LATENTS]
         assert here(*arguments, "--resume").code == 0
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
 
@@ -248,11 +249,11 @@ def state(killed: Path, tmp_path: Path) -> Path:
 
 def test_the_next_run_says_what_could_be_continued(here: Here, arguments: list[str], state: Path) -> None:
     """And nothing of the killed one is left."""
-    for name in ("clip.mp4.partial", "clip.json.partial", "latents.partial"):
+    for name in ("clip.mp4.partial", "clip.json.partial", f"{LATENTS}.partial"):
         state.with_name(name).touch()
     ended = here(*arguments)
     assert ended.code == 0 and f"warning: {STATE} is of a run that was cut off: --resume" in ended.err
-    assert sorted(path.name for path in state.parent.iterdir()) == ["clip.json", "clip.mp4", "latents"]
+    assert sorted(path.name for path in state.parent.iterdir()) == ["clip.json", "clip.mp4", LATENTS]
 
 
 class TestRefused:
@@ -262,7 +263,7 @@ class TestRefused:
         shapes: dict[str, tuple[int, ...]] = {"stage1.video": (1, 32, 2, 1, 1), "stage2.video": (1, 32, 2, 2, 2)}
         shapes |= {"stage1.audio": (1, 2, 9, 16), "stage2.audio": (1, 2, 9, 16)}
         save_file({k: rng.standard_normal(v).astype(np.float32) for k, v in shapes.items()}, tmp_path / "noise")
-        embeddings = load_file(whole / "embeddings")
+        embeddings = load_file(whole / EMBEDDINGS)
         save_file({name: value + 1 for name, value in embeddings.items()}, tmp_path / "others")
         changes: dict[str, list[str | Path]] = {
             "frames 9, this is frames 17": ["--frames", "17"],
@@ -290,18 +291,18 @@ class TestRefused:
     @pytest.mark.parametrize("damage", ["empty", "cut", "latents", "text"])
     def test_a_damaged_state(self, here: Here, arguments: list[str], state: Path, whole: Path, damage: str) -> None:
         content = state.read_bytes()
-        damaged = {"empty": b"", "cut": content[:-1], "latents": (whole / "latents").read_bytes(), "text": b"{}" * 99}
+        damaged = {"empty": b"", "cut": content[:-1], "latents": (whole / LATENTS).read_bytes(), "text": b"{}" * 99}
         state.write_bytes(damaged[damage])
         here(*arguments, "--resume").failed(1, f"{STATE} cannot be continued", "leave out --resume")
 
     def test_what_may_change(self, here: Here, arguments: list[str], state: Path, whole: Path, tmp_path: Path) -> None:
         assert here(*arguments, "--no-audio", "--low-memory", "--resume").code == 0
-        assert same(tmp_path / "latents", whole / "latents")
+        assert same(tmp_path / LATENTS, whole / LATENTS)
 
 
 class TestPython:
     def options(self, folder: Path, whole: Path) -> dict[str, Any]:
-        options = {"embeddings": whole / "embeddings", "width": 64, "height": 64, "frames": 9, "seed": 10}
+        options = {"embeddings": whole / EMBEDDINGS, "width": 64, "height": 64, "frames": 9, "seed": 10}
         return options | {"state": folder / "state.safetensors"}
 
     def test_a_stream_that_is_closed(self, demo_f32: Path, whole: Path, tmp_path: Path) -> None:
@@ -311,7 +312,7 @@ class TestPython:
                 break
         assert options["state"].exists()
         clip = pipe.generate(**options, resume=True)
-        saved = load_file(whole / "latents")
+        saved = load_file(whole / LATENTS)
         assert all(np.array_equal(saved[name], clip.latents[name]) for name in saved)
         assert options["state"].exists(), "until the clip is saved"
         clip.save(tmp_path / "clip.mp4")

@@ -128,11 +128,11 @@ def test_a_run_that_was_cut_off_while_it_decoded(here: Here, both: Path, tmp_pat
         assert not (isinstance(event, StepDone) and event.phase == "stage1"), "sampled already"
     assert clip is not None and clip.seed == 6
     size = ["--width", "64", "--height", "64", "--frames", "9", "--no-upscale", "--no-audio", "--seed", "6"]
-    size += ["--vae", "diffusion", "--save-latents", str(tmp_path / "l")]
+    size += ["--vae", "diffusion", "--save-latents", str(tmp_path / "l.safetensors")]
     done = here("generate", "x", "-m", both, "-o", tmp_path / "b.mp4", *size)
     assert done.code == 0 and json.loads((tmp_path / "b.json").read_text())["request"]["vae"] == "diffusion"
-    assert np.array_equal(load_file(tmp_path / "l")["video"], clip.latents["video"])
-    assert np.array_equal(clip.frames, decoded(both, tmp_path / "l", Seeded(6)("decoder.video", CANVAS)))
+    assert np.array_equal(load_file(tmp_path / "l.safetensors")["video"], clip.latents["video"])
+    assert np.array_equal(clip.frames, decoded(both, tmp_path / "l.safetensors", Seeded(6)("decoder.video", CANVAS)))
 
 
 def test_a_folder_with_the_diffusion_vae_alone(one: Path, latents: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def whole(demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    embeddings = str(tmp_path_factory.mktemp("whole") / "embeddings")
+    embeddings = str(tmp_path_factory.mktemp("whole") / "embeddings.safetensors")
     options: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "no_upscale": True, "no_audio": True}
     options["seed"] = 3
     latents = Pipeline(demo_f32).generate(PROMPT, save_embeddings=embeddings, **options).latents

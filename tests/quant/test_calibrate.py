@@ -156,6 +156,26 @@ class TestModel:
         with pytest.raises(InputError, match="does not exist"):
             next(calibrate(demo_f32, tmp_path / "missing" / "s.safetensors"))
 
+    @pytest.mark.parametrize("name", ["first.png", "pr.txt", "stats"])
+    def test_another_suffix_is_wrong_usage(self, here: Here, demo_f32: Path, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text(PROMPT)
+        args = ["calibrate", demo_f32, "-o", tmp_path / name, "--prompts", tmp_path / name]
+        here(*args).failed(2, f"cannot write {tmp_path / name}", ".safetensors")
+        assert (tmp_path / name).read_text() == PROMPT
+
+    def test_nothing_but_statistics_is_replaced(self, here: Here, demo_f32: Path, tmp_path: Path) -> None:
+        """Not prompts, nor other tensors, nor the model that is read."""
+        for content in (PROMPT.encode(), (demo_f32 / "vocoder" / "model.safetensors").read_bytes()):
+            (out := tmp_path / "mine.safetensors").write_bytes(content)
+            here("calibrate", demo_f32, "-o", out).failed(1, "mine.safetensors is already there", "another name")
+            assert out.read_bytes() == content
+        for name in ("model.safetensors", "new.safetensors"):
+            here("calibrate", demo_f32, "-o", demo_f32 / "transformer" / name).failed(1, "is only read")
+
+    def test_earlier_statistics_are(self, calibrated: tuple[Path, list[Event]], demo_f32: Path, tmp_path: Path) -> None:
+        (out := tmp_path / "stats.safetensors").write_bytes(calibrated[0].read_bytes())
+        assert isinstance(next(calibrate(demo_f32, out, [PROMPT], OPTIONS)), PromptStarted)
+
     def test_layers_come_closer(
         self, demo_f32: Path, calibrated: tuple[Path, list[Event]], tmp_path: Path, figure: Figure
     ) -> None:

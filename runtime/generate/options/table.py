@@ -229,7 +229,7 @@ class Options:
         metavar="DIR",
         recorded=False,
     )
-    force: Flag = Flag("Replace a clip that is already there.", recorded=False)
+    force: Flag = Flag("Replace a clip, or a saved file, that is already there.", recorded=False)
     crf: Whole = Whole(
         "H.264 quality of the mp4 file; 0: lossless, 51: worst.",
         default=19,

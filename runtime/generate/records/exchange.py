@@ -9,11 +9,12 @@ import numpy as np
 
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.paths import check_output
-from ltx2.runtime.files.tensors import TensorFile, open_tensorfile, write_tensorfile
+from ltx2.runtime.files.tensors import FORMAT, TensorFile, open_tensorfile, write_tensorfile
 from ltx2.runtime.sampling.guidance import NEGATIVE, TEXT
 from ltx2.runtime.sampling.latents import AUDIO_FREQUENCIES
 from ltx2.runtime.streams import Streams
 
+LATENTS, EMBEDDINGS = "latents", "embeddings"  # what a file says that it holds
 MOST_BYTES = 10**9  # of one tensor; a minute of 4K has 0.75 GB of latents
 MOST_NOISE = 10**12  # its shape is compared first; a canvas for pixels is larger than latents
 
@@ -85,7 +86,7 @@ def read_latents(path: str | Path, channels: int, audio_channels: int | None) ->
 
 def write_latents(path: str | Path, latents: Streams[mx.array], fps: float) -> None:
     """Write the streams that exist, (1, C, F, H, W) and (1, A, T, 16), and the clip's frames per second."""
-    write_tensors(path, dict(latents.items()), {"fps": f"{fps:g}"})
+    write_tensors(path, dict(latents.items()), {FORMAT: LATENTS, "fps": f"{fps:g}"})
 
 
 def read_embeddings(
@@ -103,7 +104,7 @@ def read_embeddings(
 
 def write_embeddings(path: str | Path, contexts: Mapping[str, Streams[mx.array]]) -> None:
     """Write contexts (1, tokens, width) for `read_embeddings`."""
-    write_tensors(path, context_tensors(contexts))
+    write_tensors(path, context_tensors(contexts), {FORMAT: EMBEDDINGS})
 
 
 def context_tensors(contexts: Mapping[str, Streams[mx.array]]) -> dict[str, mx.array]:

@@ -5,19 +5,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import InputError, Ltx2Error, reason
+from ltx2.runtime.errors import InputError, Ltx2Error, UsageError, reason
 from ltx2.runtime.events import Event, Warned
 from ltx2.runtime.files.atomic import beside
 from ltx2.runtime.files.paths import check_folder, check_output, check_room
+from ltx2.runtime.files.tensors import SUFFIX, is_kind
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.options.table import ROWS
 from ltx2.runtime.generate.planning import context_bytes, latent_bytes
+from ltx2.runtime.generate.records.exchange import EMBEDDINGS, LATENTS
 from ltx2.runtime.generate.records.sidecar import is_sidecar, sidecar_path
 from ltx2.runtime.media.formats import FORMATS, check_crf, format_of
 from ltx2.runtime.media.video import check_target
 
-LATENTS = ".safetensors"
 FREE = "choose another name, or replace it with {}"
 FORCE = "--force"
 
@@ -29,8 +30,9 @@ def state_path(clip: Path) -> Path:
     return beside(clip.with_suffix(""), ".unfinished.safetensors")
 
 
-def check_places(request: Request) -> None:
-    """Raises InputError for a place that cannot be written, or holds a clip and may not."""
+def check_places(request: Request, model: Path) -> None:
+    """Raises InputError for a place that cannot be written, or holds what may not be replaced; `model`: the folder that
+    is read."""
     if request.output is not None:
         clip, sidecar = Path(request.output), sidecar_path(Path(request.output))
         check_target(clip, sound=request.no_video)
@@ -50,6 +52,9 @@ def check_places(request: Request) -> None:
         check_folder(Path(request.preview), request.preview)
     if request.upscale is not None and request.save_latents is not None:
         _check_latents(Path(request.save_latents), request.force)
+    for saved, kind in ((request.save_latents, LATENTS), (request.save_embeddings, EMBEDDINGS)):
+        if saved is not None:
+            check_saved(Path(saved), kind, model, force=request.force)
 
 
 def _written(request: Request) -> list[str]:
@@ -67,10 +72,25 @@ def check_space(jobs: Sequence[Job]) -> None:
 
 def _check_latents(path: Path, force: bool) -> None:
     """Raises InputError for a place where latents, as a command's result, cannot be written."""
-    if path.suffix != LATENTS:
-        raise InputError(f"cannot write {path}", "latents become latents", f"use {path.with_suffix(LATENTS)}")
+    if path.suffix != SUFFIX:
+        raise InputError(f"cannot write {path}", "latents become latents", f"use {path.with_suffix(SUFFIX)}")
     if path.exists() and not force:
         raise InputError(f"{path} is already there", "no file is replaced unasked", FREE.format(FORCE))
+
+
+def check_saved(path: Path, kind: str, model: Path, *, force: bool = False, fix: str = FREE.format(FORCE)) -> None:
+    """Raises UsageError for a place of tensors of a kind without the suffix of safetensors; InputError for one in the
+    model folder that is read, and, unless with `force`, for a file that does not say it is of that kind."""
+    if path.suffix != SUFFIX:
+        raise UsageError(
+            f"cannot write {path}", f"{kind} are written as safetensors", f"use {path.with_suffix(SUFFIX)}"
+        )
+    check_output(path)
+    folder = path.absolute().parent.resolve()
+    if any(place.samefile(model) for place in (folder, *folder.parents)):
+        raise InputError(f"cannot write {path}", f"the model folder {model} is only read", "choose another folder")
+    if not force and path.exists() and not is_kind(path, kind):
+        raise InputError(f"{path} is already there", f"it does not say that it holds {kind} of ltx2", fix)
 
 
 def check_free(clip: Path, force: str = FORCE) -> None:
