@@ -14,15 +14,13 @@ from ltx2.convert.compare import Repack, compare_values
 from ltx2.convert.plan.check import network_differences
 from ltx2.convert.sources.checkpoint import open_sources
 from ltx2.convert.sources.source import read_json
-from ltx2.runtime.errors import Ltx2Error, VerificationError
+from ltx2.runtime.errors import Ltx2Error, VerificationError, listed
 from ltx2.runtime.events import BytesDone, Event
 from ltx2.runtime.files.paths import visible
 from ltx2.runtime.files.ranges import digesting
 from ltx2.runtime.model.layout import INDEX, MANIFEST, ModelFolder, is_lora
 from ltx2.runtime.model.lorafile import misfits
 from ltx2.runtime.networks.load import Shapes, build_component, parameter_shapes
-
-LISTED = 20  # differences named in the error
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,9 @@ def verify(folder: Path, sources: Sequence[Path] = (), repack: Repack | None = N
 
 
 def _failed(folder: Path, differences: list[str]) -> VerificationError:
-    more = len(differences) - LISTED
     return VerificationError(
         f"{folder} does not hold what it should",
-        "; ".join(differences[:LISTED]) + (f"; and {more} more differences" if more > 0 else ""),
+        listed(differences, "; "),
         "convert again with --force, or copy the folder again",
     )
 

@@ -4,11 +4,13 @@ and exits with the class's code. Anything else that is raised is a bug and keeps
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import ClassVar
 
 PART_LENGTH = 4000  # characters of one part that are shown; names and values in it may come from a stranger's file
+LISTED = 4  # names in an error
 
 # What the system answers, in plain words.
 ANSWERS = {
@@ -41,6 +43,17 @@ def reason(error: Exception) -> str:
 def answered(said: str) -> str:
     """What the system answered, in plain words, where another program says that; else nothing."""
     return next((words for code, words in ANSWERS.items() if os.strerror(code) in said), "")
+
+
+def listed(names: Sequence[str], between: str = ", ") -> str:
+    """The first names, and how many more there are."""
+    return between.join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def nearest(name: str, known: Iterable[str], others: str) -> str:
+    """The fix for an unknown name: those that are spelt nearly so, else where the `others` are."""
+    near = get_close_matches(name, list(known), n=3, cutoff=0.7)
+    return f"did you mean {' or '.join(near)}?" if near else others
 
 
 def printable(text: str) -> str:

@@ -9,12 +9,10 @@ import mlx.nn as nn
 
 from ltx2.convert.plan.entries import Plan, parameters
 from ltx2.convert.sources.textencoder import TOKENIZER
-from ltx2.runtime.errors import CheckpointError
+from ltx2.runtime.errors import CheckpointError, listed
 from ltx2.runtime.model.layout import DIFFUSION_VAE, TRANSFORMER, VIDEO_VAE, is_lora, missing_networks
 from ltx2.runtime.model.lorafile import misfits
 from ltx2.runtime.networks.load import Shapes, build_network, parameter_shapes, shape_differences
-
-LISTED = 5  # tensors named in an error
 
 
 def check_plan(plan: Plan) -> None:
@@ -152,5 +150,4 @@ def _check_text_width(plan: Plan, planned: Mapping[str, Shapes]) -> None:
 
 
 def _listed(kind: str, keys: list[str]) -> str:
-    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return f"{len(keys)} {kind}: {', '.join(keys[:LISTED])}{more}"
+    return f"{len(keys)} {kind}: {listed(keys)}"

@@ -24,7 +24,7 @@ from ltx2.runtime.model.layout import CONFIG, MANIFEST
 from ltx2.runtime.model.lorafile import ADAPTER_NAMES
 
 DIFFUSERS_INDEX = "model_index.json"
-USE = "use the model folder with ltx2 generate, or shrink it with ltx2 quantize"
+USE = "sources are published files; use the folder itself with ltx2 generate, or shrink it with ltx2 quantize"
 # Some tensor's name contains the pattern, and the configuration has the key, if one is named: the file is of this kind.
 # First match wins.
 KINDS = (

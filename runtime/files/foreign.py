@@ -4,7 +4,7 @@ that the error can name them."""
 import re
 from pathlib import Path
 
-from ltx2.runtime.errors import CheckpointError, Ltx2Error, UnsupportedError
+from ltx2.runtime.errors import CheckpointError, InputError, Ltx2Error, UnsupportedError
 from ltx2.runtime.files.paths import open_regular
 
 HEAD_BYTES = 512
@@ -14,15 +14,20 @@ LOGIN = "accept the licence on the model's page, log in (hf auth login), and dow
 TEXT = rb"[\x09\x0a\x0d\x20-\x7e]"
 NAME = "name a .safetensors file"
 
-# First bytes, name, reason, fix and error class; the first match wins.
-FOREIGN: tuple[tuple[bytes, str, str, str, type[Ltx2Error]], ...] = (
+Row = tuple[bytes, str, str, str, type[Ltx2Error]]  # first bytes, name, reason, fix and error class
+# What is saved in place of a file.
+INSTEAD: tuple[Row, ...] = (
     (rb"version https://git-lfs", "is a Git LFS pointer, not the file",
      "git cloned the repository without its large files: this one only says where they are", AGAIN, CheckpointError),
-    (rb"(?i)\s*(<!doctype html|<html|<\?xml|<error)", "is a web page, not the file",
+    (rb"(?i)\s*(<!doctype html|<html|<\?xml(?!.*<svg)|<error)", "is a web page, not the file",
      "it is what a site answers to a browser, such as a login or an error page", AGAIN, CheckpointError),
     (rb"(?i)(access to \w+ .+ is restricted|entry not found|repository not found|invalid (username|user token)"
      rb"|unauthorized|forbidden|\{\"error\")", "is an error message, not the file",
      "the site refused the download, and its answer was saved under the file's name", LOGIN, CheckpointError),
+)  # fmt: skip
+# The first match wins.
+FOREIGN: tuple[Row, ...] = (
+    *INSTEAD,
     (rb"PK\x03\x04|\x80[\x02-\x05][^\0]", "is a PyTorch file (.bin, .pt, .ckpt)",
      "it holds Python objects, and reading it would run code from it", SAFETENSORS, UnsupportedError),
     (rb"....ftyp(?:heic|heix|mif1|avif)|\x89PNG|\xff\xd8\xff|RIFF....WEBP", "is a picture",
@@ -47,3 +52,9 @@ def foreign_kind(path: Path) -> tuple[str, str, str, type[Ltx2Error]] | None:
         why = f"{'it is empty' if not head else 'it begins with zeros'}, as an interrupted download leaves it"
         return "holds no data", why, "download the file again", CheckpointError
     return next((row[1:] for row in FOREIGN if re.match(row[0], head, re.DOTALL)), None)
+
+
+def check_delivered(path: Path) -> None:
+    """Raises InputError for what a site or git has left in place of the file."""
+    if (found := foreign_kind(path)) is not None and found in [row[1:] for row in INSTEAD]:
+        raise InputError(f"{path} {found[0]}", found[1], "download the file itself")

@@ -136,7 +136,7 @@ class Run:
                 self._record_claim = held.enter_context(claimed(sidecar_path(Path(output).absolute())))
                 if not self._claim.locked:
                     yield Warned(UNLOCKED.format(Path(output).absolute().parent))
-            if self.request.preview is not None:
+            if self.request.preview is not None and self.job.stages:
                 Path(self.request.preview).mkdir(parents=True, exist_ok=True)
             yield Noted(self._about())
             yield from self._warnings()

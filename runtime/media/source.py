@@ -16,6 +16,7 @@ from typing import IO
 import numpy as np
 
 from ltx2.runtime.errors import InputError, MediaError
+from ltx2.runtime.files.foreign import check_delivered
 from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.media.ffmpeg import complaint, ffmpeg_program, run_ffmpeg
 from ltx2.runtime.media.video import AudioTrack
@@ -49,7 +50,7 @@ class Facts:
 
 
 def check_file(path: Path) -> None:
-    """Raises InputError unless `path` is a file, and not an empty one."""
+    """Raises InputError unless `path` is a file, and neither an empty one nor what was saved in its place."""
     if path.is_dir():
         raise InputError(f"cannot read {path}", "it is a folder", "name a file in it")
     if not path.exists():
@@ -58,6 +59,7 @@ def check_file(path: Path) -> None:
         raise InputError(f"cannot read {path}", "it is a pipe or a device", "copy its content into a file")
     if path.stat().st_size == 0:
         raise InputError(f"cannot read {path}", "it is empty", OTHER)
+    check_delivered(path)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

@@ -11,14 +11,14 @@ and its config.json: `rank` (the largest), `modules` (how many are changed), `sc
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isclose, isfinite, prod, sqrt
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from ltx2.runtime.errors import CheckpointError, UnsupportedError, reason
+from ltx2.runtime.errors import CheckpointError, UnsupportedError, listed, reason
 from ltx2.runtime.files.jsonfile import parse_object, read_object
 from ltx2.runtime.files.paths import open_regular
 from ltx2.runtime.files.tensors import FLOATS, NUMPY_DTYPES, TensorFile, TensorInfo, to_float32
@@ -26,7 +26,6 @@ from ltx2.runtime.model.names import ALPHA, BIAS_DELTA, DELTA, DOWN, UP, Module,
 
 # Only names in adapters' files match.
 ADAPTER_NAMES = r"\.lora_|^lora_unet_|^lycoris_|\.(?:dora_scale|hada_\w+|lokr_\w+|oft_\w+|magnitude|diff|diff_b)$"
-LISTED = 3  # names in an error
 # Adapters that are no plain LoRA: a pattern in some tensor's name, what it is, and why it is refused.
 REFUSED = (
     (r"\.dora_scale$|\.lora_magnitude_vector|\.magnitude$", "DoRA", "it rescales every row of the merged weights"),
@@ -98,7 +97,7 @@ def checked_layers(file: TensorFile) -> Layers:
         raise CheckpointError(
             f"{file.path.name} does not fit the networks of any release",
             f"{known} of {len(file.tensors)} tensors match one of their modules, {len(unknown)} do not: "
-            f"{_listed(unknown)}",
+            f"{listed(unknown)}",
             "use a LoRA made for LTX-2",
         )
     layers = lora_layers(file)
@@ -107,7 +106,7 @@ def checked_layers(file: TensorFile) -> Layers:
     if broken:
         raise CheckpointError(
             f"{file.path.name} is not a complete LoRA",
-            f"the tensors of {len(broken)} of {len(layers)} modules lack or do not fit each other: {_listed(broken)}",
+            f"the tensors of {len(broken)} of {len(layers)} modules lack or do not fit each other: {listed(broken)}",
             "download or save it again; lora_A is (rank, in), lora_B (out, rank)",
         )
     return layers
@@ -301,8 +300,3 @@ def _number(file: TensorFile, name: str, value: Any) -> float:
 def _unclear(file: TensorFile, why: str) -> CheckpointError:
     fix = "save it again with both lora_alpha and lora_rank, with an alpha for each module, or with neither"
     return CheckpointError(f"{file.path.name} does not say how strong it is", why, fix)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

@@ -210,6 +210,7 @@ class TestLatents:
             ({"video": np.full((1, 32, 2, 2, 2), np.nan, np.float32)}, "video holds NaN or infinite values"),
             ({"audio": np.zeros((1, 2, 9, 16), np.float16)}, "audio in latents is not float32"),
             ({"audio": None}, "has no tensor 'audio'"),
+            ({"audio": None} | {f"x{i}": np.zeros(1, np.float32) for i in range(9)}, "x0, x1, x2 and 6 more"),
         ],
     )
     def test_that_cannot_be_used(self, generate: Here, tmp_path: Path, change: dict[str, Any], said: str) -> None:

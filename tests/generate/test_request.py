@@ -120,6 +120,15 @@ class TestOptions:
                 {"prompt": "x", "latents": "l", "no_upscale": True, "save_embeddings": "s"},
                 [f"{n} has no effect with --latents" for n in ("the prompt", "--save-embeddings", "--no-upscale")],
             ),
+            ({"prompt": "x", "upscale": "c", "preview": "p", "distilled_lora": "l"}, []),
+            ({"upscale": "c", "resume": True, "state": "s"}, []),
+            (
+                {"upscale": "c", "preview": "p", "distilled_lora": "l"},
+                [
+                    f"{n} has no effect without a prompt, which refines the clip"
+                    for n in ("--distilled-lora", "--preview")
+                ],
+            ),
         ],
     )
     def test_nothing_is_ignored_in_silence(self, options: dict[str, Any], warnings: list[str]) -> None:
@@ -150,8 +159,10 @@ class TestOptions:
             Request.from_options({"prompt": "caf\udce9"})
 
     def test_unknown_option(self) -> None:
-        with pytest.raises(InputError, match=r"'widht'.*no such option.*width"):
-            Request.from_options({"widht": 64})
+        for name, meant in (("widht", "did you mean width"), ("frmes", r"did you mean frames\?"), ("x", "--help")):
+            with pytest.raises(InputError, match=f"'{name}'.*no such option.*{meant}") as raised:
+                Request.from_options({name: 64})
+            assert len(str(raised.value)) < 150
 
     def test_none_is_the_default(self) -> None:
         assert Request.from_options({"no_audio": None, "width": None}) == Request()

@@ -17,6 +17,7 @@ import ltx2
 from ltx2.cli import run
 from ltx2.runtime.errors import InputError
 from ltx2.runtime.files.tensors import open_tensorfile
+from ltx2.runtime.generate.records.resume import Owner
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import build_component, parameter_shapes
 from ltx2.runtime.networks.video_vae.frames import decode_frames
@@ -269,8 +270,8 @@ class TestRefused:
             "frames 9, this is frames 17": ["--frames", "17"],
             "seed 10, this is seed 11": ["--seed", "11"],
             "no upscale False, this is no upscale True": ["--no-upscale"],
-            "no noise file, this is another noise file": ["--noise", tmp_path / "noise"],
-            "another embeddings file, this is another embeddings file": ["--embeddings", tmp_path / "others"],
+            "it was started without --noise, this is with it": ["--noise", tmp_path / "noise"],
+            "what --embeddings names is not what it was started with": ["--embeddings", tmp_path / "others"],
         }
         before = state.read_bytes()
         for said, options in changes.items():
@@ -331,3 +332,23 @@ class TestPython:
         del options["state"]
         ltx2.load(demo_f32).generate(**options)
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "had", "has", "said"),
+    [
+        ("image", [], [["ab", 0, 1]], "started without --image, this is with it"),
+        ("image", [["ab", 0, 1]], [], "started with --image, this is without it"),
+        ("image", [["ab", 0, 1]], [["cd", 0, 1]], "what --image names is not what"),
+        ("lora", [["ab", 1, None]], [["ab", 1, None], ["cd", 1, None]], "what --lora names is not what"),
+        ("image", [["ab", 0, 1]], [["ab", 8, 1]], r"--image names the same.*PATH\[@FRAME"),
+        ("audio", ["ab", 0], ["ab", 2], r"--audio names the same.*PATH\[@SECONDS"),
+        ("audio", ["ab", 0], ["cd", 0], "what --audio names is not what"),
+        ("video", "ab", "cd", "what --video names is not what"),
+        ("video", None, "cd", "started without --video"),
+    ],
+)
+def test_other_files_are_told_in_words(name: str, had: Any, has: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said) as raised:
+        Owner({name: had}, {}).check(Owner({name: has}, {}), Path("state"))
+    assert not any(digest in str(raised.value) for digest in ("ab'", "cd'"))

@@ -149,6 +149,12 @@ class TestRefused:
         here(*args, "-o", tmp_path / "a.safetensors").failed(1, "clips are written as mp4")
         assert not list(tmp_path.iterdir())
 
+    def test_nothing_is_ignored_in_silence(self, here: Here, demo_25: Path, folder: Path, tmp_path: Path) -> None:
+        args = ["upscale", folder / "clip.mkv", "-m", demo_25, "-o", tmp_path / "a.mp4", "--preview", tmp_path / "p"]
+        done = here(*args)
+        assert done.code == 0 and "warning: --preview has no effect without a prompt" in done.err, done.err
+        assert not (tmp_path / "p").exists()
+
     def test_nothing_is_replaced_unasked(self, here: Here, demo_25: Path, folder: Path, tmp_path: Path) -> None:
         for source, name in (("clip.mkv", "a.mp4"), ("clip.safetensors", "a.safetensors")):
             (tmp_path / name).write_bytes(b"precious")

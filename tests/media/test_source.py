@@ -15,6 +15,7 @@ import pytest
 from ltx2.runtime.errors import InputError, MediaError
 from ltx2.runtime.media.picture import read_picture
 from ltx2.runtime.media.source import (
+    check_file,
     count_frames,
     media_facts,
     read_comment,
@@ -85,7 +86,9 @@ def bomb(width: int, height: int) -> bytes:
 
 
 NO_MEDIA = {
-    "a web page": ("page.png", b"<!DOCTYPE html><html><body>Sign in</body></html>", "cannot read"),
+    "a web page": ("page.png", b"<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page, not the file"),
+    "an answer": ("answer.wav", b"Entry not found", "is an error message, not the file"),
+    "a pointer": ("clip.mp4", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     "nothing": ("none.mp4", b"", "it is empty"),
     "a list of files": ("list.mp4", b"ffconcat version 1.0\nfile /etc/hostname\n", "cannot read"),
     "a playlist": ("list.m3u8", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", "cannot read"),
@@ -105,6 +108,13 @@ def test_what_is_no_media(tmp_path: Path, name: str) -> None:
         assert not raised.value.why.startswith(("Stream", "Input", "["))
     with suppress(InputError, MediaError):
         assert read_comment(path) == ""
+
+
+def test_a_drawing_is_no_web_page(tmp_path: Path) -> None:
+    """Not every ffmpeg reads one."""
+    path = tmp_path / "a.svg"
+    path.write_bytes(b"<?xml version='1.0'?>\n<!-- x -->\n<svg xmlns='http://www.w3.org/2000/svg'/>")
+    check_file(path)
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from ltx2.runtime.errors import InputError, of, reason
+from ltx2.runtime.errors import InputError, nearest, of, reason
 from ltx2.runtime.files.jsonfile import parse_object
 from ltx2.runtime.files.paths import open_regular
-from ltx2.runtime.generate.options.request import COMMON, Request
+from ltx2.runtime.generate.options.request import COMMON, HELP, Request
 from ltx2.runtime.generate.options.table import ROWS
 
 OUTPUT = "output"
@@ -48,12 +48,12 @@ def _options(line: str, known: Set[str]) -> dict[str, Any]:
         fix = 'write {"prompt": "a red kite"}, or the prompt alone'
         raise InputError("it is no JSON object", reason(error), fix) from error
     for name in options.keys() - known:
-        why = "there is no such option"
+        why, fix = "there is no such option", nearest(name, known, HELP if len(known) > 1 else "use prompt alone")
         if name in COMMON:
-            why = "it is the whole run's"
+            why, fix = "it is the whole run's", f"leave it out there, and give {ROWS[name].flag} for all clips"
         elif name in ROWS or name == OUTPUT:
-            why = "the same options go for all prompts"
-        raise InputError(f"{name!r} is no option of one prompt", why, f"use {', '.join(sorted(known))}")
+            why, fix = "the same options go for all prompts", "leave it out"
+        raise InputError(f"{name!r} is no option of one prompt", why, fix)
     return options
 
 

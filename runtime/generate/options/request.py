@@ -8,12 +8,13 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from ltx2.runtime.errors import InputError, UsageError
-from ltx2.runtime.generate.options.table import ROWS, SIZE, Options, check_usage, repeated
+from ltx2.runtime.errors import InputError, UsageError, nearest
+from ltx2.runtime.generate.options.table import ROWS, SAMPLING, SIZE, Options, check_usage, repeated
 from ltx2.runtime.sampling.latents import Scales, Sizes
 
 COMMON = ("memory_limit", "low_memory", "matmul", "resume")
 DRAWN = 1 << 32  # seeds that are drawn are below
+HELP = "ltx2 generate --help shows the options there are"
 P = ParamSpec("P")
 Self = TypeVar("Self")
 Result = TypeVar("Result")
@@ -83,6 +84,9 @@ class Request(Options):
             if name in self.given:
                 option = "the prompt" if name == "prompt" else ROWS[name].flag
                 yield f"{option} has no effect with {ROWS[file].flag}"
+        if self.upscale is not None and self.prompt is None and self.embeddings is None:
+            lone = (ROWS[name].flag for name in SAMPLING if name in self.given and name != "resume")
+            yield from (f"{flag} has no effect without a prompt, which refines the clip" for flag in lone)
 
     def for_latents(self, shape: Sequence[int], scales: Scales) -> "Request":
         """With the sizes that latents (1, C, F, H, W) make. Raises InputError when it asks for others."""
@@ -171,4 +175,4 @@ def check_known(options: Iterable[str]) -> None:
     """Raises InputError for an option that is not in the table."""
     for name in options:
         if name not in ROWS:
-            raise InputError(f"unknown option {name!r}", "generate has no such option", f"use {', '.join(ROWS)}")
+            raise InputError(f"unknown option {name!r}", "generate has no such option", nearest(name, ROWS, HELP))

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ltx2.runtime.errors import InputError
+from ltx2.runtime.errors import InputError, listed
 from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.files.tensors import FORMAT, TensorFile, open_tensorfile, write_tensorfile
 from ltx2.runtime.sampling.guidance import NEGATIVE, TEXT
@@ -39,7 +39,7 @@ def read_tensors(path: str | Path, names: tuple[str, ...], most: int = MOST_BYTE
     result = {}
     for name in names:
         if name not in tensors.tensors:
-            have = ", ".join(sorted(tensors.tensors)) or "nothing"
+            have = listed(sorted(tensors.tensors)) or "nothing"
             raise InputError(f"{file.name} has no tensor {name!r}", f"it holds {have}", "use a file of the right kind")
         if tensors.tensors[name].dtype != "F32":
             why = f"it is {tensors.tensors[name].dtype}"

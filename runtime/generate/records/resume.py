@@ -16,7 +16,7 @@ from ltx2.runtime.events import PhaseDone
 from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.files.tensors import open_tensorfile
 from ltx2.runtime.generate.job import Job
-from ltx2.runtime.generate.options.kinds import File
+from ltx2.runtime.generate.options.kinds import File, One, Option, Several
 from ltx2.runtime.generate.options.table import ROWS
 from ltx2.runtime.generate.phases.base import Made
 from ltx2.runtime.generate.records.exchange import context_tensors, contexts_from, read_tensors, write_tensors
@@ -97,17 +97,31 @@ class Owner:
         for name in sorted({*self.options, *given.options}):
             had, has = self.options.get(name), given.options.get(name)
             if had != has:
-                why = f"it was started with {_shown(name, had)}, this is {_shown(name, has)}"
-                raise InputError(what, why, f"use the same options, or {START_AGAIN}")
+                raise InputError(what, _difference(name, had, has), f"use the same options, or {START_AGAIN}")
         for name in sorted(self.model.keys() & given.model.keys()):  # --no-audio may come or go
             if self.model[name] != given.model[name]:
                 why = f"it was started with another model: the files of its {name} are not the same"
                 raise InputError(what, why, f"use the same model folder, or {START_AGAIN}")
 
 
+def _difference(name: str, had: Any, has: Any) -> str:
+    """The values of an option, in words: files are known by their content."""
+    if not isinstance(row := ROWS.get(name), File | One | Several):
+        return f"it was started with {_shown(name, had)}, this is {_shown(name, has)}"
+    if not had or not has:
+        return f"it was started {'with' if had else 'without'} {row.flag}, this is {'with' if has else 'without'} it"
+    if _contents(row, had) != _contents(row, has):
+        return f"what {row.flag} names is not what it was started with"
+    return f"{row.flag} names the same as when it was started, but says something else of it ({row.metavar})"
+
+
+def _contents(row: Option[Any, Any], value: Any) -> list[str]:
+    if isinstance(row, File):
+        return [value]
+    return [value[0]] if isinstance(row, One) else [form[0] for form in value]
+
+
 def _shown(name: str, value: Any) -> str:
-    if isinstance(ROWS.get(name), File):
-        return f"another {name} file" if value else f"no {name} file"
     return f"{name.replace('_', ' ')} {value!r}" if value is not None else f"no {name.replace('_', ' ')}"
 
 
