@@ -18,7 +18,9 @@ from ltx2.quant.apply import Settings, quantize
 from ltx2.quant.report import Quantized
 from ltx2.runtime.errors import InputError, reason
 from ltx2.runtime.events import Event, Section
+from ltx2.runtime.files.jsonfile import read_object
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.generate.records.sidecar import Sidecar, sidecar_path
 from ltx2.runtime.model.layout import ModelFolder
 
 FOLDER = Path(__file__).parent
@@ -55,13 +57,19 @@ def demo_sources(release: str | None = None) -> list[Path]:
 def run_demo(folder: Path, release: str | None = None) -> Iterator[Event]:
     """Run the chain in `folder` (made if needed); models that are there already are not written again.
 
-    Raises InputError when the folder cannot be made, or there is no demo of the release.
+    Raises InputError when the folder cannot be made, there is no demo of the release, or a file in a result's place is
+    not of a demo.
     """
     sources = demo_sources(release)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}", reason(error), "name another one") from error
+    clips = {name: folder / f"clip{suffix}.mp4" for name, suffix in (("full", ""), ("q4", "-q4"))}
+    bench = folder / "bench.json"
+    for path in (bench, *clips.values(), *map(sidecar_path, clips.values())):
+        if path.exists() and not (_is_receipt(path) if path == bench else _is_own(path)):
+            raise InputError(f"{path} is already there", "no demo made it", "name another DIR")
     models = {"full": folder / "model", **{f"q{bits}": folder / f"model-q{bits}" for bits in BITS}}
     yield from _convert(sources, models["full"])
     reports: dict[str, Any] = {}
@@ -72,20 +80,34 @@ def run_demo(folder: Path, release: str | None = None) -> Iterator[Event]:
             if isinstance(event, Quantized):
                 reports[name] = event.report.to_dict()["totals"]["all"]
             yield event
-    clips = {}
-    for name, suffix in (("full", ""), ("q4", "-q4")):
-        clips[name] = folder / f"clip{suffix}.mp4"
-        yield from _generate(models[name], clips[name])
+    for name, clip in clips.items():
+        yield from _generate(models[name], clip)
     receipt: dict[str, Any] = {}
-    command = f"ltx2 bench {models['full']} {_options(seed=False)} --repeat 2 --warmup 0 --out {folder / 'bench.json'}"
+    command = f"ltx2 bench {models['full']} {_options(seed=False)} --repeat 2 --warmup 0 --out {bench}"
     yield Section("bench", command)
     case = Case(ModelFolder.open(models["full"]), Task("clip", tuple(SIZE.items())))
     for event in run_bench([case], Schedule(repeat=2, warmup=0)):
         if isinstance(event, Benched):
             receipt = event.receipt
         yield event
-    write_receipt(folder / "bench.json", receipt)
+    write_receipt(bench, receipt)
     yield Demonstrated(PROMPT, _texts(models), _texts(clips), reports, receipt)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a clip, or the record of one, is a demo's."""
+    try:
+        request = Sidecar.read(path).request
+    except InputError:
+        return False
+    return all(request.get(name) == value for name, value in {"prompt": PROMPT, **SIZE}.items())
+
+
+def _is_receipt(path: Path) -> bool:
+    try:
+        return read_object(path).get("kind") == "bench"
+    except (OSError, ValueError):
+        return False
 
 
 def _convert(sources: list[Path], model: Path) -> Iterator[Event]:

@@ -394,6 +394,18 @@ class TestOutput:
             assert (tmp_path / path).exists()
         frames, fps = read_video(tmp_path / done.json["clips"]["full"])
         assert frames.shape == (9, 64, 128, 3) and fps == 24
+        assert isinstance(next(run_demo(tmp_path / "chain")), Section), "its own files are replaced"
+
+    @pytest.mark.parametrize("name", ["clip.mp4", "clip.json", "clip-q4.mp4", "clip-q4.json", "bench.json"])
+    @pytest.mark.parametrize("content", ["mine", "{}", '{"request": {"prompt": "mine"}, "model": {}}'])
+    def test_demo_replaces_nothing_of_others(self, here: Here, tmp_path: Path, name: str, content: str) -> None:
+        (tmp_path / name).write_text(content)
+        here("demo", tmp_path).failed(1, f"{tmp_path / name} is already there", "no demo made it")
+        assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
+
+    def test_demo_replaces_no_clip_of_others(self, generate: Here, here: Here, tmp_path: Path) -> None:
+        assert generate("a red square", "--force").code == 0
+        here("demo", tmp_path).failed(1, f"{tmp_path / 'clip.mp4'} is already there", "no demo made it")
 
     def test_demo_of_a_newer_release(self, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Up to its converted model; which is there in a clone only."""
