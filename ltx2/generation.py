@@ -10,13 +10,13 @@ from typing import Any
 
 from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.errors import InputError, UsageError, of, reason
-from ltx2.runtime.events import Event, Warned
+from ltx2.runtime.events import Event, PhaseStarted, Warned
 from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.options.prompts import OUTPUT, read_clips
 from ltx2.runtime.generate.options.request import Request, draw_seed
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.generate.planning import MemoryPlan
-from ltx2.runtime.generate.records.places import state_path
+from ltx2.runtime.generate.records.places import check_distinct, state_path
 from ltx2.runtime.generate.records.sidecar import Sidecar
 from ltx2.weights import find_model
 
@@ -110,8 +110,11 @@ class Generation:
 
     @property
     def left(self) -> bool:
-        """Whether the leading machine has a state that this run wrote or was continuing."""
-        continuing = self._begun and self.requests[0].resume
+        """Whether the leading machine has a state that this run wrote or was continuing: none before it holds the names
+        of its clips, while another run may write them."""
+        if not self._begun:
+            return False
+        continuing = self.requests[0].resume
         now = {path: _stamp(path) for path in self._states if self.machines.leads}
         return any(now[path] is not None and (now[path] != self._found[path] or continuing) for path in now)
 
@@ -134,7 +137,7 @@ class Generation:
             yield Warned(f"this is not the model that {self._changed} was made with, so the clip will be another one")
         with _made(self._folder):
             for event in self.pipeline.events_all(self.requests, self.until):
-                self._begun = True
+                self._begun = self._begun or isinstance(event, PhaseStarted)  # all names are held then
                 yield event
 
 
@@ -183,6 +186,7 @@ def _named(requests: Sequence[Request], target: Path | None, dry: bool) -> list[
     folder = _own_folder(True, target)
     place = folder if folder is not None and (folder.is_dir() or not dry) else Path()  # one that can be checked
     found, taken = [], set[Path]()
+    check_distinct((folder or Path()) / r.output for r in requests if r.output and Path(r.output) != target)
     for number, request in enumerate(requests, 1):
         if request.output is not None and Path(request.output) != target:
             clip = place / request.output  # the line's own

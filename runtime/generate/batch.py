@@ -11,7 +11,7 @@ from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.networks import Networks
 from ltx2.runtime.generate.phases.order import count, merged
 from ltx2.runtime.generate.planning import MemoryPlan
-from ltx2.runtime.generate.records.clip import Saved
+from ltx2.runtime.generate.records.clip import Followed, Saved
 from ltx2.runtime.generate.run import Common, Predicted, Run
 from ltx2.runtime.machine.process import allow_files
 
@@ -21,7 +21,7 @@ Planner = Callable[[Sequence[Job]], Sequence[MemoryPlan]]
 
 
 def make_all(
-    runs: Sequence[Run], there: Sequence[Saved], networks: Networks, plan: Planner
+    runs: Sequence[Run], there: Sequence[Saved | Followed], networks: Networks, plan: Planner
 ) -> Generator[Event, None, None]:
     """The events of all clips; only the last one of clips that are already `there`. `plan` makes the plans of checked
     clips, and raises DoesNotFitError."""

@@ -20,7 +20,7 @@ from ltx2.runtime.generate.options.request import Request, check_common, draw_se
 from ltx2.runtime.generate.options.values import Auto
 from ltx2.runtime.generate.phases.order import components, phases
 from ltx2.runtime.generate.planning import MemoryPlan, plan_all
-from ltx2.runtime.generate.records.clip import Clip, Generated, Sampled, Saved
+from ltx2.runtime.generate.records.clip import Clip, Followed, Generated, Sampled, Saved
 from ltx2.runtime.generate.records.places import check_places, check_space
 from ltx2.runtime.generate.records.resume import Started, finished
 from ltx2.runtime.generate.run import Run
@@ -68,7 +68,7 @@ class Pipeline:
     def stream(self, request: Request) -> Generator[Event, None, None]:
         """Typed progress events; closing the stream ends the work. Options are the command's, underscored. The last
         event is Generated with the clip or, with `output`, Saved: then frames went into that file as they were decoded,
-        and were never in memory together.
+        and were never in memory together. With `resume`, a clip that is there already is not made again.
 
         The request is checked before this returns; raises InputError, UnsupportedError, ModelFolderError or
         DoesNotFitError.
@@ -99,11 +99,12 @@ class Pipeline:
         """The clips that are to be made, checked and planned, and their events."""
         jobs = self._jobs(requests, until)
         names = {job: f"clip {number} of {len(jobs)}" for number, job in enumerate(jobs, 1) if len(jobs) > 1}
-        made = {job: record for job in names if (record := finished(job)) is not None}
+        made = {job: record for job in jobs if (record := self._finished(job)) is not None}
         plans, built = self._ready([job for job in jobs if job not in made])
         whole = frozenset(built)
         runs = [Run(plan, self.machines, jobs.index(plan.job), names.get(plan.job, "")) for plan in plans]
-        there = [Saved(Path(str(job.request.output)), record) for job, record in made.items()]
+        leads = self.machines.leads
+        there = [Saved(Path(str(job.request.output)), made[job]) if leads else Followed() for job in made]
         networks = Networks(self.folder, requests[0].matmul if requests else "auto", self.observe, built)
         self.products = networks.products
         return runs, make_all(runs, there, networks, lambda jobs: self._ready(jobs, whole)[0])
@@ -119,6 +120,13 @@ class Pipeline:
                 max(plans, key=lambda plan: plan.own).check()
             self._places(jobs)
         return plans, built
+
+    def _finished(self, job: Job) -> Mapping[str, Any] | None:
+        """The leading machine's record of a clip that is continued and there."""
+        if not job.request.resume:
+            return None
+        leading: Mapping[str, Any] | None = self.machines.everyone(finished(job) if self.machines.leads else None)[0]
+        return leading
 
     def _seeded(self, request: Request) -> Request:
         """With the same seed on all machines."""

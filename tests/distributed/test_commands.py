@@ -114,6 +114,7 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
         [*chosen, "-o", f"{tmp_path}/chosen.mp4", "--save-latents", f"{tmp_path}/chosen.safetensors"],
         ["generate", "-m", f"{tmp_path}/model{{rank}}", *arguments[3:], "-o", f"{tmp_path}/never.mp4"],
         [*arguments, *GUIDED, "-o", f"{tmp_path}/gone/never.mp4"],
+        [*arguments, *GUIDED, "--resume", "--json", "-o", f"{tmp_path}/later.mp4"],
     ]
     (tmp_path / "model0").symlink_to(arguments[2])
     (tmp_path / "suite.json").write_text(json.dumps(SUITE))
@@ -177,6 +178,10 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
     without_place[0].failed(1, f"{tmp_path}/gone")
     assert without_place[1].code == 1 and "(rank 0) cannot begin" in without_place[1].err
     assert "--resume" not in without_place[1].err, "nothing has begun"
+
+    again = results[9]
+    assert [done.code for done in again] == [0, 0] and again[1].out == again[1].err == again[0].err == "", again
+    assert again[0].json["clip"] == f"{tmp_path}/later.mp4"
 
 
 def test_a_machine_that_is_killed(alone: Path, arguments: list[str], tmp_path: Path, here: Here) -> None:

@@ -257,6 +257,13 @@ def test_one_clip_that_is_refused_refuses_all(
     assert not list(tmp_path.glob("**/*.mp4*"))
 
 
+def test_a_name_that_is_there_twice_is_named_in_its_folder(here: Here, demo_f32: Path, tmp_path: Path) -> None:
+    (tmp_path / "p").write_text('{"prompt": "a", "output": "x.mp4"}\n{"prompt": "b", "output": "x.mp4"}')
+    for more in ([], ["--dry-run"]):
+        done = here("generate", "--prompts", tmp_path / "p", "-m", demo_f32, "-o", tmp_path / "new" / "made", *more)
+        done.failed(1, f"{tmp_path / 'new' / 'made' / 'x.mp4'} would be written more than once")
+
+
 def test_all_are_checked_before(demo_f32: Path) -> None:
     clip = {"prompt": "a red square", "width": 64, "height": 64, "frames": 9}
     with pytest.raises(InputError, match="clip 2: width 100"):

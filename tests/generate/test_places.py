@@ -93,6 +93,16 @@ class TestUnasked:
             assert claim.partial.exists()
         assert generate(PROMPT).code == 0
 
+    def test_has_nothing_to_continue(self, demo_f32: Path, generate: Here, tmp_path: Path) -> None:
+        """The state that is there is the first one's."""
+        state = state_path(clip := tmp_path / "clip.mp4")
+        with closing(ltx2.load(demo_f32).stream(PROMPT, output=clip, state=state, **SIZE)) as other:
+            next(_ for _ in other if state.exists())
+            for options in ([], ["--resume"]):
+                done = generate(PROMPT, "--seed", "1", "--no-audio", *options)
+                done.failed(1, "clip.mp4 is being written", "another process")
+                assert "continues" not in done.err
+
     def test_two_clips_with_one_record(self, demo_f32: Path, generate: Here, tmp_path: Path) -> None:
         """clip.gif and clip.mp4 at once: one's record and state would replace the other's."""
         with closing(ltx2.load(demo_f32).stream(PROMPT, output=tmp_path / "clip.gif", **SIZE)) as other:

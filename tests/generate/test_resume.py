@@ -235,6 +235,16 @@ class TestFailed:
         assert (tmp_path / "clip.mp4").read_bytes() == (whole / "clip.mp4").read_bytes()
 
 
+def test_a_finished_clip_is_left_alone(here: Here, demo_f32: Path, whole: Path) -> None:
+    """And one of other settings is not taken for it."""
+    clip, before = whole / "clip.mp4", (whole / "clip.mp4").stat()
+    args = ["generate", PROMPT, "-m", demo_f32, "-o", clip, *SIZE, *SEED, "--no-metadata"]
+    done = here(*args, "--resume", "--json")
+    assert done.code == 0 and done.json["clip"] == str(clip) and clip.stat().st_mtime_ns == before.st_mtime_ns
+    for other in (["--frames", "17", "--resume"], []):
+        here(*args, *other).failed(1, "clip.mp4 is already there")
+
+
 @pytest.fixture(scope="module")
 def killed(whole: Path, demo_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The state of a run that was killed between two steps."""

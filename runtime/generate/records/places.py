@@ -1,7 +1,7 @@
 """The places of a run's files: their names, and checks before the work starts that they can be written."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,15 @@ def _written(request: Request) -> list[str]:
 
 def check_space(jobs: Sequence[Job]) -> None:
     """Raises InputError if two clips would be one file, DoesNotFitError if the disk has no room for all files."""
-    paths = Counter(Path(path).absolute() for job in jobs for path in _written(job.request))
-    if twice := [path for path, count in paths.items() if count > 1]:
-        raise InputError(f"{twice[0]} would be written more than once", "it is one file", "give each a name of its own")
+    check_distinct(Path(path) for job in jobs for path in _written(job.request))
     check_room(*(need for job in jobs for need in _needs(job)))
+
+
+def check_distinct(paths: Iterable[Path]) -> None:
+    """Raises InputError if two of the paths are one."""
+    counts = Counter(path.absolute() for path in paths)
+    if twice := [path for path, count in counts.items() if count > 1]:
+        raise InputError(f"{twice[0]} would be written more than once", "it is one file", "give each a name of its own")
 
 
 def _check_latents(path: Path, force: bool) -> None:
