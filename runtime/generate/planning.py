@@ -234,9 +234,8 @@ def _refusal(plan: MemoryPlan) -> DoesNotFitError:
     why = f"{worst.name} takes {gb(worst.least)}, {gb(worst.least_weights)} of it weights, and {has}"
     if job.clip is not None:
         return DoesNotFitError(what, why, "give a shorter or smaller clip")
-    found, less = [], ""
-    if not job.request.latents:
-        found, less = list(_smaller(plan)), ", or make a clip that is both smaller and shorter"
+    found = [] if job.request.latents else list(_smaller(plan))
+    less = "" if job.request.latents else ", or make a clip that is both smaller and shorter"
     return DoesNotFitError(what, why, f"use {', or '.join(found)}" if found else _more_room(plan, less))
 
 

@@ -21,6 +21,7 @@ from ltx2.runtime.errors import DoesNotFitError, UnsupportedError
 from ltx2.runtime.events import Section
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.media.formats import FORMATS
 from ltx2.runtime.model.layout import ModelFolder
 from tests.support import published
 from tests.support.command import SCRIPT, SIZE, Done, Here, script
@@ -59,6 +60,9 @@ class TestHelp:
         assert "-q, --quiet" in done.out and "--json" in done.out
         options = [p for p in cli.commands[name].params if p.param_type_name == "option"]
         assert all(getattr(option, "help", None) for option in options), "every option is explained"
+
+    def test_every_kind_of_clip_is_named(self, here: Here) -> None:
+        assert all(suffix in here("generate", "--help").out for suffix in (*FORMATS, ".wav"))
 
     def test_without_a_command(self) -> None:
         done = script()
