@@ -103,8 +103,9 @@ class Pipeline:
         plans, built = self._ready([job for job in jobs if job not in made])
         whole = frozenset(built)
         runs = [Run(plan, self.machines, jobs.index(plan.job), names.get(plan.job, "")) for plan in plans]
-        leads = self.machines.leads
-        there = [Saved(Path(str(job.request.output)), made[job]) if leads else Followed() for job in made]
+        there: list[Saved | Followed] = [Saved(Path(str(job.request.output)), record) for job, record in made.items()]
+        if not self.machines.leads:
+            there = [Followed() for _ in there]
         networks = Networks(self.folder, requests[0].matmul if requests else "auto", self.observe, built)
         self.products = networks.products
         return runs, make_all(runs, there, networks, lambda jobs: self._ready(jobs, whole)[0])

@@ -138,7 +138,7 @@ class TestTensors:
         (tmp_path / "link").symlink_to(demo_f32)
         folders = (demo_f32, demo_f32 / "vocoder", tmp_path / "link" / "transformer", demo_f32 / "loras" / "..")
         for path in (folder / name for folder in folders for name in ("model.safetensors", "new.safetensors")):
-            named = {option[2:].replace("-", "_"): path}
+            named: dict[str, Any] = {option[2:].replace("-", "_"): path}
             with pytest.raises(InputError, match=r"only read|does not exist"):
                 ltx2.load(demo_f32).stream(PROMPT, force=True, **named, **SIZE)
 
