@@ -84,7 +84,7 @@ def test_the_plan_is_no_longer_than_its_sound(
 ) -> None:
     sound = tmp_path / "a.wav"
     write_wav(sound, AudioTrack(np.zeros((1, round(8000 * seconds)), np.float32), 8000))
-    size = {"width": 32, "height": 32, "no_upscale": True}
+    size: dict[str, Any] = {"width": 32, "height": 32, "no_upscale": True}
     assert pipe.plan(PROMPT, audio=(sound, start), **size).job.sizes.frames == frames
     with pytest.raises(InputError, match="too short"):
         pipe.plan(PROMPT, audio=(sound, seconds - 0.5), **size)

@@ -54,6 +54,14 @@ class TestNames:
 
 
 class TestUnasked:
+    @pytest.mark.parametrize("name", ["ltx2.mp4", "transformer/config.mp4"])
+    def test_a_clip_replaces_no_file_of_the_model(self, demo_f32: Path, name: str) -> None:
+        """Its record would be the model's own ltx2.json, or a network's configuration."""
+        before = sorted(demo_f32.rglob("*"))
+        with pytest.raises(InputError, match="is only read"):
+            list(ltx2.load(demo_f32).stream(PROMPT, output=demo_f32 / name, force=True, **SIZE))
+        assert sorted(demo_f32.rglob("*")) == before
+
     def test_a_clip_is_not_replaced(self, generate: Here, tmp_path: Path) -> None:
         (tmp_path / "clip.mp4").write_bytes(b"mine")
         generate(PROMPT).failed(1, "clip.mp4 is already there", "--force")

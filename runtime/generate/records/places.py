@@ -36,6 +36,8 @@ def check_places(request: Request, model: Path) -> None:
     if request.output is not None:
         clip, sidecar = Path(request.output), sidecar_path(Path(request.output))
         check_target(clip, sound=request.no_video)
+        if sidecar.exists() and not is_sidecar(sidecar):  # `--force` or not
+            _check_outside(sidecar, model)
         if not request.no_video:
             check_crf(clip, request.crf or 0)
         check_output(sidecar)
@@ -91,11 +93,16 @@ def check_saved(path: Path, kind: str, model: Path, *, force: bool = False, fix:
             f"cannot write {path}", f"{kind} are written as safetensors", f"use {path.with_suffix(SUFFIX)}"
         )
     check_output(path)
-    folder = path.absolute().parent.resolve()
-    if any(place.samefile(model) for place in (folder, *folder.parents)):
-        raise InputError(f"cannot write {path}", f"the model folder {model} is only read", "choose another folder")
+    _check_outside(path, model)
     if not force and path.exists() and not is_kind(path, kind):
         raise InputError(f"{path} is already there", f"it does not say that it holds {kind} of ltx2", fix)
+
+
+def _check_outside(path: Path, model: Path) -> None:
+    """Raises InputError for a place in the model folder: a clip's record could be its ltx2.json."""
+    folder = path.absolute().parent.resolve()
+    if model.resolve() in (folder, *folder.parents):
+        raise InputError(f"cannot write {path}", f"the model folder {model} is only read", "choose another folder")
 
 
 def check_free(clip: Path, force: str = FORCE) -> None:
