@@ -209,5 +209,5 @@ def test_a_newer_release_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_does_not_fit_is_refused_before_anything_is_made(here: Here) -> None:
     before = settled()
     done = here("bench", "--random", NAME, "--bits", "4", "--memory-limit", "1", *SIZE)
-    done.failed(3, "not fit in memory", "the limit is 1.0 GB", "--bits")
+    done.failed(3, "not fit in memory", "the limit is 1.0 GB", "--memory-limit")
     assert mx.get_peak_memory() - before < 100 << 20

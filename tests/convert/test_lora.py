@@ -444,9 +444,9 @@ class TestRefused:
         check_plan(plan_of(save(tmp_path, small() | narrow)))
 
     def test_unmatched_names_are_counted(self, tmp_path: Path) -> None:
-        foreign = {f"unet.{n}.lora_A.weight": np.ones((4, 4), np.float32) for n in "abcd"}
-        self.refused(tmp_path, small() | foreign, r"4 of 8 tensors match.* 4 do not: unet\.a.*, .*unet\.c.* and 1 more")
-        self.refused(tmp_path, foreign, "0 of 4 tensors match")
+        foreign = {f"unet.{n}.lora_A.weight": np.ones((4, 4), np.float32) for n in "abcdef"}
+        self.refused(tmp_path, small() | foreign, r"4 of 10 tensors match.* 6 do not: unet\.a.*unet\.d.* and 2 more")
+        self.refused(tmp_path, foreign, "0 of 6 tensors match")
 
     def test_incomplete(self, tmp_path: Path) -> None:
         name = f"diffusion_model.{BLOCK}.attn1.to_q"
