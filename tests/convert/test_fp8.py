@@ -63,17 +63,6 @@ def fp8_file(sources: list[Path]) -> Path:
     return sources[0]
 
 
-@pytest.fixture(scope="module")
-def kept(sources: list[Path]) -> Path:
-    return ltx2.convert(sources, sources[0].with_name("kept"))
-
-
-@pytest.fixture(scope="module")
-def plain(sources: list[Path]) -> Path:
-    """The same, decoded."""
-    return ltx2.convert(sources, sources[0].with_name("plain"), dtype="f32")
-
-
 class TestCodes:
     def codes(self, folder: Path, scale: float | None, codes: np.ndarray) -> Fp8:
         tensors: Tensors = {"w": ("F8_E4M3", codes)}

@@ -62,17 +62,6 @@ def text_file(sources: list[Path]) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def kept(sources: list[Path]) -> Path:
-    return ltx2.convert(sources, sources[0].with_name("kept"))
-
-
-@pytest.fixture(scope="module")
-def plain(sources: list[Path]) -> Path:
-    """The same, decoded."""
-    return ltx2.convert(sources, sources[0].with_name("plain"), dtype="f32")
-
-
 class TestCodes:
     @pytest.mark.parametrize("size", [0, 16, 64, 256])
     @pytest.mark.parametrize("dtype", FLOATS)

@@ -46,16 +46,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return encoded.demo_sources(tmp_path_factory.mktemp("nvfp4"), encoded.four_bit)
 
 
-@pytest.fixture(scope="module")
-def kept(sources: list[Path]) -> Path:
-    return ltx2.convert(sources, sources[0].with_name("kept"))
-
-
-@pytest.fixture(scope="module")
-def plain(sources: list[Path]) -> Path:
-    return ltx2.convert(sources, sources[0].with_name("plain"), dtype="f32")
-
-
 class TestCodes:
     def codes(self, folder: Path, shape: tuple[int, int], scale: float) -> tuple[Nvfp4, np.ndarray, np.ndarray]:
         """Random codes and block scales for values of this shape; the bytes, and the values they stand for."""
