@@ -17,7 +17,7 @@ import click
 
 from ltx2 import interrupt
 from ltx2.runtime.distributed.ranks import RANK
-from ltx2.runtime.errors import InputError, Ltx2Error, printable, reason
+from ltx2.runtime.errors import InputError, Ltx2Error, UsageError, printable, reason
 
 if TYPE_CHECKING:
     from ltx2.runtime.events import Event
@@ -118,14 +118,15 @@ def run_group(group: click.Group, args: list[str]) -> int:
         click.echo(error.format_message(), err=True)
         return EXIT_USAGE
     except click.ClickException as error:
-        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else "ltx2 --help"
-        _show_error({"kind": "usage", "what": error.format_message(), "why": usage, "fix": _usage_fix(error)}, as_json)
+        what, why = _refused(error)
+        _show_error({"kind": "usage", "what": what, "why": why, "fix": _usage_fix(error)}, as_json)
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort) as error:
-        fix = str(error) or "run the same command again"
-        stopped = {"kind": "interrupted", "what": "interrupted", "why": "Ctrl-C", "fix": fix}
+        fix = (str(error) if isinstance(error, click.Abort) else "") or "run the same command again"
+        number = interrupt.cause(error)
+        stopped = {"kind": "interrupted", "what": "interrupted", "why": interrupt.WHY[number], "fix": fix}
         _show_error(stopped, as_json)
-        return interrupt.EXIT_INTERRUPTED
+        return interrupt.SHELL + number
     except BrokenPipeError:  # the reader of our output (head, less) has gone: drop what is still buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -135,6 +136,25 @@ def run_group(group: click.Group, args: list[str]) -> int:
         what, why = f"cannot use {error.filename}", reason(error)
         _show_error(InputError(what, why, "check the path and its permissions").to_dict(), as_json)
         return InputError.exit_code
+
+
+def _refused(error: click.ClickException) -> tuple[str, str]:
+    """What click has refused, and why."""
+    what, context = error.format_message(), error.ctx if isinstance(error, click.UsageError) else None
+    command = context.command_path if context else "ltx2"
+    if isinstance(error, click.MissingParameter):
+        return what, f"{command} needs it"
+    if isinstance(error, click.BadParameter):
+        what, _, why = what.partition(": ")
+        return what, why
+    if isinstance(error, click.BadOptionUsage):
+        return what, "nothing follows it" if "requires" in what else "a value follows it"
+    if what.startswith("No such"):  # command, or option
+        return what, f"{command} has no {what.split()[2]} of that name"
+    return (
+        what,
+        f"{command} takes {' '.join(context.command.collect_usage_pieces(context) if context else ['a command'])}",
+    )
 
 
 def _usage_fix(error: click.ClickException) -> str:
@@ -179,11 +199,12 @@ class Dependent(click.Option):
         """`opts` are the parameters that were given, as text."""
         if self.name in opts:
             flags = {parameter.name: parameter.opts[-1] for parameter in ctx.command.params}
+            flag, why = flags[self.name], f"what it is for: {(self.help or '').rstrip('.')}"
             if self.needs and not opts.keys() & set(self.needs):
                 needed = alternatives([flags[name] for name in self.needs])
-                raise click.UsageError(f"{flags[self.name]} has no effect without {needed}.", ctx)
+                raise UsageError(f"{flag} has no effect without {needed}", why, f"add {needed}, or leave out {flag}")
             for name in opts.keys() & set(self.unless):
-                raise click.UsageError(f"{flags[self.name]} has no effect with {flags[name]}.", ctx)
+                raise UsageError(f"{flag} has no effect with {flags[name]}", why, f"leave out {flag} or {flags[name]}")
         return super().handle_parse_result(ctx, opts, args)
 
 

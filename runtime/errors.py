@@ -71,7 +71,7 @@ class Ltx2Error(Exception):
     """An expected failure: `what` happened, `why`, and the `fix` the user can apply; each on one line, printable."""
 
     kind: ClassVar[str] = "error"
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(self, what: str, why: str, fix: str) -> None:
         self.what, self.why, self.fix = map(_shown, (what, why, fix))

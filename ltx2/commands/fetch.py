@@ -9,6 +9,7 @@ import click
 
 from ltx2.commands.shared import PATH, follow_model
 from ltx2.console import Dependent, Output, common
+from ltx2.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from ltx2.convert.fetch.catalogue import Published
@@ -49,9 +50,11 @@ def download(
         output.result(known.to_dict(), "\n".join(catalogue_lines(known)))
         return
     if not names:
-        raise click.UsageError(f"Name a file or a bundle: {', '.join(known.bundles)}. --list shows all.")
+        fix = f"name one of {', '.join(known.bundles)}, or a file; --list shows all"
+        raise UsageError("there is nothing to download", "no file or bundle is named", fix)
     if converted and (len(names) != 1 or names[0] not in known.bundles):
-        raise click.UsageError("--convert takes one bundle, which has all that a model needs.")
+        fix = f"name one of {', '.join(known.bundles)}"
+        raise UsageError("--convert takes one bundle", "a bundle has all that a model needs, and no more", fix)
     chosen, model, settings = choose(names), None, None
     if converted:
         from ltx2.api import packing

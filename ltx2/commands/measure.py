@@ -9,6 +9,7 @@ import click
 
 from ltx2.commands.shared import PATH, generate_options, given
 from ltx2.console import Dependent, Output, common, end_at_once
+from ltx2.runtime.errors import UsageError
 from ltx2.runtime.generate.options.table import COSTS
 from ltx2.runtime.model.forms import MODES
 
@@ -70,7 +71,7 @@ def bench(output: Output, models: tuple[Path, ...], compared: Path | None, **opt
         _compare(output, models, compared, (out, plot), asked)
         return
     if not (models or "random" in asked):
-        raise click.UsageError("Missing argument 'MODEL', or option '--random'.")
+        raise UsageError("there is nothing to measure", "no model is named", "name a MODEL, or use --random")
     _time(output, models, (out, plot), asked, verbose)
 
 
@@ -84,9 +85,10 @@ def _compare(output: Output, models: tuple[Path, ...], compared: Path, files: Fi
     from ltx2.runtime.generate.options.prompts import read_prompts
 
     if models:
-        raise click.UsageError("MODEL has no effect with --quality.")
+        raise UsageError("MODEL has no effect with --quality", "that names the models itself", "leave out MODEL")
     if "reference" not in options:
-        raise click.UsageError("Missing option '--reference', which --quality needs.")
+        why = "the models are compared with one that is not quantized"
+        raise UsageError("--quality needs --reference", why, "add --reference MODEL")
     reference, prompts = (options.pop(name, None) for name in ("reference", "prompts"))
     texts = built_in_prompts() if prompts is None else read_prompts(prompts)
     done = output.follow(run_quality(compared, reference, texts, options))

@@ -26,16 +26,20 @@ BACKENDS = {"MLX_HOSTFILE": "ring", "MLX_IBV_DEVICES": "jaccl", "NCCL_HOST_IP": 
 LEAST = (0, 32, 4)  # version of MLX: earlier ones wait for ever for a lost machine
 # The longest wait for an exchange: seconds, and so many times the longest exchange, or work between two, so far.
 PATIENCE, TIMES = 600.0, 10.0
-GRACE = 5.0  # seconds for an exchange to end by itself after Ctrl-C
+GRACE = 5.0  # seconds for an exchange to end by itself after a signal
+STOPS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 AGAIN = "start the same command again with --resume, on these machines or on others"
 Late = Callable[[MachinesError], None]
 
 
 class StoppedError(MachinesError):
-    """Ctrl-C while another machine does not answer."""
+    """Ctrl-C, or another signal that ends a command, while another machine does not answer."""
 
     kind = "interrupted"
-    exit_code = 130
+
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted", f"{STOPS[signal.Signals(number)]}, while another machine did not answer", AGAIN)
+        self.exit_code = 128 + number  # as shells tell it
 
 
 class Machines:
@@ -175,8 +179,8 @@ def join(environment: Mapping[str, str], late: Late) -> Machines:
 
 @contextmanager
 def _ending(seconds: float, late: Late, error: MachinesError) -> Iterator[None]:
-    """End the process when the work inside takes longer than so many seconds, or does not end soon after Ctrl-C.
-    Python handles a signal only once MLX has returned; but its number is written to a socket at once."""
+    """End the process when the work inside takes longer than so many seconds, or does not end soon after one
+    of STOPS. Python handles a signal only once MLX has returned; but its number is written to a socket at once."""
     heard, told = socket.socketpair()
     told.setblocking(False)
 
@@ -190,9 +194,9 @@ def _ending(seconds: float, late: Late, error: MachinesError) -> Iterator[None]:
                 break
             if not number:
                 return
-            if number[0] == signal.SIGINT and not isinstance(said, StoppedError):
+            if number[0] in STOPS and not isinstance(said, StoppedError):
                 end = min(end, time.monotonic() + GRACE)
-                said = StoppedError("interrupted", "Ctrl-C, while another machine did not answer", AGAIN)
+                said = StoppedError(number[0])
         late(said)
 
     hears = current_thread() is main_thread()  # Python allows it there alone

@@ -40,4 +40,6 @@ def complaint(said: str, otherwise: str = "ffmpeg does not know what it is") -> 
     words, or ffmpeg's own; `otherwise` where there is none."""
     lines = (re.sub(r"^(\[[^]]*\] )+", "", line.strip()) for line in said.splitlines())
     first = next((line for line in lines if line and not line.startswith(FACTS)), otherwise)
+    if first.startswith("Format not on whitelist"):  # and then names a hundred
+        return "it is of a format that is not read"
     return answered(first) or first

@@ -315,7 +315,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("args", "said"),
         [
-            (["--quality", "q"], "Missing option '--reference'"),
+            (["--quality", "q"], "--quality needs --reference"),
             (["m", "--quality", "q", "--reference", "m"], "MODEL has no effect with --quality"),
             (["--quality", "q", "--reference", "m", "--repeat", "2"], "--repeat has no effect"),
             (["m", "--seed", "1"], "--seed has no effect without --quality"),

@@ -28,6 +28,7 @@ from tests.support.command import SCRIPT, SIZE, Done, Here, script
 from tests.support.machine import memory_of
 from tests.support.media import read_video
 from tests.support.official import DEMO, MONOLITH
+from tests.support.stopped import listen
 from tests.support.waiting import until
 
 PROMPT = "a red square"
@@ -103,6 +104,13 @@ USAGE = {
     "no runs": (["bench", "x", "--repeat", "0"], "--repeat 0 "),
     "a wrong rest": (["bench", "x", "--cooldown", "-1"], "--cooldown -1 is not valid"),
     "too many arguments": (["generate", "two", "prompts", "-o", "c.mp4"], "unexpected extra argument"),
+    "an option without its value": (["generate", "x", "--seed"], "'--seed' requires an argument"),
+    "a value that nothing takes": (["generate", "x", "--force=1"], "'--force' does not take a value"),
+    "nothing to download": (["download"], "nothing to download"),
+    "no bundle": (["download", "x", "--convert"], "--convert takes one bundle"),
+    "nothing to measure": (["bench"], "nothing to measure"),
+    "a model beside --quality": (["bench", "x", "--quality", "y"], "MODEL has no effect with --quality"),
+    "nothing to compare with": (["bench", "--quality", "y"], "--quality needs --reference"),
 }
 
 
@@ -131,11 +139,12 @@ def test_a_pipeline_that_is_not_built_says_what_is_missing(here: Here) -> None:
 @pytest.mark.parametrize("name", USAGE)
 def test_wrong_usage(here: Here, name: str) -> None:
     args, said = USAGE[name]
-    here(*args).failed(2, said)
-    done = here(*args, "--json")
+    here(*args).failed(2, *said.split(": "))
+    done = here(args[0], "--json", *args[1:])
     assert done.code == 2 and list(done.json) == ["error"]
     assert list(done.json["error"]) == ERROR_PARTS and done.json["error"]["kind"] == "usage"
-    assert said in done.json["error"]["what"]
+    _, what, why, fix = done.json["error"].values()
+    assert said in f"{what}: {why}" and len(why) > 5 and why not in what and why != fix and "Usage:" not in why
 
 
 @pytest.mark.parametrize("wrong", [("--shard-size", "0"), ("--shard-size", "nan"), ("--fit", "0")])
@@ -302,16 +311,11 @@ class TestUnexpected:
             assert process.stderr.read() == b"" and process.wait() == 1
 
 
-def listen() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def test_interrupt_keeps_what_is_finished(demo_f32: Path, tmp_path: Path) -> None:
     embeddings = tmp_path / "embeddings.safetensors"
     command = [SCRIPT, "generate", PROMPT, "-m", demo_f32, "-o", tmp_path / "clip.mp4", "--save-embeddings", embeddings]
     command += ["--width", "384", "--height", "256", "--frames", "49", "--json"]
     pipe, parts = subprocess.PIPE, [str(part) for part in command]
-    # A shell's background job ignores Ctrl-C, and so would a process that it starts.
     with subprocess.Popen(parts, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen) as process:
         until(lambda: embeddings.exists() or process.poll() is not None)
         process.send_signal(signal.SIGINT)

@@ -49,16 +49,17 @@ def watched(self):
             if rank == "{who}":
                 os.kill(os.getpid(), {number})
             elif {interrupted}:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+                signal.signal({interrupted}, signal.default_int_handler)
+                threading.Timer(0.5, os.kill, (os.getpid(), {interrupted})).start()
         yield event
 
 Run.events = watched
 """
 
 
-def signalled(number: signal.Signals, patience: float = 1.0, interrupted: bool = False, who: int = 1) -> str:
-    return SIGNALLED.format(number=int(number), patience=patience, interrupted=interrupted, who=who)
+def signalled(number: signal.Signals, patience: float = 1.0, interrupted: int = 0, who: int = 1) -> str:
+    """`interrupted`: the signal that the other one gets while it waits."""
+    return SIGNALLED.format(number=int(number), patience=patience, interrupted=int(interrupted), who=who)
 
 
 @pytest.fixture(scope="module")
@@ -221,14 +222,15 @@ def test_a_machine_that_sleeps(arguments: list[str], tmp_path: Path) -> None:
     assert (tmp_path / STATE).exists()
 
 
-def test_ctrl_c_while_a_machine_sleeps(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "why"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_while_a_machine_sleeps(arguments: list[str], tmp_path: Path, number: int, why: str) -> None:
     """It is heard, though MLX waits, and says how to go on."""
     line = [*arguments, *GUIDED, "-o", f"{tmp_path}/clip.mp4"]
-    first, second = commands(2, tmp_path / "said", [line], signalled(signal.SIGSTOP, 300.0, interrupted=True))
-    assert ended(first).code == 130
+    first, second = commands(2, tmp_path / "said", [line], signalled(signal.SIGSTOP, 300.0, number))
+    assert ended(first).code == 128 + number
     second.kill()
     ended(second)
     done = said(tmp_path / "said", 0, 0)
-    for text in ("error: interrupted", "Ctrl-C", "what is done is kept, this continues: ltx2 generate"):
+    for text in ("error: interrupted", f"why: {why}, while", "what is done is kept, this continues: ltx2 generate"):
         assert text in done.err
     assert done.err.count("what is done is kept") == 1 and (tmp_path / STATE).exists()

@@ -12,7 +12,6 @@ import threading
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from tests.support import published
 from tests.support.command import SCRIPT, Done, Here
 from tests.support.hub import Hub, running
 from tests.support.official import GEMMA, MONOLITH, UPSCALER
+from tests.support.stopped import listen
 from tests.support.waiting import until
 
 MODEL, UPSCALE = "ltx-2-19b-distilled.safetensors", "ltx-2-spatial-upscaler-x2-1.0.safetensors"
@@ -277,14 +277,12 @@ class TestCuts:
             run(weights, MODEL)
         assert isinstance([*first][-1], Downloaded)
 
-    @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+    @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
     def test_killed(self, hub: Hub, weights: Path, sign: signal.Signals) -> None:
-        """Ctrl-C keeps every byte that came, and says nothing but that it was pressed; the next run goes on."""
+        """Ctrl-C and its like keep every byte that came, and say nothing but that; the next run goes on."""
         hub.stall = threading.Event()
         command = [str(SCRIPT), "download", MODEL, "-o", str(weights), "--json"]
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
-        # A shell's background job ignores Ctrl-C, and so would a process that it starts.
-        listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
         pipe = subprocess.PIPE
         with subprocess.Popen(
             command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=listen
@@ -296,10 +294,10 @@ class TestCuts:
             hub.stall.set()
         hub.stall = None
         assert "Traceback" not in err, err
-        if sign == signal.SIGINT:
-            assert process.returncode == 130 and json.loads(out)["error"]["kind"] == "interrupted"
+        if sign != signal.SIGKILL:
+            assert process.returncode == 128 + sign and json.loads(out)["error"]["kind"] == "interrupted"
         plan, *_ = run(weights, MODEL)
-        assert isinstance(plan, DownloadPlanned) and plan.missing <= LENGTH - (1000 if sign == signal.SIGINT else 0)
+        assert isinstance(plan, DownloadPlanned) and plan.missing <= LENGTH - (0 if sign == signal.SIGKILL else 1000)
         assert (weights / "ltx-2" / MODEL).read_bytes() == hub.files[f"Lightricks/LTX-2/{MODEL}"]
 
 

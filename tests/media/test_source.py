@@ -92,6 +92,7 @@ NO_MEDIA = {
     "nothing": ("none.mp4", b"", "it is empty"),
     "a list of files": ("list.mp4", b"ffconcat version 1.0\nfile /etc/hostname\n", "cannot read"),
     "a playlist": ("list.m3u8", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", "cannot read"),
+    "a drawing": ("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'></svg>", "cannot read"),
     "a bomb": ("bomb.png", bomb(60_000, 60_000), "cannot read|too large"),
     "a smaller bomb": ("bomb.png", bomb(12_000, 12_000), "cannot read|too large"),
 }
@@ -105,7 +106,7 @@ def test_what_is_no_media(tmp_path: Path, name: str) -> None:
     for read in (media_facts, read_picture, read_sound, count_frames):
         with pytest.raises(InputError, match=said) as raised:
             read(path)
-        assert not raised.value.why.startswith(("Stream", "Input", "["))
+        assert not raised.value.why.startswith(("Stream", "Input", "[")) and len(str(raised.value)) < 300
     with suppress(InputError, MediaError):
         assert read_comment(path) == ""
 

@@ -39,5 +39,7 @@ def stop(
 
 
 def listen() -> None:
-    """A shell's background job ignores Ctrl-C, and so would a process that it starts."""
+    """A shell's background job ignores Ctrl-C, as nohup's does a closed terminal, and so would a process that it
+    starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
