@@ -68,8 +68,7 @@ class Generation:
     """The clips that are `wanted`, of the `given` options and, with a `sidecar`, of those of an earlier run.
 
     Without a target a clip gets a name of its prompt and seed in `outputs/`, or, where latents are saved, is not
-    decoded. Of several clips the target is a folder, or a name that is numbered. `dry`: nothing is written, as on
-    `machines` that do not lead.
+    decoded. Of several clips the target is a folder, or a name that is numbered.
     """
 
     def __init__(
@@ -78,22 +77,21 @@ class Generation:
         model: Path | None,
         sidecar: Path | None,
         given: Options,
-        dry: bool = False,
         machines: Machines = ALONE,
     ) -> None:
         self.machines = machines
         with machines.all_or_none():
-            self._prepare(wanted, model, sidecar, given, dry or not machines.leads)
+            self._prepare(wanted, model, sidecar, given)
         self._begun = False
         said = {"-o": wanted.target, "--seed": wanted.seeds or given.get("seed"), "--resume": given.get("resume")}
         self._said = {option for option, value in said.items() if value not in (None, ())}
 
-    def _prepare(self, wanted: Wanted, model: Path | None, sidecar: Path | None, given: Options, dry: bool) -> None:
+    def _prepare(self, wanted: Wanted, model: Path | None, sidecar: Path | None, given: Options) -> None:
         earlier = Sidecar.read(sidecar) if sidecar else None
         self.several, target = wanted.several, wanted.target
         requests, self._drawn = _requests(earlier, given, wanted, target, draws=self.machines.leads)
-        self.requests = _named(requests, target, dry) if self.several else [_with_place(requests[0], target, dry)]
-        self._folder = None if dry or self.until else _own_folder(self.several, target)
+        self.requests = _named(requests, target) if self.several else [_with_place(requests[0], target)]
+        self._folder = None if self.until else _own_folder(self.several, target)
         self._found = {path: _stamp(path) for path in self._states}
         folder = _earlier_model(earlier, sidecar) if model is None and earlier else find_model(model)
         self.pipeline = Pipeline(folder, machines=self.machines)
@@ -127,15 +125,20 @@ class Generation:
         added: dict[str, str | None] = {**name, **seed, **({"--resume": None} if self.left else {})}
         return {option: value for option, value in added.items() if option not in self._said}
 
+    @property
+    def finished(self) -> bool:
+        """Whether the clips are continued, and all there."""
+        return self.pipeline.finished(self.requests, self.until)
+
     def plan(self) -> MemoryPlan:
         """The memory plan."""
-        return self.pipeline.planned_all(self.requests, self.until)
+        return self.pipeline.planned_all(self.requests, self.until, self._folder)
 
     def events(self) -> Iterator[Event]:
         """The events of the pipeline."""
         if self._changed is not None:
             yield Warned(f"this is not the model that {self._changed} was made with, so the clip will be another one")
-        with _made(self._folder):
+        with _made(self._folder if self.machines.leads else None):
             for event in self.pipeline.events_all(self.requests, self.until):
                 self._begun = self._begun or isinstance(event, PhaseStarted)  # all names are held then
                 yield event
@@ -161,7 +164,7 @@ def _requests(
             found.append(request_of(options))
             if earlier is not None:
                 earlier.check_inputs(found[-1], options)
-    known = not wanted.several and found[0].resume and state.exists()
+    known = not wanted.several and found[0].resume and (state.exists() or (target is not None and target.exists()))
     without = [number for number, request in enumerate(found) if request.seed is None and request.noise is None]
     if not without or known or not draws:
         return found, None
@@ -174,19 +177,19 @@ def _requests(
     return found, drawn
 
 
-def _with_place(request: Request, target: Path | None, dry: bool) -> Request:
+def _with_place(request: Request, target: Path | None) -> Request:
     """The only clip, with its name and state."""
     if target is None and request.save_latents is None:
-        target = _free_name(request, dry)
+        target = next(path for path in _names(request, OUTPUTS) if not path.exists())
     return replace(request, output=target, state=state_path(target or Path(str(request.save_latents))))
 
 
-def _named(requests: Sequence[Request], target: Path | None, dry: bool) -> list[Request]:
+def _named(requests: Sequence[Request], target: Path | None) -> list[Request]:
     """Several clips, with names and states."""
     folder = _own_folder(True, target)
-    place = folder if folder is not None and (folder.is_dir() or not dry) else Path()  # one that can be checked
+    place = folder or Path()
     found, taken = [], set[Path]()
-    check_distinct((folder or Path()) / r.output for r in requests if r.output and Path(r.output) != target)
+    check_distinct(place / r.output for r in requests if r.output and Path(r.output) != target)
     for number, request in enumerate(requests, 1):
         if request.output is not None and Path(request.output) != target:
             clip = place / request.output  # the line's own
@@ -204,13 +207,6 @@ def _own_folder(several: bool, target: Path | None) -> Path | None:
     if several:
         return (target or OUTPUTS) if target is None or target.is_dir() or not target.suffix else None
     return OUTPUTS if target is None else None
-
-
-def _free_name(request: Request, dry: bool) -> Path:
-    """A free name, made of the prompt and the seed."""
-    if dry:
-        return next(_names(request, Path()))
-    return next(path for path in _names(request, OUTPUTS) if not path.exists())
 
 
 def _names(request: Request, folder: Path) -> Iterator[Path]:

@@ -73,7 +73,7 @@ def generate(
         end_at_once(error)
 
     wanted = Wanted(target, prompts, count, seeds)
-    generation = Generation(wanted, model, sidecar, given(options), dry_run, join(os.environ, late))
+    generation = Generation(wanted, model, sidecar, given(options), join(os.environ, late))
     started.append(generation)
     _make(output, generation, dry_run)
 
@@ -103,14 +103,14 @@ def upscale(
     clip: Path | None = target
     if source.suffix == LATENTS:
         asked, clip = asked | {"save_latents": target}, None
-    _make(output, Generation(Wanted(clip), model, None, asked, dry_run), dry_run)
+    _make(output, Generation(Wanted(clip), model, None, asked), dry_run)
 
 
 def _make(output: Output, generation: "Generation", dry_run: bool) -> None:
     """Make a clip or latents, or show the plan of it."""
     from ltx2.runtime.generate.records.clip import Saved
 
-    if dry_run:
+    if dry_run and not generation.finished:  # else there is nothing to plan, and nothing is done
         _show_plans(output, generation)
         return
     try:

@@ -24,6 +24,7 @@ from ltx2.quant.measure.statistics import KIND, About, identity, write_statistic
 from ltx2.runtime.errors import NumericsError
 from ltx2.runtime.events import Event, PromptStarted
 from ltx2.runtime.files.jsonfile import read_object
+from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.observe import watch
@@ -154,6 +155,7 @@ def calibrate(
     calls, steps = CallRecorder() if gptq else None, Steps() if sensitivity else None
     recorder, options = Recorder([keeper for keeper in (calls, steps) if keeper is not None]), dict(options or {})
     pipeline, prompts = Pipeline(model, recorder.observe), tuple(prompts) or built_in_prompts()
+    check_output(out)
     check_saved(out, KIND, pipeline.folder.path, fix="choose another name")
     seed = options.pop("seed", None) or 0
     for number, prompt in enumerate(prompts):

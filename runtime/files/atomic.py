@@ -8,7 +8,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -86,23 +86,24 @@ def claimed(path: Path) -> Iterator[Claim]:
 
 
 @contextmanager
-def growing(path: Path) -> Iterator[Path]:
-    """A file to write that is renamed to `path` when the block ends without an exception. Raises as `claimed`."""
-    with claimed(path) as claim:
-        yield claim.partial
-        claim.publish()
+def growing(path: Path, claim: Claim | None = None) -> Iterator[Path]:
+    """A file to write that is renamed to `path`, or as the caller's `claim` says, when the block ends without an
+    exception. Raises as `claimed`."""
+    with nullcontext(claim) if claim is not None else claimed(path) as held:
+        yield held.partial
+        held.publish()
 
 
-def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+def write_file(path: Path, blocks: Iterable[bytes | memoryview], claim: Claim | None = None) -> None:
     """Write a small file. Raises as `claimed`."""
-    with growing(path) as partial, partial.open("wb") as file:
+    with growing(path, claim) as partial, partial.open("wb") as file:
         file.writelines(blocks)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, claim: Claim | None = None) -> None:
     """Write a small text file. Raises InputError when it cannot be written."""
     try:
-        write_file(path, [text.encode()])
+        write_file(path, [text.encode()], claim)
     except OSError as error:
         raise InputError(f"cannot write {path}", reason(error), "check permissions and free space") from error
 

@@ -16,12 +16,12 @@ from ltx2.runtime.units import gb
 NAME_BYTES = 255  # of file systems
 
 
-def check_output(path: str | Path) -> None:
-    """Raises InputError where a file cannot be written to `path`."""
+def check_output(path: str | Path, new: Path | None = None) -> None:
+    """Raises InputError where a file cannot be written to `path`; `new`: a folder that will be made for it."""
     what, folder = f"cannot write {path}", Path(path).absolute().parent
     if Path(path).is_dir():
         raise InputError(what, "it is a folder", "name a file in it")
-    if not folder.is_dir():
+    if not folder.is_dir() and (new is None or folder != new.absolute()):
         raise InputError(what, f"the folder {folder} does not exist", "create it, or write elsewhere")
     check_folder(folder, path)
 

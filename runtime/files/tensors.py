@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ltx2.runtime.errors import CheckpointError, Ltx2Error, UnsupportedError, reason
-from ltx2.runtime.files.atomic import write_file
+from ltx2.runtime.files.atomic import Claim, write_file
 from ltx2.runtime.files.foreign import foreign_kind
 from ltx2.runtime.files.paths import open_regular
 from ltx2.runtime.files.ranges import RangeReader
@@ -232,10 +232,12 @@ def file_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_tensorfile(path: Path, tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, str]) -> None:
+def write_tensorfile(
+    path: Path, tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, str], claim: Claim | None = None
+) -> None:
     """Write tensors (dtype, values of any shape as in NUMPY_DTYPES); the file gets its name when it is complete."""
     layout = {name: (dtype, values.shape) for name, (dtype, values) in tensors.items()}
-    write_file(path, [file_header(layout, metadata), *(raw_bytes(values) for _, values in tensors.values())])
+    write_file(path, [file_header(layout, metadata), *(raw_bytes(values) for _, values in tensors.values())], claim)
 
 
 def raw_bytes(values: Array) -> memoryview:

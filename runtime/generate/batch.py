@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 
-from ltx2.runtime.events import Event, PhaseStarted, PlannedPhase, Warned, WorkPlanned
+from ltx2.runtime.events import Event, Noted, PhaseStarted, PlannedPhase, Warned, WorkPlanned
 from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.networks import Networks
 from ltx2.runtime.generate.phases.order import count, merged
@@ -25,7 +25,10 @@ def make_all(
 ) -> Generator[Event, None, None]:
     """The events of all clips; only the last one of clips that are already `there`. `plan` makes the plans of checked
     clips, and raises DoesNotFitError."""
-    yield from there
+    for made in there:
+        if isinstance(made, Saved):
+            yield Noted(f"{made.path.name} is finished: nothing of it is left to do")
+        yield made
     if not runs:
         return
     allow_files(OTHERS + FILES * len(runs))

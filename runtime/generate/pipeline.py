@@ -122,6 +122,12 @@ class Pipeline:
             self._places(jobs)
         return plans, built
 
+    def finished(self, requests: Sequence[Request], until: str | None = None) -> bool:
+        """Whether `events_all` has nothing to do: all clips are continued, and there."""
+        if not requests[0].resume:  # which all share
+            return False
+        return all(self._finished(job) is not None for job in self._jobs(requests, until))
+
     def _finished(self, job: Job) -> Mapping[str, Any] | None:
         """The leading machine's record of a clip that is continued and there."""
         if not job.request.resume:
@@ -177,13 +183,15 @@ class Pipeline:
         """As `plan`, for `events`."""
         return self.planned_all([request], until)
 
-    def planned_all(self, requests: Sequence[Request], until: str | None = None) -> MemoryPlan:
-        """As `planned`, for `events_all`; its job is the largest clip."""
+    def planned_all(self, requests: Sequence[Request], until: str | None = None, new: Path | None = None) -> MemoryPlan:
+        """As `planned`, for `events_all`; its job is the largest clip that is not finished, if there is one. `new`: a
+        folder that will be made."""
         jobs = self._jobs(requests, until)
+        left = [job for job in jobs if self._finished(job) is None]
         with self.machines.all_or_none():
-            jobs = [job.longest() if job.waits else job for job in jobs]
+            jobs = [job.longest() if job.waits else job for job in left or jobs]
             self._check(jobs)
-            self._places(jobs)
+            self._places(jobs if left else [], new)
         return max(plan_all(jobs, self.machines), key=lambda plan: plan.own)
 
     def _jobs(self, requests: Sequence[Request], until: str | None) -> list[Job]:
@@ -193,7 +201,7 @@ class Pipeline:
             length = None
             if request.resume and request.state is not None:  # what an earlier run has drawn and predicted
                 with self.machines.all_or_none():
-                    started = Started.read(Path(request.state))
+                    started = Started.read(Path(request.state), request.output)
                 request = request if request.seed is not None else replace(request, seed=started.seed)
                 leading, *_ = self.machines.everyone(None if started.length is None else asdict(started.length))
                 length = None if leading is None else Duration(**leading)
@@ -212,10 +220,10 @@ class Pipeline:
                 built |= job.check(list(names))
         return built
 
-    def _places(self, jobs: Sequence[Job]) -> None:
+    def _places(self, jobs: Sequence[Job], new: Path | None = None) -> None:
         if not self.machines.leads:
             return
         for job in jobs:
             with of(job.request.name):
-                check_places(job.request, self.folder.path)
+                check_places(job.request, self.folder.path, new)
         check_space(jobs)

@@ -17,6 +17,7 @@ from ltx2.runtime.distributed.machines import ALONE, Machines
 from ltx2.runtime.distributed.split import NONE
 from ltx2.runtime.events import Event, Finishing, Noted, PhaseDone, PhaseStarted, Previewed, StepDone, Warned
 from ltx2.runtime.files.atomic import UNLOCKED, claimed
+from ltx2.runtime.files.paths import write_failure
 from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.networks import Networks
 from ltx2.runtime.generate.phases.base import Made, Phase, Prompts
@@ -129,13 +130,15 @@ class Run:
         if not self.machines.leads:
             yield from self._follow()
             return
-        with ExitStack() as held:  # the names of the clip and of its record, from the start
+        with ExitStack() as held:  # the names of the clip and of its record, or of latents alone, from the start
             output, self._claim, self._record_claim = self.request.output, None, None
-            if output is not None:
-                self._claim = held.enter_context(claimed(Path(output).absolute()))
-                self._record_claim = held.enter_context(claimed(sidecar_path(Path(output).absolute())))
+            result = self.request.save_latents if output is None and self.job.until == LATENTS else output
+            if result is not None:
+                self._claim = held.enter_context(claimed(Path(result).absolute()))
                 if not self._claim.locked:
-                    yield Warned(UNLOCKED.format(Path(output).absolute().parent))
+                    yield Warned(UNLOCKED.format(Path(result).absolute().parent))
+            if output is not None:
+                self._record_claim = held.enter_context(claimed(sidecar_path(Path(output).absolute())))
             if self.request.preview is not None and self.job.stages:
                 Path(self.request.preview).mkdir(parents=True, exist_ok=True)
             yield Noted(self._about())
@@ -221,8 +224,16 @@ class Run:
             if following is None or (request.checkpoint_every and self.made.latents.video is not None):
                 yield from self._keep(following)
         if request.save_latents and self.job.until in (None, LATENTS):
-            write = partial(write_latents, latents=self.made.latents, fps=self.job.output().fps)
-            yield from write_beside(request.save_latents, write)
+            claim = self._claim if request.output is None else None
+            fps = self.job.output().fps
+            write = partial(write_latents, latents=self.made.latents, fps=fps, claim=claim)
+            if claim is None:
+                yield from write_beside(request.save_latents, write)
+                return
+            try:
+                write(request.save_latents)
+            except OSError as error:  # they are all that was asked for
+                raise write_failure(error, Path(request.save_latents)) from error
 
     def _measured(self, phase: Phase) -> Iterator[Event]:
         """One phase. All clips reach it before any continues."""

@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 
 from ltx2.runtime.errors import InputError, MediaError, NumericsError, reason
-from ltx2.runtime.files.atomic import Claim, claimed
+from ltx2.runtime.files.atomic import Claim, claimed, growing
 from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.files.tensors import Array
 from ltx2.runtime.media.ffmpeg import REINSTALL, complaint, ffmpeg_program
@@ -37,9 +37,8 @@ class AudioTrack:
 
 
 def check_target(path: Path, *, sound: bool = False) -> None:
-    """Check before a clip, or a `sound` alone, is made that `path` can be written. Raises InputError where it cannot,
+    """Check before a clip, or a `sound` alone, is made that it can be encoded. Raises InputError for another suffix,
     MediaError where ffmpeg is missing or lacks an encoder."""
-    check_output(path)
     suffixes, what = ([".wav"], "sounds") if sound else ([*FORMATS], "clips")
     if path.suffix.lower() not in suffixes:
         why = f"{what} are written as {', '.join(suffix[1:] for suffix in suffixes)}"
@@ -74,6 +73,7 @@ def video_writer(
     Raises InputError for unusable arguments, NumericsError for sound that is not finite, MediaError where writing a
     picture or ending the file fails.
     """
+    check_output(path)
     check_target(path)
     kind = format_of(path)
     options = ["-f", "rawvideo", "-pixel_format", "rgb24", "-framerate", str(_rate(fps)), "-i", "pipe:0"]
@@ -204,11 +204,8 @@ def _check_picture(picture: Array, shape: tuple[int, ...]) -> None:
 
 def write_wav(path: Path, audio: AudioTrack, claim: Claim | None = None) -> None:
     """Write a 16-bit WAV file; `claim` and errors as in `video_writer`."""
-    with _explained(path), ExitStack() as stack:
-        claim = claim or stack.enter_context(claimed(path.absolute()))
-        with claim.partial.open("w+b") as file:
-            _write_wav(file, audio)
-        claim.publish()
+    with _explained(path), growing(path.absolute(), claim) as partial, partial.open("w+b") as file:
+        _write_wav(file, audio)
 
 
 def _write_comment(file: IO[bytes], text: str) -> None:

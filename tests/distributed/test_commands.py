@@ -181,7 +181,8 @@ def test_two_machines(alone: Path, arguments: list[str], demo_25: Path, tmp_path
     assert "--resume" not in without_place[1].err, "nothing has begun"
 
     again = results[9]
-    assert [done.code for done in again] == [0, 0] and again[1].out == again[1].err == again[0].err == "", again
+    assert [done.code for done in again] == [0, 0] and again[1].out == again[1].err == "", again
+    assert again[0].err == "later.mp4 is finished: nothing of it is left to do\n"
     assert again[0].json["clip"] == f"{tmp_path}/later.mp4"
 
 

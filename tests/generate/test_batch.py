@@ -94,6 +94,17 @@ class TestBatch:
         assert (made.folder / FILES[0]).stat().st_mtime_ns == made.written
         assert "decoding the picture" in made.rest and "denoising" not in made.rest
 
+    def test_finished_ones_are_left_alone(self, made: Made, here: Here, demo_f32: Path, tmp_path: Path) -> None:
+        """A dry run says so too, and plans what is left."""
+        args = ["generate", "-m", demo_f32, "-o", made.folder, *SIZE, "--seed", "10", "--no-metadata", "--resume"]
+        prompts, more = made.folder / "prompts.txt", tmp_path / "more"
+        for dry in ([], ["--dry-run"]):
+            done = here(*args, "--prompts", prompts, "--json", *dry)
+            assert done.code == 0 and len(done.json["clips"]) == 2 and done.err.count("is finished") == 2
+        more.write_text(f"{prompts.read_text(encoding='utf-8-sig').rstrip()}\nanother one", encoding="utf-8")
+        done = here(*args, "--prompts", more, "--json", "--dry-run")
+        assert done.code == 0 and list(done.json) == ["plan"]
+
     def test_nothing_else_is_left(self, made: Made) -> None:
         clips = [name for clip in FILES for name in (clip, clip.replace(".mp4", ".json"))]
         assert sorted(path.name for path in made.folder.iterdir()) == sorted([*clips, "prompts.txt"])
@@ -137,7 +148,7 @@ class TestSeedsAndNames:
         """Of the clips that would be made."""
         asked: list[Request] = []
 
-        def planned(self: Pipeline, requests: list[Request], until: str | None = None) -> Any:
+        def planned(self: Pipeline, requests: list[Request], *_: Any) -> Any:
             asked.extend(requests)
             raise InputError("not", "this", "time")
 
@@ -155,7 +166,7 @@ class TestSeedsAndNames:
             (["a b", "--count", "2", "--seed", "5"], [("outputs/a-b-5.mp4", 5), ("outputs/a-b-6.mp4", 6)]),
             (["a", "--seed", "9", "--seed", "2", "-o", "k.mp4"], [("k-1.mp4", 9), ("k-2.mp4", 2)]),
             (["a", "--count", "1", "--seed", "5", "--no-video"], [("outputs/a-5.wav", 5)]),
-            (["a", "--seed", "5"], [("a-5.mp4", 5)]),
+            (["a", "--seed", "5"], [("outputs/a-5.mp4", 5)]),
         ],
     )
     def test_of_one_prompt(
@@ -181,9 +192,20 @@ class TestSeedsAndNames:
     def test_a_dry_run_needs_no_folder(
         self, here: Here, demo_f32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """Nor does it look for its clips elsewhere."""
         monkeypatch.chdir(tmp_path)
-        assert here("generate", "a", "--count", "2", "-m", demo_f32, "-o", "new", *SIZE, "--dry-run").code == 0
-        assert not list(tmp_path.iterdir())
+        (tmp_path / "p").write_text('{"prompt": "a", "output": "x.mp4"}')
+        for name in ("a-1.mp4", "a-2.mp4", "x.mp4"):
+            (tmp_path / name).touch()
+        before = sorted(tmp_path.iterdir())
+        runs = [["a"], ["a", "--count", "2"], ["a", "--count", "2", "-o", "new"], ["--prompts", "p", "-o", "new"]]
+        for args in runs:
+            command = ["generate", *args, "-m", demo_f32, *SIZE, "--seed", "1", "--dry-run"]
+            assert here(*command).code == 0 and sorted(tmp_path.iterdir()) == before
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "x.mp4").touch()
+        here(*command).failed(1, "new/x.mp4 is already there")
+        here("generate", "a", "-m", demo_f32, *SIZE, "-o", "none/x.mp4", "--dry-run").failed(1, "none does not exist")
 
     def test_drawn_seeds_are_each_clips_own(self, here: Here, demo_f32: Path, tmp_path: Path) -> None:
         """They count on, past a clip that has one."""

@@ -14,7 +14,9 @@ from safetensors.numpy import load_file, save
 
 import ltx2
 from ltx2.runtime.errors import InputError
+from ltx2.runtime.events import PhaseStarted
 from ltx2.runtime.files.atomic import claimed
+from ltx2.runtime.generate.job import LATENTS
 from ltx2.runtime.generate.options.request import Request
 from ltx2.runtime.generate.records.places import check_places, state_path
 from ltx2.runtime.generate.records.sidecar import Sidecar, sidecar_path
@@ -29,6 +31,10 @@ SIZE: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "seed": 1, "no_a
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
 
 
 class TestNames:
@@ -111,6 +117,22 @@ class TestUnasked:
                 done.failed(1, "clip.mp4 is being written", "another process")
                 assert "continues" not in done.err
 
+    def test_a_second_run_of_latents_alone(self, here: Here, demo_f32: Path, tmp_path: Path) -> None:
+        """It ends at its start too, made from a prompt or enlarged; and the first one's appear."""
+        old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+        pipe, offered = ltx2.load(demo_f32), ["--width", "64", "--height", "64", "--frames", "9", "--save-latents"]
+        list(pipe.events(Request.from_options({"prompt": PROMPT, "save_latents": old, **SIZE}), LATENTS))
+        for made in ({"prompt": PROMPT, **SIZE}, {"upscale": old}):
+            with closing(pipe.events(Request.from_options({"save_latents": new, **made}), LATENTS)) as other:
+                next(event for event in other if isinstance(event, PhaseStarted))
+                for args in (["generate", PROMPT, *offered, new], ["upscale", old, "-o", new]):
+                    done = here(*args, "-m", demo_f32)
+                    done.failed(1, "new.safetensors is being written", "another process")
+                    assert "continues" not in done.err
+                list(other)
+            assert names(tmp_path) == [new.name, old.name]
+            new.unlink()
+
     def test_two_clips_with_one_record(self, demo_f32: Path, generate: Here, tmp_path: Path) -> None:
         """clip.gif and clip.mp4 at once: one's record and state would replace the other's."""
         with closing(ltx2.load(demo_f32).stream(PROMPT, output=tmp_path / "clip.gif", **SIZE)) as other:
@@ -164,9 +186,6 @@ class TestRoom:
     def test_a_side_file_that_cannot_be_written_is_a_warning(
         self, generate: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        def full(*_: Any, **__: Any) -> None:
-            raise OSError(28, "No space left on device")
-
         for writer in ("write_latents", "write_sidecar"):
             monkeypatch.setattr(f"ltx2.runtime.generate.run.{writer}", full)
         monkeypatch.setattr("ltx2.runtime.generate.records.resume.write_tensors", full)
@@ -174,6 +193,18 @@ class TestRoom:
         assert done.code == 0 and names(tmp_path) == ["clip.mp4"]
         for name in ("clip.unfinished.safetensors", "latents.safetensors", "clip.json"):
             assert any(name in line and "the disk is full" in line for line in done.err.splitlines()), name
+
+    def test_latents_alone_that_cannot_be_written_are_a_failure(
+        self, here: Here, demo_f32: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """They are all that was asked for; and the run can be continued."""
+        args = ["generate", PROMPT, "-m", demo_f32, "--width", "64", "--height", "64", "--frames", "9", "--seed", "1"]
+        args += ["--save-latents", latents := tmp_path / "new.safetensors"]
+        with monkeypatch.context() as patch:
+            patch.setattr("ltx2.runtime.generate.run.write_latents", full)
+            here(*args).failed(3, "the disk is full", "new.safetensors", "this continues: ltx2 generate")
+        assert names(tmp_path) == ["new.unfinished.safetensors"]
+        assert here(*args, "--resume").code == 0 and names(tmp_path) == [latents.name]
 
 
 class TestSettings:

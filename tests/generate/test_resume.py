@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -236,13 +237,15 @@ class TestFailed:
 
 
 def test_a_finished_clip_is_left_alone(here: Here, demo_f32: Path, whole: Path) -> None:
-    """And one of other settings is not taken for it."""
+    """Said so in a dry run too, its seed given or not. And one of other settings is not taken for it."""
     clip, before = whole / "clip.mp4", (whole / "clip.mp4").stat()
-    args = ["generate", PROMPT, "-m", demo_f32, "-o", clip, *SIZE, *SEED, "--no-metadata"]
-    done = here(*args, "--resume", "--json")
-    assert done.code == 0 and done.json["clip"] == str(clip) and clip.stat().st_mtime_ns == before.st_mtime_ns
-    for other in (["--frames", "17", "--resume"], []):
-        here(*args, *other).failed(1, "clip.mp4 is already there")
+    args = ["generate", PROMPT, "-m", demo_f32, "-o", clip, *SIZE, "--no-metadata"]
+    for seed, dry in product(([], SEED), ([], ["--dry-run"])):
+        done = here(*args, *seed, *dry, "--resume", "--json")
+        assert done.code == 0 and done.json["clip"] == str(clip) and "clip.mp4 is finished" in done.err
+        assert clip.stat().st_mtime_ns == before.st_mtime_ns
+        for other in ([*seed, "--frames", "17", "--resume"], ["--seed", "11", "--resume"], seed):
+            here(*args, *dry, *other).failed(1, "clip.mp4 is already there")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.errors import InputError, listed
+from ltx2.runtime.files.atomic import Claim
 from ltx2.runtime.files.paths import check_output
 from ltx2.runtime.files.tensors import FORMAT, TensorFile, open_tensorfile, write_tensorfile
 from ltx2.runtime.sampling.guidance import NEGATIVE, TEXT
@@ -19,11 +20,16 @@ MOST_BYTES = 10**9  # of one tensor; a minute of 4K has 0.75 GB of latents
 MOST_NOISE = 10**12  # its shape is compared first; a canvas for pixels is larger than latents
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, mx.array],
+    metadata: Mapping[str, str] | None = None,
+    claim: Claim | None = None,
+) -> None:
     """Write tensors of any shape as float32; the file appears under its name only when complete."""
     check_output(path)
     values = {name: ("F32", np.array(value.astype(mx.float32))) for name, value in tensors.items()}
-    write_tensorfile(Path(path), values, metadata or {})
+    write_tensorfile(Path(path), values, metadata or {}, claim)
 
 
 def _opened(path: str | Path) -> TensorFile:
@@ -84,9 +90,9 @@ def read_latents(path: str | Path, channels: int, audio_channels: int | None) ->
     return Streams(video, audio)
 
 
-def write_latents(path: str | Path, latents: Streams[mx.array], fps: float) -> None:
+def write_latents(path: str | Path, latents: Streams[mx.array], fps: float, claim: Claim | None = None) -> None:
     """Write the streams that exist, (1, C, F, H, W) and (1, A, T, 16), and the clip's frames per second."""
-    write_tensors(path, dict(latents.items()), {FORMAT: LATENTS, "fps": f"{fps:g}"})
+    write_tensors(path, dict(latents.items()), {FORMAT: LATENTS, "fps": f"{fps:g}"}, claim)
 
 
 def read_embeddings(

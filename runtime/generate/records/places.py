@@ -30,9 +30,11 @@ def state_path(clip: Path) -> Path:
     return beside(clip.with_suffix(""), ".unfinished.safetensors")
 
 
-def check_places(request: Request, model: Path) -> None:
+def check_places(request: Request, model: Path, new: Path | None = None) -> None:
     """Raises InputError for a place that cannot be written, or holds what may not be replaced; `model`: the folder that
-    is read."""
+    is read, `new`: one that will be made."""
+    for path in _written(request):
+        check_output(path, new)
     if request.output is not None:
         clip, sidecar = Path(request.output), sidecar_path(Path(request.output))
         check_target(clip, sound=request.no_video)
@@ -40,11 +42,9 @@ def check_places(request: Request, model: Path) -> None:
             _check_outside(sidecar, model)
         if not request.no_video:
             check_crf(clip, request.crf or 0)
-        check_output(sidecar)
+        check_output(sidecar, new)
         if not request.force:
             check_free(clip)
-    for path in _written(request):
-        check_output(path)
     made = (request.output, request.save_latents, request.save_embeddings)
     for option, given in request.inputs():
         if Path(given).absolute() in {Path(path).absolute() for path in made if path is not None}:
@@ -92,7 +92,6 @@ def check_saved(path: Path, kind: str, model: Path, *, force: bool = False, fix:
         raise UsageError(
             f"cannot write {path}", f"{kind} are written as safetensors", f"use {path.with_suffix(SUFFIX)}"
         )
-    check_output(path)
     _check_outside(path, model)
     if not force and path.exists() and not is_kind(path, kind):
         raise InputError(f"{path} is already there", f"it does not say that it holds {kind} of ltx2", fix)

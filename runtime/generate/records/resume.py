@@ -127,15 +127,17 @@ def _shown(name: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class Started:
-    """The drawn seed and the predicted length of a run that left a state."""
+    """The drawn seed and the predicted length of a run that left a state, or the seed of one that made the clip."""
 
     seed: int | None = None
     length: Duration | None = None
 
     @classmethod
-    def read(cls, path: Path) -> "Started":
-        """Empty without such a state; `StateFile.read` says what is wrong with it."""
+    def read(cls, path: Path, clip: str | None = None) -> "Started":
+        """Empty without such a state or `clip`; `StateFile.read` says what is wrong with it."""
         try:
+            if clip is not None and Path(clip).exists() and not path.exists():
+                return cls(read_object(sidecar_path(Path(clip)))["request"]["seed"])
             record = json.loads(open_tensorfile(path).metadata[RECORD])
             seed, length = record["options"]["seed"], record["length"]
             return cls(None if seed is None else int(seed), None if length is None else Duration(**length))

@@ -87,14 +87,9 @@ def make_record(settings: Mapping[str, Any], phases: Sequence[PhaseDone], second
 
 
 def write_sidecar(path: Path, record: Mapping[str, Any], claim: Claim | None = None) -> None:
-    """Write it to the `claim` that a run holds from its start, else to the path. Raises InputError or OSError if it
-    cannot be written."""
-    text = json.dumps(record, indent=2) + "\n"
-    if claim is None:
-        write_text(path, text)
-    else:
-        claim.partial.write_text(text, encoding="utf-8")
-        claim.publish()
+    """Write it to the `claim` that a run holds from its start, else to the path. Raises InputError if it cannot be
+    written."""
+    write_text(path, json.dumps(record, indent=2) + "\n", claim)
 
 
 def _phase(phase: PhaseDone) -> dict[str, Any]:
