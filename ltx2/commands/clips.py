@@ -158,6 +158,8 @@ def _show_plans(output: Output, generation: "Generation") -> None:
         if not output.quiet:
             for message in warnings:
                 click.echo(f"warning: {message}", err=True)
+    for note in () if output.quiet else plan.job.notes():
+        click.echo(note, err=True)
     plan.check()
     for name, (data, _) in zip(machines.names, plans, strict=True):
         if not data["fits"]:

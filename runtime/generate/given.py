@@ -103,7 +103,8 @@ class SourceClip:
     def added(self, sizes: Sizes, extend: Extension) -> str:
         """Says how much is made beside it for a clip of these sizes: whole latent frames."""
         more, where = sizes.frames - self.sizes.frames, "after" if extend.seconds > 0 else "before"
-        return f"{more} frames ({more / sizes.fps:.2f} s) are made {where} {self.path.name}"
+        least = ", the fewest there can be" if abs(extend.seconds) * sizes.fps < more / 2 else ""
+        return f"{more} frames ({more / sizes.fps:.2f} s{least}) are made {where} {self.path.name}"
 
     def video(self, vae: VideoCoder | None) -> mx.array:
         """Normalised latents (1, C, F, H, W) of all frames; latents need no network."""

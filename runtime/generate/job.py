@@ -38,7 +38,7 @@ from ltx2.runtime.networks.text.tokenizer import Encoded
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.diffusion_config import DiffusionVAEConfig
 from ltx2.runtime.networks.video_vae.encode import VIDEO_VAES
-from ltx2.runtime.sampling.conditioning import Place
+from ltx2.runtime.sampling.conditioning import Place, token_bounds
 from ltx2.runtime.sampling.denoise import Course
 from ltx2.runtime.sampling.guidance import NEGATIVE, NEUTRAL, TEXT, Guidance, passes
 from ltx2.runtime.sampling.latents import Grid, Scales, Segment, Sizes
@@ -152,8 +152,24 @@ class Job:
             yield from self.loras.doubts(bool(self.request.reference))
         if self.clip is not None:
             yield from self.clip.doubts(self.request.retake)
+        if (span := self.request.retake) is not None and self.request.keep is None and self.clip is not None:
+            bounds = token_bounds("video", self.place(1))
+            if bounds[1] > span.start and bounds[-2] < span.end:
+                clip = f"all of {self.clip.path.name}"
+                yield f"--retake {span.start:g}-{span.end:g} touches {clip}: nothing of its picture is kept"
+        inside, slots = max(0, self.sizes.frames - 2), self.request.keyframe_slots or 0
+        if slots > inside and self.stages and not self.waits:
+            yield f"--keyframe-slots {slots}: the clip has {inside} frames inside, so some are made more than once"
         if self.encodes_text and self.folder.has("text_encoder") and (message := check_text_encoder(self.folder)):
             yield message
+
+    def notes(self) -> Iterator[str]:
+        """What the options come to."""
+        if self.clip is not None and self.request.extend is not None:
+            yield self.clip.added(self.sizes, self.request.extend)
+        for name, count, others in self.loras.facts():
+            beside = f"; {others} layers of other networks stay as they are" if others else ""
+            yield f"{name} changes {count} layers of the transformer{beside}"
 
     @property
     def sound_stage(self) -> int:

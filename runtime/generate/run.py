@@ -354,11 +354,7 @@ class Run:
             yield Noted(f"{self.machines.size} machines share {shared}")
         elif self.request.split is not None:
             yield Warned("--split has no effect on one machine: see docs/several-machines.md")
-        if self.job.clip is not None and self.request.extend is not None:
-            yield Noted(self.job.clip.added(self.job.sizes, self.request.extend))
-        for name, count, others in self.job.loras.facts():
-            beside = f"; {others} layers of other networks stay as they are" if others else ""
-            yield Noted(f"{name} changes {count} layers of the transformer{beside}")
+        yield from map(Noted, self.job.notes())
         if self.request.memory_limit is not None and self.memory.limit > (has := available_memory()):
             yield Warned(f"--memory-limit {self.request.memory_limit:g} is more than the {gb(has)} there are")
         if self.state is None:

@@ -32,6 +32,7 @@ from ltx2.runtime.sampling.conditioning import (
 from ltx2.runtime.sampling.latents import Grid
 from ltx2.runtime.sampling.state import begin_states
 from ltx2.runtime.streams import Streams
+from tests.support.command import Here
 from tests.support.media import ffmpeg, noise_frames, read_video, write_clip, write_frames
 from tests.support.sampling import SCALES
 
@@ -199,18 +200,44 @@ def test_a_retake_that_ends_after_its_clip(source: Source, end: float, warned: b
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"retake": (0, 2)}, "--retake 0-2 touches all of silent.mkv: nothing of its picture is kept"),
+        ({"retake": (0.03, 0.71)}, "--retake 0.03-0.71 touches all of silent.mkv"),  # the last eight begin at 0.708
+        ({"retake": (0.05, 2)}, ""),
+        ({"retake": (0, 0.7)}, ""),
+        ({"retake": (0, 2), "keep": "video"}, ""),
+        ({"keyframe_slots": 24, "frames": 25}, "--keyframe-slots 24: the clip has 23 frames inside, so some are made"),
+        ({"keyframe_slots": 1, "frames": 1}, "--keyframe-slots 1: the clip has 0 frames inside"),
+        ({"keyframe_slots": 23, "frames": 25}, ""),
+        ({"keyframe_slots": 99, "frames": "auto"}, ""),  # not known yet
+    ],
+)
+def test_what_is_surely_not_meant_is_told(source: Source, options: dict[str, Any], said: str) -> None:
+    asked = options | ({"retake": (source.silent, *options["retake"])} if "retake" in options else {})
+    told = Job(source.pipe.folder, Request.from_options({"prompt": "a", **asked})).warnings()
+    found = [message for message in told if "--retake" in message or "--keyframe-slots" in message]
+    assert len(found) == bool(said) and said in " ".join(found)
+
+
+@pytest.mark.parametrize(
     ("seconds", "said"),
     [
         (0.5, "16 frames (0.67 s) are made after silent.mkv"),
-        (0.01, "8 frames (0.33 s) are made after silent.mkv"),
+        (0.17, "8 frames (0.33 s) are made after silent.mkv"),
+        (0.01, "8 frames (0.33 s, the fewest there can be) are made after silent.mkv"),
         (-0.6, "16 frames (0.67 s) are made before silent.mkv"),
     ],
 )
-def test_an_extension_says_what_it_adds(source: Source, seconds: float, said: str) -> None:
-    """Whole latent frames of eight."""
+def test_an_extension_says_what_it_adds(source: Source, here: Here, tmp_path: Path, seconds: float, said: str) -> None:
+    """Whole latent frames of eight, in a dry run too."""
     events = source.pipe.stream(embeddings=source.text, extend=(source.silent, seconds))
     before = takewhile(lambda event: not isinstance(event, PhaseStarted), events)
     assert said in [event.message for event in before if isinstance(event, Noted)]
+    args = ["generate", "a", "-m", source.pipe.folder.path, "--extend", f"{source.silent}@{seconds}", "--dry-run"]
+    done = here(*args, "-o", tmp_path / "a.mp4")
+    assert done.code == 0 and said in done.err.splitlines()
+    assert here(*args, "-o", tmp_path / "a.mp4", "-q").err == ""
 
 
 def test_a_frame_may_show_several_pictures(source: Source) -> None:
