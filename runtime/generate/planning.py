@@ -14,9 +14,9 @@ from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.decode import DecodeVideo
 from ltx2.runtime.generate.phases.order import merged, phases
 from ltx2.runtime.generate.phases.text import Connect, EncodeText, hidden_bytes, texts_of
-from ltx2.runtime.machine.facts import available_memory
+from ltx2.runtime.machine.facts import available_memory, device_memory
 from ltx2.runtime.memory.activations import Activations
-from ltx2.runtime.memory.meter import reusable_memory
+from ltx2.runtime.memory.meter import reusable
 from ltx2.runtime.memory.plan import Headers, Need, PhasePlan
 from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.video_vae.tiles import Tiling
@@ -44,7 +44,11 @@ class MemoryPlan:
         if self.job.request.low_memory:
             # The least that the hungriest phase takes is taken anyway: the others may use as much.
             return tuple(need.within(_least(self.needs), 0) for need in self.needs)
-        planned = [need.within(self.limit, reusable_memory()) for need in self.needs]
+        # Freed buffers count in the whole process: they stay within a little more than the hungriest phase takes.
+        bare = [need.within(self.limit, 0).total for need in self.needs]
+        most = max(bare, default=0) + reusable(max(bare, default=0))
+        room = [min(reusable(device_memory()), most - total) for total in bare]
+        planned = [need.within(self.limit, kept) for need, kept in zip(self.needs, room, strict=True)]
         kept = self._kept(planned)
         for index in kept:
             if not self.needs[index].blocks:

@@ -82,13 +82,18 @@ class Attention(nn.Module):
         """heads (batch, heads, tokens, head_dim), gated by x and joined: (batch, tokens, query_dim)"""
         joined = heads.transpose(0, 2, 1, 3)
         if "to_gate_logits" in self:
-            joined = joined * (2 * mx.sigmoid(self.to_gate_logits(x)))[..., None]
+            joined = _gated(joined, self.to_gate_logits(x)[..., None])
         return self.to_out(joined.flatten(2))
 
     def _heads(self, x: mx.array, rope: Rope | None) -> mx.array:
         """(batch, tokens, inner) -> (batch, heads, tokens, head_dim)"""
         x = x.reshape(*x.shape[:2], self.heads, -1)
         return (x if rope is None else apply_rope(x, rope)).transpose(0, 2, 1, 3)
+
+
+@mx.compile
+def _gated(heads: mx.array, logits: mx.array) -> mx.array:
+    return heads * (2 * mx.sigmoid(logits))
 
 
 class FeedForward(nn.Module):

@@ -11,10 +11,9 @@ import mlx.core as mx
 from ltx2.runtime.errors import DeviceError
 from ltx2.runtime.events import Loaded, PhaseDone, StepDone
 from ltx2.runtime.machine.bounded import meter
-from ltx2.runtime.machine.facts import device_memory
 from ltx2.runtime.machine.process import process_peak_memory
 
-# MLX keeps freed buffers for reuse, without a limit; a sixteenth of the memory is enough for a step's.
+# MLX keeps freed buffers for reuse, without a limit; a sixteenth is enough for a step's.
 CACHE_FRACTION = 1 / 16
 # Text in MLX's message -> advice; the first match wins.
 FIXES = {
@@ -27,9 +26,9 @@ FIXES = {
 SAMPLED = 1  # index of the step whose evaluations are timed one by one; the first step compiles
 
 
-def reusable_memory() -> int:
-    """Bytes of freed buffers worth keeping."""
-    return int(device_memory() * CACHE_FRACTION)
+def reusable(memory: int) -> int:
+    """Bytes of freed buffers worth keeping beside so many in use, or on a machine with so many."""
+    return int(memory * CACHE_FRACTION)
 
 
 @contextmanager

@@ -231,6 +231,16 @@ class TestLimit:
         assert not model(4).plan(PROMPT, memory_limit=low.peak / GB - 0.001).fits
         assert model(4).plan(PROMPT, memory_limit=low.peak / GB + 0.001).fits
 
+    @pytest.mark.parametrize("memory", [24, 64, 512])
+    def test_freed_buffers_hardly_raise_the_peak(
+        self, model: Callable[[int], Pipeline], monkeypatch: pytest.MonkeyPatch, memory: int
+    ) -> None:
+        """However much memory there is."""
+        memory_of(monkeypatch, memory)
+        plan = model(4).plan(PROMPT)
+        assert all(phase.total + phase.cache < 1.07 * plan.peak for phase in plan.phases)
+        assert all(phase.cache or phase.beside for phase in plan.phases), "each may keep some"
+
     def test_nearest_sizes(self, model: Callable[[int], Pipeline]) -> None:
         """What is suggested fits; one step more does not."""
         options: dict[str, Any] = {"width": 1920, "height": 1088, "frames": 241, "memory_limit": 4.5}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlx.utils import tree_map
 from ltx2.runtime.errors import ConfigError, InputError, UnsupportedError
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network, parameter_shapes
+from ltx2.runtime.networks.video_vae import frames as streamed
 from ltx2.runtime.networks.video_vae import layers
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
 from ltx2.runtime.networks.video_vae.decoder import StillDecoder
@@ -82,7 +84,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 def decoded(vae: VideoDecoder, latents: mx.array, tiles: Tiling | None = None) -> np.ndarray:
     """Frames (F, H, W, 3) in [0, 1], neither clamped nor rounded."""
-    return np.concatenate([(np.array(group) + 1) / 2 for group in decode_tiles(vae, latents, tiles)])
+    return np.concatenate([(np.array(group) + 1) / 2 for group in decode_tiles(vae, latents, tiles, iter)])
 
 
 # --- against diffusers
@@ -200,9 +202,9 @@ def test_bf16_is_not_promoted(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     seen: set[mx.Dtype] = set()
     convolve = layers.CausalConv3d.__call__
 
-    def spy(self: layers.CausalConv3d, x: mx.array) -> mx.array:
-        seen.add(x.dtype)
-        return convolve(self, x)
+    def spy(self: layers.CausalConv3d, x: mx.array, *beside: mx.array) -> mx.array:
+        seen.update(value.dtype for value in (x, *beside))
+        return convolve(self, x, *beside)
 
     monkeypatch.setattr(layers.CausalConv3d, "__call__", spy)
     assert vae.decode(mx.zeros((1, 32, 2, 2, 2))).dtype == mx.bfloat16
@@ -306,6 +308,25 @@ def test_groups_are_small() -> None:
     groups = [group.shape[0] for group in decode_frames(LocalVAE(), local_latents(40, 2, 2))]
     assert sum(groups) == 79
     assert max(groups) == FRAMES_PER_GROUP
+
+
+@pytest.mark.parametrize("under_way", [0, 1 << 25])
+def test_copied_groups_stay_in_order(monkeypatch: pytest.MonkeyPatch, under_way: int) -> None:
+    """However many are copied at once, and whichever copy is done first."""
+    latents, copied, begun = local_latents(40, 2, 2), streamed._copied, deque[None]()
+    second = Event()
+
+    def first_last(levels: mx.array) -> streamed.Pictures:
+        begun.append(None)
+        if len(begun) == 1 and under_way:
+            assert second.wait(60)
+        second.set()
+        return copied(levels)
+
+    alone = np.concatenate([streamed.to_levels(group) for group in decode_tiles(LocalVAE(), latents, None, iter)])
+    monkeypatch.setattr(streamed, "UNDER_WAY", under_way)
+    monkeypatch.setattr(streamed, "_copied", first_last)
+    np.testing.assert_array_equal(np.concatenate(list(decode_frames(LocalVAE(), latents))), alone)
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(10, 3), (24, 2), (3, 2), (5, 0)])
@@ -422,9 +443,9 @@ def test_largest_activation(official: Official, monkeypatch: pytest.MonkeyPatch,
         sizes.append(extend(x, before, after, reflect).size)
         return extend(x, before, after, reflect)
 
-    def spy_convolve(self: layers.CausalConv3d, x: mx.array) -> mx.array:
-        sizes.append(convolve(self, x).size)
-        return convolve(self, x)
+    def spy_convolve(self: layers.CausalConv3d, x: mx.array, *beside: mx.array) -> mx.array:
+        sizes.append(convolve(self, x, *beside).size)
+        return convolve(self, x, *beside)
 
     monkeypatch.setattr(layers.CausalConv3d, "__call__", spy_convolve)
     monkeypatch.setattr(layers, "_extend", spy_extend)

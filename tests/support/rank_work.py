@@ -149,7 +149,7 @@ def tiles(machines: Machines) -> Iterator[tuple[str, bool]]:
         for spread in (lambda p, d: shared_tiles(machines, p, d), one_by_one):
             decoded.clear()
             made = spread(places, decode)
-            found.append(list(blended(times, rows, columns, lambda *_, made=made: next(made))))
+            found.append(list(blended(times, rows, columns, lambda *_, made=made: next(made), iter)))
             if spread is not one_by_one:
                 fair = len(decoded) == len(range(machines.rank, len(places), machines.size))
         yield f"{len(places)} tiles", fair and all(map(mx.array_equal, *found))

@@ -80,8 +80,8 @@ class Side:
 
     def offers(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The stream (1, tokens, dim) modulated for audio-to-video, and for video-to-audio cross-attention."""
-        rows, index = Rows(self._cross_table[:4], self.context.cross_modulation), self.context.index
-        a2v, v2a = (rms_modulate(x, rows.scale(i), rows[i + 1], self._eps, index) for i in (0, 2))
+        rows, x = Rows(self._cross_table[:4], self.context.cross_modulation), mx.fast.rms_norm(x, None, self._eps)
+        a2v, v2a = (scale_shift(x, rows.scale(i), rows[i + 1], self.context.index) for i in (0, 2))
         return a2v, v2a
 
     def receive(self, x: mx.array, queries: mx.array, keys: mx.array, other: "Side") -> mx.array:

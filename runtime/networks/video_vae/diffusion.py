@@ -92,7 +92,7 @@ class DiffusionAutoencoder(VideoCoder):
             tops, lefts = (slice(side.start * scale, side.stop * scale) for side in (row, column))
             return self.decoder.denoise(context, noise[frames, tops, lefts], steps)
 
-        return blended(times, rows, columns, decode)
+        return blended(times, rows, columns, decode, iter)
 
     def _check_tiles(self, tiles: Tiles) -> None:
         """Raises InputError where a tile is smaller than the windows in it."""

@@ -1,20 +1,26 @@
 """Decoding a clip in tiles, streamed over time, so that memory stays bounded for any length."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.machine.bounded import evaluate, running_ahead
-from ltx2.runtime.networks.video_vae.tiles import Scaled, Span, Tiles, Tiling, Weights, spatial_spans, temporal_spans
+from ltx2.runtime.networks.video_vae.tiles import Scaled, Span, Tiles, Tiling, spatial_spans, temporal_spans
 
 FRAMES_PER_GROUP = 8  # bounds the float32 frames that are handed out at a time
+COPIES = 4  # threads that copy frames to the host
+UNDER_WAY = 1 << 25  # bytes of frames that they copy while later ones are made
 Pictures = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 Decode = Callable[[slice, slice, slice], mx.array]  # what a tile reads over time, rows, columns -> (F, H, W, 3)
 Place = tuple[Span, Span, Span]  # of a tile: over time, rows, columns
+Group = TypeVar("Group")
+Finish = Callable[[Iterator[mx.array]], Iterator[Group]]  # of the groups of frames that one tile over time completes
 Spread = Callable[[Sequence[Place], Decode], Iterator[mx.array]]  # how tiles are decoded, in this order
 
 
@@ -44,13 +50,18 @@ def decode_frames(
     faster, at the price of their memory, and the frames are the same. `spread` decodes the tiles. Raises InputError for
     tiles that do not fit the latents' scale or are too large to decode, NumericsError for frames that are not finite.
     """
-    return map(to_levels, decode_tiles(vae, latents, tiling, ahead, spread))
+    return decode_tiles(vae, latents, tiling, pictures, ahead, spread)
 
 
 def decode_tiles(
-    vae: VideoDecoder, latents: mx.array, tiling: Tiling | None, ahead: int = 0, spread: Spread = one_by_one
-) -> Iterator[mx.array]:
-    """As `decode_frames`, but float32 in [-1, 1], not clamped and not evaluated."""
+    vae: VideoDecoder,
+    latents: mx.array,
+    tiling: Tiling | None,
+    finish: Finish[Group],
+    ahead: int = 0,
+    spread: Spread = one_by_one,
+) -> Iterator[Group]:
+    """As `decode_frames`, but what `finish` makes of frames in float32, nominally in [-1, 1] and not evaluated."""
     frames, height, width = latents.shape[2:]
     tiles = Tiles((frames, height, width), tiling, vae)
     times = temporal_spans(tiles.times, vae.temporal_scale)
@@ -61,16 +72,37 @@ def decode_tiles(
             return vae.decode(latents[:, :, time, row, column])
 
     decoded = spread([(time, row, column) for time in times for row in rows for column in columns], decode)
-    return blended(times, rows, columns, lambda *_: next(decoded))
+    return blended(times, rows, columns, lambda *_: next(decoded), finish)
+
+
+def pictures(groups: Iterator[mx.array]) -> Iterator[Pictures]:
+    """Groups of frames (n, H, W, 3) in [-1, 1] as uint8. Threads copy them to the host while later ones are made: where
+    the GPU has its own memory, that takes longest. Raises what `to_levels` raises."""
+    with ThreadPoolExecutor(COPIES, "ltx2-copies") as pool:
+        copies: deque[Future[Pictures]] = deque()
+        for levels in map(_checked_levels, groups):
+            copies.append(pool.submit(_copied, levels))
+            if len(copies) * levels.nbytes >= UNDER_WAY:
+                yield copies.popleft().result()
+        while copies:
+            yield copies.popleft().result()
 
 
 def to_levels(frames: mx.array) -> Pictures:
     """(n, H, W, 3) in [-1, 1] -> [0, 255], clamped and rounded. Raises NumericsError for values that are not finite,
     which clamping would hide."""
+    return _copied(_checked_levels(frames))
+
+
+def _checked_levels(frames: mx.array) -> mx.array:
     levels, finite = _to_levels(frames)
     evaluate(levels, finite)
     if not finite.item():
         check_finite(frames, "the decoded frames")
+    return levels
+
+
+def _copied(levels: mx.array) -> Pictures:
     return np.array(levels)
 
 
@@ -80,14 +112,20 @@ def _to_levels(frames: mx.array) -> tuple[mx.array, mx.array]:
     return levels, mx.isfinite(frames).all()
 
 
-def blended(times: list[Span], rows: list[Span], columns: list[Span], decode: Decode) -> Iterator[mx.array]:
-    """Groups of frames (n, H, W, 3), float32, in order: the weighted sum of the tiles over them. A frame is yielded
-    before the next tile over time is decoded, unless that tile adds to it."""
+def blended(
+    times: list[Span], rows: list[Span], columns: list[Span], decode: Decode, finish: Finish[Group]
+) -> Iterator[Group]:
+    """What `finish` makes of groups of frames (n, H, W, 3), float32, in order: the weighted sum of the tiles over them.
+    A frame is yielded before the next tile over time is decoded, unless that tile adds to it."""
     starts = [time.target.start for time in times[1:]] + [times[-1].target.stop]
     pending: mx.array | None = None
     for time, following in zip(times, starts, strict=True):
+        frames, ramp = _decoded(decode, time.source, rows, columns), mx.array(time.weights)[:, None, None, None]
         final = following - time.target.start
-        pending = yield from _finished(_decoded(decode, time.source, rows, columns), time.weights, pending, final)
+        yield from finish(_finished(frames, ramp, pending, final))
+        pending = frames[final:] * ramp[final:]
+        del frames
+        evaluate(pending)
 
 
 def _decoded(decode: Decode, time: slice, rows: list[Span], columns: list[Span]) -> Frames:
@@ -152,21 +190,12 @@ def _within(piece: slice, span: Span) -> bool:
     return bool(span.target.start <= piece.start and piece.stop <= span.target.stop)
 
 
-def _finished(
-    frames: Frames, ramp: Weights, pending: mx.array | None, final: int
-) -> Generator[mx.array, None, mx.array]:
-    """Yield the first `final` frames in groups (n, H, W, 3), with the `pending` ones of the tile before added; return
-    the others, to which the next tile will add."""
-    weights = mx.array(ramp)[:, None, None, None]
+def _finished(frames: Frames, ramp: mx.array, pending: mx.array | None, final: int) -> Iterator[mx.array]:
+    """The first `final` frames in groups (n, H, W, 3), with the `pending` ones of the tile before added."""
     start = 0 if pending is None else pending.shape[0]
     for group in [*_groups(0, start), *_groups(start, final)]:
-        if pending is not None and group.start < start:
-            yield frames[group] * weights[group] + pending[group]
-        else:
-            yield frames[group] * weights[group]
-    rest = frames[final:] * weights[final:]
-    evaluate(rest)
-    return rest
+        weighted = frames[group] * ramp[group]
+        yield weighted if pending is None or group.start >= start else weighted + pending[group]
 
 
 def _groups(start: int, stop: int) -> list[slice]:

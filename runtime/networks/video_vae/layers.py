@@ -41,16 +41,26 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=padding)
         self.border = border
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, beside: mx.array | None = None) -> mx.array:
+        """`beside`, of the result's shape, is added to it."""
         flops = 2 * self.conv.weight.size * prod(x.shape[:4])
-        return in_parts(lambda part: self._frames(x, part), x.shape[1], axis=1, flops=flops)
+        return in_parts(lambda part: self._frames(x, beside, part), x.shape[1], axis=1, flops=flops)
 
-    def _frames(self, x: mx.array, part: slice) -> mx.array:
+    def _frames(self, x: mx.array, beside: mx.array | None, part: slice) -> mx.array:
         """Frames `part` of the result, from the frames they depend on; beyond the clip's ends these are copies."""
         before, after = (2, 0) if self.border.causal else (1, 1)
         start, stop = part.start - before, part.stop + after
         before, after = max(0, -start), max(0, stop - x.shape[1])
-        return self.conv(_extend(x[:, max(0, start) : stop], before, after, self.border.reflect))
+        extended = _extend(x[:, max(0, start) : stop], before, after, self.border.reflect)
+        if beside is None:
+            return self.conv(extended)
+        y = mx.conv3d(extended, self.conv.weight, padding=self.conv.padding)
+        return _sum(beside[:, part], y, self.conv.bias)
+
+
+@mx.compile
+def _sum(beside: mx.array, y: mx.array, bias: mx.array) -> mx.array:
+    return beside + (y + bias)
 
 
 def _extend(x: mx.array, before: int, after: int, reflect: bool) -> mx.array:
@@ -96,7 +106,7 @@ class ResBlock(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         y = settled(self.conv1(activate(x)))
         y = settled(activate(y))  # under the same name: nobody holds the convolution's result
-        return x + self.conv2(y)
+        return self.conv2(y, x)
 
 
 class ResBlocks(nn.Module):
