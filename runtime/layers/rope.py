@@ -60,8 +60,8 @@ def apply_rope(x: mx.array, rope: Rope) -> mx.array:
     """Rotate the two halves of every head of `x` (batch, tokens, heads, head_dim) in float32; keeps x's dtype."""
     halves = x.reshape(*x.shape[:3], 2, -1)
     sign = mx.array([[-1.0], [1.0]])
-    # Views, so that one fused kernel writes the result without a concatenation. None of them is reversed: with a
-    # negative stride a kernel counts in 64 bits and is 7x slower (NVIDIA H200).
+    # Views, so that one fused kernel writes the result without a concatenation. None of them is reversed: a kernel
+    # counts in 64 bits where a stride is negative.
     first, second = halves[..., :1, :], halves[..., 1:, :]
     return _rotate(first, second, rope.cos[..., None, :], rope.sin[..., None, :], sign).reshape(x.shape)
 
