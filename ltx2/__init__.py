@@ -7,6 +7,8 @@ Functions are the commands, arguments their options. Expected failures are Ltx2E
 tells its progress by the dataclasses in ltx2.events.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,12 @@ if TYPE_CHECKING:
     from ltx2.runtime.generate.records.clip import Clip as Clip
 
 __version__ = "0.1.0"
+
+if sys.platform == "darwin":
+    # MLX transforms what it convolves (Winograd): as many frames at once as three quarters of the GPU's memory hold,
+    # three times over, and where that is too much Metal ends the command and pictures are black. A frame at a time is
+    # no slower. MLX reads this variable at every convolution; one that is set stays.
+    os.environ.setdefault("MLX_CONV_WINOGRAD_TILE_BATCH", "1")
 
 # Module -> public names that it has. Imported on first use, so that `import ltx2` and `ltx2 --help` stay instant.
 _PUBLIC = {

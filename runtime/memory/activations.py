@@ -144,7 +144,7 @@ def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bo
     space = config.spatial_scale
     _, height, width = tiles.latents
     pixels = height * width * space * space * 3
-    longest = max(stop - max(0, start - 1) for start, stop, _ in _ends(tiles.times))  # all but the first start early
+    longest, *_ = largest_tile(tiles)
     frames = (longest - 1) * config.temporal_scale + 1
     waiting = 0
     if tiles.tiling is not None and longest < tiles.latents[0]:
@@ -171,6 +171,14 @@ def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, unfold: bo
         largest = tile.largest
     behind = ahead * largest if largest <= AHEAD else 0
     return Activations(waiting + latents + needed, full - needed + behind, largest)
+
+
+def largest_tile(tiles: Tiles) -> Size:
+    """Latents over time, rows and columns of the largest tile as it is decoded: over time all but the first start one
+    early."""
+    longest = max(stop - max(0, start - 1) for start, stop, _ in _ends(tiles.times))
+    height, width = (max(stop - start for start, stop, _ in _ends(side)) for side in (tiles.rows, tiles.columns))
+    return longest, height, width
 
 
 def decode_still(config: VideoVAEConfig, size: tuple[int, int], itemsize: int, unfold: bool) -> Activations:
@@ -207,11 +215,16 @@ def encode_video(config: VideoConfig, clip: Size, tiling: Tiling, itemsize: int,
     early = config.temporal_scale  # frames of the latent that later tiles start with
     held = min(clip[0], tiling.frames + 2 * early) + FRAMES_PER_GROUP * FLOAT32 // itemsize
     buffer = held * clip[1] * clip[2] * 3 * itemsize
-    tile = (tiling.frames + early, tiling.height, tiling.width)
-    frames, height, width = map(min, clip, tile)
+    frames, height, width = encoded_tile(config, clip, tiling)
     pixels = 2 * frames * height * width * 3 * itemsize
     patch = config.patch_size
     return _tower(config.tower, (frames, height // patch, width // patch), itemsize, unfold).beside(buffer + pixels)
+
+
+def encoded_tile(config: VideoConfig, clip: Size, tiling: Tiling) -> Size:
+    """Frames, height and width in pixels of the largest tile of a clip as it is encoded."""
+    frames, height, width = map(min, clip, (tiling.frames + config.temporal_scale, tiling.height, tiling.width))
+    return frames, height, width
 
 
 def decode_diffusion(

@@ -199,3 +199,8 @@ def uses_cpu() -> bool:
 def on_cpu(size: int) -> int:
     """`size` where MLX computes on the CPU, else 0."""
     return size if uses_cpu() else 0
+
+
+def on_metal(size: int) -> int:
+    """`size` where MLX computes on a Mac's GPU, else 0."""
+    return size if _GPU.get() or (not uses_cpu() and mx.metal.is_available()) else 0

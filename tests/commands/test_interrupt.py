@@ -120,11 +120,16 @@ def test_at_work(demo_f32: Path, tmp_path: Path, command: str) -> None:
 def test_a_terminal_that_is_closed(demo_f32: Path, tmp_path: Path) -> None:
     """There is nobody to tell, and nothing stays behind."""
     terminal, end = os.openpty()
+
+    def begin() -> None:
+        listen()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     command = [SCRIPT, "generate", "a red square", "-m", demo_f32, "-o", tmp_path / "clip.mp4", *SEED]
     with subprocess.Popen(
         [*map(str, command), "--width", "384", "--height", "256", "--frames", "49"],
         stdin=end, stdout=end, stderr=end, start_new_session=True,
-        preexec_fn=lambda: (listen(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+        preexec_fn=begin,
     ) as process:  # fmt: skip
         os.close(end)
         said = b""

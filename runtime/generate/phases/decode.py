@@ -14,10 +14,10 @@ from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.media.source import read_frames
 from ltx2.runtime.media.video import AudioTrack, encoding_memory
 from ltx2.runtime.memory import activations as network
-from ltx2.runtime.memory import cpu, flops
+from ltx2.runtime.memory import cpu, flops, metal
 from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.flops import PhaseWork, Work
-from ltx2.runtime.memory.plan import Headers, Need, on_cpu, uses_cpu
+from ltx2.runtime.memory.plan import Headers, Need, on_cpu, on_metal, uses_cpu
 from ltx2.runtime.model.layout import DIFFUSION_VAE, VIDEO_VAE
 from ltx2.runtime.networks.audio.bandwidth import vocoder_config
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
@@ -46,7 +46,7 @@ class DecodeSound(Phase):
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config, frames = self.job.audio_config, self.job.grid(sizes=sizes).audio_frames
         used = network.decode_audio(config, frames)
-        used = used.beside(*map(on_cpu, cpu.decode_audio(config, frames)))
+        used = used.beside(*map(on_cpu, cpu.decode_audio(config, frames))).beside(on_metal(metal.audio(used.largest)))
         return Need(self.name, headers.weights(self.name, "decoder."), used)
 
     def work(self, headers: Headers) -> PhaseWork:
@@ -138,7 +138,9 @@ class DecodeVideo(Phase):
         return VideoVAEConfig.from_dict(self.job.folder.config(self.name))
 
     def _activations(self, latents: Size, tiling: Tiling | None, width: int) -> Activations:
-        used = network.decode_video(self._config, Tiles(latents, tiling, self._config), width, uses_cpu(), BEHIND)
+        tiles = Tiles(latents, tiling, self._config)
+        used = network.decode_video(self._config, tiles, width, uses_cpu(), BEHIND)
+        used = used.beside(on_metal(metal.decode_video(self._config, tiles, width)))
         return used.beside(on_cpu(cpu.decode_video(self._config, width)))
 
     def _counted(self, latents: Size) -> Work:

@@ -11,10 +11,10 @@ from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.base import Made, Phase, Tools
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.memory import activations as network
-from ltx2.runtime.memory import cpu, flops
+from ltx2.runtime.memory import cpu, flops, metal
 from ltx2.runtime.memory.activations import Activations
 from ltx2.runtime.memory.flops import PhaseWork, Work
-from ltx2.runtime.memory.plan import Headers, Need, on_cpu, uses_cpu
+from ltx2.runtime.memory.plan import Headers, Need, on_cpu, on_metal, uses_cpu
 from ltx2.runtime.networks.audio.vae import AudioAutoencoder
 from ltx2.runtime.networks.load import read_weights
 from ltx2.runtime.networks.video_vae.config import Size
@@ -36,7 +36,12 @@ class EncodeVideo(Phase):
 
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config, itemsize = self.job.video_config, headers.itemsize(self.job.coder)
-        each = (network.encode_video(config, clip, ENCODING, itemsize, uses_cpu()) for clip in self.clips(sizes))
+        each = (
+            network.encode_video(config, clip, ENCODING, itemsize, uses_cpu()).beside(
+                on_metal(metal.encode_video(config, clip, ENCODING, itemsize))
+            )
+            for clip in self.clips(sizes)
+        )
         used = reduce(Activations.or_then, each).beside(on_cpu(cpu.encode_video(config, itemsize)))
         return Need(self.name, headers.weights(self.job.coder, "encoder."), used)
 
@@ -94,6 +99,7 @@ class EncodeSound(Phase):
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config = self.job.audio_config
         used = network.encode_audio(config, round(sizes.frames / sizes.fps * config.sampling_rate))
+        used = used.beside(on_metal(metal.audio(used.largest)))
         return Need(self.name, headers.weights(self.components[0], "encoder."), used)
 
     def work(self, headers: Headers) -> PhaseWork:

@@ -6,9 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ltx2.runtime.memory import activations, cpu
+from ltx2.runtime.memory import activations, cpu, metal
 from ltx2.runtime.memory.activations import Activations
-from ltx2.runtime.memory.plan import on_cpu, uses_cpu
+from ltx2.runtime.memory.plan import on_cpu, on_metal, uses_cpu
 from ltx2.runtime.model.layout import ModelFolder
 from ltx2.runtime.networks.load import load_network
 from ltx2.runtime.networks.video_vae.config import VideoVAEConfig
@@ -60,6 +60,8 @@ def preview_weights(config: VideoVAEConfig, itemsize: int) -> int:
 
 def preview_memory(config: VideoVAEConfig, grid: Grid, itemsize: int) -> Activations:
     """Memory of a preview beside its weights, while it is made or used."""
-    used = activations.decode_still(config, (grid.height, grid.width), itemsize, uses_cpu())
+    size = grid.height, grid.width
+    used = activations.decode_still(config, size, itemsize, uses_cpu())
+    used = used.beside(on_metal(metal.decode_still(config, size, itemsize)))
     used = used.beside(on_cpu(cpu.decode_video(config, itemsize, cpu.TAPS_2D)))
     return activations.still_weights(config, itemsize).or_then(used)

@@ -1,0 +1,59 @@
+"""Bytes that Metal's kernels hold beside those of other GPUs, from shapes alone, as MLX 0.32.2 and later compute (its
+backend/metal/conv.cpp): a 3x3x3 convolution, whose clip is extended over time before it, as three of 3x3, one for each
+tap over time. Their results are all there until the last is done. One of 3x3 with many channels multiplies transformed
+tiles of 8x8 positions for 6x6 results (Winograd), of one frame at a time (ltx2/__init__.py).
+
+None of this was measured on a Mac here."""
+
+from math import prod
+
+from ltx2.runtime.memory.activations import encoded_tile, largest_tile
+from ltx2.runtime.networks.video_vae.config import Convolution, Size, Tower, VideoVAEConfig
+from ltx2.runtime.networks.video_vae.encode import VideoConfig
+from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling
+
+TAPS = 3  # over time
+TILE, RESULT = 8, 6
+# What is transformed: multiples of so many channels on both sides, so many of both together, so many positions or more.
+FACTOR, CHANNELS, POSITIONS = 32, 256, 4096
+
+
+def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int) -> int:
+    """The results of the largest layer's other taps, one that is allocated and not used, and what each tap
+    transforms."""
+    return _tower(config.decoder, largest_tile(tiles), itemsize)
+
+
+def encode_video(config: VideoConfig, clip: Size, tiling: Tiling, itemsize: int) -> int:
+    """As `decode_video`. `clip`: frames, height and width in pixels."""
+    frames, height, width = encoded_tile(config, clip, tiling)
+    return _tower(config.tower, (frames, height // config.patch_size, width // config.patch_size), itemsize)
+
+
+def decode_still(config: VideoVAEConfig, size: tuple[int, int], itemsize: int) -> int:
+    """What the largest convolution of a single frame of latents (rows, columns) transforms."""
+    return itemsize * max(map(transformed, config.decoder.convolutions((1, *size), still=True)))
+
+
+def audio(unit: int) -> int:
+    """What a convolution of spectrograms transforms. `unit`: bytes of the largest array."""
+    return 2 * TILE**2 * unit // RESULT**2 + unit
+
+
+def _tower(tower: Tower, size: Size, itemsize: int) -> int:
+    layers = tower.convolutions(size)
+    return max(TAPS * itemsize * (layer.outputs * prod(layer.size) + transformed(layer)) for layer in layers)
+
+
+def transformed(layer: Convolution) -> int:
+    """Values that one 3x3 convolution transforms: a frame of its input and of its results, and its kernels; and a copy
+    of the frame with its border. 0 where nothing is transformed."""
+    inputs, outputs, (_, height, width) = layer.inputs, layer.outputs, layer.size
+    many = not inputs % FACTOR and not outputs % FACTOR and inputs + outputs >= CHANNELS
+    if not many or prod(layer.size) < POSITIONS:
+        return 0
+    rows, columns = -(-height // RESULT), -(-width // RESULT)
+    border = TILE - RESULT
+    copied = inputs * (rows * RESULT + border) * (columns * RESULT + border)
+    tiles = TILE**2 * rows * columns * (inputs + outputs)
+    return copied + tiles + TILE**2 * inputs * outputs
