@@ -86,7 +86,7 @@ def doctor_tables(found: Diagnosed) -> Iterator[tuple[str, list[str], list[list[
     rows = []
     for name, checks in groups.items():
         wrong = [check for check in checks if not check.right]
-        shown = wrong or [max(checks, key=lambda check: check.error or 0.0)]
+        shown = wrong or [max(checks, key=lambda check: (check.error or 0.0) / check.limit)]
         for check in shown:
             which = f"{name}: {check.name}" if wrong else name
             rows.append([which, str(len(checks)), check.dtype, _error(check), f"{check.limit:g}", _verdict(check)])
