@@ -45,9 +45,15 @@ __version__ = "0.1.0"
 
 if sys.platform == "darwin":
     # MLX transforms what it convolves (Winograd): as many frames at once as three quarters of the GPU's memory hold,
-    # three times over, and where that is too much Metal ends the command and pictures are black. A frame at a time is
-    # no slower. MLX reads this variable at every convolution; one that is set stays.
-    os.environ.setdefault("MLX_CONV_WINOGRAD_TILE_BATCH", "1")
+    # three times over, and where that is too much Metal ends the command and pictures are black. So a frame at a time,
+    # or a few small ones. MLX reads this variable at every convolution; another number that is set stays.
+    from ltx2.runtime.machine import winograd as _winograd
+
+    def _tell(frames: int) -> None:
+        os.environ["MLX_CONV_WINOGRAD_TILE_BATCH"] = str(frames)
+
+    if os.environ.setdefault("MLX_CONV_WINOGRAD_TILE_BATCH", "1") == "1":
+        _winograd.tell = _tell
 
 # Module -> public names that it has. Imported on first use, so that `import ltx2` and `ltx2 --help` stay instant.
 _PUBLIC = {

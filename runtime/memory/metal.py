@@ -1,19 +1,19 @@
 """Bytes that Metal's kernels hold beside those of other GPUs, from shapes alone, as MLX 0.32.2 and later compute (its
 backend/metal/conv.cpp): a 3x3x3 convolution, whose clip is extended over time before it, as three of 3x3, one for each
 tap over time. Their results are all there until the last is done. One of 3x3 with many channels multiplies transformed
-tiles of 8x8 positions for 6x6 results (Winograd), of one frame at a time (ltx2/__init__.py).
+tiles of 8x8 positions for 6x6 results (Winograd), of a frame or a few at a time (runtime/machine/winograd.py).
 
 None of this was measured on a Mac here."""
 
 from math import prod
 
+from ltx2.runtime.machine.winograd import RESULT, TILE, frames_at_once, tiles_of
 from ltx2.runtime.memory.activations import encoded_tile, largest_tile
 from ltx2.runtime.networks.video_vae.config import Convolution, Size, Tower, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.encode import VideoConfig
 from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling
 
 TAPS = 3  # over time
-TILE, RESULT = 8, 6
 # What is transformed: multiples of so many channels on both sides, so many of both together, so many positions or more.
 FACTOR, CHANNELS, POSITIONS = 32, 256, 4096
 
@@ -46,14 +46,12 @@ def _tower(tower: Tower, size: Size, itemsize: int) -> int:
 
 
 def transformed(layer: Convolution) -> int:
-    """Values that one 3x3 convolution transforms: a frame of its input and of its results, and its kernels; and a copy
-    of the frame with its border. 0 where nothing is transformed."""
-    inputs, outputs, (_, height, width) = layer.inputs, layer.outputs, layer.size
+    """Values that one 3x3 convolution transforms: a few frames of its input and of its results, and its kernels; and a
+    copy of the frames with their border. 0 where nothing is transformed."""
+    inputs, outputs, (frames, height, width) = layer.inputs, layer.outputs, layer.size
     many = not inputs % FACTOR and not outputs % FACTOR and inputs + outputs >= CHANNELS
     if not many or prod(layer.size) < POSITIONS:
         return 0
-    rows, columns = -(-height // RESULT), -(-width // RESULT)
-    border = TILE - RESULT
-    copied = inputs * (rows * RESULT + border) * (columns * RESULT + border)
-    tiles = TILE**2 * rows * columns * (inputs + outputs)
-    return copied + tiles + TILE**2 * inputs * outputs
+    rows, columns = (-(-side // RESULT) * RESULT + TILE - RESULT for side in (height, width))
+    frame = inputs * rows * columns + TILE**2 * tiles_of(height, width) * (inputs + outputs)
+    return min(frames, frames_at_once(height, width)) * frame + TILE**2 * inputs * outputs

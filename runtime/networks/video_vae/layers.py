@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.machine.bounded import evaluate, in_parts
+from ltx2.runtime.machine.winograd import transforming
 from ltx2.runtime.networks.video_vae.config import Size, Stage
 
 NORM_EPS = 1e-8
@@ -165,8 +166,9 @@ def apply(first: CausalConv3d, blocks: list[Any], x: mx.array) -> mx.array:
     this function holds the last one's result, which is a fifth of the memory."""
     layers = [layer for block in blocks for layer in (block.res_blocks if isinstance(block, ResBlocks) else [block])]
     for layer in [first, *layers]:
-        x = layer(x)
-        evaluate(x)
+        with transforming(*x.shape[2:4]):
+            x = layer(x)
+            evaluate(x)
     return x
 
 
