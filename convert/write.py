@@ -228,7 +228,7 @@ def check_target(out: Path, size: int) -> None:
 
 
 def _check_room(out: Path, needed: int) -> None:
-    check_room((out.absolute().parent, needed + RESERVE_BYTES), else_=", or convert with --bits 4")
+    check_room((out.absolute().parent, needed + RESERVE_BYTES), else_=", or pack to fewer --bits")
 
 
 def _states(plan: Plan) -> dict[Path, tuple[int, int]]:

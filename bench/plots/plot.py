@@ -76,6 +76,6 @@ def _matplotlib() -> ModuleType:
         import matplotlib
     except ImportError as error:
         raise UnsupportedError(
-            "plots cannot be drawn", "matplotlib is not installed", "pip install 'ltx2[plot]', or leave out --plot"
+            "plots cannot be drawn", "matplotlib is not installed", "pip install matplotlib, or leave out --plot"
         ) from error
     return matplotlib

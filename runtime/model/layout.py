@@ -290,5 +290,7 @@ class ModelFolder:
         try:
             return [open_tensorfile(path) for path in self.weight_files(component)]
         except CheckpointError as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise ModelFolderError(error.what, error.why, error.fix) from error
             fix = "convert the checkpoint again, or copy the file back"
             raise ModelFolderError(f"{component} of {self.path} is damaged: {error.what}", error.why, fix) from error

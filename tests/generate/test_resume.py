@@ -244,7 +244,8 @@ def test_a_finished_clip_is_left_alone(here: Here, demo_f32: Path, whole: Path) 
         done = here(*args, *seed, *dry, "--resume", "--json")
         assert done.code == 0 and done.json["clip"] == str(clip) and "clip.mp4 is finished" in done.err
         assert clip.stat().st_mtime_ns == before.st_mtime_ns
-        for other in ([*seed, "--frames", "17", "--resume"], ["--seed", "11", "--resume"], seed):
+        changed = (["--frames", "17"], ["--crf", "30"], ["--seed", "11"])
+        for other in (seed, *([*seed, *option, "--resume"] for option in changed if option[0] not in seed)):
             here(*args, *dry, *other).failed(1, "clip.mp4 is already there")
 
 

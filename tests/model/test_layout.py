@@ -1,6 +1,8 @@
 """The model folder's manifest and what is said when a folder is not one."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +137,19 @@ def test_truncated_weight_file_is_noticed(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ModelFolderError, match=r"vocoder of .* is damaged: model\.safetensors .*copy the file back"):
         ModelFolder.open(folder).tensor_files("vocoder")
+
+
+def test_a_weight_file_that_may_not_be_read_is_not_called_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    opened = ModelFolder.open(folder)
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(ModelFolderError) as error:
+        opened.tensor_files("vocoder")
+    assert (error.value.why, error.value.fix) == ("permission denied", "check the path and its permissions")
 
 
 def test_shards_come_in_the_manifest_order(folder: Path) -> None:

@@ -146,11 +146,12 @@ class Started:
 
 
 def finished(job: Job) -> Mapping[str, Any] | None:
-    """The record of the clip, where a run that is continued has made it already: there, with no state left."""
+    """The record of the clip, where a run that is continued has made it already: there, with no state left, and as it
+    is asked for."""
     request = job.request
     if not request.resume or request.output is None or request.state is None:
         return None
-    clip, decided = Path(request.output), [name for name, row in ROWS.items() if row.decides and row.recorded]
+    clip, decided = Path(request.output), [name for name, row in ROWS.items() if row.decides and row.recorded] + ["crf"]
     if not clip.exists() or Path(request.state).exists():
         return None
     try:
