@@ -45,8 +45,8 @@ __version__ = "0.1.0"
 
 if sys.platform == "darwin":
     # MLX transforms what it convolves (Winograd): as many frames at once as three quarters of the GPU's memory hold,
-    # three times over, and where that is too much Metal ends the command. So a frame at a time, or a few small ones. MLX
-    # reads this variable at every convolution; another number that is set stays.
+    # three times over, and where that is too much Metal ends the command. So a frame at a time, or a few small ones.
+    # MLX reads this variable at every convolution; another number that is set stays.
     from ltx2.runtime.machine import winograd as _winograd
 
     def _tell(frames: int) -> None:
