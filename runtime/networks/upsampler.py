@@ -4,17 +4,19 @@ Group normalisation sees the whole clip, so latents are never tiled here. Inside
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd, prod
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ltx2.runtime.errors import UnsupportedError
-from ltx2.runtime.machine.bounded import evaluate
+from ltx2.runtime.machine.bounded import evaluate, in_parts
 from ltx2.runtime.model.config import Config, Repeats
 from ltx2.runtime.networks.video_vae.layers import depth_to_space
 
 GROUPS = 32
+CHANNELS = 32  # that are computed together: kernels for GPUs need multiples of 16
 # Scale of the rational resampler -> factor up, then factor down.
 RATIONAL_SCALES: Mapping[float, tuple[int, int]] = {0.75: (3, 4), 1.5: (3, 2), 2.0: (2, 1), 4.0: (4, 1)}
 BINOMIAL = (1, 4, 6, 4, 1)
@@ -63,6 +65,22 @@ class UpsamplerConfig(Config):
         raise UnsupportedError(
             "this latent upscaler is not supported", why, "use a published LTX-2 upscaler of a supported release"
         )
+
+
+class Convolution(nn.Conv3d):
+    """3x3x3 convolution over a clip extended by zeros, (1, f, h, w, inputs) -> (1, f, h, w, outputs). Where it is too
+    large for this GPU, some output channels at a time: that computes nothing twice."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        outputs, flops = self.weight.shape[0], 2 * self.weight.size * prod(x.shape[:4])
+        together = gcd(outputs, CHANNELS)
+
+        def some(part: slice) -> mx.array:
+            kernels = self.weight[part.start * together : part.stop * together]
+            return mx.conv3d(x, kernels, padding=self.padding)
+
+        y: mx.array = in_parts(some, outputs // together, axis=4, flops=flops) + self.bias
+        return y
 
 
 class ResBlock(nn.Module):
@@ -148,8 +166,8 @@ def _upsampler(config: UpsamplerConfig) -> RationalResampler | list[nn.Module]:
     return [nn.Conv2d(mid, mid * 4, 3, padding=1)]
 
 
-def _conv3d(in_channels: int, out_channels: int) -> nn.Conv3d:
-    return nn.Conv3d(in_channels, out_channels, 3, padding=1)
+def _conv3d(in_channels: int, out_channels: int) -> Convolution:
+    return Convolution(in_channels, out_channels, 3, padding=1)
 
 
 def _norm(channels: int) -> nn.GroupNorm:

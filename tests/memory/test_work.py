@@ -19,6 +19,7 @@ from ltx2.runtime.machine.bounded import Meter
 from ltx2.runtime.memory.meter import Phase, explained
 from ltx2.runtime.networks.load import build_network
 from ltx2.runtime.networks.transformer.model import Transformer
+from ltx2.runtime.networks.upsampler import Convolution
 from ltx2.runtime.networks.video_vae.layers import Border, CausalConv3d
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.sampling.latents import Grid
@@ -197,6 +198,17 @@ class TestCutting:
         assert len(seen) == count and cut.shape == whole.shape
         assert mx.allclose(whole, cut, rtol=1e-5, atol=1e-6).item()
 
+    @pytest.mark.parametrize(("outputs", "count"), [(96, 0), (128, 2), (224, 3)])
+    def test_upscalers_convolution_by_channels(self, machine: Limit, outputs: int, count: int) -> None:
+        layer, x = Convolution(8, outputs, 3, padding=1), random(1, 3, 3, 4, 8)
+        layer.bias = random(outputs)
+        whole = layer(x)
+        machine(3.5 * 2 * 32 * layer.weight[0].size * 36)
+        with evaluations() as seen:
+            cut = layer(x)
+        assert len(seen) == count and cut.shape == whole.shape
+        assert mx.allclose(whole, cut, rtol=1e-5, atol=1e-5).item()
+
 
 class Counted:
     """Floating-point operations: of every evaluation so far, then of what is not evaluated yet; and the most of a
@@ -279,9 +291,10 @@ class TestPublishedSizes:
         vae.decode(mx.zeros((1, 128, *tile)))
         bounded(f"video decode of {tile}")
 
-    def test_upscaler(self, bounded: Callable[[str], None]) -> None:
-        network("spatial_upscaler")(mx.zeros((1, 128, 16, 8, 12)))
-        bounded("upscaler")
+    @pytest.mark.parametrize("size", [(16, 8, 12), (61, 17, 30)], ids=str)
+    def test_upscaler(self, bounded: Callable[[str], None], size: tuple[int, int, int]) -> None:
+        network("spatial_upscaler")(mx.zeros((1, 128, *size)))
+        bounded(f"upscaler of {size}")
 
     def test_text_encoder(self, bounded: Callable[[str], None]) -> None:
         """One layer of each kind, of a prompt that is as long as they get."""
