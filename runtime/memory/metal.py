@@ -1,14 +1,18 @@
 """Bytes that Metal's kernels hold beside those of other GPUs, from shapes alone, as MLX 0.32.2 and later compute (its
 backend/metal/conv.cpp): a 3x3x3 convolution, whose clip is extended over time before it, as three of 3x3, one for each
 tap over time. Their results are all there until the last is done. One of 3x3 with many channels multiplies transformed
-tiles of 8x8 positions for 6x6 results (Winograd), of a frame or a few at a time (runtime/machine/winograd.py).
+tiles of 8x8 positions for 6x6 results (Winograd), of a frame or a few at a time (runtime/machine/winograd.py). And a
+matrix product whose inner axis is long is computed in parts along it, all of which are there until they are added up
+(backend/metal/matmul.cpp); by GPUs with matrix units (M5), but counted for all.
 
 None of this was measured on a Mac here."""
 
 from math import prod
 
 from ltx2.runtime.machine.winograd import RESULT, TILE, frames_at_once, tiles_of
-from ltx2.runtime.memory.activations import encoded_tile, largest_tile
+from ltx2.runtime.memory.activations import FLOAT32, encoded_tile, largest_tile
+from ltx2.runtime.networks.text.config import ConnectorsConfig
+from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.config import Convolution, Size, Tower, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.encode import VideoConfig
 from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling
@@ -16,6 +20,24 @@ from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling
 TAPS = 3  # over time
 # What is transformed: multiples of so many channels on both sides, so many of both together, so many positions or more.
 FACTOR, CHANNELS, POSITIONS = 32, 256, 4096
+LONG, PART = 3, 4096  # an inner axis so many times as long as the others is cut into parts of so many values
+
+
+def connectors(config: ConnectorsConfig, tokens: int) -> int:
+    """The projection of all hidden states of the text, in parts: as much as the states, twice."""
+    outputs = config.video.width if config.per_token else config.caption_channels
+    return _parts(tokens, config.num_hidden_states * config.caption_channels, outputs)
+
+
+def denoise_step(config: TransformerConfig, tokens: int) -> int:
+    """The second product of the video's feed-forward network, in parts. `tokens`: of the video."""
+    return _parts(tokens, 4 * config.video.dim, config.video.dim)
+
+
+def _parts(tokens: int, inputs: int, outputs: int) -> int:
+    """Bytes of a product's parts, in float32."""
+    cut = inputs > PART and inputs >= LONG * max(tokens, outputs)
+    return FLOAT32 * -(-inputs // PART) * tokens * outputs if cut else 0
 
 
 def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int) -> int:

@@ -70,7 +70,8 @@ def test_what_is_not(layer: Convolution) -> None:
 
 
 def test_plans_for_macs_count_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the widest layer three results more, and what its three convolutions transform; nothing in the stages."""
+    """Of the widest layer three results more, and what its three convolutions transform; a product in four parts where
+    tokens are few, which they are in stage 1; and of the text's projection, whose inner axis is 188160 long, 46."""
     folder = random_folder("ltx-2.3-distilled", Settings(bits=4))
     gpu_of(monkeypatch, 64)
     elsewhere = Pipeline(folder).plan("a red kite")
@@ -80,6 +81,9 @@ def test_plans_for_macs_count_it(monkeypatch: pytest.MonkeyPatch) -> None:
     widest = Convolution(256, 512, (121, 64, 96))
     more = 2 * 3 * (512 * 121 * 64 * 96 + transformed(widest))
     assert mac.phase("video_vae").total - elsewhere.phase("video_vae").total == more
+    parts = {name: mac.phase(name).total - elsewhere.phase(name).total for name in ("connectors", "stage1")}
+    tokens = parts["connectors"] // (4 * 46 * 4096)
+    assert parts == {"connectors": 4 * 46 * tokens * 4096, "stage1": 4 * 4 * 1536 * 4096} and 0 < tokens < 1024
     assert mac.phase("stage2") == replace(elsewhere.phase("stage2"), cache=mac.phase("stage2").cache)
 
 

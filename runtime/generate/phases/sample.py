@@ -14,9 +14,9 @@ from ltx2.runtime.generate.phases.preview import Preview, preview_memory, previe
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.layers.lora import attach
 from ltx2.runtime.memory import activations as network
-from ltx2.runtime.memory import cpu, flops
+from ltx2.runtime.memory import cpu, flops, metal
 from ltx2.runtime.memory.flops import PhaseWork
-from ltx2.runtime.memory.plan import CODES, Headers, Need, on_cpu
+from ltx2.runtime.memory.plan import CODES, Headers, Need, on_cpu, on_metal
 from ltx2.runtime.memory.streaming import block_of, streamed
 from ltx2.runtime.model.layout import TRANSFORMER
 from ltx2.runtime.networks.load import load_statistics, read_weights
@@ -137,6 +137,7 @@ class Denoise(Phase):
         unpacked = width * (headers.unpacked(TRANSFORMER) + loras.largest(self.number))
         appended = self.appended(sizes)
         used = network.denoise_step(config, grid, text, width, unpacked=unpacked, appended=appended)
+        used = used.beside(on_metal(metal.denoise_step(config, grid.tokens + appended)))
         if headers.rotates(TRANSFORMER):
             used = used.beside(network.rotated(config, grid.tokens + appended, width))
         if any(isinstance(change, Reference) and change.attention < 1 for change in self._changes):

@@ -10,9 +10,9 @@ from ltx2.runtime.generate.job import Job
 from ltx2.runtime.generate.phases.base import Made, Phase, Texts, Tools
 from ltx2.runtime.layers.checks import check_finite
 from ltx2.runtime.memory import activations as network
-from ltx2.runtime.memory import cpu, flops
+from ltx2.runtime.memory import cpu, flops, metal
 from ltx2.runtime.memory.flops import PhaseWork, Work
-from ltx2.runtime.memory.plan import Headers, Need, on_cpu
+from ltx2.runtime.memory.plan import Headers, Need, on_cpu, on_metal
 from ltx2.runtime.model.layout import DURATION_HEAD
 from ltx2.runtime.networks.load import read_weights
 from ltx2.runtime.networks.text.config import ConnectorsConfig, gemma_config
@@ -78,6 +78,7 @@ class Connect(Phase):
             config, _tokens(self.job), length, width, unpacked=width * headers.unpacked(self.name)
         )
         used = used.beside(on_cpu(cpu.connectors(config, length, width)))
+        used = used.beside(on_metal(metal.connectors(config, _tokens(self.job))))
         return Need(self.name, headers.weights(self.name), used)
 
     def work(self, headers: Headers) -> PhaseWork:
