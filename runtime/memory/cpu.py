@@ -63,17 +63,15 @@ def decode_diffusion(config: DiffusionVAEConfig, latents: Size, tiling: Tiling |
     return 2 * FLOAT32 * BLOCK**3 * scores // config.decoder.head_dim
 
 
-def decode_audio(config: AudioVAEConfig, audio_frames: int) -> tuple[int, int]:
-    """A convolution of the finest level; and the level's other ones, which are queued beside it."""
-    pixel = audio_frames * config.temporal_scale * config.mel_bins * FLOAT32
-    coarser, width = config.widths[min(1, len(config.widths) - 1)], config.widths[0]
-    largest = max(coarser, width)
-    return pixel * TAPS_2D * largest, pixel * TAPS_2D * (coarser + (2 * config.num_res_blocks + 1) * width - largest)
+def decode_audio(config: AudioVAEConfig, audio_frames: int) -> int:
+    """The widest convolution of the finest level."""
+    widest = max(config.widths[:2])
+    return audio_frames * config.temporal_scale * config.mel_bins * FLOAT32 * TAPS_2D * widest
 
 
-def encode_audio(config: AudioVAEConfig, unit: int) -> int:
-    """The convolutions of the finest level, which are computed together. `unit`: bytes of an array of that level."""
-    return unit * TAPS_2D * (2 * config.num_res_blocks + 2)
+def encode_audio(unit: int) -> int:
+    """One convolution. `unit`: bytes of an array of the finest level."""
+    return unit * TAPS_2D
 
 
 def vocode(config: VocoderConfig | ExtendedVocoderConfig, unit: int) -> int:

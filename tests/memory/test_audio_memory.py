@@ -3,16 +3,22 @@
 import copy
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
+from ltx2.bench.random.model import random_folder
+from ltx2.runtime.generate.pipeline import Pipeline
+from ltx2.runtime.media.video import AudioTrack, write_wav
 from ltx2.runtime.memory import activations, cpu
 from ltx2.runtime.networks.audio import bandwidth
 from ltx2.runtime.networks.audio import vae as audio_vae
 from tests.networks.test_audio_vae import CONFIG
 from tests.networks.test_vocoder import EXTENDED
+from tests.support.machine import gpu_of, memory_of
 
 WIDER = {part: section | {"upsample_initial_channel": 128} for part, section in EXTENDED.items()}
 
@@ -40,7 +46,7 @@ def test_on_a_cpu(part: str) -> None:
         vae = audio_vae.build(config)
         mx.eval(vae.parameters())
         plan = activations.encode_audio(vae.config, 16000)
-        planned = plan.needed + cpu.encode_audio(vae.config, plan.largest)
+        planned = plan.needed + cpu.encode_audio(plan.largest)
         measured = peak(vae.encode, 1, 2, 16000)
     else:
         voice = bandwidth.build(WIDER)
@@ -48,3 +54,18 @@ def test_on_a_cpu(part: str) -> None:
         plan = activations.vocode(voice.config, 50)
         planned, measured = plan.needed + cpu.vocode(voice.config, plan.largest), peak(voice, 1, 2, 50, 64)
     assert -0.05 * measured <= planned - measured <= 0.25 * measured, (planned, measured)
+
+
+def test_plans_on_a_cpu_count_the_convolutions_of_a_given_sound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, sound = random_folder("ltx-2.3-distilled"), tmp_path / "a.wav"
+    write_wav(sound, AudioTrack(np.zeros((1, 8000 * 6), np.float32), 8000))
+    gpu_of(monkeypatch, 64)
+    gpu = Pipeline(folder).plan("a red kite", audio=sound)
+    monkeypatch.undo()
+    memory_of(monkeypatch, 64)
+    more = Pipeline(folder).plan("a red kite", audio=sound).phase("encode_audio").total
+    more -= gpu.phase("encode_audio").total
+    spectrogram = (round(gpu.job.sizes.frames / gpu.job.sizes.fps * 16000) // 160 + 1) * 64
+    assert more == 9 * 4 * 128 * spectrogram

@@ -46,7 +46,7 @@ class DecodeSound(Phase):
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config, frames = self.job.audio_config, self.job.grid(sizes=sizes).audio_frames
         used = network.decode_audio(config, frames)
-        used = used.beside(*map(on_cpu, cpu.decode_audio(config, frames))).beside(on_metal(metal.audio(used.largest)))
+        used = used.beside(on_cpu(cpu.decode_audio(config, frames)) + on_metal(metal.audio(used.largest)))
         return Need(self.name, headers.weights(self.name, "decoder."), used)
 
     def work(self, headers: Headers) -> PhaseWork:

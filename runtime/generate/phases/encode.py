@@ -99,7 +99,7 @@ class EncodeSound(Phase):
     def need(self, headers: Headers, sizes: Sizes, tiling: Tiling | None) -> Need:
         config = self.job.audio_config
         used = network.encode_audio(config, round(sizes.frames / sizes.fps * config.sampling_rate))
-        used = used.beside(on_metal(metal.audio(used.largest)))
+        used = used.beside(on_cpu(cpu.encode_audio(used.largest)) + on_metal(metal.audio(used.largest)))
         return Need(self.name, headers.weights(self.components[0], "encoder."), used)
 
     def work(self, headers: Headers) -> PhaseWork:

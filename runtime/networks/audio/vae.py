@@ -36,6 +36,9 @@ def norm_silu(x: mx.array) -> mx.array:
 
 
 class ResBlock(nn.Module):
+    """Two convolutions added to their input: (B, T, F, C) -> (B, T, F, C'). Each is evaluated before more is queued,
+    which bounds the memory: a convolution's kernels may take most of it."""
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv1 = CausalConv2d(in_channels, out_channels, 3)
@@ -44,8 +47,11 @@ class ResBlock(nn.Module):
             self.nin_shortcut = CausalConv2d(in_channels, out_channels, 1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        h = self.conv2(norm_silu(self.conv1(norm_silu(x))))
-        return h + (self.nin_shortcut(x) if "nin_shortcut" in self else x)
+        h = self.conv1(norm_silu(x))
+        evaluate(h)
+        h = self.conv2(norm_silu(h)) + (self.nin_shortcut(x) if "nin_shortcut" in self else x)
+        evaluate(h)
+        return h
 
 
 class Downsample(nn.Module):
