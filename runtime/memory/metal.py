@@ -9,12 +9,14 @@ None of this was measured on a Mac here."""
 
 from math import prod
 
+from ltx2.runtime.machine.bounded import AHEAD
 from ltx2.runtime.machine.winograd import RESULT, TILE, frames_at_once, tiles_of
 from ltx2.runtime.memory.activations import FLOAT32, encoded_tile, largest_tile
 from ltx2.runtime.networks.text.config import ConnectorsConfig
 from ltx2.runtime.networks.transformer.config import TransformerConfig
 from ltx2.runtime.networks.video_vae.config import Convolution, Size, Tower, VideoVAEConfig
 from ltx2.runtime.networks.video_vae.encode import VideoConfig
+from ltx2.runtime.networks.video_vae.layers import LARGE
 from ltx2.runtime.networks.video_vae.tiles import Tiles, Tiling
 
 TAPS = 3  # over time
@@ -40,16 +42,17 @@ def _parts(tokens: int, inputs: int, outputs: int) -> int:
     return FLOAT32 * -(-inputs // PART) * tokens * outputs if cut else 0
 
 
-def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int) -> int:
-    """The results of the largest layer's other taps, one that is allocated and not used, and what each tap
-    transforms."""
-    return _tower(config.decoder, largest_tile(tiles), itemsize)
+def decode_video(config: VideoVAEConfig, tiles: Tiles, itemsize: int, ahead: int = 0) -> tuple[int, int]:
+    """Beside the arrays of the largest layer, what the one that takes most needs: a copy of its kernels, the results of
+    the other taps, one that is allocated and not used, and what each tap transforms. And what several layers hold where
+    the host does not wait for each: both of a residual block of small arrays and, with `ahead`, those before."""
+    return tower(config.decoder, largest_tile(tiles), itemsize, ahead)
 
 
-def encode_video(config: VideoConfig, clip: Size, tiling: Tiling, itemsize: int) -> int:
+def encode_video(config: VideoConfig, clip: Size, tiling: Tiling, itemsize: int) -> tuple[int, int]:
     """As `decode_video`. `clip`: frames, height and width in pixels."""
     frames, height, width = encoded_tile(config, clip, tiling)
-    return _tower(config.tower, (frames, height // config.patch_size, width // config.patch_size), itemsize)
+    return tower(config.tower, (frames, height // config.patch_size, width // config.patch_size), itemsize)
 
 
 def decode_still(config: VideoVAEConfig, size: tuple[int, int], itemsize: int) -> int:
@@ -62,9 +65,20 @@ def audio(unit: int) -> int:
     return 2 * TILE**2 * unit // RESULT**2 + unit
 
 
-def _tower(tower: Tower, size: Size, itemsize: int) -> int:
-    layers = tower.convolutions(size)
-    return max(TAPS * itemsize * (layer.outputs * prod(layer.size) + transformed(layer)) for layer in layers)
+def tower(network: Tower, size: Size, itemsize: int, ahead: int = 0) -> tuple[int, int]:
+    """As `decode_video`, of a half of a video VAE whose input has this size: frames, rows, columns."""
+    largest = needed = full = before = 0
+    for layer in network.convolutions(size):
+        positions = prod(layer.size)
+        arrays = itemsize * (2 * layer.inputs * positions + layer.padded)
+        results = layer.outputs * positions
+        one = TAPS * itemsize * (results + TAPS**2 * layer.inputs * layer.outputs + transformed(layer))
+        evaluated = 2 * one if layer.times > 1 and itemsize * results < LARGE else one
+        queued = evaluated if ahead and itemsize * results <= AHEAD else 0
+        behind = max(before, queued) if layer.times > 2 else before  # another block of the same
+        largest, needed = max(largest, arrays), max(needed, arrays + one)
+        full, before = max(full, arrays + behind + evaluated), queued
+    return needed - largest, full - needed
 
 
 def transformed(layer: Convolution) -> int:

@@ -12,10 +12,11 @@ from ltx2.bench.random.model import random_folder
 from ltx2.quant.apply import Settings
 from ltx2.runtime.generate.pipeline import Pipeline
 from ltx2.runtime.machine import winograd
+from ltx2.runtime.memory import metal
 from ltx2.runtime.memory.metal import transformed
 from ltx2.runtime.memory.plan import on_another_mac
 from ltx2.runtime.networks.video_vae import layers
-from ltx2.runtime.networks.video_vae.config import Convolution, Stage
+from ltx2.runtime.networks.video_vae.config import Convolution, Stage, Tower
 from tests.support.machine import gpu_of, memory_of
 
 VARIABLE = "MLX_CONV_WINOGRAD_TILE_BATCH"
@@ -70,21 +71,31 @@ def test_what_is_not(layer: Convolution) -> None:
 
 
 def test_plans_for_macs_count_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the widest layer three results more, and what its three convolutions transform; a product in four parts where
-    tokens are few, which they are in stage 1; and of the text's projection, whose inner axis is 188160 long, 46."""
+    """Of the largest layer three results more, its kernels again, and what its three convolutions transform; a product
+    in four parts where tokens are few, which they are in stage 1; and of the text's projection, whose inner axis is
+    188160 long, 46."""
     folder = random_folder("ltx-2.3-distilled", Settings(bits=4))
     gpu_of(monkeypatch, 64)
     elsewhere = Pipeline(folder).plan("a red kite")
     memory_of(monkeypatch, 64)
     with on_another_mac():
         mac = Pipeline(folder).plan("a red kite")
-    widest = Convolution(256, 512, (121, 64, 96))
-    more = 2 * 3 * (512 * 121 * 64 * 96 + transformed(widest))
+    more = 2 * 3 * (128 * 121 * 128 * 192 + 9 * 128 * 128 + transformed(LARGEST))
     assert mac.phase("video_vae").total - elsewhere.phase("video_vae").total == more
     parts = {name: mac.phase(name).total - elsewhere.phase(name).total for name in ("connectors", "stage1")}
     tokens = parts["connectors"] // (4 * 46 * 4096)
     assert parts == {"connectors": 4 * 46 * tokens * 4096, "stage1": 4 * 4 * 1536 * 4096} and 0 < tokens < 1024
     assert mac.phase("stage2") == replace(elsewhere.phase("stage2"), cache=mac.phase("stage2").cache)
+
+
+def test_small_layers_are_under_way_together() -> None:
+    """Both convolutions of a block and, where the host does not wait, those of the block before."""
+    stage = Stage(1024, 1024, layers=3)
+    tower = Tower(1024, 1024, (stage,), 48, up=True, reflect=False)
+    block = Convolution(1024, 1024, (16, 16, 24))
+    one = 3 * 2 * (1024 * 6144 + 9 * 1024**2 + transformed(block))
+    assert metal.tower(tower, block.size, 2) == (one, one)
+    assert metal.tower(tower, block.size, 2, ahead=1) == (one, 3 * one)
 
 
 SHOWS = """

@@ -140,7 +140,7 @@ class DecodeVideo(Phase):
     def _activations(self, latents: Size, tiling: Tiling | None, width: int) -> Activations:
         tiles = Tiles(latents, tiling, self._config)
         used = network.decode_video(self._config, tiles, width, uses_cpu(), BEHIND)
-        used = used.beside(on_metal(metal.decode_video(self._config, tiles, width)))
+        used = used.beside(*map(on_metal, metal.decode_video(self._config, tiles, width, BEHIND)))
         return used.beside(on_cpu(cpu.decode_video(self._config, width)))
 
     def _counted(self, latents: Size) -> Work:

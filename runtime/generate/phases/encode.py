@@ -38,7 +38,7 @@ class EncodeVideo(Phase):
         config, itemsize = self.job.video_config, headers.itemsize(self.job.coder)
         each = (
             network.encode_video(config, clip, ENCODING, itemsize, uses_cpu()).beside(
-                on_metal(metal.encode_video(config, clip, ENCODING, itemsize))
+                *map(on_metal, metal.encode_video(config, clip, ENCODING, itemsize))
             )
             for clip in self.clips(sizes)
         )
