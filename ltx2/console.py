@@ -151,10 +151,8 @@ def _refused(error: click.ClickException) -> tuple[str, str]:
         return what, "nothing follows it" if "requires" in what else "a value follows it"
     if what.startswith("No such"):  # command, or option
         return what, f"{command} has no {what.split()[2]} of that name"
-    return (
-        what,
-        f"{command} takes {' '.join(context.command.collect_usage_pieces(context) if context else ['a command'])}",
-    )
+    pieces = context.command.collect_usage_pieces(context) if context else ["a command"]
+    return what, f"{command} takes {' '.join(pieces)}"
 
 
 def _usage_fix(error: click.ClickException) -> str:

@@ -46,8 +46,8 @@ class MemoryPlan:
             return tuple(need.within(_least(self.needs), 0) for need in self.needs)
         # Freed buffers count in the whole process: they stay within a little more than the hungriest phase takes.
         bare = [need.within(self.limit, 0).total for need in self.needs]
-        most = max(bare, default=0) + reusable(max(bare, default=0))
-        room = [min(reusable(device_memory()), most - total) for total in bare]
+        peak = max(bare, default=0)
+        room = [min(reusable(device_memory()), peak + reusable(peak) - total) for total in bare]
         planned = [need.within(self.limit, kept) for need, kept in zip(self.needs, room, strict=True)]
         kept = self._kept(planned)
         for index in kept:

@@ -67,9 +67,12 @@ class UpsamplerConfig(Config):
         )
 
 
-class Convolution(nn.Conv3d):
+class PaddedConv3d(nn.Conv3d):
     """3x3x3 convolution over a clip extended by zeros, (1, f, h, w, inputs) -> (1, f, h, w, outputs). Where it is too
     large for this GPU, some output channels at a time: that computes nothing twice."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
         outputs, flops = self.weight.shape[0], 2 * self.weight.size * prod(x.shape[:4])
@@ -88,9 +91,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = _conv3d(channels, channels)
+        self.conv1 = PaddedConv3d(channels, channels)
         self.norm1 = _norm(channels)
-        self.conv2 = _conv3d(channels, channels)
+        self.conv2 = PaddedConv3d(channels, channels)
         self.norm2 = _norm(channels)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -121,12 +124,12 @@ class LatentUpsampler(nn.Module):
         super().__init__()
         self.config = config
         mid = config.mid_channels
-        self.initial_conv = _conv3d(config.in_channels, mid)
+        self.initial_conv = PaddedConv3d(config.in_channels, mid)
         self.initial_norm = _norm(mid)
         self.res_blocks = [ResBlock(mid) for _ in range(config.num_blocks_per_stage)]
         self.upsampler: RationalResampler | list[nn.Module] = _upsampler(config)
         self.post_upsample_res_blocks = [ResBlock(mid) for _ in range(config.num_blocks_per_stage)]
-        self.final_conv = _conv3d(mid, config.in_channels)
+        self.final_conv = PaddedConv3d(mid, config.in_channels)
 
     def __call__(self, latents: mx.array) -> mx.array:
         x = latents.transpose(0, 2, 3, 4, 1).astype(self.initial_conv.weight.dtype)
@@ -162,12 +165,8 @@ def _upsampler(config: UpsamplerConfig) -> RationalResampler | list[nn.Module]:
     if config.rational:
         return RationalResampler(mid, *config.factors)
     if config.temporal_upsample:
-        return [_conv3d(mid, mid * (8 if config.spatial_upsample else 2))]
+        return [PaddedConv3d(mid, mid * (8 if config.spatial_upsample else 2))]
     return [nn.Conv2d(mid, mid * 4, 3, padding=1)]
-
-
-def _conv3d(in_channels: int, out_channels: int) -> Convolution:
-    return Convolution(in_channels, out_channels, 3, padding=1)
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -19,7 +19,7 @@ from ltx2.runtime.machine.bounded import Meter
 from ltx2.runtime.memory.meter import Phase, explained
 from ltx2.runtime.networks.load import build_network
 from ltx2.runtime.networks.transformer.model import Transformer
-from ltx2.runtime.networks.upsampler import Convolution
+from ltx2.runtime.networks.upsampler import PaddedConv3d
 from ltx2.runtime.networks.video_vae.layers import Border, CausalConv3d
 from ltx2.runtime.networks.video_vae.model import VideoAutoencoder
 from ltx2.runtime.sampling.latents import Grid
@@ -200,7 +200,7 @@ class TestCutting:
 
     @pytest.mark.parametrize(("outputs", "count"), [(96, 0), (128, 2), (224, 3)])
     def test_upscalers_convolution_by_channels(self, machine: Limit, outputs: int, count: int) -> None:
-        layer, x = Convolution(8, outputs, 3, padding=1), random(1, 3, 3, 4, 8)
+        layer, x = PaddedConv3d(8, outputs), random(1, 3, 3, 4, 8)
         layer.bias = random(outputs)
         whole = layer(x)
         machine(3.5 * 2 * 32 * layer.weight[0].size * 36)
